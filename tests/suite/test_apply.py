@@ -12,8 +12,10 @@ from lib.models import loading
 from lib.models.checkpoints import io
 from lib.models.decoding import mla_absorption
 from lib.optimizations.common import absorbed_baseline
+from lib.report.records import record
 from lib.suite.cli import apply as command
-from lib.suite.plan import plan
+from lib.suite.plan import cache_key, plan
+from tests.report import samples
 
 MODEL = "qwen3-4b-instruct-2507"
 QUICKLY = {
@@ -93,3 +95,24 @@ def test_paths_begin_where_the_user_is_and_a_lost_process_says_how(code, why, tm
         command.apply(plan.Request(("structured_pruning",), (MODEL,)), "mine.yaml", "made", tmp_path)
     [request] = requests
     assert request["stack"] == str(tmp_path / "mine.yaml") and request["unfinished"] == str(tmp_path / "made.part")
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_the_card_claims_nothing_from_a_record_of_other_weights_or_code(same, tmp_path, monkeypatch):
+    request = plan.Request(("structured_pruning",), (MODEL,), effort="quick")
+    (job,) = plan.plan(request)
+    key = cache_key.of(cache_key.parts(job, cache_key.Hashes()))
+    run = samples.run("structured_pruning", MODEL)
+    run = run.model_copy(update={"key": key if same else "sha256:other", "parameters": {**job.parameters}})
+    record.write(run, tmp_path / "results" / f"{job.stem}.json")
+
+    def save(job, stack, place, unfinished):
+        place.mkdir()
+        answer = {"loads": None, "tokenizer": False, "dtype": "float32", "steps": [job.optimization]}
+        return answer | {"weights_hash": "ab", "by_blocks": False, "latent": False, "chosen_for": None}
+
+    monkeypatch.setattr(command, "_save", save)
+    assert command.apply(request, None, str(tmp_path / "made"), tmp_path / "results") == 0
+    card = (tmp_path / "made" / "README.md").read_text(encoding="utf-8")
+    assert (run.verdict.sentence in card) == ("made in the same way" in card) == same
+    assert ("nothing is claimed" in card) == (not same)

@@ -11,11 +11,11 @@ from lib.report.records.setting import facts, reproduce
 from lib.report.text.wording import title
 
 
-def text(job: Any, stack: str | None, saved: Mapping[str, Any], folder: str, results: Path) -> str:
+def text(job: Any, stack: str | None, saved: Mapping[str, Any], folder: str, results: Path, key: str) -> str:
     """Return the card as Markdown. `job` names model, scale, effort and parameters, `stack` is the recipe's path where
     there is one, `saved` tells `steps`, `loads`, `tokenizer`, `dtype`, `weights_hash`, `by_blocks`, `latent`,
-    `chosen_for` and `unfit`, `folder` is the checkpoint's name, and `results` the result folder of the record that is
-    quoted.
+    `chosen_for` and `unfit`, `folder` is the checkpoint's name, `results` the result folder of the record that is
+    quoted, and `key` the one that a run of `job` has now.
     """
     lines = [
         f"# {job.model}: {title(job.optimization)}",
@@ -25,7 +25,7 @@ def text(job: Any, stack: str | None, saved: Mapping[str, Any], folder: str, res
         "",
         "## What was measured",
         "",
-        *(_by_blocks() if saved.get("by_blocks") else _measured(job, stack, saved["weights_hash"], results)),
+        *(_by_blocks() if saved.get("by_blocks") else _measured(job, stack, saved["weights_hash"], results, key)),
         "",
         "## How to load it",
         "",
@@ -80,10 +80,11 @@ def _by_blocks() -> list[str]:
     ]
 
 
-def _measured(job: Any, stack: str | None, weights_hash: str, results: Path) -> list[str]:
+def _measured(job: Any, stack: str | None, weights_hash: str, results: Path, key: str) -> list[str]:
     """Return what the record of the same run says of these weights, or how to make one."""
     path = results / f"{job.stem}.json"
     options = f"--model {job.model} --scale {job.scale} --effort {job.effort}"
+    options += " --random-weights" if job.parameters.get("random_weights") else ""
     command = f"`python build.py run {job.optimization} {options}`"
     try:
         stored = record.read(path)
@@ -94,15 +95,22 @@ def _measured(job: Any, stack: str | None, weights_hash: str, results: Path) -> 
     if stored.environment.get("weights_hash") == weights_hash:
         return [*quoted, "These are the weights that it measured: their hashes are equal."]
     differing = sorted(
-        key
-        for key, value in job.parameters.items()
-        if key not in reproduce.OPTIONS and key in stored.parameters and stored.parameters[key] != value
+        name
+        for name, value in job.parameters.items()
+        if name not in reproduce.OPTIONS and name in stored.parameters and stored.parameters[name] != value
     )
     differing += ["effort"] if stored.effort != job.effort else []
-    if differing or stack:
-        how = f"with other parameters ({', '.join(differing)})" if differing else "of other weights"
-        return [
-            f"The record `{path.name}` ({where}) was made {how}, so nothing is claimed of this checkpoint; {command} "
-            "with the parameters below measures it."
-        ]
-    return [*quoted, "It measured weights that were made in the same way; their last digits differ."]
+    if differing:
+        how = f"was made with other parameters ({', '.join(differing)})"
+    elif stack:
+        how = "was made of other weights"
+    elif stored.status != "ok":
+        how = "has no result"
+    elif stored.key != key:
+        how = "was made of other weights, options or code"
+    else:
+        return [*quoted, "It measured weights that were made in the same way; their last digits differ."]
+    return [
+        f"The record `{path.name}` ({where}) {how}, so nothing is claimed of this checkpoint; {command} with the "
+        "parameters below measures it."
+    ]

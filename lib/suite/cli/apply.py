@@ -17,8 +17,9 @@ from typing import Any
 
 from lib.errors import UserError
 from lib.files import expanded
-from lib.suite.plan import plan
+from lib.suite.plan import cache_key, plan
 from lib.suite.plan.plan import Job, Request
+from lib.suite.store.result_folder import Folder
 
 PROGRAM = "lib.optimizations.modular_components.saving"
 
@@ -40,6 +41,7 @@ def apply(request: Request, stack: str | None, out: str | None, results: Path) -
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--out {out}: is there already; give a folder that does not exist")
     (job,) = plan.plan(replace(request, dimensions=()))
+    key = cache_key.of(cache_key.parts(job, cache_key.Hashes(Folder(results).hashes)))
     from lib.report.pages import model_card
 
     try:
@@ -47,7 +49,8 @@ def apply(request: Request, stack: str | None, out: str | None, results: Path) -
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
             place = Path(folder) / "checkpoint"
             answer = _save(job, recipe, place, target.with_name(f"{target.name}.part"))
-            (place / "README.md").write_text(model_card.text(job, stack, answer, target.name, results), "utf-8")
+            card = model_card.text(job, stack, answer, target.name, results, key)
+            (place / "README.md").write_text(card, "utf-8")
             if target.is_dir():
                 target.rmdir()  # empty, as checked above
             shutil.move(place, target)

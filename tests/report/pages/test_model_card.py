@@ -9,6 +9,7 @@ from lib.report.records import record
 from tests.report import samples
 
 HASH = "ab" * 32
+KEY = samples.run().key  # of a run with the same weights, options and code
 MODEL = samples.MODELS[1]
 MADE = {
     "loads": "AutoModelForCausalLM",
@@ -21,7 +22,7 @@ MADE = {
 }
 
 
-def card(folder, run=None, stack=None, made=MADE, effort="quick", **parameters) -> str:
+def card(folder, run=None, stack=None, made=MADE, effort="quick", key=KEY, **parameters) -> str:
     values = {"model": MODEL, "scale": "proxy", "effort": effort, "ratio": 0.3, "seed": 0, **parameters}
     stem = f"structured_pruning--{MODEL}"
     job = SimpleNamespace(
@@ -29,7 +30,7 @@ def card(folder, run=None, stack=None, made=MADE, effort="quick", **parameters) 
     )
     if run is not None:
         record.write(run, folder / f"{stem}.json")
-    return model_card.text(job, stack, made, "small", folder)
+    return model_card.text(job, stack, made, "small", folder, key)
 
 
 def measured(weights_hash: str) -> record.Record:
@@ -64,6 +65,23 @@ def test_other_weights_have_no_claim(options, differs, tmp_path):
     text = card(tmp_path, measured("cd" * 32), **options)
     assert f"other parameters ({differs})" in text and "nothing is claimed" in text
     assert measured(HASH).verdict.sentence not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "why"),
+    [
+        ({}, {"key": "sha256:other"}, "was made of other weights, options or code"),
+        ({}, {"key": "sha256:other", "random_weights": True}, "was made of other weights, options or code"),
+        ({"status": "failed", "reason": "out of memory"}, {}, "has no result"),
+    ],
+    ids=["other code", "random weights", "failed"],
+)
+def test_a_record_of_other_weights_options_or_code_has_no_claim(changes, options, why, tmp_path):
+    run = measured("cd" * 32).model_copy(update=changes)
+    text = card(tmp_path, run, **options)
+    assert why in text and "nothing is claimed of this checkpoint" in text
+    assert run.verdict.sentence not in text and "in the same way" not in text
+    assert ("--effort quick --random-weights`" in text) == ("random_weights" in options)
 
 
 def test_a_stack_says_for_which_model_it_was_chosen(tmp_path):
