@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 from lib.errors import UserError
 
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
+TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")  # one of them, as tokenizer_check expects
 ADVICE = "give a folder with --checkpoints, or --random-weights"
 
 
@@ -41,11 +44,15 @@ def local(hub_id: str) -> Path | None:
 
 
 def _whole(snapshot: Path) -> bool:
-    """Return whether configuration and weights are there, every file that an index names among them."""
-    if not (snapshot / "config.json").is_file():
+    """Return whether configuration, a tokenizer and the weights are there, every file that an index names among them.
+
+    The client writes files as they come: shards may be there before their index, and all weights before the tokenizer.
+    """
+    if not (snapshot / "config.json").is_file() or not any((snapshot / name).is_file() for name in TOKENIZERS):
         return False
     if not (snapshot / INDEX).is_file():
-        return any(snapshot.glob("*.safetensors"))
+        names = [path.name for path in snapshot.glob("*.safetensors")]
+        return bool(names) and not any(SHARD.search(name) for name in names)
     try:
         files = set(json.loads((snapshot / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
         return all((snapshot / str(name)).is_file() for name in files)

@@ -56,7 +56,8 @@ def test_a_whole_snapshot_of_the_hub_needs_no_network(tmp_path, monkeypatch):
     (home / "refs" / "main").write_text("abc\n")
     snapshot = home / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
-    (snapshot / "config.json").write_text("{}")
+    for name in ("config.json", "tokenizer.json"):
+        (snapshot / name).write_text("{}")
     (snapshot / hub.INDEX).write_text('{"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}')
     (snapshot / "one.safetensors").write_text("")
     assert hub.revision("organisation/model") == "abc" and hub.local("organisation/model") is None, "a part is missing"
