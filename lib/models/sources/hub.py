@@ -15,12 +15,18 @@ ADVICE = "give a folder with --checkpoints, or --random-weights"
 
 
 def cache() -> Path | None:
-    """Return the folder of the hub's cache, None where there is neither a variable for it nor a home."""
-    try:
-        home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    except RuntimeError:
-        return Path(os.environ["HF_HUB_CACHE"]) if os.environ.get("HF_HUB_CACHE") else None
-    return Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    """Return the folder of the hub's cache, where its client looks too (`huggingface_hub.constants`): by the variables
+    that it reads, in its order, with `~` and `$NAME` expanded; None where that begins at a home and there is none.
+    """
+    read = os.environ.get
+    home = read("HF_HOME", os.path.join(read("XDG_CACHE_HOME", os.path.join("~", ".cache")), "huggingface"))
+    inside = os.path.join(_expanded(home), "hub")
+    folder = _expanded(read("HF_HUB_CACHE", read("HUGGINGFACE_HUB_CACHE", inside)))
+    return None if folder.startswith("~") else Path(folder)
+
+
+def _expanded(path: str) -> str:
+    return os.path.expandvars(os.path.expanduser(path))
 
 
 def revision(hub_id: str) -> str | None:

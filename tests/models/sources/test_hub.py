@@ -1,5 +1,10 @@
 """The hub's cache, in made-up folders: what is whole there, what is damaged, and where it lies. Offline."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from lib.models.checkpoints import tokenizer_check
@@ -39,3 +44,36 @@ def test_a_download_that_broke_off_is_not_whole(names, whole, snapshot):
 
 def test_the_check_of_a_folder_expects_the_same_tokenizers():
     assert hub.TOKENIZERS == tokenizer_check.FILES
+
+
+VARIABLES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"XDG_CACHE_HOME": "~/xdg"},
+        {"HF_HOME": "$PLACE/home", "XDG_CACHE_HOME": "/xdg"},
+        {"HUGGINGFACE_HUB_CACHE": "~/old", "HF_HOME": "/home"},
+        {"HF_HUB_CACHE": "~/$PLACE", "HUGGINGFACE_HUB_CACHE": "/old"},
+    ],
+    ids=["none", *VARIABLES[::-1]],
+)
+def test_the_cache_lies_where_the_hubs_client_looks(values, monkeypatch, tmp_path):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HOME": str(tmp_path), "PLACE": "somewhere", **values}.items():
+        monkeypatch.setenv(name, value)
+    program = "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert str(hub.cache()) == ended.stdout.strip()
+
+
+def test_a_user_without_a_home_has_a_cache_by_its_variable_alone(monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert hub.cache() is None
+    monkeypatch.setenv("HF_HUB_CACHE", "/somewhere")
+    assert hub.cache() == Path("/somewhere")
