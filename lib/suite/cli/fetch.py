@@ -33,8 +33,8 @@ def fetch(texts: Sequence[str]) -> int:
     checked = {item: _checked(item) for item in wanted}
     for item in wanted:
         began, there = time.monotonic(), sources.local(item.source)
-        how = "already here, every file unchanged" if there is not None else "fetched"
-        place = there or fetching.bring(item.source, item.sha256)
+        how = f"already here, {sources.checked(item.source)}" if there is not None else "fetched"
+        place = fetching.bring(item.source, item.sha256)
         seconds = checked[item] + time.monotonic() - began
         print(f"{item.title}: {how}, {_bytes(place) / 1e6:,.1f} MB, {seconds:.1f} s: {place}", flush=True)
     return 0

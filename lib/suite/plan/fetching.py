@@ -24,10 +24,8 @@ def weights(name: str) -> Path:
 def bring(source: Reference, sha256: str | None = None) -> Path:
     """Return the place of what `source` refers to; fetch it, with a message, where it is not here yet. Raises
     UserError."""
-    if (there := sources.local(source)) is not None:
-        return there
-    if source.kind == "folder":
-        return sources.fetch(source)  # raises, or it is there
+    if sources.local(source) is not None or source.kind == "folder":
+        return sources.fetch(source, sha256=sha256)  # raises, or it is there
     sources.require(source)  # before anything is said to be done with it
     doing = "not converted yet: converting" if source.kind == "gguf" else "not here yet: fetching"
     print(f"build.py: {source.text} is {doing} it, once", file=sys.stderr, flush=True)

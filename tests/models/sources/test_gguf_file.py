@@ -68,6 +68,15 @@ def test_it_is_converted_once_and_again_when_it_has_changed(tmp_path, original, 
     assert gguf_file.convert(file) != first and len(ran) == 1
 
 
+def test_a_pinned_hash_holds_for_what_is_converted_already(tmp_path, original, tokens):
+    file = gguf_files.write(tmp_path / "tiny.gguf", original, tokens)
+    source = reference.parse(str(file))
+    folder = fetch.fetch(source)
+    assert fetch.fetch(source, sha256=store.sha256(file)) == folder
+    with pytest.raises(UserError, match="expected 000000000000…: not the expected file"):
+        fetch.fetch(source, sha256="0" * 64)
+
+
 def test_a_model_by_its_file_alone(tmp_path, original, tokens):
     name = parameters.register(str(gguf_files.write(tmp_path / "Tiny Llama.gguf", original, tokens)))
     loaded = loading.load(name, "full", dtype="float32")

@@ -1,5 +1,6 @@
 """The hub's cache, in made-up folders: what is whole there, what is damaged, and where it lies. Offline."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lib.models.checkpoints import tokenizer_check
-from lib.models.sources import hub
+from lib.models.sources import fetch, hub, reference
 
 ID = "organisation/model"
 
@@ -77,3 +78,40 @@ def test_a_user_without_a_home_has_a_cache_by_its_variable_alone(monkeypatch):
     assert hub.cache() is None
     monkeypatch.setenv("HF_HUB_CACHE", "/somewhere")
     assert hub.cache() == Path("/somewhere")
+
+
+def _stored(snapshot, name: str, content: bytes) -> Path:
+    """Keep a file as the hub's client does: under the SHA-256 of its content, with a link in the snapshot."""
+    blob = snapshot.parents[1] / "blobs" / hashlib.sha256(content).hexdigest()
+    blob.parent.mkdir(exist_ok=True)
+    blob.write_bytes(content)
+    (snapshot / name).symlink_to(os.path.relpath(blob, snapshot))
+    return blob
+
+
+def test_a_damaged_file_is_found_and_removed_so_that_the_client_brings_it_again(snapshot):
+    source = reference.parse(ID)
+    for name in ("config.json", "tokenizer.json"):
+        (snapshot / name).write_text("{}")
+    weights = _stored(snapshot, "model.safetensors", b"weights")
+    other = _stored(snapshot, "tokenizer.model", b"tokens")
+    assert fetch.verify(source) is None and fetch.local(source) == snapshot
+    assert fetch.checked(source) == "2 of 4 files checked by SHA-256 and unchanged"
+    other.write_bytes(b"tokenS")
+    assert fetch.verify(source) == f"{snapshot / 'tokenizer.model'} has changed since it was fetched"
+    fetch.forget(source)
+    assert not other.exists() and not (snapshot / "tokenizer.model").is_symlink() and weights.exists()
+    assert fetch.local(source) is None, "the client is asked for what is missing"
+
+
+def test_a_file_that_lies_in_the_store_of_all_models_is_known_by_the_hash_of_its_link(snapshot, tmp_path):
+    for name in ("config.json", "tokenizer.json"):
+        (snapshot / name).write_text("{}")
+    blob = _stored(snapshot, "model.safetensors", b"weights")
+    shared = blob.rename(tmp_path / ("0" * 64))
+    blob.symlink_to(shared)
+    assert hub.verify(ID) is None
+    shared.write_bytes(b"Weights")
+    assert hub.verify(ID)
+    hub.forget(ID)
+    assert not shared.exists() and not blob.is_symlink()

