@@ -173,12 +173,14 @@ class TrainingRun:
         torch.save(state, beside)
         beside.replace(path)
 
-    def resume(self, path: Path) -> bool:
-        """Load the state in `path` if it is of the same model, configuration and data; return whether it is."""
+    def resume(self, path: Path, below: int | None = None) -> bool:
+        """Load the state in `path` if it is of the same model, configuration and data, and has done fewer steps than
+        `below`; return whether it was loaded.
+        """
         if not path.is_file():
             return False
         state = torch.load(path, weights_only=True)
-        if state["identity"] != self.identity:
+        if state["identity"] != self.identity or (below is not None and state["step"] >= below):
             return False
         self.model.load_state_dict(state["model"])
         self.average = state["average"]

@@ -3,7 +3,7 @@
 From a parameter file and the frozen text to an ordinary checkpoint folder, `parameters/proxies/<model>`, with a README
 whose every number is measured by this command, and `training.json`, the history of the weights. Training has one phase
 or two; `--refine` does the second alone, from the stored checkpoint. An interrupted training resumes from its last
-saved state.
+saved state; one that was published begins anew, or goes on where more steps are planned than it has done.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from lib.models.proxies.upcycling import copy_weights
 
 LOG = logging.getLogger(__name__)
 CACHE = cache_folder()
+PHASES = ("first", "second")
 SAVE_EVERY, REPORT_EVERY, SCORE_EVERY = 50, 10, 100  # steps
 
 
@@ -81,8 +82,10 @@ def rounded(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def resumed(name: str, run: TrainingRun, phase: str) -> TrainingRun:
-    """Return `run` in its last saved state, if there is one; add the planned number of steps to its plans."""
-    if run.resume(state_file(name, phase)):
+    """Return `run` in its last saved state, if there is one; add the planned number of steps to its plans. A state that
+    was published counts only where more steps are planned than it has done.
+    """
+    if run.resume(state_file(name, phase)) or run.resume(published_state(name, phase), below=run.config.steps):
         LOG.info("%s: resumed the %s phase at step %d of %d", name, phase, run.step, run.config.steps)
     if run.plans[-1:] != [run.config.steps]:
         run.plans.append(run.config.steps)
@@ -94,12 +97,26 @@ def state_file(name: str, phase: str = "first") -> Path:
     return CACHE / "proxies" / f"{name}-{phase}.pt"
 
 
+def published_state(name: str, phase: str) -> Path:
+    """Return the path of the last state of a training whose checkpoint was published."""
+    return CACHE / "proxies" / f"{name}-{phase}-published.pt"
+
+
 def train(name: str, folder: Path | None = None, only_refine: bool = False) -> Path:
     """Train the proxy model `name` to the end and write its folder; return the folder.
 
     `only_refine`: do the second phase alone, from the checkpoint in `folder`.
     """
     folder = folder or parameters.PARAMETERS / "proxies" / name
+    publish(name, _to_end(name, folder, only_refine), folder)
+    for phase in PHASES[1:] if only_refine else PHASES:
+        if state_file(name, phase).is_file():
+            state_file(name, phase).replace(published_state(name, phase))
+    return folder
+
+
+def _to_end(name: str, folder: Path, only_refine: bool) -> TrainingRun:
+    """Return the last phase of a training, done to its end."""
     if only_refine:
         history = read_history(folder)
         if len(history) != 1:
@@ -109,12 +126,12 @@ def train(name: str, folder: Path | None = None, only_refine: bool = False) -> P
         run = first_phase(name)
         run_to_end(name, run, "first")
         if not run.config.refine:
-            return publish(name, run, folder)
+            return run
         run.finish()
         model, history = run.model, [run.summary()]
     run = second_phase(name, model, history)
     run_to_end(name, run, "second")
-    return publish(name, run, folder)
+    return run
 
 
 def run_to_end(name: str, run: TrainingRun, phase: str) -> None:

@@ -272,6 +272,30 @@ def test_correction_bias_rises_where_an_expert_is_left_out(tiny):
     assert bias_E[0] > before[0] and (bias_E[1:] < before[1:]).all()
 
 
+def test_a_published_model_is_trained_again_from_scratch_or_extended(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CACHE", tmp_path)
+    steps, done, runs = [2], [], []
+
+    def advance(run):
+        run.step += 1
+        done.append(run.step)
+        return {}
+
+    monkeypatch.setattr(loop.TrainingRun, "advance", advance)
+    monkeypatch.setattr(train, "first_phase", lambda name: train.resumed(name, start(steps=steps[-1]), "first"))
+    monkeypatch.setattr(train, "publish", lambda name, run, folder: runs.append(run))
+    for _ in range(2):
+        assert train.train("any", tmp_path / "made") == tmp_path / "made"
+    assert done == [1, 2, 1, 2] and runs[-1].plans == [2]
+    steps.append(3)
+    train.train("any", tmp_path / "made")
+    assert done == [1, 2, 1, 2, 3] and runs[-1].plans == [2, 3]
+    runs[-1].step = 1
+    runs[-1].save(train.state_file("any"))  # interrupted: it goes on there
+    train.train("any", tmp_path / "made")
+    assert done == [1, 2, 1, 2, 3, 2, 3]
+
+
 def test_publish_writes_a_whole_checkpoint(start, name, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "scores", lambda loaded: {"retrieval_256": 0.5})
     run = start()
