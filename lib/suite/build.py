@@ -38,8 +38,11 @@ class BuildStopped(BaseException):
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Turn the first terminating signal into `BuildStopped`; ignore further ones during clean-up."""
+    """Turn the first terminating signal into `BuildStopped`; ignore further ones during clean-up. A signal that was
+    ignored before stays so: that of a closed terminal under `nohup`, Ctrl-C in the background of a script.
+    """
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    names = [name for name in names if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN]
 
     def stop(number: int, _: Any) -> None:
         for name in names:

@@ -183,6 +183,19 @@ def test_a_report_names_what_of_the_set_could_not_be_made(tmp_path, monkeypatch,
     assert "FAILED index.html could not be made: no reason\n" in output and "1 failed; " in output
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs the signal of a closed terminal")
+def test_a_build_under_nohup_outlives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with build.stoppable():
+            signal.raise_signal(signal.SIGHUP)
+            with pytest.raises(build.BuildStopped):
+                signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_what_a_killed_build_left_is_removed(tmp_path):
     folder = Folder(tmp_path)
     (tmp_path / ".well--alpha-1.5_files.part").mkdir()  # of pictures, while pages were made
