@@ -10,6 +10,8 @@ import workbench
 
 from lib import files
 from lib.suite import build
+from lib.suite.plan import template as templates
+from lib.suite.run import settle
 from lib.suite.store import render
 from lib.suite.store.result_folder import Folder
 
@@ -205,6 +207,20 @@ def test_what_a_killed_build_left_is_removed(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_of_other_code_than_was_planned_is_out_of_date(project, tmp_path):
+    changes = "import os\n\nwith open(os.environ['CHANGED'], 'a') as file:\n    file.write('# new')"
+    workbench.notebook(project / "notebooks/well.ipynb", [("Change", changes), ("Record", workbench.RECORD)])
+    code, arguments = project / "lib" / "errors.py", ("run", "--model", "alpha-1.5")
+    before = code.read_bytes()
+    ended = workbench.build(project, *arguments, CHANGED=str(code))
+    assert ended.returncode == 0 and "changed during the build; it is out of date" in " ".join(ended.stdout.split())
+    assert workbench.record(project, "well--alpha-1.5")["key"] == ""
+    code.write_bytes(before)
+    ended = workbench.build(project, *arguments, CHANGED=str(tmp_path / "elsewhere"))
+    assert ended.returncode == 0 and "changed during" not in ended.stdout and "1 run (" in ended.stdout, ended.stdout
+    assert workbench.record(project, "well--alpha-1.5")["key"].startswith("sha256:")
+
+
 def test_overview_runs_last_and_only_when_a_record_changed(project):
     code = "from pathlib import Path\nprint(sorted(p.name for p in Path(folder).glob('*--*.json')))"
     workbench.notebook(project / "notebooks/overview.ipynb", [("Records", code)], 'folder: str = ""  # records')
@@ -216,3 +232,8 @@ def test_overview_runs_last_and_only_when_a_record_changed(project):
     before = (folder / "overview.ipynb").stat().st_mtime_ns
     assert workbench.build(project, "run", "--model", "beta-2").returncode == 0
     assert (folder / "overview.ipynb").stat().st_mtime_ns == before
+
+
+def test_a_cell_that_the_template_has_no_more_is_named_by_its_number(tmp_path):
+    template = templates.read(workbench.notebook(tmp_path / "short.ipynb", [("Sums", "x = 1")]))
+    assert settle._cell(template, 4) == "cell 4 under “Sums” (`x = 1`)" and settle._cell(template, 9) == "cell 9"

@@ -7,11 +7,14 @@ what is tried once more is a kernel that would not start and a child that was lo
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lib.errors import UserError
 from lib.models import parameters
+from lib.suite.plan import cache_key
+from lib.suite.plan import template as templates
 from lib.suite.plan.plan import Job
 from lib.suite.run import kernel_process, settle
 from lib.suite.run.fork_server import ForkServer
@@ -36,13 +39,16 @@ class Entry:
 
 @dataclass
 class EntryRun:
-    """An entry that is running: its child process, how often it was started, and its result while pages are made."""
+    """An entry that is running: its child process, how often it was started, and its result while pages are made.
+    `planned`: whether it began with what its key is made of.
+    """
 
     entry: Entry
     worker: Worker
     tries: int = 1
     result: Result | None = None
     rendering_since: float = 0.0
+    planned: bool = True
 
 
 @dataclass
@@ -124,9 +130,19 @@ def _begin(build: BuildContext, slot: CoreSlot, entry: Entry, tries: int = 1) ->
         effort=job.effort,
         dimensions=job.dimensions,
     )
-    run = EntryRun(entry, kernel_process.start(task, build.server), tries)
+    planned = _as_planned(build, entry)
+    run = EntryRun(entry, kernel_process.start(task, build.server), tries, planned=planned)
     slot.run = run
     build.progress.start(job.stem, lambda: _doing(run))
+
+
+def _as_planned(build: BuildContext, entry: Entry) -> bool:
+    """Return whether all that an entry's key is made of is what it was when the build was planned."""
+    try:
+        now = replace(entry.job, template=templates.read(entry.job.template.path))
+        return cache_key.of(cache_key.parts(now, cache_key.Hashes(build.folder.hashes))) == entry.key
+    except (OSError, UserError):  # a part is gone
+        return False
 
 
 def _doing(run: EntryRun) -> str:
@@ -157,9 +173,15 @@ def _step(build: BuildContext, slot: CoreSlot, run: EntryRun) -> Result | None:
 
 
 def _settle(build: BuildContext, run: EntryRun, outcome: ExecutionOutcome) -> Result | None:
-    """Write the record of a run that has ended and have its pages made; return the result if they are made already."""
-    job = run.entry.job
-    run.result = settle.settle(build.folder, job, run.entry.parts, run.entry.key, run.worker.task, outcome)
+    """Write the record of a run that has ended and have its pages made; return the result if they are made already.
+
+    Where code, weights or the template changed since the build was planned, the record gets no key: it may be of both.
+    """
+    job, key = run.entry.job, run.entry.key
+    if not (run.planned and _as_planned(build, run.entry)):
+        key = ""
+        build.progress.line(f"{job.stem}: its code, weights or template changed during the build; it is out of date")
+    run.result = settle.settle(build.folder, job, run.entry.parts, key, run.worker.task, outcome)
     order: dict[str, Any] = {"render": job.stem, "folder": str(build.folder.path)}
     order |= {"neighbours": list(build.neighbours), "refresh_seconds": build.refresh_seconds}
     if outcome.alive and kernel_process.send(run.worker, order):

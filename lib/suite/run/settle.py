@@ -148,6 +148,8 @@ def _cell(template: Template, executed: int) -> str:
     if executed == at + 1:
         return "the injected parameters"
     index = executed if executed <= at else executed - 1
+    if index >= len(template.cells):  # the notebook has changed since
+        return f"cell {index + 1}"
     heading = _heading(template, index)
     lines = [line.strip() for line in template.cells[index][1].splitlines() if line.strip()]
     first = next((line for line in lines if not line.startswith("#")), "")
