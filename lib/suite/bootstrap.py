@@ -3,7 +3,8 @@
 Needs the standard library only, and is imported before anything is installed. Knows nothing of what the packages do.
 
 `.venv/.workbench` holds the hash of the `requirements.txt` that was installed. It is written last; while an
-installation runs it says so instead. An environment whose installation was interrupted is made anew by the next call.
+installation runs it says so instead. An environment whose installation was interrupted is made anew by the next call;
+one that worked, and into which pip could not install what is new, stays.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -179,13 +180,24 @@ def _make() -> None:
             _say(f"setting up .venv from requirements.txt, once; this takes minutes (not here: {some})")
             shutil.rmtree(ENVIRONMENT, ignore_errors=True)
             _step([sys.executable, "-m", "venv", ENVIRONMENT], "python -m venv", handle)
+        before, worked = _stamp(), ENVIRONMENT.exists() and not broken
         STAMP.write_text(INSTALLING, encoding="utf-8")
         pip = [_python(), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "-r", REQUIREMENTS]
-        _step(pip, "pip install -r requirements.txt", handle)
+        _step(pip, "pip install -r requirements.txt", handle, (lambda: _put_back(before)) if worked else None)
         fresh = STAMP.with_name(STAMP.name + ".part")
         fresh.write_text(_fingerprint(), encoding="utf-8")
         os.replace(fresh, STAMP)
         LOG.unlink(missing_ok=True)
+
+
+def _put_back(stamp: str | None) -> None:
+    """Restore the stamp of an environment that worked before pip failed to install into it: the next call tries again
+    there, and deletes nothing.
+    """
+    if stamp is None:
+        STAMP.unlink(missing_ok=True)
+    else:
+        STAMP.write_text(stamp, encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -234,8 +246,9 @@ def _take(handle: int) -> bool:
     return True
 
 
-def _step(arguments: list, what: str, handle: int) -> None:
-    """Run one step of the set-up with its output in `.venv.log`. Exits with 2 and one line where it fails.
+def _step(arguments: list, what: str, handle: int, undo: Callable[[], None] | None = None) -> None:
+    """Run one step of the set-up with its output in `.venv.log`. Exits with 2 and one line where it fails, after `undo`
+    where the step itself gave up: one that was killed may have left anything.
 
     The step is given the lock: where this process is killed outright, the next call waits until the step has ended too.
     """
@@ -254,6 +267,8 @@ def _step(arguments: list, what: str, handle: int) -> None:
             process.wait()
             _say("stopped; the next call sets .venv up anew")
             sys.exit(130)
+    if code > 0 and undo is not None:
+        undo()
     if code:
         _say(f"{what} failed: {_reason()} (all of it: {LOG.name})")
         sys.exit(2)

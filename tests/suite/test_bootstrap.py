@@ -149,6 +149,23 @@ def test_a_set_up_that_fails_says_so_in_one_line(bare):
     assert _call(bare).returncode == 7
 
 
+def test_an_environment_outlives_an_installation_that_fails(bare):
+    assert _call(bare).returncode == 7
+    path, kept = bare / "requirements.txt", bare / ".venv" / "kept"
+    text = path.read_text(encoding="utf-8")
+    kept.touch()
+    path.write_text(text + "nothing-of-this-name==1\n", encoding="utf-8")
+    try:
+        for _ in range(2):  # without a network, say
+            ended = _call(bare)
+            assert ended.returncode == 2 and "bringing .venv up to requirements.txt" in ended.stderr, ended.stderr
+    finally:
+        path.write_text(text, encoding="utf-8")
+    again = _call(bare)
+    assert again.returncode == 7 and kept.exists() and not again.stderr
+    kept.unlink()
+
+
 def test_a_set_up_that_was_killed_is_repaired(bare):
     shutil.rmtree(bare / ".venv", ignore_errors=True)
     python = getattr(sys, "_base_executable", sys.executable)
