@@ -13,7 +13,11 @@ if sys.version_info < (3, 10):  # noqa: UP036
 from lib.suite import bootstrap
 
 if __name__ == "__main__":
-    bootstrap.enter()
+    try:
+        bootstrap.enter()
+    except KeyboardInterrupt:  # while another process sets .venv up
+        sys.stderr.write("\nbuild.py: stopped\n")
+        sys.exit(130)
     from lib.suite.cli import command
 
     sys.exit(command.main(sys.argv[1:]))

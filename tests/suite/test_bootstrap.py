@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import os
 import re
 import shutil
 import signal
@@ -164,6 +165,32 @@ def test_an_environment_outlives_an_installation_that_fails(bare):
     again = _call(bare)
     assert again.returncode == 7 and kept.exists() and not again.stderr
     kept.unlink()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals and locks of POSIX")
+def test_ctrl_c_while_another_process_sets_up_is_one_line(bare):
+    import fcntl
+
+    assert _call(bare).returncode == 7
+    stamp = bare / ".venv" / ".workbench"
+    before = stamp.read_text(encoding="utf-8")
+    stamp.write_text("of another time", encoding="utf-8")
+    try:
+        with (bare / ".venv.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            program = [getattr(sys, "_base_executable", sys.executable), bare / "build.py"]
+            process = subprocess.Popen(
+                program,
+                env=workbench.surroundings(),
+                stderr=subprocess.PIPE,
+                text=True,
+                preexec_fn=workbench.heed_ctrl_c,
+            )
+            assert "another process is setting up .venv; waiting for it" in process.stderr.readline()
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=30)[1] == "\nbuild.py: stopped\n" and process.returncode == 130
+    finally:
+        stamp.write_text(before, encoding="utf-8")
 
 
 def test_a_set_up_that_was_killed_is_repaired(bare):

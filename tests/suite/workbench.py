@@ -151,12 +151,13 @@ def begin(root: Path, *arguments: str, **more: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=_heed_ctrl_c if os.name == "posix" else None,
+        preexec_fn=heed_ctrl_c if os.name == "posix" else None,
     )
 
 
-def _heed_ctrl_c() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which is ignored where the tests run in the background of a script
+def heed_ctrl_c() -> None:
+    """Take up Ctrl-C again, in a child: it is ignored where the tests run in the background of a script."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(condition: Any, seconds: float = 60) -> Any:
