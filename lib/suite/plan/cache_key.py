@@ -7,6 +7,7 @@ hit means: this measurement still belongs to this code. The machine is not part 
 nothing of records.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import itertools
@@ -99,7 +100,8 @@ class Hashes:
             part.write_text(json.dumps(self.known), encoding="utf-8")
             os.replace(part, self.store)
         except OSError:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # where nothing can be written, nothing can be removed
+                part.unlink(missing_ok=True)
 
 
 def _content_hash(path: Path, size: int) -> str:

@@ -221,3 +221,15 @@ def test_time_left_is_reckoned_from_earlier_runs():
     shown.end("a", "ok", 4.0, None)
     assert shown.left() == 8
     assert [progress.duration(value) for value in (3.21, 250, 7500)] == ["3.2 s", "4 min 10 s", "2 h 05 min"]
+
+
+def test_hashes_on_a_mount_that_is_read_only_are_not_kept_and_no_error(tmp_path, monkeypatch):
+    def read_only(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    (tmp_path / "file").write_text("content")
+    hashes = cache_key.Hashes(tmp_path / "hashes.json")
+    assert hashes.of(tmp_path / "file") and hashes.changed
+    for name in ("mkdir", "write_text", "unlink"):
+        monkeypatch.setattr(Path, name, read_only)
+    hashes.save()
