@@ -192,17 +192,17 @@ def _first_pass(
     cluster: str | None,
     server: fork_server.ForkServer | None,
 ) -> bool:
-    """Run at effort preview what has no result at the planned effort, and make the whole site; return whether there was
-    anything to do.
+    """Run at effort preview what has no result, or one of a preview alone, and make the whole site; return whether there
+    was anything to do.
 
-    What ran at the planned effort and has become stale, or failed, stays on the site until it runs again. The records
+    What ran at any other effort, and has become stale or failed, stays on the site until it runs again. The records
     of this pass name their effort and carry keys of their own: none of them counts as finished for the pass that
     follows, and no build of the history ends with them.
     """
     lacking = [
         plan.at_effort(job, plan.FIRST_PASS)
         for job, _, state in surveyed
-        if state.must_run and not (state.kind in ("stale", "failed") and state.effort == job.effort)
+        if state.must_run and (state.kind in ("missing", "damaged") or state.effort == plan.FIRST_PASS)
     ]
     if not lacking:
         return False
