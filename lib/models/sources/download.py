@@ -57,7 +57,7 @@ def _complete(address: str, part: Path, what: str, tell: Tell) -> None:
                 return
             reason = "the connection broke off"
         except (TimeoutError, http.client.HTTPException, ConnectionError) as error:
-            reason = type(error).__name__
+            reason = type(error.__cause__ or error).__name__
         except urllib.error.HTTPError as error:
             if error.code in (401, 403, 407):
                 raise Refused(str(error)) from None
@@ -74,7 +74,9 @@ def _complete(address: str, part: Path, what: str, tell: Tell) -> None:
 
 
 def _continue(address: str, part: Path, what: str, tell: Tell) -> bool:
-    """Read on from the end of the part; return whether the file is whole now."""
+    """Read on from the end of the part; return whether the file is whole now. Raises ConnectionError where the
+    connection breaks, OSError for the disk alone.
+    """
     have = part.stat().st_size if part.is_file() else 0
     request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -86,6 +88,10 @@ def _continue(address: str, part: Path, what: str, tell: Tell) -> bool:
             return True  # the part was whole already
         part.unlink()
         return False
+    except urllib.error.URLError:
+        raise
+    except OSError as error:
+        raise ConnectionError(str(error)) from error
     with answer:
         resumed = have and answer.status == 206
         have = have if resumed else 0
@@ -93,8 +99,18 @@ def _continue(address: str, part: Path, what: str, tell: Tell) -> bool:
         total = have + int(length) if length else None
         store.require_room((total or 0) - have, what)
         with part.open("ab" if resumed else "wb") as file:
-            while block := answer.read(store.READ_BYTES):
+            while block := _block(answer):
                 file.write(block)
                 have += len(block)
                 tell(what, have, total)
     return total is None or have >= total
+
+
+def _block(answer: http.client.HTTPResponse) -> bytes:
+    """Return the next bytes. Raises ConnectionError for whatever the system says of the connection (a broken record of
+    TLS, no route any more), so that it is not taken for a fault of the disk.
+    """
+    try:
+        return answer.read(store.READ_BYTES)
+    except OSError as error:
+        raise ConnectionError(str(error)) from error
