@@ -192,8 +192,8 @@ def _first_pass(
     cluster: str | None,
     server: fork_server.ForkServer | None,
 ) -> bool:
-    """Run at effort preview what has no result, or one of a preview alone, and make the whole site; return whether there
-    was anything to do.
+    """Run at effort preview what has no result, or that of a preview alone, and make the whole site; return whether
+    there was anything to do.
 
     What ran at any other effort, and has become stale or failed, stays on the site until it runs again. The records
     of this pass name their effort and carry keys of their own: none of them counts as finished for the pass that
