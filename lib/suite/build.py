@@ -154,6 +154,8 @@ def _build(
         refresh = REFRESH_SECONDS if began else None
         expected = _expected(surveyed)
         results = _run(folder, to_run, shares, planned, expected, cluster, server, refresh) if to_run else []
+        if results and cluster is None and (again := _outdated(folder, surveyed)):
+            results += _run(folder, again, shares, planned, expected, cluster, server, refresh)
         faults = _render(folder, to_render, planned)
         faults += build_history.keep(folder, suite or "run")
         faults += _overview(folder, shares, server)
@@ -164,6 +166,17 @@ def _build(
     for stem, reason in _busy(folder, [job.stem for job in planned]).items():
         print(f"BUSY {stem}: {reason}")
     return _summary(folder, [job.stem for job in planned], results, faults) or int(bool(short))
+
+
+def _outdated(folder: Folder, surveyed: Sequence[tuple[Job, dict, State]]) -> list[tuple[Job, dict]]:
+    """Return what read a file, such as a recipe, that a run of this build has written anew, and say so. Whatever these
+    write in turn is left to the next build.
+    """
+    why = {job.stem: result_folder.changed_inputs(folder, job.stem) for job, _, _ in surveyed}
+    for stem, changed in why.items():
+        if changed:
+            print(f"{stem}: {changed} during this build; it is run again", flush=True)
+    return [(job, parts) for job, parts, _ in surveyed if why[job.stem]]
 
 
 def _expected(surveyed: Sequence[tuple[Job, dict, State]]) -> dict[str, float]:

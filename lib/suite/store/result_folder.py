@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import UserError
-from lib.files import hash_of, write_atomically
+from lib.files import hash_of, json_object, write_atomically
 from lib.suite.plan import cache_key as keys
 from lib.suite.plan.plan import ROOT
 
@@ -145,6 +145,12 @@ def _changed_inputs(folder: Folder, content: Mapping[str, Any]) -> str:
         if now != value:
             return f"{name}: {'changed' if now and value else 'new' if now else 'gone'}"
     return ""
+
+
+def changed_inputs(folder: Folder, stem: str) -> str:
+    """Return which file a finished run read that another run has written since; empty where there is none."""
+    content = json_object(folder.of(stem, ".json"))
+    return _changed_inputs(folder, content) if content.get("status") in FINISHED else ""
 
 
 def _difference(folder: Folder, stem: str, parts: Mapping[str, Mapping[str, str]]) -> str:

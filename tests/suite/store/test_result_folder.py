@@ -99,3 +99,26 @@ def test_what_a_run_leaves_for_others_lies_among_its_results(project):
         assert ended.returncode == 0, ended.stdout + ended.stderr
         assert (project / place / "proxy" / "stacks" / "alpha-1.5.yaml").is_file()
         assert place == "executed" or not (project / "executed").exists()
+
+
+READ = """from lib.files import hash_of, results_folder
+
+place = f"stacks/{model}.yaml"
+hashes = {place: hash_of(results_folder(scale) / place)}
+inputs = {"inputs": {"provenance": "derived", "source": "SHA-256", "value": hashes}}"""
+
+
+def test_what_read_a_file_that_this_build_has_written_anew_is_run_again_by_it(project):
+    folder, arguments = project / "notebooks", ("run", "--model", "alpha-1.5", "--jobs", "1")
+    reading = workbench.RECORD.replace('reason="tiny")', 'reason="tiny", details=inputs)')
+    workbench.notebook(folder / "b_reads.ipynb", [("Read", READ), ("Record", reading)])
+    for text in ("left", "left anew"):
+        write = LEAVE.replace('"left"', f'"{text}"')
+        workbench.notebook(folder / "a_writes.ipynb", [("Leave", write), ("Record", workbench.RECORD)])
+        ended = workbench.build(project, *arguments)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "b_reads--alpha-1.5: stacks/alpha-1.5.yaml: changed during this build; it is run again" in ended.stdout
+    assert "2 of 3 runs are finished already" in ended.stdout and "2 run (" in ended.stdout
+    recorded = workbench.record(project, "b_reads--alpha-1.5")["details"]["inputs"]["value"]
+    assert recorded == {"stacks/alpha-1.5.yaml": hash_of(project / "executed/proxy/stacks/alpha-1.5.yaml")}
+    assert "nothing had to be run" in workbench.build(project, *arguments).stdout
