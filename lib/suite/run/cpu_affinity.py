@@ -5,8 +5,8 @@ Knows nothing of jobs beyond their number.
 
 The default number of jobs is the largest at which comparing the baseline with itself is known to stay clean: two, each
 pinned to its own cores, give no more false positives and no wider intervals than one alone, and more work done. More of
-them share caches and memory bandwidth in ways that have not been measured. At real dimensions two need memory for both;
-at full size, on a GPU and where cores cannot be pinned it is one.
+them share caches and memory bandwidth in ways that have not been measured, and so do two on the threads of one physical
+core. At real dimensions two need memory for both; at full size, on a GPU and where cores cannot be pinned it is one.
 """
 
 from collections.abc import Sequence
@@ -90,13 +90,24 @@ def default_jobs(scale: str, device: str) -> int:
     if device != "cpu" or scale == "full" or not can_pin():
         return 1
     room = CLEAN_SIDE_BY_SIDE if scale == "proxy" else int(memory_limits.memory_bytes() // SLICE_BYTES)
-    return max(1, min(CLEAN_SIDE_BY_SIDE, room, len(available())))
+    return max(1, min(CLEAN_SIDE_BY_SIDE, room, len(_physical(available()))))
 
 
 def share_out(jobs: int) -> list[list[int]]:
-    """Return equally many cores for each of `jobs` jobs. Raises UserError if there are too few."""
+    """Return equally many cores for each of `jobs` jobs: whole physical cores as long as there are enough of them.
+    Raises UserError if there are too few cores.
+    """
     cores = available()
     if not 1 <= jobs <= len(cores):
         raise UserError(f"--jobs {jobs}: expected 1 to {len(cores)}, the number of cores that may be used here")
-    each = len(cores) // jobs
-    return [cores[index * each : (index + 1) * each] for index in range(jobs)]
+    groups = _physical(cores)
+    if jobs > len(groups):
+        groups = [[core] for core in cores]  # threads of one physical core get different jobs
+    each = len(groups) // jobs
+    if len({len(group) for group in groups}) == 1:  # neighbours stay together: they share caches
+        shares = [groups[at * each : (at + 1) * each] for at in range(jobs)]
+    else:  # of a processor whose physical cores differ, everyone gets some of each kind
+        shares = [groups[at::jobs][:each] for at in range(jobs)]
+    cores_of = [[core for group in share for core in group] for share in shares]
+    fewest = min(map(len, cores_of))
+    return [share[:fewest] for share in cores_of]

@@ -60,3 +60,29 @@ def test_the_first_version_of_control_groups_and_the_narrowest_of_them(machine, 
         (groups / path / "cpu.cfs_quota_us").write_text(f"{quota}\n")
         (groups / path / "cpu.cfs_period_us").write_text("100000\n")
     assert cpu_affinity.cpu_quota() == 3 and cpu_affinity.available() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("threads", "jobs", "shares"),
+    [
+        ({0: 0, 1: 0, 2: 2, 3: 2, 4: 4, 5: 4}, 2, [[0, 1], [2, 3]]),
+        ({0: 0, 1: 0, 2: 2, 3: 2}, 2, [[0, 1], [2, 3]]),
+        ({0: 0, 1: 0, 2: 2, 3: 2}, 4, [[0], [1], [2], [3]]),
+        (PAIRS, 2, [[0, 4, 1, 5], [2, 6, 3, 7]]),
+        ({0: 0, 1: 0, 2: 2, 3: 2, 4: 4, 5: 5}, 2, [[0, 1, 4], [2, 3, 5]]),
+        ({0: 0, 1: 0, 2: 2}, 2, [[0], [2]]),
+        (SINGLE, 3, [[0, 1], [2, 3], [4, 5]]),
+    ],
+    ids=["one is left", "one each", "too few", "two each", "two kinds", "unequal", "no threads"],
+)
+def test_no_physical_core_is_shared_while_there_are_enough(threads, jobs, shares, machine):
+    machine(threads)
+    assert cpu_affinity.share_out(jobs) == shares
+
+
+def test_two_threads_of_one_physical_core_are_no_two_jobs(machine, monkeypatch):
+    monkeypatch.setattr(memory_limits, "memory_bytes", lambda: 64 * 2**30)
+    machine({0: 0, 1: 0})
+    assert cpu_affinity.default_jobs("proxy", "cpu") == cpu_affinity.default_jobs("slice", "cpu") == 1
+    machine({0: 0, 1: 0, 2: 2, 3: 2})
+    assert cpu_affinity.default_jobs("proxy", "cpu") == 2
