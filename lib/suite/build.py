@@ -86,6 +86,8 @@ def build(
     Dask scheduler whose workers run it; without one, this machine does. A whole build (suite `complete`) at effort
     standard makes a first pass at effort preview over what has no result yet, so that the site is complete early.
     """
+    if jobs is not None and jobs > 1 and request.device != "cpu":
+        raise UserError(f"--jobs {jobs}: expected 1 with --device {request.device}: two runs would share it")
     planned = plan.plan(request, here=cluster is None)
     side_by_side = jobs if jobs is not None else cpu_affinity.default_jobs(request.scale, request.device)
     shares = cpu_affinity.share_out(side_by_side)

@@ -39,6 +39,7 @@ def refused(root, *arguments, **more):
         (["--device", "cuda"], "--device cuda: "),
         (["--jobs", "0"], "--jobs: expected a whole number of at least 1, got '0'"),
         (["--jobs", "4000"], "--jobs 4000: expected 1 to"),
+        (["--jobs", "2", "--device", "cuda"], "--jobs 2: expected 1 with --device cuda: two runs would share it"),
         (["-p", "ratio"], "-p ratio: expected NAME=VALUE"),
         (
             ["-p", "ratoi=0.5"],
