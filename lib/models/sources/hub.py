@@ -123,7 +123,8 @@ def verify(hub_id: str) -> str | None:
 
 def _damaged(hub_id: str) -> Iterator[Path]:
     snapshot = local(hub_id)
-    for path, expected in _named_by_hash(snapshot).items() if snapshot else ():
+    named = {} if snapshot is None else _named_by_hash(snapshot)
+    for path, expected in named.items():
         if not path.is_file() or store.sha256(path) != expected:
             yield path
 
