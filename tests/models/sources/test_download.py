@@ -71,6 +71,6 @@ def test_whatever_breaks_a_connection_the_next_try_goes_on_there(error, served, 
 def test_what_was_read_before_it_was_given_up_is_kept(served, tmp_path):
     serve, _ = served
     serve(*[ssl.SSLError(1, "bad record mac")] * download.TRIES)
-    with pytest.raises(UserError, match="cannot be downloaded: SSLError; .* the same command resumes"):
+    with pytest.raises(UserError, match=r"cannot be downloaded: SSLError; .* the same command resumes"):
         download.fetch("http://example.invalid/file", tmp_path / "file", None, "file")
     assert (tmp_path / "file.part").read_bytes() == WHOLE[: 11 * download.TRIES]

@@ -87,8 +87,6 @@ def test_what_is_asked_for_by_name_or_at_another_effort_has_no_first_pass(marked
 def test_no_preview_takes_the_place_of_a_result_of_a_larger_effort(marked):
     root, marks = marked
     for arguments in (("--effort", "quick"), ()):
-        ended = workbench.build(
-            root, *arguments, "--model", "alpha-1.5", "--jobs", "1", MARKS=str(marks), SLOW="0"
-        )
+        ended = workbench.build(root, *arguments, "--model", "alpha-1.5", "--jobs", "1", MARKS=str(marks), SLOW="0")
         assert ended.returncode == 0 and "first pass" not in ended.stdout, ended.stdout + ended.stderr
     assert _order(marks) == ["well quick", "z_slow quick", "well standard", "z_slow standard"]
