@@ -213,11 +213,11 @@ def test_a_run_of_other_code_than_was_planned_is_out_of_date(project, tmp_path):
     code, arguments = project / "lib" / "errors.py", ("run", "--model", "alpha-1.5")
     before = code.read_bytes()
     ended = workbench.build(project, *arguments, CHANGED=str(code))
-    assert ended.returncode == 0 and "changed during the build; it is out of date" in " ".join(ended.stdout.split())
+    assert ended.returncode == 0 and "changed during the build; it is out of date" in " ".join(ended.stderr.split())
     assert workbench.record(project, "well--alpha-1.5")["key"] == ""
     code.write_bytes(before)
     ended = workbench.build(project, *arguments, CHANGED=str(tmp_path / "elsewhere"))
-    assert ended.returncode == 0 and "changed during" not in ended.stdout and "1 run (" in ended.stdout, ended.stdout
+    assert ended.returncode == 0 and "changed during" not in ended.stderr and "1 run (" in ended.stdout, ended.stdout
     assert workbench.record(project, "well--alpha-1.5")["key"].startswith("sha256:")
 
 
