@@ -38,6 +38,7 @@ MOST_SEQUENCES = 32  # of calibration text that choose weights, unless the width
 CORNER = 48  # rows and columns of a mask that are shown
 PROXY_STEPS = 40  # of masked distillation by default
 PROXY_SPARSITY, REAL_SPARSITY = 0.9, 0.5  # by default: proxies bear more, and only there CSR is past its crossover
+HALF = 0.5  # of the weights, which 2:4 sets to zero whatever share is asked for
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,13 @@ def default_sparsity(scale: str) -> float:
     return PROXY_SPARSITY if scale == "proxy" else REAL_SPARSITY
 
 
+def share_of_zeros(sparsity: float, pattern: str, scale: str) -> float:
+    """Return the share of zeros that a run asks for: 2:4 has one of its own; below 0 is `default_sparsity`."""
+    if pattern == "2:4":
+        return HALF
+    return sparsity if sparsity >= 0 else default_sparsity(scale)
+
+
 def steps_of(loaded: Loaded, finetune_steps: int, effort: Effort) -> int:
     """Return the steps of masked distillation of a run; by default (-1) PROXY_STEPS on a proxy model. At real size
     SparseGPT's own closed form makes up for what went.
@@ -106,10 +114,10 @@ def steps_of(loaded: Loaded, finetune_steps: int, effort: Effort) -> int:
 def set_up(loaded: Loaded, effort: Effort, method: str, options: dict[str, Any], seed: int) -> SparsitySetup:
     """Return the model with its calibration text, observed in one pass. Raises UserError for options out of range.
 
-    Without `sparsity` in the options (or a negative one) it is `default_sparsity`.
+    Without `sparsity` in the options (or a negative one) it is `default_sparsity`, and with 2:4 always one half.
     """
-    if options.get("sparsity", -1) < 0:
-        options = options | {"sparsity": default_sparsity(loaded.scale)}
+    share = share_of_zeros(options.get("sparsity", -1), options["pattern"], loaded.scale)
+    options = options | {"sparsity": share}
     chosen = "magnitude" if loaded.random_weights else method
     sparse.check(loaded.model, method=chosen, **options)
     count = calibration_text.sequences(loaded.model, effort, MOST_SEQUENCES)

@@ -13,7 +13,7 @@ from lib.models.calibration.walk import Walk
 from lib.models.offload.file_blocks import rewrite
 from lib.models.structure.anatomy import Block
 from lib.optimizations.sparse_neural_networks.blocks import Pruned, prune_block, store_block
-from lib.optimizations.sparse_neural_networks.experiment import REAL_SPARSITY
+from lib.optimizations.sparse_neural_networks.experiment import share_of_zeros
 from lib.optimizations.sparse_neural_networks.matrix_pruning import PruningRule
 from lib.optimizations.sparse_neural_networks.method import NAME, check
 
@@ -56,11 +56,11 @@ def apply_to_file(
 
 
 def options(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of `apply_to_file` for the parameters of a run; without a share of zeros REAL_SPARSITY.
+    """Return the options of `apply_to_file` for the parameters of a run, with the share of zeros of a run at real size.
 
     Raises UserError where they ask for what needs the whole model in memory.
     """
     if parameters["finetune_steps"] > 0:
         raise UserError(f"{NAME}: fine-tuning needs the whole model in memory; give -p finetune_steps=0")
     chosen = {name: parameters[name] for name in ("method", "pattern", "within", "parts", "seed")}
-    return chosen | {"sparsity": parameters["sparsity"] if parameters["sparsity"] >= 0 else REAL_SPARSITY}
+    return chosen | {"sparsity": share_of_zeros(parameters["sparsity"], parameters["pattern"], "full")}

@@ -19,6 +19,7 @@ from lib.optimizations.sparse_neural_networks.rivals import (
     INT4,
     INT8,
     ORDER,
+    cut_zeros,
     order_holds,
     order_name,
 )
@@ -88,7 +89,7 @@ def _at_half(setup: SparsitySetup, curves: pd.DataFrame) -> claims.Interval | No
     """Return the divergence of the run's method with half of the weights zero, unstructured; None where no curve has
     that point.
     """
-    if not len(curves) or setup.options["pattern"] != "unstructured":
+    if not len(curves) or setup.options["pattern"] not in ("unstructured", "2:4"):  # those curves are unstructured
         return None
     point = curves[(curves["arm"] == setup.method) & (curves["strength"] == 50)]
     return None if point.empty else claims.Interval(*(float(point.iloc[0][end]) for end in ("value", "low", "high")))
@@ -141,7 +142,7 @@ def details(
         "fine_tuning_losses": (model.lessons.losses, "measured", "nats per token of each step"),
         "fine_tuning_held_out": (model.lessons.checks(), "measured", "KL on text set aside, by steps taken"),
         "order_at_60_percent": (order_holds(in_order), "measured", "SparseGPT ≤ Wanda ≤ magnitude, KL"),
-        "impact": (curves.to_dict("records"), "measured", "KL on held-out text"),
+        "impact": (curves.to_dict("records"), "measured", f"KL on held-out text over the share of {cut_zeros(setup)}"),
     }
     entries = {name: dict(zip(("value", "provenance", "source"), entry)) for name, entry in values.items()}
     entries["impact"] |= {"x": "weights set to zero, %", "y": "KL, nats/token"}

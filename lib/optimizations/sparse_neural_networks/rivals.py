@@ -104,6 +104,7 @@ def controls(
         return yardsticks
     name, unstructured = setup.method, {"pattern": "unstructured"}
     patterns = [pattern for pattern in OTHER_PATTERNS if sparse.misfit(setup.matrices, pattern) is None]
+    by_block = [arms.cut(f"{name}, OWL", "shares by block", budget="owl")] if _has_shares(setup) else []
     at_equal_bytes = [
         arms.cut(f"{name} {AT_BYTES[arm.name]}", rival_arms.EQUAL_BYTES, **unstructured, sparsity=share)
         for arm in yardsticks
@@ -112,7 +113,7 @@ def controls(
     return [
         *(arms.cut(method, AT_ONCE, method=method) for method in METHODS),
         *(arms.cut(f"{name}, {pattern}", "a pattern", pattern=pattern) for pattern in patterns),
-        arms.cut(f"{name}, OWL", "shares by block", budget="owl"),
+        *by_block,
         arms.judge_stored(f"{name}, in order", "block after block", model.pruned),
         arms.judge(f"{name}, taught", _taught(model), model.optimized),
         *yardsticks,
@@ -186,19 +187,37 @@ def read_order(arms: Sequence[ThirdArm]) -> tuple[str, str]:
 def impact(arms: SparseRivals | None, strengths: Sequence[int], judged: Sequence[ThirdArm] = ()) -> pd.DataFrame:
     """Return the divergence in nats per token over the share of zeros in percent (`strength`), an `arm` per method.
 
-    What is among the `judged` controls, at the share of the run, is not pruned again.
+    What is among the `judged` controls, at the share of the run, is not pruned again. 2:4 knows one share alone: there
+    the curves are of unstructured zeros.
     """
     rows: list[dict[str, object]] = []
     if arms is None:
         return pd.DataFrame()
-    at_share = {arm.name: arm for arm in judged if arm.purpose == AT_ONCE}
+    many = _has_shares(arms.setup)
+    free = {} if many else {"pattern": "unstructured"}
+    at_share = {arm.name: arm for arm in judged if arm.purpose == AT_ONCE and many}
     for strength in strengths:
         known = at_share if strength / 100 == arms.setup.options["sparsity"] else {}
         for name in COMPARED:
-            arm = known.get(name) or arms.cut(name, "impact", method=name, sparsity=strength / 100)
+            arm = known.get(name) or arms.cut(name, "impact", method=name, sparsity=strength / 100, **free)
             if divergence := claims.interval([arm], [name]):
                 rows.append({"arm": name, **divergence._asdict(), "strength": strength})
     return pd.DataFrame(rows)
+
+
+def over_share(setup: SparsitySetup) -> str:
+    """Return what the curves of `impact` show."""
+    return f"Divergence over the share of {cut_zeros(setup)}, a curve for each method."
+
+
+def cut_zeros(setup: SparsitySetup) -> str:
+    """Return which zeros `impact` cuts."""
+    return "zeros" if _has_shares(setup) else "unstructured zeros"
+
+
+def _has_shares(setup: SparsitySetup) -> bool:
+    """Return whether the pattern of the run can have any share of zeros: 2:4 is one half whatever is asked for."""
+    return setup.options["pattern"] != "2:4"
 
 
 def zeros_stored_dense(

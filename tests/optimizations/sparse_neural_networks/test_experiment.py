@@ -132,6 +132,36 @@ def test_a_pattern_that_does_not_divide_the_sizes_is_left_out(setup, monkeypatch
     assert [arm.name for arm in arms if arm.purpose == "a pattern"] == []
 
 
+def test_with_two_of_four_the_curves_are_of_unstructured_zeros(setup, monkeypatch):
+    """2:4 is one half whatever is asked for: cut with it, every share would be the same model."""
+    assert experiment.share_of_zeros(-1, "2:4", "proxy") == experiment.share_of_zeros(0.9, "2:4", "full") == 0.5
+    assert experiment.share_of_zeros(-1, "1x8", "proxy") == 0.9 and experiment.share_of_zeros(0.3, "1x8", "full") == 0.3
+    asked = []
+    monkeypatch.setattr(rivals.SparseRivals, "cut", lambda _, name, why, **kw: asked.append((why, kw)) or _kl(name))
+    for name in ("judge", "judge_stored"):
+        monkeypatch.setattr(rivals.SparseRivals, name, lambda _, arm, why, *__: _kl(arm))
+    for name in ("yardsticks", "by_gptq"):
+        monkeypatch.setattr(rivals.rival_arms, name, lambda *_, **__: [])
+    model = SimpleNamespace(pruned=True, optimized=None, lessons=SimpleNamespace(kept=0), steps=0)
+    for pattern, zeros in (("unstructured", "zeros"), ("2:4", "unstructured zeros")):
+        setup.options.update(pattern=pattern, sparsity=0.5)
+        contest = rivals.SparseRivals(setup, SimpleNamespace())
+        arms = rivals.controls(setup, contest, model, None, EFFORT)
+        assert any("OWL" in arm.name for arm in arms) is (pattern == "unstructured")
+        asked.clear()
+        curves = rivals.impact(contest, [50, 80], [_kl(name, rivals.AT_ONCE) for name in rivals.COMPARED])
+        cuts = [kw for why, kw in asked if why == "impact"]
+        assert {kw.get("pattern", pattern) for kw in cuts} == {"unstructured"}
+        assert len(cuts) == len(rivals.COMPARED) * (1 if pattern == "unstructured" else 2)
+        assert rivals.over_share(setup) == f"Divergence over the share of {zeros}, a curve for each method."
+        assert len(curves) == 2 * len(rivals.COMPARED)
+
+
+def _kl(name: str, purpose: str = "test") -> rivals.ThirdArm:
+    value = measurement.informative("kl_divergence_nats", "prefill", 0.0, 0.1, "test", ci=(0.09, 0.11), ratio=None)
+    return rivals.ThirdArm(name, purpose, [value])
+
+
 def test_a_stored_weight_is_as_large_as_where_it_lies():
     half = torch.zeros(2, dtype=torch.bfloat16)
     assert rivals.csr_bytes(half) == 8, "float32 on a CPU"
