@@ -4,6 +4,7 @@ weight-only int8 and int4. Knows no optimization.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -31,13 +32,17 @@ EQUAL_BYTES = "as large as the yardstick"  # the purpose of an arm
 
 def reference(baseline: nn.Module, text: Text, effort: Effort, windows: int | None = None) -> Text:
     """Return how the baseline reads what rivals are judged on: the first `windows` of its `text` (by default all of
-    it), at effort preview the beginnings of a few.
+    it), at effort preview the beginnings of a few. Windows keep their documents, and the text its name.
     """
-    if effort.preview:
-        return evaluate.read(baseline, text.ids_NT[:PREVIEW_WINDOWS, :PREVIEW_TOKENS])
-    if windows is None:
+    if windows is None and not effort.preview:
         return text
-    return Text(text.ids_NT[:windows], text.loss_N[:windows], text.hidden_NTH[:windows], text.head)
+    few = slice(PREVIEW_WINDOWS if effort.preview else windows)
+    sources = None if text.source_N is None else text.source_N[few]
+    if effort.preview:
+        return replace(evaluate.read(baseline, text.ids_NT[few, :PREVIEW_TOKENS]), source_N=sources, name=text.name)
+    return replace(
+        text, ids_NT=text.ids_NT[few], loss_N=text.loss_N[few], hidden_NTH=text.hidden_NTH[few], source_N=sources
+    )
 
 
 def judged(baseline: nn.Module, reference: Text | None, name: str, purpose: str, model: nn.Module) -> ThirdArm:

@@ -1,8 +1,13 @@
 """What is said of an optimized model beside the yardsticks, from planted numbers."""
 
-import pytest
+from dataclasses import replace
 
-from lib.measure.metrics import measurement
+import numpy as np
+import pytest
+import torch
+
+from lib.measure.metrics import measurement, settings
+from lib.measure.quality import answer_comparison, evaluate
 from lib.optimizations.common import rival_arms
 from lib.optimizations.common.evidence.claims import ThirdArm
 
@@ -69,3 +74,32 @@ def test_speed_beside_a_yardstick():
 def test_what_a_speed_lacks_stands_in_its_row():
     table = rival_arms.table([_arm("int8", 0.39, 3e-4, _rate("prefill", 0.8), purpose=KERNEL)])
     assert table["what it is"].tolist() == [KERNEL]
+
+
+@pytest.mark.parametrize("effort", ["preview", "quick"])
+@pytest.mark.parametrize("windows", [None, 6])
+def test_windows_keep_their_documents_and_the_name_of_their_text(tiny, effort, windows):
+    model = tiny("qwen3-4b-instruct-2507")
+    ids_NT = torch.randint(8, 90, (8, 160), generator=torch.Generator().manual_seed(0))
+    text = replace(evaluate.read(model, ids_NT), source_N=np.array([0, 0, 0, 1, 1, 2, 2, 2]), name="mine.txt")
+    reference = rival_arms.reference(model, text, settings.read(effort), windows)
+    count = rival_arms.PREVIEW_WINDOWS if effort == "preview" else windows or 8
+    assert reference.name == "mine.txt" and reference.source_N.tolist() == text.source_N[:count].tolist()
+    assert len(reference.ids_NT) == len(reference.loss_N) == len(reference.hidden_NTH) == count
+    assert rival_arms.reference(model, replace(text, source_N=None), settings.read(effort), windows).source_N is None
+
+
+def test_windows_of_few_documents_make_a_wider_interval(tiny, monkeypatch):
+    """Planted divergences that differ from document to document more than within one."""
+    model = tiny("qwen3-4b-instruct-2507")
+    ids_NT = torch.randint(8, 90, (8, 32), generator=torch.Generator().manual_seed(0))
+    kl_N = np.array([0.10, 0.11, 0.10, 0.12, 0.30, 0.31, 0.29, 0.30])
+    monkeypatch.setattr(answer_comparison.evaluate, "divergence", lambda *_: (kl_N, 1 - kl_N))
+    widths = []
+    for documents in ([0, 0, 0, 0, 1, 1, 1, 1], range(8)):
+        text = replace(evaluate.read(model, ids_NT), source_N=np.array(documents))
+        reference = rival_arms.reference(model, text, settings.read("quick"), 8)
+        arm = rival_arms.judged(model, reference, "cut", "test", model)
+        low, high = next(m.ci for m in arm.measurements if m.metric == "kl_divergence_nats")
+        widths.append(high - low)
+    assert widths[0] > widths[1]
