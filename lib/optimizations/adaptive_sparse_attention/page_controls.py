@@ -6,7 +6,7 @@
   after the prompt (SnapKV, Li et al. 2024).
 
 Knows nothing of models. Shapes: B batch, H query heads, G key-value heads, R query heads of each, T query tokens, K key
-tokens, D head size, P full pages.
+tokens, D head size, P full pages before the last one.
 """
 
 import torch

@@ -3,13 +3,14 @@
 Keys and values lie in buffers with room to grow: a new token is written into its place, where the stock cache copies
 all it holds. Every full page also stores its largest and smallest key, channel by channel: Σ max(q·max, q·min) bounds
 every score of the page from above (Tang et al. 2024, Quest, section 3). Full pages never change, so each is bounded
-once.
+once. The last page, full or not, is not ranked but always read: the new token is among its keys.
 
 Query heads that share keys also share their pages: a page is ranked by its highest score among these heads, relative to
 each head's best page. For latent attention the page holds latents and rotary keys, shared by all heads.
 Knows nothing of models or masks.
 
-Shapes: B batch, G key-value heads, R query heads of each, D and V sizes, C tokens cached, P full pages, N chosen pages.
+Shapes: B batch, G key-value heads, R query heads of each, D and V sizes, C tokens cached, P full pages before the
+last one, N chosen pages.
 """
 
 import weakref
@@ -96,7 +97,8 @@ class PagedLayer(DynamicLayer):
 
     @property
     def full_pages(self) -> int:
-        return self.get_seq_length() // self.page_size
+        """How many pages lie before the last one, full or not: that one is always read, the newest token lies in it."""
+        return max(0, self.get_seq_length() - 1) // self.page_size
 
     def bounds(self) -> torch.Tensor:
         """Return [B, G, P, 2·D]: the largest, then the smallest key of every full page, channel by channel."""
@@ -112,7 +114,7 @@ class PagedLayer(DynamicLayer):
         return bounds_BGPE
 
     def gather(self, page_BGN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values of the chosen pages and of the part-filled last one: [B, G, N·page + rest, ·]."""
+        """Return keys and values of the chosen pages and of the last one: [B, G, N·page + rest, ·]."""
         batch, groups, chosen = page_BGN.shape
         edge, gathered = self.full_pages * self.page_size, []
         assert self.buffers is not None, "nothing was cached yet"
@@ -177,7 +179,7 @@ def decode(
     start_B: torch.Tensor | None = None,
     rank: Rank = by_bounds,
 ) -> torch.Tensor:
-    """Return attention [B, H, V] of one new token to the best `pages` pages and the part-filled last one."""
+    """Return attention [B, H, V] of one new token to the best `pages` pages and the last one."""
     groups = layer.cached()[0].shape[1]
     query_BGRD = query_BHD.unflatten(1, (groups, -1))
     page_BGN = best_pages(query_BGRD, layer, pages, start_B, rank)
@@ -230,7 +232,7 @@ def decode_latent(
 def mass_read(
     query_BHD, layer: PagedLayer, scaling: float, pages: int, weight_HEL=None, rank: Rank = by_bounds
 ) -> torch.Tensor:
-    """Return the exact share of attention mass [B, H] that the chosen pages and the part-filled last one hold.
+    """Return the exact share of attention mass [B, H] that the chosen pages and the last one hold.
 
     From full probabilities over the whole cache. `weight_HEL`: see `decode_latent`; nothing is padded.
     """

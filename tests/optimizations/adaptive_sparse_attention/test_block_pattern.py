@@ -5,10 +5,12 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from lib.models.decoding.attention_inputs import Heads
-from lib.optimizations.adaptive_sparse_attention import attended_mass
+from lib.optimizations.adaptive_sparse_attention import attended_mass, page_controls
 from lib.optimizations.adaptive_sparse_attention import block_pattern as blocks
 from lib.optimizations.adaptive_sparse_attention.paged_cache import (
     PagedLayer,
+    best_pages,
+    by_bounds,
     decode,
     decode_latent,
     mass_read,
@@ -199,6 +201,33 @@ def test_decoding_reads_the_chosen_pages_and_the_rest(pages):
         torch.testing.assert_close(share, torch.ones(1, 6))
     else:
         assert not torch.allclose(output, full, atol=1e-3) and (share < 1).all() and (share > 0).all()
+
+
+@pytest.mark.parametrize("tokens", [31, 32, 33])
+def test_a_new_token_reads_itself_also_where_it_fills_its_page(tokens):
+    """Planted: the newest key is the worst of all for every query, so that no rank would choose its page."""
+    random = torch.Generator().manual_seed(3)
+    query = torch.randn(1, 4, 8, generator=random)
+    key, value = (torch.randn(1, 2, tokens, 8, generator=random) for _ in range(2))
+    key[:, :, (tokens - 1) // 4 * 4 :] = -9.0 * query.unflatten(1, (2, 2)).sum(2)[:, :, None]
+    layer = PagedLayer(4)
+    layer.update(key, value)
+    ranks = [by_bounds, *(page_controls.rank_of("random", seed) for seed in range(20)), page_controls.rank_of("recent")]
+    for rank in ranks:
+        page_BGN = best_pages(query.unflatten(1, (2, 2)), layer, 3, rank=rank)
+        assert page_BGN.shape[-1] == 3 and int(page_BGN.max()) < layer.full_pages == (tokens - 1) // 4
+        read = torch.zeros(1, 2, tokens, dtype=torch.bool)
+        for group, pages in enumerate(page_BGN[0]):
+            for page in pages.tolist():
+                read[0, group, page * 4 : page * 4 + 4] = True
+        read[..., layer.full_pages * 4 :] = True
+        mask = read.repeat_interleave(2, 1)[:, :, None]
+        options = {"attn_mask": mask, "scale": 0.1, "enable_gqa": True}
+        expected = scaled_dot_product_attention(query[:, :, None], key, value, **options)
+        torch.testing.assert_close(decode(query, layer, 0.1, 3, rank=rank), expected[:, :, 0], atol=1e-6, rtol=1e-5)
+        full = (query[:, :, None] @ key.repeat_interleave(2, 1).transpose(-1, -2) * 0.1).softmax(-1)
+        held = (full * mask).sum(-1)[..., 0]
+        torch.testing.assert_close(mass_read(query, layer, 0.1, 3, rank=rank), held, atol=1e-6, rtol=1e-5)
 
 
 def test_padding_on_the_left_is_never_read():
