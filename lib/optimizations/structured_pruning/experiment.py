@@ -61,6 +61,12 @@ class PruningSetup:
         """What each block changes: mean 1 − cos(input, output) over the calibration tokens."""
         return [block.influence / self.observation.tokens for block in self.observation.blocks]
 
+    @property
+    def unseen(self) -> int:
+        """How many experts no calibration token reached: their channels are ranked by weights."""
+        counted = (block.expert_tokens_E for block in self.observation.blocks)
+        return sum(int((tokens_E == 0).sum()) for tokens_E in counted if tokens_E is not None)
+
     def facts(self) -> dict[str, object]:
         """Return what is about to be pruned, for a table."""
         return facts.about(
@@ -68,6 +74,7 @@ class PruningSetup:
             decoder_parameters=f"{method.decoder_parameters(self.baseline):,}",
             all_parameters=f"{cost_model.parameters(self.baseline):,}",
             calibration_tokens=f"{self.observation.tokens:,}",
+            experts_without_tokens=self.unseen,
         )
 
 

@@ -53,6 +53,7 @@ def details(
         "removed_share": (chosen.removed, "derived", "parameters of the decoder blocks"),
         "shares": (shares, "derived", "plan of what to remove"),
         "influence": (setup.influence, "measured", tokens),
+        "experts_without_tokens": (setup.unseen, "measured", f"{tokens}; their channels are ranked by weights"),
         "distillation_losses": (chosen.lessons.losses, "measured", "nats per token of each step"),
         "distillation_held_out": (chosen.lessons.checks(), "measured", "KL on text set aside, by steps taken"),
         "impact": (curves.to_dict("records"), "measured", "KL on held-out text, bootstrap intervals"),

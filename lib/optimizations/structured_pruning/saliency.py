@@ -14,6 +14,7 @@ from lib.models.structure.anatomy import Attention, Block, Experts
 
 SALIENCIES = ("activation", "magnitude", "random")
 OF_EXPERTS = ("frequency", "ean")  # further ones, for experts only
+UNSEEN = 1e-6  # of the mean score: the most that a channel of an expert has which no token reached
 Scores = dict[str, Any]  # granularity → tensor of scores; "depth" → one number
 
 
@@ -24,8 +25,9 @@ def saliency_scores(
 
     experts [E], channels [C], expert_channels [E, I], heads [G], depth (one number); a granularity that the block lacks
     is missing. "activation" needs the block's `statistics`: raises ValueError where these lack a part. For experts it
-    is REAP; "frequency" counts their tokens, "ean" sums the norms of their outputs (expert activation norm, Jaiswal et
-    al. 2025): both, with everything else as in "activation".
+    is REAP; channels of an expert that no token reached are ranked by its weights. "frequency" counts the tokens of
+    experts, "ean" sums the norms of their outputs (expert activation norm, Jaiswal et al. 2025): both, with everything
+    else as in "activation".
     """
     if saliency == "random":
         return _random_scores(block, torch.Generator().manual_seed(seed * 10_007 + block.index))
@@ -37,8 +39,7 @@ def saliency_scores(
     if part.down is not None:
         scores["channels"] = part.down.weight.float().norm(dim=0) * _observed(statistics.channel_activation_C)
     if part.experts is not None:
-        _, down_EI = _expert_norms(part.experts)
-        scores["expert_channels"] = down_EI * _observed(statistics.expert_channel_activation_EI)
+        scores["expert_channels"] = _of_expert_channels(part.experts, statistics)
         scores["experts"] = _of_experts(statistics, saliency)
     if block.attention.kind != "none":
         scores["heads"] = _per_group(block.attention, _observed(statistics.head_contribution_Q))
@@ -53,6 +54,20 @@ def _of_experts(statistics: BlockStatistics, saliency: str) -> torch.Tensor:
     if saliency == "ean":
         return _observed(statistics.expert_norm_E)
     return _observed(statistics.expert_contribution_E) / tokens_E.clamp_min(1)
+
+
+def _of_expert_channels(experts: Experts, statistics: BlockStatistics) -> torch.Tensor:
+    """Return mean |activation| × norm of the down column [E, I], the mean over each expert's own tokens.
+
+    Of an expert that no token reached nothing is known but its weights: these give the order of its channels, far below
+    those of every other expert.
+    """
+    up_EI, down_EI = _expert_norms(experts)
+    tokens_E1 = _observed(statistics.expert_tokens_E)[:, None]
+    mean_EI = down_EI * _observed(statistics.expert_channel_activation_EI) / tokens_E1.clamp_min(1)
+    weights_EI = down_EI * up_EI
+    below_EI = weights_EI * (UNSEEN * mean_EI.mean() / weights_EI.max().clamp_min(1e-12))
+    return torch.where(tokens_E1 > 0, mean_EI, below_EI)
 
 
 def _observed(statistic: torch.Tensor | None) -> torch.Tensor:

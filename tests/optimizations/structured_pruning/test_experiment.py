@@ -42,6 +42,14 @@ def test_the_cut_removes_its_share_and_counts_the_time_of_observing(setup):
     assert sorted(changed) == ["mlp.down_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"]
 
 
+def test_experts_that_no_token_reached_are_counted(setup, tiny, batch):
+    assert setup.unseen == 0
+    observation = observe(tiny("qwen3-coder-30b"), [batch])
+    observation.blocks[2].expert_tokens_E[[1, 4]] = 0
+    missing = sum(int((block.expert_tokens_E == 0).sum()) for block in observation.blocks)
+    assert replace(setup, observation=observation).unseen == missing >= 2
+
+
 def test_real_models_are_fitted_and_not_trained(setup):
     assert experiment.steps_of(setup.loaded, -1, EFFORT) == experiment.PROXY_STEPS
     setup.loaded.scale = "full"

@@ -138,6 +138,36 @@ def test_activation_finds_the_planted_idle_parts(tiny, batch):
     assert not close(by_magnitude(**batch).logits, expected)
 
 
+def _never_reached(model, block: int, expert: int) -> None:
+    """Send the tokens of an expert to the next one."""
+    router = anatomy(model).blocks[block].feed_forward.experts.router
+    plain = type(router).forward
+
+    def forward(hidden):
+        logits, weight, index = plain(router, hidden)
+        return logits, weight, torch.where(index == expert, (index + 1) % 8, index)
+
+    router.forward = forward
+
+
+def test_channels_of_an_expert_that_no_token_reached_are_ranked_by_weights(tiny, batch):
+    """Planted: of an expert that no token reached two channels are by far the largest."""
+    model = tiny("qwen3-coder-30b")
+    experts = anatomy(model).blocks[1].feed_forward.experts
+    large = torch.tensor([20, 29])
+    experts.down[3][:, large] *= 100
+    expected = experts.down[3][:, large].clone()
+    _never_reached(model, 1, 3)
+    statistics = pruning.observe(model, [batch]).blocks[1]
+    assert statistics.expert_tokens_E[3] == 0
+    scores = pruning.saliency_scores(anatomy(model).blocks[1], statistics)["expert_channels"]
+    assert set(scores[3].topk(2).indices.tolist()) == {20, 29} and len(scores[3].unique()) == len(scores[3])
+    assert scores[3].max() < scores[torch.arange(8) != 3].mean()
+    pruned = pruning.apply(model, [batch], ratio=0.3, granularity="channels", compensate=False)
+    kept = anatomy(pruned).blocks[1].feed_forward.experts.down[3]
+    assert all((kept == column[:, None]).all(0).any() for column in expected.T)
+
+
 def test_block_influence_finds_the_planted_idle_block(tiny, batch):
     model = tiny("qwen3-coder-30b")
     idle = anatomy(model).blocks[2]
