@@ -273,9 +273,11 @@ def _by_block(scores: Sequence[Scores], shares: dict[str, float], budget: str) -
     outliers, sizes = {}, {}
     for index, score in enumerate(scores):
         parts = [score[name] for name in ("channels", "expert_channels") if name in score]
-        above = sum(float((part > OUTLIER * part.mean()).sum()) for part in parts)
         sizes[index] = float(sum(part.numel() for part in parts))
-        outliers[index] = above / sizes[index]
+        if "expert_channels" in score:  # not those of experts that no token reached, whose own score is 0
+            parts[-1] = parts[-1][score["experts"] > 0]
+        above = sum(float((part > OUTLIER * part.mean()).sum()) for part in parts)
+        outliers[index] = above / max(1, sum(part.numel() for part in parts))
     by_index = by_outliers(outliers, sizes, shares["channels"])
     return [shares | {"channels": by_index[index]} for index in range(len(scores))]
 

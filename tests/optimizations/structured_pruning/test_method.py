@@ -1,6 +1,7 @@
 """Pruned shapes against dense masks: removing a part must equal silencing it. Then shares, saliency, and disk."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -266,6 +267,25 @@ def test_blocks_with_more_outliers_keep_more_channels(tiny, batch, tmp_path):
     assert max(widths) == widths[2] > min(widths)
     back = io.load_folder(io.save(pruned, tmp_path), torch.float32)
     assert torch.equal(back(**batch).logits, pruned(**batch).logits)
+
+
+def test_experts_that_are_chosen_often_are_no_outliers(tiny, batch):
+    """Planted: the same activations per token, in one block of all experts alike, in one mostly of a single one."""
+    model = tiny("qwen3-coder-30b")
+    block = anatomy(model).blocks[1]
+    seen = pruning.observe(model, [batch]).blocks[1]
+    mean_EI = torch.rand(8, 32, generator=torch.Generator().manual_seed(0)) + 0.5
+    scores = []
+    for tokens, factor in (([100] * 8, 1), ([793] + [1] * 7, 1), ([100] * 7 + [0], 1), ([100] * 8, 1000)):
+        tokens_E = torch.tensor(tokens, dtype=torch.float32)
+        of_channels_EI = mean_EI.clone()
+        of_channels_EI[:, 0] *= factor
+        sums = {"expert_tokens_E": tokens_E, "expert_channel_activation_EI": of_channels_EI * tokens_E[:, None]}
+        sums |= {"expert_contribution_E": tokens_E}
+        scores.append(pruning.saliency_scores(block, dataclasses.replace(seen, **sums)))
+    shares = dict.fromkeys(pruning.GRANULARITIES, 0.0) | {"channels": 0.3}
+    even, skewed, unseen, outlying = (share["channels"] for share in pruning._by_block(scores, shares, "owl"))
+    assert even == skewed == unseen > outlying
 
 
 @pytest.mark.parametrize("saliency", ["activation", "magnitude", "random"])
