@@ -237,7 +237,7 @@ def refit_block(block: Block, whole: Block, walk: Walk, lessons: list[Lesson], t
     initial = [outer.clone() for outer in outers]
     for name, part in factored.items():
         matrix: Any = whole.module.get_submodule(name)
-        part.outer.weight.copy_(_nearest(matrix.weight, *sums[name]))
+        part.outer.weight.copy_(_nearest(matrix.weight, *sums[name], part.outer.weight))
     after = _keep_if_better(worker, lessons[taught:], before, outers, initial)
     _copy_values(worker, block.module)
     return before, after
@@ -278,9 +278,13 @@ def _rows(states: torch.Tensor, mask_T: torch.Tensor) -> torch.Tensor:
     return states.reshape(-1, states.shape[-1])[mask_T].float()
 
 
-def _nearest(weight_OI: torch.Tensor, cross_IR: torch.Tensor, own_RR: torch.Tensor) -> torch.Tensor:
-    """Return the outer factor [O, R] that solves the normal equations, with a little damping."""
-    damped = own_RR.clone()
-    damped.diagonal().add_(DAMPING * own_RR.diagonal().mean().clamp_min(1e-12))
-    right_OR = weight_OI.double() @ cross_IR
+def _nearest(
+    weight_OI: torch.Tensor, cross_IR: torch.Tensor, own_RR: torch.Tensor, outer_OR: torch.Tensor
+) -> torch.Tensor:
+    """Return the outer factor [O, R] that solves the normal equations, damped a little towards the present one: that
+    stays in directions that no token showed.
+    """
+    damped, ridge = own_RR.clone(), DAMPING * own_RR.diagonal().mean().clamp_min(1e-12)
+    damped.diagonal().add_(ridge)
+    right_OR = weight_OI.double() @ cross_IR + ridge * outer_OR.double()
     return torch.cholesky_solve(right_OR.T, torch.linalg.cholesky(damped)).T

@@ -75,13 +75,15 @@ def apply(
     learning_rate: float = 1e-3,
     spectra: Iterable[Spectrum] | None = None,
     ranks: dict[str, int | None] | None = None,
+    errors: list[tuple[float, float]] | None = None,
     seed: int = 0,
 ) -> nn.Module:
     """Return a model with about `compression` of the decoder's bytes less, factors in the place of matrices.
 
     spectra: what `analyse(model, calibration, method)` returned, to compress several times from one pass. ranks: of
-    matrices by name (None: dense), in place of a budget. Raises UserError for a value out of range or out of reach, and
-    where there is no matrix to factor. Warns where damping has to make up for missing calibration tokens. What is not
+    matrices by name (None: dense), in place of a budget. errors: where blocks are taught, what
+    `blockwise` returns of each is added to it. Raises UserError for a value out of range or out of reach, and where
+    there is no matrix to factor. Warns where damping has to make up for missing calibration tokens. What is not
     factored is shared with `model`: train neither in place.
     """
     checks.in_range(NAME, "compression", compression, 0, 1, closed="neither")
@@ -91,10 +93,13 @@ def apply(
     chosen = allocate(model, curves(spectra), compression, budget) if ranks is None else ranks
     compressed = sharing(model)
     install(compressed, spectra, chosen)
+    taught: list[tuple[float, float]] = []
     if method == "refined" and refine_steps:
-        blockwise.refine(compressed, model, calibration, steps=refine_steps, learning_rate=learning_rate)
+        taught = blockwise.refine(compressed, model, calibration, steps=refine_steps, learning_rate=learning_rate)
     if method == "refitted":
-        blockwise.refit(compressed, model, calibration)
+        taught = blockwise.refit(compressed, model, calibration)
+    if errors is not None:
+        errors += taught
     return compressed
 
 

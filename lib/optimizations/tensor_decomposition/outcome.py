@@ -104,6 +104,11 @@ def details(
     values = {
         "removed_share": (chosen.removed, "derived", "bytes of the decoder's blocks"),
         "ranks": (chosen.ranks, "derived", "ranks of the factored modules"),
+        "taught_blocks": (
+            [{"before": before, "after": after} for before, after in chosen.errors],
+            "measured",
+            "error of each block's output on text set aside, before and after its factors were taught",
+        ),
         "break_even_ranks": (
             {matrix.name: matrix.break_even for matrix in setup.shown},
             "derived",

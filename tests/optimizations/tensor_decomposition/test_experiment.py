@@ -146,6 +146,19 @@ def test_real_models_are_refitted_in_closed_form_and_not_trained(setup, scale, e
     assert prepared.method == expected and expected in prepared.spectra
 
 
+def test_factors_are_refitted_on_all_of_the_calibration_text_and_say_where_that_helped(setup, monkeypatch):
+    setup.spectra["refitted"] = setup.spectra["whitened"]
+    refitted, seen, errors = replace(setup, method="refitted", finetune_batches=[]), [], [(1.0, 0.5)] * 3 + [(1.0, 1.0)]
+    monkeypatch.setattr(decomposition.blockwise, "refit", lambda _, __, text: seen.append(text) or errors)
+    chosen = experiment.factor(refitted, 0.2)
+    assert seen == [setup.calibration] and chosen.errors == errors
+    told = " factors are nearer to the original output on text set aside"
+    assert chosen.summary.endswith(f" In 3 of 4 blocks refitted{told}; in the others whitened factors stay.")
+    assert replace(chosen, errors=errors[:3]).summary.endswith(f" In 3 of 3 blocks refitted{told}.")
+    assert f" In none of 4 blocks refitted{told}; in" in replace(chosen, errors=[(1.0, 1.0)] * 4).summary
+    assert experiment.factor(setup, 0.2).summary.endswith(" modules are factored.")
+
+
 def test_the_pruned_rival_sees_the_text_that_the_factors_see(setup):
     seen = []
 

@@ -366,10 +366,26 @@ def test_refitting_lowers_the_error_of_blocks_in_closed_form(tiny, more_text):
 def test_an_outer_factor_is_the_least_squares_solution(correlated):
     weight, x_TN = correlated(40, 24)
     z_TR = x_TN.double() @ torch.randn(24, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    outer = blockwise._nearest(weight, x_TN.double().T @ z_TR, z_TR.T @ z_TR)
+    outer = blockwise._nearest(weight, x_TN.double().T @ z_TR, z_TR.T @ z_TR, torch.zeros(len(weight), 8))
     expected = torch.linalg.lstsq(z_TR, x_TN.double() @ weight.double().T).solution.T
     lost = [float((x_TN.double() @ weight.double().T - z_TR @ factor.T).norm()) for factor in (outer, expected)]
     assert lost[0] < 1.001 * lost[1]
+
+
+def test_an_outer_factor_stays_in_what_too_few_tokens_showed(correlated):
+    """Planted: fewer tokens than ranks. On them the fit is exact; on all others the factor stays near the old one."""
+    weight, x_TN = correlated(40, 24)
+    random = torch.Generator().manual_seed(1)
+    inner_RN = torch.randn(16, 24, dtype=torch.float64, generator=random)
+    old = torch.randn(len(weight), 16, dtype=torch.float64, generator=random)
+    x_TN = x_TN[:5].double()
+    z_TR = x_TN @ inner_RN.T
+    outer = blockwise._nearest(weight, x_TN.T @ z_TR, z_TR.T @ z_TR, old)
+    _, _, directions = torch.linalg.svd(z_TR)
+    unseen_RU = directions[5:].T
+    assert torch.allclose(outer @ unseen_RU, old @ unseen_RU, atol=1e-6)
+    wanted = x_TN @ weight.double().T
+    assert float((z_TR @ outer.T - wanted).norm()) < 0.1 * float((z_TR @ old.T - wanted).norm())
 
 
 def test_worth_between_weighed_blocks_is_interpolated(tiny, text, monkeypatch):
