@@ -24,7 +24,7 @@ from lib.models.tasks import tasks as prompts
 from lib.optimizations.common import finetuning
 from lib.optimizations.common.compression import calibration_text, facts
 from lib.optimizations.sparse_neural_networks import method as sparse
-from lib.optimizations.sparse_neural_networks.masks import METHODS, block_shape, keep, score, sparsegpt
+from lib.optimizations.sparse_neural_networks.masks import HALVES, METHODS, block_shape, keep, score, sparsegpt
 from lib.optimizations.sparse_neural_networks.matrix_pruning import short_of_tokens, without_tokens
 
 # What carries the word of each dimension: one measurement, declared before any is taken.
@@ -38,7 +38,7 @@ MOST_SEQUENCES = 32  # of calibration text that choose weights, unless the width
 CORNER = 48  # rows and columns of a mask that are shown
 PROXY_STEPS = 40  # of masked distillation by default
 PROXY_SPARSITY, REAL_SPARSITY = 0.9, 0.5  # by default: proxies bear more, and only there CSR is past its crossover
-HALF = 0.5  # of the weights, which 2:4 sets to zero whatever share is asked for
+HALF = 0.5  # of the weights, which 2:4 and 4:8 set to zero whatever share is asked for
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def default_sparsity(scale: str) -> float:
 
 
 def share_of_zeros(sparsity: float, pattern: str, scale: str) -> float:
-    """Return the share of zeros that a run asks for: 2:4 has one of its own; below 0 is `default_sparsity`."""
-    if pattern == "2:4":
+    """Return the share of zeros of a run: below 0 it is `default_sparsity`, and 2:4 and 4:8 have their own."""
+    if pattern in HALVES:
         return HALF
     return sparsity if sparsity >= 0 else default_sparsity(scale)
 
@@ -114,7 +114,7 @@ def steps_of(loaded: Loaded, finetune_steps: int, effort: Effort) -> int:
 def set_up(loaded: Loaded, effort: Effort, method: str, options: dict[str, Any], seed: int) -> SparsitySetup:
     """Return the model with its calibration text, observed in one pass. Raises UserError for options out of range.
 
-    Without `sparsity` in the options (or a negative one) it is `default_sparsity`, and with 2:4 always one half.
+    Without `sparsity` in the options (or a negative one) it is `default_sparsity`, and with 2:4 or 4:8 always one half.
     """
     share = share_of_zeros(options.get("sparsity", -1), options["pattern"], loaded.scale)
     options = options | {"sparsity": share}
@@ -305,7 +305,7 @@ def assert_sparse(setup: SparsitySetup, model: SparseModel) -> None:
     widths = {matrix.name: matrix.weight.shape[-1] for matrix in setup.matrices}
     for name, share in model.zeros.items():
         groups = widths[name] / block_shape(pattern)[1] if name in widths else ROUNDED
-        right = pattern == "2:4" or abs(share - sparsity) < 0.5 / min(ROUNDED, groups) + 1e-3
+        right = pattern in HALVES or abs(share - sparsity) < 0.5 / min(ROUNDED, groups) + 1e-3
         assert right, f"{name}: {share:.4f} of its weights are zero"
         assert not taught or taught[name] >= share - 1e-6, f"{name}: fine-tuning brought weights back"
 

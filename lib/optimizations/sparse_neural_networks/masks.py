@@ -14,14 +14,15 @@ from lib.models.calibration.inverse_factor import DAMPING, inverse_factor
 
 METHODS = ("sparsegpt", "wanda", "magnitude", "random")
 WITHIN = ("row", "matrix")
-PATTERNS = ("unstructured", "2:4", "1x8", "8x8", "16x1")  # any other block RxC is understood as well
+PATTERNS = ("unstructured", "2:4", "1x8", "8x8", "16x1")  # any other block RxC, and 4:8, are understood too
+HALVES = {"2:4": 4, "4:8": 8}  # of so many neighbours half are kept, whatever share is asked for
 STEP = 128  # columns chosen at a time
 UPDATED = 16  # columns that compensate each other one by one; what is left of a step follows in one product
 
 
 def block_shape(pattern: str) -> tuple[int, int]:
-    """Return rows and columns of a pattern's blocks; (1, 1) for single weights and 2:4. Raises UserError if unknown."""
-    if pattern in ("unstructured", "2:4"):
+    """Return rows and columns of a pattern's blocks; (1, 1) without blocks. Raises UserError if unknown."""
+    if pattern == "unstructured" or pattern in HALVES:
         return 1, 1
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", pattern)
     if not match:
@@ -48,12 +49,14 @@ def score(
 def keep(scores: torch.Tensor, sparsity: float, pattern: str, *, within: str = "row") -> torch.Tensor:
     """Return the weights [..., O, I] to keep, bool: the highest scores within each row, or within the matrix.
 
-    Blocks score as the sum of their weights and compete within their row of blocks, 2:4 within four neighbours,
-    whatever `within` says. As many are dropped in the matrix as round(sparsity × I) per row, either way.
+    Blocks score as the sum of their weights and compete within their row of blocks, with HALVES weights
+    within their neighbours, whatever `within` says. As many are dropped in the matrix as round(sparsity × I) per row,
+    either way.
     """
     *batch, outputs, inputs = scores.shape
-    if pattern == "2:4":
-        return _highest(scores.view(*batch, outputs, inputs // 4, 4), 2).view(scores.shape)
+    if neighbours := HALVES.get(pattern):
+        grouped = scores.view(*batch, outputs, inputs // neighbours, neighbours)
+        return _highest(grouped, neighbours // 2).view(scores.shape)
     rows, columns = block_shape(pattern)
     blocks = scores.view(*batch, outputs // rows, rows, inputs // columns, columns).sum((-3, -1))
     count = blocks.shape[-1] - round(sparsity * blocks.shape[-1])
@@ -84,21 +87,22 @@ def sparsegpt(
     through the rows of the upper Cholesky factor of H⁻¹ (Frantar & Alistarh 2023, algorithm 1). An expert that saw no
     token has H = 1: it is pruned by magnitude. `factor_EII`: that of `gram_EII`, where another matrix had it too.
     """
-    weight, inputs = weight_EOI.float().clone(), weight_EOI.shape[-1]
+    weight, inputs, neighbours = weight_EOI.float().clone(), weight_EOI.shape[-1], HALVES.get(pattern)
     factor = inverse_factor(gram_EII, damping) if factor_EII is None else factor_EII
     mask = torch.zeros_like(weight, dtype=torch.bool)
     for start in range(0, inputs, STEP):
         end = min(start + STEP, inputs)
         part_EOB, upper_EBB = weight[..., start:end], factor[..., start:end, start:end]
         curvature_E1B = upper_EBB.diagonal(dim1=-2, dim2=-1).square().unsqueeze(-2)
-        chosen = None if pattern == "2:4" else _keep_in_step(part_EOB, curvature_E1B, sparsity, pattern, start, inputs)
+        chosen = None if neighbours else _keep_in_step(part_EOB, curvature_E1B, sparsity, pattern, start, inputs)
         errors = torch.zeros_like(part_EOB)
         for low in range(0, end - start, UPDATED):
             high = min(low + UPDATED, end - start)
             for j in range(low, high):
-                if pattern == "2:4" and j % 4 == 0:
-                    four = part_EOB[..., j : j + 4].square() / curvature_E1B[..., j : j + 4]
-                    mask[..., start + j : start + j + 4] = _highest(four, 2)
+                if neighbours and j % neighbours == 0:
+                    these = slice(j, j + neighbours)
+                    few = part_EOB[..., these].square() / curvature_E1B[..., these]
+                    mask[..., start + j : start + j + neighbours] = _highest(few, neighbours // 2)
                 column = mask[..., start + j] if chosen is None else chosen[..., j]
                 dropped_EO = part_EOB[..., j] * ~column
                 errors[..., j] = dropped_EO / upper_EBB[..., j, j].unsqueeze(-1)

@@ -3,8 +3,8 @@
 Which weights go is a question of scores: `magnitude` |W|; `wanda` |W|·‖x‖₂ (Sun et al. 2024); `sparsegpt` W²/[H⁻¹]ⱼⱼ
 column by column, the error of each column passed on to those after it (Frantar & Alistarh 2023); `random` as a
 control. For experts x are their own tokens. Scores compete within each output row, or, with `within="matrix"`, within
-the whole matrix; SparseGPT's always among all rows of a step of columns. Patterns: `unstructured`, `2:4`, and blocks
-`RxC` of R outputs by C inputs. All methods drop exactly as many weights of a matrix.
+the whole matrix; SparseGPT's always among all rows of a step of columns. Patterns: `unstructured`, `2:4`, `4:8`, and
+blocks `RxC` of R outputs by C inputs. All methods drop exactly as many weights of a matrix.
 
 The zeros are left out of storage and products; with `execute="dense"` they are stored, read and multiplied as before.
 One block is pruned after the other, on the outputs of the pruned blocks before it, and the statistics of one block are
@@ -34,7 +34,7 @@ from lib.optimizations.common.compression import options as checks
 from lib.optimizations.common.compression.budgets import BUDGETS
 from lib.optimizations.sparse_neural_networks import budgets
 from lib.optimizations.sparse_neural_networks.blocks import Pruned, prune_block, statistics_of, store_block
-from lib.optimizations.sparse_neural_networks.masks import METHODS, PATTERNS, STEP, WITHIN, block_shape
+from lib.optimizations.sparse_neural_networks.masks import HALVES, METHODS, PATTERNS, STEP, WITHIN, block_shape
 from lib.optimizations.sparse_neural_networks.matrix_pruning import PruningRule, choose, prune_matrix, stored_sparse
 
 NAME = "sparse_neural_networks"
@@ -159,7 +159,7 @@ def prune(
     checks.one_of(NAME, "budget", budget, BUDGETS)
     checks.changeable(model)
     pruned = Pruned(sharing(model), {}, pattern)
-    if sparsity == 0 and pattern != "2:4":
+    if sparsity == 0 and pattern not in HALVES:
         ones = {matrix.name: torch.ones_like(matrix.weight, dtype=torch.bool) for matrix in matrices(model, parts)}
         return Pruned(pruned.model, ones, pattern)
     shares: dict[int, float] = {}
@@ -274,8 +274,8 @@ def misfit(affected: Iterable[Matrix], pattern: str) -> str | None:
     rows, columns = block_shape(pattern)
     for matrix in affected:
         outputs, inputs = matrix.weight.shape[-2:]
-        if pattern == "2:4" and inputs % 4:
-            return f"{matrix.name}: pattern 2:4 needs a width divisible by 4, this one is {inputs}"
+        if inputs % (neighbours := HALVES.get(pattern, 1)):
+            return f"{matrix.name}: pattern {pattern} needs a width divisible by {neighbours}, this one is {inputs}"
         if outputs % rows or inputs % columns or STEP % columns:
             return f"{matrix.name}: blocks of {pattern} do not divide its {outputs} x {inputs} (or columns {STEP})"
     return None

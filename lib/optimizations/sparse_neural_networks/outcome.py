@@ -13,6 +13,7 @@ from lib.optimizations.common.evidence import claims, relations
 from lib.optimizations.common.evidence.claims import ClaimAnswer, ThirdArm
 from lib.optimizations.sparse_neural_networks import speed_sweep
 from lib.optimizations.sparse_neural_networks.experiment import MatrixMasks, SparseModel, SparsitySetup
+from lib.optimizations.sparse_neural_networks.masks import HALVES
 from lib.optimizations.sparse_neural_networks.rivals import (
     AT_BYTES,
     COMPARED,
@@ -56,13 +57,13 @@ def replications(
 ) -> list[relations.Judged]:
     """Return what others published of pruning and rounding, judged by the divergences of this run's arms.
 
-    The order is that of all matrices, everything else is of the run's parts, which the evidence names. 2:4 is compared
-    with unstructured zeros where those are half of the weights as well: in this run, or at that point of the `curves`
-    that `impact` returned.
+    The order is that of all matrices, everything else is of the run's parts, which the evidence names. 2:4 and 4:8 are
+    compared with unstructured zeros where those are half of the weights as well: in this run, or at that point of the
+    `curves` that `impact` returned. Methods without an arm of 2:4 are left out.
     """
     by_row = [claims.interval(in_order, [order_name(method, "row")]) for method in COMPARED]
-    name, half = setup.method, setup.options["sparsity"] == 0.5 and setup.options["pattern"] == "unstructured"
-    free = claims.interval(arms, [name]) if half else _at_half(setup, curves)
+    name = setup.method
+    patterns = {method: _patterns(setup, method, arms, curves) for method in dict.fromkeys((name, *COMPARED))}
     at_bytes = f"{name} {AT_BYTES[INT4]}"
     rounded = next((m for arm in arms if arm.name == INT8 for m in arm.measurements if m.metric == "perplexity"), None)
     ratio = None
@@ -72,7 +73,7 @@ def replications(
     judged = [
         relations.methods(*by_row),
         relations.rows(by_row[1], claims.interval(in_order, [order_name("wanda", "matrix")])),
-        relations.patterns({name: {"unstructured": free, "2:4": claims.interval(arms, [f"{name}, 2:4"])}}),
+        relations.patterns({method: known for method, known in patterns.items() if known["2:4"] or method == name}),
         relations.int8(ratio),
         relations.gptq(claims.interval(arms, [weight_only.BY_GPTQ]), claims.interval(arms, [INT4])),
         relations.int4(claims.interval(arms, [INT4]), {at_bytes: claims.interval(arms, [at_bytes])}),
@@ -85,13 +86,22 @@ def replications(
     ]
 
 
-def _at_half(setup: SparsitySetup, curves: pd.DataFrame) -> claims.Interval | None:
-    """Return the divergence of the run's method with half of the weights zero, unstructured; None where no curve has
-    that point.
+def _patterns(
+    setup: SparsitySetup, method: str, arms: Sequence[ThirdArm], curves: pd.DataFrame
+) -> dict[str, claims.Interval | None]:
+    """Return the divergence of a method with half of the weights zero, by pattern."""
+    half = setup.options["sparsity"] == 0.5 and setup.options["pattern"] == "unstructured"
+    free = claims.interval(arms, [method]) if half else _at_half(setup, method, curves)
+    return {"unstructured": free} | {pattern: claims.interval(arms, [f"{method}, {pattern}"]) for pattern in HALVES}
+
+
+def _at_half(setup: SparsitySetup, method: str, curves: pd.DataFrame) -> claims.Interval | None:
+    """Return the divergence of a method with half of the weights zero, unstructured; None where no curve has that
+    point.
     """
-    if not len(curves) or setup.options["pattern"] not in ("unstructured", "2:4"):  # those curves are unstructured
+    if not len(curves) or setup.options["pattern"] not in ("unstructured", *HALVES):  # whose curves are unstructured
         return None
-    point = curves[(curves["arm"] == setup.method) & (curves["strength"] == 50)]
+    point = curves[(curves["arm"] == method) & (curves["strength"] == 50)]
     return None if point.empty else claims.Interval(*(float(point.iloc[0][end]) for end in ("value", "low", "high")))
 
 

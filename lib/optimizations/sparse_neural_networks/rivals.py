@@ -25,7 +25,7 @@ from lib.optimizations.common.evidence import claims
 from lib.optimizations.common.evidence.claims import ThirdArm
 from lib.optimizations.sparse_neural_networks import method as sparse
 from lib.optimizations.sparse_neural_networks.experiment import SparseModel, SparsitySetup
-from lib.optimizations.sparse_neural_networks.masks import METHODS, WITHIN
+from lib.optimizations.sparse_neural_networks.masks import HALVES, METHODS, WITHIN
 
 COMPARED = ("sparsegpt", "wanda", "magnitude")
 WINDOWS, FEWEST_WINDOWS = 8, 4  # of held-out text, on which rivals are judged
@@ -33,7 +33,7 @@ ORDER: dict[str, Any] = {"sparsity": 0.6, "pattern": "unstructured", "parts": "a
 INT8, INT4 = weight_only.NAMES[8], weight_only.NAMES[4]
 YARDSTICKS = ("random", "magnitude", INT8, INT4)  # what a chosen mask has to do better than
 AT_BYTES = {INT8: "at int8's bytes", INT4: "at int4's bytes"}
-OTHER_PATTERNS = ("2:4", "1x8")  # beside the run's own, where the matrices' sizes allow it
+OTHER_PATTERNS = (*HALVES, "1x8")  # beside the run's own, where the matrices' sizes allow it
 AT_ONCE = "the same share, chosen at once"  # the purpose of the arms that differ from the run in the method alone
 COLUMN_BYTES = 4  # of a weight stored as CSR, beside its value
 
@@ -105,6 +105,8 @@ def controls(
     name, unstructured = setup.method, {"pattern": "unstructured"}
     patterns = [pattern for pattern in OTHER_PATTERNS if sparse.misfit(setup.matrices, pattern) is None]
     by_block = [arms.cut(f"{name}, OWL", "shares by block", budget="owl")] if _has_shares(setup) else []
+    rest = () if setup.loaded.scale == "full" and effort.brief else COMPARED  # published of each of them
+    halves = [(other, pattern) for other in rest if other != name for pattern in patterns if pattern in HALVES]
     at_equal_bytes = [
         arms.cut(f"{name} {AT_BYTES[arm.name]}", rival_arms.EQUAL_BYTES, **unstructured, sparsity=share)
         for arm in yardsticks
@@ -113,6 +115,7 @@ def controls(
     return [
         *(arms.cut(method, AT_ONCE, method=method) for method in METHODS),
         *(arms.cut(f"{name}, {pattern}", "a pattern", pattern=pattern) for pattern in patterns),
+        *(arms.cut(f"{other}, {pattern}", "a pattern", method=other, pattern=pattern) for other, pattern in halves),
         *by_block,
         arms.judge_stored(f"{name}, in order", "block after block", model.pruned),
         arms.judge(f"{name}, taught", _taught(model), model.optimized),
@@ -187,8 +190,8 @@ def read_order(arms: Sequence[ThirdArm]) -> tuple[str, str]:
 def impact(arms: SparseRivals | None, strengths: Sequence[int], judged: Sequence[ThirdArm] = ()) -> pd.DataFrame:
     """Return the divergence in nats per token over the share of zeros in percent (`strength`), an `arm` per method.
 
-    What is among the `judged` controls, at the share of the run, is not pruned again. 2:4 knows one share alone: there
-    the curves are of unstructured zeros.
+    What is among the `judged` controls, at the share of the run, is not pruned again. 2:4 and 4:8 know one share
+    alone: there the curves are of unstructured zeros.
     """
     rows: list[dict[str, object]] = []
     if arms is None:
@@ -216,8 +219,8 @@ def cut_zeros(setup: SparsitySetup) -> str:
 
 
 def _has_shares(setup: SparsitySetup) -> bool:
-    """Return whether the pattern of the run can have any share of zeros: 2:4 is one half whatever is asked for."""
-    return setup.options["pattern"] != "2:4"
+    """Return whether the pattern of the run can have any share of zeros."""
+    return setup.options["pattern"] not in HALVES
 
 
 def zeros_stored_dense(

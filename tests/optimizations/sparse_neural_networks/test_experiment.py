@@ -148,6 +148,8 @@ def test_with_two_of_four_the_curves_are_of_unstructured_zeros(setup, monkeypatc
         contest = rivals.SparseRivals(setup, SimpleNamespace())
         arms = rivals.controls(setup, contest, model, None, EFFORT)
         assert any("OWL" in arm.name for arm in arms) is (pattern == "unstructured")
+        known = {arm.name for arm in arms}
+        assert {f"{name}, {few}" for name in rivals.COMPARED for few in ("2:4", "4:8")} <= known
         asked.clear()
         curves = rivals.impact(contest, [50, 80], [_kl(name, rivals.AT_ONCE) for name in rivals.COMPARED])
         cuts = [kw for why, kw in asked if why == "impact"]
@@ -155,6 +157,10 @@ def test_with_two_of_four_the_curves_are_of_unstructured_zeros(setup, monkeypatc
         assert len(cuts) == len(rivals.COMPARED) * (1 if pattern == "unstructured" else 2)
         assert rivals.over_share(setup) == f"Divergence over the share of {zeros}, a curve for each method."
         assert len(curves) == 2 * len(rivals.COMPARED)
+    setup.loaded.scale = "full"
+    arms = rivals.controls(setup, contest, model, None, EFFORT)
+    of_patterns = [name for arm in arms if (name := arm.name).startswith(("wanda, ", "magnitude, ", "sparsegpt, 4"))]
+    assert of_patterns == ["sparsegpt, 4:8"], "in a hurry the patterns of the run's method alone"
 
 
 def _kl(name: str, purpose: str = "test") -> rivals.ThirdArm:
@@ -249,6 +255,15 @@ def test_what_others_published_is_judged_by_this_runs_arms():
     nothing.loc[1] = ["wanda", 50, 5.0, 4.9, 5.1]
     patterns = outcome.replications(setup, arms, in_order, nothing)[2]
     assert patterns.held and patterns.evidence == "sparsegpt: unstructured 0.02 (0.017–0.022), 2:4 0.9 (0.891–0.909)"
+    arms += [arm("wanda, 2:4", 6.0), arm("sparsegpt, 4:8", 0.5)]
+    patterns = outcome.replications(setup, arms, in_order, nothing)[2]
+    assert patterns.held and "4:8 0.5" in patterns.evidence and "wanda: unstructured 5 " in patterns.evidence
+    assert "magnitude" not in patterns.evidence
+    arms[-2:] = [arm("wanda, 2:4", 1.0), arm("sparsegpt, 4:8", 0.5)]
+    assert outcome.replications(setup, arms, in_order, nothing)[2].held is False, "for each method compared"
+    arms[-2:] = [arm("sparsegpt, 4:8", 5.0)]
+    assert outcome.replications(setup, arms, in_order, nothing)[2].held is False, "4:8 lies between"
+    arms.pop()
     options["parts"] = "feed_forward"
     methods, rows, *of_run = outcome.replications(setup, arms, in_order, nothing)
     assert all(judgement.evidence.startswith("feed-forward matrices only: ") for judgement in of_run)

@@ -144,6 +144,17 @@ def test_the_share_of_zeros_is_exact(tiny, text, method, pattern):
     assert sparse.shares(pruned)[matrix.name] == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("method", sparse.METHODS)
+def test_four_of_eight_neighbours_are_kept(tiny, text, method):
+    pruned = sparse.prune(tiny("qwen3-4b-instruct-2507"), text, sparsity=0.7, method=method, pattern="4:8")
+    assert all((mask.view(-1, 8).sum(1) == 4).all() for mask in pruned.masks.values())
+    scores = torch.rand(16, 64, generator=torch.Generator().manual_seed(0))
+    free, few, fewest = (
+        float((scores * masks.keep(scores, 0.5, pattern)).sum()) for pattern in ("unstructured", "4:8", "2:4")
+    )
+    assert free > few > fewest
+
+
 def test_scores_that_compete_within_the_matrix_may_empty_a_row():
     scores = torch.arange(32.0).view(4, 8)
     kept = masks.keep(scores, 0.5, "unstructured", within="matrix")
@@ -258,7 +269,7 @@ def test_what_stays_makes_up_for_what_went(pattern):
     assert corrected < 0.95 * plain
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "1x8"])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4:8", "1x8"])
 def test_sparsegpt_against_a_slow_column_by_column_reference(pattern):
     weight_OI, x_TI = torch.randn(8, 160, generator=torch.Generator().manual_seed(2)), correlated(500, 160)
     gram = x_TI.T @ x_TI
@@ -281,10 +292,11 @@ def slow_sparsegpt(weight_OI, gram_II, sparsity, pattern):
         curvature.append(inverses[-1][0, 0])
     curvature, kept = torch.stack(curvature), torch.zeros_like(weight, dtype=torch.bool)
     for column in range(inputs):
-        if pattern == "2:4" and column % 4 == 0:
-            score = weight[:, column : column + 4] ** 2 / curvature[column : column + 4]
-            kept[:, column : column + 4].scatter_(1, score.topk(2, 1).indices, True)
-        elif pattern != "2:4" and column % 128 == 0:
+        few = {"2:4": 4, "4:8": 8}.get(pattern)
+        if few and column % few == 0:
+            score = weight[:, column : column + few] ** 2 / curvature[column : column + few]
+            kept[:, column : column + few].scatter_(1, score.topk(few // 2, 1).indices, True)
+        elif not few and column % 128 == 0:
             end, size = min(column + 128, inputs), masks.block_shape(pattern)[1]
             score = weight[:, column:end] ** 2 / curvature[column:end]
             score = score.view(len(weight), -1, size).sum(-1)

@@ -40,7 +40,7 @@ STATEMENTS = {
         "Frantar & Alistarh 2023; Sun et al. 2024; Mozaffari et al. 2025, tables 13 and 14",
     ),
     "patterns": (
-        "2:4 is worse than unstructured for each method; 4:8 lies between.",
+        "2:4 is worse than unstructured for each method compared; where it was measured, 4:8 lies between.",
         "OPT-125M at 50 %, SparseGPT, Wanda, magnitude: 36.9, 39.3, 193; 2:4 60.7, 81.6, 341",
         "Frantar & Alistarh 2023; Mozaffari et al. 2025, tables 13 and 14",
     ),
@@ -56,7 +56,7 @@ STATEMENTS = {
     ),
     "int8": ("Weights in int8 lose less than 0.5 % of perplexity.", "below 0.5 %", "Dettmers et al. 2022"),
     "int4": (
-        "int4 in groups of 128 is ahead of every pruning at equal bytes.",
+        "int4 in groups of 128 is ahead of each pruning compared at equal bytes.",
         "OPT-125M 27.7 → 29.5 (GPTQ); 36.9 and more at 50 % zeros",
         "Frantar et al. 2023 (GPTQ); Frantar & Alistarh 2023",
     ),
