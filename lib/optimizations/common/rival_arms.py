@@ -87,6 +87,8 @@ def yardsticks(
         purpose = weight_only.PURPOSE + (
             f"; no kernel for {missing} matrices, restored for each product" if missing else ""
         )
+        if dense := weight_only.left_dense(baseline, part):
+            purpose += f"; {dense} matrices that expand latents stay dense, as engines keep them restored"
         if effort.preview and arms:
             purpose += "; not timed at effort preview"
         arm = judged(baseline, reference, name, purpose, model)

@@ -17,10 +17,11 @@ from lib.models.offload import streamer
 from lib.models.structure.anatomy import anatomy
 from lib.models.structure.replacements import factored
 from lib.models.structure.replacements import sparse as stored_sparse
+from lib.models.structure.replacements.quantized import QuantizedLinear
 from lib.models.structure.sharing import sharing
 from lib.optimizations.adaptive_sparse_attention import method as sparse
 from lib.optimizations.common import absorbed_baseline
-from lib.optimizations.common.compression.weight_only import weight_only
+from lib.optimizations.common.compression.weight_only import left_dense, weight_only
 from lib.optimizations.feedback_mechanisms.speculation import speculative
 from lib.optimizations.sparse_neural_networks import method as sparsity
 from lib.optimizations.structured_pruning import method as pruning
@@ -107,6 +108,7 @@ PACKED: dict[str, Callable] = {
     "int8": lambda model, text: weight_only(model, 8),
     "int4": lambda model, text: weight_only(model, 4),
     "factors in int8": lambda model, text: weight_only(_factored_expansion(model), 8),
+    "int8 throughout": lambda model, text: mla_absorption.absorb(weight_only(mla_absorption.expand(sharing(model)), 8)),
 }
 
 
@@ -131,6 +133,22 @@ def test_what_is_changed_says_absorbed_what_it_says_stock(tiny, batch, change):
         block.attention.module.kv_b_proj.register_forward_hook(lambda _, args, out: expanded.append(out.shape[-2]))
     torch.testing.assert_close(_decoded(changed), expected, **CLOSE)
     assert set(expanded) == {PROMPT.shape[1]}, "only the prompt is expanded"
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_yardstick_expands_by_a_dense_matrix_as_engines_do(tiny, batch, bits):
+    """Stored in few bits it would be restored for each token; engines restore it once."""
+    stock = tiny("glm-4.7-flash")
+    absorbed = absorbed_baseline.absorbed_baseline(stock)
+    for calibration in (None, [batch]) if bits == 4 else (None,):
+        small = weight_only(absorbed, bits, calibration=calibration)
+        for block, before in zip(anatomy(small).blocks, anatomy(absorbed).blocks):
+            assert block.attention.module.kv_b_proj.weight is before.attention.module.kv_b_proj.weight
+            assert isinstance(block.attention.module.o_proj, QuantizedLinear)
+    assert left_dense(absorbed) == left_dense(absorbed, "attention") == len(anatomy(stock).blocks)
+    assert left_dense(absorbed, "feed_forward") == left_dense(stock) == 0
+    quantized = anatomy(weight_only(stock, bits)).blocks[0].attention.module.kv_b_proj
+    assert isinstance(quantized, QuantizedLinear)
 
 
 @pytest.mark.parametrize("change", [name for name in CHANGES if name != "nothing"])

@@ -10,6 +10,7 @@ from torch import nn
 
 from lib.models.calibration.second_moments import Matrix, Moments, block_moments, matrices
 from lib.models.calibration.walk import Walk
+from lib.models.decoding import mla_absorption
 from lib.models.structure.anatomy import anatomy
 from lib.models.structure.replacements.quantized import BITS, Packed, QuantizedExperts, QuantizedLinear, has_kernel
 from lib.models.structure.sharing import sharing
@@ -29,16 +30,18 @@ def weight_only(
     """Return a model whose decoder matrices of `part` (see `second_moments.matrices`) are stored in 8 or 4 bits.
 
     With calibration text int4 is chosen by GPTQ, block by block on the outputs of the quantized blocks before; without
-    it every weight is rounded to nearest. What is not quantized is shared with `model`. Raises UserError for a width
-    that cannot be packed.
+    it every weight is rounded to nearest. The matrix by which absorbed latent attention expands stays dense: engines
+    restore it once, and here it would be restored for each token. What is not quantized is shared with `model`. Raises
+    UserError for a width that cannot be packed.
     """
     if bits not in BITS or (calibration is not None and bits != 4):
         raise ValueError(f"{bits} bits; expected one of {BITS}, and 4 for GPTQ")
     changed = sharing(model)
     names = {module: name for name, module in changed.named_modules()}
+    dense = _expansions(changed)
     walk = None if calibration is None else Walk(changed, calibration)
     for block in walk or anatomy(changed).blocks:
-        of_block = matrices(changed, part, block.index)
+        of_block = [matrix for matrix in matrices(changed, part, block.index) if matrix.owner not in dense]
         moments = {} if walk is None else block_moments(walk, of_block, gram=True, unchanged=False)
         by_owner: dict[nn.Module, list[Matrix]] = {}
         for matrix in of_block:
@@ -62,5 +65,18 @@ def _quantized(owner: nn.Module, bits: int, members: Sequence[Matrix], moments: 
 
 def without_kernel(model: nn.Module, bits: int, part: str = "all") -> int:
     """Return how many matrices of `part` torch has no packed kernel for: they are restored for every product."""
-    chosen = matrices(model, part)
+    dense = _expansions(model)
+    chosen = [matrix for matrix in matrices(model, part) if matrix.owner not in dense]
     return sum(not has_kernel(matrix.weight.view(-1, *matrix.weight.shape[-2:])[0], bits) for matrix in chosen)
+
+
+def left_dense(model: nn.Module, part: str = "all") -> int:
+    """Return how many matrices of `part` stay dense, since absorbed latent attention expands by them."""
+    dense = _expansions(model)
+    return sum(matrix.owner in dense for matrix in matrices(model, part))
+
+
+def _expansions(model: nn.Module) -> set[nn.Module]:
+    """Return the modules by which the latent attentions of `model` expand that decode absorbed."""
+    attentions = [block.attention for block in anatomy(model).blocks if block.attention.kind == "latent"]
+    return {each.module.kv_b_proj for each in attentions if mla_absorption.decodes_absorbed(each.module)}
