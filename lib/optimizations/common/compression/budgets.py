@@ -8,18 +8,21 @@ from collections.abc import Mapping
 BUDGETS = ("uniform", "owl")
 OUTLIER = 5.0  # times the mean of a block's scores, section 3
 SPREAD = 0.08  # of the blocks' shares around their mean, the same
+MOST, TINY = 0.999, 1e-12  # of a block that may be lost; what counts as no deviation
 
 
 def by_outliers(outliers: Mapping[int, float], sizes: Mapping[int, float], share: float) -> dict[int, float]:
     """Return the share that each block loses, by index; weighed by `sizes` it is `share`.
 
     outliers: the share of a block's scores above OUTLIER times their mean. Blocks lie at most SPREAD above or below
-    `share`, where the ends of the range allow it.
+    `share`, and nearer where the ends of the range are.
     """
     low, high = min(outliers.values(), default=0.0), max(outliers.values(), default=0.0)
     if high == low:
         return dict.fromkeys(outliers, share)
-    spread = min(SPREAD, share, 1 - share)
-    spared = {index: 2 * spread * (value - low) / (high - low) for index, value in outliers.items()}
-    mean = sum(spared[index] * sizes[index] for index in spared) / sum(sizes.values())
-    return {index: min(max(share - value + mean, 0.0), 0.999) for index, value in spared.items()}
+    values = {index: 2 * SPREAD * (value - low) / (high - low) for index, value in outliers.items()}
+    mean = sum(values[index] * sizes[index] for index in values) / sum(sizes.values())
+    spared = {index: value - mean for index, value in values.items()}
+    most, least = max(*spared.values(), TINY), max(*(-value for value in spared.values()), TINY)
+    scale = min(1.0, SPREAD / max(most, least), share / most, max(0.0, MOST - share) / least)
+    return {index: max(0.0, share - scale * value) for index, value in spared.items()}
