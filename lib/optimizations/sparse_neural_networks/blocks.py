@@ -58,6 +58,11 @@ def statistics_of(
             yield block.index, block_moments(walk, chosen, gram=method == "sparsegpt", unchanged=False)
 
 
+def draws(seed: int, block: int) -> torch.Generator:
+    """Return what draws the random masks of one block: the same ones whether or not the blocks before it are there."""
+    return torch.Generator().manual_seed(seed * 10_007 + block)
+
+
 def prune_block(
     pruned: Pruned,
     of_block: Iterable[Matrix],

@@ -33,7 +33,7 @@ from lib.models.structure.sharing import sharing
 from lib.optimizations.common.compression import options as checks
 from lib.optimizations.common.compression.budgets import BUDGETS
 from lib.optimizations.sparse_neural_networks import budgets
-from lib.optimizations.sparse_neural_networks.blocks import Pruned, prune_block, statistics_of, store_block
+from lib.optimizations.sparse_neural_networks.blocks import Pruned, draws, prune_block, statistics_of, store_block
 from lib.optimizations.sparse_neural_networks.masks import HALVES, METHODS, PATTERNS, STEP, WITHIN, block_shape
 from lib.optimizations.sparse_neural_networks.matrix_pruning import PruningRule, choose, prune_matrix, stored_sparse
 
@@ -123,11 +123,11 @@ def _store_at_once(
 ) -> nn.Module:
     """As `executed(prune(…))` for scores that need no data: no matrix is ever copied dense."""
     check(model, sparsity=sparsity, method=method, pattern=pattern, within=within, parts=parts)
-    rule, generator = PruningRule(sparsity, method, pattern, within), torch.Generator().manual_seed(seed)
+    rule = PruningRule(sparsity, method, pattern, within)
     changed = sharing(model)
     for block in anatomy.anatomy(model).blocks:
         require_finite(block)
-        of_block = matrices(model, parts, block.index)
+        of_block, generator = matrices(model, parts, block.index), draws(seed, block.index)
         chosen = {matrix.name: choose(matrix, None, rule, generator) for matrix in of_block}
         store(changed, {matrix.name: stored_sparse(matrix, chosen[matrix.name], pattern) for matrix in of_block})
     return changed
@@ -165,10 +165,9 @@ def prune(
     shares: dict[int, float] = {}
     if budget == "owl":
         shares = budgets.owl(model, observed or observe(model, calibration, parts=parts, method="wanda"), sparsity)
-    generator = torch.Generator().manual_seed(seed)
     for index, statistics in statistics_of(pruned.model, calibration, method, parts, observed):
         rule = PruningRule(shares.get(index, sparsity), method, pattern, within)
-        prune_block(pruned, matrices(pruned.model, parts, index), statistics, rule, generator)
+        prune_block(pruned, matrices(pruned.model, parts, index), statistics, rule, draws(seed, index))
         if not masked:
             pruned.masks.clear()
     short = [matrix.name for matrix in matrices(model) if matrix.part != "experts" and matrix.name in pruned.thin]

@@ -12,7 +12,7 @@ from lib.models.calibration.second_moments import block_moments, matrices
 from lib.models.calibration.walk import Walk
 from lib.models.offload.file_blocks import rewrite
 from lib.models.structure.anatomy import Block
-from lib.optimizations.sparse_neural_networks.blocks import Pruned, prune_block, store_block
+from lib.optimizations.sparse_neural_networks.blocks import Pruned, draws, prune_block, store_block
 from lib.optimizations.sparse_neural_networks.experiment import share_of_zeros
 from lib.optimizations.sparse_neural_networks.matrix_pruning import PruningRule
 from lib.optimizations.sparse_neural_networks.method import NAME, check
@@ -47,7 +47,7 @@ def apply_to_file(
         if method in ("wanda", "sparsegpt"):
             statistics = block_moments(walk, of_block, gram=method == "sparsegpt", unchanged=False)
         pruned = Pruned(model, {}, pattern)
-        prune_block(pruned, of_block, statistics, rule, torch.Generator().manual_seed(seed + block.index))
+        prune_block(pruned, of_block, statistics, rule, draws(seed, block.index))
         if execute == "sparse":
             store_block(model, pruned, block.index)
 
