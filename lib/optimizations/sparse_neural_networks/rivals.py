@@ -164,14 +164,16 @@ def order_name(method: str, within: str) -> str:
 
 
 def order_holds(arms: Sequence[ThirdArm]) -> dict[str, bool] | None:
-    """Return whether SparseGPT ≤ Wanda ≤ magnitude in divergence, by where scores compete; None without arms."""
-    if not arms:
-        return None
+    """Return whether SparseGPT ≤ Wanda ≤ magnitude in divergence, by where scores compete; None where one of
+    them has no interval: without arms, or where all windows are of one document.
+    """
     values = {arm.name: kl.value for arm in arms if (kl := claims.interval([arm], [arm.name]))}
     holds = {}
     for within in WITHIN:
-        gpt, wanda, magnitude = (values[order_name(method, within)] for method in COMPARED)
-        holds[f"per {within}"] = gpt <= wanda <= magnitude
+        known = [values[name] for method in COMPARED if (name := order_name(method, within)) in values]
+        if len(known) < len(COMPARED):
+            return None
+        holds[f"per {within}"] = known == sorted(known)
     return holds
 
 
@@ -179,7 +181,7 @@ def read_order(arms: Sequence[ThirdArm]) -> tuple[str, str]:
     """Return two sentences on the order of the methods."""
     holds = order_holds(arms)
     if holds is None:
-        return "The methods were not compared.", "Without text no order is known."
+        return "The methods were not compared.", "Without an interval of each no order is known."
     answer = {place: "holds" if held else "does not hold" for place, held in holds.items()}
     return (
         f"In their means KL(SparseGPT) ≤ KL(Wanda) ≤ KL(magnitude) {answer['per row']} where weights compete in a row.",

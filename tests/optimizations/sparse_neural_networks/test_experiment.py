@@ -168,6 +168,23 @@ def _kl(name: str, purpose: str = "test") -> rivals.ThirdArm:
     return rivals.ThirdArm(name, purpose, [value])
 
 
+def test_an_order_is_known_where_every_method_has_an_interval():
+    """Windows of one document give none: then nothing is said of the order."""
+
+    def known(nats: dict[str, float], without: str = "") -> dict[str, bool] | None:
+        arms = [_kl(rivals.order_name(method, within)) for method in nats for within in ("row", "matrix")]
+        for method, number in nats.items():
+            for arm in arms:
+                if arm.name.startswith(method):
+                    ends = {"ci": None} if method == without else {}
+                    arm.measurements[0] = arm.measurements[0].model_copy(update={"optimized": number} | ends)
+        return rivals.order_holds(arms)
+
+    assert known({"sparsegpt": 0.1, "wanda": 0.2, "magnitude": 0.2}) == {"per row": True, "per matrix": True}
+    assert known({"sparsegpt": 0.3, "wanda": 0.2, "magnitude": 0.4}) == {"per row": False, "per matrix": False}
+    assert known({"sparsegpt": 0.1, "wanda": 0.2, "magnitude": 0.2}, without="wanda") is None
+
+
 def test_a_stored_weight_is_as_large_as_where_it_lies():
     half = torch.zeros(2, dtype=torch.bfloat16)
     assert rivals.csr_bytes(half) == 8, "float32 on a CPU"
