@@ -8,6 +8,7 @@ Shapes: N windows, B prompts, T tokens, V tokens of a value, P tokens before eve
 
 import functools
 import string
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,8 @@ def text_windows(loaded: LoadedModel, split: str, windows: int, length: int, see
 
 
 def available_windows(loaded: LoadedModel, split: str, windows: int, length: int, seed: int = 0) -> torch.Tensor:
-    """Return ids_NT of held-out text of this model's corpus: at most `windows` disjoint windows of `length` tokens.
+    """Return ids_NT of held-out text of this model's corpus: at most `windows` disjoint windows of `length` tokens,
+    each from another document as far as there are so many.
 
     Each opens with what the tokenizer puts before every text. Fewer come back where the split holds fewer, or none.
     Without a tokenizer (random weights) the ids are random.
@@ -46,11 +48,10 @@ def available_windows(loaded: LoadedModel, split: str, windows: int, length: int
     random = torch.Generator().manual_seed(seed)
     if loaded.tokenizer is None:
         return random_ids(loaded, (windows, length), random).to(loaded.device)
-    stream_T, _ = _stream(loaded.tokenizer, corpus_of(loaded), split)
+    stream_T, source_T = _stream(loaded.tokenizer, corpus_of(loaded), split)
     own = length - len(tokenizing.prefix(loaded.tokenizer))
-    rows_NT = stream_T[: len(stream_T) // own * own].view(-1, own)
-    rows_NT = rows_NT[torch.randperm(len(rows_NT), generator=random)[:windows]]
-    return with_prefix(loaded, rows_NT).to(loaded.device)
+    start_N = _places(source_T, own, random)[:windows]
+    return with_prefix(loaded, stream_T[start_N[:, None] + torch.arange(own)]).to(loaded.device)
 
 
 def _require_text(stream_T: torch.Tensor, length: int, split: str) -> None:
@@ -77,8 +78,21 @@ def window_sources(loaded: LoadedModel, split: str, windows: int, length: int, s
     random = torch.Generator().manual_seed(seed)
     _, source_T = _stream(loaded.tokenizer, corpus_of(loaded), split)
     own = length - len(tokenizing.prefix(loaded.tokenizer))
-    first_N = source_T[: len(source_T) // own * own : own]
-    return first_N[torch.randperm(len(first_N), generator=random)[:windows]].numpy()
+    return source_T[_places(source_T, own, random)[:windows]].numpy()
+
+
+def _places(source_T: torch.Tensor, length: int, random: torch.Generator) -> torch.Tensor:
+    """Return where disjoint stretches of `length` tokens begin in a stream, [N], in random order, but one that begins
+    in every document before a second of any: few stretches are as many sources as there can be.
+    """
+    start_N = torch.arange(len(source_T) // length) * length
+    start_N = start_N[torch.randperm(len(start_N), generator=random)]
+    begun: Counter[int] = Counter()
+    earlier = []  # stretches of the same document
+    for source in source_T[start_N].tolist():
+        earlier.append(begun[source])
+        begun[source] += 1
+    return start_N[torch.tensor(earlier, dtype=torch.long).argsort(stable=True)]
 
 
 @functools.lru_cache(maxsize=8)
@@ -140,21 +154,29 @@ def overhead(loaded: LoadedModel) -> int:
 
 
 def _fillers(loaded: LoadedModel, count: int, length: int, random: torch.Generator, split: str) -> torch.Tensor:
-    """Return windows of a split's text that may overlap, each from a random place."""
+    """Return stretches of a split's text, disjoint while it holds so many; what it does not hold repeats others."""
     if loaded.tokenizer is None:
         return random_ids(loaded, (count, length), random)
-    stream_T, _ = _stream(loaded.tokenizer, corpus_of(loaded), split)
-    _require_text(stream_T, length + 1, split)
-    starts = torch.randint(len(stream_T) - length, (count,), generator=random)
-    return torch.stack([stream_T[start : start + length] for start in starts.tolist()])
+    stream_T, source_T = _stream(loaded.tokenizer, corpus_of(loaded), split)
+    _require_text(stream_T, length, split)
+    start_B = _starts(source_T, length, count, random)
+    return stream_T[start_B[:, None] + torch.arange(length)]
+
+
+def _starts(source_T: torch.Tensor, length: int, count: int, random: torch.Generator) -> torch.Tensor:
+    """Return where `count` fillers begin, [B]: no two overlap unless they are one."""
+    place_N = _places(source_T, length, random)
+    return place_N[torch.arange(count) % len(place_N)]
 
 
 def filler_sources(
     loaded: LoadedModel, distance: int, count: int, seed: int = 0, lead: int = LEAD, split: str = "final"
 ) -> np.ndarray | None:
-    """Return the document in which the text of each prompt of `retrieval_prompts` begins; None for random ids."""
+    """Return the document in which the text of each prompt of `retrieval_prompts` begins; None for random ids. Texts
+    that overlap are one, so they begin in one document.
+    """
     if loaded.tokenizer is None:
         return None
     random = torch.Generator().manual_seed(seed)
     _, source_T = _stream(loaded.tokenizer, corpus_of(loaded), split)
-    return source_T[torch.randint(len(source_T) - lead - distance, (count,), generator=random)].numpy()
+    return source_T[_starts(source_T, lead + distance, count, random)].numpy()

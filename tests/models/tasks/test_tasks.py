@@ -146,6 +146,27 @@ def test_windows_are_disjoint_and_splits_differ(loaded):
     assert not calibration & {tuple(row) for row in final.tolist()}
 
 
+def test_few_windows_and_fillers_are_of_different_documents_and_none_overlap(monkeypatch):
+    """Planted: nine documents of 40 tokens behind one that is as long as all of them."""
+    ids_T, source_T = torch.arange(720), torch.tensor([0] * 360 + [n for n in range(1, 10) for _ in range(40)])
+    monkeypatch.setattr(retrieval, "_stream", lambda *_: (ids_T, source_T))
+    monkeypatch.setattr(retrieval, "random_ids", lambda _, shape, random: torch.zeros(shape, dtype=torch.long))
+    monkeypatch.setattr(retrieval.tokenizing, "prefix", lambda _: ())
+    model = SimpleNamespace(tokenizer=object(), parameters=SimpleNamespace(tasks=[]), device="cpu")
+    for seed in range(8):
+        windows_NT = retrieval.text_windows(model, "final", 10, 36, seed)
+        assert sorted(retrieval.window_sources(model, "final", 10, 36, seed).tolist()) == list(range(10))
+        assert source_T[windows_NT[:, 0]].tolist() == retrieval.window_sources(model, "final", 10, 36, seed).tolist()
+        assert torch.equal(retrieval.text_windows(model, "final", 4, 36, seed), windows_NT[:4])
+        sources = retrieval.filler_sources(model, 36 - retrieval.LEAD, 10, seed)
+        assert sorted(sources.tolist()) == list(range(10))
+        ids_BT, _ = retrieval.retrieval_prompts(model, 100 - retrieval.LEAD, 9, seed)
+        first_B = ids_BT[:, 0].tolist()
+        assert source_T[first_B].tolist() == retrieval.filler_sources(model, 100 - retrieval.LEAD, 9, seed).tolist()
+        assert all(one == other or abs(one - other) >= 100 for one in first_B for other in first_B)
+        assert len(set(first_B)) == 7, "all that it holds, before one is repeated"
+
+
 def test_calibration_runs_and_has_the_size_asked_for(loaded):
     batches = tasks.calibration(loaded, 6, 128)
     text = [inputs["input_ids"] for inputs in batches if "pixel_values" not in inputs]

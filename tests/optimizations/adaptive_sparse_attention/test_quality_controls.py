@@ -5,10 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from lib.measure.metrics import measurement
+from lib.measure.quality import noninferiority
 from lib.measure.timing import workloads
-from lib.optimizations.adaptive_sparse_attention import long_answers, method, quality_controls
+from lib.models import parameters
+from lib.optimizations.adaptive_sparse_attention import experiment, long_answers, method, quality_controls
 from lib.optimizations.common import absorbed_baseline
 
 SMALL = {"block_size": 16, "stride": 4, "page_size": 4, "full_last": 8}
@@ -154,3 +157,13 @@ def test_questions_inside_a_prompt_claim_no_effect_that_is_not_there():
     )
     assert quality_controls.read_inside([asked("all", 0.25), asked("sparse", 0.0)]).endswith("too few for a verdict.")
     assert "No question" in quality_controls.read_inside([])
+
+
+def test_long_prompts_are_of_as_many_documents_as_a_verdict_takes(name):
+    tokenizer = AutoTokenizer.from_pretrained(parameters.PARAMETERS / "proxies" / name)
+    loaded = SimpleNamespace(tokenizer=tokenizer, parameters=parameters.read(name), device="cpu")
+    for effort in ("quick", "standard"):
+        size = experiment.TIMED_PROMPT[effort], quality_controls.PROMPTS[effort]
+        asked = long_answers.prompts(loaded, *size)
+        assert asked.ids_NT.shape == size[::-1]
+        assert len(np.unique(asked.source_N)) >= noninferiority.MINIMUM_WINDOWS, effort

@@ -4,7 +4,10 @@ import copy
 from types import SimpleNamespace
 
 import numpy as np
+from transformers import AutoTokenizer
 
+from lib.measure.quality import noninferiority
+from lib.models import parameters
 from lib.optimizations.streaming_computation import window_quality
 from lib.optimizations.streaming_computation.window_quality import LongTexts
 
@@ -80,3 +83,11 @@ def test_values_behind_one_document_are_one_draw(tiny, monkeypatch):
     with window_quality.reading_in_chunks(loaded.model) as model:
         answers = window_quality.retrieve(loaded, model, 16, 4, lambda: None)
     assert answers.source_N.tolist() == [0, 0, 0, 0]
+
+
+def test_long_texts_are_of_as_many_documents_as_a_verdict_takes(name):
+    tokenizer = AutoTokenizer.from_pretrained(parameters.PARAMETERS / "proxies" / name)
+    loaded = SimpleNamespace(tokenizer=tokenizer, parameters=parameters.read(name))
+    for effort in ("quick", "standard"):
+        sources = window_quality.task_list.window_sources(loaded, "final", *window_quality.TEXTS[effort])
+        assert len(np.unique(sources)) >= noninferiority.MINIMUM_WINDOWS, effort
