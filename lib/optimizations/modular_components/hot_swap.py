@@ -11,7 +11,7 @@ Shapes: B batch, T prompt tokens, N new tokens.
 import inspect
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -207,8 +207,9 @@ def exchange_all(
     """Swap each of the `replacements` (name, model) into the live model in mid-request and back, and look whether its
     `weights` (a hash), its logits and its answer are what they were.
 
-    Logits that differ from call to call anyway, as on some GPUs, are not compared. Where a trace was left in the
-    weights, they are set to what they were, since all that follows is measured on them.
+    Logits that differ from call to call anyway, as on some GPUs, are not compared. Where a trace was left, weights and
+    buffers are set to what they were, since all that follows is measured on them. Raises AssertionError where one is
+    left even so, as by a hook.
     """
     live = Live(model)
     kept = {name: tensor.detach().clone() for name, tensor in _tensors(model)}
@@ -225,19 +226,29 @@ def exchange_all(
         waits += report.waits
         why = report.reason if report.done else f"not at all: {report.reason}"
         rows.append({"swapped in": name, "in mid-request": why or "yes", "tokens changed": report.changed})
-    identical = io.weights_hash(model) == weights
-    if identical and repeats:
-        identical = _equal(answered(), expected)
-    elif not identical:
-        with torch.no_grad():
-            for name, tensor in _tensors(model):
-                tensor.copy_(kept[name])
+
+    def as_before() -> bool:
+        return io.weights_hash(model) == weights and (not repeats or _equal(answered(), expected))
+
+    identical = as_before()
+    if not identical:
+        _put_back(model, kept)
+        if not as_before():
+            raise AssertionError("reverting left a trace that cannot be taken away: the baseline answers otherwise")
     compared = "weights and logits" if repeats else "weights (logits differ from call to call)"
     return LiveExchange(waits, rows, identical, compared)
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _put_back(model: nn.Module, kept: Mapping[str, torch.Tensor]) -> None:
+    """Set parameters and buffers, those that are not stored too, to what was kept of them."""
+    with torch.no_grad():
+        for name, tensor in _tensors(model):
+            if name in kept and kept[name].shape == tensor.shape:
+                tensor.copy_(kept[name])
 
 
 def _equal(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool:

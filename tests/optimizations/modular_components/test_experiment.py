@@ -136,6 +136,26 @@ def test_a_trace_in_the_baseline_refutes_the_claim_and_is_taken_away(tiny):
     assert "different after 1 exchange" in traced.caption and io.weights_hash(model) == before
 
 
+def test_a_trace_outside_of_the_weights_is_taken_away_or_nothing_more_is_measured(tiny):
+    """Planted: a buffer that no file holds is written to, so that the hash of the weights is as before; then a hook."""
+    model = tiny("qwen3-4b-instruct-2507")
+    ids_BT, leaky = torch.arange(9, 41)[None], copy.deepcopy(model)
+    logits_BTC, buffer = model(input_ids=ids_BT).logits, model.model.rotary_emb.inv_freq.clone()
+    leaky.model.norm = Scribbler(leaky.model.norm, model.model.rotary_emb.inv_freq)
+    assert "different after 1 exchange" in exchanged_with(model, leaky).caption
+    assert torch.equal(model.model.rotary_emb.inv_freq, buffer)
+    assert torch.equal(model(input_ids=ids_BT).logits, logits_BTC)
+    hooked, norm = copy.deepcopy(model), model.model.norm
+
+    def hook(*_: object) -> None:
+        if not norm._forward_hooks:
+            norm.register_forward_hook(lambda module, given, output: 2 * output)
+
+    hooked.model.norm.register_forward_hook(hook)
+    with pytest.raises(AssertionError, match="a trace that cannot be taken away"):
+        exchanged_with(model, hooked)
+
+
 def test_a_model_that_cannot_be_exchanged_proves_nothing(tiny):
     refused = exchanged_with(tiny("qwen3-4b-instruct-2507"), tiny("qwen3-coder-30b"))
     assert refused.done == 0 and refused.waits == [] and refused.rows[0]["tokens changed"] is None
