@@ -158,18 +158,21 @@ def _finite(value: float) -> float | None:
 def _faster(before: nn.Module, after: nn.Module, prompt_BT: torch.Tensor, most: int, seed: int) -> Estimate:
     """Return the log-speed of `after` against `before`, the mean of prefill and decode, over six rounds; over more, at
     `most` so many, as long as the interval is wider than a practical margin to either side and MOST_SECONDS have not
-    passed. What the interval says of the candidate never ends the rounds: of three looks one would be lucky. Every six
-    have copies of their own: what differs between two copies is drawn anew with each.
+    passed. What the interval says of the candidate never ends the rounds: of three looks one would be lucky. Where
+    every six have copies of their own, what differs between two copies is drawn anew with each.
     """
     arms, weights = {interactions.BASELINE: before, "after": after}, {"after": 1, interactions.BASELINE: -1}
     gains: list[float] = []
+    anew: list[bool] = []
     start = time.perf_counter()
     while True:
         timed = interactions.time_arms(arms, prompt_BT, ROUNDS, seed + len(gains))
         gains += np.mean([-rounds.contrast(weights) for rounds in timed.values()], axis=0).tolist()
+        anew.append(all(rounds.anew for rounds in timed.values()))
         sigma = np.mean([interactions.process_sigma(name, weights.values()) for name in timed])
-        groups = len(gains) // ROUNDS if interactions.copied_anew(arms.values()) else 1
-        gain = shapley.over_rounds(gains, float(sigma) / math.sqrt(groups))
+        draws = [1] * anew.count(True) + [anew.count(False)]  # rounds of six of each: what was not copied is one draw
+        drawn = math.sqrt(sum(six**2 for six in draws)) / len(anew)
+        gain = shapley.over_rounds(gains, float(sigma) * drawn)
         narrow = gain.high - gain.low <= 2 * SPEED_MARGIN
         if narrow or len(gains) >= most or time.perf_counter() - start > MOST_SECONDS:
             return gain

@@ -1,5 +1,6 @@
 """Stacks chosen and stored, subsets against composing, sweeps and accounts against numbers worked out by hand."""
 
+import copy
 import itertools
 import sys
 import types
@@ -14,7 +15,7 @@ import torch
 from lib.errors import UserError
 from lib.measure.metrics import measurement, process_variance
 from lib.measure.metrics import settings as efforts
-from lib.measure.timing import interleaved
+from lib.measure.timing import control, interleaved
 from lib.measure.trackers import energy
 from lib.models import loading
 from lib.models.checkpoints import io
@@ -153,10 +154,9 @@ def test_a_candidate_is_timed_until_its_interval_is_narrow(tiny, monkeypatch):
         seeds.append(seed)
         gain = next(draws)
         seconds = {"baseline": [1.0] * 6, "after": np.exp(-gain).tolist()}
-        return {"prefill": interleaved.Rounds(seconds, 1, [None] * 6, [["baseline", "after"]] * 6)}
+        return {"prefill": interleaved.Rounds(seconds, 1, [None] * 6, [["baseline", "after"]] * 6, anew=True)}
 
     monkeypatch.setattr(interactions, "time_arms", timed)
-    monkeypatch.setattr(interactions, "copied_anew", lambda _: True)
     first = comparing._faster(None, None, None, comparing.MOST_ROUNDS, 0)
     assert seeds == [0, 6, 12] and first.n == 18
     for gains, most in ((np.full(6, 0.3), comparing.MOST_ROUNDS), (unclear, comparing.ROUNDS)):
@@ -164,16 +164,28 @@ def test_a_candidate_is_timed_until_its_interval_is_narrow(tiny, monkeypatch):
         assert comparing._faster(None, None, None, most, 0).n == 6
 
 
+def _both(rounds: interleaved.Rounds, anew: bool) -> dict[str, interleaved.Rounds]:
+    return dict.fromkeys(("prefill", "decode"), replace(rounds, anew=anew))
+
+
 def test_a_candidate_has_the_interval_of_what_one_process_hides_and_more_copies_narrow_it(monkeypatch):
     seconds = {"baseline": [1.0] * 6, "after": [0.98] * 6}
     rounds = interleaved.Rounds(seconds, 1, [None] * 6, [["baseline", "after"]] * 6)
-    monkeypatch.setattr(interactions, "time_arms", lambda *_: {"prefill": rounds, "decode": rounds})
     sigma = process_variance.between_processes("prefill").sigma
     monkeypatch.setattr(comparing, "SPEED_MARGIN", 0.001)
-    for anew, groups in ((True, 3), (False, 1)):
-        monkeypatch.setattr(interactions, "copied_anew", lambda _, anew=anew: anew)
+    for anew, groups in (((True,) * 3, 3), ((False,) * 3, 1), ((True, False, False), 9 / 5)):
+        copied = iter(anew)
+        monkeypatch.setattr(interactions, "time_arms", lambda *_, copied=copied: _both(rounds, next(copied)))
         gain = comparing._faster(None, None, None, comparing.MOST_ROUNDS, 0)
         assert gain.n == 18 and gain.value - gain.low == pytest.approx(1.96 * sigma / groups**0.5)
+
+
+def test_a_candidate_that_cannot_be_copied_is_one_draw_however_often_it_is_timed(tiny, monkeypatch):
+    model, sigma = tiny("qwen3-4b-instruct-2507"), process_variance.between_processes("prefill").sigma
+    monkeypatch.setattr(control, "separate_copy", lambda given: (given, "no room"))
+    monkeypatch.setattr(comparing, "SPEED_MARGIN", 0.0)
+    gain = comparing._faster(model, copy.deepcopy(model), torch.arange(8, 24)[None], comparing.MOST_ROUNDS, 0)
+    assert gain.n == 18 and gain.value - gain.low >= 1.96 * sigma * 0.999
 
 
 @pytest.mark.parametrize("noise", [0.01, 0.03])
@@ -184,10 +196,9 @@ def test_what_is_as_fast_as_the_margin_asks_is_not_kept_more_often_for_further_l
     def timed(arms, prompt, count, seed):
         gain = comparing.SPEED_MARGIN + noise * random.standard_normal(6)
         seconds = {"baseline": [1.0] * 6, "after": np.exp(-gain).tolist()}
-        return {"prefill": interleaved.Rounds(seconds, 1, [None] * 6, [["baseline", "after"]] * 6)}
+        return {"prefill": interleaved.Rounds(seconds, 1, [None] * 6, [["baseline", "after"]] * 6, anew=True)}
 
     monkeypatch.setattr(interactions, "time_arms", timed)
-    monkeypatch.setattr(interactions, "copied_anew", lambda _: True)
     seen = [comparing._faster(None, None, None, comparing.MOST_ROUNDS, 0) for _ in range(1500)]
     assert np.mean([gain.low > comparing.SPEED_MARGIN for gain in seen]) < 0.04
     # And an effect of whatever size is timed as long as its interval is as wide.

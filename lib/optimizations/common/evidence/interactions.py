@@ -7,7 +7,8 @@ nothing of what the parts are.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ def time_arms(
     """Time prefill of the prompt and a short decode (`decoded` tokens) of all arms, of which one is BASELINE, on copies
     of one age (`of_one_age`). Raises UserError for fewer than `fewest` rounds.
     """
-    models = of_one_age(models, seed)
+    models, anew = of_one_age(models, seed)
     short_BT = prompt_BT[:, :DECODE_PROMPT]
     works = {
         "prefill": {name: workloads.prefill(model, prompt_BT) for name, model in models.items()},
@@ -58,27 +59,22 @@ def time_arms(
     timed = {}
     for name, calls in works.items():
         iterations = interleaved.iterations_for(calls[BASELINE], 0.02)
-        timed[name] = rounds(
-            calls, count, iterations=iterations, seed=seed, fewest=fewest, disturbance=disturbance.watch
-        )
+        options: dict[str, Any] = {"seed": seed, "fewest": fewest, "disturbance": disturbance.watch}
+        timed[name] = replace(rounds(calls, count, iterations=iterations, **options), anew=anew)
     return timed
 
 
-def of_one_age(models: Mapping[str, nn.Module], seed: int = 0) -> Mapping[str, nn.Module]:
-    """Return fresh copies of small models on a CPU, made in an order drawn by `seed`: a baseline that was loaded at the
-    beginning is slower for its age alone (`control.fresh_copies`). The models themselves where one cannot be copied.
+def of_one_age(models: Mapping[str, nn.Module], seed: int = 0) -> tuple[Mapping[str, nn.Module], bool]:
+    """Return fresh copies of small models on a CPU, made in an order drawn by `seed`, and True: a baseline that was
+    loaded at the beginning is slower for its age alone (`control.fresh_copies`). The models themselves and False where
+    one is not small, or cannot be copied.
     """
-    if not copied_anew(models.values()):
-        return models
+    if not replication.are_small([*models.values()]):
+        return models, False
     fresh = control.fresh_copies(models, seed)
     if any(reason for _, reason in fresh.values()):
-        return models
-    return {name: model for name, (model, _) in fresh.items()}
-
-
-def copied_anew(models: Iterable[nn.Module]) -> bool:
-    """Return whether the models are so small that every call of `time_arms` copies them."""
-    return replication.are_small([*models])
+        return models, False
+    return {name: model for name, (model, _) in fresh.items()}, True
 
 
 def process_sigma(workload: str, weights: Iterable[float]) -> float:
