@@ -101,6 +101,7 @@ def run(setup: PartsSetup, prompt_BT: torch.Tensor) -> tuple[PairStudy, Contrast
             lost |= interactions.losses({name: arm for name, arm in arms.items() if name not in lost}, windows_NT)
     study = PairStudy(singles, pairs, forced)
     source = f"{blocks} rounds of each pair on {prompt_BT.shape[1]} tokens: baseline, both parts, both orders"
+    source += f", on {interactions.timed_on(timed.values())}" if timed else ""
     return study, _contrasts(setup, study, timed, lost, outdated, source, source_N)
 
 

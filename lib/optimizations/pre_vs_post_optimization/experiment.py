@@ -276,6 +276,7 @@ def attributed(
     else:
         timed = interactions.time_arms(every.models, prompt_BT[:, :256], effort.blocks, seed)
         rounds = f"{effort.blocks} common rounds of every subset of {len(parts)} parts"
+        rounds += f", on {interactions.timed_on([timed])}"
     shares = pd.DataFrame(attribution.attribute(list(parts), timed, losses, seed, source_N))
     whole = shares[shares["part"] == attribution.WHOLE].set_index("what")["value"]
     summed = shares[shares["part"] != attribution.WHOLE].groupby("what")["value"].sum()

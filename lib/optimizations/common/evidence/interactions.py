@@ -6,6 +6,7 @@ both, in shares of the baseline's time: times of parts that do different work ad
 nothing of what the parts are.
 """
 
+import gc
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from lib.measure.metrics import paired_stats, process_variance
 from lib.measure.quality import evaluate
 from lib.measure.timing import control, disturbance, interleaved, workloads
 from lib.measure.timing.interleaved import Rounds, rounds
+from lib.models.structure.anatomy import reset_rope_deltas
 from lib.optimizations.common.evidence import shapley
 from lib.optimizations.common.evidence.shapley import Estimate
 
@@ -48,9 +50,23 @@ def time_arms(
     decoded: int = DECODE_TOKENS,
 ) -> dict[str, Rounds]:
     """Time prefill of the prompt and a short decode (`decoded` tokens) of all arms, of which one is BASELINE, on copies
-    of one age (`of_one_age`). Raises UserError for fewer than `fewest` rounds.
+    of one age (`of_one_age`), which are given back. Raises UserError for fewer than `fewest` rounds.
     """
-    models, anew = of_one_age(models, seed)
+    try:
+        return _timed(*of_one_age(models, prompt_BT[:, :DECODE_PROMPT], seed), prompt_BT, count, seed, fewest, decoded)
+    finally:
+        gc.collect()  # a copy with a method bound to itself, as one that reads in chunks, would stay
+
+
+def _timed(
+    models: Mapping[str, nn.Module],
+    anew: bool,
+    prompt_BT: torch.Tensor,
+    count: int,
+    seed: int,
+    fewest: int,
+    decoded: int,
+) -> dict[str, Rounds]:
     short_BT = prompt_BT[:, :DECODE_PROMPT]
     works = {
         "prefill": {name: workloads.prefill(model, prompt_BT) for name, model in models.items()},
@@ -64,17 +80,38 @@ def time_arms(
     return timed
 
 
-def of_one_age(models: Mapping[str, nn.Module], seed: int = 0) -> tuple[Mapping[str, nn.Module], bool]:
+def of_one_age(
+    models: Mapping[str, nn.Module], prompt_BT: torch.Tensor, seed: int = 0
+) -> tuple[Mapping[str, nn.Module], bool]:
     """Return fresh copies of small models on a CPU, made in an order drawn by `seed`, and True: a baseline that was
     loaded at the beginning is slower for its age alone (`control.fresh_copies`). The models themselves and False where
-    one is not small, or cannot be copied.
+    one is not small, cannot be copied, or is a copy that reads the prompt otherwise.
     """
     if not replication.are_small([*models.values()]):
         return models, False
     fresh = control.fresh_copies(models, seed)
+    copies = {name: model for name, (model, _) in fresh.items()}
     if any(reason for _, reason in fresh.values()):
         return models, False
-    return {name: model for name, (model, _) in fresh.items()}, True
+    same = all(torch.equal(_read(copies[name], prompt_BT), _read(model, prompt_BT)) for name, model in models.items())
+    return (copies, True) if same else (models, False)
+
+
+@torch.inference_mode()
+def _read(model: nn.Module, prompt_BT: torch.Tensor) -> torch.Tensor:
+    """Return the most likely token after every token of the prompt, [B, T]."""
+    reset_rope_deltas(model)
+    return model(input_ids=prompt_BT.to(next(model.parameters()).device), use_cache=False).logits.argmax(-1)
+
+
+def timed_on(timed: Iterable[Mapping[str, Rounds]]) -> str:
+    """Return what was timed, in words: copies made for each call of `time_arms`, or the models themselves."""
+    anew = [all(rounds.anew for rounds in each.values()) for each in timed]
+    if all(anew):
+        return "copies made for them"
+    if not any(anew):
+        return "the models themselves"
+    return f"copies made for them, in {anew.count(False)} of {len(anew)} cases the models themselves"
 
 
 def process_sigma(workload: str, weights: Iterable[float]) -> float:

@@ -1,6 +1,8 @@
 """Arms that are timed together are copies of one age, and an interval holds what one process hides."""
 
 import copy
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from lib.measure.metrics import process_variance
 from lib.measure.timing import control, workloads
 from lib.measure.timing.interleaved import Rounds
+from lib.models.decoding import chunked
 from lib.optimizations.common.evidence import interactions, shapley
 from lib.optimizations.pre_vs_post_optimization import attribution
 
@@ -38,6 +41,38 @@ def test_no_model_is_timed_at_the_age_at_which_it_was_passed_in(tiny, monkeypatc
     seen.clear()
     monkeypatch.setattr(control, "separate_copy", lambda given: (given, "no room" if given is model else None))
     assert seen | {*_timed(model)} == seen, "all or none: a copy beside an old model would be of another age"
+
+
+def test_copies_are_given_back_even_where_they_refer_to_themselves(tiny, monkeypatch):
+    copies, separate_copy = [], control.separate_copy
+
+    def watched(model):
+        made, reason = separate_copy(model)
+        copies.append(weakref.ref(made.model))  # the decoder, whose method it is
+        return made, reason
+
+    monkeypatch.setattr(control, "separate_copy", watched)
+    model = tiny("qwen3-4b-instruct-2507")
+    arms = {interactions.BASELINE: model, "chunked": chunked.chunk_prefill(copy.deepcopy(model), 6)}
+    gc.disable()
+    try:
+        timed = interactions.time_arms(arms, torch.arange(8, 24)[None], 2, 0, 2, 2)
+        assert len(copies) == 2 and all(made() is None for made in copies)
+    finally:
+        gc.enable()
+    assert timed["prefill"].anew and interactions.timed_on([timed]) == "copies made for them"
+
+
+def test_a_copy_that_reads_otherwise_is_not_timed_and_that_is_said(tiny, monkeypatch):
+    model, other = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507", seed=5)
+    arms = {interactions.BASELINE: model, "other": copy.deepcopy(model)}
+    sound = interactions.time_arms(arms, torch.arange(8, 24)[None], 2, 0, 2, 2)
+    copies = {id(model): other}
+    monkeypatch.setattr(control, "separate_copy", lambda given: (copies.get(id(given)) or copy.deepcopy(given), None))
+    timed = interactions.time_arms(arms, torch.arange(8, 24)[None], 2, 0, 2, 2)
+    assert not timed["prefill"].anew and not timed["decode"].anew
+    assert interactions.timed_on([timed]) == "the models themselves"
+    assert interactions.timed_on([sound, timed]).endswith("in 1 of 2 cases the models themselves")
 
 
 def test_equal_arms_keep_the_interval_of_what_one_process_hides():
