@@ -233,12 +233,13 @@ class Attribution:
         return f"Shapley values: {'; '.join(f'{row.arm} {row.value:+.3f}' for row in rows.itertuples())}."
 
     def reading(self) -> str:
-        """Return two sentences: the whole gain in prefill, and the part that contributes most of it; or why there is
-        nothing to share out.
+        """Return two sentences: the whole gain in prefill, and the part that contributes most of it; or why
+        nothing is shared out.
         """
         if self.shares.empty:
-            empty = "Nothing pays here, so the stack is empty"
-            return f"{empty if self.source == EMPTY_STACK else self.source}. There is no gain to share out."
+            if self.source == EMPTY_STACK:
+                return "Nothing pays here, so the stack is empty. There is no gain to share out."
+            return f"{self.source}. So the gain is not shared out."
         rows = self.shares[self.shares["what"] == "prefill"]
         whole = rows[rows["part"] == attribution.WHOLE].iloc[0]
         parts = rows[rows["part"] != attribution.WHOLE]

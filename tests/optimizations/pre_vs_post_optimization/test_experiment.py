@@ -81,6 +81,7 @@ def test_nothing_pays_is_an_answer():
     assert len(shares.speeds()) == len(shares.losses()) == 0
     first, second = shares.reading().split(". ", 1)
     assert reading.two(f"{first}.", second)
+    assert second == "There is no gain to share out."
 
 
 @pytest.mark.parametrize("broken, where", [("a → b", "whole"), ("b", "subset")])
@@ -104,6 +105,7 @@ def test_nothing_is_attributed_to_what_is_broken(tiny, monkeypatch, broken, wher
         assert len(shared.speeds()) == len(shared.losses()) == 0 and "not finite" in shared.source
         first, second = shared.reading().split(". ", 1)
         assert reading.two(f"{first}.", second) and "Nothing pays" not in first
+        assert second == "So the gain is not shared out.", "the stack may gain where a subset of it is broken"
         assert outcome.details(setup, shared, GainSweep([], pd.DataFrame()))["attribution"][0] == []
 
 
