@@ -98,7 +98,7 @@ def controls(
     rows += [(llama_cpp.NAME, "another program on the quantized file, not judged", rival.measurements)]
     rows += [("A/A", "a copy of the baseline", compared.control())]
     if limited.control:  # of reads from a disk: no draw of what differs between two processes elsewhere
-        rows += [(LIMITED, "a second process of the plain mapping", limited.control)]
+        rows += [(LIMITED, limited.control_is, limited.control)]
     return [dict(zip(("name", "purpose", "measurements"), row)) for row in rows]
 
 

@@ -14,7 +14,8 @@ from tests.report import samples
 def _controls(copy, limited):
     nothing = SimpleNamespace(measurements=[])
     compared = SimpleNamespace(control=lambda: copy)
-    return outcome.controls([], LongTexts(), {}, {}, nothing, compared, SimpleNamespace(control=limited))
+    under_a_limit = SimpleNamespace(control=limited, control_is=decoding.SECOND_PROCESS)
+    return outcome.controls([], LongTexts(), {}, {}, nothing, compared, under_a_limit)
 
 
 def test_what_differs_under_a_limit_tells_nothing_of_other_workloads():

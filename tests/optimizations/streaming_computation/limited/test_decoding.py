@@ -4,6 +4,7 @@ import contextlib
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,9 +92,10 @@ class _Process:
         return 0.0
 
 
-def test_the_control_is_a_process_of_its_own(tmp_path, monkeypatch):
+def _planted(monkeypatch, tmp_path, opened: list, turns: dict):
+    """Plant children that decode at once; what they were opened with and who had turns is written into the last two."""
     (tmp_path / "model.safetensors").write_bytes(bytes(10 * children.SLACK))
-    opened, turns, rounds = [], {}, interleaved.rounds
+    rounds = interleaved.rounds
 
     @contextlib.contextmanager
     def child(folder, prompt_1T, steps, options):
@@ -106,9 +108,33 @@ def test_the_control_is_a_process_of_its_own(tmp_path, monkeypatch):
 
     monkeypatch.setattr(decoding, "_child", child)
     monkeypatch.setattr(interleaved, "rounds", watched)
+
+
+def test_the_control_is_a_process_of_its_own(tmp_path, monkeypatch):
+    opened, turns = [], {}
+    _planted(monkeypatch, tmp_path, opened, turns)
     limited = decoding.compare(tmp_path, torch.ones(1, 4, dtype=torch.long), 2, 0.5, {"absorbed": False})
     assert len({process.number for process in turns.values()}) == len(turns) == 3
     assert opened[0] == opened[2] == {"absorbed": True, "mapped": True} and opened[1]["memory_ratio"] == 0.5
     assert set(limited.details["limit_bytes"]) == {"baseline", "optimized", decoding.AGAIN}
     (control,) = limited.control
     assert (control.workload, control.n) == (decoding.WORKLOAD, decoding.BLOCKS)
+    assert limited.control_is == limited.details["control"] == decoding.SECOND_PROCESS
+
+
+@pytest.mark.parametrize("short", ["disk", "memory"])
+def test_where_a_third_copy_has_no_room_the_only_process_is_its_own_control_and_that_is_said(
+    tmp_path, monkeypatch, short
+):
+    opened, turns = [], {}
+    _planted(monkeypatch, tmp_path, opened, turns)
+    total, ample = 10 * children.SLACK, 1000 * children.SLACK
+    disk, memory = (2 * total + 1, ample) if short == "disk" else (ample, 2 * (total // 2 + children.SLACK) + 1)
+    monkeypatch.setattr(decoding.shutil, "disk_usage", lambda _: SimpleNamespace(free=disk))
+    monkeypatch.setattr(decoding.memory_limits, "free_memory_bytes", lambda: memory)
+    limited = decoding.compare(tmp_path, torch.ones(1, 4, dtype=torch.long), 2, 0.5, {"absorbed": False})
+    assert len(opened) == 2 and limited.rate.ratio is not None
+    assert turns[decoding.AGAIN] is turns["baseline"] and limited.control[0].n == decoding.BLOCKS
+    assert limited.control_is == limited.details["control"]
+    assert "timed a second time: 3 " in limited.control_is
+    assert ("copies" in limited.control_is) is (short == "disk")
