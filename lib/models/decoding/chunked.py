@@ -28,8 +28,8 @@ CHUNKING = f"{__name__}:chunk_prefill"
 def chunk_prefill(model: nn.Module, tokens: int) -> nn.Module:
     """Make `model` process prompts in chunks of at most `tokens`, in place; return the model.
 
-    From then on a context longer than the model's positions raises UserError, as does `tokens` below one. What a cache
-    with a window has forgotten takes no position: a text may be longer.
+    From then on a context longer than the model's positions raises UserError before any of it is read, as does `tokens`
+    below one. What a cache with a window has forgotten takes no position: a text may be longer.
     """
     if tokens < 1:
         raise UserError(f"prefill_chunk {tokens}: expected at least 1 token")
@@ -51,7 +51,7 @@ def _forward(tokens: int, decoder: Any, input_ids: torch.Tensor | None = None, *
     names = {"input_ids": input_ids, "inputs_embeds": arguments.pop("inputs_embeds", None)}
     name, prompt = next((name, value) for name, value in names.items() if value is not None)
     length = prompt.shape[1]
-    if cache is None or length <= tokens:
+    if length <= tokens or not _forgets(cache):
         _check_context(decoder.config, length + (0 if cache is None else cache.get_seq_length()))
     mask = arguments.pop("attention_mask", None)
     if length <= tokens or (mask is not None and (isinstance(mask, dict) or mask.ndim != 2)):
@@ -70,6 +70,11 @@ def _forward(tokens: int, decoder: Any, input_ids: torch.Tensor | None = None, *
         hidden.append(output.last_hidden_state)
     cache_kwargs = cache_names.as_kwargs(None if use_cache is False else cache)
     return type(output)(last_hidden_state=torch.cat(hidden, dim=1), **cache_kwargs)
+
+
+def _forgets(cache: Any) -> bool:
+    """Return whether a cache takes fewer positions than it is given tokens: its layers count what is forgotten."""
+    return any(hasattr(layer, "forgotten") for layer in getattr(cache, "layers", ()))
 
 
 def _cut(arguments: Mapping[str, Any], first: int, last: int) -> dict[str, Any]:

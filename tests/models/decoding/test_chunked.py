@@ -225,8 +225,10 @@ def test_a_text_longer_than_the_model_is_read_through_a_window(tiny, name):
     model = chunked.chunk_prefill(tiny(name), 8)
     cache = sink_window.windowed_cache(model, sinks=4, window=32, slack=8)
     assert chunked.losses(model, ids_of(600), rows=64, cache=cache).isfinite().all()
-    with pytest.raises(UserError, match="a context of 520 tokens is longer than this model's 512 positions"):
-        chunked.losses(model, ids_of(600), rows=64, cache=sink_window.whole_cache())
+    whole = sink_window.whole_cache()
+    with pytest.raises(UserError, match="a context of 600 tokens is longer than this model's 512 positions"):
+        chunked.losses(model, ids_of(600), rows=64, cache=whole)
+    assert whole.get_seq_length() == 0, "none of it is read"
 
 
 @pytest.mark.parametrize("wrong", [{"sinks": -1}, {"window": 0}, {"slack": 0}, {"window": 4096}])
