@@ -145,14 +145,15 @@ def reading(rows: Sequence[Mapping[str, Any]], offload: Mapping[str, Measurement
     timed = {row["page_cache"]: row for row in rows if row["ratio"] == memory_ratio}
     longer = {cache: row["ms_per_token"] / row["resident_ms_per_token"] for cache, row in timed.items()}
     kept, where = timed["keep"], offload_baseline.place()
-    read = kept["disk_share"] is not None and kept["disk_share"] > 1 - FROM_DISK
-    rest = f"the rest read from its file ({kept['read_from']})" if read else "the rest in the page cache"
+    cached = kept["disk_share"] is not None and kept["disk_share"] <= 1 - FROM_DISK
+    rest = "the rest in the page cache" if cached else f"the rest read from its file ({kept['read_from']})"
     first = (
         f"With {100 * kept['memory_share']:.0f} % of its weights in memory and {rest}, a token takes "
         f"{longer['keep']:.2f} times as long as in the resident model."
     )
     if "drop" in timed:
-        all_read = (timed["drop"]["disk_share"] or 0.0) >= FROM_DISK
-        how = "every byte from the disk" if all_read else f"the page cache dropped ({timed['drop']['read_from']})"
+        share, source = timed["drop"]["disk_share"] or 0.0, timed["drop"]["read_from"]
+        from_disk = "every byte from the disk" if share == 1 else f"nearly every byte ({source})"
+        how = from_disk if share >= FROM_DISK else f"the page cache dropped ({source})"
         first = f"{first[:-1]}; with {how}, {longer['drop']:.2f} times."
     return first + f" It decodes {offload['disk'].ratio:.1f} times as fast as accelerate's offloading to {where}."

@@ -66,6 +66,10 @@ def test_that_bytes_come_from_the_disk_is_said_where_they_were_seen_to(monkeypat
     assert "offloading to files in memory" in memory_tradeoff.reading(rows, offload, 0.35)
     read = memory_tradeoff.reading([_row("keep", 0.6, "60 % from the disk")], offload, 0.35)
     assert "the rest read from its file (60 % from the disk)" in read
+    unknown = memory_tradeoff.reading([_row("keep", None, "what came from the disk is unknown")], offload, 0.35)
+    assert "the rest read from its file (what came from the disk is unknown), a token" in unknown
+    nearly = memory_tradeoff.reading([_row("keep", 0.0, ""), _row("drop", 0.96, "96 % from the disk")], offload, 0.35)
+    assert "with nearly every byte (96 % from the disk), 2.00 times" in nearly
 
 
 def test_where_pages_cannot_be_dropped_the_other_rows_are_there(tiny, folder, monkeypatch):
