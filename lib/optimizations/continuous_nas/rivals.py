@@ -99,20 +99,21 @@ class RivalComparison:
     @property
     def closer(self) -> float | None:
         """Divergence of the rivals at equal speed ÷ that of the judged architecture; None without text, and where
-        an arm does not diverge at all on a window (the whole model, as a choice): no logarithm, and it divides nothing.
+        an arm does not diverge on any window (the whole model, as a choice): no logarithm, and it divides nothing.
         """
         return self._closer([float(kl_N.mean()) for kl_N in self.kl_RN]) if self._diverging else None
 
     @property
     def _diverging(self) -> bool:
-        return bool(self.kl_RN) and all((kl_N > 0).all() for kl_N in self.kl_RN)
+        return bool(self.kl_RN) and all(kl_N.mean() > 0 for kl_N in self.kl_RN)
 
     def _closer(self, kl_R: Sequence[float], speeds_R: Sequence[float] | None = None) -> float:
         return at_equal_speed(speeds_R or _ratios(self.speeds), kl_R[1:]) / kl_R[0]
 
     def interval(self, seed: int = 0) -> tuple[float, float] | tuple[None, None]:
         """Return the 95 % bootstrap interval of `closer` over the held-out windows and over the speeds: each is drawn
-        from its interval as if its logarithm were normal; one without an interval is held fixed.
+        from its interval as if its logarithm were normal; one without an interval is held fixed. An arm that
+        does not diverge on any window that is drawn counts as if it did on one of them, as little as on any.
         """
         if not self._diverging:
             return None, None
@@ -121,7 +122,9 @@ class RivalComparison:
         timed = [speed for speed in self.speeds if speed.ratio is not None]
         sigma_R = [np.log(speed.ci[1] / speed.ci[0]) / (2 * NORMAL) if speed.ci else 0.0 for speed in timed]
         speeds_SR = np.exp(np.log(_ratios(timed)) + sigma_R * draw.standard_normal((RESAMPLES, len(timed))))
-        ratios = [self._closer(kl_RN[:, at_N].mean(1), list(each_R)) for at_N, each_R in zip(drawn, speeds_SR)]
+        least_R = np.where(kl_RN > 0, kl_RN, np.inf).min(1) / kl_RN.shape[1]
+        kl_SR = np.maximum(kl_RN[:, drawn].mean(2).T, least_R)
+        ratios = [self._closer(kl_R.tolist(), speeds_R.tolist()) for kl_R, speeds_R in zip(kl_SR, speeds_SR)]
         low, high = np.quantile(ratios, [0.025, 0.975])
         return float(low), float(high)
 
@@ -133,7 +136,7 @@ class RivalComparison:
         if not self.kl_RN:
             return None, "no held-out text was read"
         if low is None or high is None:
-            arm = "a rival" if (self.kl_RN[0] > 0).all() else "the search's choice"
+            arm = "a rival" if self.kl_RN[0].mean() > 0 else "the search's choice"
             return None, f"{arm} does not diverge from the baseline: no ratio of divergences"
         evidence = f"divergence at equal speed ÷ the search's: {self.closer:.3g} ({low:.3g} to {high:.3g})"
         if not self.has_rival_no_faster:
