@@ -53,7 +53,8 @@ class Adaptation:
 def adapt(
     search: Search, costs: RequestCosts, *, time_share: float, memory_share: float, refinements: int, count: int = 10
 ) -> Adaptation:
-    """Resume `search` under the costs of a new profile, and run a second search from nothing for comparison.
+    """Resume `search` under the costs of a new profile, with what its study holds under it already, and run a second
+    search from nothing for comparison.
 
     Raises what `method.run` raises.
     """
@@ -63,6 +64,7 @@ def adapt(
         "refinements": refinements,
         "count": count,
     }
+    search.recall(costs.profile.name)
     best = method.run(search, costs, **options)
     phases = [evaluation.phase.startswith(f"{costs.profile.name}:") for evaluation in search.evaluations]
     before = phases.index(True) if any(phases) else len(phases)

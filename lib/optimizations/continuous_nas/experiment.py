@@ -168,10 +168,8 @@ def prepare(loaded: Loaded, effort: Effort, seed: int, *, short: bool) -> Search
 
 @contextlib.contextmanager
 def opened(setup: SearchSetup, folder: Path | str, name: str, settings: Sequence[object]) -> Iterator[Study]:
-    """Yield the study `name` of these weights, this code, this library and these settings; the seconds of evaluations
-    that it holds already are added to the setup's.
-
-    Raises UserError where another process holds it.
+    """Yield the study `name` of these weights, this code, this library and these settings. Raises UserError where
+    another process holds it.
     """
     space = {
         "options": setup.library.space,
@@ -181,7 +179,6 @@ def opened(setup: SearchSetup, folder: Path | str, name: str, settings: Sequence
         "settings": [*settings, setup.rows, setup.length, study.machine()],
     }
     with study.opened(Path(folder) / f"{name}.db", name, space, objectives=1) as stored:
-        setup.seconds += sum(trial.user_attrs["seconds"] for trial in stored.trials)
         yield stored
 
 
@@ -208,17 +205,18 @@ def interrupted(
     setup: SearchSetup, search: Search, costs: RequestCosts, limits: SearchLimits
 ) -> tuple[Search, ChoiceEvaluation]:
     """Run the search to half its refinements, then resume it from its study; return the second search and its winner.
+    What an earlier run took for the evaluations that are taken over is added to the setup's seconds.
 
     Asserts that the winner is within the budgets, and that a search that was never stopped ends at the same choice.
     """
     options = asdict(limits)
+    setup.seconds += search.taken_over
     with setup.timed():
         search.stop_after = len(search.evaluations) + max(1, limits.refinements // 2)
         with contextlib.suppress(method.SearchStopped):
             method.run(search, costs, **options)
-        search = Search(
-            search.library, search.probe, search.study, search.seed, known=search.known, solved=search.solved
-        )
+        shared: dict[str, Any] = {"known": search.known, "solved": search.solved, "workload": search.workload}
+        search = Search(search.library, search.probe, search.study, search.seed, **shared)
         winner = method.run(search, costs, **options)
     unstopped = method.run(search.afresh(), costs, **options)
     assert unstopped.choice == winner.choice, "stopping changed the answer"

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import optuna
+from optuna.trial import FrozenTrial
 from torch import nn
 
 from lib.errors import NotApplicable
@@ -36,6 +37,7 @@ LEVELS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # budgets of the front, as shares
 NEAR = 0.05  # two divergences that differ by less than this share are as good as each other
 PREVIEW_REFINEMENTS = 6  # at most, at effort preview
 REFERENCE = (1.0, 0.1)  # of hypervolumes: the whole model's cost, and a tenth of a nat per token
+LIBRARY = "library"  # the phase in which each replacement is scored alone
 
 SEARCH_SPACE = {
     "workload": {
@@ -111,7 +113,9 @@ class Search:
     """One search over a library. `study` keeps it (None: in memory only).
 
     `known` are divergences computed so far, `solved` the programme's solutions: controls share them, so that what is
-    counted twice is computed once.
+    counted twice is computed once. `workload`: of what the study holds, only the scores of the library and what was
+    evaluated under this profile are taken over, not the choices of drifts that a run before this one followed (None:
+    all); `taken_over` is what that took, in seconds.
     """
 
     library: Library
@@ -122,12 +126,29 @@ class Search:
     known: dict[tuple, float] = field(default_factory=dict)
     solved: dict[str, list[Choice]] = field(default_factory=dict)
     evaluations: list[ChoiceEvaluation] = field(default_factory=list)
+    workload: str | None = None
+    taken_over: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
-        for trial in self.study.trials if self.study else ():
-            choice = {slot: trial.params[slot] for slot in self.library.modules}
-            self.evaluations.append(ChoiceEvaluation(choice, trial.values[0], trial.user_attrs["phase"]))
-            self.known[_key(choice)] = trial.values[0]
+        for trial in self._stored():
+            evaluation = self._evaluation(trial)
+            self.known[_key(evaluation.choice)] = evaluation.divergence
+            if self.workload is None or _profile(evaluation) in (LIBRARY, self.workload):
+                self.evaluations.append(evaluation)
+                self.taken_over += trial.user_attrs["seconds"]
+
+    def recall(self, profile: str) -> None:
+        """Take over what the study holds of a drift to `profile`, unless this search has evaluated under it already."""
+        if not any(_profile(evaluation) == profile for evaluation in self.evaluations):
+            stored = map(self._evaluation, self._stored())
+            self.evaluations += [evaluation for evaluation in stored if _profile(evaluation) == profile]
+
+    def _stored(self) -> list[FrozenTrial]:
+        return self.study.trials if self.study else []
+
+    def _evaluation(self, trial: FrozenTrial) -> ChoiceEvaluation:
+        choice = {slot: trial.params[slot] for slot in self.library.modules}
+        return ChoiceEvaluation(choice, trial.values[0], trial.user_attrs["phase"])
 
     def afresh(self, seed: int | None = None) -> "Search":
         """Return a search of the same library without evaluations, which stores nothing."""
@@ -166,6 +187,11 @@ class Search:
         return pareto.progress(self.points(costs), REFERENCE).tolist()
 
 
+def _profile(evaluation: ChoiceEvaluation) -> str:
+    """Return the profile under which a choice was evaluated, or LIBRARY."""
+    return evaluation.phase.partition(":")[0]
+
+
 def _key(choice: Choice) -> tuple:
     return tuple(sorted(choice.items()))
 
@@ -177,12 +203,12 @@ def _distributions(space: Mapping[str, Sequence[str]]) -> dict:
 def score(search: Search) -> dict[str, dict[str, float]]:
     """Return what each replacement costs alone, in nats per token: one evaluation each, unless it is stored already."""
     scores = {slot: {WHOLE: 0.0} for slot in search.library.modules}
-    stored = {_key(e.choice): e.divergence for e in search.evaluations if e.phase == "library"}
+    stored = {_key(e.choice): e.divergence for e in search.evaluations if e.phase == LIBRARY}
     for slot, options in search.library.space.items():
         for option in options:
             choice = search.library.whole | {slot: option}
             if option != WHOLE and _key(choice) not in stored:
-                stored[_key(choice)] = search.evaluate(choice, "library")
+                stored[_key(choice)] = search.evaluate(choice, LIBRARY)
             if option != WHOLE:
                 scores[slot][option] = stored[_key(choice)]
     return scores

@@ -188,6 +188,32 @@ def test_the_price_of_a_search_holds_every_evaluation_also_those_of_earlier_runs
     assert evaluations > 20 and min(prices) >= evaluations * judging + measuring
 
 
+def test_a_search_that_resumes_after_its_drifts_is_the_first_one_again(tiny, batch, tmp_path, monkeypatch):
+    """Planted: what is evaluated later diverges less, so that the choices of the drifts are the best of all."""
+    model, later = tiny("qwen3-coder-30b"), itertools.count(1)
+    shelf, limits = nas.build(model, observe(model, [batch])), nas.SearchLimits(0.9, 1.0, 4, 2)
+    monkeypatch.setattr(nas, "divergence", lambda *_: 1 / next(later))
+    monkeypatch.setattr(experiment.io, "weights_hash", lambda _: "")
+    monkeypatch.setattr(experiment.SearchSetup, "times_of", lambda *_, **__: _times(shelf))
+    found, charged, warm = [], [], []
+    for _ in range(2):
+        setup = _setup(model, shelf)
+        with experiment.opened(setup, tmp_path, "s", []) as stored:
+            search = nas.Search(shelf, None, stored, workload="prefill_heavy")
+            charged.append(search.taken_over)
+            costs, scores = setup.costs_in_processes("prefill_heavy", stored), setup.scores_of(search)
+            search, winner = experiment.interrupted(setup, search, costs, limits)
+            found.append((winner.choice, len(search.evaluations)))
+            followed = drift.follow(search, scores, setup.costs_of, "prefill_heavy", limits)
+            warm.append([adaptation.warm for adaptation in followed.adaptations])
+            phases = [trial.user_attrs["phase"] for trial in stored.trials]
+    assert found[0] == found[1] and warm[0] == warm[1]
+    assert {phase.partition(":")[0] for phase in phases} == {"library", *request_costs.PROFILES}
+    first = [phase.partition(":")[0] in ("library", "prefill_heavy") for phase in phases]
+    seconds = sum(trial.user_attrs["seconds"] for trial, kept in zip(stored.trials, first) if kept)
+    assert charged == pytest.approx([0, seconds]) and len(phases) > sum(first) == found[1][1]
+
+
 def test_greedy_choices_replace_least_divergence_per_cost_first(tiny, batch):
     search, costs = _begin(tiny("qwen3-4b-instruct-2507"), batch)
     scores = nas.score(search)
