@@ -173,7 +173,8 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
         return undecided(open_question, **about)
     if goal.limit_bytes is not None and taken(record, goal.name) is None:
         missing = " or ".join(LIMITED[goal.name])
-        return undecided(f"{missing} was not measured, so the limit cannot be held against it", **about)
+        # Its dimension was asked for, since something of it serves the goal: more effort would measure it no better.
+        return result("undecided", f"{missing} was not measured, so the limit cannot be held against it", **about)
     if goal.limit_bytes is not None and (beyond := _beyond(record, goal)):
         return result("do not use", beyond, **about)
     if paid := _paid(record, served):
