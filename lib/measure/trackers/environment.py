@@ -98,10 +98,11 @@ def _torch(model: "nn.Module | None") -> dict[str, object]:
     if model is not None:
         model_config: Any = model.config
         weight, config = next(model.parameters()), model_config.get_text_config()
+        dtype = str(weight.dtype).removeprefix("torch.")
         facts |= {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "dtype": str(weight.dtype).removeprefix("torch."),
-            "dtype_because": fastest_dtype.reason(config.to_dict()) if weight.device.type == "cpu" else None,
+            "dtype": dtype,
+            "dtype_because": fastest_dtype.reason(config.to_dict(), dtype) if weight.device.type == "cpu" else None,
             "device": str(weight.device),
             "attention_backend": getattr(config, "_attn_implementation", None),
             "experts_backend": getattr(config, "_experts_implementation", None),

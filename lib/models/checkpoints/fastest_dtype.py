@@ -39,18 +39,26 @@ def fastest(config: dict[str, Any]) -> str:
         }
         with suppress(OSError):  # a cache that cannot be written is no error
             files.write_atomically(_path(), json.dumps(known, indent=1))
-    gains = [known[key][f"{PREFERRED} {rows}"] / known[key][f"{OTHER} {rows}"] for rows in ROWS.values()]
+    return _choice(known[key])
+
+
+def _choice(seconds: dict[str, float]) -> str:
+    gains = [seconds[f"{PREFERRED} {rows}"] / seconds[f"{OTHER} {rows}"] for rows in ROWS.values()]
     return OTHER if math.prod(gains) ** (1 / len(gains)) > GAIN else PREFERRED
 
 
-def reason(config: dict[str, Any]) -> str | None:
-    """Return the measurement that `fastest` decided by, in words; None where it was not asked."""
+def reason(config: dict[str, Any], used: str = "") -> str | None:
+    """Return the measurement that `fastest` decided by, in words, and why the weights are in the dtype `used` all the
+    same where that is slower; None where it was not asked.
+    """
     hidden, width = _size(config)
     if (seconds := _known().get(_key(hidden, width))) is None:
         return None
     times = {name: [1e6 * seconds[f"{name} {rows}"] for rows in ROWS.values()] for name in (PREFERRED, OTHER)}
     parts = [f"for {what} {ours:.0f} µs, in {OTHER} {other:.0f} µs" for what, ours, other in zip(ROWS, *times.values())]
-    return f"a product of {hidden} × {width} takes in {PREFERRED} {'; '.join(parts)}; {OTHER} needs twice the memory"
+    room = f"{OTHER} would not fit into memory" if used == PREFERRED and _choice(seconds) == OTHER else ""
+    room = room or f"{OTHER} needs twice the memory"
+    return f"a product of {hidden} × {width} takes in {PREFERRED} {'; '.join(parts)}; {room}"
 
 
 def _size(config: dict[str, Any]) -> tuple[int, int]:

@@ -33,6 +33,7 @@ def _planted(monkeypatch, bfloat16: float, float32: float):
 def test_the_quicker_is_taken_and_half_the_memory_among_equals(monkeypatch, bfloat16, float32, expected):
     _planted(monkeypatch, bfloat16, float32)
     assert fastest_dtype.fastest(CONFIG) == expected
+    assert fastest_dtype.reason(CONFIG, expected).endswith("; float32 needs twice the memory")
 
 
 def test_it_is_measured_once(monkeypatch, own_cache):
@@ -43,6 +44,8 @@ def test_it_is_measured_once(monkeypatch, own_cache):
     _planted(monkeypatch, 1e-6, 2e-6)  # another day: the arms of a run still agree
     assert fastest_dtype.fastest(CONFIG) == "float32"
     assert "96 × 160 takes in bfloat16 for a new token 2 µs, in float32 1 µs" in fastest_dtype.reason(CONFIG)
+    assert fastest_dtype.reason(CONFIG, "float32").endswith("; float32 needs twice the memory")
+    assert fastest_dtype.reason(CONFIG, "bfloat16").endswith("; float32 would not fit into memory"), "slower all the same"
 
 
 def test_a_damaged_cache_is_measured_again(own_cache):
