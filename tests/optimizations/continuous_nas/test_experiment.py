@@ -129,7 +129,8 @@ def test_a_choice_that_is_the_whole_model_and_a_drift_without_a_front_decide_not
     assert rival.closer is None and rival.refuted()[1].startswith("a rival does not")
     one_window = np.r_[0.0, np.full(15, 0.03)]
     partly = RivalComparison(speeds, [one_window, np.full(16, 0.3), np.full(16, 0.5)], [])
-    assert partly.closer == pytest.approx(np.sqrt(0.3 * 0.5) / 0.03 * 16 / 15, rel=0.05) and partly.refuted()[0] is False
+    assert partly.closer == pytest.approx(np.sqrt(0.3 * 0.5) / 0.03 * 16 / 15, rel=0.05)
+    assert partly.refuted()[0] is False
     few = RivalComparison(speeds, [np.r_[np.zeros(15), 0.3], np.full(16, 0.3), np.full(16, 0.5)], [])
     low, high = few.interval()
     assert few.closer > 1 and low < few.closer < high < np.inf, "of many resamples no window diverges"
