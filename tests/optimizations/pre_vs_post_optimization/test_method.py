@@ -181,7 +181,8 @@ def test_a_candidate_has_the_interval_of_what_one_process_hides_and_more_copies_
 
 
 def test_a_candidate_that_cannot_be_copied_is_one_draw_however_often_it_is_timed(tiny, monkeypatch):
-    model, sigma = tiny("qwen3-4b-instruct-2507"), process_variance.between_processes("prefill").sigma
+    model, sigma = tiny("qwen3-4b-instruct-2507"), 5.0  # beside which the noise of the rounds is nothing
+    monkeypatch.setattr(interactions, "process_sigma", lambda *_: sigma)
     monkeypatch.setattr(control, "separate_copy", lambda given: (given, "no room"))
     monkeypatch.setattr(comparing, "SPEED_MARGIN", 0.0)
     gain = comparing._faster(model, copy.deepcopy(model), torch.arange(8, 24)[None], comparing.MOST_ROUNDS, 0)
