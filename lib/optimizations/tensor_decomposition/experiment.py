@@ -240,7 +240,8 @@ class FactoredModel:
         if not self.errors:
             return said
         kept = sum(after < before for before, after in self.errors)
-        rest = "" if kept == len(self.errors) else "; in the others whitened factors stay"
+        others = "in the others whitened ones stay" if kept else "whitened ones stay"
+        rest = "" if kept == len(self.errors) else f"; {others}"
         where = f"{kept or 'none'} of {len(self.errors)} blocks"
         return f"{said} In {where} {self.taught} factors are nearer to the original output on text set aside{rest}."
 
