@@ -20,6 +20,7 @@ from lib.measure.metrics.settings import Effort
 from lib.measure.quality import answer_comparison, evaluate
 from lib.measure.quality.answers import Text
 from lib.measure.roofline import cost_model
+from lib.models.structure.replacements.quantized import FEW_TOKENS
 from lib.optimizations.common.compression import weight_only
 from lib.optimizations.common.evidence import claims
 from lib.optimizations.common.evidence.claims import ThirdArm
@@ -87,6 +88,8 @@ def yardsticks(
         purpose = weight_only.PURPOSE + (
             f"; no kernel for {missing} matrices, restored for each product" if missing else ""
         )
+        if bits == 8 and weight_only.rounds_few_tokens(baseline, part):
+            purpose += f"; up to {FEW_TOKENS} tokens are multiplied in bfloat16, the judged text by restored matrices"
         if dense := weight_only.left_dense(baseline, part):
             purpose += f"; {dense} matrices that expand latents stay dense, as engines keep them restored"
         if effort.preview and arms:

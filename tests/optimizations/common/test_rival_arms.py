@@ -1,6 +1,7 @@
 """What is said of an optimized model beside the yardsticks, from planted numbers."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -103,3 +104,13 @@ def test_windows_of_few_documents_make_a_wider_interval(tiny, monkeypatch):
         low, high = next(m.ci for m in arm.measurements if m.metric == "kl_divergence_nats")
         widths.append(high - low)
     assert widths[0] > widths[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_yardstick_says_where_its_judged_arithmetic_is_not_that_of_decoding(tiny, monkeypatch, dtype):
+    """int8 alone: int4 multiplies in bfloat16 however many tokens there are."""
+    monkeypatch.setattr(rival_arms.speed, "compare", lambda *_, **__: SimpleNamespace(measurements=[]))
+    model = tiny("qwen3-4b-instruct-2507").to(dtype)
+    int8, int4 = rival_arms.yardsticks(model, None, torch.zeros(1, 8, dtype=torch.long), settings.read("quick"))
+    said = "up to 32 tokens are multiplied in bfloat16, the judged text by restored matrices"
+    assert (said in int8.purpose) is (dtype == torch.float32) and said not in int4.purpose

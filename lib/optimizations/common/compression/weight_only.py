@@ -12,7 +12,14 @@ from lib.models.calibration.second_moments import Matrix, Moments, block_moments
 from lib.models.calibration.walk import Walk
 from lib.models.decoding import mla_absorption
 from lib.models.structure.anatomy import anatomy
-from lib.models.structure.replacements.quantized import BITS, Packed, QuantizedExperts, QuantizedLinear, has_kernel
+from lib.models.structure.replacements.quantized import (
+    BITS,
+    SCALES,
+    Packed,
+    QuantizedExperts,
+    QuantizedLinear,
+    has_kernel,
+)
 from lib.models.structure.sharing import sharing
 from lib.optimizations.common.compression import gptq
 
@@ -65,9 +72,21 @@ def _quantized(owner: nn.Module, bits: int, members: Sequence[Matrix], moments: 
 
 def without_kernel(model: nn.Module, bits: int, part: str = "all") -> int:
     """Return how many matrices of `part` torch has no packed kernel for: they are restored for every product."""
+    return _kernels(model, bits, part).count(False)
+
+
+def rounds_few_tokens(model: nn.Module, part: str = "all") -> bool:
+    """Return whether int8 multiplies few tokens less exactly than many: its kernel does in bfloat16 what a model of
+    another dtype does by the restored matrix.
+    """
+    return next(model.parameters()).dtype != SCALES and any(_kernels(model, 8, part))
+
+
+def _kernels(model: nn.Module, bits: int, part: str) -> list[bool]:
+    """Return of each matrix that is quantized whether torch has a packed kernel for it."""
     dense = _expansions(model)
-    chosen = [matrix for matrix in matrices(model, part) if matrix.owner not in dense]
-    return sum(not has_kernel(matrix.weight.view(-1, *matrix.weight.shape[-2:])[0], bits) for matrix in chosen)
+    chosen = [matrix.weight for matrix in matrices(model, part) if matrix.owner not in dense]
+    return [has_kernel(weight.view(-1, *weight.shape[-2:])[0], bits) for weight in chosen]
 
 
 def left_dense(model: nn.Module, part: str = "all") -> int:
