@@ -4,10 +4,9 @@ Weights alone are quantized, rounded to nearest: int8 symmetric with a scale per
 and zero point per group of 128 inputs (of the largest of 64, 32, 16 that divides the width where 128 does not). No text
 is needed. Products run in torch's own packed kernels (`_weight_int8pack_mm`, `_weight_int4pack_mm`), which read the
 small weights. The kernels are quick in bfloat16 alone (on a CPU, those of float32 take a hundred times as long), so
-scales are bfloat16, and so are inputs and results of a matrix that has a kernel. Where no kernel takes the shape, and
-in int8 for so many tokens that arithmetic is the limit, the matrix is restored for the product. Of one that has a
-kernel the result is rounded as by the kernel: many tokens are judged in the arithmetic in which few are decoded. Runs
-forward only. Knows nothing of which matrices are quantized.
+scales are bfloat16, and so are inputs while a kernel runs. Where no kernel takes the shape, and in int8 for so many
+tokens that arithmetic is the limit, the matrix is restored for the product. Runs forward only. Knows nothing of which
+matrices are quantized.
 
 Shapes: T tokens, O outputs, I inputs, G inputs of a group, E experts, K experts per token.
 """
@@ -127,10 +126,7 @@ def product(
         return _int4_product(values, scales, x_TI.to(SCALES).contiguous()).to(x_TI.dtype)
     if kernel and len(x_TI) <= FEW_TOKENS:
         return torch._weight_int8pack_mm(x_TI.to(SCALES).contiguous(), values, scales).to(x_TI.dtype)
-    weight_OI = restored(values, scales, shape, kernel).to(x_TI.dtype)
-    if not kernel:
-        return nn.functional.linear(x_TI, weight_OI)
-    return nn.functional.linear(x_TI.to(SCALES).to(x_TI.dtype), weight_OI).to(SCALES).to(x_TI.dtype)
+    return nn.functional.linear(x_TI, restored(values, scales, shape, kernel).to(x_TI.dtype))
 
 
 def _int4_product(values: torch.Tensor, scales: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
