@@ -60,7 +60,8 @@ def test(arguments: Sequence[str], description: str) -> int:
     }
     chosen = [word for word in arguments if not word.startswith("-") and (ROOT / word.split("::")[0]).exists()]
     templates = [str(path.relative_to(ROOT)) for path in sorted(NOTEBOOKS.glob("*.ipynb"))]
-    where = [] if chosen else [*templates, *SLOW_TESTS, "tests"]
+    slow = [path for path in SLOW_TESTS if (ROOT / path).exists()]
+    where = [] if chosen else [*templates, *slow, "tests"]
     with tempfile.TemporaryDirectory(prefix="workbench-") as folder:
         environment = {"PYTHONPATH": python_path(), "IPYTHONDIR": folder, "JUPYTER_RUNTIME_DIR": folder}
         processes = min(os.cpu_count() or 1, MOST_BESIDE)
