@@ -1,18 +1,24 @@
 """Effects of known size, planted end to end in real models: does the workbench find them, and nothing else?
 
-    python tests/measure/planted.py [NUMBER …] [--short] [--model NAME]
+    python tests/measure/planted.py [NUMBER …] [--short] [--model NAME] [--jobs N] [--keep FOLDER]
 
 Runs the experiments with these numbers (default: all), each repetition in a fresh process, and prints what was expected
-and what was seen. `--short` repeats less. Exit code 1 if one falls short. Run it on a machine without other work.
+and what was seen. `--short` repeats less; `--jobs`: so many repetitions side by side, each on cores of its own, as a
+build has them; `--keep`: what was finished is kept there, and a second call with it goes on from there. Exit code 1 if
+one falls short. Run it on a machine without other work.
 """
 
 import argparse
+import functools
+import hashlib
 import json
 import math
+import os
+import queue
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +33,8 @@ MODEL = "qwen3-4b-instruct-2507"
 CALLED = {"better", "worse"}
 HELD_IN = ("peak_memory_bytes", "peak_memory_above_start_bytes", "peak_tensor_bytes")
 Rows = list[dict[str, Any]]  # measurements as JSON
+KEPT: Path | None = None  # a folder of the rows of each finished repetition
+JOBS: queue.Queue[set[int]] = queue.Queue()  # the cores of each run that may go on beside others, as in a build
 
 
 @dataclass(frozen=True)
@@ -76,31 +84,27 @@ def nothing_removed(size: Size, model: str) -> list[Finding]:
     return [*findings, Finding("quality", "identical", f"{equal} of {len(scores)} the same", equal == len(scores))]
 
 
-def more_work(size: Size, model: str) -> list[Finding]:
-    """2. Additional matrix work: intervals hold the truth, 10 % is always seen, 0 % never."""
-    findings = []
-    for share in (0.0, 0.03, 0.05, 0.10):
-        runs = repeat("slowed", size.times, model=model, effort=size.effort, share=share)
+def more_work(size: Size, model: str) -> Iterator[Finding]:
+    """2. More matrix work, the same in every repetition: intervals hold the truth, 5 and 10 % are seen, 0 % never.
+    Arms are timed in fresh processes and, as those are that no file holds, in one.
+    """
+    products = _products(size, model, [0.03, 0.05, 0.10])
+    for share, alone in ((0.0, False), (0.03, False), (0.05, False), (0.10, False), (0.0, True), (0.05, True)):
+        options = {"products": products.get(share, {}), "alone": alone}
+        runs = repeat("slowed", size.times, model=model, effort=size.effort, **options)
         for workload in ("prefill", "decode"):
             rows = [row for rows in runs for row in rows if row["workload"] == workload and row["unit"] == "tokens/s"]
             truth = float(np.mean([math.log(row["ratio"]) for row in rows]))
             inside = sum(math.log(row["ci"][0]) <= truth <= math.log(row["ci"][1]) for row in rows)
             words = Counter(row["verdict"] for row in rows)
             least = len(rows) - most(len(rows))
-            good = inside >= least
-            if share == 0.0:
-                good &= not words["better"] and not words["worse"]
-                expected = "never called"
-            else:
-                good &= not words["better"]
-                required = {0.03: 0, 0.05: least, 0.10: len(rows)}[share]
-                good &= words["worse"] >= required
-                expected = f"worse at least {required} times"
+            required = {0.0: 0, 0.03: 0, 0.05: least, 0.10: len(rows)}[share]
+            good = inside >= least and words["worse"] >= required and not words["better"]
+            good &= share > 0 or not words["worse"]
+            expected = f"worse at least {required} times" if share else "never called"
             seen = f"{math.expm1(-truth):+.1%}; {inside} of {len(rows)} intervals hold it; {_listed(words)}"
-            findings.append(
-                Finding(f"{share:.0%} more work, {workload}", f"{least} hold; {expected}", seen, bool(good))
-            )
-    return findings
+            planted = f"{share:.0%} more work, {workload}" + (", one process" if alone else "")
+            yield Finding(planted, f"{least} hold; {expected}", seen, good)
 
 
 def held_memory(size: Size, model: str) -> list[Finding]:
@@ -131,7 +135,7 @@ def lost_answers(size: Size, model: str) -> list[Finding]:
 
 def ten_processes(size: Size, model: str) -> list[Finding]:
     """5. One record in ten processes: the intervals hold the pooled mean, for peaks and processor time too."""
-    runs = repeat("slowed", max(3, size.times // 2), model=model, effort=size.effort, share=0.0, memory=True)
+    runs = repeat("slowed", max(3, size.times // 2), model=model, effort=size.effort, memory=True)
     findings = []
     for key in sorted({(row["metric"], row["workload"]) for rows in runs for row in rows if row["ci"]}):
         rows = [row for rows in runs for row in rows if (row["metric"], row["workload"]) == key and row["ci"]]
@@ -146,7 +150,7 @@ def a_neighbour(size: Size, model: str) -> list[Finding]:
     """7. A neighbour that streams memory in every other stretch of time: two equal arms are never called."""
     beside = [subprocess.Popen([sys.executable, "-c", NEIGHBOUR]) for _ in range(2)]
     try:
-        runs = repeat("slowed", max(3, size.times // 2), model=model, effort=size.effort, share=0.0)
+        runs = repeat("slowed", max(3, size.times // 2), model=model, effort=size.effort)
     finally:
         for process in beside:
             process.kill()
@@ -157,8 +161,9 @@ def a_neighbour(size: Size, model: str) -> list[Finding]:
 
 def swapped(size: Size, model: str) -> list[Finding]:
     """8. Arms swapped: ratios inverted, verdicts mirrored, on the same times and on new ones."""
-    there = repeat("slowed", 1, model=model, effort=size.effort, share=0.3)[0]
-    back = repeat("slowed", 1, model=model, effort=size.effort, share=0.3, swap=True)[0]
+    options = {"products": _products(size, model, [0.3])[0.3]}
+    there = repeat("slowed", 1, model=model, effort=size.effort, **options)[0]
+    back = repeat("slowed", 1, model=model, effort=size.effort, **options, swap=True)[0]
     mirrored = {"better": "worse", "worse": "better"}
     findings = []
     for before, after in zip(there, back):
@@ -172,7 +177,7 @@ def swapped(size: Size, model: str) -> list[Finding]:
     return findings
 
 
-EXPERIMENTS: dict[int, Callable[[Size, str], list[Finding]]] = {
+EXPERIMENTS: dict[int, Callable[[Size, str], Iterable[Finding]]] = {
     1: nothing_removed,
     2: more_work,
     3: held_memory,
@@ -188,23 +193,46 @@ def most(count: int) -> int:
     return max(1, count // 20) if count > 3 else 0
 
 
+def _products(size: Size, model: str, shares: list[float]) -> dict[float, dict[str, int]]:
+    """Return, by share, how many products make a call so much slower, by the shape of its ids."""
+    [rows] = repeat("work_for", 1, model=model, effort=size.effort, shares=shares)
+    return {share: {row["ids"]: row["products"] for row in rows if row["share"] == share} for share in shares}
+
+
 def _listed(words: Counter) -> str:
     return ", ".join(f"{count} {word}" for word, count in words.most_common())
 
 
 def repeat(arm: str, times: int, **options: Any) -> list[Rows]:
-    """Run `planted_arms.<arm>` in `times` fresh processes, one after the other; return the rows of each."""
+    """Run `planted_arms.<arm>` in `times` fresh processes, as many side by side as there are `JOBS`; return the rows of
+    each.
+    """
 
     def once(number: int) -> Rows:
         request = json.dumps({"arm": arm, "number": number, **options})
+        place = KEPT / f"{hashlib.sha256(request.encode()).hexdigest()[:16]}.json" if KEPT else None
+        if place and place.exists():
+            return json.loads(place.read_text())
         command = [sys.executable, "-m", "tests.measure.planted_arms", request]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        cores = JOBS.get()
+        try:
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                cwd=ROOT,
+                preexec_fn=functools.partial(os.sched_setaffinity, 0, cores),
+            )
+        finally:
+            JOBS.put(cores)
         if done.returncode:
             raise RuntimeError(f"{arm}: {done.stderr.strip().splitlines()[-1]}")
+        if place:
+            place.write_text(done.stdout.splitlines()[-1])
         return json.loads(done.stdout.splitlines()[-1])
 
-    with ThreadPoolExecutor(1) as one_at_a_time:
-        return list(one_at_a_time.map(once, range(times)))
+    with ThreadPoolExecutor(JOBS.qsize()) as side_by_side:
+        return list(side_by_side.map(once, range(times)))
 
 
 def main() -> int:
@@ -213,7 +241,16 @@ def main() -> int:
     parser.add_argument("numbers", type=int, nargs="*", choices=[*EXPERIMENTS, []], metavar="NUMBER")
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--keep", type=Path)
     options = parser.parse_args()
+    if options.keep:
+        global KEPT
+        KEPT = options.keep
+        KEPT.mkdir(parents=True, exist_ok=True)
+    cores = sorted(os.sched_getaffinity(0))
+    for first in range(options.jobs):
+        JOBS.put(set(cores[first :: options.jobs]) or set(cores))
     good = True
     print("| planted | expected | seen | holds |\n|---|---|---|---|")
     for number in options.numbers or EXPERIMENTS:

@@ -1,11 +1,10 @@
 """One repetition of a planted experiment in a process of its own: `python -m tests.measure.planted_arms REQUEST`.
 
-Prints the measurements as one line of JSON. `lib.measure.trackers` children call `holding` and `slow_down` by name.
+Prints the measurements as one line of JSON. `lib.measure.trackers` children call `hold` and `add_work` by name.
 """
 
 import json
 import sys
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -20,11 +19,15 @@ from lib.measure.quality import answer_comparison, evaluate
 from lib.measure.quality.answers import Classified
 from lib.measure.trackers import memory
 from lib.models import loading
+from lib.models.structure import beyond_files
 from lib.optimizations.common import judgement
 from lib.optimizations.structured_pruning import method as pruning
 
 HELD = "tests.measure.planted_arms:hold"
-SQUARE = 96  # rows of the planted product
+ADDED = "tests.measure.planted_arms:add_work"
+SQUARE = 64  # rows of the planted products
+TIMED = ("prefill", "decode")
+FEW, MANY = {"prefill": 200, "decode": 20}, {"prefill": 2000, "decode": 150}  # products after a call
 
 
 def pruned_by_nothing(model: str, effort: str, number: int) -> list[Measurement]:
@@ -38,49 +41,67 @@ def pruned_by_nothing(model: str, effort: str, number: int) -> list[Measurement]
 
 
 def slowed(
-    model: str, effort: str, number: int, share: float, memory: bool = False, swap: bool = False
+    model: str,
+    effort: str,
+    number: int,
+    products: dict[str, int] | None = None,
+    alone: bool = False,
+    memory: bool = False,
+    swap: bool = False,
 ) -> list[Measurement]:
-    """The model against itself with `share` more matrix work in every step."""
+    """The model against itself with matrix work after every call: so many products by the shape of the ids ("1x512").
+    `alone`: timed in this process, as an arm is that no other process can make.
+    """
     baseline, optimized = loading.load(model), loading.load(model).model
-    if share:
-        slow_down(optimized, share)
+    if products is not None:
+        add_work(optimized, products, noted=not alone)
     arms = (optimized, baseline.model) if swap else (baseline.model, optimized)
     size = settings.read(effort)
-    names = ("prefill", "decode")
     prompt_BT = _prompt(baseline, size.prompt_tokens, number)
-    compared = speed.compare(*arms, prompt_BT, size, names=names, seed=number)
+    compared = speed.compare(*arms, prompt_BT, size, names=TIMED, seed=number)
+    assert alone == ("timed in one process" in compared.details), compared.details
     return [*compared.measurements, *(footprint.footprint(*arms, size) if memory else [])]
 
 
-def slow_down(model: nn.Module, share: float) -> nn.Module:
-    """Make every call of the model do about `share` more: products of two small matrices, as many as that takes."""
-    square = torch.randn(SQUARE, SQUARE)
-    products: dict[torch.Size, int] = {}
+class Work:
+    """After every call of a model so many products of two small matrices, by the shape of its ids."""
 
-    @torch.inference_mode()
-    def seconds(call: Any, times: int) -> float:
-        start = time.perf_counter()
-        for _ in range(times):
-            call()
-        return (time.perf_counter() - start) / times
+    def __init__(self, products: dict[str, int]) -> None:
+        self.products, self.square = products, torch.randn(SQUARE, SQUARE)
 
-    plain = model.forward
+    def __call__(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        for _ in range(self.products.get(_shape(args, kwargs), 0)):
+            self.square @ self.square
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        start = time.perf_counter()
-        output = plain(*args, **kwargs)
-        took = time.perf_counter() - start
-        if ids.shape not in products:
-            products[ids.shape] = round(share * took / seconds(lambda: square @ square, 200))
-        for _ in range(products[ids.shape]):
-            square @ square
-        return output
 
-    for _ in range(3):  # the first calls are slow, and must not set the amount
-        plain(input_ids=torch.ones(1, 8, dtype=torch.long))
-    model.forward = forward
-    return model
+def add_work(model: nn.Module, products: dict[str, int], noted: bool = True) -> nn.Module:
+    """Give the model `Work`; `noted`: another process does it again to the model that it loads."""
+    model.register_forward_hook(Work(products), with_kwargs=True)
+    return beyond_files.note(model, ADDED, products=products) if noted else model
+
+
+def work_for(model: str, effort: str, number: int, shares: list[float]) -> list[dict[str, Any]]:
+    """How many products make calls so much slower, from the slowdown by few and by many: matrix work also slows what
+    follows it, so that it is no multiple of the time of a product. Every repetition then plants the same.
+    """
+    shapes = {"prefill": f"1x{settings.read(effort).prompt_tokens}", "decode": "1x1"}
+    slowdowns: dict[str, list[float]] = {name: [] for name in TIMED}
+    for counts in (FEW, MANY):
+        products = {shapes[name]: count for name, count in counts.items()}
+        for row in slowed(model, effort, number, products):
+            if row.unit == "tokens/s" and row.ratio:
+                slowdowns[row.workload].append(1 / row.ratio - 1)
+    rows = []
+    for share in shares:
+        for name, (few, many) in slowdowns.items():
+            more = (share - few) / (many - few) * (MANY[name] - FEW[name])
+            rows.append({"share": share, "ids": shapes[name], "products": max(1, round(FEW[name] + more))})
+    return rows
+
+
+def _shape(args: Any, kwargs: Any) -> str:
+    ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+    return "x".join(str(side) for side in ids.shape)
 
 
 def holding(model: str, effort: str, number: int, megabytes: int) -> list[Measurement]:
@@ -140,7 +161,7 @@ def _prompt(loaded: loading.Loaded, tokens: int, seed: int) -> torch.Tensor:
     return evaluate.task_list.text_windows(loaded, "final", 1, tokens, seed)
 
 
-ARMS = {arm.__name__: arm for arm in (pruned_by_nothing, slowed, holding, losing)}
+ARMS = {arm.__name__: arm for arm in (pruned_by_nothing, slowed, work_for, holding, losing)}
 
 
 def main() -> None:
