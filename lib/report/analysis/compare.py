@@ -2,29 +2,29 @@
 
 Matched by optimization and model; scale, effort, environment, parameters, the chosen stack and the jobs side by side
 must agree, or the pair is refused with the reason. What is compared is the gain of each set (optimized against
-baseline, from its own paired blocks), so that a machine that is slower today cancels out; numbers without spread are
-compared as they are. Primary metrics are judged with Holm's correction over all of them, and only they make a
-regression; the others are shown, and so is what was read once. Knows no files.
+baseline, from its own paired blocks or its interval over processes), so that a machine that is slower today cancels
+out; numbers without spread are compared as they are. Primary metrics (the usual ones, whatever carries a dimension's
+verdict in either set, and the scores of public tasks) are judged with Holm's correction over all of them, and only they
+make a regression; the others are shown, and so is what was read once. Knows no files.
 
 A verdict needs significance, the metric's practical margin and both noise floors; `equivalent` needs the whole interval
-inside the margin; otherwise it is `inconclusive`. The uncertainty of each side is that of its blocks or of its stored
-interval and noise floor, whichever is larger: the latter two hold what differs from process to process. Holm 1979, A
-simple sequentially rejective multiple test procedure.
+inside the margin; otherwise it is `inconclusive`, as is every single reading. The uncertainty of each side is that of
+its blocks or of its stored interval and noise floor, whichever is larger: the latter two hold what differs from process
+to process (`lib.report.analysis.noise.gains`). Holm 1979, A simple sequentially rejective multiple test procedure.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
-
-import numpy as np
 
 from lib.measure.metrics import significance
 from lib.measure.metrics.busy import why_busy
 from lib.measure.metrics.catalogue import METRICS
 from lib.measure.metrics.measurement import Measurement, unavailable
+from lib.report.analysis.noise import gains
 from lib.report.records.record import Record
+from lib.report.text.quantities import signed
 from lib.report.text.wording import one_line
 
 PRIMARY = (
@@ -40,17 +40,15 @@ PRIMARY = (
     "energy_joules_per_token",
     "cpu_seconds_per_token",
 )
+OF_PUBLIC_TASKS = ("accuracy", "accuracy_norm", "exact_match")  # beside F1 they would be one quantity twice
 ENVIRONMENT = (
     "cpu", "cores_given", "gpu", "threads", "instructions", "dtype", "device", "attention_backend",
     "experts_backend",
 )  # fmt: skip
-LEVEL = 0.05
-NORMAL = 1.96
+LEVEL = gains.LEVEL
 # Settings that name where files lie or what is read beside the run, not what is measured.
 NOT_COMPARED = ("model", "scale", "effort", "checkpoints", "history", "studies", "stacks")
 CHOICES = ("stack", "choice")  # entries of a record's details that a search has chosen
-RESAMPLES = 4000
-FEWEST_BLOCKS = 6
 ORDER = ("worse", "better", "inconclusive", "equivalent", "not comparable")
 
 
@@ -58,7 +56,10 @@ ORDER = ("worse", "better", "inconclusive", "equivalent", "not comparable")
 class Change:
     """One metric of two sets. `ratio` and its interval are turned so that above 1 is better; `how` says what they are
     made of, `p` is corrected where the metric is primary, `reason` says why nothing can be compared, `once` that a side
-    is a single reading.
+    is a single reading. `margin` and `floor` are logarithms.
+
+    `points` are effect and interval (above 0 is better) of a score whose ratio has no interval, as where nothing is
+    right any more; there is no `ratio` then, and `margin` is in points too.
     """
 
     optimization: str
@@ -76,6 +77,7 @@ class Change:
     margin: float = 0.0
     floor: float = 0.0
     once: bool = False
+    points: tuple[float, float, float] | None = None
 
     @property
     def regression(self) -> bool:
@@ -99,7 +101,9 @@ def _records(key: tuple[str, str], old: Record | None, new: Record | None) -> li
     before, after = (_by_name(record) for record in (old, new))
     if reason and not (before or after):
         return [Change(*key, "all", "", "not comparable", False, reason=reason)]
-    return [_measurements(key, name, before.get(name), after.get(name), reason) for name in {**before, **after}]
+    carriers = {(c.metric, c.workload) for r in (old, new) if r for c in r.verdict.carried_by.values()}
+    names = {**before, **after}
+    return [_measurements(key, name, before.get(name), after.get(name), reason, carriers) for name in names]
 
 
 def _by_name(record: Record | None) -> dict[tuple[str, str], Measurement]:
@@ -161,32 +165,49 @@ def _brief(value: Any) -> str:
 
 
 def _measurements(
-    key: tuple[str, str], name: tuple[str, str], old: Measurement | None, new: Measurement | None, reason: str
+    key: tuple[str, str],
+    name: tuple[str, str],
+    old: Measurement | None,
+    new: Measurement | None,
+    reason: str,
+    carriers: Collection[tuple[str, str]] = (),
 ) -> Change:
-    change = Change(*key, name[0], name[1], "not comparable", name[0] in PRIMARY)
+    change = Change(*key, name[0], name[1], "not comparable", _is_primary(name, carriers))
     reason = reason or _incomparable(old, new)
     if reason or old is None or new is None:
         return replace(change, reason=reason)
     margin = METRICS[name[0]].margin or 0.0
-    if METRICS[name[0]].margin_kind == "absolute":
+    if absolute := METRICS[name[0]].margin_kind == "absolute":
         # The change is one of the optimized arm, so points of a score are a share of what that arm had.
         margin /= abs(old.optimized or old.baseline or 1.0)
     floor = math.hypot(old.noise_floor or 0.0, new.noise_floor or 0.0)
     change = replace(change, margin=math.log1p(margin), floor=floor, once=_read_once(old) or _read_once(new))
     sign = 1.0 if new.higher_is_better else -1.0
-    before, after = _differences(old), _differences(new)
+    by_intervals = gains.by_intervals(old, new)
+    if by_intervals and gains.over_processes(old, new):
+        how = f"gain against gain, over {old.processes} and {new.processes} processes"
+        return _estimated(change, sign, *by_intervals, how)
+    before, after = gains.differences(old), gains.differences(new)
     if before is not None and after is not None:
-        blocks = _by_blocks(before, after)
-        spread = _at_least(blocks, old, new)
+        spread = gains.at_least(gains.by_blocks(before, after), old, new)
         return _estimated(change, sign, *spread, f"gain against gain, {len(after)} paired blocks, between processes")
-    if by_intervals := _by_intervals(old, new):
+    if by_intervals:
         return _estimated(change, sign, *by_intervals, "gain against gain, from both intervals")
-    known = significance.ratio_ends(old) or significance.ratio_ends(new)
+    if absolute and (points := gains.by_points(old, new)):
+        return _in_points(change, *points)
+    known = significance.ratio_ends(old) or significance.ratio_ends(new) or gains.scatters(old) or gains.scatters(new)
     if known or not old.optimized or not new.optimized or old.optimized / new.optimized <= 0:
         return replace(change, reason="neither samples nor an interval on both sides")
     ratio = math.exp(sign * math.log(new.optimized / old.optimized))
     how = "read once, so without a verdict" if change.once else "counted, without spread"
     return replace(change, ratio=ratio, low=ratio, high=ratio, how=how, verdict="")
+
+
+def _is_primary(name: tuple[str, str], carriers: Collection[tuple[str, str]]) -> bool:
+    """Whether a (metric, workload) is primary; a score of labels ("classify") has its F1 for that."""
+    metric, workload = name
+    of_public_task = metric in OF_PUBLIC_TASKS and workload != "classify"
+    return metric in PRIMARY or of_public_task or name in carriers
 
 
 def _incomparable(old: Measurement | None, new: Measurement | None) -> str:
@@ -209,101 +230,25 @@ def _incomparable(old: Measurement | None, new: Measurement | None) -> str:
     return ""
 
 
-def _differences(measurement: Measurement) -> np.ndarray | None:
-    """Return ln(optimized / baseline) of each block, or None where the samples were not kept or are too few."""
-    samples = measurement.samples or {}
-    base, opt = (np.array(samples.get(arm, [])) for arm in ("baseline", "optimized"))
-    if len(base) != len(opt) or len(base) < FEWEST_BLOCKS or (base <= 0).any() or (opt <= 0).any():
-        return None
-    return np.log(opt / base)
-
-
-def _by_blocks(old: np.ndarray, new: np.ndarray) -> tuple[float, float, float, float, int]:
-    """Return effect, interval's ends, standard error (of the logarithm), and degrees of freedom."""
-    places = _middles(len(old), len(new))
-    ranked = [np.sort(d)[place] for d, place in zip((old, new), places, strict=True)]
-    medians = [0.5 * (low + high) for low, high in ranked]
-    spread = medians[1] - medians[0]
-    low, high = np.quantile(spread, [LEVEL / 2, 1 - LEVEL / 2])
-    return float(np.median(new) - np.median(old)), float(low), float(high), float(spread.std()), len(old) + len(new) - 2
-
-
-@lru_cache(maxsize=16)
-def _middles(*lengths: int) -> list[np.ndarray]:
-    """Return for each length the places (2 × RESAMPLES) in the sorted values whose mean is a resample's median.
-
-    The same resamples serve every pair of measurements of these lengths, so they are drawn once.
-    """
-    chance, places = np.random.default_rng(0), []
-    for length in lengths:
-        drawn = np.sort(chance.integers(0, length, (RESAMPLES, length)), axis=1)
-        places.append(np.stack([drawn[:, (length - 1) // 2], drawn[:, length // 2]]))
-    return places
-
-
 def _read_once(measurement: Measurement) -> bool:
     """Whether a number is a single reading, of which nothing tells the scatter. What was counted is none."""
     return measurement.n in significance.SINGLE and not significance.is_counted(measurement)
 
 
-def _at_least(
-    blocks: tuple[float, float, float, float, int], old: Measurement, new: Measurement
-) -> tuple[float, float, float, float, int]:
-    """Return a comparison by blocks with the variance between processes: no side's error is smaller than that of its
-    stored interval or of its noise floor, which both hold it (and a stored standard deviation between processes).
-
-    Blocks of one process are not independent: the degrees of freedom are those of the stored intervals. Where these
-    widen, p is below 0.05 exactly where they exclude no change, and falls beyond as slowly as few processes ask.
-    """
-    effect, low, high, error, _ = blocks
-    half, freedom = NORMAL * math.hypot(_error(old), _error(new)), sum(map(significance.freedom_of, (old, new)))
-    if half <= NORMAL * error:
-        return effect, low, high, error, freedom
-    return effect, min(low, effect - half), max(high, effect + half), half / _quantile(freedom), freedom
-
-
-def _quantile(freedom: int) -> float:
-    """Return Student's 97.5 % quantile."""
-    from scipy import special
-
-    return float(special.stdtrit(freedom, 1 - LEVEL / 2))
-
-
-def _error(measurement: Measurement) -> float:
-    """Return the standard error of a measurement's logarithm: by its interval, its noise floor, or the standard
-    deviation between processes, whichever is largest."""
-    low, high = significance.ratio_ends(measurement) or (1.0, 1.0)
-    by_ends = math.log(high / low) / 2 if low > 0 else 0.0
-    sigma = (measurement.process_sigma or 0.0) / math.sqrt(measurement.processes or 1)
-    return max(by_ends / NORMAL, (measurement.noise_floor or 0.0) / NORMAL, sigma)
-
-
-def _by_intervals(old: Measurement, new: Measurement) -> tuple[float, float, float, float, int] | None:
-    """As `_by_blocks`, from both intervals, treated as independent: too wide where the items are the same. p is below
-    0.05 exactly where the interval excludes no change, with the degrees of freedom of both (items, or processes).
-
-    None where a ratio or its interval is unknown or not positive.
-    """
-    ratios, errors = [], []
-    for m in (old, new):
-        ends = significance.ratio_ends(m)
-        if not ends or min(ends) <= 0 or not m.ratio or m.ratio <= 0:
-            return None
-        ratios.append(m.ratio)
-        errors.append(_error(m))
-    effect, half = math.log(ratios[1] / ratios[0]), NORMAL * math.hypot(*errors)
-    freedom = sum(map(significance.freedom_of, (old, new)))
-    return effect, effect - half, effect + half, half / _quantile(freedom), freedom
-
-
 def _estimated(
     change: Change, sign: float, effect: float, low: float, high: float, error: float, freedom: int, how: str
 ) -> Change:
-    from scipy import special
-
     ends = sorted((math.exp(sign * low), math.exp(sign * high)))
-    p = float(2 * special.stdtr(freedom, -abs(effect) / error)) if error > 0 else float(effect == 0)
+    p = gains.p_value(effect, error, freedom)
     return replace(change, ratio=math.exp(sign * effect), low=ends[0], high=ends[1], p=p, how=how, verdict="")
+
+
+def _in_points(change: Change, effect: float, low: float, high: float, error: float, freedom: int) -> Change:
+    """Return the change of a score whose ratio has no interval, with the margin in points too."""
+    said = " to ".join(signed(100 * number) for number in (low, high))
+    how = f"{signed(100 * effect)} points ({said}), gain against gain, from both intervals"
+    margin, p = METRICS[change.metric].margin or 0.0, gains.p_value(effect, error, freedom)
+    return replace(change, points=(effect, low, high), margin=margin, p=p, how=how, verdict="")
 
 
 def _holm(changes: Sequence[Change]) -> list[Change]:
@@ -316,19 +261,27 @@ def _holm(changes: Sequence[Change]) -> list[Change]:
 
 
 def _judge(change: Change) -> Change:
-    if change.reason or change.ratio is None or change.low is None or change.high is None:
+    span = _span(change)
+    if change.reason or span is None:
         return change
-    effect, beyond = math.log(change.ratio), max(change.margin, change.floor)
+    effect, low, high = span
     significant = change.p is None or change.p < LEVEL
-    if change.once and abs(effect) > change.margin:
+    if change.once:
         verdict = "inconclusive"  # one reading tells nothing of its own scatter
-    elif significant and abs(effect) > beyond:
+    elif significant and abs(effect) > max(change.margin, change.floor):
         verdict = "better" if effect > 0 else "worse"
-    elif -change.margin <= math.log(change.low) and math.log(change.high) <= change.margin:
+    elif -change.margin <= low and high <= change.margin:
         verdict = "equivalent"
     else:
         verdict = "inconclusive"
     return replace(change, verdict=verdict)
+
+
+def _span(change: Change) -> tuple[float, float, float] | None:
+    """Return effect and interval in the terms of the margin, above 0 is better; None where nothing was compared."""
+    if change.points or change.ratio is None or change.low is None or change.high is None:
+        return change.points
+    return math.log(change.ratio), math.log(change.low), math.log(change.high)
 
 
 def counts(changes: Sequence[Change]) -> Mapping[str, int]:

@@ -7,6 +7,8 @@ from scipy import stats
 
 from lib.measure.metrics import measurement
 from lib.report.analysis import compare
+from lib.report.analysis.noise import gains
+from lib.report.records import record
 from tests.report import samples
 
 STEM = ("structured_pruning", samples.MODELS[1])
@@ -196,11 +198,11 @@ def test_processes_are_the_degrees_of_freedom_however_many_blocks_each_has(proce
     change = compare.Change(*STEM, "prefill_tokens_per_second", "prefill", "", True)
     timed = samples.timed("prefill_tokens_per_second", 1.2, 0.05)
     timed = timed.model_copy(update={"n": 12 * processes, "processes": processes})
-    half = compare.NORMAL * math.hypot(compare._error(timed), compare._error(timed))
+    half = gains.NORMAL * math.hypot(gains.error(timed), gains.error(timed))
 
     def p(effect: float) -> float:
         blocks = (effect, effect - 0.001, effect + 0.001, 0.0005, 24 * processes - 2)
-        return compare._estimated(change, 1.0, *compare._at_least(blocks, timed, timed), "").p
+        return compare._estimated(change, 1.0, *gains.at_least(blocks, timed, timed), "").p
 
     assert p(1.01 * half) < 0.05 < p(0.99 * half)
     quantile = stats.t.ppf(0.975, 2 * processes - 2)
@@ -232,3 +234,89 @@ def test_holm_is_steeper_than_no_correction_and_not_than_bonferroni():
         for i, p in enumerate((0.01, 0.04, 0.03, 0.2))
     ]
     assert [c.p for c in compare._holm(changes)] == pytest.approx([0.04, 0.09, 0.09, 0.2])
+
+
+def _score(metric, baseline, optimized, ends, workload="generate", n=160):
+    """Return a score with its interval in points of the difference."""
+    ratio = optimized / baseline if baseline else None
+    ci = tuple((baseline + end) / (baseline or 1) for end in ends)
+    return measurement.judged(
+        metric, workload, baseline=baseline, optimized=optimized, ratio=ratio, ci=ci, n=n, verdict="not_maintained",
+        provenance="measured", source="160 items", margin=0.02, bound=ends[0],
+    )  # fmt: skip
+
+
+def test_a_model_that_answers_nothing_right_any_more_is_a_regression():
+    """A ratio of zero has no logarithm: the loss is judged in points."""
+    key = "retrieval_exact_match", "generate"
+    sound, broken = (_score(key[0], 0.9, score, ends) for score, ends in ((0.89, (-0.03, 0.01)), (0.0, (-0.95, -0.85))))
+    lost = _sets(_with(_whole(), sound), _with(_whole(1), broken))[key]
+    assert lost.regression and lost.ratio is None and lost.p < 1e-6 and lost.how.startswith("−89.0 points (−9")
+    won = _sets(_with(_whole(), broken), _with(_whole(1), sound))[key]
+    assert won.verdict == "better" and won.points[0] == pytest.approx(0.89)
+    assert _sets(_with(_whole(), broken), _with(_whole(1), broken))[key].verdict == "inconclusive"
+
+
+def test_a_low_score_whose_interval_holds_zero_is_compared_in_points():
+    key = "retrieval_exact_match", "generate"
+    nothing = _score(key[0], 0.0, 0.0, (-0.001, 0.001))
+    low, lower = (_score(key[0], 0.02, score, (-0.025, 0.005)) for score in (0.02, 0.01))
+    change = _sets(_with(_whole(), low), _with(_whole(1), lower))[key]
+    assert change.verdict == "inconclusive" and change.points[0] == pytest.approx(-0.01)
+    assert _sets(_with(_whole(), nothing), _with(_whole(1), nothing))[key].verdict == "equivalent"
+
+
+def test_a_perplexity_without_an_interval_is_not_compared():
+    """Windows of fewer than six documents have none: two such numbers are no count that chance has no part in."""
+    few = samples.scored("perplexity", 41.0, 41.5, "inconclusive", workload="prefill")
+    few = few.model_copy(update={"ci": None, "bound": None, "n": 8})
+    worse = few.model_copy(update={"optimized": 60.0, "ratio": 60 / 41})
+    change = _sets(_with(_whole(), few), _with(_whole(1), worse))["perplexity", "prefill"]
+    assert change.verdict == "not comparable" and "neither samples nor an interval" in change.reason
+
+
+def test_readings_that_are_always_the_same_are_counted_and_others_are_not():
+    def peak(*values: float):
+        read = measurement.informative("peak_memory_bytes", "generate", values[0], values[0], "the allocator's peak")
+        kept = {"baseline": [*values], "optimized": [*values]}
+        return read.model_copy(update={"n": len(values), "samples": kept})
+
+    key = "peak_memory_bytes", "generate"
+    assert _sets(_with(_whole(), peak(1e8, 1e8)), _with(_whole(1), peak(2e8, 2e8)))[key].regression
+    scattering = _sets(_with(_whole(), peak(1e8, 1.1e8)), _with(_whole(1), peak(2e8, 2e8)))[key]
+    assert scattering.verdict == "not comparable"
+
+
+def test_a_single_reading_is_not_called_equivalent_either():
+    read = measurement.counted("peak_memory_bytes", "generate", 1e8, 1e8, "VmHWM, read once", "measured")
+    change = _sets(_with(_whole(), read), _with(_whole(1), read))["peak_memory_bytes", "generate"]
+    assert change.verdict == "inconclusive" and "without a verdict" in change.how
+
+
+def test_the_score_of_a_public_task_and_whatever_carries_a_verdict_make_a_regression():
+    kept, lost = (_score("accuracy", 0.6, score, (score - 0.65, score - 0.55), "arc_easy") for score in (0.6, 0.4))
+    assert _sets(_with(_whole(), kept), _with(_whole(1), lost))["accuracy", "arc_easy"].regression
+    old, new = (
+        record.build("feedback_mechanisms", STEM[1], "proxy", "quick", {}, [member], environment=samples.ENVIRONMENT)
+        for member in (samples.paired("generate_tokens_per_second", gain, 0.004, "generate") for gain in (1.2, 1.0))
+    )
+    assert _sets(old, new)["generate_tokens_per_second", "generate"].regression
+    beside = samples.paired("batch_decode_tokens_per_second", 1.0, 0.004, "batch_decode")
+    assert not compare.compare([_with(_whole(), beside)], [_with(_whole(1), beside)])[0].regression
+
+
+def test_the_ratio_shown_is_that_of_the_records_where_these_are_over_processes():
+    """One process of six is slow: the records' means say so, the medians of all blocks would not."""
+
+    def timed(slow: float):
+        process = [number for number in range(6) for _ in range(4)]
+        base = [100.0 + 0.1 * (at % 4) for at in range(24)]
+        opt = [value * (slow if number == 5 else 1.0) for value, number in zip(base, process)]
+        return measurement.from_samples(
+            "prefill_tokens_per_second", "prefill", base, opt, source="6 fresh processes", floor=0.01, process=process
+        )
+
+    old, new = timed(1.0), timed(0.7)
+    change = _sets(_with(_whole(), old), _with(_whole(1), new))["prefill_tokens_per_second", "prefill"]
+    assert new.ratio == pytest.approx(0.7 ** (1 / 6)) and change.ratio == pytest.approx(new.ratio / old.ratio)
+    assert "over 6 and 6 processes" in change.how and change.low < 0.7 ** (1 / 6) < change.high
