@@ -58,17 +58,23 @@ def decide(
         return Ruling("better" if (effect > 0) == higher_is_better else "worse")
     if low > -threshold and high < threshold and abs(effect) + floor < threshold:
         return Ruling("equivalent")
-    return Ruling("inconclusive", _gate(effect, excludes, threshold, floor, margin))
+    return Ruling("inconclusive", _gate(effect, low, high, threshold, floor, margin))
 
 
-def _gate(effect: float, excludes: bool, threshold: float, floor: float, margin: float) -> str:
-    """Return which gate held."""
-    if not excludes:
+def _gate(effect: float, low: float, high: float, threshold: float, floor: float, margin: float) -> str:
+    """Return which gate held; of an interval within the margin the floor alone, which reaches beyond it."""
+    noise, within = f"the noise floor of {100 * floor:.2g} %", f"the practical margin of {margin:.0%}"
+    inside = low > -threshold and high < threshold
+    if low <= 0 <= high:
+        if inside:
+            return f"the interval includes zero difference, but {noise} leaves more than {within} open"
         return "the interval includes zero difference, and is too wide to be called equivalent"
     if abs(effect) <= floor:
-        return f"the effect lies within the noise floor of {100 * floor:.2g} %"
+        return f"the effect lies within {noise}"
     assert abs(effect) <= threshold
-    return f"the effect lies within the practical margin of {margin:.0%}, but its whole interval does not"
+    if inside:
+        return f"the effect lies within {within}, but {noise} leaves more open"
+    return f"the effect lies within {within}, but its whole interval does not"
 
 
 def detectable(half_width: float, scatter: float, *, floor: float, margin: float) -> float:

@@ -301,8 +301,6 @@ def test_the_score_of_a_public_task_and_whatever_carries_a_verdict_make_a_regres
         for member in (samples.paired("generate_tokens_per_second", gain, 0.004, "generate") for gain in (1.2, 1.0))
     )
     assert _sets(old, new)["generate_tokens_per_second", "generate"].regression
-    beside = samples.paired("batch_decode_tokens_per_second", 1.0, 0.004, "batch_decode")
-    assert not compare.compare([_with(_whole(), beside)], [_with(_whole(1), beside)])[0].regression
 
 
 def test_the_ratio_shown_is_that_of_the_records_where_these_are_over_processes():
