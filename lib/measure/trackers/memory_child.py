@@ -4,6 +4,7 @@ memory and times. No arm inherits memory from another. The workload is called on
 
 import ctypes
 import gc
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lib import memory_limits
 from lib.errors import UserError
 from lib.measure.roofline import cost_model
 from lib.measure.timing import child
@@ -28,18 +30,23 @@ SETTLED = {"M_ARENA_MAX": (-8, 1), "M_MMAP_THRESHOLD": (-3, 2**17), "M_TRIM_THRE
 
 def peak_bytes() -> tuple[int | None, str]:
     """Return the peak of this process's resident memory so far and its source; None on a system without one."""
-    status = MEMORY / "status"
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024, "VmHWM of the whole process"
+    if (highest := _high_water_bytes()) is not None:
+        return highest, "VmHWM of the whole process"
     try:
         import resource
     except ImportError:
         import psutil
 
         return getattr(psutil.Process().memory_info(), "peak_wset", None), "peak working set of the whole process"
-    # macOS counts in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "ru_maxrss of the whole process"
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, every other system in kilobytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak or None, "ru_maxrss of the whole process"
+
+
+def _high_water_bytes() -> int | None:
+    """Return Linux's own peak; None elsewhere, and in sandboxes that show `/proc` without it."""
+    lines = memory_limits.lines_of(MEMORY / "status")
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
 
 
 def reset_peak() -> bool:
@@ -51,7 +58,7 @@ def reset_peak() -> bool:
         (MEMORY / "clear_refs").write_text("5")
     except OSError:
         return False
-    return True
+    return _high_water_bytes() is not None  # no other peak begins anew
 
 
 def settle_allocator() -> None:

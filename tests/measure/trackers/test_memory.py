@@ -5,6 +5,7 @@ import os
 import sys
 from dataclasses import asdict, replace
 from io import StringIO
+from types import SimpleNamespace
 
 import pytest
 
@@ -164,6 +165,21 @@ def test_a_peak_begins_anew_when_the_libraries_are_loaded(monkeypatch, tmp_path)
     assert 0 <= memory_child.code_bytes() < memory_child.peak_bytes()[0]
     monkeypatch.setattr(memory_child, "MEMORY", tmp_path / "nothing")
     assert not memory_child.reset_peak() and memory_child.code_bytes() == 0
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("freebsd14", 1024), ("darwin", 1)])
+def test_a_kernel_that_shows_no_peak_is_asked_another_way(monkeypatch, tmp_path, platform, unit):
+    """A sandbox's `/proc` has files of that name, and no line of the peak; only macOS counts in bytes."""
+    resource = pytest.importorskip("resource")
+    (tmp_path / "status").write_text("Name:\tpython\nVmRSS:\t1000 kB\n")
+    monkeypatch.setattr(memory_child, "MEMORY", tmp_path)
+    monkeypatch.setattr(memory_child.sys, "platform", platform)
+    most = [123_456]
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=most[0]))
+    assert memory_child.peak_bytes() == (123_456 * unit, "ru_maxrss of the whole process")
+    assert not memory_child.reset_peak(), "what can be read does not begin anew"
+    most[0] = 0
+    assert memory_child.peak_bytes()[0] is None, "unknown is never 0"
 
 
 def test_the_allocator_of_a_child_gives_large_blocks_back_at_once(tmp_path, monkeypatch):
