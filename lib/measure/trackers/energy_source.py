@@ -51,13 +51,12 @@ def counter(device: str = "cpu") -> Counter:
 def facts(device: str = "cpu") -> dict[str, str | None]:
     """Return which counter of energy is read on this machine (None: none), and why none is, for the environment card.
 
-    Reads no power, which takes a second, unless it was read before.
+    The counter is opened, so that the card says what the measurements do; no power is read, which takes a second.
     """
-    if device.startswith("cuda"):
-        source = counter(device)
-        return {"counter": None if source.missing else source.kind, "missing": source.missing}
-    missing = _why_none(device, None)
-    return {"counter": None if missing else "rapl", "missing": missing}
+    opened, error = _opened(device)
+    if opened is not None:
+        return {"counter": opened[1], "missing": None}
+    return {"counter": None, "missing": _why_none(device, error)}
 
 
 def _why_none(device: str, error: str | None) -> str | None:
@@ -114,23 +113,35 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+Opened = tuple[Callable[[], float], str, str]  # joules so far, kind, scope
+
+
 @lru_cache
-def _zeus_counter(device: str) -> tuple[Counter | None, str | None]:
-    """Return Zeus's counter for `device`, with the idle power of one second; or None, and what reading it raised."""
+def _opened(device: str) -> tuple[Opened | None, str | None]:
+    """Return Zeus's counter for `device`, read once; or None, and what reading it raised."""
     import logging
 
     logging.getLogger("zeus").setLevel(logging.CRITICAL)
     try:
-        joules, kind, scope = _nvml_joules(device) if device.startswith("cuda") else _rapl_joules()
+        return _nvml_joules(device) if device.startswith("cuda") else _rapl_joules(), None
     except Exception as error:  # Zeus raises a dozen kinds where a counter is absent, forbidden or broken
         return None, f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+@lru_cache
+def _zeus_counter(device: str) -> tuple[Counter | None, str | None]:
+    """Return Zeus's counter for `device`, with the idle power of one second; or None, and what reading it raised."""
+    opened, error = _opened(device)
+    if opened is None:
+        return None, error
+    joules, kind, scope = opened
     start, before = time.perf_counter(), joules()
     time.sleep(1.0)
     idle = (joules() - before) / (time.perf_counter() - start)
     return Counter(kind, "measured", scope, COUNTER_WINDOW_SECONDS, idle if idle > 0 else None, joules), None
 
 
-def _nvml_joules(device: str) -> tuple[Callable[[], float], str, str]:
+def _nvml_joules(device: str) -> Opened:
     import torch
     from zeus.device import get_gpus
 
@@ -140,18 +151,17 @@ def _nvml_joules(device: str) -> tuple[Callable[[], float], str, str]:
     return lambda: gpus.get_total_energy_consumption(index) / 1000, "nvml", "NVML total-energy counter, whole GPU"
 
 
-def _rapl_joules() -> tuple[Callable[[], float], str, str]:
+def _rapl_joules() -> Opened:
     from zeus.device import get_cpus
 
     cpus = get_cpus()
-    indices = range(len(cpus))
+    first = [cpus.get_total_energy_consumption(index) for index in range(len(cpus))]
 
     def joules() -> float:
-        total = 0.0
-        for index in indices:
-            energy = cpus.get_total_energy_consumption(index)
-            total += energy.cpu_mj + (energy.dram_mj or 0)
-        return total / 1000
+        energies = (cpus.get_total_energy_consumption(index) for index in range(len(cpus)))
+        return sum(energy.cpu_mj + (energy.dram_mj or 0) for energy in energies) / 1000
 
-    joules()
-    return joules, "rapl", "RAPL package and memory counters, whole socket"
+    where = "whole socket" if len(first) == 1 else f"all {len(first)} sockets"
+    memory = any(energy.dram_mj is not None for energy in first)  # many processors have no counter of it
+    counters = "package and memory counters" if memory else "package counter, memory not counted"
+    return joules, "rapl", f"RAPL {counters}, {where}"

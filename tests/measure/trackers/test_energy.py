@@ -1,5 +1,7 @@
 """Energy per token: judged from a counter alone; else shown as an estimate, and processor seconds are judged."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from lib.measure.metrics import measurement
@@ -81,7 +83,8 @@ def test_unknown_energy_is_unavailable_never_zero():
 
 @pytest.fixture
 def no_counter(monkeypatch, tmp_path):
-    monkeypatch.setattr(energy_source, "_zeus_counter", lambda device: (None, "ZeusCPUInitError: none"))
+    for opened in ("_opened", "_zeus_counter"):
+        monkeypatch.setattr(energy_source, opened, lambda device: (None, "ZeusCPUInitError: none"))
     monkeypatch.setattr(energy_source, "POWERCAP", tmp_path)
     return tmp_path
 
@@ -144,6 +147,9 @@ def test_why_no_counter_was_read(no_counter, monkeypatch):
     assert missing.startswith("not permitted") and str(file) in missing and "chmod o+r" in missing
     assert energy_source.facts() == {"counter": None, "missing": missing}
     monkeypatch.setattr(energy_source.os, "access", lambda path, mode: True)
+    assert energy_source.facts() == {"counter": None, "missing": energy.counter().missing}
+    assert "could not be read" in energy.counter().missing, "a file that is there is no counter that can be read"
+    monkeypatch.setattr(energy_source, "_opened", lambda device: ((float, "rapl", "RAPL"), None))
     assert energy_source.facts() == {"counter": "rapl", "missing": None}
 
 
@@ -164,3 +170,38 @@ def test_an_estimate_from_turns_is_that_of_their_times(no_counter):
     assert inverse.optimized == pytest.approx(1 / gross.optimized)
     assert {m.provenance for m in (gross, above, inverse)} == {"estimated"}
     assert {m.verdict for m in (gross, above, inverse)} == {"informative"} and "absent" in gross.reason
+
+
+@pytest.mark.parametrize(
+    ("sockets", "memory", "said"),
+    [
+        (1, 500.0, "RAPL package and memory counters, whole socket"),
+        (1, None, "RAPL package counter, memory not counted, whole socket"),
+        (2, 500.0, "RAPL package and memory counters, all 2 sockets"),
+    ],
+)
+def test_the_scope_of_rapl_says_what_was_counted(monkeypatch, sockets, memory, said):
+    """Many processors count no memory, and of several sockets all are added up."""
+    device = pytest.importorskip("zeus.device")
+    read = SimpleNamespace(cpu_mj=1500.0, dram_mj=memory)
+
+    class Sockets:
+        def __len__(self):
+            return sockets
+
+        def get_total_energy_consumption(self, index):
+            return read
+
+    monkeypatch.setattr(device, "get_cpus", Sockets)
+    joules, kind, scope = energy_source._rapl_joules()
+    assert (kind, scope) == ("rapl", said) and joules() == sockets * (1.5 + (memory or 0) / 1000)
+
+
+def test_opening_a_counter_for_the_card_takes_no_second(monkeypatch):
+    monkeypatch.setattr(energy_source, "_rapl_joules", lambda: (lambda: 1.0, "rapl", "RAPL"))
+    monkeypatch.setattr(energy_source.time, "sleep", lambda seconds: pytest.fail("the card reads no idle power"))
+    energy_source._opened.cache_clear()
+    try:
+        assert energy_source.facts() == {"counter": "rapl", "missing": None}
+    finally:
+        energy_source._opened.cache_clear()
