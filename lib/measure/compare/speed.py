@@ -154,7 +154,8 @@ def compare(
         measurements += _cpu_use(name, timed[name], (base_use, opt_use))
     if with_energy and settings.wants("efficiency") and timed:
         name = "decode" if "decode" in timed else next(iter(timed))
-        measurements += _energy(name, timed[name], effort, weight.device.type, seed)
+        joules = _energy(name, timed[name], effort, weight.device.type, seed)
+        measurements = [*energy.beside(joules, measurements), *joules]
     return Compared(measurements, timed, _details(timed, peaks) | details | replication.shortened(), peaks)
 
 
@@ -239,16 +240,20 @@ def _explained(name: str, timed: Timed, hints: Mapping[str, Any], peaks: Ceiling
 
 
 def _processor_time(name: str, timed: Timed) -> list[Measurement]:
-    """Return processor seconds per token, from the same turns as the wall time."""
+    """Return processor seconds per token, from the same turns as the wall time; not judged where a GPU with a counter
+    does the work.
+    """
     pairs, control = timed.pairs, timed.control
     if not pairs.cpu_seconds or not control.cpu_seconds:
         return []
     tokens = timed.baseline.tokens
     base, opt, copy = ([s / tokens for s in times] for times in (*pairs.cpu_seconds, control.cpu_seconds[1]))
+    options: dict[str, Any] = {"workload": name, "source": pairs.describe()}
+    seconds = energy.cpu_seconds(base, opt, copy, process=pairs.process, **options)
     device = str(timed.baseline.conditions["device"])
-    counted = energy.counter(device).provenance == "measured"
-    options: dict[str, Any] = {"workload": name, "source": pairs.describe(), "counted": counted}
-    return [energy.cpu_seconds(base, opt, copy, process=pairs.process, **options)]
+    if seconds.margin is None or energy.counter(device).kind != "nvml":
+        return [seconds]
+    return [measurement.unjudged(seconds, energy.BESIDE_A_GPU)]
 
 
 def _energy(name: str, timed: Timed, effort: Effort, device: str, seed: int) -> list[Measurement]:

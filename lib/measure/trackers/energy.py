@@ -21,6 +21,8 @@ from lib.measure.trackers.energy_source import Counter, counter
 GROSS, ABOVE_IDLE, INVERSE = "energy_joules_per_token", "energy_above_idle_joules_per_token", "tokens_per_joule"
 CPU = "cpu_seconds_per_token"
 ESTIMATED = "estimated from processor time: shown, never judged"
+COUNTED = "energy is judged, by its counter"
+BESIDE_A_GPU = "a GPU does the work, and this is the time of the processor beside it"
 
 
 class CountedArm(Protocol):
@@ -75,7 +77,7 @@ def per_token(
     if with_cpu_seconds:
         samples = [[taken.cpu_seconds for taken in windows[arm]] for arm in ("baseline", "optimized", "control")]
         measurements.append(
-            cpu_seconds(*samples, workload=workload, source=how, counted=source.provenance == "measured")
+            cpu_seconds(*samples, workload=workload, source=how, counted=is_judged(measurements))
         )
     return measurements
 
@@ -121,7 +123,21 @@ def cpu_seconds(
         return measurement.unavailable(CPU, workload, "the processor's clock did not move within a window", how)
     floor = paired_stats.noise_floor(paired_stats.differences(baseline, control), process)
     judged = measurement.from_samples(CPU, workload, baseline, optimized, source=how, floor=floor, process=process)
-    return measurement.unjudged(judged, "energy is judged, by its counter") if counted else judged
+    return measurement.unjudged(judged, COUNTED) if counted else judged
+
+
+def is_judged(joules: Sequence[Measurement]) -> bool:
+    """Whether the energy among these measurements has a verdict: from a counter that moved, over windows enough."""
+    return any(m.metric == GROSS and m.margin is not None for m in joules)
+
+
+def beside(joules: Sequence[Measurement], measurements: Sequence[Measurement]) -> list[Measurement]:
+    """Return the measurements as they stand beside `joules`: where these are judged, processor seconds describe."""
+    if not is_judged(joules):
+        return [*measurements]
+    return [
+        measurement.unjudged(m, COUNTED) if m.metric == CPU and m.margin is not None else m for m in measurements
+    ]
 
 
 def _window(arm: CountedArm, source: Counter, seconds: float) -> Window:

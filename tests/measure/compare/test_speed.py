@@ -1,5 +1,6 @@
 """One call measures the speed and efficiency of two models, and shows no speed-up of a degenerate one."""
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from lib.measure.compare.footprint import footprint
 from lib.measure.metrics import measurement, settings
 from lib.measure.roofline import ceilings, cost_model
 from lib.measure.timing import interleaved, workloads
-from lib.measure.trackers import energy_source, memory
+from lib.measure.trackers import energy, energy_source, memory
 
 QUICK = replace(settings.read("quick"), prompt_tokens=16, new_tokens=2, batch=2)
 
@@ -225,3 +226,18 @@ def test_a_block_lasts_a_share_at_small_efforts_and_the_variable_is_said(monkeyp
     monkeypatch.setenv(replication.VARIABLE, "short")
     with pytest.raises(UserError, match='WORKBENCH_BLOCK_SECONDS: "short" is no number'):
         replication.block_seconds(settings.read("quick"))
+
+
+@pytest.mark.parametrize(("moves", "with_energy", "carries"), [(1, True, False), (0, True, True), (1, False, True)])
+def test_processor_seconds_are_judged_unless_energy_is(tiny, monkeypatch, moves, with_energy, carries):
+    """A counter that could be read judges nothing where it stands still, nor where no energy was asked for."""
+    joules = lambda: 10.0 * moves * time.perf_counter()  # noqa: E731
+    source = energy_source.Counter("rapl", "measured", "RAPL", 0.001, None, joules)
+    monkeypatch.setattr(energy, "counter", lambda device="cpu": source)
+    model = tiny("qwen3-4b-instruct-2507")
+    prompt_BT, options = workloads.random_prompt(model, 1, 16), {"names": ("prefill",), "with_energy": with_energy}
+    compared = speed.compare(model, model, prompt_BT, QUICK, **options)
+    by_metric = {measured.metric: measured for measured in compared.measurements}
+    spent, counted = by_metric["cpu_seconds_per_token"], by_metric.get("energy_joules_per_token")
+    assert (spent.margin is not None) == carries and (spent.reason == energy.COUNTED) != carries
+    assert (counted is not None and counted.margin is not None) != carries

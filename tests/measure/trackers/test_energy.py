@@ -77,6 +77,7 @@ def test_unknown_energy_is_unavailable_never_zero():
     meter = [0.0]
     dead = energy.per_token(Arm(meter, 0), Arm(meter, 0), workload="decode", blocks=6, source=counter(meter))
     assert [measured.verdict for measured in dead[:3]] == ["unavailable"] * 3
+    assert dead[3].margin is not None and dead[3].reason != energy.COUNTED, "no energy is judged: the time is"
     blind = energy.per_token(Arm(meter, 2), Arm(meter, 1), workload="decode", blocks=6, source=counter(meter, None))
     assert blind[1].verdict == "unavailable" and "idle" in blind[1].reason
 
