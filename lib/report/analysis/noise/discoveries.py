@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from lib.measure.metrics import significance
 from lib.measure.metrics.catalogue import DIMENSIONS
 from lib.report.records.record import Record
-from lib.report.records.verdicts import in_words
+from lib.report.records.verdicts import in_words, primary
 
 LEVEL = 0.05
 CALLS = ("better", "worse", "not_maintained")
@@ -89,7 +89,8 @@ def settled(records: Sequence[Record]) -> list[Record]:
     """Return the records with the verdicts that hold within the set; those whose verdicts do not change are returned as
     they are.
 
-    Where a verdict is withheld, its measurement is inconclusive too, and the sentence says so.
+    Where a verdict is withheld, its measurement is inconclusive too, and so is the same quantity written another way (a
+    latency beside its rate); the sentence says so.
     """
     withheld: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells(records):
@@ -105,10 +106,10 @@ def _settled(record: Record, changed: Sequence[Cell]) -> Record:
     verdict = record.verdict
     words = {cell.dimension: cell.word for cell in changed}
     reasons = {cell.dimension: cell.reason for cell in changed}
-    carriers = {(cell.metric, cell.workload): cell.reason for cell in changed}
+    withheld = {(_quantity(cell.metric), cell.workload): cell.reason for cell in changed}
     measurements = [
-        m.model_copy(update={"verdict": "inconclusive", "reason": carriers[m.metric, m.workload]})
-        if (m.metric, m.workload) in carriers
+        m.model_copy(update={"verdict": "inconclusive", "reason": withheld[_quantity(m.metric), m.workload]})
+        if m.verdict in CALLS and (_quantity(m.metric), m.workload) in withheld
         else m
         for m in record.measurements
     ]
@@ -117,3 +118,8 @@ def _settled(record: Record, changed: Sequence[Cell]) -> Record:
     sentences = [f"Over this set {cell.dimension} is inconclusive: {cell.reason}." for cell in changed]
     text = " ".join([in_words.of_record(settled), *sentences])
     return settled.model_copy(update={"verdict": settled.verdict.model_copy(update={"sentence": text})})
+
+
+def _quantity(metric: str | None) -> str | None:
+    """Return the metric in which a quantity is judged, whichever way it is written."""
+    return primary.TWINS.get(metric, metric) if metric else None

@@ -87,3 +87,15 @@ def test_the_ranking_says_for_how_many_models_a_number_was_called():
     runs = [samples.whole("a", model, 1.3) for model in samples.MODELS[:3]] + [samples.whole("a", samples.MODELS[3], 1)]
     [place] = ranking.places(discoveries.settled(runs), "prefill_tokens_per_second")
     assert (place.models, place.called) == (4, 3)
+
+
+def test_a_rate_that_is_withheld_is_not_called_as_a_latency():
+    """One quantity is judged once: the time to the first token is the prefill's rate, written another way."""
+    rate = samples.timed("prefill_tokens_per_second", 1.05, 0.048, "better")
+    latency = samples.timed("time_to_first_token_ms", 1 / 1.05, 0.044, "better")
+    decode = samples.timed("time_per_output_token_ms", 0.8, 0.02, "better", "decode")
+    weak = record.build("weak", samples.MODELS[0], "proxy", "quick", {}, [rate, latency, decode],
+                        primaries=samples.PRIMARIES)  # fmt: skip
+    settled = discoveries.settled([weak, *(_run(f"nothing_{n}", 1.0, n) for n in range(20))])[0]
+    assert [m.verdict for m in settled.measurements] == ["inconclusive", "inconclusive", "better"]
+    assert settled.measurements[1].reason == settled.measurements[0].reason
