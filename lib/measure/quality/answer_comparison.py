@@ -36,14 +36,17 @@ def compare(
 ) -> list[Measurement]:
     """Return every accuracy metric of two arms: scores, flips, exact match, perplexity, divergence, agreement.
 
+    A second task of labels has its own name as workload, as public tasks have: what bears one name is one number.
     `margin` replaces that of the scores (a difference), `perplexity_margin` that of the perplexity (a share).
     """
     if reason := baseline.reason or optimized.reason:
         return [measurement.unavailable(name, workload, reason) for name, workload in WORKLOAD_OF.items()]
     options: dict[str, Any] = {"resamples": resamples, "seed": seed}
-    measurements = []
+    measurements: list[Measurement] = []
     for base, opt in zip(baseline.classified, optimized.classified, strict=True):
-        measurements += compare_classified(base, opt, margin=margin, **options)
+        known = {m.workload for m in measurements}
+        of_task = compare_classified(base, opt, margin=margin, **options)
+        measurements += [m.model_copy(update={"workload": base.task}) if m.workload in known else m for m in of_task]
     for read_before, read_after in zip(baseline.rolled, optimized.rolled, strict=True):
         measurements.append(benchmarks.compare_rolled(read_before, read_after, margin=perplexity_margin, **options))
     if baseline.retrieved and optimized.retrieved:

@@ -77,8 +77,9 @@ def evaluate(
         return answers
 
     classified: list[Classified | Rolled] = []
+    first = next((name for name in names if name in task_list.CLASSIFY), None)
     for name in names:
-        workload = "classify" if name in task_list.CLASSIFY else name
+        workload = "classify" if name == first else name  # as `answer_comparison.compare` names them
         classified.append(watched(workload, functools.partial(ask, arm, name, split, effort.items, seed)))
     text = known_text or watched("prefill", lambda: read_text(arm, split, effort, seed))
     sizes = effort.retrieval_distance, effort.retrieval_prompts, seed, lead

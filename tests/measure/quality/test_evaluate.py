@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -230,3 +231,18 @@ def test_losses_that_are_no_numbers_are_invalid_and_compared_with_nothing():
         measurements = answer_comparison.compare_text(*pair)
         assert [m.metric for m in measurements] == list(answer_comparison.OF_TEXT)
         assert {m.verdict for m in measurements} == {"invalid"} and "not finite" in measurements[0].reason
+
+
+def test_two_tasks_of_labels_are_two_workloads(monkeypatch):
+    """What bears one metric and workload is one number: of two by one name the last would stand for both."""
+    tasks = ["topic", "code_origin"]
+    monkeypatch.setattr(evaluate, "ask", lambda arm, name, *_: replace(classified(80, 0.9), task=name))
+    for other in ("read_text", "retrieval"):
+        monkeypatch.setattr(evaluate, other, lambda *_, **__: None)
+    loaded = SimpleNamespace(random_weights=False, tasks=tasks)
+    answers = evaluate.evaluate(loaded, "quick", acted=lambda: 0.0)
+    assert answers.idle == {"classify", "code_origin", "prefill", "generate"}
+    measured = answer_comparison.compare(replace(answers, idle=frozenset({"code_origin"})), answers)
+    names = [(m.metric, m.workload) for m in measured]
+    assert len(names) == len({*names}) == 14 and {workload for _, workload in names} == {"classify", "code_origin"}
+    assert {m.verdict for m in measured if m.dimension == "accuracy"} == {"not_exercised", "informative"}
