@@ -180,7 +180,9 @@ def explain(
 def _unrealised(bounds: list[Bound], seconds: tuple[float, float], fits_in_cache: bool) -> str:
     """Return why times differ from their bounds, as far as these tell."""
     reached = [limit.seconds / time_ for limit, time_ in zip(bounds, seconds)]
-    if max(reached) > 1 or (bounds[0].limited_by == "traffic" and fits_in_cache):
+    # Arithmetic that seems faster than the machine's best is no matter of a cache.
+    beaten = any(share > 1 and limit.limited_by == "traffic" for share, limit in zip(reached, bounds))
+    if beaten or (bounds[0].limited_by == "traffic" and fits_in_cache):
         return CACHED
     if min(reached) < DISPATCH_SHARE:
         return DISPATCH

@@ -188,6 +188,8 @@ def test_the_bound_predicts_and_says_what_was_not_realised():
     assert reason(timed(1.0), twice, (4e-2, 4e-2)) == "dispatch bound"
     traffic = (Cost(1e6, 2e7), Cost(1e6, 1e7))
     assert reason(timed(1.0), traffic, (4e-3, 4e-3), working_set_bytes=2**19) == "cache resident"
+    assert reason(timed(1.0), traffic, (1e-4, 1e-4)) == "cache resident", "faster than memory can be"
+    assert reason(timed(1.0), twice, (1e-3, 1e-3)) == "unexplained", "faster than arithmetic can be: no cache does that"
     assert (
         reason(
             timed(0.5),
