@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from lib.measure.metrics.measurement import Measurement
+from lib.report.text.quantities import figures
 from lib.report.text.sentence import NO_REASON, ends, ratio, why
 from lib.report.text.wording import label, signed, words
 
@@ -44,11 +45,15 @@ def by_verdict(
     upheld: Collection[str] = ("better", "maintained"),
 ) -> Refutation:
     """Return the answer of a measurement's verdict: in `refuted`, in `upheld`, or in neither, which cannot tell."""
-    if measurement is None or measurement.ratio is None:
-        reason = measurement.reason if measurement is not None and measurement.reason else "not measured"
+    reason = measurement.reason if measurement is not None else None
+    if measurement is None or measurement.baseline is None or measurement.optimized is None:
+        return decide(claim, None, reason or "not measured")
+    if measurement.ratio is None and reason:
         return decide(claim, None, reason)
     verdict = measurement.verdict
     shown, span = ratio(measurement.ratio, *ends(measurement))
+    if measurement.ratio is None:  # of a baseline of zero
+        shown = f"{figures(measurement.baseline)} → {figures(measurement.optimized)}"
     evidence = f"{label(measurement.metric)} [{measurement.workload}] {shown}"
     evidence += f" ({span}), {words(verdict)}" if span else f", {words(verdict)}"
     if verdict == "inconclusive" and (gate := why(measurement)) != NO_REASON:

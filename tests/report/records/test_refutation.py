@@ -51,6 +51,17 @@ def test_what_was_not_measured_cannot_tell_and_says_why():
     assert refutation.by_verdict(CLAIM, None).evidence == "not measured"
 
 
+def test_a_gain_over_a_baseline_of_zero_was_measured():
+    score = measurement.judged(
+        "retrieval_exact_match", "generate", baseline=0.0, optimized=0.5, ratio=None, ci=(0.4, 0.6), n=160,
+        verdict="better", provenance="measured", source="160 values", margin=0.02, bound=0.42,
+    )  # fmt: skip
+    answer = refutation.by_verdict(CLAIM, score)
+    assert answer.outcome == "not refuted" and answer.evidence.endswith("[generate] 0 → 0.500, better")
+    open_one = score.model_copy(update={"verdict": "inconclusive", "reason": "160 values are too few"})
+    assert refutation.by_verdict(CLAIM, open_one) == refutation.decide(CLAIM, None, "160 values are too few")
+
+
 def test_every_claim_needs_its_answer_in_order():
     answers = [refutation.decide(claim, None, "not measured") for claim in ("a", "b")]
     frame = tables.refutations(answers, ("a", "b"))
