@@ -168,8 +168,7 @@ def bootstrap_interval(
     `source[i]` numbers the source of value i: those of one are drawn together, and the sources are what is few.
     """
     values_N = np.asarray(values, dtype=float)
-    _, source_N = np.unique(np.arange(values_N.size) if source is None else np.asarray(source), return_inverse=True)
-    sums_S, counts_S = np.bincount(source_N, weights=values_N), np.bincount(source_N)
+    sums_S, counts_S = _by_source(values_N, source)
     if sums_S.size < 2:
         return -math.inf, math.inf
     if np.ptp(values_N) == 0:
@@ -185,6 +184,44 @@ def bootstrap_interval(
         interval = bootstrap(**drawn, method="percentile", **kinds).confidence_interval
     mean, widened = float(values_N.mean()), small_sample(sums_S.size)
     return mean + float(interval[0] - mean) * widened, mean + float(interval[1] - mean) * widened
+
+
+def skewed_interval(
+    values: Samples, confidence: float = CONFIDENCE, source: Sequence[int] | np.ndarray | None = None
+) -> tuple[float, float]:
+    """Return Hall's interval of the mean of `values`: Student's, transformed by the skewness that the values show (Hall
+    1992, On the removal of skewness by transformation; skewness as Joanes and Gill 1998, G1). `source` as in
+    `bootstrap_interval`; infinite with fewer than three values or sources.
+
+    Where few windows lose much and most lose little, a sample without these has a mean and a spread that are both too
+    small, and no bootstrap draws what is not there.
+    """
+    values_N = np.asarray(values, dtype=float)
+    sums_S, counts_S = _by_source(values_N, source)
+    mean, n = float(values_N.mean()), sums_S.size
+    if n < 3:
+        return -math.inf, math.inf
+    rest_S = sums_S - mean * counts_S
+    error = float(rest_S.std(ddof=1)) * math.sqrt(n) / float(counts_S.sum())
+    if np.ptp(values_N) == 0 or error == 0:
+        return mean, mean
+    rest_S = rest_S - rest_S.mean()
+    bias = math.sqrt(n * (n - 1)) / (n - 2)
+    skewness = bias * float((rest_S**3).mean() / (rest_S**2).mean() ** 1.5)
+    quantile = float(t.ppf((1 + confidence) / 2, n - 1))
+
+    def turned(x: float) -> float:
+        if abs(skewness) < 1e-6:
+            return x
+        return 3 * math.sqrt(n) / skewness * float(np.cbrt(1 + skewness * (x / math.sqrt(n) - skewness / (6 * n))) - 1)
+
+    return mean - error * turned(quantile), mean - error * turned(-quantile)
+
+
+def _by_source(values_N: np.ndarray, source: Sequence[int] | np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sum and the number of the values of every source, [S] each; without `source` each is its own."""
+    _, source_N = np.unique(np.arange(values_N.size) if source is None else np.asarray(source), return_inverse=True)
+    return np.bincount(source_N, weights=values_N), np.bincount(source_N)
 
 
 def small_sample(units: int) -> float:

@@ -4,12 +4,15 @@ lies above 0 and the gain passes the margin. Otherwise `inconclusive`, with the 
 Knows no models.
 
 Intervals are paired bootstraps over items, or over sources where items share one (windows of one document): then the
-items of a source are drawn together. Where few answers flipped, a bootstrap underestimates how frequent such flips may
-be, in either direction (without any its interval is a point). Below five flips of a kind the interval is at least as
-wide as the exact ones of both shares, combined as in Newcombe (1998, Interval estimation for the difference between
-independent proportions). Exact bounds take items as independent, also those of one document: flips that did not occur
-do not tell how they would cluster. A macro mean weighs the flip of a rare class more than a share does: its allowance
-is widened by what an unseen flip can cost, given each class's own count (`unseen_loss`).
+items of a source are drawn together. Losses of text are skewed, and few windows may hold none of the large ones: their
+interval is at least as wide as Hall's (`paired_stats.skewed_interval`).
+
+Where few answers flipped, a bootstrap underestimates how frequent such flips may be, in either direction (without any
+its interval is a point). Below five flips of a kind the interval is at least as wide as the exact ones of both shares,
+combined as in Newcombe (1998, Interval estimation for the difference between independent proportions). Exact bounds
+take items as independent, also those of one document: flips that did not occur do not tell how they would cluster. A
+macro mean weighs the flip of a rare class more than a share does: its allowance is widened by what an unseen flip can
+cost, given each class's own count (`unseen_loss`).
 """
 
 import math
@@ -237,8 +240,8 @@ def perplexity(
     # Baseline − optimized: above 0 is a gain, as in `judge`.
     gain_N = np.asarray(baseline_N) - np.asarray(optimized_N)
     gain, n, limit = float(gain_N.mean()), len(gain_N), math.log1p(margin)
-    low, _ = mean_interval(gain_N, 1 - 2 * ONE_SIDED, resamples, seed, source_N)
-    wide_low, wide_high = mean_interval(gain_N, 1 - ONE_SIDED, resamples, seed, source_N)
+    low, _ = _loss_interval(gain_N, 1 - 2 * ONE_SIDED, resamples, seed, source_N)
+    wide_low, wide_high = _loss_interval(gain_N, 1 - ONE_SIDED, resamples, seed, source_N)
     units = n if source_N is None else len(np.unique(source_N))
     unit = "windows" if units == n else "documents"
     held = f"upper bound {math.expm1(-low):+.2%}, margin {margin:.0%}"
@@ -258,7 +261,7 @@ def perplexity(
         bound=math.expm1(-low) if known else None,
         verdict=verdict,
         provenance="measured",
-        source=f"{source}; paired bootstrap over {units} {unit}, {held}" if known else source,
+        source=f"{source}; paired bootstrap and Hall's interval over {units} {unit}, {held}" if known else source,
         reason=_too_few(units, half / NORMAL * math.sqrt(units), gain, limit, unit)
         if verdict == "inconclusive"
         else None,
@@ -270,6 +273,15 @@ def mean_interval(
 ) -> tuple[float, float]:
     """Return the bootstrap interval of the mean of values; over sources where `source_N` numbers them."""
     return paired_stats.bootstrap_interval(values_N, confidence, resamples, seed, source_N)
+
+
+def _loss_interval(
+    values_N: np.ndarray, confidence: float, resamples: int, seed: int, source_N: np.ndarray | None
+) -> tuple[float, float]:
+    """Return the interval of a mean of losses, which are skewed: at least as wide as the bootstrap's and as Hall's."""
+    drawn = mean_interval(values_N, confidence, resamples, seed, source_N)
+    skewed = paired_stats.skewed_interval(values_N, confidence, source_N)
+    return min(drawn[0], skewed[0]), max(drawn[1], skewed[1])
 
 
 def judge(gain: float, low: float, wide_low: float, wide_high: float, margin: float) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import beta
 
+from lib.measure.metrics import paired_stats
 from lib.measure.quality import answer_comparison, noninferiority
 from lib.measure.quality.answers import Answers, Retrieved
 from tests.measure.quality.test_evaluate import by_name, classified
@@ -186,3 +187,30 @@ def test_so_many_items_show_a_loss_four_times_out_of_five():
         score = noninferiority.score("accuracy", "classify", *shares, drawn, n=n, source="items", **counts)
         called += score.verdict == "not_maintained"
     assert called / runs > 0.74  # 0.8 less 2.5 of its standard errors
+
+
+@pytest.mark.parametrize("windows", [8, 16, 32])
+def test_skewed_losses_of_few_windows_are_rarely_called_maintained_at_the_margin(windows):
+    """The true loss is the margin; most windows lose little and a few much, which a small sample may not hold."""
+    chance, trials, limit = np.random.default_rng(windows), 400, math.log1p(0.03)
+    called, by_bootstrap = 0, 0
+    for trial in range(trials):
+        base_N = chance.normal(4.0, 0.1, windows)
+        lost_N = limit * chance.lognormal(-0.125, 0.5, windows)  # of mean `limit`
+        judged = noninferiority.perplexity(base_N, base_N + lost_N, source="text", resamples=300, seed=trial)
+        called += judged.verdict in ("maintained", "better")
+        by_bootstrap += noninferiority.mean_interval(-lost_N, 0.9, 300, trial)[0] > -limit
+    assert called < by_bootstrap and called <= 0.085 * trials
+
+
+def test_halls_interval_is_students_without_skewness_and_mirrors():
+    even_N = np.array([-3.0, -2.0, -1.0, 0.0, 0.0, 1.0, 2.0, 3.0])
+    assert paired_stats.skewed_interval(even_N, 0.9) == pytest.approx(paired_stats.student_interval(even_N, 0.9))
+    loss_N = np.random.default_rng(3).lognormal(0, 1, 12)
+    low, high = paired_stats.skewed_interval(loss_N, 0.9)
+    assert paired_stats.skewed_interval(-loss_N, 0.9) == pytest.approx((-high, -low))
+    assert high - loss_N.mean() > 1.5 * (loss_N.mean() - low)
+    twice = paired_stats.skewed_interval(np.repeat(loss_N, 3), 0.9, np.repeat(np.arange(12), 3))
+    assert twice == pytest.approx((low, high))
+    assert paired_stats.skewed_interval([0.5] * 8) == (0.5, 0.5)
+    assert paired_stats.skewed_interval([0.1, 0.2]) == (-math.inf, math.inf)
