@@ -29,9 +29,16 @@ def publish(folder: Path, store: Path, effort: str) -> None:
     effort.
     """
     os.environ.pop(process_variance.VARIABLE, None)
-    path = refresh(folder, store, {"cpu": energy_source.cpu_name()}, effort)
+    path = refresh(folder, store, this_machine(), effort)
     if path:
         os.environ[process_variance.VARIABLE] = str(path.resolve())
+
+
+def this_machine() -> dict[str, Any]:
+    """Return the fields of the environment card by which this machine's records are known. Virtual machines of any size
+    may call their processor by one name, and how they differ between processes goes with their size.
+    """
+    return {"cpu": energy_source.cpu_name(), "cores_of_machine": os.cpu_count()}
 
 
 def refresh(folder: Path, store: Path, machine: Mapping[str, Any], effort: str = "quick") -> Path | None:

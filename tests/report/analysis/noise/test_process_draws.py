@@ -1,8 +1,11 @@
 """The pool of the variance between processes: runs of small efforts, whose workloads are shorter, tell
 such runs alone."""
 
+import os
+
 import pytest
 
+from lib.measure.metrics import process_variance
 from lib.report.analysis.noise import process_draws
 from lib.report.records import history, record
 from tests.report import samples
@@ -36,3 +39,17 @@ def test_a_control_of_few_pairs_tells_nothing(recwarn):
     few = [m.model_copy(update={"samples": {"baseline": [1.0], "optimized": [1.1]}}) for m in control.measurements]
     run = run.model_copy(update={"controls": [control.model_copy(update={"measurements": few})]})
     assert [*process_draws.draws(run)] == [] and not recwarn.list
+
+
+@pytest.mark.parametrize(("cores", "known"), [(2, True), (48, False)])
+def test_a_larger_machine_of_one_name_is_another_one(tmp_path, monkeypatch, cores, known):
+    monkeypatch.setenv(process_variance.VARIABLE, "of an earlier build")
+    monkeypatch.setattr(process_draws.energy_source, "cpu_name", lambda: samples.ENVIRONMENT["cpu"])
+    monkeypatch.setattr(process_draws.os, "cpu_count", lambda: 2)
+    folder = tmp_path / "proxy"
+    folder.mkdir()
+    run = samples.whole("structured_pruning", samples.MODELS[0])
+    run.environment["cores_of_machine"] = cores
+    record.write(run, folder / f"{run.stem}.json")
+    process_draws.publish(folder, tmp_path / history.NAME, "quick")
+    assert (process_variance.VARIABLE in os.environ) == known
