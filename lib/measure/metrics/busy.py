@@ -4,7 +4,7 @@ differed from its own copy by more than a tenth in tokens per second, nothing ti
 
 from collections.abc import Iterable
 
-from lib.measure.metrics.decision import BUSY_FLOOR
+from lib.measure.metrics.decision import BUSY, BUSY_FLOOR, NOISY
 from lib.measure.metrics.measurement import Measurement
 
 JUDGED = ("better", "worse", "equivalent")
@@ -24,6 +24,11 @@ def withhold_if_busy(measurements: list[Measurement]) -> list[Measurement]:
 def why_busy(measurements: Iterable[Measurement]) -> str | None:
     """Return why nothing timed is judged, or None where the machine was quiet enough."""
     return next((m.reason for m in measurements if m.reason and (m.disturbed or _unsteady(m))), None)
+
+
+def says_busy(reason: str | None) -> bool:
+    """Whether a reason is one of `why_busy`, whichever measurement of the run it was found in."""
+    return reason is not None and (reason.startswith(BUSY) or NOISY in reason)
 
 
 def _unsteady(measurement: Measurement) -> bool:

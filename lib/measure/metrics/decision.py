@@ -10,6 +10,7 @@ from typing import Literal
 Word = Literal["better", "worse", "equivalent", "inconclusive"]
 
 BUSY_FLOOR = 0.10  # two equal arms that differ by more than this: the machine gives no verdict of speed
+BUSY, NOISY = "the machine was busy", f"is above {100 * BUSY_FLOOR:.0f} %"  # of the reasons that say so
 FACTOR = 2.0  # an interval of few pairs whose upper end is this many times the lower carries no verdict
 FEW_PAIRS = 6  # or processes, where these are what is independent
 POWER_FACTOR = 0.84  # the standard normal's 80 % quantile
@@ -46,9 +47,9 @@ def decide(
     """
     threshold = math.log1p(margin)
     if busy:
-        return Ruling("inconclusive", f"the machine was busy: {busy}; measure again on a quiet machine")
+        return Ruling("inconclusive", f"{BUSY}: {busy}; measure again on a quiet machine")
     if floor > BUSY_FLOOR:
-        above = f"the noise floor of {100 * floor:.3g} % is above {100 * BUSY_FLOOR:.0f} %"
+        above = f"the noise floor of {100 * floor:.3g} % {NOISY}"
         return Ruling("inconclusive", f"{above}; more rounds or a quieter machine would tell")
     if (processes or n) <= FEW_PAIRS and high - low >= math.log(FACTOR):
         few = f"{processes} processes" if processes else f"{n} pairs"

@@ -32,9 +32,10 @@ def verdicts(record: Record | Mapping[str, Any]) -> list[str]:
     """Return one line per measurement whose verdict, recomputed from its fields, differs from the stored one."""
     content = to_json(record) if isinstance(record, Record) else record
     stem = f"{content.get('optimization', '?')}--{content.get('model', '?')}"
-    faults = recompute.differences(_sound(content.get("measurements") or []))
+    partial = bool(content.get("dimensions"))
+    faults = recompute.differences(_sound(content.get("measurements") or []), partial)
     for control in content.get("controls") or []:
-        members = recompute.differences(_sound(control.get("measurements") or []))
+        members = recompute.differences(_sound(control.get("measurements") or []), partial)
         faults += [f"control {control.get('name', '?')}: {fault}" for fault in members]
     return [f"{stem}: {fault}" for fault in faults]
 

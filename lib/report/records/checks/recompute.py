@@ -6,7 +6,7 @@ model.
 
 from collections.abc import Iterable
 
-from lib.measure.metrics.busy import withhold_if_busy
+from lib.measure.metrics.busy import says_busy, withhold_if_busy
 from lib.measure.metrics.catalogue import METRICS
 from lib.measure.metrics.measurement import Measurement, judge_again
 from lib.measure.quality import noninferiority
@@ -14,11 +14,22 @@ from lib.measure.quality import noninferiority
 SILENT = ("unavailable", "invalid", "informative", "not_exercised")
 
 
-def differences(measurements: Iterable[Measurement]) -> list[str]:
-    """Return a line for each of a record's measurements whose stored verdict does not follow from its fields."""
+def differences(measurements: Iterable[Measurement], partial: bool = False) -> list[str]:
+    """Return a line for each of a record's measurements whose stored verdict does not follow from its fields. A `partial`
+    record holds some dimensions alone: what showed that the machine was busy may be among the others.
+    """
     members = list(measurements)
     judged = [m.model_copy(update={"verdict": verdict(m) or m.verdict}) for m in members]
-    return [line for stored, again in zip(members, withhold_if_busy(judged)) if (line := _line(stored, again.verdict))]
+    expected = zip(members, withhold_if_busy(judged))
+    return [
+        line
+        for stored, again in expected
+        if (line := _line(stored, again.verdict)) and not (partial and _withheld_elsewhere(stored))
+    ]
+
+
+def _withheld_elsewhere(measurement: Measurement) -> bool:
+    return measurement.verdict == "inconclusive" and says_busy(measurement.reason)
 
 
 def _line(measurement: Measurement, again: str) -> str:

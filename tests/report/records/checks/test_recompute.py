@@ -101,3 +101,20 @@ def test_a_control_on_a_busy_machine_judges_nothing_either():
     assert [m.verdict for m in loaded.measurements] == ["inconclusive"] * 2
     assert quiet.measurements[0].verdict == built.measurements[0].verdict == "better"
     assert lint.verdicts(built) == []
+
+
+@pytest.mark.parametrize("reason", ["the machine was busy: load", "the noise floor of 12 % is above 10 %; load 3.0"])
+def test_a_run_of_one_dimension_holds_what_a_busy_machine_withheld(monkeypatch, reason):
+    """What showed that the machine was busy is of a dimension that was not asked for, and is not in the record."""
+    spent = samples.paired("cpu_seconds_per_token", 1.3, workload="decode")
+    rate = samples.paired("decode_tokens_per_second", 1.3, workload="decode").model_copy(
+        update={"disturbed": 4, "reason": reason, "verdict": "inconclusive"}
+    )
+    monkeypatch.setenv("WORKBENCH_DIMENSIONS", "efficiency")
+    built = record.build("x", "y", "proxy", "quick", {}, [rate, spent])
+    assert [(m.metric, m.verdict) for m in built.measurements] == [("cpu_seconds_per_token", "inconclusive")]
+    assert lint.verdicts(built) == []
+    built.measurements[0].reason = None
+    assert len(lint.verdicts(built)) == 1
+    built.measurements[0].verdict = "worse"
+    assert len(lint.verdicts(built)) == 1
