@@ -264,7 +264,8 @@ def _energy(name: str, timed: Timed, effort: Effort, device: str, seed: int) -> 
     if source.of_times and timed.pairs.cpu_seconds and timed.control.cpu_seconds:
         return energy.of_turns(timed.pairs, timed.control, timed.baseline.tokens, workload=name, source=source)
     options: dict[str, Any] = {"workload": name, "blocks": effort.blocks, "device": device, "seed": seed}
-    return energy.per_token(timed.baseline, timed.optimized, **options, source=source, with_cpu_seconds=False)
+    options |= {"source": source, "with_cpu_seconds": False, "disturbance": disturbance.watch}
+    return energy.per_token(timed.baseline, timed.optimized, **options)
 
 
 def _cpu_use(name: str, arms: Timed, first: tuple[Use, Use]) -> list[Measurement]:

@@ -9,13 +9,13 @@ Knows nothing of models. Loading and start-up lie outside every window.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from lib.measure.metrics import measurement, paired_stats
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.pairs import Pairs
-from lib.measure.timing.interleaved import balanced_orders
+from lib.measure.timing.interleaved import Watch, balanced_orders
 from lib.measure.trackers.energy_source import Counter, counter
 
 GROSS, ABOVE_IDLE, INVERSE = "energy_joules_per_token", "energy_above_idle_joules_per_token", "tokens_per_joule"
@@ -56,30 +56,54 @@ def per_token(
     seed: int = 0,
     source: Counter | None = None,
     with_cpu_seconds: bool = True,
+    disturbance: Watch | None = None,
 ) -> list[Measurement]:
     """Return gross joules per token, joules above idle per token, tokens per joule and, unless they are measured
     elsewhere (`with_cpu_seconds`), processor seconds per token of two workloads.
 
     In each of `blocks` blocks, in random but balanced order, each arm runs for one window (`seconds`; by default as
     long as the counter needs), and the baseline a second time as A/A control. `tokens` of an arm is what one call
-    processes. Judged are the joules of a counter, or else the processor seconds.
+    processes. Judged are the joules of a counter, or else the processor seconds. `disturbance` opens a watch, as for
+    `interleaved.rounds`: a block in which other programs took energy, too, is repeated (at most as many as there are),
+    and where that does not suffice nothing is decided.
     """
     source = source or counter(device)
     window = seconds or source.window_seconds
     baseline(), optimized()
     arms = {"baseline": baseline, "control": baseline, "optimized": optimized}
     windows: Windows = {name: [] for name in arms}
+    disturbed: list[str] = []
+    repeated = 0
     for order in balanced_orders(list(arms), blocks, seed):
-        for name in order:
-            windows[name].append(_window(arms[name], source, window))
+        taken, reason = _block(order, arms, source, window, disturbance)
+        while reason and repeated < blocks:
+            taken, reason = _block(order, arms, source, window, disturbance)
+            repeated += 1
+        disturbed += [reason] if reason else []
+        for name, used in taken.items():
+            windows[name].append(used)
     how = f"{blocks} windows of {window:g} s per arm in random, balanced order"
-    measurements = _joules(windows, source, workload, f"{source.scope}, {how}")
+    how += f", {repeated} blocks disturbed and repeated" if repeated else ""
+    measurements = _joules(windows, source, workload, f"{source.scope}, {how}", disturbed=disturbed)
     if with_cpu_seconds:
         samples = [[taken.cpu_seconds for taken in windows[arm]] for arm in ("baseline", "optimized", "control")]
         measurements.append(
             cpu_seconds(*samples, workload=workload, source=how, counted=is_judged(measurements))
         )
     return measurements
+
+
+def _block(
+    order: Sequence[str],
+    arms: Mapping[str, CountedArm],
+    source: Counter,
+    seconds: float,
+    disturbance: Watch | None,
+) -> tuple[dict[str, Window], str | None]:
+    """Return a window of every arm, in this order, and what disturbed them."""
+    close = disturbance() if disturbance else None
+    taken = {name: _window(arms[name], source, seconds) for name in order}
+    return taken, close() if close else None
 
 
 def of_turns(pairs: Pairs, control: Pairs, tokens: int, *, workload: str, source: Counter) -> list[Measurement]:
@@ -166,7 +190,12 @@ def _window(arm: CountedArm, source: Counter, seconds: float) -> Window:
 
 
 def _joules(
-    windows: Windows, source: Counter, workload: str, how: str, process: Sequence[int] | None = None
+    windows: Windows,
+    source: Counter,
+    workload: str,
+    how: str,
+    process: Sequence[int] | None = None,
+    disturbed: Sequence[str] = (),
 ) -> list[Measurement]:
     gross = {arm: [taken.joules for taken in values] for arm, values in windows.items()}
     if min(min(values) for values in gross.values()) <= 0:
@@ -177,7 +206,7 @@ def _joules(
         # Of these values: what is left above idle differs by larger shares than the whole does.
         floor = paired_stats.noise_floor(paired_stats.differences(values["baseline"], values["control"]), process)
         options: dict[str, Any] = {"source": how, "floor": floor, "provenance": source.provenance, "samples": samples}
-        options["process"] = process
+        options |= {"process": process, "disturbed": disturbed}
         judged = measurement.from_samples(metric, workload, values["baseline"], values["optimized"], **options)
         if source.provenance == "estimated":
             return measurement.unjudged(judged, f"{ESTIMATED}; no counter: {source.missing or 'not asked for'}")

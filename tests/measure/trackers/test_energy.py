@@ -206,3 +206,26 @@ def test_opening_a_counter_for_the_card_takes_no_second(monkeypatch):
         assert energy_source.facts() == {"counter": "rapl", "missing": None}
     finally:
         energy_source._opened.cache_clear()
+
+
+@pytest.mark.parametrize(("disturbed_blocks", "verdict"), [(0, "better"), (2, "better"), (100, "inconclusive")])
+def test_a_block_in_which_others_took_energy_is_repeated(disturbed_blocks, verdict):
+    """A counter is the whole socket's: what another program takes would be charged to the arm that runs."""
+    meter, left = [0.0], [disturbed_blocks]
+
+    def watch():
+        busy = left[0] > 0
+        left[0] -= 1
+        meter[0] += 5.0 if busy else 0.0  # of another program
+
+        def close():
+            return "other processes took 50% of our cores" if busy else None
+
+        return close
+
+    arms = Arm(meter, 2.0), Arm(meter, 1.0)
+    options = {"workload": "decode", "blocks": 6, "seconds": 1e-9, "source": counter(meter), "disturbance": watch}
+    gross = energy.per_token(*arms, **options)[0]
+    assert gross.verdict == verdict and gross.n == 6
+    assert ("2 blocks disturbed and repeated" in gross.source) == (disturbed_blocks == 2)
+    assert (gross.disturbed, "50%" in (gross.reason or "")) == ((6, True) if disturbed_blocks == 100 else (None, False))
