@@ -198,9 +198,8 @@ def from_samples(
     `floor` is the A/A control, as its Pairs or as the half-width of its interval within the process. `process[i]` is
     the process of pair i: with several, the interval is over processes. With one, what the process hides is added in
     quadrature to interval and floor: `process_sigma`, by default that of other runs for this workload
-    (`lib.measure.metrics.process_variance`), or 0 for what was not measured and for resources, of which times tell
-    nothing. `disturbed` holds what was seen in the
-    pairs that could not be repeated: nothing is decided then.
+    (`lib.measure.metrics.process_variance`), or 0 for an estimate and for resources, of which times tell nothing.
+    `disturbed` holds what was seen in the pairs that could not be repeated: nothing is decided then.
 
     Without a `floor` (no A/A control ran), or with too few pairs or a control of too few for an interval, or for a
     metric without a margin, the verdict is informative. Above a floor of BUSY_FLOOR it is inconclusive, whatever the

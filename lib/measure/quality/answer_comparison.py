@@ -69,7 +69,7 @@ def compare_classified(
     baseline: Classified, optimized: Classified, *, margin: float | None = None, resamples: int = 2000, seed: int = 0
 ) -> list[Measurement]:
     """Return macro F1, precision, recall, accuracy and the flips of one task. Raises ValueError unless both arms
-    answered the same items.
+    answered the same items. Where the baseline guesses, what another arm keeps of that is not judged.
     """
     if baseline.metric:  # of a public task
         return benchmarks.compare(baseline, optimized, margin=margin, resamples=resamples, seed=seed)
@@ -104,6 +104,8 @@ def compare_classified(
         )
         for name in replicates
     ]
+    if not identical and (reason := benchmarks.at_chance(baseline.right_N, 1 / labels)):  # nothing to keep either
+        scores = [measurement.unjudged(m, reason) if m.verdict == "maintained" else m for m in scores]
     source = f"{baseline.task}, {n} items: {to_wrong} right answers became wrong, {to_right} wrong ones right"
     flips = {"flips": to_wrong + to_right, "flips_to_wrong": to_wrong, "flips_to_right": to_right}
     return scores + [

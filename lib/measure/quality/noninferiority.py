@@ -145,7 +145,7 @@ def score(
     `to_wrong`, `to_right`: items whose right answer became wrong, whose wrong one became right. `counts`: of a macro
     mean, how many items each class's score rests on (`class_counts`); None for a share. `same`: both arms gave the same
     answers. `identical`: the arms' scores differ on no item, so that they are the same model and any number of items
-    suffices.
+    suffices. Not judged where it is kept because there is nothing to lose (`_unless_empty`).
     """
     margin = metric_named(metric).margin if margin is None else margin
     assert margin is not None, f"{metric} has no margin"
@@ -161,7 +161,7 @@ def score(
         return measurement.judged(metric, workload, **common, verdict="maintained", source=description)
     difference = optimized - baseline
     if same:
-        return _same(metric, workload, common, rarity, f"{SAME}, {n} items; {source}")
+        return _unless_empty(_same(metric, workload, common, rarity, f"{SAME}, {n} items; {source}"))
     low = float(np.quantile(replicates_R, ONE_SIDED))
     wide_low, wide_high = (float(end) for end in np.quantile(replicates_R, [ONE_SIDED / 2, 1 - ONE_SIDED / 2]))
     if min(to_wrong, to_right) < FEW_FLIPS:
@@ -172,7 +172,7 @@ def score(
     half = max(difference - wide_low, wide_high - difference)
     verdict = judge(difference, low, wide_low, wide_high, margin)
     how = f"difference {difference:+.4f}, one-sided 95 % lower bound {low:+.4f}, margin {margin:g}"
-    return measurement.judged(
+    judged = measurement.judged(
         metric,
         workload,
         **common,
@@ -185,6 +185,18 @@ def score(
         if verdict == "inconclusive"
         else None,
     )
+    return _unless_empty(judged)
+
+
+def _unless_empty(judged: Measurement) -> Measurement:
+    """Return a score, without its verdict where it is kept because there is nothing to lose: all that the baseline has is
+    within the margin.
+    """
+    base, margin = judged.baseline or 0.0, judged.margin or 0.0
+    if judged.verdict != "maintained" or base > margin:
+        return judged
+    reason = f"the baseline scores {base:.3g}, no more than the margin of {margin:g}: nothing to lose or to keep"
+    return measurement.unjudged(judged, reason)
 
 
 def _same(metric: str, workload: str, common: dict[str, Any], rarity: float, source: str) -> Measurement:

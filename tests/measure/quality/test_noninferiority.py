@@ -214,3 +214,26 @@ def test_halls_interval_is_students_without_skewness_and_mirrors():
     assert twice == pytest.approx((low, high))
     assert paired_stats.skewed_interval([0.5] * 8) == (0.5, 0.5)
     assert paired_stats.skewed_interval([0.1, 0.2]) == (-math.inf, math.inf)
+
+
+@pytest.mark.parametrize(("right", "verdict"), [(0, "informative"), (6, "informative"), (7, "maintained")])
+def test_a_baseline_that_has_no_more_than_the_margin_keeps_nothing(right, verdict):
+    """Of 300 values 6 are the margin: who repeats no more of them cannot lose more either."""
+    base = Retrieved(256, np.arange(300) < right)
+    [score] = answer_comparison.compare(Answers([], None, base), Answers([], None, base))
+    assert score.verdict == verdict and score.source.startswith("same answers, 300 items")
+    assert verdict == "maintained" or ("nothing to lose" in score.reason and score.margin is None)
+    gained = answer_comparison.compare_retrieved(base, Retrieved(256, np.arange(300) < 200))
+    assert gained.verdict == "better", "a gain is one, wherever it begins"
+
+
+def test_answers_of_a_baseline_that_guesses_are_not_said_to_be_kept():
+    guess = classified(400, 1 / 8 - 0.02)
+    other = replace(guess, scores_NL=guess.scores_NL + 0.1)
+    for score in answer_comparison.compare_classified(guess, other)[:4]:
+        assert score.verdict == "informative" and "which guessing (12%) does too" in score.reason
+    one_model = answer_comparison.compare_classified(guess, guess)[:4]
+    assert {score.verdict for score in one_model} == {"maintained"}
+    knows = classified(400, 0.5)
+    kept = by_name(answer_comparison.compare_classified(knows, replace(knows, scores_NL=knows.scores_NL + 0.1)))
+    assert kept["accuracy"].verdict == "maintained"
