@@ -5,12 +5,14 @@ energy.
 
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+from lib import memory_limits
 from lib.measure.metrics.measurement import Provenance
 from lib.measure.timing import disturbance
 
@@ -19,6 +21,7 @@ COUNTER_WINDOW_SECONDS = 2.0
 ESTIMATE_WINDOW_SECONDS = 0.1
 
 POWERCAP = Path("/sys/class/powercap")  # where Linux shows RAPL, of AMD's processors too
+CPU_INFO, VENDOR = Path("/proc/cpuinfo"), Path("/sys/class/dmi/id/sys_vendor")
 
 # Watts per logical core, idle and busy, from SPECpower_ssj2008 submissions per processor generation, as tabulated by
 # the Cloud Carbon Footprint project (AWS constants). "EPYC" is the second generation; "server" the table's average.
@@ -103,14 +106,31 @@ def watts_per_core() -> tuple[str, tuple[float, float]]:
 
 @lru_cache
 def cpu_name() -> str:
-    """Return the processor's name as the system states it."""
+    """Return the processor's name as the system states it. ARM's Linux states none, but numbers that tell processors
+    apart, and whose machine it is.
+    """
+    fields = dict[str, str]()
+    for line in memory_limits.lines_of(CPU_INFO):
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    if name := fields.get("model name"):
+        return name
+    if part := fields.get("CPU part"):
+        ours = "Graviton, " if " ".join(memory_limits.lines_of(VENDOR)).startswith("Amazon") else ""
+        return f"{ours}{platform.machine()} implementer {fields.get('CPU implementer', 'unknown')} part {part}"
+    return _apples() or platform.processor() or platform.machine()
+
+
+def _apples() -> str | None:
+    """Return what macOS calls the processor, of which `platform` knows the architecture alone; None elsewhere."""
+    if platform.system() != "Darwin":
+        return None
+    command = ["sysctl", "-n", "machdep.cpu.brand_string"]
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return asked.stdout.strip() or None
 
 
 Opened = tuple[Callable[[], float], str, str]  # joules so far, kind, scope

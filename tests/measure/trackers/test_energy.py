@@ -229,3 +229,32 @@ def test_a_block_in_which_others_took_energy_is_repeated(disturbed_blocks, verdi
     assert gross.verdict == verdict and gross.n == 6
     assert ("2 blocks disturbed and repeated" in gross.source) == (disturbed_blocks == 2)
     assert (gross.disturbed, "50%" in (gross.reason or "")) == ((6, True) if disturbed_blocks == 100 else (None, False))
+
+
+ARM = "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n\nprocessor\t: 1\nCPU part\t: 0xd4f\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "vendor", "name", "row"),
+    [
+        ("processor\t: 0\nmodel name\t: AMD EPYC 7R13\n", None, "AMD EPYC 7R13", "EPYC"),
+        (ARM, None, "aarch64 implementer 0x41 part 0xd40", "server"),
+        (ARM, "Amazon EC2", "Graviton, aarch64 implementer 0x41 part 0xd40", "Graviton"),
+        (None, None, "Apple M2 Pro", "server"),
+    ],
+)
+def test_a_processor_is_named_on_systems_that_state_no_name(monkeypatch, tmp_path, cpuinfo, vendor, name, row):
+    """ARM's Linux has numbers, macOS a command; "aarch64" or "arm" would be every such machine."""
+    for constant, text in (("CPU_INFO", cpuinfo), ("VENDOR", vendor)):
+        if text is not None:
+            (tmp_path / constant).write_text(text)
+        monkeypatch.setattr(energy_source, constant, tmp_path / constant)
+    said = SimpleNamespace(stdout="Apple M2 Pro\n")
+    monkeypatch.setattr(energy_source, "platform", SimpleNamespace(
+        system=lambda: "Linux" if cpuinfo else "Darwin", machine=lambda: "aarch64", processor=lambda: "arm"))  # fmt: skip
+    monkeypatch.setattr(energy_source.subprocess, "run", lambda *_, **__: said)
+    energy_source.cpu_name.cache_clear()
+    try:
+        assert energy_source.cpu_name() == name and energy_source.watts_per_core()[0] == row
+    finally:
+        energy_source.cpu_name.cache_clear()
