@@ -10,7 +10,8 @@ make a regression; the others are shown, and so is what was read once. Knows no 
 A verdict needs significance, the metric's practical margin and both noise floors; `equivalent` needs the whole interval
 inside the margin; otherwise it is `inconclusive`, as is every single reading. The uncertainty of each side is that of
 its blocks or of its stored interval and noise floor, whichever is larger: the latter two hold what differs from process
-to process (`lib.report.analysis.noise.gains`). Holm 1979, A simple sequentially rejective multiple test procedure.
+to process (`lib.report.analysis.noise.gains`). A score is worse, too, where the new set's output has degenerated. Holm
+1979, A simple sequentially rejective multiple test procedure.
 """
 
 import math
@@ -173,6 +174,8 @@ def _measurements(
     carriers: Collection[tuple[str, str]] = (),
 ) -> Change:
     change = Change(*key, name[0], name[1], "not comparable", _is_primary(name, carriers))
+    if not reason and (broken := _broken(old, new)):
+        return replace(change, verdict="worse", how=broken)
     reason = reason or _incomparable(old, new)
     if reason or old is None or new is None:
         return replace(change, reason=reason)
@@ -201,6 +204,17 @@ def _measurements(
     ratio = math.exp(sign * math.log(new.optimized / old.optimized))
     how = "read once, so without a verdict" if change.once else "counted, without spread"
     return replace(change, ratio=ratio, low=ratio, high=ratio, how=how, verdict="")
+
+
+def _broken(old: Measurement | None, new: Measurement | None) -> str:
+    """Return what is said of a score that the old set has and the new one, whose output has degenerated, has not; empty
+    elsewhere.
+    """
+    if old is None or new is None or old.optimized is None or METRICS[new.metric].margin is None:
+        return ""
+    if new.verdict != "invalid" or new.dimension != "accuracy":
+        return ""
+    return one_line(f"the output has degenerated in the new set: {new.reason}")
 
 
 def _is_primary(name: tuple[str, str], carriers: Collection[tuple[str, str]]) -> bool:

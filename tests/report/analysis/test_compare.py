@@ -318,3 +318,15 @@ def test_the_ratio_shown_is_that_of_the_records_where_these_are_over_processes()
     change = _sets(_with(_whole(), old), _with(_whole(1), new))["prefill_tokens_per_second", "prefill"]
     assert new.ratio == pytest.approx(0.7 ** (1 / 6)) and change.ratio == pytest.approx(new.ratio / old.ratio)
     assert "over 6 and 6 processes" in change.how and change.low < 0.7 ** (1 / 6) < change.high
+
+
+def test_a_model_whose_output_has_degenerated_since_is_a_regression():
+    sound = samples.scored("perplexity", 41.0, 41.5, "maintained", 0.01, "prefill")
+    broken = measurement.invalid("perplexity", "prefill", "its logits are not finite")
+    key = "perplexity", "prefill"
+    change = _sets(_with(_whole(), sound), _with(_whole(1), broken))[key]
+    assert change.regression and "degenerated in the new set: its logits are not finite" in change.how
+    for old, new in ((broken, sound), (broken, broken)):
+        assert _sets(_with(_whole(), old), _with(_whole(1), new))[key].verdict == "not comparable"
+    busy = measurement.invalid("prefill_tokens_per_second", "prefill", "withheld, the output has degenerated")
+    assert not _sets(_whole(), _with(_whole(1), busy))["prefill_tokens_per_second", "prefill"].regression
