@@ -20,6 +20,7 @@ from typing import Any
 # says nothing.
 STOLEN, WAITED, FOREIGN = 0.02, 0.10, 0.10
 TICKS = 2
+STAT = Path("/proc/stat")
 SHARE = re.compile(r"\d+%")
 TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 0.01
 
@@ -101,7 +102,7 @@ def together(reasons: Iterable[str]) -> str:
 def reading() -> Reading | None:
     """Return the counters of this process and its cores; None on a system without them."""
     try:
-        lines = Path("/proc/stat").read_text().splitlines()
+        lines = STAT.read_text().splitlines()
     except OSError:
         return None
     own = {f"cpu{core}" for core in cores()}
@@ -109,7 +110,9 @@ def reading() -> Reading | None:
     for line in lines:
         name, *ticks = line.split()
         if name in own:
-            user, nice, system, _, _, irq, soft, steal = (int(tick) * TICK_SECONDS for tick in ticks[:8])
+            # Where Linux is emulated, the last columns are missing.
+            seconds = [int(tick) * TICK_SECONDS for tick in ticks[:8]] + [0.0] * 8
+            user, nice, system, _, _, irq, soft, steal = seconds[:8]
             busy += user + nice + system + irq + soft
             stolen += steal
     return Reading(time.perf_counter(), time.process_time(), busy, stolen, _waited(), _throttled(), _gpu_slowed())

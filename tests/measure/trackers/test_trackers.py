@@ -88,3 +88,18 @@ def test_the_card_is_plain_json_and_complete(tiny, monkeypatch):
         card["energy"]["counter"] or card["energy"]["missing"]
     )
     assert card["dtype"] == "float32" and card["packages"]["torch"] and card["experts_backend"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "busy", "stolen"), [("10 5 20 900 7 1 2 4 0 0", 38, 4), ("10 5 20 900", 35, 0)]
+)
+def test_a_system_without_all_columns_is_read_as_far_as_it_goes(monkeypatch, tmp_path, columns, busy, stolen):
+    """FreeBSD's `/proc` for Linux programs has four of them."""
+    (tmp_path / "stat").write_text(f"cpu  {columns}\ncpu0 {columns}\ncpu1 1 1 1 1 1 1 1 1\n")
+    monkeypatch.setattr(disturbance, "STAT", tmp_path / "stat")
+    monkeypatch.setattr(disturbance, "cores", lambda: [0])
+    read = disturbance.reading()
+    ticks = [read.busy / disturbance.TICK_SECONDS, read.stolen / disturbance.TICK_SECONDS]
+    assert ticks == pytest.approx([busy, stolen])
+    monkeypatch.setattr(disturbance, "STAT", tmp_path / "nothing")
+    assert disturbance.reading() is None
