@@ -189,8 +189,8 @@ def score(
 
 
 def _unless_empty(judged: Measurement) -> Measurement:
-    """Return a score, without its verdict where it is kept because there is nothing to lose: all that the baseline has is
-    within the margin.
+    """Return a score, without its verdict where it is kept because there is nothing to lose: all that the baseline has
+    is within the margin.
     """
     base, margin = judged.baseline or 0.0, judged.margin or 0.0
     if judged.verdict != "maintained" or base > margin:

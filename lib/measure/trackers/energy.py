@@ -10,6 +10,7 @@ Knows nothing of models. Loading and start-up lie outside every window.
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 from lib.measure.metrics import measurement, paired_stats
@@ -62,13 +63,16 @@ def per_token(
     elsewhere (`with_cpu_seconds`), processor seconds per token of two workloads.
 
     In each of `blocks` blocks, in random but balanced order, each arm runs for one window (`seconds`; by default as
-    long as the counter needs), and the baseline a second time as A/A control. `tokens` of an arm is what one call
-    processes. Judged are the joules of a counter, or else the processor seconds. `disturbance` opens a watch, as for
-    `interleaved.rounds`: a block in which other programs took energy, too, is repeated (at most as many as there are),
-    and where that does not suffice nothing is decided.
+    long as the counter needs), and the baseline a second time as A/A control; idle power is read before and after,
+    where it can be. `tokens` of an arm is what one call processes. Judged are the joules of a counter, or else the
+    processor seconds.
+
+    `disturbance` opens a watch, as for `interleaved.rounds`: a block in which other programs took energy, too, is
+    repeated (at most as many as there are), and where that does not suffice nothing is decided.
     """
     source = source or counter(device)
     window = seconds or source.window_seconds
+    before = source.idle() if source.idle else source.idle_watts
     baseline(), optimized()
     arms = {"baseline": baseline, "control": baseline, "optimized": optimized}
     windows: Windows = {name: [] for name in arms}
@@ -82,6 +86,8 @@ def per_token(
         disturbed += [reason] if reason else []
         for name, used in taken.items():
             windows[name].append(used)
+    after = source.idle() if source.idle else before
+    source = replace(source, idle_watts=None if before is None or after is None else (before + after) / 2)
     how = f"{blocks} windows of {window:g} s per arm in random, balanced order"
     how += f", {repeated} blocks disturbed and repeated" if repeated else ""
     measurements = _joules(windows, source, workload, f"{source.scope}, {how}", disturbed=disturbed)

@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 from lib import memory_limits
@@ -32,7 +32,8 @@ WATTS_PER_CORE = {"EPYC": (0.47, 1.69), "Graviton": (0.47, 1.69), "server": (0.7
 class Counter:
     """A source of joules: `kind` nvml, rapl or estimate; `provenance` and `scope` as a record states them. `missing`
     says of an estimate why no counter was read, and how reading is permitted where it was not; `of_times` is that
-    estimate from seconds and processor seconds that were taken elsewhere.
+    estimate from seconds and processor seconds that were taken elsewhere. `idle_watts` were read when it was opened;
+    `idle` reads them again, which takes a second.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Counter:
     joules: Callable[[], float]
     missing: str | None = None
     of_times: Callable[[float, float], float] | None = None
+    idle: Callable[[], float | None] | None = None
 
 
 def counter(device: str = "cpu") -> Counter:
@@ -155,10 +157,16 @@ def _zeus_counter(device: str) -> tuple[Counter | None, str | None]:
     if opened is None:
         return None, error
     joules, kind, scope = opened
+    idle = partial(_idle_watts, joules)
+    return Counter(kind, "measured", scope, COUNTER_WINDOW_SECONDS, idle(), joules, idle=idle), None
+
+
+def _idle_watts(joules: Callable[[], float]) -> float | None:
+    """Return the power of one second in which this process does nothing; None where the counter stood still."""
     start, before = time.perf_counter(), joules()
     time.sleep(1.0)
-    idle = (joules() - before) / (time.perf_counter() - start)
-    return Counter(kind, "measured", scope, COUNTER_WINDOW_SECONDS, idle if idle > 0 else None, joules), None
+    watts = (joules() - before) / (time.perf_counter() - start)
+    return watts if watts > 0 else None
 
 
 def _nvml_joules(device: str) -> Opened:

@@ -1,5 +1,6 @@
 """Energy per token: judged from a counter alone; else shown as an estimate, and processor seconds are judged."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -250,11 +251,23 @@ def test_a_processor_is_named_on_systems_that_state_no_name(monkeypatch, tmp_pat
             (tmp_path / constant).write_text(text)
         monkeypatch.setattr(energy_source, constant, tmp_path / constant)
     said = SimpleNamespace(stdout="Apple M2 Pro\n")
-    monkeypatch.setattr(energy_source, "platform", SimpleNamespace(
-        system=lambda: "Linux" if cpuinfo else "Darwin", machine=lambda: "aarch64", processor=lambda: "arm"))  # fmt: skip
+    system = "Linux" if cpuinfo else "Darwin"
+    known = {"system": lambda: system, "machine": lambda: "aarch64", "processor": lambda: "arm"}
+    monkeypatch.setattr(energy_source, "platform", SimpleNamespace(**known))
     monkeypatch.setattr(energy_source.subprocess, "run", lambda *_, **__: said)
     energy_source.cpu_name.cache_clear()
     try:
         assert energy_source.cpu_name() == name and energy_source.watts_per_core()[0] == row
     finally:
         energy_source.cpu_name.cache_clear()
+
+
+def test_idle_power_is_read_before_and_after():
+    """A device that was warm before and is warmer afterwards idles at neither power while it works."""
+    meter, powers = [0.0], iter([1.0, 3.0])
+    source = replace(counter(meter, 7.0), idle=lambda: next(powers))
+    options = {"workload": "decode", "blocks": 6, "seconds": 1e-9, "source": source}
+    above = energy.per_token(Arm(meter, 2.0), Arm(meter, 1.0), **options)[1]
+    assert above.source.endswith("less 2 W idle") and next(powers, None) is None
+    blind = replace(counter(meter, 7.0), idle=lambda: None)
+    assert energy.per_token(Arm(meter, 2.0), Arm(meter, 1.0), **options | {"source": blind})[1].verdict == "unavailable"

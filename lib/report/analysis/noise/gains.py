@@ -27,7 +27,7 @@ def over_processes(old: Measurement, new: Measurement) -> bool:
 
 
 def scatters(measurement: Measurement) -> bool:
-    """Whether a number was read several times and not always the same: without an interval nothing tells its scatter."""
+    """Whether a number was read several times and not always the same; then an interval alone tells its scatter."""
     samples = measurement.samples or {}
     same = bool(samples) and all(len(set(values)) == 1 for values in samples.values())
     return measurement.n not in significance.SINGLE and not same

@@ -15,8 +15,9 @@ SILENT = ("unavailable", "invalid", "informative", "not_exercised")
 
 
 def differences(measurements: Iterable[Measurement], partial: bool = False) -> list[str]:
-    """Return a line for each of a record's measurements whose stored verdict does not follow from its fields. A `partial`
-    record holds some dimensions alone: what showed that the machine was busy may be among the others.
+    """Return a line for each of a record's measurements whose stored verdict does not follow from its fields.
+
+    A `partial` record holds some dimensions alone: what showed that the machine was busy may be among the others.
     """
     members = list(measurements)
     judged = [m.model_copy(update={"verdict": verdict(m) or m.verdict}) for m in members]
