@@ -2,7 +2,7 @@
 
 Memory placement and huge pages are fixed for the life of a process, and shift a ratio by percents that no repetition
 inside the process shows. Here that standard deviation τ is pooled, per machine, workload and kind of clock, from the
-A/A controls (the baseline against a separately allocated copy of itself) of *other* runs: each run is one process, and
+A/A controls (the baseline against a separately allocated copy of itself) of *other* runs: each process of a control is
 one draw. Before there are draws a stated prior holds, and it keeps the weight of a few draws afterwards.
 
 The suite pools the records of this machine before a build, writes the pool beside the result set and names its file in
@@ -45,7 +45,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Pooled:
-    """A pooled standard deviation between processes and the number of draws behind it."""
+    """A pooled standard deviation between processes and the number of draws behind it: processes, not runs."""
 
     sigma: float
     draws: int
@@ -55,7 +55,7 @@ class Pooled:
         """Where it comes from, as a phrase."""
         if not self.draws:
             return f"prior of {self.sigma:.1%} between processes"
-        return f"{self.sigma:.2%} between processes, pooled from {self.draws} controls of other runs"
+        return f"{self.sigma:.2%} between processes, pooled from {self.draws} controls of one process each in other runs"
 
 
 def pool(draws: Iterable[Draw]) -> Pooled:

@@ -1,6 +1,6 @@
-"""Where joules come from: a counter read through Zeus (NVML: the whole GPU; RAPL: the whole socket and its memory),
-else an estimate from processor time and a table of watts; and why no counter was read. Knows nothing of what takes
-energy.
+"""Where joules come from: a counter read through Zeus (NVML: the whole GPU; RAPL: the whole socket, and its memory
+where that is counted), else an estimate from processor time and a table of watts; and why no counter was read. Knows
+nothing of what takes energy.
 """
 
 import os
