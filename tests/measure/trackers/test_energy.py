@@ -268,6 +268,6 @@ def test_idle_power_is_read_before_and_after():
     source = replace(counter(meter, 7.0), idle=lambda: next(powers))
     options = {"workload": "decode", "blocks": 6, "seconds": 1e-9, "source": source}
     above = energy.per_token(Arm(meter, 2.0), Arm(meter, 1.0), **options)[1]
-    assert above.source.endswith("less 2 W idle") and next(powers, None) is None
+    assert "less 2 W idle" in above.source and next(powers, None) is None
     blind = replace(counter(meter, 7.0), idle=lambda: None)
     assert energy.per_token(Arm(meter, 2.0), Arm(meter, 1.0), **options | {"source": blind})[1].verdict == "unavailable"
