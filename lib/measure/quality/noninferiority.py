@@ -29,7 +29,8 @@ from lib.measure.metrics.measurement import Measurement
 FEW_FLIPS = 5
 ONE_SIDED = 0.05
 MINIMUM_WINDOWS = 6
-LARGEST_LOSS = 100.0  # nats; guessing takes a dozen, and e to the power of 710 is no number
+LARGEST_LOSS = 100.0  # nats; guessing takes a dozen
+LARGEST_CHANGE = 700.0  # nats, of an interval's end: e to the power of 710 is no number
 MDE_FACTOR = 2.80  # (1.96 + 0.84): two-sided 5 % level, 80 % power
 NORMAL = 1.96
 SAME = "same answers"  # how the source of a score begins where no answer differs
@@ -293,7 +294,8 @@ def _loss_interval(
     """Return the interval of a mean of losses, which are skewed: at least as wide as the bootstrap's and as Hall's."""
     drawn = mean_interval(values_N, confidence, resamples, seed, source_N)
     skewed = paired_stats.skewed_interval(values_N, confidence, source_N)
-    return min(drawn[0], skewed[0]), max(drawn[1], skewed[1])
+    low, high = min(drawn[0], skewed[0]), max(drawn[1], skewed[1])
+    return (low, high) if math.isinf(low) else (max(low, -LARGEST_CHANGE), min(high, LARGEST_CHANGE))
 
 
 def judge(gain: float, low: float, wide_low: float, wide_high: float, margin: float) -> str:

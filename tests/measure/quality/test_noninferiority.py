@@ -237,3 +237,10 @@ def test_answers_of_a_baseline_that_guesses_are_not_said_to_be_kept():
     knows = classified(400, 0.5)
     kept = by_name(answer_comparison.compare_classified(knows, replace(knows, scores_NL=knows.scores_NL + 0.1)))
     assert kept["accuracy"].verdict == "maintained"
+
+
+def test_one_window_that_blew_up_leaves_an_interval_that_is_a_number():
+    """Seven windows as they were, one with 790 nats: the interval's end in nats is beyond what e can be raised to."""
+    base_N = np.linspace(3.0, 4.0, 8)
+    blown = noninferiority.perplexity(base_N, base_N + np.array([0.0] * 7 + [760.0]), source="8 windows")
+    assert blown.verdict == "inconclusive" and blown.ci is not None and math.isfinite(blown.ci[1])
