@@ -14,6 +14,7 @@ guards never upgrades anything. Knows no files and no words.
 from collections.abc import Mapping, Sequence
 
 from lib.measure.metrics import significance
+from lib.measure.metrics.busy import says_busy
 from lib.measure.metrics.catalogue import DIMENSIONS
 from lib.measure.metrics.measurement import Measurement
 
@@ -83,7 +84,8 @@ def losses(
     measurements: Sequence[Measurement], carriers: Mapping[str, Measurement | None]
 ) -> list[tuple[Measurement, float | None]]:
     """Return the guards' losses that count, each with its p after Holm's correction over the record (None: counted,
-    without spread), in the order of the dimensions.
+    without spread), in the order of the dimensions. What a busy machine withheld is a test, but lends no significance to
+    others.
     """
     there = {m.metric for m in measurements if m.verdict not in SILENT}
     guards = [
@@ -91,7 +93,7 @@ def losses(
         for m in measurements
         if _can_carry(m) and m is not carriers.get(m.dimension) and TWINS.get(m.metric) not in there
     ]
-    tested = [(m, p) for m in guards if (p := significance.p_value(m)) is not None]
+    tested = [(m, 1.0 if says_busy(m.reason) else p) for m in guards if (p := significance.p_value(m)) is not None]
     corrected = dict(zip((id(m) for m, _ in tested), significance.holm([p for _, p in tested])))
     counted = [(m, corrected.get(id(m))) for m in guards if m.verdict in LOSSES]
     counting = [(m, p) for m, p in counted if (_without_spread(m) if p is None else p < significance.LEVEL)]

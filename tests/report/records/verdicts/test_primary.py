@@ -127,3 +127,15 @@ def test_a_primary_of_another_dimension_is_refused():
     run = record.build("x", "m", "proxy", "quick", {}, samples.measurements(), primaries=samples.PRIMARIES)
     assert run.primaries == samples.PRIMARIES
     assert record.from_json(record.to_json(run), "x").primaries == samples.PRIMARIES
+
+
+def test_what_a_busy_machine_withheld_lends_no_significance_to_a_loss():
+    """Alone the loss has a p of 0.04; two tests beside it are two more, however far off a busy machine drew them."""
+    kept = samples.scored("f1_macro", 0.9, 0.9, "maintained")
+    weak = samples.scored("accuracy", 0.9, 0.8, "not_maintained", 0.085)
+    drawn = [speed("attention_ms", 1.5, "inconclusive", f"{n}") for n in range(2)]
+    busy = [m.model_copy(update={"reason": "the machine was busy: load"}) for m in drawn]
+    declared = {"accuracy": ("f1_macro", "classify")}
+    alone = judge([kept, weak], primaries=declared)
+    assert [loss.metric for loss in alone.losses] == ["accuracy"] and 0.03 < alone.losses[0].p < 0.05
+    assert judge([kept, weak, *busy], primaries=declared).losses == []
