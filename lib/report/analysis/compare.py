@@ -5,7 +5,7 @@ must agree, or the pair is refused with the reason. What is compared is the gain
 baseline, from its own paired blocks or its interval over processes), so that a machine that is slower today cancels
 out; numbers without spread are compared as they are. Primary metrics (the usual ones, whatever carries a dimension's
 verdict in either set, and the scores of public tasks) are judged with Holm's correction over all of them, and only they
-make a regression; the others are shown, and so is what was read once. Knows no files.
+make a regression; the others are shown, and so is what was read once, or is judged in neither set. Knows no files.
 
 A verdict needs significance, the metric's practical margin and both noise floors; `equivalent` needs the whole interval
 inside the margin; otherwise it is `inconclusive`, as is every single reading. The uncertainty of each side is that of
@@ -184,7 +184,9 @@ def _measurements(
         # The change is one of the optimized arm, so points of a score are a share of what that arm had.
         margin /= abs(old.optimized or old.baseline or 1.0)
     floor = math.hypot(old.noise_floor or 0.0, new.noise_floor or 0.0)
-    change = replace(change, margin=math.log1p(margin), floor=floor, once=_read_once(old) or _read_once(new))
+    judged = {old.verdict, new.verdict} != {"informative"}  # what neither record judges makes no regression
+    change = replace(change, primary=change.primary and judged, margin=math.log1p(margin), floor=floor)
+    change = replace(change, once=_read_once(old) or _read_once(new))
     sign = 1.0 if new.higher_is_better else -1.0
     by_intervals = gains.by_intervals(old, new)
     if by_intervals and gains.over_processes(old, new):

@@ -279,7 +279,7 @@ def test_readings_that_are_always_the_same_are_counted_and_others_are_not():
     def peak(*values: float):
         read = measurement.informative("peak_memory_bytes", "generate", values[0], values[0], "the allocator's peak")
         kept = {"baseline": [*values], "optimized": [*values]}
-        return read.model_copy(update={"n": len(values), "samples": kept})
+        return read.model_copy(update={"n": len(values), "samples": kept, "verdict": "equivalent"})
 
     key = "peak_memory_bytes", "generate"
     assert _sets(_with(_whole(), peak(1e8, 1e8)), _with(_whole(1), peak(2e8, 2e8)))[key].regression
@@ -330,3 +330,13 @@ def test_a_model_whose_output_has_degenerated_since_is_a_regression():
         assert _sets(_with(_whole(), old), _with(_whole(1), new))[key].verdict == "not comparable"
     busy = measurement.invalid("prefill_tokens_per_second", "prefill", "withheld, the output has degenerated")
     assert not _sets(_whole(), _with(_whole(1), busy))["prefill_tokens_per_second", "prefill"].regression
+
+
+def test_what_neither_record_judges_is_shown_and_makes_no_regression():
+    """Processor seconds beside a counter of energy, the peaks of processes that scatter more than a model weighs."""
+    spent = [samples.paired("cpu_seconds_per_token", gain, 0.004, "decode") for gain in (1.2, 0.9)]
+    shown = [measurement.unjudged(m, "energy is judged, by its counter") for m in spent]
+    key = "cpu_seconds_per_token", "decode"
+    for old, new, regression in ((*spent, True), (shown[0], spent[1], True), (*shown, False)):
+        change = _sets(_with(_whole(), old), _with(_whole(1), new))[key]
+        assert change.verdict == "worse" and change.regression == regression
