@@ -55,7 +55,9 @@ class Pooled:
         """Where it comes from, as a phrase."""
         if not self.draws:
             return f"prior of {self.sigma:.1%} between processes"
-        return f"{self.sigma:.2%} between processes, pooled from {self.draws} controls of one process each in other runs"
+        return (
+            f"{self.sigma:.2%} between processes, pooled from {self.draws} controls of one process each in other runs"
+        )
 
 
 def pool(draws: Iterable[Draw]) -> Pooled:

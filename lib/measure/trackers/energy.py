@@ -93,9 +93,7 @@ def per_token(
     measurements = _joules(windows, source, workload, f"{source.scope}, {how}", disturbed=disturbed)
     if with_cpu_seconds:
         samples = [[taken.cpu_seconds for taken in windows[arm]] for arm in ("baseline", "optimized", "control")]
-        measurements.append(
-            cpu_seconds(*samples, workload=workload, source=how, counted=is_judged(measurements))
-        )
+        measurements.append(cpu_seconds(*samples, workload=workload, source=how, counted=is_judged(measurements)))
     return measurements
 
 
@@ -165,9 +163,7 @@ def beside(joules: Sequence[Measurement], measurements: Sequence[Measurement]) -
     """Return the measurements as they stand beside `joules`: where these are judged, processor seconds describe."""
     if not is_judged(joules):
         return [*measurements]
-    return [
-        measurement.unjudged(m, COUNTED) if m.metric == CPU and m.margin is not None else m for m in measurements
-    ]
+    return [measurement.unjudged(m, COUNTED) if m.metric == CPU and m.margin is not None else m for m in measurements]
 
 
 def _window(arm: CountedArm, source: Counter, seconds: float) -> Window:

@@ -90,9 +90,7 @@ def test_the_card_is_plain_json_and_complete(tiny, monkeypatch):
     assert card["dtype"] == "float32" and card["packages"]["torch"] and card["experts_backend"]
 
 
-@pytest.mark.parametrize(
-    ("columns", "busy", "stolen"), [("10 5 20 900 7 1 2 4 0 0", 38, 4), ("10 5 20 900", 35, 0)]
-)
+@pytest.mark.parametrize(("columns", "busy", "stolen"), [("10 5 20 900 7 1 2 4 0 0", 38, 4), ("10 5 20 900", 35, 0)])
 def test_a_system_without_all_columns_is_read_as_far_as_it_goes(monkeypatch, tmp_path, columns, busy, stolen):
     """FreeBSD's `/proc` for Linux programs has four of them."""
     (tmp_path / "stat").write_text(f"cpu  {columns}\ncpu0 {columns}\ncpu1 1 1 1 1 1 1 1 1\n")

@@ -84,8 +84,8 @@ def losses(
     measurements: Sequence[Measurement], carriers: Mapping[str, Measurement | None]
 ) -> list[tuple[Measurement, float | None]]:
     """Return the guards' losses that count, each with its p after Holm's correction over the record (None: counted,
-    without spread), in the order of the dimensions. What a busy machine withheld is a test, but lends no significance to
-    others.
+    without spread), in the order of the dimensions. What a busy machine withheld is a test, but lends others no
+    significance.
     """
     there = {m.metric for m in measurements if m.verdict not in SILENT}
     guards = [
