@@ -2,7 +2,8 @@
 
 Transformers reads and dequantizes the tensors; they are stored in bfloat16, whose rounding (2⁻⁹) is far below the step
 of a quantized file. What transformers leaves out is added: the split of the text before byte-pair encoding, where it
-does not know the file's, and the generation configuration. Prints one line and exits with 2 where it cannot be done.
+does not know the file's, what llama.cpp does besides with such text, scaled rotations, and the generation
+configuration. Prints one line and exits with 2 where it cannot be done.
 """
 
 import sys
@@ -16,10 +17,15 @@ from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from lib.errors import UserError
+from lib.models.sources import gguf_left_out
 
 # As llama.cpp splits text before byte-pair encoding (src/llama-vocab.cpp there), by the file's `tokenizer.ggml.pre`.
 AS_GPT2 = {"gpt-2", "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "mpt", "olmo", "jais", "trillion"}
 DIGITS_ALONE = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+# Where it takes a piece that is a token whole, and begins a text with a token unless the file says otherwise.
+WHOLE_PIECES = {
+    "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "tekken",
+}  # fmt: skip
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DEFAULT_SPLITS = (r"[\p{P}\$\+<=>\^~\|]+", GPT2_SPLIT, r"\p{N}+", r"[0-9][0-9][0-9]")
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -28,16 +34,21 @@ TRIED = 'In 2026, 1234567 people  said: "don\'t!"\n\n\tdef f(x):\n        return
 
 def convert(file: Path, folder: Path) -> None:
     """Write the checkpoint folder of a GGUF file. Raises UserError for what cannot be read or would be read wrongly."""
-    header = _header(file)
+    reader = _reader(file)
+    header = _header(reader)
+    gguf_left_out.require_whole(header)
     tokenizer = _tokenizer(file, header)
+    options: dict[str, Any] = {"gguf_file": file.name, "dtype": torch.bfloat16, "output_loading_info": True}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+        model, report = AutoModelForCausalLM.from_pretrained(file.parent, **options)
     except (ValueError, KeyError, RuntimeError, ImportError, NotImplementedError) as error:
         raise UserError(
             f'architecture "{header("general.architecture")}" cannot be read ({" ".join(str(error).split())[:160]}); '
             "give the model's own checkpoint folder"
         ) from None
+    gguf_left_out.require_all_read(model, report["missing_keys"], reader.tensors)
     config = model.config
+    gguf_left_out.state(config, header, reader.tensors)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     rows = model.get_input_embeddings().num_embeddings
@@ -56,16 +67,21 @@ def convert(file: Path, folder: Path) -> None:
         raise UserError("its tokenizer does not survive being saved")
 
 
-def _header(file: Path) -> Callable[[str], Any]:
-    """Return a function from a key of the file's header to its value, or None."""
+def _reader(file: Path) -> Any:
+    """Return gguf's reader of a file, with its `fields` and `tensors`."""
     try:
         from gguf import GGUFReader
     except ImportError:
         raise UserError('the package gguf is not installed; pip install "gguf>=0.17"') from None
     try:
-        fields = GGUFReader(file).fields
+        return GGUFReader(file)
     except (ValueError, IndexError, OSError, KeyError, TypeError) as error:
         raise UserError(f"truncated or damaged ({' '.join(str(error).split())[:120]}); copy it again") from None
+
+
+def _header(reader: Any) -> Callable[[str], Any]:
+    """Return a function from a key of the file's header to its value, or None."""
+    fields = reader.fields
     if "general.architecture" not in fields:
         raise UserError("its header names no architecture")
     return lambda key: fields[key].contents() if key in fields else None
@@ -83,10 +99,15 @@ def _tokenizer(file: Path, header: Callable[[str], Any]) -> Any:
             f"({' '.join(str(error).split())[:160]}); give the model's own checkpoint folder"
         ) from None
     backend = read.backend_tokenizer
-    if header("tokenizer.ggml.model") == "gpt2" and (split := _split(header("tokenizer.ggml.pre"))) is not None:
-        backend.pre_tokenizer = split
+    begins: dict[str, bool] = {}
+    if header("tokenizer.ggml.model") == "gpt2":
+        if (split := _split(header("tokenizer.ggml.pre"))) is not None:
+            backend.pre_tokenizer = split
+        if header("tokenizer.ggml.pre") in WHOLE_PIECES:
+            backend.model.ignore_merges = True
+            begins |= {"add_bos_token": True} if header("tokenizer.ggml.add_bos_token") is None else {}
     special = {name: value for name in SPECIAL if (value := getattr(read, name, None)) is not None}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special, **begins)
     tokenizer.chat_template = header("tokenizer.chat_template") or None
     tokenizer.padding_side = "left"
     return tokenizer

@@ -11,7 +11,7 @@ from lib.errors import UserError
 from lib.models.sources import store
 from lib.models.sources.store import Tell, silent
 
-CONVERSION = 1  # raised when the same file would be converted into something else
+CONVERSION = 2  # raised when the same file would be converted into something else
 HEADER_BYTES = 24
 WIDENING = 4.5  # bytes of a folder in bfloat16 over those of a file of 4 bits per weight, at most, about
 REPOSITORY = Path(__file__).resolve().parents[3]

@@ -37,15 +37,15 @@ def tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def model(rows: int, seed: int = 0) -> LlamaForCausalLM:
-    """Return a small random model whose weights bfloat16 holds exactly."""
+def model(rows: int, seed: int = 0, **others) -> LlamaForCausalLM:
+    """Return a small random model whose weights bfloat16 holds exactly. `others`: of its configuration."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    settings = dict(
         vocab_size=rows, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=256, tie_word_embeddings=True, rope_theta=10000.0,
         rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    llama = LlamaForCausalLM(config).requires_grad_(False).eval()
+    llama = LlamaForCausalLM(LlamaConfig(**settings | others)).requires_grad_(False).eval()
     for parameter in llama.parameters():
         parameter.data = (parameter + 0.1 * torch.randn_like(parameter)).bfloat16().float()
     return llama
@@ -58,8 +58,14 @@ def write(
     quantized: str = "F32",
     architecture: str = "llama",
     pre: str = "smollm",
+    *,
+    keys: dict | None = None,
+    without: tuple[str, ...] = (),
+    tensors: dict | None = None,
 ) -> Path:
-    """Write `made` as a GGUF file; matrices are stored as `quantized`."""
+    """Write `llama` as a GGUF file; matrices are stored as `quantized`. `keys` and `tensors` come besides; the keys and
+    tensors `without` are left out.
+    """
     import gguf
 
     config, kind = llama.config, gguf.GGMLQuantizationType[quantized]
@@ -77,7 +83,7 @@ def write(
     writer.add_vocab_size(config.vocab_size)
     _write_tokenizer(writer, tokens, pre)
     for name, tensor in llama.state_dict().items():
-        if name == "lm_head.weight":
+        if name == "lm_head.weight" or _renamed(name) in without:
             continue
         values = tensor.float().numpy()
         if name.endswith(("q_proj.weight", "k_proj.weight")):
@@ -87,6 +93,14 @@ def write(
             writer.add_tensor(_renamed(name), values)
         else:
             writer.add_tensor(_renamed(name), gguf.quants.quantize(values, kind), raw_dtype=kind)
+    for name, values in (tensors or {}).items():
+        writer.add_tensor(name, values)
+    for name, value in (keys or {}).items():
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, bool: writer.add_bool}
+        add[type(value)](name, value)
+    for part in writer.kv_data:
+        for name in without:
+            part.pop(name, None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

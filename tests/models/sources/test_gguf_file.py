@@ -1,13 +1,17 @@
 """GGUF files become ordinary checkpoint folders: the same logits, the same tokens, or one line that says why not."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lib.errors import UserError
 from lib.models import loading, parameters
 from lib.models.checkpoints import validate
-from lib.models.sources import fetch, gguf_file, reference, store
+from lib.models.sources import convert, fetch, gguf_file, reference, store
 from tests.models.sources import gguf_files
 
 pytest.importorskip("gguf")
@@ -108,3 +112,79 @@ def test_what_cannot_be_read_is_one_line(tmp_path, original, tokens):
     assert 'architecture "rwkv6"' in refused(file)
     gguf_files.write(file, original, tokens, pre="never-heard-of")
     assert 'splits text as "never-heard-of"' in refused(file)
+
+
+THETA, SIZE = 10000.0, 16
+LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SCALED = {
+    "by frequency": LLAMA_3 | {"rope_theta": THETA, "original_max_position_embeddings": 8192},
+    "linear": {"rope_type": "linear", "factor": 4.0, "rope_theta": THETA},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", SCALED)
+def test_scaled_rotations_are_those_of_the_file(tmp_path, original, tokens, kind):
+    scaled = gguf_files.model(tokens.get_vocab_size(), rope_parameters=dict(SCALED[kind]))
+    stored = {"keys": {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}}
+    if kind != "linear":
+        plain = THETA ** -(torch.arange(0, SIZE, 2) / SIZE)
+        stored = {"tensors": {"rope_freqs.weight": (plain / scaled.model.rotary_emb.inv_freq).float().numpy()}}
+    convert.convert(gguf_files.write(tmp_path / "tiny.gguf", scaled, tokens, **stored), tmp_path / "folder")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "folder", dtype=torch.float32)
+    ids = torch.tensor([tokens.encode(gguf_files.TEXT).ids])
+    assert torch.equal(model(ids).logits, scaled(ids).logits)
+    assert not torch.allclose(model(ids).logits, original(ids).logits, atol=1e-3)
+
+
+PASSED_OVER = {
+    "a part of a split file": ({"keys": {"split.count": 3}}, "is one of 3 parts of a model; merge them first"),
+    "a tensor is missing": ({"without": ("blk.1.ffn_up.weight",)}, "no tensor for model.layers.1.mlp.up_proj.weight"),
+    "a bias": ({"tensors": {"blk.0.attn_q.bias": np.ones(64, np.float32)}}, "tensors would be left out"),
+    "rotations scaled otherwise": (
+        {"keys": {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}},
+        'not converted here ("yarn")',
+    ),
+    "rotations divided otherwise": (
+        {"tensors": {"rope_freqs.weight": np.linspace(1, 2, SIZE // 2, dtype=np.float32)}},
+        "otherwise than Llama 3.1 does",
+    ),
+    "logits are scaled": ({"keys": {"llama.logit_scale": 0.5}}, "states llama.logit_scale"),
+    "logits are capped": ({"keys": {"llama.final_logit_softcapping": 30.0}}, "transformers takes 0"),
+    "a window": ({"keys": {"llama.attention.sliding_window": 64}}, "states llama.attention.sliding_window 64"),
+    "attention is scaled": ({"keys": {"llama.attention.scale": 0.5}}, "by 0.5, transformers by 0.25"),
+    "no number of heads": ({"without": ("llama.attention.head_count_kv",)}, "states no llama.attention.head_count_kv"),
+}
+
+
+@pytest.mark.parametrize("case", PASSED_OVER)
+def test_what_transformers_would_pass_over_is_refused(tmp_path, tokens, case):
+    stored, message = PASSED_OVER[case]
+    model = gguf_files.model(tokens.get_vocab_size(), num_key_value_heads=4)
+    file = gguf_files.write(tmp_path / "tiny.gguf", model, tokens, **stored)
+    with pytest.raises(UserError) as caught:
+        convert.convert(file, tmp_path / "folder")
+    assert message in str(caught.value) and "\n" not in str(caught.value) and not (tmp_path / "folder").exists()
+
+
+def test_a_window_and_scales_without_effect_are_none(tmp_path, original, tokens):
+    keys = {"llama.attention.sliding_window": 256, "llama.logit_scale": 1.0, "llama.rope.scaling.factor": 1.0}
+    keys |= {"split.count": 1, "llama.attention.scale": 0.25}
+    ones = {"rope_freqs.weight": np.ones(SIZE // 2, np.float32)}
+    file = gguf_files.write(tmp_path / "tiny.gguf", original, tokens, keys=keys, tensors=ones)
+    convert.convert(file, tmp_path / "folder")
+    assert json.loads((tmp_path / "folder" / "config.json").read_text())["rope_parameters"]["rope_type"] == "default"
+
+
+def test_pieces_that_are_tokens_are_taken_whole_and_texts_begin_as_llama_3s_do(tmp_path, original, tokens):
+    content = json.loads(tokens.to_str())
+    vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
+    whole = max((token for token in vocabulary if token.isascii() and token.isalpha()), key=len)
+    content["model"]["merges"] = [merge for merge in merges if "".join(merge).replace(" ", "") != whole]
+    fewer = Tokenizer.from_str(json.dumps(content))
+    assert len(fewer.encode(whole).ids) > 1, "no merge leads to it"
+    for left_out, begin in ((("tokenizer.ggml.add_bos_token",), [1]), ((), [])):
+        file = gguf_files.write(tmp_path / "tiny.gguf", original, fewer, pre="llama-bpe", without=left_out)
+        convert.convert(file, tmp_path / f"folder{len(begin)}")
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / f"folder{len(begin)}")
+        assert tokenizer(whole).input_ids == [*begin, vocabulary[whole]]
