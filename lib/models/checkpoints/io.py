@@ -27,7 +27,7 @@ from lib.models.checkpoints.folder import ALIGNMENT, MANIFEST
 from lib.models.checkpoints.random_weights import Tiled
 from lib.models.structure import manifest
 from lib.models.structure.anatomy import anatomy, synchronise
-from lib.models.structure.architecture import auto_class, ready
+from lib.models.structure.architecture import auto_class, ready, with_generation
 from lib.models.structure.replacements import factored, no_op, sparse
 
 transformers_logging.disable_progress_bar()
@@ -74,8 +74,7 @@ def save(model: Any, folder: Path | str, *, tokenizer: Any = None, image_process
     factored or sparse, transformers reads the folder too.
     """
     folder, described = Path(folder), manifest.describe(model)
-    with _accepted(anatomy(model).config):
-        model.save_pretrained(folder, state_dict={})  # configurations only; the weights are written aligned below
+    save_configuration(model, folder)  # the weights are written aligned below
     tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
     stored = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     weight_file.write(folder / WEIGHTS, stored)
@@ -84,6 +83,12 @@ def save(model: Any, folder: Path | str, *, tokenizer: Any = None, image_process
         if part is not None:
             part.save_pretrained(folder)
     return folder
+
+
+def save_configuration(model: Any, folder: Path | str) -> None:
+    """Write the configurations of a model into a folder, and no weight."""
+    with _accepted(anatomy(model).config):
+        model.save_pretrained(folder, state_dict={})
 
 
 @contextmanager
@@ -181,7 +186,8 @@ def _without_weights(folder: Path, dtype: torch.dtype | None) -> tuple[Any, dict
     """Return the model that configuration and manifest of `folder` describe, without weights, and the manifest."""
     configuration = tying.settle(AutoConfig.from_pretrained(folder), folder)
     with init_empty_weights(include_buffers=False):
-        model = auto_class(configuration).from_config(configuration, dtype=dtype or configuration.dtype)
+        built = auto_class(configuration).from_config(configuration, dtype=dtype or configuration.dtype)
+    model = with_generation(built, folder)
     described = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     no_op.restore(model, described.get("blocks", []))
     factored.restore(model, described.get("factors", {}))

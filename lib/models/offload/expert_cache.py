@@ -250,8 +250,8 @@ def streamed_experts(
     indices = index_TK.unique().tolist()
     for expert, gate_up_JH, down_HI in module.expert_cache.experts(module.expert_block, indices):
         token, position = torch.where(index_TK == expert)
-        inner = module._apply_gate(nn.functional.linear(hidden_TH[token], gate_up_JH))
-        gated = nn.functional.linear(inner, down_HI) * weight_TK[token, position, None]
+        inner = module._apply_gate(nn.functional.linear(hidden_TH[token], gate_up_JH.to(hidden_TH.dtype)))
+        gated = nn.functional.linear(inner, down_HI.to(hidden_TH.dtype)) * weight_TK[token, position, None]
         output_TH.index_add_(0, token, gated.to(output_TH.dtype))
     return output_TH
 

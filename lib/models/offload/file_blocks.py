@@ -22,9 +22,10 @@ from torch import nn
 from lib.errors import UserError
 from lib.files import write_atomically
 from lib.models.calibration.walk import Walk
-from lib.models.checkpoints import finite, weight_file
-from lib.models.checkpoints.folder import MANIFEST, weight_files
+from lib.models.checkpoints import finite, io, weight_file
+from lib.models.checkpoints.folder import INDEX, MANIFEST, weight_files
 from lib.models.offload.layout import layout
+from lib.models.sources.store import RECEIPT
 from lib.models.structure import manifest
 from lib.models.structure.anatomy import Block, anatomy, synchronise
 from lib.models.structure.replacements import factored, sparse
@@ -71,7 +72,7 @@ class FileBlocks:
                     continue
                 if id(old) not in shared:
                     stored = next(n for n in self._names_of(old) if n in self.file.places)
-                    shared[id(old)] = nn.Parameter(self._read(stored), requires_grad=False)
+                    shared[id(old)] = nn.Parameter(self._read(stored).to(old.dtype), requires_grad=False)
                     finite.require_tensor(shared[id(old)], stored, self.source)
                 module._parameters[leaf] = shared[id(old)]
             for leaf, buffer in module._buffers.items():
@@ -99,7 +100,7 @@ class FileBlocks:
                 name = ".".join(part for part in (prefix, owner_name, leaf) if part)
                 if old is not None:
                     weight = self._read(name) if name in self.file.places else self._stack(index, leaf, name)
-                    owner._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
+                    owner._parameters[leaf] = nn.Parameter(weight.to(old.dtype), requires_grad=False)
 
     def _stack(self, index: int, leaf: str, name: str) -> torch.Tensor:
         """Return a stack of experts that are stored one by one."""
@@ -187,13 +188,12 @@ class FileBlocks:
             with closing(_Shard(shard)) as opened:
                 files |= {name: shard.name for name in opened.tensors}
         index_file = {"metadata": {}, "weight_map": files}
-        write_atomically(self.shards / "model.safetensors.index.json", json.dumps(index_file, indent=1))
-        saving: Any = self.model
+        write_atomically(self.shards / INDEX, json.dumps(index_file, indent=1))
         for pattern in BEHIND:
             for path in self.source.glob(pattern):
-                if path.name not in (MANIFEST, "model.safetensors.index.json"):
+                if path.name not in (MANIFEST, INDEX, RECEIPT):
                     shutil.copyfile(path, self.shards / path.name)
-        saving.save_pretrained(self.shards, state_dict={})
+        io.save_configuration(self.model, self.shards)
         paths = [self._paths(index)[1] for index in range(len(self.prefixes))]
         entries = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
         sections: dict[str, Any] = {"blocks": [entry["block"] for entry in entries]}

@@ -7,14 +7,19 @@ belongs to which unit; reads none of them.
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from lib.errors import UserError
 from lib.models.checkpoints import tying
@@ -25,6 +30,7 @@ from lib.models.structure import architecture
 from lib.models.structure.anatomy import Anatomy, Experts, anatomy, synchronise
 from lib.models.structure.replacements import factored, no_op
 
+SINGLE = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")  # matrices of an expert that is stored alone
 HEAD_BYTES = 2**25  # rows of the head are read in pieces of about this size, or of the largest block's if smaller
 
 
@@ -81,10 +87,11 @@ def unit_bytes(units: Mapping[str, list[Part]]) -> dict[str, int]:
 
 
 def _skeleton(folder: Path, file: WeightFile, device: str) -> nn.Module:
-    """Build the architecture with an empty parameter for every tensor, in the stored shape and dtype."""
+    """Build the architecture with an empty parameter for every tensor, in the stored shape and the dtype of most."""
     configuration = tying.settle(AutoConfig.from_pretrained(folder), folder)
     with init_empty_weights(include_buffers=False):
-        model = architecture.auto_class(configuration).from_config(configuration)
+        built = architecture.auto_class(configuration).from_config(configuration)
+    model = architecture.with_generation(built, folder)
     path = folder / MANIFEST
     manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if manifest.get("sparse"):
@@ -92,21 +99,42 @@ def _skeleton(folder: Path, file: WeightFile, device: str) -> nn.Module:
     no_op.restore(model, manifest.get("blocks", []))
     factored.restore(model, manifest.get("factors", {}))
     model.tie_weights()
+    file.places = _as_named(model, file.places)
     shared: dict[int, nn.Parameter] = {}
-    usual = max(file.places.values(), key=lambda place: place.nbytes).dtype
+    usual = _usual_dtype(file.places.values())
     for module_name, module in model.named_modules():
         for leaf, old in module._parameters.items():
             name = f"{module_name}.{leaf}" if module_name else leaf
             if old is not None and id(old) not in shared:
                 place = file.places.get(name)
-                shape, dtype = (old.shape, usual) if place is None else (place.shape, place.dtype)
-                nan = torch.full((1,), float("nan"), dtype=dtype, device=device)
+                nan = torch.full((1,), float("nan"), dtype=usual, device=device)
+                shape = old.shape if place is None else place.shape
                 shared[id(old)] = nn.Parameter(nan.expand(shape), requires_grad=False)
             if old is not None:
                 module._parameters[leaf] = shared[id(old)]
         for leaf, old in module._buffers.items():
             module._buffers[leaf] = None if old is None else old.to(device)
     return (synchronise(model) if manifest else model).eval()
+
+
+def _as_named(model: Any, places: Mapping[str, TensorPlace]) -> dict[str, TensorPlace]:
+    """Return the places by the names that the tensors have in the model, as transformers renames them in loading."""
+    known = model.state_dict()
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    renamed = {
+        rename_source_key(name, renamings, [], model.base_model_prefix, known)[0]: place
+        for name, place in places.items()
+        if name not in known
+    }
+    return renamed | {name: place for name, place in places.items() if name in known}
+
+
+def _usual_dtype(places: Iterable[TensorPlace]) -> torch.dtype:
+    """Return the dtype in which most numbers are stored: of a tuned model, norms or embeddings may have another one."""
+    counts: Counter[torch.dtype] = Counter()
+    for place in places:
+        counts[place.dtype] += math.prod(place.shape) if place.dtype.is_floating_point else 0
+    return counts.most_common(1)[0][0]
 
 
 def _experts(
@@ -132,7 +160,8 @@ def _stacked_expert(gate_up: TensorPlace, down: TensorPlace, expert: int) -> lis
 
 
 def _single_expert(file: WeightFile, prefix: str, expert: int) -> list[TensorPlace]:
-    names = [f"{prefix}.{expert}.{leaf}_proj.weight" for leaf in ("gate", "up", "down")]
+    of_expert = [[f"{prefix}.{expert}.{leaf}.weight" for leaf in leaves] for leaves in SINGLE]
+    names = next((names for names in of_expert if names[0] in file.places), of_expert[0])
     return [_place(file, name) for name in names]
 
 

@@ -40,7 +40,7 @@ def open_streamed(
 
     `allowance_bytes` defaults to the share `memory_ratio` of all weights. `page_cache`: "keep", weights are used
     directly in the page cache (on a CPU, if the system supports it: `lib.models.offload.mapped_pages`); "copy", they
-    are copied from there; "drop", every read comes from the disk. Weights have the dtype in which they are stored, and
+    are copied from there; "drop", every read comes from the disk. Weights have the dtype in which most are stored, and
     are looked through when they are read for the first time: NaN or an infinite value is a UserError that names them.
     `streamer(model)` has counts and the plan. Raises UserError for an allowance below the smallest possible one, which
     it names, and for a damaged checkpoint.
@@ -90,7 +90,8 @@ class StreamedHead(nn.Module):
         hidden = hidden.clone(memory_format=torch.contiguous_format)  # see `lib.models.structure.architecture.ready`
         logits = hidden.new_empty(*hidden.shape[:-1], self.out_features)
         for name, first, last in self.pieces:
-            logits[..., first:last] = nn.functional.linear(hidden, self.streamer.weights(name)[0])
+            rows = self.streamer.weights(name)[0].to(hidden.dtype)
+            logits[..., first:last] = nn.functional.linear(hidden, rows)
         return logits
 
 
@@ -118,7 +119,7 @@ class StreamedEmbedding(nn.Module):
         if not self._seen.issuperset(indices):
             finite.require_read(self.file, self.place, table)
             self._seen.update(indices)
-        table = table.to(ids_BT.device)
+        table = table.to(ids_BT.device, self.weight.dtype)
         (stock,) = self._stock
         stock.weight = nn.Parameter(table, requires_grad=False)
         try:
@@ -136,7 +137,7 @@ def _load(model: nn.Module, name: str, file: WeightFile, device: str) -> None:
     tensor = memory.view(place.dtype).view(place.shape).to(device)
     finite.require_read(file, place, tensor)
     if leaf in owner._parameters:
-        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        owner._parameters[leaf] = nn.Parameter(tensor.to(owner.get_parameter(leaf).dtype), requires_grad=False)
     else:
         owner._buffers[leaf] = tensor.to(owner.get_buffer(leaf).dtype)
 

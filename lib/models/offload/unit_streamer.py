@@ -240,9 +240,12 @@ def _split(parts: list[Part], memory: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _bind(parts: list[Part], weights: list[nn.Parameter]) -> None:
+    """Give the modules of a unit its weights, those that are stored in another dtype than most converted."""
     for part, weight in zip(parts, weights):
-        if part.owner is not None:
-            part.owner._parameters[part.leaf] = weight
+        if part.owner is not None and part.empty is not None:
+            same = weight.dtype == part.empty.dtype
+            converted = weight if same else nn.Parameter(weight.to(part.empty.dtype), requires_grad=False)
+            part.owner._parameters[part.leaf] = converted
 
 
 def _unbind(parts: list[Part]) -> None:

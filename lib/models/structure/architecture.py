@@ -3,15 +3,29 @@
 Imports transformers only, so that everything that builds a model (with weights, without, from files) can use it.
 """
 
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 
 def auto_class(configuration: PreTrainedConfig) -> type[_BaseAutoModelClass]:
     """Return the transformers class that builds a model of this configuration."""
     return AutoModelForImageTextToText if hasattr(configuration, "vision_config") else AutoModelForCausalLM
+
+
+def with_generation(model: Any, folder: Path) -> Any:
+    """Return a model that was built from the configuration of `folder` with the folder's settings of generation, which
+    transformers reads where it loads a model itself: where a text ends, what is penalised. Without a file of them, the
+    model keeps those of its configuration.
+    """
+    with suppress(OSError, ValueError):
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
 
 
 def ready(model: nn.Module) -> nn.Module:

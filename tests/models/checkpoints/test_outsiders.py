@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from lib.errors import UserError
 from lib.models import loading, parameters, tokenizing
 from lib.models.checkpoints import io, validate
-from lib.models.checkpoints.folder import INDEX, MANIFEST, WEIGHTS, check_checkpoint
+from lib.models.checkpoints.folder import INDEX, MANIFEST, WEIGHTS, check_checkpoint, tensor_shapes
 from lib.models.offload import streamer
 from lib.models.tasks import prompting, tasks
+from tests.models import architectures
 from tests.models.sources import gguf_files
 
 IDS = torch.arange(24)[None] * 13 % 300
@@ -89,6 +90,45 @@ def test_a_head_of_its_own_under_tied_embeddings(folder):
     save_file(tied, folder / WEIGHTS, metadata={"format": "pt"})
     model = io.load_folder(folder)
     assert model.lm_head.weight is model.model.embed_tokens.weight, "equal ones stay tied"
+
+
+def test_how_it_generates_is_the_same_on_every_path(folder):
+    edited(folder / "generation_config.json", eos_token_id=[2, 5], repetition_penalty=1.3)
+    whole = io.load_folder(folder, torch.float32)
+    again = io.load_folder(io.save(whole, folder.parent / "again"), torch.float32)
+    third = io.load_folder(io.save(again, folder.parent / "third"), torch.float32)
+    streamed = streamer.open_streamed(folder, allowance_bytes=streamer.smallest(folder)[1])
+    for model in (whole, again, third, streamed):
+        settings = model.generation_config
+        assert (settings.eos_token_id, settings.repetition_penalty) == ([2, 5], 1.3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wider", ["norm", "embed_tokens"])
+@pytest.mark.parametrize("page_cache", ["keep", "copy"])
+def test_weights_of_several_dtypes_stream_as_they_load(folder, wider, page_cache):
+    weights = load_file(folder / WEIGHTS)
+    mixed = {name: tensor if wider in name else tensor.bfloat16() for name, tensor in weights.items()}
+    assert len({tensor.dtype for tensor in mixed.values()}) == 2
+    save_file(mixed, folder / WEIGHTS, metadata={"format": "pt"})
+    least, _ = streamer.smallest(folder)
+    streamed = streamer.open_streamed(folder, allowance_bytes=least, page_cache=page_cache)
+    expected = io.load_folder(folder, torch.bfloat16)(IDS).logits
+    assert streamed(IDS).logits.dtype == torch.bfloat16
+    torch.testing.assert_close(streamed(IDS).logits, expected, atol=0.05, rtol=0.02)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("page_cache", ["keep", "copy"])
+def test_tensors_under_their_earlier_names_stream_as_they_load(tmp_path, page_cache):
+    architectures.build("mixtral").save_pretrained(tmp_path / "mixtral")
+    names = tensor_shapes(tmp_path / "mixtral")
+    assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in names
+    least, _ = streamer.smallest(tmp_path / "mixtral")
+    streamed = streamer.open_streamed(tmp_path / "mixtral", allowance_bytes=least, page_cache=page_cache)
+    ids = architectures.prompt()
+    expected = io.load_folder(tmp_path / "mixtral", torch.float32)(ids).logits
+    torch.testing.assert_close(streamed(ids).logits, expected, atol=1e-4, rtol=1e-3)
 
 
 def test_a_leftover_index_beside_merged_weights(folder, tokens):

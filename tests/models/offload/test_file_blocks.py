@@ -20,6 +20,7 @@ from lib.optimizations.structured_pruning.out_of_core import apply_to_file as pr
 from lib.optimizations.tensor_decomposition import analysis
 from lib.optimizations.tensor_decomposition import method as decomposition
 from lib.optimizations.tensor_decomposition.out_of_core import apply_to_file as factor
+from tests.models import architectures
 
 
 @pytest.fixture
@@ -216,3 +217,31 @@ def test_what_cannot_be_is_refused_before_anything_is_written(folder, text, tmp_
         prune(folder, tmp_path / "deep", text, granularity="depth")
     index = json.loads((factored / "model.safetensors.index.json").read_text())
     assert all((factored / file).is_file() for file in index["weight_map"].values())
+
+
+def test_heads_of_which_the_width_is_no_multiple(text, tmp_path):
+    architectures.build("llama").save_pretrained(tmp_path / "whole")
+    options = {"ratio": 0.1, "granularity": "heads"}
+    written = load(prune(tmp_path / "whole", tmp_path / "pruned", text, **options))
+    expected = pruning.apply(load(tmp_path / "whole"), text, **options)
+    assert {anatomy(model).config.num_attention_heads for model in (written, expected)} == {6}, "of a width of 64"
+    assert_the_same(written, expected, text)
+
+
+@pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507"])
+def test_what_is_written_generates_as_the_source_does(folder, text, tmp_path):
+    settings = {"eos_token_id": [2, 5], "repetition_penalty": 1.3}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    (folder / "source.json").write_text("{}")  # of a converted file: it lists the hashes of other weights
+    made = prune(folder, tmp_path / "pruned", text, **CHANNELS)
+    assert json.loads((made / "generation_config.json").read_text()).items() >= settings.items()
+    assert not (made / "source.json").exists()
+
+
+@pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507"])
+def test_weights_of_several_dtypes_are_written_in_that_of_most(folder, text, tmp_path):
+    for path in folder.glob("*.safetensors"):
+        mixed = {name: t.float() if "norm" in name else t.bfloat16() for name, t in load_file(path).items()}
+        save_file(mixed, path, metadata={"format": "pt"})
+    made = prune(folder, tmp_path / "pruned", text, **CHANNELS)
+    assert {t.dtype for path in made.glob("*.safetensors") for t in load_file(path).values()} == {torch.bfloat16}
