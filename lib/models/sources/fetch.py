@@ -90,7 +90,7 @@ def require(reference: Reference) -> None:
 
 def verify(reference: Reference) -> str | None:
     """Return None, or what is missing or has changed in the cache since it was fetched. Reads every byte, except of a
-    folder of the user's own, and of what the hub's cache keeps without a SHA-256; `checked` says so.
+    folder of the user's own, and of what the hub's cache keeps under no hash; `checked` says so.
     """
     if reference.kind == "hub":
         return hub.verify(reference.text)

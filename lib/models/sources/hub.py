@@ -1,5 +1,6 @@
 """Checkpoints of the hub, in its own cache: complete ones are used without a network, broken downloads are resumed."""
 
+import hashlib
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from lib.models.sources import store
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
-SHA256 = re.compile(r"[0-9a-f]{64}")
+SHA256, SHA1 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")  # one of them, as tokenizer_check expects
 ADVICE = "give a folder with --checkpoints, or --random-weights"
 
@@ -98,25 +99,38 @@ def fetch(hub_id: str) -> Path:
 
 
 def _named_by_hash(snapshot: Path) -> dict[Path, str]:
-    """Return the files of a snapshot that the cache keeps under the SHA-256 of their content, as it does with large
-    ones, each with that hash.
+    """Return the files of a snapshot that the cache keeps under a hash of their content, each with that hash: large ones
+    under their SHA-256, the others under the SHA-1 by which git knows them.
     """
     links = {path: Path(os.readlink(path)).name for path in sorted(snapshot.rglob("*")) if path.is_symlink()}
-    return {path: name for path, name in links.items() if SHA256.fullmatch(name)}
+    return {path: name for path, name in links.items() if SHA256.fullmatch(name) or SHA1.fullmatch(name)}
+
+
+def _holds(path: Path, expected: str) -> bool:
+    """Return whether the content of a file has the hash under which the cache keeps it. Mirrors of the hub name small
+    files by the plain SHA-1 of their content.
+    """
+    if SHA256.fullmatch(expected):
+        return store.sha256(path) == expected
+    content = path.read_bytes()
+    blob = b"blob %d\0" % len(content) + content  # as git hashes a file
+    return expected in {hashlib.sha1(data, usedforsecurity=False).hexdigest() for data in (blob, content)}
 
 
 def checked(hub_id: str) -> str:
     """Return in words which files of a checkpoint `verify` can check."""
     snapshot = local(hub_id)
     files = [path for path in snapshot.rglob("*") if path.is_file()] if snapshot else []
-    number = len(_named_by_hash(snapshot)) if snapshot else 0
-    if number == len(files):
+    names = [*_named_by_hash(snapshot).values()] if snapshot else []
+    if len(names) == len(files):
         return "every file unchanged"
-    return f"{number} of {len(files)} files checked by SHA-256 and unchanged"
+    kinds = {"SHA-256": SHA256, "SHA-1": SHA1}
+    by = [kind for kind, pattern in kinds.items() if any(map(pattern.fullmatch, names))] or ["SHA-256"]
+    return f"{len(names)} of {len(files)} files checked by {' and '.join(by)} and unchanged"
 
 
 def verify(hub_id: str) -> str | None:
-    """Return None, or which file of a checkpoint has another SHA-256 than the one under which the cache keeps it."""
+    """Return None, or which file of a checkpoint has another hash than the one under which the cache keeps it."""
     path = next(_damaged(hub_id), None)
     return None if path is None else f"{path} has changed since it was fetched"
 
@@ -125,7 +139,7 @@ def _damaged(hub_id: str) -> Iterator[Path]:
     snapshot = local(hub_id)
     named = {} if snapshot is None else _named_by_hash(snapshot)
     for path, expected in named.items():
-        if not path.is_file() or store.sha256(path) != expected:
+        if not path.is_file() or not _holds(path, expected):
             yield path
 
 

@@ -115,3 +115,26 @@ def test_a_file_that_lies_in_the_store_of_all_models_is_known_by_the_hash_of_its
     assert hub.verify(ID)
     hub.forget(ID)
     assert not shared.exists() and not blob.is_symlink()
+
+
+@pytest.mark.parametrize("head", [b"blob 8\0", b""], ids=["the hub", "a mirror"])
+def test_small_files_are_checked_by_the_hash_that_git_gives_them(snapshot, head):
+    blobs = snapshot.parents[1] / "blobs"
+    blobs.mkdir()
+    for name, content in (("config.json", b'{"c": 1}'), ("tokenizer.json", b'{"t": 1}')):
+        blob = blobs / hashlib.sha1(head + content).hexdigest()
+        blob.write_bytes(content)
+        (snapshot / name).symlink_to(os.path.relpath(blob, snapshot))
+    _stored(snapshot, "model.safetensors", b"weights")
+    assert hub.verify(ID) is None and hub.checked(ID) == "every file unchanged"
+    (snapshot / "notes.txt").write_text("of nobody's")
+    assert hub.checked(ID) == "3 of 4 files checked by SHA-256 and SHA-1 and unchanged"
+    blob.write_bytes(b"damaged!")
+    assert hub.verify(ID) == f"{snapshot / 'tokenizer.json'} has changed since it was fetched"
+    hub.forget(ID)
+    assert not blob.exists() and not (snapshot / "tokenizer.json").is_symlink() and hub.local(ID) is None
+
+
+def test_git_knows_a_file_by_this_hash(tmp_path):
+    (tmp_path / "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391").touch()  # an empty file, everywhere
+    assert hub._holds(tmp_path / "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391", "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391")
