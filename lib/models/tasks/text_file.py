@@ -42,6 +42,8 @@ def check(path: str | Path, folder: Path | None = None) -> None:
 
         try:
             read_by = Tokenizer.from_file(str(vocabulary))
+            read_by.no_truncation()  # which a tokenizer that was used with it stores; transformers does not obey that
+            read_by.no_padding()
             tokens = len(read_by.encode(text[:ENOUGH_CHARACTERS], add_special_tokens=False).ids)
             if tokens < LEAST_WINDOWS * WINDOW_TOKENS and len(text) > ENOUGH_CHARACTERS:
                 tokens = len(read_by.encode(text, add_special_tokens=False).ids)

@@ -1,5 +1,6 @@
 """A file of the user's own: read in windows, refused in one line before anything runs."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -47,6 +48,21 @@ def test_the_tokenizer_of_the_checkpoint_counts(vocabulary, tmp_path):
         text_file.check(short, tmp_path)
 
 
+def test_a_limit_that_a_tokenizer_was_used_with_counts_no_tokens_away(vocabulary, long, tmp_path):
+    vocabulary.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 512, "strategy": "LongestFirst", "stride": 0}
+    padded = {"strategy": {"Fixed": 20_000}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
+    padded |= {"pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    short = tmp_path / "short.txt"
+    short.write_text(LINE, encoding="utf-8")
+    for padding in (None, padded):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content | {"padding": padding}))
+        text_file.check(long, tmp_path)
+        with pytest.raises(UserError, match=r"holds at most [\d]+ tokens"):
+            text_file.check(short, tmp_path)
+
+
 @pytest.mark.parametrize(("characters", "read"), [(1, [20_000]), (2, [20_000, 1500 * len(LINE)])])
 def test_a_long_text_is_not_read_whole_to_find_it_long_enough(tmp_path, monkeypatch, long, characters, read):
     """Each token has so many `characters`."""
@@ -56,6 +72,11 @@ def test_a_long_text_is_not_read_whole_to_find_it_long_enough(tmp_path, monkeypa
         @classmethod
         def from_file(cls, _):
             return cls()
+
+        def no_truncation(self):
+            pass
+
+        no_padding = no_truncation
 
         def encode(self, text, add_special_tokens):
             lengths.append(len(text))
