@@ -21,7 +21,7 @@ def fault(folder: Path, rows: int) -> str | None:
     if not any((folder / name).is_file() for name in FILES):
         return f"{folder}: holds no tokenizer; expected one of {', '.join(FILES)}"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # damaged files raise what the parser of their format raises
         why = " ".join(str(error).split())[:160] or type(error).__name__
         return f"{folder}: its tokenizer cannot be read ({why})"

@@ -17,6 +17,7 @@ from typing import Any
 from lib.errors import UserError
 from lib.models.checkpoints.folder import MANIFEST, tensor_places
 from lib.models.parameters import ROOT
+from lib.models.sources import program
 
 IMAGE_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
@@ -25,13 +26,8 @@ EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
 def check(folders: Iterable[Path | str]) -> None:
     """Raise UserError with the first fault of these folders; the check runs in a process of its own."""
     paths = [str(folder) for folder in folders]
-    ended = subprocess.run(
-        [sys.executable, "-m", "lib.models.checkpoints.validate", *paths],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    called = [sys.executable, "-m", "lib.models.checkpoints.validate", *paths]
+    ended = subprocess.run(called, cwd=ROOT, **program.options())
     if ended.returncode:
         if lines := ended.stdout.strip().splitlines():
             raise UserError(lines[0])
@@ -66,7 +62,7 @@ def fault(folder: Path | str) -> str | None:
         for name, place in places.items()
     }
     try:
-        configuration = AutoConfig.from_pretrained(folder)
+        configuration = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if as_saved_here:
             if misfit := io.manifest_fault(folder, places):
                 return f"{folder}: {misfit}"

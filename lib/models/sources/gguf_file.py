@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from lib.errors import UserError
-from lib.models.sources import store
+from lib.models.sources import program, store
 from lib.models.sources.store import Tell, silent
 
 CONVERSION = 2  # raised when the same file would be converted into something else
@@ -61,8 +61,8 @@ def check(file: Path) -> None:
 
 
 def _run(file: Path, target: Path) -> None:
-    program = [sys.executable, "-m", "lib.models.sources.convert", str(file), str(target)]
-    ended = subprocess.run(program, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    called = [sys.executable, "-m", "lib.models.sources.convert", str(file), str(target)]
+    ended = subprocess.run(called, cwd=REPOSITORY, **program.options())
     if ended.returncode:
         lines = ended.stdout.strip().splitlines() or ended.stderr.strip().splitlines()
         killed = f"the conversion was ended by the system ({ended.returncode}); is there enough memory?"

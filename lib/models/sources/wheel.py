@@ -18,7 +18,7 @@ import zlib
 from pathlib import Path
 
 from lib.errors import UserError, suggest
-from lib.models.sources import download, store
+from lib.models.sources import download, program, store
 from lib.models.sources.reference import Reference
 from lib.models.sources.store import Tell, silent
 
@@ -137,9 +137,7 @@ def _wanted(reference: Reference) -> str:
 
 
 def _pip(command: str, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*PIP, command, *options, "--only-binary", ":all:"], capture_output=True, text=True, check=False
-    )
+    return subprocess.run([*PIP, command, *options, "--only-binary", ":all:"], **program.options())
 
 
 def _check(reference: Reference, ended: subprocess.CompletedProcess[str]) -> None:

@@ -42,7 +42,7 @@ def check(path: str | Path, folder: Path | None = None) -> None:
 
         try:
             read_by = Tokenizer.from_file(str(vocabulary))
-            read_by.no_truncation()  # which a tokenizer that was used with it stores; transformers does not obey that
+            read_by.no_truncation()  # both are stored by whoever used it last, and transformers obeys neither
             read_by.no_padding()
             tokens = len(read_by.encode(text[:ENOUGH_CHARACTERS], add_special_tokens=False).ids)
             if tokens < LEAST_WINDOWS * WINDOW_TOKENS and len(text) > ENOUGH_CHARACTERS:

@@ -291,6 +291,17 @@ def test_a_configuration_that_asks_for_what_is_not_here(folder, change):
     assert re.search("transformers cannot build its model|names no architecture", fault(folder))
 
 
+def test_code_that_lies_in_a_folder_is_neither_run_nor_asked_for(folder, monkeypatch):
+    lines = [f"open({str(folder / 'ran')!r}, 'w')", "from transformers import LlamaConfig", "", ""]
+    lines += ["class OwnConfig(LlamaConfig):", "    model_type = 'own'", ""]
+    (folder / "configuration_own.py").write_text("\n".join(lines))
+    edited(folder / "config.json", model_type="own", auto_map={"AutoConfig": "configuration_own.OwnConfig"})
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(1) or "y")
+    assert "contains custom code" in fault(folder)
+    assert not asked and not (folder / "ran").exists()
+
+
 def test_tokenizers_that_are_damaged_or_of_another_model(folder, tokens):
     whole = (folder / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text(whole[: len(whole) // 2])

@@ -1,0 +1,30 @@
+"""Programs that are run to their end: read whatever the terminal's encoding, and never waiting for an answer."""
+
+import subprocess
+import sys
+
+import pytest
+
+from lib.models.checkpoints import validate
+from lib.models.sources import gguf_file, program, wheel
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_what_is_said_is_read_and_nothing_is_asked(encoding, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    ended = subprocess.run([sys.executable, "-c", "print('größe 日本'); input('yes?')"], **program.options())
+    assert ended.stdout.startswith("größe 日本") and ended.returncode == 1 and "EOFError" in ended.stderr
+
+
+def test_every_program_of_planning_is_run_so(tmp_path, monkeypatch):
+    seen = []
+
+    def run(called, **options):
+        seen.append({name: options[name] for name in ("stdin", "encoding", "errors")})
+        return subprocess.CompletedProcess(called, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    validate.check([tmp_path])
+    gguf_file._run(tmp_path / "a.gguf", tmp_path / "folder")
+    wheel._pip("index")
+    assert seen == [{"stdin": subprocess.DEVNULL, "encoding": "utf-8", "errors": "replace"}] * 3
