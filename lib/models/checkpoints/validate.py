@@ -20,6 +20,8 @@ from lib.models.parameters import ROOT
 from lib.models.sources import program
 
 IMAGE_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+# What of an image processor has to be as the vision tower says, and what its configuration calls that.
+SIZES = {"patch_size": "patch_size", "merge_size": "spatial_merge_size", "temporal_patch_size": "temporal_patch_size"}
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
 
 
@@ -43,7 +45,7 @@ def fault(folder: Path | str) -> str | None:
     import torch
     from transformers import AutoConfig
 
-    from lib.models.checkpoints import io, quantization, tokenizer_check
+    from lib.models.checkpoints import io, quantization
     from lib.models.checkpoints.weight_file import DTYPES
     from lib.models.structure.architecture import auto_class
     from lib.models.structure.support import unsupported
@@ -66,7 +68,7 @@ def fault(folder: Path | str) -> str | None:
         if as_saved_here:
             if misfit := io.manifest_fault(folder, places):
                 return f"{folder}: {misfit}"
-            return tokenizer_check.fault(folder, configuration.get_text_config().vocab_size)
+            return _beside(folder, configuration)
         auto: Any = auto_class(configuration)
         model_class = auto._model_mapping[type(configuration)]
         options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "device_map": {"": "meta"}}
@@ -80,8 +82,24 @@ def fault(folder: Path | str) -> str | None:
         return f"{folder}: {name} has the shape {tuple(shape)}, expected {tuple(expected)} by config.json"
     for name in sorted(report["missing_keys"]):
         return f"{folder}: the checkpoint lacks {name}, which config.json asks for"
-    if hasattr(configuration, "vision_config") and not any((folder / name).is_file() for name in IMAGE_PROCESSORS):
-        return f"{folder}: holds no {IMAGE_PROCESSORS[0]}, the configuration of the image processor"
+    return _beside(folder, configuration)
+
+
+def _beside(folder: Path, configuration: Any) -> str | None:
+    """Return None, or in one line what is wrong beside the weights: with the image processor or the tokenizer."""
+    from lib.models.checkpoints import io, tokenizer_check
+
+    if vision := getattr(configuration, "vision_config", None):
+        if not any((folder / name).is_file() for name in IMAGE_PROCESSORS):
+            return f"{folder}: holds no {IMAGE_PROCESSORS[0]}, the configuration of the image processor"
+        try:
+            processor = io.load_image_processor(folder)
+        except Exception as error:  # damaged files raise what their parser raises
+            return f"{folder}: its image processor cannot be read ({' '.join(str(error).split())[:160]})"
+        for name, of_tower in SIZES.items():
+            size, expected = getattr(processor, name, None), getattr(vision, of_tower, None)
+            if None not in (size, expected) and size != expected:
+                return f"{folder}: its image processor has the {name} {size}, its vision tower {expected} ({of_tower})"
     return tokenizer_check.fault(folder, configuration.get_text_config().vocab_size)
 
 

@@ -9,6 +9,7 @@ words it otherwise. Knows no tokenizer and no model.
 import functools
 import gzip
 import json
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,7 @@ def read(
                     label = line["label"] if isinstance(line["label"], int) else 0
                     choice = (line["idx"], context, line["request"]["continuation"], label)
                     choices.setdefault(line["doc_id"], []).append(choice)
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
         why = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(f"{path}: damaged, or no file of requests ({why}); fetch it again") from None
     if items is not None and len(choices) != items:

@@ -412,3 +412,8 @@ def test_only_the_configuration_of_a_processor(tiny, tmp_path, tokens):
     assert validate.fault(tmp_path / "vision") is None
     loaded = io.load_image_processor(tmp_path / "vision")
     assert loaded.patch_size == processor.patch_size and loaded.merge_size == processor.merge_size
+    described["image_processor"] |= {"patch_size": 14}
+    (tmp_path / "vision" / "processor_config.json").write_text(json.dumps(described))
+    assert "its image processor has the patch_size 14, its vision tower" in fault(tmp_path / "vision")
+    (tmp_path / "vision" / "processor_config.json").write_text('{"image_processor": {')
+    assert "its image processor cannot be read" in fault(tmp_path / "vision")

@@ -40,6 +40,7 @@ DAMAGED = {
     "no request": gzip.compress(b"{}\n"),
     "no JSON": gzip.compress(b"not json"),
     "empty": b"",
+    "another byte": gzip.compress(b"{}\n" * 50)[:10] + b"\xff" + gzip.compress(b"{}\n" * 50)[11:],
 }
 
 
