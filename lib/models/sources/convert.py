@@ -17,7 +17,7 @@ from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from lib.errors import UserError
-from lib.models.sources import gguf_left_out
+from lib.models.sources import gguf_left_out, store
 
 # As llama.cpp splits text before byte-pair encoding (src/llama-vocab.cpp there), by the file's `tokenizer.ggml.pre`.
 AS_GPT2 = {"gpt-2", "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "mpt", "olmo", "jais", "trillion"}
@@ -37,6 +37,8 @@ def convert(file: Path, folder: Path) -> None:
     reader = _reader(file)
     header = _header(reader)
     gguf_left_out.require_whole(header)
+    numbers = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    store.require_room(torch.bfloat16.itemsize * numbers, "its conversion")
     tokenizer = _tokenizer(file, header)
     options: dict[str, Any] = {"gguf_file": file.name, "dtype": torch.bfloat16, "output_loading_info": True}
     try:

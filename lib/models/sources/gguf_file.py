@@ -13,7 +13,6 @@ from lib.models.sources.store import Tell, silent
 
 CONVERSION = 2  # raised when the same file would be converted into something else
 HEADER_BYTES = 24
-WIDENING = 4.5  # bytes of a folder in bfloat16 over those of a file of 4 bits per weight, at most, about
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 
@@ -39,7 +38,6 @@ def convert(file: Path, identity: str | None = None, tell: Tell = silent) -> Pat
     with store.alone(folder):
         if store.receipt(folder) is None:
             check(file)
-            store.require_room(int(WIDENING * file.stat().st_size), file.name)
             tell(f"{file.name}: converting into a checkpoint folder, once", 0, None)
             try:
                 with store.fresh(folder) as part:

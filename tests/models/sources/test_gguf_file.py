@@ -1,6 +1,7 @@
 """GGUF files become ordinary checkpoint folders: the same logits, the same tokens, or one line that says why not."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -188,3 +189,16 @@ def test_pieces_that_are_tokens_are_taken_whole_and_texts_begin_as_llama_3s_do(t
         convert.convert(file, tmp_path / f"folder{len(begin)}")
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / f"folder{len(begin)}")
         assert tokenizer(whole).input_ids == [*begin, vocabulary[whole]]
+
+
+def test_a_conversion_needs_two_bytes_for_a_number_whatever_the_file_takes(tmp_path, original, tokens, monkeypatch):
+    file = gguf_files.write(tmp_path / "tiny.gguf", original, tokens)
+    needed = 2 * sum(parameter.numel() for parameter in original.parameters())
+    for free in (needed - 1, needed):
+        usage = shutil._ntuple_diskusage(10**9, 10**9 - free, free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+        if free < needed:
+            with pytest.raises(UserError, match="its conversion: needs 0 MB in .* make room"):
+                convert.convert(file, tmp_path / "folder")
+    convert.convert(file, tmp_path / "folder")
+    assert (tmp_path / "folder" / "model.safetensors").stat().st_size < 2 * file.stat().st_size
