@@ -11,6 +11,7 @@ from lib.errors import UserError
 from lib.models.sources import store
 
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+UNUSED = ["*/*.safetensors", "consolidated*.safetensors"]  # the same weights once more, in other layouts
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 SHA256, SHA1 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
@@ -82,7 +83,7 @@ def fetch(hub_id: str) -> Path:
     )
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=PATTERNS))
+        return Path(snapshot_download(hub_id, allow_patterns=PATTERNS, ignore_patterns=UNUSED))
     except GatedRepoError:
         reason = "its owner wants terms to be accepted first, by a user who is logged in"
     except RepositoryNotFoundError:

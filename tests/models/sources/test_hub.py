@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lib.models.checkpoints import tokenizer_check
+from lib.models.checkpoints.folder import INDEX
 from lib.models.sources import fetch, hub, reference
 
 ID = "organisation/model"
@@ -138,3 +139,15 @@ def test_small_files_are_checked_by_the_hash_that_git_gives_them(snapshot, head)
 def test_git_knows_a_file_by_this_hash(tmp_path):
     (tmp_path / "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391").touch()  # an empty file, everywhere
     assert hub._holds(tmp_path / "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391", "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391")
+
+
+def test_weights_come_once(snapshot, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    used = ["config.json", "tokenizer.model", "chat_template.jinja", INDEX, "model-00001-of-00002.safetensors"]
+    others = ["consolidated.safetensors", "consolidated-00001-of-00002.safetensors", "original/a.safetensors"]
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **patterns: asked.update(patterns) or snapshot)
+    assert hub.fetch(ID) == snapshot
+    assert [*filter_repo_objects([*others, *used, "pytorch_model.bin"], **asked)] == used
