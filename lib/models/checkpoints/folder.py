@@ -108,6 +108,8 @@ def _header(path: Path) -> dict:
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(8)
+            if start == b"version ":
+                raise UserError(f"{path}: a pointer of git-lfs, not the weights; fetch them with git lfs pull")
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if not 0 < length <= size - 8:
                 raise UserError(f"{path}: truncated or not a safetensors file ({size} bytes)")

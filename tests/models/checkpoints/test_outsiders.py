@@ -147,6 +147,11 @@ def test_shards_without_an_index_are_refused(folder):
     assert "holds pytorch_model.bin and no" in fault(folder)
 
 
+def test_a_pointer_in_the_place_of_weights(folder):
+    (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 269060552\n")
+    assert fault(folder).startswith(f"{folder / WEIGHTS}: a pointer of git-lfs, not the weights")
+
+
 @pytest.mark.parametrize("entry", ["../outside.safetensors", "/etc/passwd", None, 7, "", "a/b.safetensors", "..\\x"])
 def test_an_index_that_leads_out_of_the_folder(folder, entry, monkeypatch):
     (folder / WEIGHTS).rename(folder / "one.safetensors")
