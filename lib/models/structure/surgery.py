@@ -100,6 +100,7 @@ def keep_groups(attention: Attention, indices: torch.Tensor) -> None:
         groups = linear.weight.unflatten(0, (attention.key_value_heads, -1))
         resize_linear(linear, groups[indices].flatten(0, 1))
         if linear.bias is not None:
-            linear.bias = nn.Parameter(linear.bias.unflatten(0, (attention.key_value_heads, -1))[indices].flatten(0, 1))
+            kept = linear.bias.unflatten(0, (attention.key_value_heads, -1))[indices].flatten(0, 1)
+            linear.bias = nn.Parameter(kept, requires_grad=linear.bias.requires_grad)
     groups = output.weight.unflatten(1, (attention.key_value_heads, per_group * attention.value_dim))
     resize_linear(output, groups[:, indices].flatten(1, 2))

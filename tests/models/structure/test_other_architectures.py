@@ -172,6 +172,13 @@ def test_any_number_of_heads_is_saved_and_loaded_with_equal_logits(name, tmp_pat
     assert loaded.config.num_attention_heads == model.config.num_attention_heads == 6
 
 
+def test_what_loses_heads_keeps_no_gradients():
+    model = build("qwen2")
+    for block in anatomy(model).blocks:
+        surgery.keep_groups(block.attention, torch.tensor([0, 2]))
+    assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
 @EVERY
 def test_heads_that_go_equal_heads_that_are_silent(name):
     """All but the norms over full width, whose mean is over what is left: there the norms are cut with the heads."""
