@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.errors import UserError
+from lib.files import json_object
 from lib.models import tokenizing
 
 if TYPE_CHECKING:
@@ -30,11 +31,12 @@ def read(path: str | Path) -> str:
 
 
 def check(path: str | Path, folder: Path | None = None) -> None:
-    """Raise UserError for a file that cannot be read, or does not fill LEAST_WINDOWS windows.
+    """Raise UserError for a file that cannot be read, or does not fill LEAST_WINDOWS windows of `window_tokens`.
 
     `folder` is the checkpoint whose tokenizer counts; without one, a token is taken to be a byte at least.
     """
     text, vocabulary = read(path), None if folder is None else folder / "tokenizer.json"
+    length = window_tokens(folder)
     if vocabulary is None or not vocabulary.is_file():
         tokens = len(text.encode())
     else:
@@ -45,20 +47,30 @@ def check(path: str | Path, folder: Path | None = None) -> None:
             read_by.no_truncation()  # both are stored by whoever used it last, and transformers obeys neither
             read_by.no_padding()
             tokens = len(read_by.encode(text[:ENOUGH_CHARACTERS], add_special_tokens=False).ids)
-            if tokens < LEAST_WINDOWS * WINDOW_TOKENS and len(text) > ENOUGH_CHARACTERS:
+            if tokens < LEAST_WINDOWS * length and len(text) > ENOUGH_CHARACTERS:
                 tokens = len(read_by.encode(text, add_special_tokens=False).ids)
         except Exception as error:  # the library has no class of its own for what it cannot read
             why = " ".join(str(error).split())[:120]
             raise UserError(f"{vocabulary}: no tokenizer can be made of it ({why})") from None
-    if tokens < LEAST_WINDOWS * WINDOW_TOKENS:
-        raise UserError(too_short(path, tokens))
+    if tokens < LEAST_WINDOWS * length:
+        raise UserError(too_short(path, tokens, length))
 
 
-def too_short(path: str | Path, tokens: int) -> str:
-    """Return what is wrong with a file of at most so many tokens."""
+def window_tokens(folder: Path | None) -> int:
+    """Return how many tokens a window holds: WINDOW_TOKENS, or the positions of the model in `folder` if these are
+    fewer.
+    """
+    config = {} if folder is None else json_object(folder / "config.json")
+    nested = config.get("text_config")
+    positions = (nested if isinstance(nested, dict) else config).get("max_position_embeddings")
+    return min(WINDOW_TOKENS, positions) if isinstance(positions, int) and positions > 0 else WINDOW_TOKENS
+
+
+def too_short(path: str | Path, tokens: int, length: int = WINDOW_TOKENS) -> str:
+    """Return what is wrong with a file of at most so many tokens, for windows of `length`."""
     return (
-        f"{path}: holds at most {tokens:,} tokens; expected at least {LEAST_WINDOWS * WINDOW_TOKENS:,}: "
-        f"{LEAST_WINDOWS} windows of {WINDOW_TOKENS:,}, the fewest that can be judged"
+        f"{path}: holds at most {tokens:,} tokens; expected at least {LEAST_WINDOWS * length:,}: "
+        f"{LEAST_WINDOWS} windows of {length:,}, the fewest that can be judged"
     )
 
 
@@ -75,6 +87,6 @@ def windows(tokenizer: Any, path: str | Path, most: int, length: int = WINDOW_TO
     own = length - len(before)
     rows_NT = stream_T[: len(stream_T) // own * own].view(-1, own)
     if len(rows_NT) < LEAST_WINDOWS:
-        raise UserError(too_short(path, len(stream_T)))
+        raise UserError(too_short(path, len(stream_T), length))
     spread = torch.linspace(0, len(rows_NT) - 1, min(most, len(rows_NT))).round().long().unique()
     return torch.cat([before.expand(len(spread), -1), rows_NT[spread]], 1)

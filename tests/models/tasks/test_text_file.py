@@ -63,6 +63,21 @@ def test_a_limit_that_a_tokenizer_was_used_with_counts_no_tokens_away(vocabulary
             text_file.check(short, tmp_path)
 
 
+def test_a_model_of_few_positions_reads_shorter_windows(vocabulary, tmp_path):
+    vocabulary.save_pretrained(tmp_path)
+    short, tiny = tmp_path / "short.txt", tmp_path / "tiny.txt"
+    short.write_text(LINE * 210, encoding="utf-8")
+    tiny.write_text(LINE * 20, encoding="utf-8")
+    for config in ({"max_position_embeddings": 256}, {"text_config": {"max_position_embeddings": 256}}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        text_file.check(short, tmp_path)
+        with pytest.raises(UserError, match="expected at least 1,536: 6 windows of 256"):
+            text_file.check(tiny, tmp_path)
+    assert text_file.windows(vocabulary, short, 6, 256).shape == (6, 256)
+    with pytest.raises(UserError, match="6 windows of 256"):
+        text_file.windows(vocabulary, tiny, 6, 256)
+
+
 @pytest.mark.parametrize(("characters", "read"), [(1, [20_000]), (2, [20_000, 1500 * len(LINE)])])
 def test_a_long_text_is_not_read_whole_to_find_it_long_enough(tmp_path, monkeypatch, long, characters, read):
     """Each token has so many `characters`."""
