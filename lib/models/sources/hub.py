@@ -72,7 +72,9 @@ def _whole(snapshot: Path) -> bool:
 
 
 def fetch(hub_id: str) -> Path:
-    """Return the folder of a hub checkpoint, downloaded where it is not complete. Raises UserError in one line."""
+    """Return the folder of a hub checkpoint, downloaded where it is not complete: every file that is kept under its hash
+    is checked. Raises UserError in one line.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -83,7 +85,7 @@ def fetch(hub_id: str) -> Path:
     )
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=PATTERNS, ignore_patterns=UNUSED))
+        folder = Path(snapshot_download(hub_id, allow_patterns=PATTERNS, ignore_patterns=UNUSED))
     except GatedRepoError:
         reason = "its owner wants terms to be accepted first, by a user who is logged in"
     except RepositoryNotFoundError:
@@ -96,12 +98,18 @@ def fetch(hub_id: str) -> Path:
         reason = "no network, or the hub does not answer, and it is not in the local cache"
     except Exception as error:  # the hub's client lets pass what its transport raises
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    else:
+        if damaged := next(_damaged(hub_id), None):
+            forget(hub_id)
+            what = f"the download is damaged ({damaged.name} has another hash)"
+            raise UserError(f"{hub_id}: {what}; it was removed, call again")
+        return folder
     raise UserError(f"{hub_id}: cannot be fetched from the hub ({reason}); {ADVICE}")
 
 
 def _named_by_hash(snapshot: Path) -> dict[Path, str]:
-    """Return the files of a snapshot that the cache keeps under a hash of their content, each with that hash: large ones
-    under their SHA-256, the others under the SHA-1 by which git knows them.
+    """Return the files of a snapshot that the cache keeps under a hash of their content, each with that hash: large
+    ones under their SHA-256, the others under the SHA-1 by which git knows them.
     """
     links = {path: Path(os.readlink(path)).name for path in sorted(snapshot.rglob("*")) if path.is_symlink()}
     return {path: name for path, name in links.items() if SHA256.fullmatch(name) or SHA1.fullmatch(name)}

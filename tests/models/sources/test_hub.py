@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lib.errors import UserError
 from lib.models.checkpoints import tokenizer_check
 from lib.models.checkpoints.folder import INDEX
 from lib.models.sources import fetch, hub, reference
@@ -148,6 +149,30 @@ def test_weights_come_once(snapshot, monkeypatch):
     used = ["config.json", "tokenizer.model", "chat_template.jinja", INDEX, "model-00001-of-00002.safetensors"]
     others = ["consolidated.safetensors", "consolidated-00001-of-00002.safetensors", "original/a.safetensors"]
     asked = {}
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **patterns: asked.update(patterns) or snapshot)
+    download = lambda name, **patterns: asked.update(patterns) or snapshot  # noqa: E731
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert hub.fetch(ID) == snapshot
     assert [*filter_repo_objects([*others, *used, "pytorch_model.bin"], **asked)] == used
+
+
+def test_a_download_is_checked_before_it_is_used(snapshot, monkeypatch):
+    import huggingface_hub
+
+    for name in ("config.json", "tokenizer.json"):
+        (snapshot / name).write_text("{}")
+
+    def brought(content):
+        def download(*_, **__):
+            if not (snapshot / "model.safetensors").is_symlink():
+                (snapshot / "config.json").write_text("{}")
+                _stored(snapshot, "model.safetensors", b"weights").write_bytes(content)
+            return snapshot
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+
+    brought(b"Weights")
+    with pytest.raises(UserError, match=r"the download is damaged \(model.safetensors has another hash\)"):
+        hub.fetch(ID)
+    assert hub.local(ID) is None and not (snapshot / "model.safetensors").is_symlink()
+    brought(b"weights")
+    assert hub.fetch(ID) == snapshot == hub.local(ID)
