@@ -72,7 +72,7 @@ def _whole(snapshot: Path) -> bool:
 
 
 def fetch(hub_id: str) -> Path:
-    """Return the folder of a hub checkpoint, downloaded where it is not complete: every file that is kept under its hash
+    """Return the folder of a hub checkpoint, downloaded where it is not complete: every file that is kept under a hash
     is checked. Raises UserError in one line.
     """
     from huggingface_hub import snapshot_download

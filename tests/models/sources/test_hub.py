@@ -149,7 +149,11 @@ def test_weights_come_once(snapshot, monkeypatch):
     used = ["config.json", "tokenizer.model", "chat_template.jinja", INDEX, "model-00001-of-00002.safetensors"]
     others = ["consolidated.safetensors", "consolidated-00001-of-00002.safetensors", "original/a.safetensors"]
     asked = {}
-    download = lambda name, **patterns: asked.update(patterns) or snapshot  # noqa: E731
+
+    def download(_, **patterns):
+        asked.update(patterns)
+        return snapshot
+
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert hub.fetch(ID) == snapshot
     assert [*filter_repo_objects([*others, *used, "pytorch_model.bin"], **asked)] == used
