@@ -34,6 +34,13 @@ def folder_of(name: str, checkpoints: str | Path) -> Path:
 def check_checkpoint(name: str, folder: str | Path) -> Path:
     """Return `folder` if it is a complete checkpoint of model `name`. Raises UserError naming the faulty file."""
     folder = expanded(folder)
+    try:
+        return _checked(name, folder)
+    except OSError as error:  # of what may not be looked at
+        raise UserError(f"{error.filename or folder}: cannot be read ({error.strerror or error})") from None
+
+
+def _checked(name: str, folder: Path) -> Path:
     if not folder.is_dir():
         raise UserError(f"{folder}: no checkpoint folder for {name}; expected config.json and *.safetensors there")
     if (folder / ADAPTER).is_file() or any(folder.glob("adapter_model.*")):

@@ -3,6 +3,7 @@
 What has been fetched once is used without a network afterwards.
 """
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,15 @@ __all__ = ["checked", "fetch", "forget", "gguf", "local", "require", "verify"]
 
 
 def local(reference: Reference) -> Path | None:
-    """Return the place of what was fetched before (or needs no fetching), None where it is not there, whole."""
+    """Return the place of what was fetched before (or needs no fetching), None where it is not there, whole, or cannot
+    be looked at.
+    """
+    with contextlib.suppress(OSError):
+        return _local(reference)
+    return None
+
+
+def _local(reference: Reference) -> Path | None:
     if reference.kind == "hub":
         return hub.local(reference.text)
     if reference.kind == "folder":
@@ -78,14 +87,18 @@ def require(reference: Reference) -> None:
     path = Path(reference.text)
     if reference.kind not in ("folder", "gguf"):
         return
-    if not path.exists():
-        raise UserError(f"{path}: no such folder or file; {EXPECTED}")
-    if reference.kind == "gguf":
-        gguf_file.check(path)
-    elif not path.is_dir():
-        raise UserError(f"{path}: a file, and not a .gguf file; {EXPECTED}")
-    elif not (path / "config.json").is_file():
-        raise UserError(f"{path / 'config.json'}: missing; a checkpoint folder holds config.json and *.safetensors")
+    try:
+        path.stat()
+        if reference.kind == "gguf":
+            gguf_file.check(path)
+        elif not path.is_dir():
+            raise UserError(f"{path}: a file, and not a .gguf file; {EXPECTED}")
+        elif not (path / "config.json").is_file():
+            raise UserError(f"{path / 'config.json'}: missing; a checkpoint folder holds config.json and *.safetensors")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: no such folder or file; {EXPECTED}") from None
+    except OSError as error:  # what may not be looked at, or is too long for a name
+        raise UserError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
 
 
 def verify(reference: Reference) -> str | None:

@@ -52,8 +52,11 @@ def check(file: Path) -> None:
     """Raise UserError where `file` does not open as a GGUF file does."""
     if not file.is_file():
         raise UserError(f"{file}: no file; expected a GGUF file")
-    with file.open("rb") as opened:
-        start = opened.read(HEADER_BYTES)
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(HEADER_BYTES)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
     if start[:4] != b"GGUF" or len(start) < HEADER_BYTES:
         raise UserError(f"{file}: not a GGUF file (it does not open with GGUF, or is shorter than a header)")
 

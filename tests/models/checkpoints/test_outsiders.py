@@ -17,6 +17,7 @@ from lib.models import loading, parameters, tokenizing
 from lib.models.checkpoints import io, validate
 from lib.models.checkpoints.folder import INDEX, MANIFEST, WEIGHTS, check_checkpoint, tensor_shapes
 from lib.models.offload import streamer
+from lib.models.sources import fetch, reference
 from lib.models.tasks import prompting, tasks
 from tests.models import architectures
 from tests.models.sources import gguf_files
@@ -210,6 +211,22 @@ def test_a_folder_saved_here_is_checked_by_the_names_that_its_manifest_describes
     header["model.norm.weight"] = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     _put(place / WEIGHTS, header, weights)
     assert fault(place).startswith(f"{place}: the checkpoint holds model.extra.weight, which {MANIFEST}")
+
+
+def test_a_folder_that_may_not_be_looked_at(folder, monkeypatch):
+    stat, source = Path.stat, reference.parse(str(folder))
+
+    def locked(path, **options):
+        if folder in (path, *path.parents):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", locked)
+    assert fetch.local(source) is None
+    with pytest.raises(UserError, match=r"tiny: cannot be read \(Permission denied\)"):
+        fetch.require(source)
+    with pytest.raises(UserError):
+        check_checkpoint("tiny", folder)
 
 
 def test_weights_that_may_not_be_read(folder, monkeypatch):

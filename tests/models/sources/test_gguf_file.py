@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -202,3 +203,17 @@ def test_a_conversion_needs_two_bytes_for_a_number_whatever_the_file_takes(tmp_p
                 convert.convert(file, tmp_path / "folder")
     convert.convert(file, tmp_path / "folder")
     assert (tmp_path / "folder" / "model.safetensors").stat().st_size < 2 * file.stat().st_size
+
+
+def test_a_file_that_may_not_be_read_or_whose_name_is_too_long(tmp_path, original, tokens, monkeypatch):
+    file = gguf_files.write(tmp_path / "tiny.gguf", original, tokens)
+    assert "File name too long" in refused(f"{tmp_path}/{'x' * 300}.gguf")
+    whole = Path.open
+
+    def locked(path, *arguments, **options):
+        if path == file:
+            raise PermissionError(13, "Permission denied", str(path))
+        return whole(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", locked)
+    assert refused(file) == f"{file}: cannot be read (Permission denied)"
