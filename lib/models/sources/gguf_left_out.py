@@ -79,23 +79,24 @@ def state(config: Any, header: Header, tensors: Collection[Any]) -> None:
 
 def _state_rotations(config: Any, own: Header, size: int, divisors: np.ndarray | None) -> None:
     kind = own("rope.scaling.type") or "linear"  # as llama.cpp where the header names none
-    factor = own("rope.scaling.factor") or own("rope.scale_linear") or 1
+    factor = 1 if kind == "none" else own("rope.scaling.factor") or own("rope.scale_linear") or 1
     by_frequency = divisors is not None and not np.allclose(divisors, 1)
     if kind not in ("linear", "none") or (by_frequency and factor != 1):
         raise UserError(f'scales its rotations in a way that is not converted here ("{kind}"); {ADVICE}')
+    if factor == 1 and not by_frequency:
+        return
     everywhere = config.rope_parameters
     rotations = everywhere.get("full_attention", everywhere)  # blocks with a window are left as they are
-    if kind == "linear" and factor != 1:
+    if divisors is None or not by_frequency:
         rotations.update(rope_type="linear", factor=float(factor))
-    if by_frequency:
-        assert divisors is not None
-        factor = float(divisors.max())
-        expected = _divisors(size, rotations["rope_theta"], factor)
-        near = divisors.shape == expected.shape and np.allclose(divisors, expected, rtol=1e-3)
-        if rotations is not everywhere or not near:
-            raise UserError(f"divides its rotations ({ROTATIONS}) otherwise than Llama 3.1 does; {ADVICE}")
-        rotations.update(rope_type="llama3", factor=factor, low_freq_factor=LOW, high_freq_factor=HIGH)
-        rotations.update(original_max_position_embeddings=TRAINED)
+        return
+    factor = float(divisors.max())
+    expected = _divisors(size, rotations["rope_theta"], factor)
+    near = divisors.shape == expected.shape and np.allclose(divisors, expected, rtol=1e-3)
+    if rotations is not everywhere or not near:
+        raise UserError(f"divides its rotations ({ROTATIONS}) otherwise than Llama 3.1 does; {ADVICE}")
+    rotations.update(rope_type="llama3", factor=factor, low_freq_factor=LOW, high_freq_factor=HIGH)
+    rotations.update(original_max_position_embeddings=TRAINED)
 
 
 def _divisors(size: int, theta: float, factor: float) -> np.ndarray:
