@@ -9,7 +9,8 @@ padded on the right: a pass holds no more padding than what another pass would c
 
 Knows token ids only: no tokenizer, no task.
 
-Shapes: B contexts, N continuations, T tokens, K tokens of a continuation but its last, V vocabulary.
+Shapes: B contexts, N continuations, T tokens, K tokens of a continuation but its last, C tokens of a chunk, H hidden,
+V vocabulary.
 """
 
 import copy
@@ -22,6 +23,7 @@ from torch import nn
 
 from lib.models.decoding import cache_names
 from lib.models.structure.anatomy import anatomy, reset_rope_deltas
+from lib.models.structure.logits import logits_of
 
 TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # read in one pass
 ROWS_AT_ONCE = 64
@@ -209,13 +211,30 @@ def _rest(
         mask_NT = torch.cat([read.mask_BT[row_N], read.mask_BT.new_ones(given_NK.shape)], 1)
         position_NK = read.position_B[row_N, None] + torch.arange(most, device=device)
         inputs |= {"attention_mask": mask_NT, "position_ids": position_NK}
-    scores_NKV = model(**inputs).logits.float().log_softmax(-1)
     target_NK = target_NK.to(device)
+    chosen, likeliest, first = [], [], 0
+    for scores_NCV in _scores(model, inputs, read.next_BV.shape[1]):
+        target_NC = target_NK[:, first : first + scores_NCV.shape[1]]
+        chosen.append(scores_NCV.gather(-1, target_NC.clamp_min(0)[..., None])[..., 0])
+        likeliest.append(scores_NCV.argmax(-1) == target_NC)
+        first += scores_NCV.shape[1]
     real_NK = target_NK >= 0
-    chosen_NK = scores_NKV.gather(-1, target_NK.clamp_min(0)[..., None])[..., 0]
-    sums = torch.where(real_NK, chosen_NK, 0.0).sum(1).tolist()
-    greedy = ((scores_NKV.argmax(-1) == target_NK) | ~real_NK).all(1).tolist()
+    sums = torch.where(real_NK, torch.cat(chosen, 1), 0.0).sum(1).tolist()
+    greedy = (torch.cat(likeliest, 1) | ~real_NK).all(1).tolist()
     return {index: (sums[place], greedy[place]) for place, (_, index) in enumerate(part)}
+
+
+def _scores(model: nn.Module, inputs: dict[str, Any], vocabulary: int) -> Iterator[torch.Tensor]:
+    """Yield the log-probabilities behind the given tokens, [N, C, V], those of so many tokens at a time as fit into
+    memory: a single continuation may be as long as a document.
+    """
+    count, most = inputs["input_ids"].shape
+    if count * most * vocabulary <= LOGITS_AT_ONCE:
+        yield model(**inputs).logits.float().log_softmax(-1)
+        return
+    hidden_NKH = model.get_submodule("model")(**inputs).last_hidden_state
+    for hidden_NCH in hidden_NKH.split(max(1, LOGITS_AT_ONCE // (count * vocabulary)), 1):
+        yield logits_of(model, hidden_NCH).float().log_softmax(-1)
 
 
 def _select(cache: Any, row_N: torch.Tensor) -> Any:

@@ -108,3 +108,18 @@ def test_an_arm_with_a_cache_of_its_own_is_scored(tiny, name):
     expected = continuations.loglikelihoods(model, pairs)
     scores = [score for score, _ in continuations.loglikelihoods(arm, pairs)]
     assert scores == pytest.approx([score for score, _ in expected], abs=1e-3)
+
+
+def test_a_continuation_as_long_as_a_document_is_scored_in_pieces(tiny, name, monkeypatch):
+    model = tiny(name)
+    pairs = [([9, 17], [8 + n % 80 for n in range(150)]), ([9, 33], [8 + n * 7 % 80 for n in range(120)])]
+    expected = [alone(model, *pair) for pair in pairs]
+    rows = 40
+    monkeypatch.setattr(continuations, "LOGITS_AT_ONCE", rows * model.lm_head.weight.shape[0])
+    held = []
+    hook = model.lm_head.register_forward_hook(lambda _, __, logits: held.append(logits[..., 0].numel()))
+    answers = continuations.loglikelihoods(model, pairs)
+    hook.remove()
+    assert max(held) <= rows
+    assert [score for score, _ in answers] == pytest.approx([score for score, _ in expected], abs=1e-3)
+    assert [greedy for _, greedy in answers] == [greedy for _, greedy in expected]
