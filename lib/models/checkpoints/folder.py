@@ -13,6 +13,7 @@ from typing import Any
 from lib.errors import UserError
 from lib.files import expanded
 from lib.models import parameters
+from lib.models.sources.reference import missing
 
 MANIFEST = "workbench.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -66,7 +67,7 @@ def _checked(name: str, folder: Path) -> Path:
 
 def _json(path: Path) -> dict:
     if not path.is_file():
-        raise UserError(f"{path}: missing; a checkpoint folder holds config.json and *.safetensors")
+        raise UserError(f"{path}: {missing(path)}; a checkpoint folder holds config.json and *.safetensors")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -85,6 +86,8 @@ def _shards(folder: Path) -> dict[str, list[str]]:
     """
     if (folder / WEIGHTS).is_file():
         return {WEIGHTS: []}
+    if (folder / WEIGHTS).is_symlink():
+        raise UserError(f"{folder / WEIGHTS}: {missing(folder / WEIGHTS)}")
     index = folder / INDEX
     if not index.is_file():
         raise UserError(f"{folder}: holds {_instead(folder)}; expected {WEIGHTS}, or shards with {INDEX}")
@@ -110,7 +113,7 @@ def _instead(folder: Path) -> str:
 def _header(path: Path) -> dict:
     """Return the header of a safetensors file: tensor name → dtype, shape, offsets. Raises UserError if truncated."""
     if not path.is_file():
-        raise UserError(f"{path}: missing, though the index names it")
+        raise UserError(f"{path}: {missing(path)}, though the index names it")
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lib.errors import UserError
 from lib.models.sources import gguf_file, hub, store, wheel
-from lib.models.sources.reference import EXPECTED, Reference
+from lib.models.sources.reference import EXPECTED, Reference, missing
 from lib.models.sources.store import Tell, silent
 
 __all__ = ["checked", "fetch", "forget", "gguf", "local", "require", "verify"]
@@ -94,7 +94,8 @@ def require(reference: Reference) -> None:
         elif not path.is_dir():
             raise UserError(f"{path}: a file, and not a .gguf file; {EXPECTED}")
         elif not (path / "config.json").is_file():
-            raise UserError(f"{path / 'config.json'}: missing; a checkpoint folder holds config.json and *.safetensors")
+            config = path / "config.json"
+            raise UserError(f"{config}: {missing(config)}; a checkpoint folder holds config.json and *.safetensors")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such folder or file; {EXPECTED}") from None
     except OSError as error:  # what may not be looked at, or is too long for a name

@@ -4,6 +4,7 @@ A folder or a `.gguf` file by its path, a file or folder inside a wheel as `pack
 hub id such as `organisation/model`.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -68,3 +69,8 @@ def is_path(text: str, base: Path | None = None) -> bool:
 
 def _inside(path: str) -> bool:
     return not PurePosixPath(path).is_absolute() and ".." not in PurePosixPath(path).parts and "\\" not in path
+
+
+def missing(path: Path) -> str:
+    """Return in words how a file is missing: simply, or as a link that was copied without what it leads to."""
+    return f"a link to {os.readlink(path)}, which is not there (cp -rL copies files)" if path.is_symlink() else "missing"

@@ -148,6 +148,16 @@ def test_shards_without_an_index_are_refused(folder):
     assert "holds pytorch_model.bin and no" in fault(folder)
 
 
+@pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
+def test_links_that_were_copied_without_what_they_lead_to(folder, name):
+    (folder / name).unlink()
+    (folder / name).symlink_to("../../blobs/0123")
+    try:
+        assert fault(folder).startswith(f"{folder / name}: a link to ../../blobs/0123, which is not there (cp -rL")
+    except UserError as error:  # before anything is registered
+        assert name == "config.json" and "a link to ../../blobs/0123, which is not there" in str(error)
+
+
 def test_a_pointer_in_the_place_of_weights(folder):
     (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 269060552\n")
     assert fault(folder).startswith(f"{folder / WEIGHTS}: a pointer of git-lfs, not the weights")
