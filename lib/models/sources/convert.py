@@ -2,7 +2,7 @@
 
 Transformers reads and dequantizes the tensors; they are stored in bfloat16, whose rounding (2⁻⁹) is far below the step
 of a quantized file. What transformers leaves out is added: the split of the text before byte-pair encoding, where it
-does not know the file's, what llama.cpp does besides with such text, scaled rotations, and the generation
+does not know the file's, what llama.cpp does besides with a text, scaled rotations, and the generation
 configuration. Prints one line and exits with 2 where it cannot be done.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, decoders, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from lib.errors import UserError
@@ -108,6 +108,10 @@ def _tokenizer(file: Path, header: Callable[[str], Any]) -> Any:
         if header("tokenizer.ggml.pre") in WHOLE_PIECES:
             backend.model.ignore_merges = True
             begins |= {"add_bos_token": True} if header("tokenizer.ggml.add_bos_token") is None else {}
+    prepended = getattr(backend.pre_tokenizer, "prepend_scheme", "never") != "never"
+    if prepended and header("tokenizer.ggml.add_space_prefix") is False:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     special = {name: value for name in SPECIAL if (value := getattr(read, name, None)) is not None}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special, **begins)
     tokenizer.chat_template = header("tokenizer.chat_template") or None

@@ -54,7 +54,7 @@ def model(rows: int, seed: int = 0, **others) -> LlamaForCausalLM:
 def write(
     path: Path,
     llama: LlamaForCausalLM,
-    tokens: Tokenizer,
+    tokens: Tokenizer | list[str],
     quantized: str = "F32",
     architecture: str = "llama",
     pre: str = "smollm",
@@ -108,9 +108,21 @@ def write(
     return path
 
 
-def _write_tokenizer(writer, tokens: Tokenizer, pre: str) -> None:
+def _write_tokenizer(writer, tokens: Tokenizer | list[str], pre: str) -> None:
+    """Write a byte-level tokenizer, or, of a list, one of SentencePiece: the first three are its special tokens."""
     import gguf
 
+    if isinstance(tokens, list):
+        kinds = [gguf.TokenType.BYTE if token.startswith("<0x") else gguf.TokenType.NORMAL for token in tokens]
+        kinds[:3] = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL]
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(tokens)
+        writer.add_token_scores([-float(at) for at in range(len(tokens))])
+        writer.add_token_types(kinds)
+        writer.add_unk_token_id(0)
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        return
     vocabulary = sorted(tokens.get_vocab().items(), key=lambda item: item[1])
     kinds = [gguf.TokenType.CONTROL if token in SPECIAL else gguf.TokenType.NORMAL for token, _ in vocabulary]
     merges = json.loads(tokens.to_str())["model"]["merges"]

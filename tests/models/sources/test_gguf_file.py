@@ -217,3 +217,14 @@ def test_a_file_that_may_not_be_read_or_whose_name_is_too_long(tmp_path, origina
 
     monkeypatch.setattr(Path, "open", locked)
     assert refused(file) == f"{file}: cannot be read (Permission denied)"
+
+
+def test_a_text_begins_without_a_space_where_the_file_says_so(tmp_path):
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "ab", "▁ab"]
+    model = gguf_files.model(len(pieces))
+    for keys, first in (({}, "▁ab"), ({"tokenizer.ggml.add_space_prefix": False}, "ab")):
+        file = gguf_files.write(tmp_path / "tiny.gguf", model, pieces, keys=keys)
+        convert.convert(file, tmp_path / first)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / first)
+        assert tokenizer("ab").input_ids == [1, pieces.index(first)]
+        assert tokenizer.decode(tokenizer("ab ab").input_ids, skip_special_tokens=True) == "ab ab"
