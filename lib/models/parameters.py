@@ -130,14 +130,15 @@ def about_slice_parameters(description: ModelParameters) -> float:
     def count(*names: str) -> int:
         return next((config[name] for name in names if config.get(name)), 0)
 
-    experts = count("n_routed_experts", "num_experts")
+    experts = count("n_routed_experts", "num_experts", "num_local_experts")
     layers = description.slice.layers if description.slice else count("num_hidden_layers")
-    experts_width = experts * count("moe_intermediate_size")
+    experts_width = experts * count("moe_intermediate_size", "intermediate_size")
     # Architectures with shared experts have a dense first block (DeepSeek-AI 2024).
     dense = min(layers, 1 if count("n_shared_experts") else 0) if experts else layers
     widths = dense * count("intermediate_size") + (layers - dense) * experts_width
     heads = count("num_attention_heads") + count("num_key_value_heads")
-    blocks = 3 * widths + 2 * layers * heads * count("head_dim", "v_head_dim")
+    size = count("head_dim", "v_head_dim") or count("hidden_size") // (count("num_attention_heads") or 1)
+    blocks = 3 * widths + 2 * layers * heads * size
     ends = count("vocab_size") * (1 if count("tie_word_embeddings") else 2)
     tower = 12 * vision.get("hidden_size", 0) ** 2 * vision.get("depth", 0)
     return count("hidden_size") * (ends + blocks) + tower

@@ -147,3 +147,11 @@ def test_a_checkpoint_gets_a_name_and_keeps_it(tmp_path, checkpoint, monkeypatch
     monkeypatch.setenv("WORKBENCH_CACHE", "/proc/nowhere")
     with pytest.raises(UserError, match="cannot be written to"):
         parameters.register(str(checkpoint))
+
+
+def test_the_size_of_a_slice_counts_experts_and_heads_that_are_named_otherwise():
+    full = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    full |= {"intermediate_size": 14336, "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 32000}
+    mixtral = parameters.ModelParameters(checkpoint="a/b", architecture="mixtral", full=full, slice={"layers": 2})
+    attention, experts, ends = 2 * 40 * 128 * 4096, 8 * 3 * 14336 * 4096, 2 * 32000 * 4096
+    assert parameters.about_slice_parameters(mixtral) == 2 * (attention + experts) + ends
