@@ -171,7 +171,7 @@ def _load_with_manifest(folder: Path, dtype: torch.dtype | None, device: str) ->
         stored: dict[str, Callable[[], torch.Tensor]] = {
             name: partial(file.tensor, place) for name, place in file.places.items()
         }
-        sparse.restore(model, described.get("sparse", {}), stored, dtype)
+        sparse.restore(model, described.get("sparse", {}), stored, dtype, device)
         for name, old in [*model.named_parameters(), *model.named_buffers()]:
             if name in stored:
                 _place(model, name, old, stored.pop(name)(), dtype, device)

@@ -162,7 +162,7 @@ class FileBlocks:
             stored: dict[str, Callable[[], torch.Tensor]] = {
                 name: partial(opened.read, name) for name in opened.tensors
             }
-            sparse.restore(self.model, entry["sparse"], stored)
+            sparse.restore(self.model, entry["sparse"], stored, device=self.device)
             for name, read in stored.items():
                 owner, leaf = self.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
                 if leaf in owner._parameters:

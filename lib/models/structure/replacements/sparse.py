@@ -294,19 +294,23 @@ def restore(
     described: dict[str, dict],
     tensors: MutableMapping[str, Callable[[], torch.Tensor]],
     dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
 ) -> None:
-    """Insert the stored weights `described` into the dense `model` (possibly without weights), in place.
+    """Insert the stored weights `described` into the dense `model` (possibly without weights), in place, on `device`.
 
     `tensors`: name → function that reads the tensor; those that are used are removed from it. `dtype`: of the model's
-    other parameters; values in `csr` keep their own. Raises UserError naming a missing tensor.
+    other parameters; values in `csr` keep their own, but on a CPU those that were stored on CUDA. Raises UserError
+    naming a missing tensor.
     """
     weights = {}
     for name, entry in described.items():
         names = ("dense",) if entry["layout"] == "semi_structured" else ("crow", "columns", "values")
         if missing := [f"{name}.{part}" for part in names if f"{name}.{part}" not in tensors]:
             raise UserError(f"the checkpoint lacks {missing[0]}, which its manifest names; save the model again")
-        read = {part: tensors.pop(f"{name}.{part}")() for part in names}
-        if entry["layout"] != "csr" and dtype is not None:
+        read = {part: tensors.pop(f"{name}.{part}")().to(device) for part in names}
+        if entry["layout"] == "csr":
+            read["values"] = _values(read["values"])
+        elif dtype is not None:
             read = {part: t.to(dtype) if t.is_floating_point() else t for part, t in read.items()}
         weights[name] = from_parts(read, entry["layout"], tuple(entry["shape"]))
     store(model, weights)
