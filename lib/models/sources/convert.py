@@ -42,12 +42,14 @@ def convert(file: Path, folder: Path) -> None:
     tokenizer = _tokenizer(file, header)
     options: dict[str, Any] = {"gguf_file": file.name, "dtype": torch.bfloat16, "output_loading_info": True}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(file.parent, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(file.parent, **options)
     except (ValueError, KeyError, RuntimeError, ImportError, NotImplementedError) as error:
         raise UserError(
             f'architecture "{header("general.architecture")}" cannot be read ({" ".join(str(error).split())[:160]}); '
             "give the model's own checkpoint folder"
         ) from None
+    model, report = loaded
+    del loaded
     gguf_left_out.require_all_read(model, report["missing_keys"], reader.tensors)
     config = model.config
     gguf_left_out.state(config, header, reader.tensors)

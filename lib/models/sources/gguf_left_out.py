@@ -90,7 +90,7 @@ def _state_rotations(config: Any, own: Header, size: int, divisors: np.ndarray |
     if divisors is None or not by_frequency:
         rotations.update(rope_type="linear", factor=float(factor))
         return
-    factor = float(divisors.max())
+    factor = round(float(divisors.max()), 3)  # of a quotient in float32
     expected = _divisors(size, rotations["rope_theta"], factor)
     near = divisors.shape == expected.shape and np.allclose(divisors, expected, rtol=1e-3)
     if rotations is not everywhere or not near:

@@ -73,4 +73,4 @@ def _inside(path: str) -> bool:
 
 def missing(path: Path) -> str:
     """Return in words how a file is missing: simply, or as a link that was copied without what it leads to."""
-    return f"a link to {os.readlink(path)}, which is not there (cp -rL copies files)" if path.is_symlink() else "missing"
+    return f"a link to {os.readlink(path)}, which is not there (cp -rL copies it)" if path.is_symlink() else "missing"

@@ -199,7 +199,7 @@ def test_a_conversion_needs_two_bytes_for_a_number_whatever_the_file_takes(tmp_p
         usage = shutil._ntuple_diskusage(10**9, 10**9 - free, free)
         monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
         if free < needed:
-            with pytest.raises(UserError, match="its conversion: needs 0 MB in .* make room"):
+            with pytest.raises(UserError, match=r"its conversion: needs 0 MB in .* make room"):
                 convert.convert(file, tmp_path / "folder")
     convert.convert(file, tmp_path / "folder")
     assert (tmp_path / "folder" / "model.safetensors").stat().st_size < 2 * file.stat().st_size
