@@ -160,10 +160,22 @@ def by_its_rows(matrix: FactorableMatrix) -> bool:
 
 
 def root_of(gram_NN: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
-    """Return S, lower triangular, float64, with S·Sᵀ = X·Xᵀ but for a little damping."""
+    """Return S, lower triangular, float64, with SÂ·Sáµ = XÂ·Xáµ but for a little damping.
+
+    The products of one batch are float32, and fewer different inputs than dimensions leave variances that are zero but
+    for that rounding, which may be negative: then it takes ten times the damping, and so on up to the mean variance.
+    Raises LinAlgError where that does not help: the sums are not finite.
+    """
     damped = gram_NN.to(torch.float64, copy=True)
-    damped.diagonal().add_(damping * damped.diagonal().mean().clamp_min(1e-12))
-    return torch.linalg.cholesky(damped)
+    mean, added = damped.diagonal().mean().clamp_min(1e-12), 0.0
+    while True:
+        damped.diagonal().add_((damping - added) * mean)
+        root, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            return root
+        if damping >= 1:
+            return torch.linalg.cholesky(damped)  # raises, and says why
+        damping, added = 10 * damping, damping
 
 
 def factorise(spectrum: Spectrum, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

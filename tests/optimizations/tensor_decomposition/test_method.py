@@ -91,6 +91,22 @@ def test_an_input_that_is_never_active_needs_no_care(correlated):
     assert float((x_TN.double() @ (weight.double() - outer @ inner).T).norm() / (x_TN @ weight.T).norm()) < 1e-2
 
 
+def test_rounding_that_leaves_a_negative_variance_is_damped_away():
+    """128 tokens of which 60 are different leave directions without variance but for the rounding of float32 products,
+    which may be negative: this ended the analysis with `linalg.cholesky: … not positive-definite`.
+    """
+    x_TN = torch.randn(60, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float64).repeat(3, 1)[:128]
+    gram = x_TN.T @ x_TN
+    mean = gram.diagonal().mean()
+    empty = torch.linalg.eigh(gram).eigenvectors[:, 0]
+    gram -= 3e-5 * mean * torch.outer(empty, empty)
+    root = low_rank.root_of(gram)
+    assert float((root @ root.T - gram).abs().max()) < 1e-3 * float(mean)
+    weight = torch.randn(160, 128, generator=torch.Generator().manual_seed(1))
+    outer, inner = low_rank.factorise(low_rank.spectrum_of(matrix_of(weight), gram), 60)
+    assert float((x_TN @ (weight.double() - outer @ inner).T).norm() / (x_TN @ weight.double().T).norm()) < 1e-2
+
+
 @pytest.mark.parametrize("method", ["plain", "whitened"])
 def test_full_rank_changes_nothing(tiny, name, batch, text, method):
     """Linear layers, latent projections, shared experts, and the Tucker form of stacked experts."""
