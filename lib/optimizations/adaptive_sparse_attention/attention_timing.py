@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from lib.measure.compare import speed
 from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement
+from lib.measure.metrics.busy import withhold_if_busy
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.pairs import Pairs
 from lib.measure.metrics.process_variance import PART_SIGMA
@@ -194,6 +195,13 @@ def whole_model(
     decode: dict[str, Any] = {"names": ("decode",), "costs": costs}
     decode |= {"baseline_costs": dict(formula["baseline_costs"])}
     return reading_prompt, speed.compare(every_page(baseline, knobs), optimized, prompt_1T, effort, **decode, **options)
+
+
+def all_timed(prefill: Compared, decode: Compared, alone: AttentionTimes) -> list[Measurement]:
+    """Return all that was timed, that of attention alone at the longest prompt last. Nothing of it is judged where the
+    machine was busy or the rounds too few for a part of it: so the record says, and what is shown says the same.
+    """
+    return withhold_if_busy([*prefill.measurements, *decode.measurements, *alone.measurements])
 
 
 def bounds(prefill: Compared, decode: Compared) -> pd.DataFrame:

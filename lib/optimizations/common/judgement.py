@@ -1,14 +1,16 @@
 """Is it still right? The gate, then the same held-out questions to both arms: what every notebook that changes a model
-asks. Knows no optimization.
+asks; and whether what was timed is judged at all. Knows no optimization.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement
+from lib.measure.metrics.busy import withhold_if_busy
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
 from lib.measure.quality import answer_comparison, evaluate, sanity
@@ -58,3 +60,11 @@ def judge(
 def invalid(measurements: list[Measurement], reason: str) -> list[Measurement]:
     """Return the measurements without their numbers, invalid for `reason`."""
     return [measurement.invalid(m.metric, m.workload, reason) for m in measurements]
+
+
+def timed(compared: Compared, beside: Sequence[Measurement] = ()) -> Compared:
+    """Return a comparison in which nothing timed is judged where the record will judge nothing timed: in it, or in what
+    was timed `beside` it, the machine was busy or the rounds too few. So tables, break-even and answers say the same.
+    """
+    every = withhold_if_busy([*compared.measurements, *beside])
+    return replace(compared, measurements=every[: len(compared.measurements)])

@@ -14,6 +14,7 @@ from torch import nn
 from lib.errors import UserError
 from lib.measure.compare import speed
 from lib.measure.metrics import measurement
+from lib.measure.metrics.busy import why_busy
 from lib.measure.metrics.decision import BUSY_FLOOR
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
@@ -29,6 +30,7 @@ TIMED = ("prefill", "decode")
 RATES = ("prefill_tokens_per_second", "decode_tokens_per_second")
 PREVIEW_WINDOWS, PREVIEW_TOKENS = 4, 128  # of held-out text, on which rivals are judged at effort preview
 EQUAL_BYTES = "as large as the yardstick"  # the purpose of an arm
+UNTOLD = "not told apart"
 
 
 def reference(baseline: nn.Module, text: Text, effort: Effort, windows: int | None = None) -> Text:
@@ -163,17 +165,19 @@ def beside(chosen: ThirdArm | None, arms: Sequence[ThirdArm]) -> str:
 
 def raced(measurements: Sequence[Measurement], arms: Sequence[ThirdArm]) -> str:
     """Return a sentence on each timed yardstick among `arms`: in what the optimized model, whose rates are among the
-    `measurements`, is faster or slower. They are told apart where intervals and noise floors let them.
+    `measurements`, is faster or slower. They are told apart where intervals and noise floors let them, and where both
+    were timed on a quiet machine.
     """
     own = {m.workload: m for m in measurements if m.metric in RATES}
     said = []
     for arm in _yardsticks(arms):
         words: dict[str, list[str]] = {}
+        quiet = why_busy(measurements) is None and why_busy(arm.measurements) is None
         for rate in arm.measurements:
             mine = own.get(rate.workload)
             if rate.metric in RATES and rate.ratio and mine is not None and mine.ratio:
                 where = f"{rate.workload} ({mine.ratio:.3g}× against {rate.ratio:.3g}×)"
-                words.setdefault(_faster(mine, rate), []).append(where)
+                words.setdefault(_faster(mine, rate) if quiet else UNTOLD, []).append(where)
         if words:
             parts = [f"{word} in {' and '.join(where)}" for word, where in words.items()]
             said.append(f"Compared with {arm.name} the optimized model is {', and '.join(parts)}.")
@@ -189,7 +193,7 @@ def _faster(own: Measurement, their: Measurement) -> str:
             return "faster"
         if own.ci[1] < their.ci[0]:
             return "slower"
-    return "not told apart"
+    return UNTOLD
 
 
 def _yardsticks(arms: Sequence[ThirdArm]) -> list[ThirdArm]:

@@ -17,6 +17,7 @@ from lib.errors import NotApplicable, UserError
 from lib.measure.compare import speed
 from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement
+from lib.measure.metrics.busy import withhold_if_busy
 from lib.measure.metrics.measurement import Measurement
 from lib.models.checkpoints import io
 from lib.models.structure.anatomy import anatomy
@@ -136,12 +137,13 @@ def overhead(setup: PartsSetup, identity: nn.Module, prompt_BT: torch.Tensor) ->
     arms = (setup.loaded.model, identity, prompt_BT, setup.effort)
     names = ("prefill",) if setup.effort.preview else ("prefill", "decode")
     unchanged = speed.compare(*arms, names=names, with_energy=False, seed=setup.seed)
-    return [
+    rates = [
         measurement.from_pairs(
             speed.METRICS_OF[name][0], name, timed.pairs, timed.baseline.tokens, timed.control, margin=OVERHEAD_MARGIN
         )
         for name, timed in unchanged.timed.items()
     ]
+    return withhold_if_busy(rates)
 
 
 def exchange_live(setup: PartsSetup, study: PairStudy, prompt_BT: torch.Tensor) -> LiveExchange:

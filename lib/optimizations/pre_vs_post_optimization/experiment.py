@@ -168,7 +168,7 @@ def identity_control(
     answers = [evaluate.evaluate(setup.loaded, setup.quick, model=model, seed=seed) for model in (baseline, identity)]
     same = answer_comparison.compare(*answers, resamples=setup.effort.resamples, seed=seed)
     arms = (baseline, identity, prompt_BT, setup.effort)
-    unchanged = speed.compare(*arms, names=("prefill", "decode"), with_energy=False, seed=seed)
+    unchanged = judgement.timed(speed.compare(*arms, names=("prefill", "decode"), with_energy=False, seed=seed))
     return [*same, *(m for m in unchanged.measurements if m.dimension == "performance")]
 
 

@@ -19,7 +19,7 @@ from lib.measure.metrics.settings import Effort
 from lib.measure.quality.answers import Text
 from lib.measure.roofline import cost_model
 from lib.models.calibration.second_moments import matrices
-from lib.optimizations.common import rival_arms
+from lib.optimizations.common import judgement, rival_arms
 from lib.optimizations.common.compression import weight_only
 from lib.optimizations.common.evidence import claims
 from lib.optimizations.common.evidence.claims import ThirdArm
@@ -238,4 +238,4 @@ def zeros_stored_dense(
         "seed": setup.seed,
     }
     compared = speed.compare(setup.baseline, model.tuned.model, prompt_BT, effort, invalid=invalid, **options)
-    return [ThirdArm("zeros stored dense", "the mask without the format", compared.measurements)]
+    return [ThirdArm("zeros stored dense", "the mask without the format", judgement.timed(compared).measurements)]

@@ -34,7 +34,7 @@ from lib.models.offload.residency import Plan
 from lib.models.offload.streamer import Streamer
 from lib.models.structure.anatomy import anatomy
 from lib.models.tasks import corpus
-from lib.optimizations.common import absorbed_baseline
+from lib.optimizations.common import absorbed_baseline, judgement
 from lib.optimizations.streaming_computation import method, read_bound
 from lib.optimizations.streaming_computation.limited import decoding as limited_decoding
 from lib.optimizations.streaming_computation.limited.decoding import LimitedDecoding
@@ -209,12 +209,13 @@ def compared(
 ) -> Compared:
     """Return the workloads of the streamed model against the resident one, whose latents are decoded absorbed.
 
-    All standard ones and energy of a `proxy`; at real dimensions a prompt and decoding. `invalid`: see `speed.compare`.
+    All standard ones and energy of a `proxy`; at real dimensions a prompt and decoding. `invalid`: see `speed.compare`;
+    what is judged: see `judgement.timed`.
     """
     timing: dict[str, Any] = {"names": speed.STANDARD if proxy else ("prefill", "decode"), "with_energy": proxy}
     timing |= {"invalid": invalid, "except_for": ("experts",), "seed": seed, **_formulas(baseline, absorbed)}
     fair = absorbed_baseline.absorbed_baseline(baseline)
-    return speed.compare(fair, optimized, prompt_1T, effort, **timing)
+    return judgement.timed(speed.compare(fair, optimized, prompt_1T, effort, **timing))
 
 
 def paid(apply_seconds: float, costs: list[Measurement]) -> list[Measurement]:

@@ -6,6 +6,7 @@ Everything is computed from what `experiment` and `rivals` have measured.
 
 import pandas as pd
 
+from lib.measure.metrics.busy import why_busy
 from lib.measure.metrics.measurement import Measurement
 from lib.optimizations.common.evidence import claims, relations
 from lib.optimizations.common.evidence.claims import ClaimAnswer, ThirdArm
@@ -27,8 +28,16 @@ def refutations(arms: list[ThirdArm], measurements: list[Measurement]) -> list[C
     return [
         claims.harms_less(CLAIMS[0], chosen, by_chance, ("the idle ones", f"{RANDOM_SEEDS} random choices")),
         claims.harms_less(CLAIMS[1], chosen, by_weights, ("the idle ones", "by weights")),
-        claims.gain_drowns(CLAIMS[2], measurements),
+        _drowns(CLAIMS[2], measurements),
     ]
+
+
+def _drowns(claim: str, measurements: list[Measurement]) -> ClaimAnswer:
+    """Return the answer by the times; none where the machine was too busy, or the run too short, for judging any."""
+    answer, reason = claims.gain_drowns(claim, measurements), why_busy(measurements)
+    if reason is None:
+        return answer
+    return claim, None, answer[2] if reason in answer[2] else f"{answer[2]}; {reason}"
 
 
 def replications(setup: PruningSetup, measurements: list[Measurement], granularity: str) -> list[relations.Judged]:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pandas as pd
 
 from lib.measure.metrics import measurement
-from lib.optimizations.adaptive_sparse_attention import experiment
+from lib.optimizations.adaptive_sparse_attention import attention_timing, experiment
 from lib.optimizations.adaptive_sparse_attention.attention_timing import PagesRead
 from lib.optimizations.adaptive_sparse_attention.experiment import PromptLengths
 
@@ -56,3 +56,18 @@ def test_random_weights_say_nothing_of_where_mass_lies():
     density, short, layers, kernel = _judged([_row(1024, 0.8), _row(4096, 1.9)], _prefill(1.2), random_weights=True)
     assert density.held is layers.held is None and density.evidence.startswith("random weights; 1,024 tokens")
     assert short.held and kernel.held
+
+
+def test_attention_alone_is_not_judged_where_decoding_was_too_noisy():
+    """The claim was refuted by a time that the record does not judge."""
+    rate = _prefill(0.7)[0].model_copy(update={"verdict": "worse", "noise_floor": 0.02})
+    noisy = measurement.informative("decode_tokens_per_second", "decode", 100.0, 99.0, "by hand")
+    noisy = noisy.model_copy(update={"verdict": "inconclusive", "noise_floor": 0.12, "reason": "the noise floor of 12 %"})
+    alone = measurement.informative("attention_ms", "attention of one block, 4096 tokens", 1.0, 1.5, "by hand")
+    alone = alone.model_copy(update={"verdict": "worse", "noise_floor": 0.05})
+    parts = [SimpleNamespace(measurements=[m]) for m in (rate, noisy, alone)]
+    timed = attention_timing.all_timed(*parts)
+    assert [m.metric for m in timed] == [rate.metric, noisy.metric, alone.metric]
+    assert {m.verdict for m in timed} == {"inconclusive"} and timed[-1].reason == noisy.reason
+    quiet = [parts[0], SimpleNamespace(measurements=[]), parts[2]]
+    assert attention_timing.all_timed(*quiet)[-1].verdict == "worse"

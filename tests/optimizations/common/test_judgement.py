@@ -2,7 +2,9 @@
 
 from types import SimpleNamespace
 
+from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement
+from lib.measure.metrics.measurement import Measurement
 from lib.optimizations.common import judgement
 
 SCORE = measurement.informative("f1_macro", "classify", 0.9, 0.8, "planted")
@@ -37,3 +39,20 @@ def test_answers_that_are_no_numbers_are_not_compared(monkeypatch):
     loaded, effort = SimpleNamespace(random_weights=False), SimpleNamespace(resamples=10)
     judged = judgement.judge(loaded, "optimized", effort, 3, sample_BT="text")
     assert compared == [("base", "base")] and [m.verdict for m in judged.measurements] == ["invalid"]
+
+
+def _rate(workload: str, verdict: str, floor: float, reason: str | None = None) -> Measurement:
+    rate = measurement.informative(f"{workload}_tokens_per_second", workload, 100.0, 120.0, "planted", ratio=1.2)
+    return rate.model_copy(update={"verdict": verdict, "noise_floor": floor, "ci": (1.1, 1.3), "reason": reason})
+
+
+def test_a_table_judges_no_speed_that_the_record_will_not_judge():
+    """The table said `better`, and the break-even paid, where the record said that nothing timed is judged."""
+    prefill, noisy = _rate("prefill", "better", 0.01), _rate("decode", "inconclusive", 0.12, "the noise floor of 12 %")
+    quiet = Compared([prefill, _rate("decode", "better", 0.02)], details={"kept": 1})
+    assert judgement.timed(quiet) == quiet
+    within = judgement.timed(Compared([prefill, noisy], details={"kept": 1}))
+    beside = judgement.timed(quiet, [noisy])
+    for compared in (within, beside):
+        assert [m.verdict for m in compared.measurements] == ["inconclusive"] * 2
+        assert compared.measurements[0].reason == noisy.reason and compared.details == {"kept": 1}

@@ -67,6 +67,8 @@ def test_speed_beside_a_yardstick():
     noisy = _arm("int8", 0.34, 7e-5, _rate("prefill", 0.94, floor=0.12))
     assert "not told apart in prefill" in rival_arms.raced(own, [noisy])
     assert "slower in prefill" in rival_arms.raced([_rate("prefill", 0.5)], [int8])
+    busy = _rate("decode", 1.0, floor=0.12).model_copy(update={"reason": "the noise floor of 12 % is above 10 %"})
+    assert "not told apart in prefill" in rival_arms.raced([own[0], busy], [int8]), "nothing timed there is judged"
     assert rival_arms.raced([], [int8]) == ""
     both = rival_arms.raced([_rate("prefill", 1.5), _rate("decode", 1.5)], [int8])
     assert "faster in prefill (1.5× against 0.94×) and decode (1.5× against 1.05×)." in both

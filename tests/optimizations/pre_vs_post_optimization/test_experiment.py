@@ -122,6 +122,18 @@ def test_the_return_in_words():
     assert returns.in_words([]).startswith("the break-even is unknown")
 
 
+def test_a_stack_pays_nothing_back_where_nothing_timed_is_judged():
+    rates = []
+    for workload, floor in (("prefill", 0.01), ("decode", 0.12)):
+        rate = measurement.informative(f"{workload}_tokens_per_second", workload, 100.0, 120.0, "planted", ratio=1.2)
+        facts = {"verdict": "better", "noise_floor": floor, "reason": "too noisy" if floor > 0.1 else None}
+        rates.append(rate.model_copy(update=facts))
+    stack = method.AppliedStack(None, [], 1.0, 2.0, "estimated", "planted")
+    assert "pays from" in returns.in_words(returns.returns(stack, rates[:1]))
+    withheld = judgement.timed(Compared(rates)).measurements
+    assert returns.in_words(returns.returns(stack, withheld)) == "never pays: no gain was shown (inconclusive)"
+
+
 def test_the_gain_of_an_only_part_has_the_interval_of_the_processes_that_timed_it(monkeypatch):
     """Six processes that differ by more than their rounds do: the interval is the judged one, and so is the source."""
     random = np.random.default_rng(0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lib.errors import NotApplicable
-from lib.measure.metrics import settings
+from lib.measure.metrics import busy, measurement, settings
 from lib.measure.quality import evaluate
 from lib.models.calibration.activations import observe
 from lib.models.calibration.distillation import Lessons
@@ -171,6 +171,18 @@ def test_rivals_lose_the_same_share_and_every_claim_is_answered(setup):
     pd.testing.assert_frame_equal(curves, rivals.impact(rival_cuts))
     assert set(curves.arm) == set(method.SALIENCIES) and curves.strength.min() == 10
     assert tuple(claim for claim, _, _ in outcome.refutations(arms, [])) == outcome.CLAIMS
+
+
+def test_a_gain_that_is_not_judged_for_noise_elsewhere_does_not_drown():
+    """Withheld for the sake of another rate, whose noise floor is above a tenth."""
+    both = []
+    for workload, floor, reason in (("prefill", 0.01, None), ("decode", 0.12, "the noise floor of 12 % is above 10 %")):
+        rate = measurement.informative(f"{workload}_tokens_per_second", workload, 100.0, 120.0, "planted", ratio=1.2)
+        facts = {"verdict": "better", "noise_floor": floor, "ci": (1.15, 1.25), "reason": reason}
+        both.append(rate.model_copy(update=facts | {"predicted": 1.3 if workload == "prefill" else 1.1}))
+    assert outcome.refutations([], both[:1])[2][1] is False
+    _, refuted, evidence = outcome.refutations([], busy.withhold_if_busy(both))[2]
+    assert refuted is None and evidence.startswith("prefill: ") and evidence.endswith("12 % is above 10 %")
 
 
 def test_without_text_nothing_can_be_told(setup):
