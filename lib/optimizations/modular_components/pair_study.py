@@ -94,7 +94,9 @@ class Contrasts:
         return counts
 
     def reading(self) -> str:
-        """Return two sentences on the heat maps: how many cells exclude zero, and which is the largest."""
+        """Return two sentences on the heat maps: how many cells exclude zero, and which is the largest, with its
+        interval where there are rounds enough for one.
+        """
         cells = ((name, clear, f"of {total}" if total else "of none") for name, (clear, total) in self.clear().items())
         counts = ", ".join(f"{name} {clear} {total}" for name, clear, total in cells)
         if not counts:
@@ -102,9 +104,13 @@ class Contrasts:
         name = next(iter(self.headings))
         largest = self.pairs.iloc[int(np.nanargmax(self.pairs[name].abs()))]
         pair = interactions.named(largest["first"], largest["second"])
+        shown = "{:+.4f}".format if name == "loss" else "{:+.1%}".format
+        unit = "nats per token" if name == "loss" else "of the baseline's time"
+        low, high = largest[f"{name}_low"], largest[f"{name}_high"]
+        span = "without an interval" if pd.isna(low) else f"95 % interval {shown(low)} to {shown(high)}"
         return (
             f"Intervals exclude zero in these numbers of cells: {counts}. The largest {name} interaction is that of "
-            f"{pair}, {largest[name]:+.1%} of the baseline's time."
+            f"{pair}, {shown(largest[name])} {unit} ({span})."
         )
 
     @property
@@ -131,7 +137,7 @@ class Contrasts:
     def refuted(self) -> tuple[bool | None, str]:
         """Return whether more intervals exclude zero than one in twenty would by chance (binomial, 97.5 %).
 
-        None where some do, but no more than chance explains, or where no pair works.
+        None where some do, but no more than chance explains, where chance would explain all, or where no pair works.
         """
         counts = self.clear().values()
         clear, total = sum(some for some, _ in counts), sum(every for _, every in counts)
@@ -139,4 +145,6 @@ class Contrasts:
             return None, "too few rounds for an interval" if self.headings else "no pair works"
         limit = int(binom.ppf(0.975, total, 0.05))
         evidence = f"{clear} of {total} intervals exclude zero; chance explains up to {limit}"
+        if limit >= total:
+            return None, f"{evidence}: too few intervals to tell more than chance"
         return (True if clear > limit else None if clear else False), evidence

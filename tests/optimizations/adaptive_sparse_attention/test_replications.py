@@ -62,7 +62,7 @@ def test_attention_alone_is_not_judged_where_decoding_was_too_noisy():
     """The claim was refuted by a time that the record does not judge."""
     rate = _prefill(0.7)[0].model_copy(update={"verdict": "worse", "noise_floor": 0.02})
     noisy = measurement.informative("decode_tokens_per_second", "decode", 100.0, 99.0, "by hand")
-    noisy = noisy.model_copy(update={"verdict": "inconclusive", "noise_floor": 0.12, "reason": "the noise floor of 12 %"})
+    noisy = noisy.model_copy(update={"verdict": "inconclusive", "noise_floor": 0.12, "reason": "too noisy"})
     alone = measurement.informative("attention_ms", "attention of one block, 4096 tokens", 1.0, 1.5, "by hand")
     alone = alone.model_copy(update={"verdict": "worse", "noise_floor": 0.05})
     parts = [SimpleNamespace(measurements=[m]) for m in (rate, noisy, alone)]

@@ -2,6 +2,7 @@
 
 import copy
 import types
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -55,6 +56,25 @@ def test_an_interval_without_width_is_not_held_against_chance():
     assert contrasts.clear() == {"prefill": (2, 3)} and "2 of 3" in contrasts.refuted()[1]
 
 
+def test_one_interval_cannot_show_that_interactions_are_rare():
+    """Chance explains one of one, so that no outcome could have refuted the claim: it was called not refuted."""
+    for ends in ((-0.1, 0.1), (0.1, 0.2)):
+        refuted, evidence = _contrasts(ends).refuted()
+        assert refuted is None and evidence.endswith("up to 1: too few intervals to tell more than chance")
+    assert _contrasts(*[(-0.1, 0.1)] * 2).refuted()[0] is False
+
+
+def test_the_largest_interaction_has_its_interval_or_says_that_there_is_none():
+    assert _contrasts((0.1, 0.2)).reading().endswith("+15.0% of the baseline's time (95 % interval +10.0% to +20.0%).")
+    few = _contrasts((0.1, 0.2))
+    few.pairs[["prefill_low", "prefill_high"]] = None
+    assert few.reading().endswith("+15.0% of the baseline's time (without an interval).")
+    lost = _contrasts((0.1, 0.2))
+    renamed = lost.pairs.rename(columns=lambda name: name.replace("prefill", "loss"))
+    ends = "a â b, +0.1500 nats per token (95 % interval +0.1000 to +0.2000)."
+    assert replace(lost, pairs=renamed).reading().endswith(ends)
+
+
 def test_a_part_that_only_slows_the_model_down_is_named(monkeypatch):
     touches = {"slow": ("attention",), "small": ("storage",), "faster later": ("attention",), "unsure": ("attention",)}
     described = {stem: types.SimpleNamespace(COMPOSES={"touches": names}) for stem, names in touches.items()}
@@ -87,13 +107,14 @@ def _overhead(verdict: str) -> list[measurement.Measurement]:
 )
 def test_every_claim_has_its_answer(verdict, forced, identical, outcomes):
     exchanged = LiveExchange([0.001], [{"swapped in": "a"}], identical)
-    findings = (_study(forced), _contrasts((-0.1, 0.1)), _overhead(verdict), exchanged, _stack("a", "b"))
+    contrasts = _contrasts(*[(-0.1, 0.1)] * 10)
+    findings = (_study(forced), contrasts, _overhead(verdict), exchanged, _stack("a", "b"))
     answers = experiment.refutations(*findings)
     assert [claim for claim, _, _ in answers] == list(experiment.CLAIMS)
     assert [refuted for _, refuted, _ in answers] == outcomes
     sentence = experiment.sentence(*findings)
     assert sentence.startswith("The stack that is judged: a → b, at 100% of each part's strength. ")
-    assert "1 of 2 ordered pairs work" in sentence and "0 of 1 intervals exclude zero" in sentence
+    assert "1 of 2 ordered pairs work" in sentence and "0 of 10 intervals exclude zero" in sentence
 
 
 def test_what_did_not_happen_tells_nothing():
