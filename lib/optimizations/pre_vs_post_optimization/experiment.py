@@ -233,8 +233,8 @@ class Attribution:
         return f"Shapley values: {'; '.join(f'{row.arm} {row.value:+.3f}' for row in rows.itertuples())}."
 
     def reading(self) -> str:
-        """Return two sentences: the whole gain in prefill, and the part that contributes most of it; or why
-        nothing is shared out.
+        """Return two sentences: the whole gain in prefill, and the part with the largest share, which is most of it
+        where it is more than half of a gain; or why nothing is shared out.
         """
         if self.shares.empty:
             if self.source == EMPTY_STACK:
@@ -244,12 +244,15 @@ class Attribution:
         whole = rows[rows["part"] == attribution.WHOLE].iloc[0]
         parts = rows[rows["part"] != attribution.WHOLE]
         first = (
-            f"In prefill the whole stack gains {whole.value:+.3f} of log-speed ({whole.low:+.3f} to {whole.high:+.3f})."
+            f"In prefill the whole stack {'gains' if whole.value > 0 else 'changes by'} {whole.value:+.3f} of log-speed "
+            f"({whole.low:+.3f} to {whole.high:+.3f})."
         )
         if len(parts) == 1:
             return f"{first} All of it is owed to {parts.iloc[0].part}, its only part."
         best = parts.loc[parts["value"].idxmax()]
-        return f"{first} Most of it is owed to {best.part}, {best.value:+.3f} ({best.low:+.3f} to {best.high:+.3f})."
+        most = whole.value > 0 and best.value > whole.value / 2
+        owed = "Most of it is owed to" if most else "The largest share is that of"
+        return f"{first} {owed} {best.part}, {best.value:+.3f} ({best.low:+.3f} to {best.high:+.3f})."
 
 
 def attributed(

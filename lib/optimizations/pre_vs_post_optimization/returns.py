@@ -44,11 +44,11 @@ def returns(applied: AppliedStack, measurements: Sequence[Measurement]) -> list[
 def account(applied: AppliedStack, rate: Measurement, points: int = 24) -> list[dict]:
     """Return rows `strength` (tokens, in thousands), `value` (seconds), `arm`: the total time for that many tokens.
 
-    The optimized arm starts with the seconds of applying. The range ends at twice the break-even, or where applying
-    would be a tenth of the baseline's time.
+    The optimized arm starts with the seconds of applying, and saves by the judged ratio, as `returns` does: so the lines
+    cross at the break-even. The range ends at twice that, or where applying would be a tenth of the baseline's time.
     """
-    assert rate.baseline and rate.optimized, "a rate without numbers"
-    before, after = 1 / rate.baseline, 1 / rate.optimized
+    assert rate.baseline and rate.ratio, "a rate without numbers"
+    before, after = 1 / rate.baseline, 1 / (rate.baseline * rate.ratio)
     end = 2 * applied.seconds / (before - after) if after < before else 10 * applied.seconds / before
     rows = []
     for tokens in np.linspace(0, end, points):
@@ -60,7 +60,7 @@ def account(applied: AppliedStack, rate: Measurement, points: int = 24) -> list[
 
 
 def in_words(rows: Sequence[Measurement]) -> str:
-    """Return from how many prompt tokens on the stack pays, by time, or why it never does."""
+    """Return from how many prompt tokens on the stack pays, by time, or why that it does is not shown."""
     prefill = (m for m in rows if m.metric == "break_even_tokens" and m.workload.startswith("prefill"))
     point = next(prefill, None)
     if point is None:
@@ -68,7 +68,7 @@ def in_words(rows: Sequence[Measurement]) -> str:
     return (
         f"pays from about {_two_figures(point.optimized)} tokens on"
         if point.optimized
-        else f"never pays: {point.reason}"
+        else f"is not shown to pay: {point.reason}"
     )
 
 

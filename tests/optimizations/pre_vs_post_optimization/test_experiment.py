@@ -52,6 +52,13 @@ def test_shares_are_read_from_the_largest():
     shared = Attribution(pd.DataFrame(rows), "planted")
     first, second = shared.reading().split(". ", 1)
     assert reading.two(f"{first}.", second) and "owed to b, +0.300" in second
+    even = {"a": 0.1, "b": 0.12, "c": 0.1, attribution.WHOLE: 0.32}
+    slower = {"a": -0.3, "b": 0.1, attribution.WHOLE: -0.2}
+    for shares, begun in ((even, "gains +0.320"), (slower, "changes by -0.200")):
+        rows_of = [{"what": "prefill", "part": part, "value": value} for part, value in shares.items()]
+        frame = pd.DataFrame([row | {"low": row["value"] - 0.1, "high": row["value"] + 0.1} for row in rows_of])
+        text = Attribution(frame, "planted").reading()
+        assert begun in text and "The largest share is that of b, +0.1" in text and "Most of it" not in text
     only = Attribution(pd.DataFrame(rows)[lambda frame: frame.part != "a"], "planted")
     assert only.reading().endswith("(+0.300 to +0.500). All of it is owed to b, its only part.")
     assert list(shared.speeds().arm)[:2] == ["a, prefill", "b, prefill"] and len(shared.losses()) == 3
@@ -116,7 +123,7 @@ def test_a_sweep_without_points_is_empty():
 
 def test_the_return_in_words():
     text = returns.in_words([measurement.unavailable("break_even_tokens", "prefill, by time", "no gain was shown")])
-    assert text == "never pays: no gain was shown"
+    assert text == "is not shown to pay: no gain was shown"
     paid = measurement.informative("break_even_tokens", "prefill, by time", None, 44911.3, "planted")
     assert returns.in_words([paid]) == "pays from about 45,000 tokens on", "the saving is known to a tenth"
     assert returns.in_words([]).startswith("the break-even is unknown")
@@ -131,7 +138,7 @@ def test_a_stack_pays_nothing_back_where_nothing_timed_is_judged():
     stack = method.AppliedStack(None, [], 1.0, 2.0, "estimated", "planted")
     assert "pays from" in returns.in_words(returns.returns(stack, rates[:1]))
     withheld = judgement.timed(Compared(rates)).measurements
-    assert returns.in_words(returns.returns(stack, withheld)) == "never pays: no gain was shown (inconclusive)"
+    assert returns.in_words(returns.returns(stack, withheld)) == "is not shown to pay: no gain was shown (inconclusive)"
 
 
 def test_the_gain_of_an_only_part_has_the_interval_of_the_processes_that_timed_it(monkeypatch):

@@ -333,6 +333,11 @@ def test_break_even_is_what_was_spent_over_what_a_token_saves():
     at = {(row["arm"], round(row["strength"], 6)): row["value"] for row in rows}
     assert at["before", 4.0] == pytest.approx(40.0) and at["after, with applying", 4.0] == pytest.approx(30.0)
     assert at["after, with applying", 0.0] == 10.0
+    rows = returns.account(applied, crossed)
+    saved = {(row["arm"], row["strength"]): row["value"] for row in rows}
+    end = max(row["strength"] for row in rows)
+    assert end == pytest.approx(2 * paid_off.optimized / 1000), "the figure ends at twice the break-even that is stated"
+    assert saved["before", end] - saved["after, with applying", end] == pytest.approx(10.0), "twice 10 s less 10 s"
     never = returns.account(applied, _rate("worse", 100.0, 50.0))
     assert max(row["strength"] for row in never) == pytest.approx(10 * 10.0 * 100 / 1000)
 
