@@ -244,8 +244,8 @@ class Attribution:
         whole = rows[rows["part"] == attribution.WHOLE].iloc[0]
         parts = rows[rows["part"] != attribution.WHOLE]
         first = (
-            f"In prefill the whole stack {'gains' if whole.value > 0 else 'changes by'} {whole.value:+.3f} of log-speed "
-            f"({whole.low:+.3f} to {whole.high:+.3f})."
+            f"In prefill the whole stack {'gains' if whole.value > 0 else 'changes by'} {whole.value:+.3f} of "
+            f"log-speed ({whole.low:+.3f} to {whole.high:+.3f})."
         )
         if len(parts) == 1:
             return f"{first} All of it is owed to {parts.iloc[0].part}, its only part."

@@ -17,6 +17,7 @@ CLAIMS = (
     "An earlier build did better.",
 )
 DIFFERS = ("better", "worse", "not_maintained")
+UNCLEAR = ("inconclusive", "not_exercised", "invalid", "unavailable")
 
 
 def biased(control: Sequence[Measurement]) -> list[str]:
@@ -29,17 +30,20 @@ def refutations(
 ) -> list[ClaimAnswer]:
     """Return (claim, whether it is refuted, evidence) for each of CLAIMS.
 
-    `changes` counts what could be judged against an earlier build, `regressions` names what got worse since.
+    `changes` counts what could be judged against an earlier build, `regressions` names what got worse since. The
+    identity transform has to come out equivalent: what is undecided does not show that there is no bias.
     """
     judged = [m for m in control if m.verdict not in ("informative", "unavailable", "invalid")]
     differing, names = biased(judged), ", ".join(regressions)
+    undecided = [m for m in judged if m.verdict in UNCLEAR]
+    alike = f"{len(differing)} of {len(judged)} metrics differ, {len(undecided)} undecided"
     held = [m for m in quality if m.margin is not None]
     below = [m for m in held if m.verdict in ("not_maintained", "worse")]
-    unclear = [m for m in held if m.verdict in ("inconclusive", "not_exercised", "invalid", "unavailable")]
+    unclear = [m for m in held if m.verdict in UNCLEAR]
     fallen = True if below else None if unclear or not held else False
     counts = f"{len(below)} of {len(held)} metrics below their margin, {len(unclear)} undecided"
     answers = (
-        (bool(differing) if judged else None, f"{len(differing)} of {len(judged)} metrics differ"),
+        (True if differing else None if undecided or not judged else False, alike),
         (fallen, counts),
         (
             bool(regressions) if changes else None,

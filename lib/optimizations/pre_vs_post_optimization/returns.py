@@ -44,7 +44,7 @@ def returns(applied: AppliedStack, measurements: Sequence[Measurement]) -> list[
 def account(applied: AppliedStack, rate: Measurement, points: int = 24) -> list[dict]:
     """Return rows `strength` (tokens, in thousands), `value` (seconds), `arm`: the total time for that many tokens.
 
-    The optimized arm starts with the seconds of applying, and saves by the judged ratio, as `returns` does: so the lines
+    The optimized arm starts with the seconds of applying, and saves by the judged ratio, as in `returns`: so the lines
     cross at the break-even. The range ends at twice that, or where applying would be a tenth of the baseline's time.
     """
     assert rate.baseline and rate.ratio, "a rate without numbers"

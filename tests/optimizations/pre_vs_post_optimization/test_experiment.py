@@ -29,6 +29,8 @@ def _verdict(verdict: str, margin: float | None = 0.02) -> measurement.Measureme
     ("control", "quality", "changes", "worse", "outcomes"),
     [
         (["equivalent"], ["maintained"], 3, [], [False, False, False]),
+        (["equivalent", "inconclusive"], ["maintained"], 3, [], [None, False, False]),
+        (["inconclusive", "worse"], ["maintained"], 3, [], [True, False, False]),
         (["equivalent", "better"], ["maintained", "not_maintained"], 3, ["f1_macro"], [True, True, True]),
         (["informative"], ["maintained", "inconclusive"], 0, [], [None, None, None]),
         ([], [], 0, [], [None, None, None]),
