@@ -1,18 +1,18 @@
 """The strongest rival of a searched architecture: all blocks treated alike, brought to the same measured latency.
 
 Times do not quite add up, so rivals are chosen by measured time: the nearest choice that is not faster and the nearest
-that is. The value at equal speed is interpolated between the two.
+that is. The value at equal speed is interpolated between the two; where timed anew both lie on one side, there is none.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import nn
 
-from lib.measure.metrics import measurement
+from lib.measure.metrics import measurement, paired_stats
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.paired_stats import NORMAL
 from lib.measure.metrics.settings import Effort
@@ -28,6 +28,7 @@ Point = tuple[float, float]  # predicted share of the baseline's time, nats per 
 Race = Callable[[nn.Module, int], Measurement]
 RESAMPLES = 2000
 PREVIEW_PAIRS = 2
+ALIKE = 0.02  # of a speed: a rival that differs by less is as fast
 
 
 def pairs(effort: Effort, wanted: int) -> int:
@@ -84,22 +85,29 @@ def _ratios(speeds: Sequence[Measurement]) -> list[float]:
 class RivalComparison:
     """Rivals against the judged architecture. `speeds`: judged ÷ rival; `kl_RN`: nats per token from the baseline, per
     arm (the judged one first) and held-out window, empty where no text was read; `controls`: name,
-    purpose and measurements per rival.
+    purpose and measurements per rival; `source_N`: the document of each window, by default one of its own.
     """
 
     speeds: list[Measurement]
     kl_RN: list[np.ndarray]
     controls: list[ThirdArm]
+    source_N: np.ndarray | None = None
 
     @property
     def has_rival_no_faster(self) -> bool:
-        """Whether at least one rival is not faster, within 2 %."""
-        return max(_ratios(self.speeds)) >= 0.98
+        """Whether at least one rival is not faster, within ALIKE."""
+        return max(_ratios(self.speeds)) >= 1 - ALIKE
+
+    @property
+    def has_rival_no_slower(self) -> bool:
+        """Whether at least one rival is not slower, within ALIKE."""
+        return min(_ratios(self.speeds)) <= 1 + ALIKE
 
     @property
     def closer(self) -> float | None:
-        """Divergence of the rivals at equal speed ÷ that of the judged architecture; None without text, and where
-        an arm does not diverge on any window (the whole model, as a choice): no logarithm, and it divides nothing.
+        """Divergence of the rivals at equal speed, or of the nearest in speed, ÷ that of the judged architecture; None
+        without text, and where an arm does not diverge on any window (the whole model, as a choice): no logarithm, and
+        it divides nothing.
         """
         return self._closer([float(kl_N.mean()) for kl_N in self.kl_RN]) if self._diverging else None
 
@@ -111,37 +119,65 @@ class RivalComparison:
         return at_equal_speed(speeds_R or _ratios(self.speeds), kl_R[1:]) / kl_R[0]
 
     def interval(self, seed: int = 0) -> tuple[float, float] | tuple[None, None]:
-        """Return the 95 % bootstrap interval of `closer` over the held-out windows and over the speeds: each is drawn
-        from its interval as if its logarithm were normal; one without an interval is held fixed. An arm that
-        does not diverge on any window that is drawn counts as if it did on one of them, as little as on any.
+        """Return the 95 % bootstrap interval of `closer` over the documents of the held-out windows and over the
+        speeds: each of these is drawn from its interval as if its logarithm were normal; one without an interval is
+        held fixed. It is widened as so few documents ask (`paired_stats.small_sample`); none where all windows are of
+        one. An arm that does not diverge on any window that is drawn counts as if it did on one of them, as little as
+        on any.
         """
-        if not self._diverging:
+        closer, kl_RN = self.closer, np.stack(self.kl_RN) if self.kl_RN else np.empty((0, 0))
+        windows = np.arange(kl_RN.shape[1]) if self.source_N is None else self.source_N
+        documents, document_N = np.unique(windows, return_inverse=True)
+        count = len(documents)
+        if closer is None or count < 2:
             return None, None
-        kl_RN, draw = np.stack(self.kl_RN), np.random.default_rng(seed)
-        drawn = draw.integers(kl_RN.shape[1], size=(RESAMPLES, kl_RN.shape[1]))
+        draw = np.random.default_rng(seed)
+        weight_SN = draw.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)[:, document_N]
         timed = [speed for speed in self.speeds if speed.ratio is not None]
         sigma_R = [np.log(speed.ci[1] / speed.ci[0]) / (2 * NORMAL) if speed.ci else 0.0 for speed in timed]
         speeds_SR = np.exp(np.log(_ratios(timed)) + sigma_R * draw.standard_normal((RESAMPLES, len(timed))))
         least_R = np.where(kl_RN > 0, kl_RN, np.inf).min(1) / kl_RN.shape[1]
-        kl_SR = np.maximum(kl_RN[:, drawn].mean(2).T, least_R)
+        kl_SR = np.maximum(weight_SN @ kl_RN.T / weight_SN.sum(1, keepdims=True), least_R)
         ratios = [self._closer(kl_R.tolist(), speeds_R.tolist()) for kl_R, speeds_R in zip(kl_SR, speeds_SR)]
-        low, high = np.quantile(ratios, [0.025, 0.975])
+        ends, middle = np.log(np.quantile(ratios, [0.025, 0.975])), np.log(closer)
+        low, high = np.exp(middle + (ends - middle) * paired_stats.small_sample(count))
         return float(low), float(high)
 
     def refuted(self, seed: int = 0) -> tuple[bool | None, str]:
         """Return whether all blocks alike do as well at the same latency, and the ratio of divergences; None where its
-        interval holds 1, or where every rival is faster.
+        interval holds 1, where every rival that diverges more is faster, and where every one that diverges less is
+        slower.
         """
-        low, high = self.interval(seed)
         if not self.kl_RN:
             return None, "no held-out text was read"
-        if low is None or high is None:
+        if self.closer is None:
             arm = "a rival" if self.kl_RN[0].mean() > 0 else "the search's choice"
             return None, f"{arm} does not diverge from the baseline: no ratio of divergences"
-        evidence = f"divergence at equal speed ÷ the search's: {self.closer:.3g} ({low:.3g} to {high:.3g})"
+        low, high = self.interval(seed)
+        evidence = f"{self._compared} ÷ the search's: {self.closer:.3g}"
+        if low is None or high is None:
+            return None, f"{evidence}; all windows are of one document, so there is no interval"
+        evidence += f" ({low:.3g} to {high:.3g})"
+        as_good = True if high < 1 else False if low > 1 else None
         if not self.has_rival_no_faster:
-            return None, f"{evidence}; every rival is faster"
-        return (True if high < 1 else False if low > 1 else None), evidence
+            return as_good or None, f"{evidence}; every rival is faster"
+        if not self.has_rival_no_slower:
+            return None if as_good else as_good, f"{evidence}; every rival is slower"
+        return as_good, evidence
+
+    @property
+    def _compared(self) -> str:
+        """What is divided by the divergence of the judged architecture."""
+        ratios = _ratios(self.speeds)
+        if bracketed(ratios):
+            return "divergence at equal speed"
+        nearest = min(ratios, key=lambda ratio: abs(math.log(ratio)))
+        return f"divergence of the rival nearest in speed, {1 / nearest:.3g} times as fast,"
+
+
+def bracketed(ratios: Sequence[float]) -> bool:
+    """Return whether speeds over those of rivals lie on both sides of 1, so that there is a value between them."""
+    return min(ratios) <= 1 <= max(ratios)
 
 
 def compare(
@@ -151,7 +187,8 @@ def compare(
     texts: list[Text] = []
     kl_RN: list[np.ndarray] = []
     if baseline:
-        texts = [evaluate.read(arm, baseline.ids_NT) for arm in (judged, *rivals)]
+        read = [evaluate.read(arm, baseline.ids_NT) for arm in (judged, *rivals)]
+        texts = [replace(text, source_N=baseline.source_N, name=baseline.name) for text in read]
         kl_RN = [evaluate.divergence(baseline, text)[0] for text in texts]
     means = [float(kl_N.mean()) for kl_N in kl_RN]
     speeds = [run(rival, blocks) for rival in rivals]
@@ -163,10 +200,12 @@ def compare(
             nats = ("kl_divergence_nats", "prefill", means[at], means[0], "held-out text")
             measurements.append(measurement.informative(*nats))
         controls.append(ThirdArm(f"uniform {at}", "baseline here: all blocks alike", measurements))
-    comparison = RivalComparison(speeds, kl_RN, controls)
-    if texts and all(mean > 0 for mean in means[1:]):
+    sources = baseline.source_N if baseline else None
+    comparison = RivalComparison(speeds, kl_RN, controls, sources)
+    if texts and all(mean > 0 for mean in means[1:]) and len(speeds) > 1 and bracketed(_ratios(speeds)):
         source = f"held-out text; on the line between {len(speeds)} rivals in log speed and log KL"
         equal = at_equal_speed(_ratios(speeds), means[1:])
         nats = ("kl_divergence_nats", "prefill, at equal speed", equal, means[0], source)
-        controls[0].measurements.append(measurement.informative(*nats))
+        between = [measurement.informative(*nats)]
+        controls.append(ThirdArm("uniform, at equal speed", "baseline here: between the two", between))
     return comparison

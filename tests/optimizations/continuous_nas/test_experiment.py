@@ -95,10 +95,31 @@ def test_all_blocks_alike_are_judged_at_equal_speed():
     refuted, evidence = faster.refuted()
     assert not faster.has_rival_no_faster and refuted is None and evidence.endswith("; every rival is faster")
     assert RivalComparison([_speed(1.0)], [], []).refuted()[0] is None
+    assert evidence.startswith("divergence of the rival nearest in speed, 1.25 times as fast, ÷ the search's: ")
+    drifted = Drifts([_adaptation([1.0], [1.0])], [{"solved again, s": 0.1}])
+    reached = experiment.targets(_effort(0.2, 0.4), faster, drifted).iloc[2]
+    assert pd.isna(reached["value"]) and not reached["reached"], "nothing is closer at a speed that no rival has"
+    slower = _comparison(0.1, (1.3, 0.05), (1.2, 0.06))
+    refuted, evidence = slower.refuted()
+    assert refuted is None and evidence.endswith("; every rival is slower"), "a slower choice may always diverge less"
+    assert _comparison(0.1, (1.3, 0.3), (1.2, 0.4)).refuted()[0] is False, "slower, and further off"
+    assert _comparison(0.1, (0.8, 0.05)).refuted()[0] is True, "faster, and nearer"
     rivals = ((1.03, 0.15), (0.97, 0.7))
     sure, unsure = _comparison(0.16, *rivals), _comparison(0.16, *rivals, spread=0.05)
     assert sure.refuted()[0] is False and unsure.refuted()[0] is None, "it may be the slower rival that is as fast"
     assert unsure.interval()[0] < 1 < sure.interval()[0]
+
+
+def test_windows_of_one_document_are_drawn_together():
+    """Windows that agree within a document and differ between documents: as independent ones they claimed too much."""
+    speeds, documents = [_speed(1.1), _speed(0.9)], np.repeat(np.arange(4), 8)
+    level_N = np.repeat([0.6, 0.8, 1.2, 1.4], 8)
+    kl_RN = [np.full(32, 0.1), 0.2 * level_N, 0.3 * level_N]
+    apart, together = RivalComparison(speeds, kl_RN, []), RivalComparison(speeds, kl_RN, [], documents)
+    narrow, wide = apart.interval(), together.interval()
+    assert wide[0] < narrow[0] < together.closer < narrow[1] < wide[1]
+    one = RivalComparison(speeds, kl_RN, [], np.zeros(32))
+    assert one.interval() == (None, None) and one.refuted()[0] is None and "of one document" in one.refuted()[1]
 
 
 def _adaptation(warm: list[float], cold: list[float], name: str = "decode_heavy") -> Adaptation:
