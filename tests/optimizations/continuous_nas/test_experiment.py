@@ -1,14 +1,17 @@
 """What the experiment concludes from numbers that are planted: answers, readings, rivals at equal speed."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from lib.measure.metrics import measurement, settings
 from lib.measure.metrics.pairs import Pairs
-from lib.optimizations.continuous_nas import drift, experiment
+from lib.measure.quality.answers import Text
+from lib.optimizations.continuous_nas import drift, experiment, rivals
 from lib.optimizations.continuous_nas.additivity import Additivity
 from lib.optimizations.continuous_nas.costs.request_costs import PROFILES
 from lib.optimizations.continuous_nas.drift import Adaptation, Drifts
@@ -120,6 +123,20 @@ def test_windows_of_one_document_are_drawn_together():
     assert wide[0] < narrow[0] < together.closer < narrow[1] < wide[1]
     one = RivalComparison(speeds, kl_RN, [], np.zeros(32))
     assert one.interval() == (None, None) and one.refuted()[0] is None and "of one document" in one.refuted()[1]
+
+
+@pytest.mark.parametrize(("gains", "made"), [((1.1, 0.9), True), ((0.97, 0.95), False)])
+def test_no_value_at_equal_speed_is_made_up_beyond_the_rivals(monkeypatch, gains, made):
+    """Of two faster rivals the nearer one's divergence was called that at equal speed, on the line between the two."""
+    text = Text(torch.zeros(4, 8, dtype=torch.long), np.ones(4), torch.zeros(4, 8, 1), None, np.array([0, 0, 1, 2]))
+    monkeypatch.setattr(rivals.evaluate, "read", lambda *_: replace(text, source_N=None))
+    monkeypatch.setattr(rivals.evaluate, "divergence", lambda *_: (np.full(4, 0.2), None))
+    read = []
+    monkeypatch.setattr(rivals.answer_comparison, "compare_text", lambda *texts: read.extend(texts) or [])
+    left = iter(gains)
+    found = rivals.compare(None, [None, None], lambda _rival, _blocks: _speed(next(left)), text, 6)
+    assert ("uniform, at equal speed" in [control.name for control in found.controls]) is made
+    assert all(each.source_N is text.source_N for each in read) and found.source_N is text.source_N
 
 
 def _adaptation(warm: list[float], cold: list[float], name: str = "decode_heavy") -> Adaptation:
