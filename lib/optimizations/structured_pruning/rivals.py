@@ -95,6 +95,16 @@ def controls(arms: RivalCuts | None, chosen: PrunedModel) -> tuple[list[ThirdArm
     return judged, left_out
 
 
+def sized(bars: pd.DataFrame, arms: Sequence[ThirdArm]) -> pd.DataFrame:
+    """Return the rows of `bars`, one per arm, with what each has left of the baseline's weights: parts come whole, so
+    not every arm can lose the same share.
+    """
+    if not len(bars):
+        return bars
+    sizes = {arm.name: m.ratio for arm in arms for m in arm.measurements if m.metric == "weights_bytes"}
+    return bars.assign(**{"weights, ×": bars["arm"].map(sizes)})
+
+
 def optimized_arm(judged: Sequence[ThirdArm], chosen: PrunedModel) -> ThirdArm | None:
     """Return the arm among `controls` that is the optimized model; None where none was judged."""
     fitted = BARE if chosen.fitted is chosen.pruned else COMPENSATED

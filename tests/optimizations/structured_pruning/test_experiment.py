@@ -165,6 +165,11 @@ def test_rivals_lose_the_same_share_and_every_claim_is_answered(setup):
     assert names[:2] == ["activation", "magnitude"] and "activation, recovered" not in names  # nothing was trained
     assert list(left_out) == ["experts alone"]
     assert {"activation, compensated", "activation, OWL", "depth alone, one span"} <= set(names)
+    bars = pd.DataFrame({"arm": [arm.name for arm in arms], "value": 0.1})
+    left = rivals.sized(bars, arms).set_index("arm")["weights, ×"]
+    assert left["activation"] == left["magnitude"] < 1
+    assert left["depth alone"] != left["activation"], "blocks come whole"
+    assert rivals.sized(bars.head(0), arms).empty
     yardsticks, missing = rivals.yardsticks(setup, rival_cuts, ids_NT[:1], EFFORT)
     assert [arm.name for arm in yardsticks] == list(rivals.YARDSTICKS) and "out of reach" in str(missing)
     curves = rivals.impact(rival_cuts, arms)
