@@ -59,7 +59,8 @@ def greedy(
 def span(model: nn.Module, calibration: Sequence[dict[str, torch.Tensor]], count: int) -> list[int]:
     """Return `count` neighbouring blocks: those between whose input and output the states turn least.
 
-    Mean 1 − cos over the real tokens (Gromov et al. 2024, angular distance). The states of `count` blocks are held.
+    Mean 1 − cos over all real tokens, as influence is; Gromov et al. 2024, who remove one span, take arccos ÷ π of the
+    last token of each text. The states of `count` blocks are held.
     """
     walk, blocks = Walk(model, calibration), anatomy(model).blocks
     protected = anatomy(model).fixed_blocks

@@ -160,7 +160,7 @@ def by_its_rows(matrix: FactorableMatrix) -> bool:
 
 
 def root_of(gram_NN: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
-    """Return S, lower triangular, float64, with SÂ·Sáµ = XÂ·Xáµ but for a little damping.
+    """Return S, lower triangular, float64, with S·Sᵀ = X·Xᵀ but for a little damping.
 
     The products of one batch are float32, and fewer different inputs than dimensions leave variances that are zero but
     for that rounding, which may be negative: then it takes ten times the damping, and so on up to the mean variance.

@@ -71,7 +71,7 @@ def test_the_largest_interaction_has_its_interval_or_says_that_there_is_none():
     assert few.reading().endswith("+15.0% of the baseline's time (without an interval).")
     lost = _contrasts((0.1, 0.2))
     renamed = lost.pairs.rename(columns=lambda name: name.replace("prefill", "loss"))
-    ends = "a â b, +0.1500 nats per token (95 % interval +0.1000 to +0.2000)."
+    ends = "a → b, +0.1500 nats per token (95 % interval +0.1000 to +0.2000)."
     assert replace(lost, pairs=renamed).reading().endswith(ends)
 
 
