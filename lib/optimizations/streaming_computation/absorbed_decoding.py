@@ -6,6 +6,7 @@ Times a whole step in pairs, the attentions alone, and the step at full depth. K
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -82,10 +83,24 @@ def compare(loaded: Loaded, prefill_chunk: int, latent_context: int, seed: int =
     return row | {"stock_tokens_per_second": step.baseline}
 
 
-def table(row: Mapping[str, object] | None) -> pd.DataFrame:
-    """Return `compare` as a table of text."""
-    row = {"latent attention": "none in this model: nothing to absorb"} if row is None else row
-    return pd.DataFrame([(name, str(value)) for name, value in row.items()], columns=["", "value"])
+def table(row: Mapping[str, Any] | None) -> pd.DataFrame:
+    """Return `compare` as a table of text: gains with three figures, that of the step with its interval."""
+    if row is None:
+        lines = {"latent attention": "none in this model: nothing to absorb"}
+    else:
+        low, high = row["ci"] or (None, None)
+        span = "" if low is None or high is None else f" (95 % interval {low:.3g} to {high:.3g})"
+        depth = row["gain, at full depth"]
+        lines = {
+            "cached tokens": f"{row['context']:,}",
+            "same tokens": "yes" if row["same_tokens"] else "no",
+            "gain of the step": f"{row['gain']:.3g}×{span}",
+            "gain of attention alone, median of a few turns": f"{row['gain, attention alone']:.3g}×",
+            "fewer operations, by formula": f"{row['gain, operations']:.3g}×",
+            "gain of the step at full depth, derived": "this is no slice" if depth is None else f"{depth:.3g}×",
+            "stock path, tokens/s": f"{row['stock_tokens_per_second']:.3g}",
+        }
+    return pd.DataFrame(lines.items(), columns=["", "value"])
 
 
 @torch.inference_mode()

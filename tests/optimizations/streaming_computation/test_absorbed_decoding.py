@@ -41,3 +41,17 @@ def test_a_model_with_few_positions_caches_as_many_as_leave_room_for_the_steps(t
     loaded = SimpleNamespace(model=model, scale=scale, device="cpu")
     row = absorbed_decoding.compare(loaded, 64, wanted)
     assert row["context"] == 512 - (2 if scale == "full" else 4)
+
+
+def test_the_table_shows_no_digits_that_the_interval_does_not_carry():
+    """It printed 1.9022371853601359 and a bare pair of ends."""
+    row = {"context": 2048, "same_tokens": True, "gain": 1.9022371853601359, "ci": (1.7482716832118572, 2.0607121266)}
+    row |= {"gain, operations": 29.695283018867926, "gain, attention alone": 3.0976372125912937}
+    row |= {"gain, at full depth": None, "stock_tokens_per_second": 50.867105010668425}
+    shown = dict(absorbed_decoding.table(row).to_numpy().tolist())
+    assert shown["gain of the step"] == "1.9× (95 % interval 1.75 to 2.06)" and shown["cached tokens"] == "2,048"
+    assert shown["fewer operations, by formula"] == "29.7×" and shown["stock path, tokens/s"] == "50.9"
+    assert "no slice" in shown["gain of the step at full depth, derived"]
+    unsure = absorbed_decoding.table(row | {"ci": None, "gain, at full depth": 21.23, "same_tokens": False})
+    assert list(unsure["value"])[1:3] == ["no", "1.9×"] and "21.2×" in list(unsure["value"])
+    assert len(absorbed_decoding.table(None)) == 1
