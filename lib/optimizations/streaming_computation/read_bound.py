@@ -20,6 +20,9 @@ from lib.models.offload.streamer import Streamer, streamer
 from lib.optimizations.streaming_computation.limited.process_memory import disk_bytes
 
 REPEATS = 5
+FAR = "baseline far from its bound"
+SHARED = "reading and computing share the machine"
+ITSELF = "more time than reading and computing take one after the other"
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,11 @@ def against_reading(compared: Compared, reads_by_workload: Mapping[str, Reads]) 
     """Return the comparison and its rows for `style.bound` with the streamed arm's own bound: the larger of the
     physical bound of computing and of the time that reading its bytes takes alone.
 
-    `reads_by_workload`: what one call of the optimized arm reads.
+    `reads_by_workload`: what one call of the optimized arm reads. Where the arm falls short of that bound, the reason
+    says whether its additional time is within that of the reads alone.
     """
     rows, bounds, peaks = pd.DataFrame(compared.bounds()), {}, compared.ceilings
+    slower: dict[str, str] = {}
     for name, read in reads_by_workload.items():
         assert peaks is not None, "what was timed was held against ceilings"
         base, computing = (ceilings.bound(cost, peaks).seconds for cost in compared.timed[name].costs)
@@ -105,13 +110,17 @@ def against_reading(compared: Compared, reads_by_workload: Mapping[str, Reads]) 
         rows.loc[own, "bound"] = 1000 * bounds[name][1]
         if read.seconds > computing:
             rows.loc[own, "limit"] = "reading"
-    measurements = [_explained(m, bounds.get(m.workload)) for m in compared.measurements]
+        pairs = compared.timed[name].pairs
+        longer = float(np.median(pairs.optimized_seconds) - np.median(pairs.baseline_seconds))
+        slower[name] = SHARED if longer <= (1 + ceilings.CLOSE) * read.seconds else ITSELF
+    measurements = [_explained(m, bounds.get(m.workload), slower.get(m.workload, "")) for m in compared.measurements]
     return replace(compared, measurements=measurements), rows
 
 
-def _explained(measured: Measurement, bounds: tuple[float, float] | None) -> Measurement:
+def _explained(measured: Measurement, bounds: tuple[float, float] | None, slower: str) -> Measurement:
     """Set predicted and realised speed-up of one rate or latency against the streamed arm's own bound, and the reason
-    where they differ, in the place of those of the other bound; why it is undecided stays.
+    where they differ (`slower`, where it falls short), in the place of those of the other bound; why it is undecided
+    stays.
     """
     if bounds is None or measured.dimension != "performance" or measured.ratio is None:
         return measured
@@ -119,8 +128,7 @@ def _explained(measured: Measurement, bounds: tuple[float, float] | None) -> Mea
     speed_up = measured.ratio if measured.higher_is_better else 1 / measured.ratio
     reasons = [part for part in (measured.reason or "").split("; ") if part and part not in ceilings.REASONS]
     if abs(speed_up / predicted - 1) > ceilings.CLOSE:
-        far = speed_up > predicted
-        reasons.append("baseline far from its bound" if far else "reading and computing share the machine")
+        reasons.append(FAR if speed_up > predicted else slower)
     reason = "; ".join(reasons) or None
     return measured.model_copy(update={"predicted": predicted, "realised": speed_up / predicted, "reason": reason})
 

@@ -40,3 +40,8 @@ def test_why_a_rate_is_undecided_stays(seconds, added):
 def test_a_reason_of_the_other_bound_alone_goes():
     assert _against(ceilings.UNEXPLAINED, 2.0).reason is None
     assert _against(None, 1.0).reason == SHARED
+
+
+def test_sharing_the_machine_is_no_reason_for_more_time_than_the_reads_take():
+    """A second more than the resident model, of which reading takes a tenth: sharing cannot be why."""
+    assert _against(None, 0.1).reason == "more time than reading and computing take one after the other"
