@@ -62,9 +62,10 @@ def dense_forms(loaded: Loaded, effort: Effort, seed: int) -> list[DenseForm]:
 
 
 def dense_table(denses: Sequence[DenseForm]) -> pd.DataFrame:
-    """Return the fastest dense form for each number of tokens with its noise floor."""
+    """Return the fastest dense form for each number of tokens with its noise floor in percent."""
     rows = [
-        {"tokens": dense.work.tokens, "fastest dense form": str(dense.dtype), "noise": round(dense.control.floor(), 4)}
+        {"tokens": dense.work.tokens, "fastest dense form": str(dense.dtype)}
+        | {"noise floor, %": round(100 * dense.control.floor(), 1)}
         for dense in denses
     ]
     return pd.DataFrame(rows)
@@ -155,12 +156,13 @@ def energies(points: Sequence[PartPoint]) -> pd.DataFrame:
 
 
 def weights_bytes(points: Sequence[PartPoint]) -> pd.DataFrame:
-    """Return the bytes of the part stored sparse against dense, a row per layout and share of zeros."""
+    """Return the megabytes of the part stored sparse against dense, a row per layout and share of zeros."""
     rows = []
     for point in points:
         size = next(m for m in point.times_and_bytes if m.metric == "weights_bytes")
-        row = {"layout": point.layout, "strength": point.strength, "baseline": size.baseline}
-        rows.append(row | {"optimized": size.optimized, "ratio": size.ratio})
+        dense, stored = (None if held is None else held / 1e6 for held in (size.baseline, size.optimized))
+        row = {"layout": LAYOUTS[point.layout], "zeros, %": point.strength, "dense, MB": dense}
+        rows.append(row | {"stored sparse, MB": stored, "ratio": size.ratio})
     return pd.DataFrame(rows)
 
 

@@ -47,6 +47,15 @@ WINDOWS = 8  # of held-out text, on which rivals are judged
 SPEED_TOKENS, SPEED_BLOCKS = 256, 6  # of the prefill that times a rival
 PREVIEW_TOKENS = 64  # of it at effort preview
 TURN_SECONDS = 0.03  # what a turn lasts at least, unless that is effort preview
+SHOWN = {
+    "strength": "asked for, %",
+    "prefill speed-up": "prefill, ×",
+    "speed_low": "prefill, low",
+    "speed_high": "prefill, high",
+    "value": "KL, nats/token",
+    "low": "KL, low",
+    "high": "KL, high",
+}
 
 
 @dataclass
@@ -59,6 +68,10 @@ class Sweep:
     arms: list[ThirdArm] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     yardsticks: list[ThirdArm] = field(default_factory=list)
+
+    def table(self) -> pd.DataFrame:
+        """Return the rows with their units, for a reader."""
+        return pd.DataFrame(self.rows).rename(columns=SHOWN)
 
     def divergence(self) -> pd.DataFrame:
         """Return divergence over bytes removed, `value` in nats per token; empty without text."""

@@ -211,6 +211,7 @@ def test_a_sweep_is_read_by_its_crossovers(setup):
     unsure = speed_sweep.times([points[0], _point(90, "unstructured", 0.5, "inconclusive")])
     assert speed_sweep.read_crossovers(unsure)[0].endswith(", none of them by a verdict.")
     assert speed_sweep.weights_bytes(points).ratio.tolist() == [0.5] * 4
+    assert {"zeros, %", "dense, MB", "stored sparse, MB"} <= set(speed_sweep.weights_bytes(points).columns)
     assert outcome.refutations(setup, [], points)[-1][1] is False
     assert outcome.refutations(setup, [], points[2:])[-1][1] is True
 

@@ -96,6 +96,7 @@ def test_the_sweep_judges_rivals_of_equal_bytes(setup):
         assert {"weights_bytes", "perplexity", "prefill_tokens_per_second", "decode_tokens_per_second"} <= metrics
     assert all("out of reach" in reason for reason in sweep.left_out.values())
     assert {"value", "low", "high"} <= set(sweep.divergence().columns) & set(sweep.speed().columns)
+    assert {"KL, nats/token", "prefill, ×", "bytes removed, %"} <= set(sweep.table().columns)
     assert rivals.optimized_arm(setup, sweep.arms).name == setup.method
     answers = outcome.refutations(sweep.arms, chosen.optimized, [])
     assert [claim for claim, _, _ in answers] == list(outcome.CLAIMS)
