@@ -24,13 +24,20 @@ from lib.optimizations.automl_components.method import (
     space,
     stack_of,
 )
-from lib.optimizations.automl_components.successive_filtering import REFERENCE, Bench, JudgedStack, utility
+from lib.optimizations.automl_components.successive_filtering import (
+    REFERENCE,
+    Bench,
+    JudgedStack,
+    surely_faster,
+    utility,
+)
 from lib.optimizations.common.evidence.claims import ThirdArm
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.common.search import pareto
 
 OPTIMUM_SHARE = 0.95  # that a quarter of a grid's evaluations are to find
 VOLUME_MARGIN = 0.05  # of a hypervolume: what stacks that are timed again move it by, so less is not "better"
+SCATTER = "no gain in time among these is sure, so the areas may be what few timings scatter"
 
 
 def at_random(
@@ -145,6 +152,11 @@ class EqualSeconds:
         return pareto.gain(self.volumes)
 
     @property
+    def unsure(self) -> bool:
+        """Whether the search dominates something, and nothing of what does so is surely faster than the baseline."""
+        return bool(self.volumes["search"]) and surely_faster(self.arms["search"]) is False
+
+    @property
     def crashed(self) -> int:
         """How many configurations raised something else than a refusal."""
         return sum("crashed" in (judged.reason or "") for outcomes in self.arms.values() for judged in outcomes)
@@ -190,10 +202,11 @@ class EqualSeconds:
         """Return two sentences on the configurations: what was timed, and what each arm's front dominates."""
         own, timed = self.volumes["search"], len(self.points())
         others = ", ".join(f"{volume:.4g}" for volume in self.random_volumes)
+        doubt = f"; {SCATTER}" if self.unsure else ""
         return (
             f"{timed} configurations were timed, and those of the search dominate {own:.4g} of time × divergence. "
             f"Random ones from the same start in the same seconds dominate {others}, the defaults "
-            f"{self.volumes['defaults']:.4g}."
+            f"{self.volumes['defaults']:.4g}{doubt}."
         )
 
     def described(self) -> str:
@@ -204,22 +217,27 @@ class EqualSeconds:
         return f"{begun}{self.gain:.2f} times what random ones do."
 
     def random_refuted(self) -> tuple[bool | None, str]:
-        """Return whether random configurations are as good, and the hypervolumes; None where one draw tells nothing, or
-        where the search is better than some draws and not than others. Better is more than VOLUME_MARGIN above.
+        """Return whether random configurations are as good, and the hypervolumes; None where one draw tells nothing,
+        where no gain in time is sure, or where the search is better than some draws and not than others. Better is more
+        than VOLUME_MARGIN above.
         """
         own, others = self.volumes["search"], self.random_volumes
         evidence = f"hypervolume {own:.4g}, random {', '.join(f'{volume:.4g}' for volume in others)}"
         if len(others) < 2:
             return None, f"{evidence}; one draw has no spread"
+        if self.unsure:
+            return None, f"{evidence}; {SCATTER}"
         beaten = [own > (1 + VOLUME_MARGIN) * volume for volume in others]
         return (False if all(beaten) else None if any(beaten) else True), evidence
 
-    def defaults_refuted(self) -> tuple[bool, str]:
+    def defaults_refuted(self) -> tuple[bool | None, str]:
         """Return whether the defaults dominate as much as the search, which judged them first, and both areas: whether
-        the search is not more than VOLUME_MARGIN above.
+        the search is not more than VOLUME_MARGIN above. None where no gain in time is sure.
         """
         own, defaults = self.volumes["search"], self.volumes["defaults"]
         evidence = f"hypervolume {own:.4g}, defaults {defaults:.4g}; at most {VOLUME_MARGIN:.0%} more is as good"
+        if self.unsure:
+            return None, f"{evidence}; {SCATTER}"
         return own <= (1 + VOLUME_MARGIN) * defaults, evidence
 
 
@@ -228,7 +246,8 @@ class SmallGrid:
     """Two components at several levels, every pair judged: dominated areas [L, L], and how the search would do there.
 
     `curves`: share of the optimum after each of `evaluations`, per seed; empty where no pair dominates anything.
-    `chance`: what as many cells drawn at random reach on average.
+    `chance`: what as many cells drawn at random reach on average. `sure`: whether a cell is surely faster than the
+    baseline, None where that is not known.
     """
 
     pair: str
@@ -236,6 +255,7 @@ class SmallGrid:
     evaluations: int
     curves: list[list[float]]
     chance: float
+    sure: bool | None = None
 
     @property
     def reached(self) -> float:
@@ -263,11 +283,13 @@ class SmallGrid:
 
     def refuted(self) -> tuple[bool | None, str]:
         """Return whether a quarter of the evaluations finds less than OPTIMUM_SHARE, and the shares; None where seeds
-        disagree.
+        disagree, and where no cell is surely faster than the baseline.
         """
         if not self.curves:
             return None, "no pair of the grid dominates anything"
         ends = [curve[-1] for curve in self.curves]
         missed = {end < OPTIMUM_SHARE for end in ends}
         evidence = f"share of the optimum {', '.join(f'{end:.2f}' for end in ends)}; by chance {self.chance:.2f}"
+        if self.sure is False:
+            return None, f"{evidence}; {SCATTER}"
         return (missed.pop() if len(missed) == 1 else None), evidence

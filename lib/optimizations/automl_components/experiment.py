@@ -295,7 +295,8 @@ def small_grid(setup: SearchBench, outcomes: Sequence[JudgedStack]) -> SmallGrid
     drawn = [np.random.default_rng(n).permutation(areas_LL.flatten())[:count] for n in range(200)]
     chance = float(np.mean([cells.max() for cells in drawn]) / max(areas_LL.max(), 1e-9))
     stems = dict.fromkeys(step.optimization for row in stacks for stack in row for step in stack)
-    return SmallGrid(" × ".join(stems), areas_LL, count, curves, chance)
+    sure = successive_filtering.surely_faster(cell for row in judged for cell in row)
+    return SmallGrid(" × ".join(stems), areas_LL, count, curves, chance, sure)
 
 
 def spending(outcomes: Sequence[JudgedStack]) -> list[Measurement]:

@@ -20,7 +20,9 @@ CLAIMS = (
 
 
 def targets(equal: EqualSeconds, grid: SmallGrid, recipe: Recipe) -> pd.DataFrame:
-    """Return each target, the value reached, and whether it suffices; targets were fixed before the first run."""
+    """Return each target, the value reached, and whether it suffices; targets were fixed before the first run. Areas of
+    which no gain in time is sure reach none.
+    """
     gain, own, defaults = equal.gain, equal.volumes["search"], equal.volumes["defaults"]
     above, least = own / defaults if defaults else None, 1 + controls.VOLUME_MARGIN
     share = f"{OPTIMUM_SHARE:.0%} of the grid's optimum in a quarter of its evaluations".replace("%", " %")
@@ -28,10 +30,10 @@ def targets(equal: EqualSeconds, grid: SmallGrid, recipe: Recipe) -> pd.DataFram
         (
             f"hypervolume more than {least:.2f} of random's in equal time",
             gain,
-            own > 0 if gain is None else gain > least,
+            not equal.unsure and (own > 0 if gain is None else gain > least),
         ),
-        (f"hypervolume more than {least:.2f} of the defaults'", above, own > least * defaults),
-        (share, grid.reached, grid.reached >= OPTIMUM_SHARE),
+        (f"hypervolume more than {least:.2f} of the defaults'", above, not equal.unsure and own > least * defaults),
+        (share, grid.reached, grid.sure is not False and grid.reached >= OPTIMUM_SHARE),
         ("something better than nothing was found", float(len(recipe.stack)), bool(recipe.stack)),
     ]
     return pd.DataFrame(lines, columns=["target", "value", "reached"])

@@ -9,7 +9,7 @@ Shapes: B batch, T prompt tokens.
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -18,6 +18,8 @@ import torch
 from torch import nn
 
 from lib.errors import UserError
+from lib.measure.metrics import process_variance
+from lib.measure.metrics.catalogue import SPEED_MARGIN
 from lib.measure.quality import evaluate
 from lib.measure.roofline import cost_model
 from lib.measure.timing import interleaved, workloads
@@ -32,7 +34,9 @@ INFEASIBLE_POINT = (2.0, 10.0)  # objectives of a stack that was cut
 
 @dataclass(frozen=True)
 class JudgedStack:
-    """A stack and how it was judged. Shares are of the baseline; `reason` says why it was cut, or is None."""
+    """A stack and how it was judged. Shares are of the baseline; `reason` says why it was cut, or is None; `time_high`
+    is the upper end of the 95 % interval of `time_share`, None where so few pairs have none.
+    """
 
     stack: list[RecipeStep]
     time_share: float | None
@@ -40,6 +44,7 @@ class JudgedStack:
     memory_share: float | None
     reason: str | None
     seconds: float
+    time_high: float | None = None
 
     @property
     def point(self) -> tuple[float, float]:
@@ -87,7 +92,8 @@ class Bench:
     def judge(self, stack: Sequence[RecipeStep]) -> JudgedStack:
         """Return the stack judged on the lowest rungs: bytes, divergence on little text, time of a request."""
         start = time.perf_counter()
-        shares: dict[str, float | None] = {"time_share": None, "divergence": None, "memory_share": None}
+        shares: dict[str, float | None] = {"time_share": None, "time_high": None}
+        shares |= {"divergence": None, "memory_share": None}
         try:
             reason = self._rungs(list(stack), shares)
         except UserError as error:
@@ -109,6 +115,8 @@ class Bench:
         arms = [workloads.generate(arm, self.prompt_BT, self.new_tokens) for arm in models]
         pairs = interleaved.paired(*arms, blocks=self.pairs, warmup=1, fewest=1)
         shares["time_share"] = math.exp(float(np.median(pairs.differences)))
+        high = pairs.effect(process_variance.between_processes("generate").sigma).high
+        shares["time_high"] = math.exp(high) if math.isfinite(high) else None
         return None
 
     def _cache(self, model: nn.Module) -> float:
@@ -124,3 +132,13 @@ class Bench:
 def utility(judged: JudgedStack) -> float:
     """Return the area that one stack dominates by itself, within REFERENCE: one number for one point."""
     return 0.0 if judged.reason else pareto.hypervolume([judged.point], REFERENCE)
+
+
+def surely_faster(outcomes: Iterable[JudgedStack]) -> bool | None:
+    """Return whether one of the outcomes that dominate anything surely takes less time than the baseline, by more than
+    the practical margin: else the area may be what few timings scatter. None where no interval is known.
+    """
+    ends = [judged.time_high for judged in outcomes if utility(judged) > 0]
+    if ends and all(end is None for end in ends):
+        return None
+    return any(end is not None and end < 1 - SPEED_MARGIN for end in ends)

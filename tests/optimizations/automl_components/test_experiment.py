@@ -1,5 +1,6 @@
 """What the experiment concludes from outcomes that are planted: chance, defaults, and a small grid."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -56,6 +57,23 @@ def test_less_than_the_margin_is_a_tie():
         _equal(0.4999, 0.5, 0.5, defaults=0.5), SmallGrid("a × b", np.ones((3, 3)), 2, [[1.0]], 0.7),
         Recipe(model="m", scale="proxy", stack=[], chosen_by="a search"),
     ).reached[:2].any()  # fmt: skip
+
+
+def test_areas_of_which_no_gain_is_sure_decide_nothing():
+    """The search was better than chance by what six pairs scatter: timed anew, nothing was faster than the baseline."""
+    sure, unsure = (replace(_judged(0.9), time_high=high) for high in (0.95, 1.02))
+    arms = {"random 1": [_judged(0.95)], "random 2": [_judged(0.95)], "defaults": [_judged(0.96)]}
+    known, doubtful = EqualSeconds(arms | {"search": [sure, unsure]}), EqualSeconds(arms | {"search": [unsure]})
+    assert known.random_refuted()[0] is False and known.defaults_refuted()[0] is False and not known.unsure
+    for refuted, evidence in (doubtful.random_refuted(), doubtful.defaults_refuted()):
+        assert refuted is None and evidence.endswith("so the areas may be what few timings scatter")
+    first, second = doubtful.reading().split(". ", 1)
+    assert reading.two(f"{first}.", second) and second.endswith("scatter.")
+    grid = SmallGrid("a × b", np.ones((3, 3)), 2, [[1.0]], 0.7, False)
+    assert grid.refuted()[0] is None and replace(grid, sure=True).refuted()[0] is False
+    chosen = Recipe(model="m", scale="proxy", stack=[], chosen_by="a search")
+    assert not outcome.targets(doubtful, grid, chosen).reached.any()
+    assert outcome.targets(known, replace(grid, sure=True), chosen).reached[:3].all()
 
 
 def test_what_was_cut_dominates_nothing_and_is_counted():
