@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lib.errors import UserError
-from lib.measure.metrics import process_variance
+from lib.measure.metrics import paired_stats, process_variance
 from lib.measure.metrics.catalogue import SPEED_MARGIN
 from lib.measure.quality import evaluate
 from lib.measure.roofline import cost_model
@@ -115,7 +115,8 @@ class Bench:
         arms = [workloads.generate(arm, self.prompt_BT, self.new_tokens) for arm in models]
         pairs = interleaved.paired(*arms, blocks=self.pairs, warmup=1, fewest=1)
         shares["time_share"] = math.exp(float(np.median(pairs.differences)))
-        high = pairs.effect(process_variance.between_processes("generate").sigma).high
+        sigma = process_variance.between_processes("generate").sigma
+        high = paired_stats.effect(pairs.differences, process_sigma=sigma).high
         shares["time_high"] = math.exp(high) if math.isfinite(high) else None
         return None
 

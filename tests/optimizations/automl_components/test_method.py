@@ -344,6 +344,7 @@ def test_a_real_stack_is_judged(tiny):
     step = RecipeStep(optimization="structured_pruning", knobs={"ratio": 0.2, "granularity": "experts"})
     judged = bench.judge([step])
     assert judged.reason is None and 0 < judged.memory_share < 1 and judged.time_share > 0 and judged.divergence > 0
+    assert judged.time_high is None or judged.time_high > judged.time_share
     assert 0 < automl.automation(automl.components(), ["memory budget"]) < 1
 
 
