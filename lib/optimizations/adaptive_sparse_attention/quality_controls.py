@@ -149,14 +149,16 @@ def over_tau(
 
 def page_controls(loaded: Loaded, knobs: Mapping[str, Any], judged: Quality) -> dict[str, LongAnswers]:
     """Return the answers of both arms and of arms that read as many pages, chosen otherwise, to a few of the prompts;
-    empty where none means anything.
+    empty where none means anything. Where these are all pages of a prompt nothing was chosen, and such arms are idle.
     """
     if judged.asked is None or judged.answers is None:
         return {}
     arms = {f"{name} pages": method.apply(loaded.model, **knobs, page_choice=name) for name in PAGE_PURPOSES}
     few = judged.asked.first(CONTROL_PROMPTS)
     answers = {name: answered.first(CONTROL_PROMPTS) for name, answered in judged.answers.items()}
-    return answers | {name: _asked(model, few) for name, model in arms.items()}
+    every = not knobs["pages"] or knobs["pages"] * knobs["page_size"] >= few.tokens
+    asked = {name: _asked(model, few) for name, model in arms.items()}
+    return answers | {name: replace(answered, idle=answered.idle or every) for name, answered in asked.items()}
 
 
 def _asked(arm: nn.Module, prompts: LongPrompts) -> LongAnswers:

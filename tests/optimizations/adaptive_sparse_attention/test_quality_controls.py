@@ -111,6 +111,19 @@ def test_answers_of_an_arm_that_left_nothing_out_carry_no_verdict(tiny, knobs, i
     assert refuted is None and evidence.startswith("nothing was left out") == idle
 
 
+@torch.inference_mode()
+def test_pages_that_are_all_read_were_not_chosen(tiny):
+    """Prompts read through the pattern and answered from every page: which pages were to be read changed nothing."""
+    model, prompts = tiny("qwen3-4b-instruct-2507"), _prompts()
+    knobs = SMALL | {"tau": 0.3, "pages": 0}
+    full, sparse = (quality_controls._asked(method.apply(model, **each), prompts) for each in (SMALL, knobs))
+    judged = SimpleNamespace(asked=prompts, answers={"full": full, "sparse": sparse})
+    arms = quality_controls.page_controls(SimpleNamespace(model=model), knobs, judged)
+    assert all(arms[f"{name} pages"].idle for name in quality_controls.PAGE_PURPOSES)
+    records = quality_controls.page_records(arms, {"resamples": 200, "seed": 0})
+    assert {m.verdict for record in records for m in record["measurements"]} == {"not_exercised"}
+
+
 def _judged(full: np.ndarray, sparse: np.ndarray) -> SimpleNamespace:
     """Long answers, [N, Q], whose thirds are the start, the middle and the end."""
     answers = {
