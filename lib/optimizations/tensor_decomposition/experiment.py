@@ -214,8 +214,8 @@ def expected_divergence(setup: FactoringSetup, ranks: dict[str, Ranks]) -> float
 class FactoredModel:
     """A model with factors in the place of matrices, the share of the decoder's bytes removed, and the seconds.
 
-    `errors`: those of each block on text set aside, before and after its factors were `taught` (refitted or refined);
-    none where they were not.
+    `errors`: those of each block on text set aside from that, though not from whitening, before and after its factors
+    were `taught` (refitted or refined); none where they were not.
     """
 
     optimized: nn.Module
@@ -243,7 +243,8 @@ class FactoredModel:
         others = "in the others whitened ones stay" if kept else "whitened ones stay"
         rest = "" if kept == len(self.errors) else f"; {others}"
         where = f"{kept or 'none'} of {len(self.errors)} blocks"
-        return f"{said} In {where} {self.taught} factors are nearer to the original output on text set aside{rest}."
+        text = "text set aside from their fit, which whitening has seen"
+        return f"{said} In {where} {self.taught} factors are nearer to the original output on {text}{rest}."
 
 
 def factor(setup: FactoringSetup, compression: float) -> FactoredModel:

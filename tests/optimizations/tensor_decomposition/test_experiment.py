@@ -153,7 +153,7 @@ def test_factors_are_refitted_on_all_of_the_calibration_text_and_say_where_that_
     monkeypatch.setattr(decomposition.blockwise, "refit", lambda _, __, text: seen.append(text) or errors)
     chosen = experiment.factor(refitted, 0.2)
     assert seen == [setup.calibration] and chosen.errors == errors
-    told = " factors are nearer to the original output on text set aside"
+    told = " factors are nearer to the original output on text set aside from their fit, which whitening has seen"
     assert chosen.summary.endswith(f" In 3 of 4 blocks refitted{told}; in the others whitened ones stay.")
     assert replace(chosen, errors=errors[:3]).summary.endswith(f" In 3 of 3 blocks refitted{told}.")
     undone = replace(chosen, errors=[(1.0, 1.0)] * 4)
