@@ -107,7 +107,7 @@ def details(
         "taught_blocks": (
             [{"before": before, "after": after} for before, after in chosen.errors],
             "measured",
-            "error of each block's output, before and after its factors were taught, on text not taught but whitened with",
+            "error of each block's output, before and after its factors were taught, on text whitened with, not taught",
         ),
         "break_even_ranks": (
             {matrix.name: matrix.break_even for matrix in setup.shown},
