@@ -189,7 +189,7 @@ class LiveExchange:
     def caption(self) -> str:
         """What was found, and the longest wait."""
         waited = f"; longest wait {self.longest_ms:.3f} ms" if self.waits else ""
-        return f"Reverted bit by bit: {self.reverted}{waited}."
+        return f"After reverting: {self.reverted}{waited}."
 
     @property
     def longest_ms(self) -> float:

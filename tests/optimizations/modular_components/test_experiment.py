@@ -149,6 +149,7 @@ def test_a_trace_in_the_baseline_refutes_the_claim_and_is_taken_away(tiny):
     model = tiny("qwen3-4b-instruct-2507")
     before, sound = io.weights_hash(model), exchanged_with(model, copy.deepcopy(model))
     assert sound.identical and sound.done == 1 and sound.reverted == "weights and logits identical after 1 exchange"
+    assert sound.caption.startswith("After reverting: weights and logits identical after 1 exchange; longest wait ")
     leaky = copy.deepcopy(model)
     leaky.model.norm = Scribbler(leaky.model.norm, model.model.norm.weight)
     traced = exchanged_with(model, leaky)
