@@ -23,7 +23,7 @@ from lib.measure.timing import disturbance, interleaved, workloads
 from lib.measure.timing.control import fresh_copies
 from lib.optimizations.automl_components.method import nothing, promote
 from lib.optimizations.automl_components.successive_filtering import Bench, JudgedStack
-from lib.optimizations.common.evidence import shapley
+from lib.optimizations.common.evidence import interactions, shapley
 from lib.optimizations.common.evidence.shapley import Estimate
 from lib.optimizations.common.search import choice
 from lib.optimizations.common.search.search_quality import NOTHING_LOST, QualityLoss, SearchQuality
@@ -82,7 +82,7 @@ def judge(
     rounds: int = ROUNDS,
 ) -> list[Finalist]:
     """Return the `count` best, timed again for about `seconds` in at least `rounds` and asked; the empty stack first,
-    if the budget allows it.
+    if the budget allows it. The interval of a time holds what one process hides as well.
     """
     best = promote(bench, outcomes, count)
     copies = fresh_copies({"baseline": bench.model, "copy": bench.model}, seed)  # of the age of the stacks
@@ -93,12 +93,12 @@ def judge(
     rounds, calls = interleaved.rounds_for(works, seconds, rounds)
     timed = interleaved.rounds(works, rounds, iterations=calls, warmup=0, seed=seed, disturbance=disturbance.watch)
     floor = paired_stats.noise_floor(timed.contrast({"copy": 1, "baseline": -1}))
-    finalists = []
+    finalists, hidden = [], interactions.process_sigma("generate", (1, -1))
     if bench.memory_budget >= 1:
         finalists.append(Finalist(nothing(bench), Estimate(0.0, 0.0, 0.0, rounds), floor, 0.0, NOTHING_LOST))
     for at, (judged, divergence) in enumerate(best):
         each = timed.contrast({str(at): 1, "baseline": -1})
-        time, lost = shapley.over_rounds(each), quality.of(arms[str(at)])
+        time, lost = shapley.over_rounds(each, hidden), quality.of(arms[str(at)])
         finalists.append(Finalist(judged, time, floor, divergence, lost, tuple(float(value) for value in each)))
     return finalists
 
