@@ -98,14 +98,15 @@ class EqualEffort:
         return measurement.informative("front_hypervolume", "search", volumes[arm], volumes["search"], source)
 
     def reading(self) -> str:
-        """Return two sentences on the fronts."""
+        """Return two sentences on the fronts: a simpler choice that dominates more than the search is named."""
         volumes, others = self.volumes, self.random_volumes
         best = "above" if volumes["search"] > volumes["uniform"] else "not above"
+        greedier = ", and below greedy choice" if volumes["greedy"] > volumes["search"] else ""
         return (
             f"With {self.evaluations} evaluations the search dominates {volumes['search']:.4f} (before refinement "
             f"{volumes['programme']:.4f}, greedy choice {volumes['greedy']:.4f}), random choices {min(others):.4f} to "
             f"{max(others):.4f}. All blocks alike dominate {volumes['uniform']:.4f}, so the search is {best} the "
-            "simplest rule."
+            f"simplest rule{greedier}."
         )
 
     def refuted(self) -> tuple[bool | None, str]:

@@ -45,6 +45,7 @@ def test_random_choices_are_as_good_only_where_the_search_is_not_above_all_of_th
     assert refuted is outcome and f"{_area(search):.4f}" in evidence and "3 draws" in evidence
     assert equal.gain == pytest.approx((1 - search) ** 2 / np.mean([0.36, 0.25, 0.09]))
     _sentences(equal.reading())
+    assert ("below greedy choice" in equal.reading()) is (search > 0.7), "a simpler choice that found more is named"
     assert [arm.name for arm in equal.controls()] == [
         "programme", "greedy", "uniform", "random 1", "random 2", "random 3",
     ]  # fmt: skip
