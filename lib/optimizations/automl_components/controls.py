@@ -38,6 +38,7 @@ from lib.optimizations.common.search import pareto
 OPTIMUM_SHARE = 0.95  # that a quarter of a grid's evaluations are to find
 VOLUME_MARGIN = 0.05  # of a hypervolume: what stacks that are timed again move it by, so less is not "better"
 SCATTER = "no gain in time among these is sure, so the areas may be what few timings scatter"
+AS_GOOD = f"at most {VOLUME_MARGIN:.0%} more is as good"
 
 
 def at_random(
@@ -228,14 +229,14 @@ class EqualSeconds:
         if self.unsure:
             return None, f"{evidence}; {SCATTER}"
         beaten = [own > (1 + VOLUME_MARGIN) * volume for volume in others]
-        return (False if all(beaten) else None if any(beaten) else True), evidence
+        return (False if all(beaten) else None if any(beaten) else True), f"{evidence}; {AS_GOOD}"
 
     def defaults_refuted(self) -> tuple[bool | None, str]:
         """Return whether the defaults dominate as much as the search, which judged them first, and both areas: whether
         the search is not more than VOLUME_MARGIN above. None where no gain in time is sure.
         """
         own, defaults = self.volumes["search"], self.volumes["defaults"]
-        evidence = f"hypervolume {own:.4g}, defaults {defaults:.4g}; at most {VOLUME_MARGIN:.0%} more is as good"
+        evidence = f"hypervolume {own:.4g}, defaults {defaults:.4g}; {AS_GOOD}"
         if self.unsure:
             return None, f"{evidence}; {SCATTER}"
         return own <= (1 + VOLUME_MARGIN) * defaults, evidence
@@ -245,9 +246,9 @@ class EqualSeconds:
 class SmallGrid:
     """Two components at several levels, every pair judged: dominated areas [L, L], and how the search would do there.
 
-    `curves`: share of the optimum after each of `evaluations`, per seed; empty where no pair dominates anything.
-    `chance`: what as many cells drawn at random reach on average. `sure`: whether a cell is surely faster than the
-    baseline, None where that is not known.
+    `pair` names the component of the rows, then that of the columns. `curves`: share of the optimum after each of
+    `evaluations`, per seed; empty where no pair dominates anything. `chance`: what as many cells drawn at random reach
+    on average. `sure`: whether a cell is surely faster than the baseline, None where that is not known.
     """
 
     pair: str

@@ -49,7 +49,8 @@ def test_chance_is_judged_by_several_draws(search, others, outcome):
 
 def test_less_than_the_margin_is_a_tie():
     """Times that are read again move an area by more than this: the search is not better by a thousandth."""
-    assert _equal(0.4999, 0.5, 0.5, defaults=0.5).random_refuted()[0] is True
+    refuted, evidence = _equal(0.4999, 0.5, 0.5, defaults=0.5).random_refuted()
+    assert refuted is True and evidence.endswith("at most 5% more is as good"), "why a larger area is no better is said"
     assert _equal(0.4999, defaults=0.5).defaults_refuted() == (
         True, "hypervolume 0.02501, defaults 0.025; at most 5% more is as good"
     )  # fmt: skip
@@ -145,3 +146,16 @@ def test_only_a_preview_shortens_the_request_that_is_timed():
     asked = experiment.TimedRequest(256, 2, 3)
     assert asked.within(settings.read("quick")) == asked
     assert asked.within(settings.read("preview")) == (64, 2, 3)
+
+
+def test_a_grid_names_its_rows_before_its_columns(monkeypatch):
+    """The first stack that has a step is one of the first row, so of the columns: names came out reversed."""
+    step = lambda stem, level: [RecipeStep(optimization=stem)] if level else []  # noqa: E731
+    stacks = [[step("of_rows", row) + step("of_columns", column) for column in range(3)] for row in range(3)]
+    monkeypatch.setattr(experiment.controls, "grid", lambda outcomes, parts, levels: stacks)
+    rows_alone = lambda stack: [step.optimization for step in stack] == ["of_rows"]  # noqa: E731
+    judge = lambda stack: replace(_judged(0.5 if rows_alone(stack) else 1.0), stack=stack)  # noqa: E731
+    setup = SimpleNamespace(bench=SimpleNamespace(judge=judge, memory_budget=1.0), factor=1, parts=[])
+    grid = experiment.small_grid(setup, [])
+    assert grid.pair == "of_rows × of_columns"
+    assert (grid.areas_LL[1:, 0] > 0).all() and not grid.areas_LL[0].any(), "rows alone are faster"
