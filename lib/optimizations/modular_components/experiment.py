@@ -270,8 +270,8 @@ def sentence(
     interactions, in two sentences.
     """
     works, refused, crashed = (len(study.named(state)) for state in ("works", "refused", "crashed"))
-    what = f"{named(stack)}, at {stack.level / strength.LEVELS:.0%} of each part's strength" if stack.steps else "empty"
-    text = f"The stack that is judged: {what}. "
+    at = f"{stack.level / strength.LEVELS:.0%} of the strength of each part that can be weakened"
+    text = f"The stack that is judged: {f'{named(stack)}, at {at}' if stack.steps else 'empty'}. "
     text += f"{works} of {study.count} ordered pairs work, {refused} refused with a reason, {crashed} crashed; "
     if measured_overhead:
         worst = max(measured_overhead, key=lambda m: abs((m.ratio or 1) - 1))

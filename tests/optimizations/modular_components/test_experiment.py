@@ -113,7 +113,8 @@ def test_every_claim_has_its_answer(verdict, forced, identical, outcomes):
     assert [claim for claim, _, _ in answers] == list(experiment.CLAIMS)
     assert [refuted for _, refuted, _ in answers] == outcomes
     sentence = experiment.sentence(*findings)
-    assert sentence.startswith("The stack that is judged: a → b, at 100% of each part's strength. ")
+    stack = "a → b, at 100% of the strength of each part that can be weakened"
+    assert sentence.startswith(f"The stack that is judged: {stack}. ")
     assert "1 of 2 ordered pairs work" in sentence and "0 of 10 intervals exclude zero" in sentence
 
 
