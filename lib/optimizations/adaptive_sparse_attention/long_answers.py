@@ -185,7 +185,9 @@ def compare(baseline: LongAnswers, optimized: LongAnswers, **options: int) -> li
 
 
 def bars(answers: Mapping[str, LongAnswers]) -> pd.DataFrame:
-    """Return the shares repeated for `style.bars`: a bar for each third of a prompt and arm, with Wilson's interval."""
+    """Return the shares repeated for `style.bars`: a bar for each third of a prompt and arm, with Wilson's interval,
+    as if questions of one prompt were independent.
+    """
     rows = []
     for place in PLACES:
         for arm, answered in answers.items():
