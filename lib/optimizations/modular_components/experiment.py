@@ -213,9 +213,19 @@ def refutations(
         contrasts.refuted(),
         (slower if measured_overhead else None, rates or "nothing was timed"),
         (not exchanged.identical if exchanged.done else None, exchanged.reverted),
-        (len(stack.steps) < 2, f"the stack is {named(stack)}"),
+        _together(stack),
     )
     return [(claim, *answer) for claim, answer in zip(CLAIMS, answers)]
+
+
+def _together(stack: Weakened) -> tuple[bool | None, str]:
+    """Return whether fewer than two parts keep the margins together, and the stack; None where there are two only with
+    parts that change no answer: these keep any margin.
+    """
+    said, able = f"the stack is {named(stack)}", len(stack.can_lose)
+    if len(stack.steps) < 2 or able > 1:
+        return len(stack.steps) < 2, said
+    return None, f"{said}, of which {able} can lose anything"
 
 
 def named(stack: Weakened) -> str:

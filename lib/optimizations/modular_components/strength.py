@@ -54,6 +54,12 @@ class Weakened:
         """Whether the output is sound and no margin is passed."""
         return self.broken is None and self.lost.within()
 
+    @property
+    def can_lose(self) -> list[str]:
+        """The parts of the stack that can lose anything: one that is known and has no `mildest` changes no answer."""
+        known, stems = method.parts(), [step.optimization for step in self.steps]
+        return [stem for stem in stems if stem not in known or known[stem].COMPOSES.get("mildest")]
+
     def row(self) -> dict[str, object]:
         """Return the level as a row of a table."""
         knobs = " → ".join(f"{step.optimization} {step.knobs or ''}".strip() for step in self.steps) or "nothing"

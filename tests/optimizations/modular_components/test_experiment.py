@@ -118,6 +118,18 @@ def test_every_claim_has_its_answer(verdict, forced, identical, outcomes):
     assert "1 of 2 ordered pairs work" in sentence and "0 of 10 intervals exclude zero" in sentence
 
 
+def test_parts_that_change_no_answer_do_not_show_that_margins_are_kept_together():
+    """Streaming beside any one part made two: nothing could have refuted the claim."""
+    of = lambda *stems: experiment.refutations(  # noqa: E731
+        _study(), _contrasts(), [], LiveExchange([], [], True), _stack(*stems)
+    )[-1]
+    assert of("structured_pruning", "streaming_computation")[1:] == (
+        None, "the stack is structured_pruning → streaming_computation, of which 1 can lose anything"
+    )  # fmt: skip
+    assert of("structured_pruning", "tensor_decomposition", "streaming_computation")[1] is False
+    assert of("streaming_computation")[1] is True
+
+
 def test_what_did_not_happen_tells_nothing():
     nothing = LiveExchange([], [], True)
     answers = experiment.refutations(_study(second="crashed"), _contrasts(), [], nothing, _stack("a"))
