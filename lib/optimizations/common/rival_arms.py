@@ -31,6 +31,7 @@ RATES = ("prefill_tokens_per_second", "decode_tokens_per_second")
 PREVIEW_WINDOWS, PREVIEW_TOKENS = 4, 128  # of held-out text, on which rivals are judged at effort preview
 EQUAL_BYTES = "as large as the yardstick"  # the purpose of an arm
 UNTOLD = "not told apart"
+NO_KERNEL = "no kernel for"  # so many matrices: begins a part of a purpose
 
 
 def reference(baseline: nn.Module, text: Text, effort: Effort, windows: int | None = None) -> Text:
@@ -88,7 +89,7 @@ def yardsticks(
             continue
         missing = weight_only.without_kernel(baseline, bits, part)
         purpose = weight_only.PURPOSE + (
-            f"; no kernel for {missing} matrices, restored for each product" if missing else ""
+            f"; {NO_KERNEL} {missing} matrices, restored for each product" if missing else ""
         )
         if bits == 8 and weight_only.rounds_few_tokens(baseline, part):
             purpose += f"; up to {FEW_TOKENS} tokens are multiplied in bfloat16, the judged text by restored matrices"
@@ -166,7 +167,7 @@ def beside(chosen: ThirdArm | None, arms: Sequence[ThirdArm]) -> str:
 def raced(measurements: Sequence[Measurement], arms: Sequence[ThirdArm]) -> str:
     """Return a sentence on each timed yardstick among `arms`: in what the optimized model, whose rates are among the
     `measurements`, is faster or slower. They are told apart where intervals and noise floors let them, and where both
-    were timed on a quiet machine.
+    were timed on a quiet machine. What a yardstick has no kernel for stands beside its name.
     """
     own = {m.workload: m for m in measurements if m.metric in RATES}
     said = []
@@ -180,7 +181,9 @@ def raced(measurements: Sequence[Measurement], arms: Sequence[ThirdArm]) -> str:
                 words.setdefault(_faster(mine, rate) if quiet else UNTOLD, []).append(where)
         if words:
             parts = [f"{word} in {' and '.join(where)}" for word, where in words.items()]
-            said.append(f"Compared with {arm.name} the optimized model is {', and '.join(parts)}.")
+            lacks = [part for part in arm.purpose.split("; ") if part.startswith(NO_KERNEL)]
+            name = f"{arm.name} ({lacks[0]})" if lacks else arm.name
+            said.append(f"Compared with {name} the optimized model is {', and '.join(parts)}.")
     return " ".join(said)
 
 

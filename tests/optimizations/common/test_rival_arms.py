@@ -70,6 +70,8 @@ def test_speed_beside_a_yardstick():
     busy = _rate("decode", 1.0, floor=0.12).model_copy(update={"reason": "the noise floor of 12 % is above 10 %"})
     assert "not told apart in prefill" in rival_arms.raced([own[0], busy], [int8]), "nothing timed there is judged"
     assert rival_arms.raced([], [int8]) == ""
+    slowed = rival_arms.raced(own, [int8._replace(purpose=f"{KERNEL}; up to 32 tokens")])
+    assert "Compared with int8 (no kernel for 6 matrices, restored for each product) the" in slowed, "a slowed rival"
     both = rival_arms.raced([_rate("prefill", 1.5), _rate("decode", 1.5)], [int8])
     assert "faster in prefill (1.5× against 0.94×) and decode (1.5× against 1.05×)." in both
 
