@@ -83,11 +83,15 @@ def listed(values: Mapping[str, object]) -> pd.DataFrame:
 
 
 def planned_bytes(plan: Plan) -> dict[str, int]:
-    """Return the bytes of each part of the plan: what stays in memory, and what passes."""
+    """Return the bytes of each part of the plan: what stays in memory, and what passes; the first four sum to
+    all weights.
+    """
+    units = plan.fixed_bytes + plan.resident_bytes + plan.streamed_bytes
     return {
         "always in memory": plan.fixed_bytes,
         "resident units": plan.resident_bytes,
         "streamed": plan.streamed_bytes,
+        "experts and rows of embeddings, read where needed": plan.total_bytes - units,
         "room for two units": 2 * plan.slot_bytes,
         "expert cache": plan.expert_slots * plan.expert_bytes,
     }

@@ -32,10 +32,18 @@ REFERENCES = [BOUND, *(f"accelerate, {kind}" for kind in offload_baseline.KINDS)
 FROM_DISK = 0.95  # of the bytes that a call reads, from which on they are said to come from the disk
 RATIOS = {"proxy": (0.65, 1.0)}  # beside the allowance under test
 FEWER_RATIOS = (0.75,)  # where a step takes seconds
-SHOWN = (
-    "ratio", "page_cache", "memory_share", "ms_per_token", "resident_ms_per_token", "bound_ms_per_token",
-    "share_of_bound", "read_from",
-)  # fmt: skip
+SHOWN = {
+    "ratio": "allowance, share of the weights",
+    "page_cache": "page cache",
+    "memory_share": "weights in memory, share",
+    "ms_per_token": "ms per token",
+    "low": "low",
+    "high": "high",
+    "resident_ms_per_token": "resident, ms per token",
+    "bound_ms_per_token": "bound, ms per token",
+    "share_of_bound": "bound ÷ time",
+    "read_from": "read from",
+}
 
 
 def ratios(memory_ratio: float, scale: str, effort: str) -> list[float]:
@@ -107,8 +115,8 @@ def _row(model: nn.Module, work: Workload, pairs: Pairs, ratio: float, page_cach
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return the columns of the rows that a reader needs."""
-    return pd.DataFrame(rows)[[*SHOWN]].round(4)
+    """Return the columns of the rows that a reader needs, the time per token with its 95 % interval."""
+    return pd.DataFrame(rows)[[*SHOWN]].round(4).rename(columns=SHOWN)
 
 
 def points(rows: Sequence[Mapping[str, Any]], offload: Mapping[str, Measurement]) -> pd.DataFrame:

@@ -10,7 +10,7 @@ from lib.measure.timing import workloads
 from lib.models.checkpoints import io
 from lib.models.decoding import mla_absorption
 from lib.models.structure.anatomy import anatomy
-from lib.optimizations.streaming_computation import memory_tradeoff, method, offload_baseline
+from lib.optimizations.streaming_computation import experiment, memory_tradeoff, method, offload_baseline, read_bound
 from lib.optimizations.streaming_computation.limited import children
 
 LATENT, OTHER = "glm-4.7-flash", "qwen3-4b-instruct-2507"
@@ -70,6 +70,21 @@ def test_that_bytes_come_from_the_disk_is_said_where_they_were_seen_to(monkeypat
     assert "the rest read from its file (what came from the disk is unknown), a token" in unknown
     nearly = memory_tradeoff.reading([_row("keep", 0.0, ""), _row("drop", 0.96, "96 % from the disk")], offload, 0.35)
     assert "with nearly every byte (96 % from the disk), 2.00 times" in nearly
+
+
+def test_the_table_has_units_and_intervals():
+    row = _row("keep", 0.0, "cached") | {"low": 1.9, "high": 2.2, "share_of_bound": 0.5}
+    (shown,) = memory_tradeoff.table([row]).to_dict("records")
+    assert (shown["ms per token"], shown["low"], shown["high"]) == (2.0, 1.9, 2.2) and shown["bound ÷ time"] == 0.5
+    assert not any("_" in name for name in shown), "names of code are no headings"
+
+
+def test_the_parts_of_a_plan_sum_to_all_weights(folder):
+    """Routed experts were in no row: of a mixture of experts most bytes were missing."""
+    stream = read_bound.stream_of(method.open_folder(folder, memory_ratio=0.7))
+    parts = experiment.planned_bytes(stream.plan)
+    stream.close()
+    assert sum([*parts.values()][:4]) == stream.plan.total_bytes and [*parts.values()][3] > 0
 
 
 def test_where_pages_cannot_be_dropped_the_other_rows_are_there(tiny, folder, monkeypatch):
