@@ -15,7 +15,14 @@ from lib.measure.trackers import memory
 from lib.models.checkpoints import io
 from lib.models.decoding import mla_absorption
 from lib.models.structure.anatomy import anatomy
-from lib.optimizations.streaming_computation import experiment, memory_tradeoff, outcome, window_quality
+from lib.optimizations.streaming_computation import (
+    experiment,
+    memory_tradeoff,
+    method,
+    outcome,
+    read_bound,
+    window_quality,
+)
 from lib.optimizations.streaming_computation.window_quality import LongTexts
 
 PEAK = "peak_memory_above_start_bytes"
@@ -84,3 +91,16 @@ def test_a_preview_asks_for_a_value_outside_the_window_and_times_one_more_allowa
     assert all(windows > 1 for windows in window_quality.OUTSIDE.values())
     assert memory_tradeoff.ratios(0.35, "proxy", "preview") == [0.35, 1.0]
     assert memory_tradeoff.ratios(0.35, "proxy", "quick") == [0.35, 0.65, 1.0]
+
+
+def test_a_share_of_positions_that_was_not_looked_at_is_not_shown(tiny, tmp_path):
+    """Of losses in rows no token is chosen: a share of 1 was written there by hand."""
+    model = tiny("qwen3-4b-instruct-2507")
+    folder = io.save(model, tmp_path / "saved")
+    streamed = method.open_folder(folder, memory_ratio=0.7)
+    ids_NT = torch.arange(8, 40).reshape(2, 16)
+    equal = experiment.equality_of_variants(model, streamed, folder, ids_NT, 0.7)
+    read_bound.stream_of(streamed).close()
+    table = experiment.equality_table(equal).set_index("variant")["same most likely token, share"]
+    assert table["all together"] == 1.0 and np.isnan(table[experiment.IN_ROWS])
+    assert "same_top" not in equal[experiment.IN_ROWS] and equal[experiment.IN_ROWS]["difference"] < 1e-4
