@@ -4,7 +4,7 @@ sweep of shares.
 Returns plain data. Knows nothing of tables, figures or records.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +103,23 @@ def sized(bars: pd.DataFrame, arms: Sequence[ThirdArm]) -> pd.DataFrame:
         return bars
     sizes = {arm.name: m.ratio for arm in arms for m in arm.measurements if m.metric == "weights_bytes"}
     return bars.assign(**{"weights, ×": bars["arm"].map(sizes)})
+
+
+def heading(arms: Sequence[ThirdArm], left_out: Mapping[str, str]) -> str:
+    """Return what heads a table of `controls`: its unit, which other choices are surely nearer than the cut itself,
+    with the weights that each has left, and what was left out, with its reason.
+    """
+    said, own = ["KL in nats per token."], claims.interval(arms, [BARE])
+    sizes = {arm.name: m.ratio or 1.0 for arm in arms for m in arm.measurements if m.metric == "weights_bytes"}
+    nearer = []
+    for name in [arm.name for arm in arms if arm.name not in (BARE, COMPENSATED, RECOVERED)]:
+        known = claims.interval(arms, [name])
+        if own and known and known.high < own.low:
+            nearer.append(f"{name} ({known.value:.3g} at {sizes[name]:.3g}×)")
+    if own and nearer:
+        said.append(f"Nearer than {BARE} ({own.value:.3g} at {sizes[BARE]:.3g}× of the weights): {', '.join(nearer)}.")
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+    return " ".join([*said, f"Left out: {reasons or 'nothing'}."])
 
 
 def optimized_arm(judged: Sequence[ThirdArm], chosen: PrunedModel) -> ThirdArm | None:

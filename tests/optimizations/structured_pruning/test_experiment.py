@@ -15,6 +15,7 @@ from lib.measure.quality import evaluate
 from lib.models.calibration.activations import observe
 from lib.models.calibration.distillation import Lessons
 from lib.models.structure.anatomy import anatomy
+from lib.optimizations.common.evidence.claims import ThirdArm
 from lib.optimizations.structured_pruning import experiment, method, outcome, rivals
 from lib.report.text import reading
 
@@ -195,3 +196,20 @@ def test_without_text_nothing_can_be_told(setup):
     rival_cuts = rivals.set_up(setup, None, 0.2, "auto")
     assert rivals.controls(rival_cuts, cut) == ([], {}) and rivals.impact(rival_cuts).empty
     assert [refuted for _, refuted, _ in outcome.refutations([], [])] == [None, None, None]
+
+
+def test_a_choice_that_is_surely_nearer_is_named_with_its_weights():
+    def arm(name: str, nats: float, weights: float) -> ThirdArm:
+        read = measurement.informative("kl_divergence_nats", "prefill", 0.0, nats, "planted")
+        size = measurement.counted("weights_bytes", "load", 100.0, 100 * weights, "planted")
+        return ThirdArm(name, "planted", [read.model_copy(update={"ci": (0.9 * nats, 1.1 * nats)}), size])
+
+    taught, bare = arm(rivals.RECOVERED, 0.01, 0.75), arm(rivals.BARE, 0.105, 0.7512)
+    others = [arm("channels alone", 0.0335, 0.7936), arm("ean", 0.1, 0.75), arm("depth alone", 0.27, 0.71)]
+    arms = [bare, *others, taught]
+    assert rivals.heading(arms, {"heads alone": "out of reach"}) == (
+        "KL in nats per token. Nearer than activation (0.105 at 0.751× of the weights): channels alone (0.0335 at "
+        "0.794×). Left out: heads alone: out of reach."
+    )
+    assert rivals.heading([bare], {}) == "KL in nats per token. Left out: nothing."
+    assert rivals.heading([], {}) == "KL in nats per token. Left out: nothing."
