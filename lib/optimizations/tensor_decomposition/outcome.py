@@ -88,7 +88,7 @@ def _as_fast(claim: str, optimized: nn.Module, measurements: Sequence[Measuremen
         return claim, None, "nothing was timed"
     verdicts = {m.verdict for m in rates}
     refuted = True if verdicts & {"worse", "equivalent"} else False if verdicts == {"better"} else None
-    each = (f"{m.workload} {m.ratio:.3g}× ({m.ci[0]:.3g}–{m.ci[1]:.3g}), {m.verdict}" for m in rates if m.ci)
+    each = (f"{m.workload} {m.ratio:.3f}× ({m.ci[0]:.3f}–{m.ci[1]:.3f}), {m.verdict}" for m in rates if m.ci)
     return claim, refuted, "; ".join(each)
 
 

@@ -232,10 +232,20 @@ def domains(setup: FactoringSetup, compression: float) -> tuple[pd.DataFrame, st
                 setup.baseline, [], compression=compression, method=FITTED, spectra=source_spectra
             )
             lost[judged, calibrated] = evaluate.divergence(reference, evaluate.read(model, ids_NT))[0]
-    names = ("judged on", "calibrated on", "KL, nats/token")
-    rows = [dict(zip(names, (*pair, float(kl_N.mean())))) for pair, kl_N in lost.items()]
     removed = f"{100 * compression:g} % of the decoder's bytes removed"
-    return pd.DataFrame(rows), f"Whitened factors, {removed}. {read_domains(lost, seed, documents)}"
+    return domain_table(lost, seed, documents), f"Whitened factors, {removed}. {read_domains(lost, seed, documents)}"
+
+
+def domain_table(
+    lost: Mapping[tuple[str, str], np.ndarray], seed: int, documents: Mapping[str, np.ndarray | None]
+) -> pd.DataFrame:
+    """Return the mean divergence of each pair of `read_domains` with its interval, in nats per token."""
+    rows = []
+    for (judged, calibrated), kl_N in lost.items():
+        low, high = paired_stats.bootstrap_interval(kl_N, seed=seed, source=documents.get(judged))
+        row = {"judged on": judged, "calibrated on": calibrated, "KL, nats/token": float(kl_N.mean())}
+        rows.append(row | {"low": low, "high": high})
+    return pd.DataFrame(rows)
 
 
 def read_domains(

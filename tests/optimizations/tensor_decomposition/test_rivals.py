@@ -81,7 +81,11 @@ def test_two_thin_products_are_judged_in_prefill_and_in_decoding(prefill, decode
     thin = FactoredLinear(nn.Linear(8, 2, bias=False), nn.Linear(2, 8))
     *_, (_, answer, evidence) = outcome.refutations([], thin, rates)
     assert answer is refuted
-    assert evidence == f"prefill 1.05× (1.04–1.06), {prefill}; decode 0.98× (0.97–0.99), {decode}"
+    says = lambda ratio: f"{ratio:.3f}× ({0.99 * ratio:.3f}–{1.01 * ratio:.3f})"  # noqa: E731
+    assert evidence == f"prefill {says(1.05)}, {prefill}; decode {says(0.98)}, {decode}"
+    barely = rates[1].model_copy(update={"ci": (0.979, 1.0038)})
+    *_, (_, _, evidence) = outcome.refutations([], thin, [rates[0], barely])
+    assert "(0.979–1.004)" in evidence, "an end that lies above 1 is not shown as 1"
     *_, (_, answer, evidence) = outcome.refutations([], nn.Linear(8, 8), rates)
     assert answer is None and "only stacks of experts" in evidence
 
@@ -95,6 +99,8 @@ def test_the_text_of_calibration_matters_only_where_windows_tell_it():
         "(0.0135, 0.0338). Judged on code, factors calibrated on such text are not told apart "
         "from those calibrated on the other (0.0416, 0.0412)."
     )
+    table = rivals.domain_table(lost, 0, {"docs": np.arange(8)})
+    assert len(table) == 4 and (table["low"] < table["KL, nats/token"]).all() and (table["high"] > table["low"]).all()
     swapped = {("docs", "docs"): lost["docs", "code"], ("docs", "code"): lost["docs", "docs"]}
     assert "further off than" in rivals.read_domains(swapped)
     assert "further off than" in rivals.read_domains(swapped, documents={"docs": np.arange(8)})
