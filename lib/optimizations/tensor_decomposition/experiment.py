@@ -235,14 +235,17 @@ class FactoredModel:
 
     @property
     def summary(self) -> str:
-        """What was removed, in how many modules, and how many blocks keep the factors that they were taught."""
+        """What was removed, in how many modules, and in how many factored blocks the factors that were taught stay."""
         said = f"{100 * self.removed:.1f} % of the decoder's bytes are removed; {len(self.ranks)} modules are factored."
         if not self.errors:
             return said
-        kept = sum(after < before for before, after in self.errors)
+        blocks = anatomy(self.optimized).blocks
+        errors = [pair for pair, block in zip(self.errors, blocks) if factored.ranks(block.module)]
+        kept = sum(after < before for before, after in errors)
         others = "in the others whitened ones stay" if kept else "whitened ones stay"
-        rest = "" if kept == len(self.errors) else f"; {others}"
-        where = f"{kept or 'none'} of {len(self.errors)} blocks"
+        rest = "" if kept == len(errors) else f"; {others}"
+        kind = "blocks" if len(errors) == len(self.errors) else "factored blocks"
+        where = f"{kept or 'none'} of {len(errors)} {kind}"
         text = "text set aside from their fit, which whitening has seen"
         return f"{said} In {where} {self.taught} factors are nearer to the original output on {text}{rest}."
 

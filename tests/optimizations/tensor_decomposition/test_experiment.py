@@ -149,13 +149,20 @@ def test_real_models_are_refitted_in_closed_form_and_not_trained(setup, scale, e
 
 def test_factors_are_refitted_on_all_of_the_calibration_text_and_say_where_that_helped(setup, monkeypatch):
     setup.spectra["refitted"] = setup.spectra["whitened"]
-    refitted, seen, errors = replace(setup, method="refitted", finetune_batches=[]), [], [(1.0, 0.5)] * 3 + [(1.0, 1.0)]
+    refitted = replace(setup, method="refitted", budget="uniform", finetune_batches=[])  # factors in every block
+    seen, errors = [], [(1.0, 0.5)] * 3 + [(1.0, 1.0)]
     monkeypatch.setattr(decomposition.blockwise, "refit", lambda _, __, text: seen.append(text) or errors)
     chosen = experiment.factor(refitted, 0.2)
     assert seen == [setup.calibration] and chosen.errors == errors
     told = " factors are nearer to the original output on text set aside from their fit, which whitening has seen"
     assert chosen.summary.endswith(f" In 3 of 4 blocks refitted{told}; in the others whitened ones stay.")
     assert replace(chosen, errors=errors[:3]).summary.endswith(f" In 3 of 3 blocks refitted{told}.")
+    names = [spectrum.matrix.name for spectrum in decomposition.curves(setup.spectra["whitened"])]
+    first = {name: 8 for name in names if ".layers.0." in name}
+    options = {"method": "whitened", "spectra": setup.spectra["whitened"], "ranks": first}
+    partly = replace(chosen, optimized=decomposition.apply(setup.baseline, [], **options))
+    one = f" In 1 of 1 factored blocks refitted{told}."
+    assert partly.summary.endswith(one), "no whitened factors stay where there are none"
     undone = replace(chosen, errors=[(1.0, 1.0)] * 4)
     assert undone.summary.endswith(f" In none of 4 blocks refitted{told}; whitened ones stay.")
     assert experiment.factor(setup, 0.2).summary.endswith(" modules are factored.")
