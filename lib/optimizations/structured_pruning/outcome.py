@@ -45,12 +45,22 @@ def replications(setup: PruningSetup, measurements: list[Measurement], granulari
     and, where whole blocks went, generation beside multiple choice.
     """
     named = {m.metric: m for m in measurements if m.workload in ("prefill", "generate")}
-    scores = [m for m in measurements if m.metric in ("accuracy", "accuracy_norm") and m.margin is not None]
+    scores = [_bounded(m) for m in measurements if m.metric in ("accuracy", "accuracy_norm") and m.margin is not None]
     ends = relations.with_weights(relations.ends(setup.influence), setup.loaded.random_weights)
     judged = [ends, relations.accuracy(named.get("perplexity"), scores)]
     if granularity == "depth" and scores:
         judged.append(relations.generation(named.get("retrieval_exact_match"), scores[0]))
     return judged
+
+
+def _bounded(score: Measurement) -> Measurement:
+    """Return a score of which no answer changed with the bound of its change, to either side, as its interval: it has
+    no other, but it was measured.
+    """
+    if score.ci or score.ratio != 1 or score.bound is None or not score.baseline:
+        return score
+    half = abs(score.bound) / score.baseline
+    return score.model_copy(update={"ci": (1 - half, 1 + half)})
 
 
 def details(

@@ -23,6 +23,16 @@ def test_relations_of_pruning():
     assert [judgement.held for judgement in outcome.replications(setup, [], "depth")] == [False, None]
 
 
+def test_a_score_of_which_no_answer_changed_was_measured():
+    setup = SimpleNamespace(influence=[0.9, 0.1, 0.1, 0.8], loaded=SimpleNamespace(random_weights=False))
+    same = _measured("accuracy", "classify", 1.0, 0.0).model_copy(update={"ci": None, "bound": -0.0075})
+    _, accuracy = outcome.replications(setup, [_measured("perplexity", "prefill", 1.002, 0.001), same], "channels")
+    assert accuracy.held is None and "perplexity did not worsen strongly" in accuracy.evidence
+    assert "0 (−0.0075 to 0.0075)" in accuracy.evidence
+    _, accuracy = outcome.replications(setup, [_measured("perplexity", "prefill", 1.5, 0.01), same], "channels")
+    assert accuracy.held, "no answer changed"
+
+
 def test_the_influence_of_random_blocks_replicates_nothing():
     setup = SimpleNamespace(influence=[0.9, 0.1, 0.1, 0.8], loaded=SimpleNamespace(random_weights=True))
     ends, _ = outcome.replications(setup, [], "channels")
