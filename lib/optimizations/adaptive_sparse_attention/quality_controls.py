@@ -227,7 +227,8 @@ def read_inside(inside: Sequence[Mapping[str, Any]]) -> str:
     every, sparse = (value["measurements"][0] for value in inside)
     said = f"Full attention repeats {every.baseline:.3f} of {every.n} values, the sparse arm {every.optimized:.3f}"
     said += f" where the question attends to all and {sparse.optimized:.3f} where it does not"
-    return f"{said}: {'no difference is shown' if every.optimized == sparse.optimized else 'too few for a verdict'}."
+    same = every.optimized == sparse.optimized
+    return f"{said}: {'between the last two no difference is shown' if same else 'too few for a verdict'}."
 
 
 def lost_in_the_middle(claim: str, judged: Quality) -> tuple[str, bool | None, str]:

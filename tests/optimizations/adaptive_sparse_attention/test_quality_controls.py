@@ -166,7 +166,7 @@ def test_questions_inside_a_prompt_claim_no_effect_that_is_not_there():
     alike = quality_controls.read_inside([asked("all", 0.25), asked("sparse", 0.25)])
     assert alike == (
         "Full attention repeats 0.500 of 4 values, the sparse arm 0.250 where the question attends to all and 0.250 "
-        "where it does not: no difference is shown."
+        "where it does not: between the last two no difference is shown."
     )
     assert quality_controls.read_inside([asked("all", 0.25), asked("sparse", 0.0)]).endswith("too few for a verdict.")
     assert "No question" in quality_controls.read_inside([])
