@@ -14,10 +14,17 @@ YAML = (".yaml", ".yml")
 
 
 class Tolerant(yaml.SafeLoader):
-    """YAML whose own tags (`!function`) are read as nothing."""
+    """YAML whose own tags are read as nothing, but for `!function`: as the file of the function's module."""
+
+
+def _file_of_function(loader: yaml.SafeLoader, node: yaml.Node) -> str | None:
+    """Return "utils.py" of `!function utils.name`, which the harness looks for beside the task."""
+    module, dot, _ = str(node.value).rpartition(".")
+    return f"{module.replace('.', '/')}.py" if dot else None
 
 
 Tolerant.add_multi_constructor("!", lambda loader, suffix, node: None)
+Tolerant.add_constructor("!function", _file_of_function)
 
 
 def of(parameters: Mapping[str, Any]) -> list[Path]:
