@@ -34,8 +34,8 @@ from lib.optimizations.feedback_mechanisms.scenarios import SPOTLESS, Losses, Pl
 LENGTHS = Lengths(48, 16)
 CONTEXTS = (32, 96, 256)  # columns at which steps are timed
 KEYS = (
-    "missed s", "goodput", "goodput share", "fast share", "shadow s", "settled s", "overshoot", "reversals", "moves",
-    "changes", "rollbacks", "rolled back after s", "broken answers",
+    "missed s", "goodput", "goodput share", "fast share", "shadow s", "settled s", "overshoot", "swing", "reversals",
+    "moves", "changes", "rollbacks", "rolled back after s", "broken answers",
 )  # fmt: skip
 
 PolicyFactory = Callable[[Scenario], Policy]
@@ -169,7 +169,8 @@ def scripts(setup: TwoProfileSetup, seeds: Sequence[int]) -> list[Scenario]:
 
 def _ran(setup: TwoProfileSetup, scenario: Scenario, policy: Policy, jitter: int) -> Ran:
     played = setup.play(scenario, policy, jitter)
-    limits = [limit for _, limit, _ in getattr(policy, "course", [])]
+    course = getattr(policy, "course", [])
+    limits = [limit for _, limit, _ in course]
     since, until = scenario.thirds[1:3]
     switch = getattr(policy, "switch", None)
     return {
@@ -180,6 +181,7 @@ def _ran(setup: TwoProfileSetup, scenario: Scenario, policy: Policy, jitter: int
         "shadow s": played.shadow_seconds,
         "settled s": slo.settling_seconds(played.served, setup.objective, since, until),
         "overshoot": scenarios.overshoot(played.served, setup.objective),
+        "swing": scenarios.swing(course, since, until),
         "reversals": float(scenarios.reversals(limits)) if limits else None,
         "moves": float(np.count_nonzero(np.diff(limits))) if limits else None,
         "changes": float(len(switch.course)) if switch else None,
@@ -205,10 +207,11 @@ def compare(setup: TwoProfileSetup, every: Sequence[Scenario], settings: Mapping
 
     `missed s`: seconds in which too few of the requests arriving were served in time; `fast share`: of the answers,
     given by the fast profile; `shadow s`: the server's time for reading answers again; `settled s`: from the
-    disturbance until served well for good, of the seeds that settle; `rolled back after s`: from the second at which
-    the fast profile breaks, of the seeds in which it was taken back (`taken back`, their share of those in which it
-    answered at all); `broken answers`: share of a broken profile's; `required net saving`: how many times as fast a
-    profile must be, guard charged, for the server to keep up at the scenario's worst.
+    disturbance until served well for good, of the seeds that settle; `swing`: how far the limit still strays from its
+    mean late in the disturbance; `rolled back after s`: from the second at which the fast profile breaks, of the seeds
+    in which it was taken back (`taken back`, their share of those in which it answered at all); `broken answers`: share
+    of a broken profile's; `required net saving`: how many times as fast a profile must be, guard charged, for the
+    server to keep up at the scenario's worst.
     """
     rows = []
     for name in dict.fromkeys(scenario.name for scenario in every):

@@ -25,6 +25,7 @@ from lib.measure.serving.protocol import Policy
 from lib.models.loading import Loaded
 from lib.optimizations.feedback_mechanisms import candidates as profile_candidates
 from lib.optimizations.feedback_mechanisms import disturbance_comparison, live_replay, profiles, scenarios, shadow
+from lib.optimizations.feedback_mechanisms.control.laws import PI, Aimd
 from lib.optimizations.feedback_mechanisms.disturbance_comparison import (
     LENGTHS,
     PolicyFactory,
@@ -32,7 +33,7 @@ from lib.optimizations.feedback_mechanisms.disturbance_comparison import (
     TwoProfileSetup,
 )
 from lib.optimizations.feedback_mechanisms.live_replay import LiveTrial
-from lib.optimizations.feedback_mechanisms.method import PI, Aimd, LatencyLoop, Switch
+from lib.optimizations.feedback_mechanisms.method import LatencyLoop, Switch
 from lib.optimizations.feedback_mechanisms.profiles import NO_FAST, Candidate
 from lib.optimizations.feedback_mechanisms.rivals import Routed, Static
 from lib.optimizations.feedback_mechanisms.scenario_table import (

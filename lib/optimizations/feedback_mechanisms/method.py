@@ -3,9 +3,9 @@
 Three loops, each of which stands alone; the third one, the length of a draft, is in `draft_length`:
 
 - `LatencyLoop`: the batch limit follows the measured time per token to its objective, by a PI law with anti-windup or
-  by AIMD (Åström and Hägglund 2006, *Advanced PID control*, chapters 3 and 13; Chiu and Jain 1989); where the limit is
-  not enough, a `Switch` lets a faster profile answer new requests; a return to the full one that does not last delays
-  the next one.
+  by AIMD (Åström and Hägglund 2006, *Advanced PID control*, chapters 3 and 13; Chiu and Jain 1989), with a dead band
+  and rests so that it does not swing (`control.laws`); where the limit is not enough, a `Switch` lets a faster profile
+  answer new requests; a return to the full one that does not last delays the next one.
 - `Guard`: a share of the answers is read again by the baseline; a sequential test signals when a profile differs from
   it by more than an absolute bound; then the last good profile is restored, and each further trial of the faulty one
   waits longer.
@@ -26,6 +26,7 @@ from lib.errors import UserError
 from lib.measure.serving.protocol import MOST_ROWS, Decision, RequestOutcome, ServerStep, View
 from lib.measure.serving.slo import Objectives
 from lib.models.decoding import batch_cache
+from lib.optimizations.feedback_mechanisms.control.laws import BAND, MOST_CHANGE, PI, Aimd, Restraint
 from lib.optimizations.feedback_mechanisms.guarding.betting_test import BreachTest
 
 SEARCH_SPACE: dict[str, dict[str, Any]] = {
@@ -49,8 +50,8 @@ SEARCH_SPACE: dict[str, dict[str, Any]] = {
     },
 }
 PERIOD_STEPS = 4  # decode steps between two decisions of a law: the bounded rate of the actuator
-FILTER = 1 / 16  # weight of a new decode step in the filtered signal
-MOST_CHANGE = math.log(2)  # of the limit, per decision
+FILTER = 1 / 16  # weight of a new decode step in the filtered signal, and in what is remembered of the rows in use
+SWITCH_STEPS = 32  # decode steps after a change of profile in which the limit does not fall
 PRESSED, EASY = 0.2, 0.1  # waits, as shares of the first-token objective, at which the fast profile comes and may go
 HOLD, MOST_HOLD = 32.0, 128.0  # first-token objectives that the fast profile stays at least, at most before a try
 FULL, FAST = 0, 1  # profiles
@@ -70,41 +71,6 @@ def check(**knobs: float) -> None:
         low, high = SEARCH_SPACE[name]["range"]
         if not low <= value <= high:
             raise UserError(f"feedback_mechanisms: {name} {value}; expected a value in [{low:g}, {high:g}]")
-
-
-# --- laws: from an error to a move -----------------------------------------------------------------------------------
-
-
-@dataclass
-class PI:
-    """Proportional-integral law in velocity form, so nothing winds up at a bound.
-
-    A move is gain·(Δerror + error/reset). The error is ln(setpoint / signal): positive, there is room. `reset` in
-    decisions.
-    """
-
-    gain: float = 0.2
-    reset: float = 8.0
-    name: str = "PI"
-    last: float | None = None
-
-    def move(self, error: float) -> float:
-        """Return by how much ln(limit) should change."""
-        change = error - (error if self.last is None else self.last)
-        self.last = error
-        return self.gain * (change + error / self.reset)
-
-
-@dataclass
-class Aimd:
-    """One more while there is room, a fifth fewer when there is none. `limit` is where the actuator stands."""
-
-    name: str = "AIMD"
-    backoff: float = 0.8
-
-    def move(self, error: float, limit: float) -> float:
-        """Return by how much ln(limit) should change."""
-        return math.log(1 + 1 / limit) if error > 0 else math.log(self.backoff)
 
 
 # --- loop 1: latency by the batch limit and by the profile -----------------------------------------------------------
@@ -150,10 +116,14 @@ class LatencyLoop:
     """A policy of the server loop whose batch limit follows the measured seconds per token to setpoint × objective.
 
     Signal: seconds between a row's tokens, prefills of others included; filter: exponential, over about 1/FILTER decode
-    steps, since a single prefill takes as long as several of them. The limit rises only while it is what keeps requests
-    waiting: otherwise it would wind up in calm hours and overshoot with the first rush. With a `switch` the loop also
-    sets the `profile`; `patience_seconds` is how long a request may wait and still be met (default: the whole objective
-    of the first token). `course` keeps (second, limit, signal) of every decision.
+    steps, since a single prefill takes as long as several of them. Within `band` of the setpoint the limit stands still
+    (`Restraint`); it falls as soon as the signal is beyond the objective. It rises only while it is what keeps requests
+    waiting, and falls from the rows in use where these are fewer: otherwise it would wind up in calm hours, overshoot
+    with the first rush, and fall for long without effect (conditional integration and tracking: Åström and Hägglund
+    2006, *Advanced PID control*, on windup). With a `switch` the loop also sets the `profile`; while a change of it
+    does not show yet, since rows of both profiles are under way and cost a step of each, the limit does not fall.
+    `patience_seconds` is how long a request may wait and still be met (default: the whole objective of the first
+    token). `course` keeps (second, limit, signal) of every decision.
     """
 
     def __init__(
@@ -162,16 +132,18 @@ class LatencyLoop:
         objectives: Objectives,
         *,
         setpoint: float = 0.8,
+        band: float = BAND,
         most: int = MOST_ROWS,
         switch: Switch | None = None,
         patience_seconds: float | None = None,
     ):
         check(setpoint=setpoint)
         self.law, self.target, self.most, self.switch = law, setpoint * objectives.token_seconds, most, switch
+        self.restraint = Restraint(band, min(band, -math.log(setpoint)), *law.rests)
         self.name = f"{law.name} loop" if switch is None else f"{law.name} loop, two profiles"
         self.patience = objectives.first_token_seconds if patience_seconds is None else patience_seconds
         self.limit, self.bound, self.wait = START_ROWS, False, 0.0
-        self.pending, self.count = 0.0, 0
+        self.pending, self.count, self.used = 0.0, 0, 0.0
         self.signal: float | None = None
         self.course: list[tuple[float, float, float]] = []
 
@@ -200,8 +172,7 @@ class LatencyLoop:
         self.bound |= self.size - len(view.running) < len(view.waiting)
         wait = view.now - view.waiting[0].arrival
         self.wait = wait if held and wait <= self.patience else 0.0
-        if self.switch:
-            self.switch.look(view.now, self.wait, self.signal or 0.0)
+        self._look(view.now)
         return Decision(max(0, min(self.size - len(view.running), view.room)))
 
     def observe(self, step: ServerStep, finished: Sequence[RequestOutcome]) -> None:
@@ -213,21 +184,32 @@ class LatencyLoop:
             return
         self.signal = self.pending if self.signal is None else self.signal + FILTER * (self.pending - self.signal)
         self.pending, self.count = 0.0, self.count + 1
+        self.used = max(float(step.running), (1 - FILTER) * self.used)
         end = step.start + step.seconds
         self.wait = self.wait if step.waiting else 0.0
-        if self.switch:
-            self.switch.look(end, self.wait, self.signal)
+        self._look(end)
         if self.count % PERIOD_STEPS == 0:
+            self.restraint.passed(PERIOD_STEPS)
             self._act(math.log(self.target / max(self.signal, 1e-9)))
             self.course.append((end, self.limit, self.signal))
             self.bound = False
 
+    def _look(self, now: float) -> None:
+        """Let the switch look; a change of the profile holds the limit."""
+        if self.switch:
+            before = self.switch.profile
+            self.switch.look(now, self.wait, self.signal or 0.0)
+            if self.switch.profile != before:
+                self.restraint.hold(SWITCH_STEPS)
+
     def _act(self, error: float) -> None:
         move = self.law.move(error, self.limit) if isinstance(self.law, Aimd) else self.law.move(error)
-        if move > 0 and not self.bound:
+        if not self.restraint.allows(error, move) or (move > 0 and not self.bound):
             return
+        start = self.limit if move > 0 else min(self.limit, self.used)
         move = min(max(move, -MOST_CHANGE), MOST_CHANGE)
-        self.limit = min(max(self.limit * math.exp(move), LEAST_ROWS), float(self.most))
+        self.limit = min(max(start * math.exp(move), LEAST_ROWS), float(self.most))
+        self.restraint.moved(move)
 
 
 # --- loop 2: quality by shadow runs ----------------------------------------------------------------------------------

@@ -205,10 +205,19 @@ def overshoot(served: Served, objectives: Objectives) -> float:
 
 
 def reversals(values: Sequence[float]) -> int:
-    """Return how often a course changes direction: what an oscillating loop does and a settled one does not."""
+    """Return how often a course changes direction."""
     moves = np.sign(np.diff(np.asarray(values, dtype=float)))
     moves = moves[moves != 0]
     return int((moves[1:] != moves[:-1]).sum())
+
+
+def swing(course: Sequence[tuple[float, float, float]], since: float, until: float) -> float | None:
+    """Return by what share of its mean a limit still strays from it (standard deviation ÷ mean of the decisions) in the
+    second half of [since, until): what an oscillating loop does and a settled one does not, however few or many moves
+    it makes. `course` has (second, limit, signal); None where nothing was decided then.
+    """
+    limits = [limit for second, limit, _ in course if (since + until) / 2 <= second < until]
+    return float(np.std(limits) / np.mean(limits)) if limits else None
 
 
 class Spinner:

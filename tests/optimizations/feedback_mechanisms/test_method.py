@@ -1,6 +1,6 @@
 """The loops on planted plants: a clock of their own, steps whose times are known, answers whose faults are known."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -79,6 +79,90 @@ def test_the_signal_has_every_stop_of_the_rows_that_go_on(kind, batch, running, 
     loop = feedback.LatencyLoop(feedback.Aimd(), OBJECTIVES)
     loop.observe(ServerStep(0.0, kind, batch, 16, 0.5, 0, running), ())
     assert (loop.signal or loop.pending) == (0.5 if stopped else 0.0)
+
+
+class Undamped(feedback.Aimd):
+    """A fifth fewer at every decision at which the signal lies above the setpoint, one more at every other."""
+
+    def move(self, error, limit):
+        return np.log(1 + 1 / limit) if error > 0 else np.log(0.8)
+
+
+STEPS = ((0.0, 1.0), (10.0, 1.5), (20.0, 1.0))  # second, slowness of a machine that is offered too much throughout
+
+
+def overloaded(undamped=False, seeds=range(4)):
+    """The courses of the limit on a noisy machine that becomes slower and faster while requests always wait."""
+    ratios, courses = (0.4, 0.7, 1.0, 1.3, 1.6), []
+    noisy = replace(times(), decode_ratios=ratios, prefill_ratios=ratios)
+    for seed in seeds:
+        trace = scenarios.make("overload", [scenarios.Phase(30.0, 90.0, LENGTHS)], seed)
+        law, options = (Undamped(rests=(0, 0)), {"band": 0.0}) if undamped else (feedback.Aimd(), {})
+        loop = feedback.LatencyLoop(law, OBJECTIVES, patience_seconds=1e9, **options)
+        scenarios.play(scenarios.Scenario(trace, STEPS), loop, noisy, LIMITS, seed)
+        courses.append([entry for entry in loop.course if entry[0] < 30.0])
+    return courses
+
+
+def settled_after(course, since, until, slowness):
+    """Seconds from a step of the machine until the limit stays where the mean time per token is near the setpoint."""
+    inside = [(second, limit) for second, limit, _ in course if since <= second < until]
+    per_token = [slowness * (0.004 + 0.0005 * limit + limit * 0.0021 / 16) for _, limit in inside]
+    astray = [s for (s, _), seconds in zip(inside, per_token) if not 0.6 <= seconds / OBJECTIVES.token_seconds <= 1.05]
+    return max(astray, default=since) - since
+
+
+def test_the_limit_stands_still_on_a_noisy_machine_and_follows_its_steps():
+    """It went up and down all the time: more than half of its moves took back the one before."""
+    courses, before = overloaded(), overloaded(undamped=True)
+    shares, swings, seconds = [], [], []
+    for each in (courses, before):
+        limits = [[limit for _, limit, _ in course] for course in each]
+        moves = sum(int(np.count_nonzero(np.diff(values))) for values in limits)
+        shares.append(sum(map(scenarios.reversals, limits)) / moves)
+        thirds = [(start, start + 10.0, slowness) for start, slowness in STEPS]
+        swings.append([scenarios.swing(course, *third[:2]) for course in each for third in thirds])
+        seconds.append(np.mean([settled_after(course, *third) for course in each for third in thirds[1:]]))
+    assert shares[0] < 0.25 and shares[1] > 0.4
+    assert np.mean(swings[0]) < 0.1 and np.mean(swings[1]) > 0.2
+    assert seconds[0] <= 1.5 * seconds[1]
+
+
+def test_swing_is_told_by_how_far_a_limit_strays_and_not_by_how_many_of_its_moves_turn_back():
+    still = [(float(second), 8.0 if second % 2 else 8.4, 0.01) for second in range(100)]
+    assert scenarios.reversals([limit for _, limit, _ in still]) == 98
+    assert scenarios.swing(still, 0.0, 100.0) == pytest.approx(0.2 / 8.2)
+    rare = [(float(second), 16.0 if second < 75 else 4.0, 0.01) for second in range(100)]
+    assert scenarios.swing(rare, 0.0, 100.0) == pytest.approx(0.6)
+    assert scenarios.swing(rare, 0.0, 70.0) == 0
+    assert scenarios.swing(rare, 200.0, 300.0) is None
+
+
+def decode_steps(loop, count, seconds, running=4):
+    for at in range(count):
+        loop.observe(ServerStep(at * seconds, "decode", running, 40, seconds, 0, running), ())
+
+
+def test_a_limit_that_does_not_bind_falls_from_the_rows_in_use():
+    """Sixteen rows became twelve and nine, one after the other, while four were in use and too slow."""
+    loop = feedback.LatencyLoop(feedback.Aimd(), OBJECTIVES)
+    decode_steps(loop, feedback.PERIOD_STEPS, 0.02)
+    assert 1 <= loop.limit < 4 < feedback.START_ROWS
+
+
+def test_a_change_of_the_profile_has_to_show_before_the_limit_falls():
+    """Rows of both profiles cost a step of each: while they lasted the limit was lowered for it."""
+    loop = two_profiles()
+    decode_steps(loop, feedback.SWITCH_STEPS - feedback.PERIOD_STEPS, 0.02)
+    assert loop.profile == feedback.FAST and loop.limit == feedback.START_ROWS
+    decode_steps(loop, 2 * feedback.PERIOD_STEPS, 0.02)
+    assert loop.limit < feedback.START_ROWS
+
+
+@pytest.mark.parametrize("setpoint", [0.5, 0.8, 0.95])
+def test_the_dead_band_ends_at_the_objective(setpoint):
+    restraint = feedback.LatencyLoop(feedback.Aimd(), OBJECTIVES, setpoint=setpoint).restraint
+    assert setpoint * np.exp(restraint.above) <= 1 + 1e-9 and restraint.below == feedback.BAND
 
 
 def test_pi_in_velocity_form_removes_a_constant_error():

@@ -1,0 +1,1 @@
+"""The laws of control, and when a limit moves at all."""
