@@ -48,8 +48,9 @@ class TwoProfileSetup:
     """What all settings share: step times of the full and the fast profile, objectives, limits, seconds of a script,
     the share of the fast profile's answers that the full one reads again (a fifth of it after a clean start); and what
     disturbed the machine while the steps were timed (None: nothing noticed). `net`: what the profile that was timed
-    saves; where that refuses it, there is no fast profile (`alone`). `bound` is the guard's, `losses` are those of
-    answers of the fast profile as it is and of a broken one.
+    saves at the usual lengths; where that refuses it, there is no fast profile (`alone`). `nets`: what it saves at the
+    lengths of each scenario, by name. `bound` is the guard's, `losses` are those of answers of the fast profile as it
+    is and of a broken one.
     """
 
     times: tuple[StepTimes, StepTimes]
@@ -61,6 +62,7 @@ class TwoProfileSetup:
     net: NetSaving | None = None
     bound: float = 0.1
     losses: Losses = SPOTLESS
+    nets: Mapping[str, NetSaving] = field(default_factory=dict, compare=False)
     kept: dict[tuple, Ran] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -81,14 +83,15 @@ class TwoProfileSetup:
 
     def savings(self, scenario: str) -> dict[str, float | None]:
         """Return the net saving that a scenario requires of a fast profile at its worst, so that the server keeps up,
-        and the one that was measured (`net_saving`).
+        and the one that was measured at the lengths of its requests then (`net_saving`).
         """
         asked = scenarios.demands(self.times[0], self.objective, LENGTHS)
         if scenario not in asked:
             return {}
         lengths, rate, slowness = asked[scenario]
         needed = net_saving.required(self.times[0], lengths, rate, self.objective.token_seconds, slowness)
-        return {"required net saving": needed, "net saving measured": self.net.middle if self.net else None}
+        net = self.nets.get(scenario, self.net)
+        return {"required net saving": needed, "net saving measured": net.middle if net else None}
 
     @property
     def samples(self) -> int:
@@ -146,16 +149,23 @@ def prepare(
         raise NotApplicable("feedback_mechanisms: no batch keeps the objective per token; give a larger token_factor")
     limits = Limits(MOST_ROWS, patience_seconds=slo.patience_seconds(objective, single))
     seconds = 3 * requests / rate
-    net = None if same else _net(full_times, fast_times, objective, shadow_share)
+    nets = {} if same else _nets(full_times, fast_times, objective, shadow_share)
+    net = nets.get("quiet")
     fast_times = full_times if net and net.refused else fast_times
     both = full_times, fast_times
-    return TwoProfileSetup(both, objective, limits, seconds, disturbed, shadow_share, net, quality_bound)
+    return TwoProfileSetup(both, objective, limits, seconds, disturbed, shadow_share, net, quality_bound, nets=nets)
 
 
-def _net(full: StepTimes, fast: StepTimes, objective: Objectives, share: float) -> NetSaving:
-    """Return what a profile saves at the batch at which the full one serves most within the objective."""
-    rows = full.capacity(LENGTHS, objective.token_seconds)[1]
-    return net_saving.measured(full, fast, LENGTHS, share, rows)
+def _nets(full: StepTimes, fast: StepTimes, objective: Objectives, share: float) -> dict[str, NetSaving]:
+    """Return what a profile saves in each scenario, at the lengths of its requests and the batch at which the full one
+    serves most of them within the objective.
+    """
+    asked = scenarios.demands(full, objective, LENGTHS)
+    saved = {}
+    for lengths in dict.fromkeys(lengths for lengths, *_ in asked.values()):
+        rows = max(1, full.capacity(lengths, objective.token_seconds)[1])
+        saved[lengths] = net_saving.measured(full, fast, lengths, share, rows)
+    return {name: saved[lengths] for name, (lengths, *_) in asked.items()}
 
 
 def scripts(setup: TwoProfileSetup, seeds: Sequence[int]) -> list[Scenario]:

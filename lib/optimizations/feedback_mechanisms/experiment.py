@@ -223,6 +223,7 @@ def compare(disturbances: DisturbanceStudy) -> ScenarioTable:
         tried,
         disturbances.setup.net,
         _broken(disturbances, {_name(best): static(best)} | disturbances.settings(best)),
+        disturbances.setup.nets,
     )
 
 

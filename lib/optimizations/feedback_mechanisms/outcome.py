@@ -31,7 +31,7 @@ CLAIMS = (
     "The guard keeps a broken profile in more than one of a hundred windows.",
     "A drafted answer differs from the greedy one.",
 )
-NEEDED = "net saving of the fast candidate at usual lengths, guard charged, against what the hardest script requires"
+NEEDED = "net saving of the fast candidate in the hardest script, guard charged, against what that requires"
 SERVED = "broken profile taken back while it served a load step, share of the scripts, simulated"
 MOST_MISSED, LEAST_CAUGHT, MOST_FALSE = 0.20, 0.99, 0.01
 MOST_SWING = 0.2  # of the limit's mean (`scenarios.swing`)
@@ -61,9 +61,9 @@ def targets(compared: ScenarioTable, live: LiveTrial, guards: GuardStudy, laws: 
 
 def _needed(compared: ScenarioTable) -> Row:
     """Return what limits the seconds missed: the net saving that the hardest script requires for a server to keep up,
-    beside what the fast candidate saves.
+    beside what the fast candidate saves at the lengths of that script.
     """
-    net, needed = compared.net, compared.required
+    net, needed = compared.hardest
     measured = None if net is None else net.middle
     goal = "more than any profile saves" if needed is None else f"at least {needed:.2f}"
     reached: bool | str = "no candidate was timed"

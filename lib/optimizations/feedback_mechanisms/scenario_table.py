@@ -3,6 +3,7 @@
 Works on rows that were measured; serves nothing.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -20,7 +21,8 @@ ORACLE, FAST_ALONE, ROUTED = "oracle", "fast alone", "routed, the loop's share"
 class ScenarioTable:
     """A row per scenario and setting, the static limit that is the baseline of all of them, and a row per static limit
     that was `tried`; `broken` are the rows of scripts whose fast profile breaks, which count for nothing but the guard;
-    `net` is what the fast profile saves, guard charged (None: no candidate was timed).
+    `net` is what the fast profile saves at the usual lengths, guard charged (None: no candidate was timed), `nets` at
+    the lengths of each scenario.
     """
 
     rows: list[Row]
@@ -28,6 +30,7 @@ class ScenarioTable:
     tried: list[Row] = field(default_factory=list)
     net: NetSaving | None = None
     broken: list[Row] = field(default_factory=list)
+    nets: Mapping[str, NetSaving] = field(default_factory=dict)
 
     @property
     def static(self) -> str:
@@ -50,6 +53,7 @@ class ScenarioTable:
         text = f"baseline: static limit of {self.best} rows, chosen on scripts of other seeds"
         left_out = "oracle, routing and fast profile would be that limit, and the loops have the limit alone"
         text += f"; net saving of the fast candidate, guard charged: {self.net}" if self.net else ""
+        text += "".join(f", {name} {net}" for name, net in self.nets.items() if net != self.net)
         return f"{text}; {NO_FAST}: {left_out}" if self.alone else text
 
     @property
@@ -66,10 +70,19 @@ class ScenarioTable:
         return None if row is None or row["taken back"] is None else float(str(row["taken back"]))
 
     @property
-    def required(self) -> float | None:
-        """The most net saving that a scenario requires of a fast profile; None where one cannot be met at all."""
-        needed = [row["required net saving"] for row in self.rows if "required net saving" in row]
-        return None if None in needed or not needed else max(float(str(each)) for each in needed)
+    def hardest(self) -> tuple[NetSaving | None, float | None]:
+        """What the fast candidate saves in the scenario that requires most beyond that, and what is required there
+        (None where no profile could meet it); (`net`, None) where no scenario says what it requires.
+        """
+        asked = {str(row["scenario"]): row["required net saving"] for row in self.rows if "required net saving" in row}
+        lacking: list[tuple[float, NetSaving | None, float | None]] = []
+        for name, needed in asked.items():
+            net = self.nets.get(name, self.net)
+            if needed is None:
+                return net, None
+            factor = float(str(needed))
+            lacking.append((factor / net.middle if net else factor, net, factor))
+        return max(lacking, key=lambda each: each[0])[1:] if lacking else (self.net, None)
 
     def share(self, scenario: str) -> float:
         """Return the share of the answers that the loop gave with the fast profile in one scenario."""

@@ -380,6 +380,26 @@ def test_a_profile_that_is_not_faster_with_the_guard_charged_is_none(monkeypatch
     assert setup.samples == both[0].samples
 
 
+def test_longer_prompts_have_a_net_saving_of_their_own():
+    """A profile that decodes faster and reads no faster saves less where more is read; it was held against what the
+    hardest script requires by what it saves at the usual lengths.
+    """
+    full = times()
+    fast = replace(full, decode_BL=times(2.0).decode_BL)
+    nets = disturbance_comparison._nets(full, fast, OBJECTIVES, 0.1)
+    assert nets["quiet"] == nets["load step"] == nets["stolen core"]
+    assert 1 < nets["longer prompts"].middle < nets["quiet"].middle - 0.05
+    row = dict.fromkeys(("missed s", "goodput share", "fast share", "overshoot"), 0.0)
+    row |= {"setting": LOOP, "required net saving": nets["quiet"].middle - 0.01}
+    rows = [row | {"scenario": name} for name in ("load step", "longer prompts")]
+    compared = ScenarioTable(rows, 8, net=nets["quiet"], nets=nets)
+    assert compared.hardest == (nets["longer prompts"], nets["quiet"].middle - 0.01)
+    assert outcome._needed(compared)["reached"] is False and str(nets["longer prompts"]) in compared.caption
+    assert outcome._needed(replace(compared, nets={}))["reached"] is True
+    rows[0]["required net saving"] = None
+    assert compared.hardest == (nets["load step"], None) and outcome._needed(compared)["reached"] is False
+
+
 def test_a_slow_spell_on_one_of_two_equal_profiles_shows_no_saving():
     """Drawn point by point, the interval of a spell that lasted a round was a few percent wide."""
     points = [(count, context) for count in (1, 4, 8) for context in (32, 128, 512)]
