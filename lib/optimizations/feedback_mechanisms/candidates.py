@@ -19,6 +19,7 @@ from lib.models.tasks import tasks
 from lib.optimizations.common import finetuning
 from lib.optimizations.common.compression import weight_only
 from lib.optimizations.feedback_mechanisms import profiles
+from lib.optimizations.feedback_mechanisms.disturbance_comparison import TwoProfileSetup
 from lib.optimizations.feedback_mechanisms.profiles import Candidate
 
 PROXY_STEPS = 20  # of distillation by default
@@ -68,10 +69,17 @@ def steps_of(loaded: Loaded, finetune_steps: int, effort: Effort) -> int:
 
 
 def fast_profiles(
-    loaded: Loaded, makers: Makers, ratio: float, steps: int, bound: float, effort: str, seed: int
+    loaded: Loaded,
+    makers: Makers,
+    ratio: float,
+    steps: int,
+    bound: float,
+    effort: str,
+    seed: int,
+    measure: Callable[[nn.Module], TwoProfileSetup] | None = None,
 ) -> tuple[nn.Module, list[Candidate]]:
     """Return the draft, whose answers need no quality, and the fast profiles that were considered, the admitted one
-    last.
+    last; `measure` times one beside the full profile (None: speed is not asked for).
 
     Candidates from the fastest on: without `ratio` of the decoder's parameters (the draft) and without half as many,
     whole blocks; where no block has experts, without half as many and without `MILD` of them, channels; and, where
@@ -95,11 +103,13 @@ def fast_profiles(
         if view.config.hidden_size >= WIDE:
             yield "int8 weights", weight_only.weight_only(loaded.model, 8)
 
-    return draft, profiles.first_admitted(loaded, candidates(), bound, PROMPTS[effort], seed, **READ.get(effort, {}))
+    saving = (lambda model: measure(model).net) if measure else None
+    amounts = READ.get(effort, {})
+    return draft, profiles.first_admitted(loaded, candidates(), bound, PROMPTS[effort], seed, saving=saving, **amounts)
 
 
 def candidate_rows(candidates: Sequence[Candidate]) -> list[dict[str, object]]:
-    """Return a row per candidate: blocks, disagreement, perplexity, flips, and why it is not admitted."""
+    """Return a row per candidate: blocks, perplexity, disagreement, flips, what it saves, why it is not admitted."""
     return [
         {
             "fast profile": candidate.name,
@@ -107,6 +117,7 @@ def candidate_rows(candidates: Sequence[Candidate]) -> list[dict[str, object]]:
             "perplexity ÷ full": candidate.perplexity,
             "disagreement": candidate.disagreement,
             "items that flip": candidate.flips,
+            "net saving": None if candidate.net is None else str(candidate.net),
             "admitted": "yes" if candidate.refused is None else f"no: {candidate.refused}",
         }
         for candidate in candidates

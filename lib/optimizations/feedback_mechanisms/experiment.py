@@ -9,7 +9,7 @@ seeds, and every scenario is a separate measurement: different scenarios are not
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -55,38 +55,47 @@ ROWS_DRAWN = (1, 2, 4, 8, 12, 16, 24, 32)
 ROUTED_RUNS = (0.0, 0.05)  # of a script's requests: by so many routing may be ahead of its share or behind it
 OTHERS = (LIMIT_ALONE, PI_LOOP, ROUTED, FAST_ALONE)  # controls beside the loop
 
+Measure = Callable[[nn.Module], TwoProfileSetup]
+
 
 # --- the scripts ------------------------------------------------------------------------------------------------------
 
 
-def prepare(
-    loaded: Loaded, candidates: Sequence[Candidate], effort: str, *, first_token_factor: float, token_factor: float,
-    shadow_share: float, quality_bound: float, seed: int,
-) -> tuple[TwoProfileSetup, list[Candidate]]:  # fmt: skip
-    """Time the steps of both profiles and return the setup that all settings share, and the candidates: the last one,
-    which keeps the margins, is refused where it is not shown to be faster, and the full profile itself follows. The
-    losses of its answers, and of a broken copy's, are those that the guard meets in the scripts.
+def timer(loaded: Loaded, effort: str, **charged: Any) -> Measure:
+    """Return the function that times the steps of a profile beside those of the full one, once, and gives the setup
+    that all settings share; `charged` are the objectives' factors, the guard's share and bound, and the seed
+    (`disturbance_comparison.prepare`).
     """
     preview = efforts.read(effort).preview
-    setup = disturbance_comparison.prepare(
-        loaded,
-        candidates[-1].model,
-        first_token_factor=first_token_factor,
-        token_factor=token_factor,
-        requests=REQUESTS[effort],
-        rounds=2 if preview else 3 if effort in BRIEF else 4,
-        preview=preview,
-        shadow_share=shadow_share,
-        quality_bound=quality_bound,
-        seed=seed,
-    )
-    if setup.alone is False:
-        broken = shadow.broken(candidates[-1].model, shadow.STRENGTHS[-1], seed)
+    charged |= {"requests": REQUESTS[effort], "rounds": 2 if preview else 3 if effort in BRIEF else 4}
+
+    @cache
+    def measure(model: nn.Module) -> TwoProfileSetup:
+        return disturbance_comparison.prepare(loaded, model, preview=preview, **charged)
+
+    return measure
+
+
+def prepare(
+    loaded: Loaded, candidates: Sequence[Candidate], effort: str, measure: Measure, seed: int = 0
+) -> tuple[TwoProfileSetup, list[Candidate]]:
+    """Return the setup that all settings share, and the candidates. The last one is refused where it was not timed yet
+    and is not shown to be faster; then the full profile itself follows. Where none of those that were timed is faster,
+    the setup is that of the one that saves most. The losses of the answers of the admitted one, and of a broken copy's,
+    are those that the guard meets in the scripts.
+    """
+    last = candidates[-1]
+    timed = [(candidate.net.middle, candidate.model) for candidate in candidates if candidate.net]
+    if last.model is loaded.model and timed:
+        return measure(max(timed, key=lambda pair: pair[0])[1]), list(candidates)
+    setup = measure(last.model)
+    if not setup.alone:
+        broken = shadow.broken(last.model, shadow.STRENGTHS[-1], seed)
         losses = profiles.losses_of(loaded, broken, profile_candidates.PROMPTS[effort], seed)
-        setup = replace(setup, losses=(candidates[-1].losses, losses))
+        setup = replace(setup, losses=(last.losses, losses))
     if setup.net is None or setup.net.refused is None:
         return setup, list(candidates)
-    refused = replace(candidates[-1], refused=setup.net.refused)
+    refused = replace(last, refused=setup.net.refused, net=setup.net)
     return setup, [*candidates[:-1], refused, profiles.itself(loaded)]
 
 

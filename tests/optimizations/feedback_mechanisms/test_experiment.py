@@ -29,6 +29,7 @@ from lib.optimizations.feedback_mechanisms import (
 from lib.optimizations.feedback_mechanisms.disturbance_comparison import TwoProfileSetup
 from lib.optimizations.feedback_mechanisms.guard_study import ANOTHER_DOMAIN, BROKEN, SOUND, GuardStudy
 from lib.optimizations.feedback_mechanisms.guarding import net_saving
+from lib.optimizations.feedback_mechanisms.guarding.net_saving import NetSaving
 from lib.optimizations.feedback_mechanisms.profiles import NO_FAST, Candidate
 from lib.optimizations.feedback_mechanisms.scenario_table import FAST_ALONE, LOOP, PI_LOOP, ROUTED, ScenarioTable
 from lib.report.text import reading
@@ -369,7 +370,8 @@ def test_a_profile_that_is_not_faster_with_the_guard_charged_is_none(monkeypatch
     options = {"first_token_factor": 8.0, "token_factor": 3.0, "shadow_share": share, "quality_bound": 0.1, "seed": 0}
     monkeypatch.setattr(profiles, "losses_of", lambda *_: [1.0])
     monkeypatch.setattr(experiment.shadow, "broken", lambda *_: None)
-    setup, candidates = experiment.prepare(SimpleNamespace(model=full), known, "preview", **options)
+    loaded = SimpleNamespace(model=full)
+    setup, candidates = experiment.prepare(loaded, known, "preview", experiment.timer(loaded, "preview", **options))
     assert setup.alone is not admitted and (candidates[-1].model is fast) is admitted
     if admitted:
         assert 1.02 < setup.net.low < 1.8 and len(candidates) == 2  # the reading is charged
@@ -378,6 +380,22 @@ def test_a_profile_that_is_not_faster_with_the_guard_charged_is_none(monkeypatch
     assert "not shown to be faster, guard charged: " in candidates[1].refused
     assert "Net saving, guard charged: " in experiment.read_curves(setup)
     assert setup.samples == both[0].samples
+
+
+def test_where_no_candidate_is_faster_the_one_that_saves_most_is_told():
+    full, slow, slower = object(), object(), object()
+    nets = {slow: NetSaving(0.9, 1.0, 1.1), slower: NetSaving(0.7, 0.8, 0.9)}
+    known = [Candidate("a", each, 0.0, 1.0, 0.0, nets[each].refused, net=nets[each]) for each in (slow, slower)]
+    known.append(profiles.itself(SimpleNamespace(model=full)))
+    setup, candidates = experiment.prepare(SimpleNamespace(model=full), known, "preview", {slow: "of slow"}.get)
+    assert setup == "of slow" and candidates == known
+
+
+def test_every_profile_is_timed_once(monkeypatch):
+    timed = []
+    monkeypatch.setattr(disturbance_comparison, "prepare", lambda _, model, **options: timed.append(model) or options)
+    measure = experiment.timer(None, "preview", seed=3)
+    assert measure("a") is measure("a") and measure("b")["seed"] == 3 and timed == ["a", "b"]
 
 
 def test_longer_prompts_have_a_net_saving_of_their_own():

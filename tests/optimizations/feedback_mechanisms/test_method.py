@@ -17,6 +17,7 @@ from lib.optimizations.adaptive_batch_sizes.rivals import FixedSize
 from lib.optimizations.common.compression import weight_only
 from lib.optimizations.feedback_mechanisms import method as feedback
 from lib.optimizations.feedback_mechanisms import profiles, rivals, scenarios, shadow
+from lib.optimizations.feedback_mechanisms.guarding.net_saving import NetSaving
 from lib.optimizations.feedback_mechanisms.guarding.shadow_reads import ShadowReads
 from lib.optimizations.feedback_mechanisms.profiles import Profiles
 from lib.optimizations.feedback_mechanisms.speculation import draft_length as lengths
@@ -555,6 +556,26 @@ def test_a_profile_is_admitted_within_the_margins_and_refused_with_its_reason(ti
     monkeypatch.setattr(profiles, "PERPLEXITY_MARGIN", -0.5)  # where perplexity alone refuses it nothing else is read
     refused = profiles.judge(loaded, "broken", broken, 0.1, 6)
     assert refused.refused.startswith("perplexity") and refused.disagreement is refused.flips is None
+
+
+def test_a_candidate_that_is_not_faster_gives_way_to_the_next(tiny):
+    """Only the first that kept the margins was timed: a milder cut that is faster was never tried."""
+    loaded = Asked(tiny("qwen3-4b-instruct-2507"))
+    broken, same = shadow.broken(loaded.model, 4.0), loaded.model
+    slow, quick = NetSaving(0.8, 0.9, 1.0), NetSaving(1.2, 1.3, 1.4)
+    timed = []
+
+    def saving(model):
+        timed.append(model)
+        return (slow, quick)[len(timed) - 1]
+
+    every = [("broken", broken), ("slow", same), ("quick", same), ("never asked", same)]
+    seen = profiles.first_admitted(loaded, every, 0.1, 6, saving=saving)
+    assert [candidate.name for candidate in seen] == ["broken", "slow", "quick"] and broken not in timed
+    assert seen[0].net is None and "not shown to be faster" in seen[1].refused
+    assert seen[2].refused is None and [candidate.net for candidate in seen[1:]] == [slow, quick]
+    none = profiles.first_admitted(loaded, every[1:2], 0.1, 6, saving=lambda _: slow)
+    assert none[-1] == profiles.itself(loaded) and none[0].net is slow
 
 
 # --- shadow runs and drafting ----------------------------------------------------------------------------------------
