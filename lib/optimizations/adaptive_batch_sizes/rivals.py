@@ -61,22 +61,26 @@ class AimdSize(FixedSize):
     """One row more after rows that left in time, a tenth fewer after rows that did not, batch by batch.
 
     A batch is the rows that leave together. The size grows only while it is what keeps requests waiting, or it would
-    wind up in calm hours.
+    wind up in calm hours. Rows that were admitted before the size was last reduced say nothing of the present one: in
+    Clipper a batch runs at one size, and here the rows of one size leave one by one, so that each would reduce it once
+    more.
     """
 
     def __init__(self, objectives: Objectives, most: int = MOST_ROWS):
         super().__init__(min(START, most), "AIMD")
         self.objectives, self.most, self.exact, self.bound = objectives, most, float(self.size), False
+        self.since = -math.inf  # the second at which it was last reduced
 
     def decide(self, view: View) -> Decision:
         self.bound |= self.size - view.rows < len(view.waiting)
         return super().decide(view)
 
     def observe(self, step: ServerStep, finished: Sequence[RequestOutcome]) -> None:
-        if not finished:
+        fresh = [outcome for outcome in finished if outcome.admitted is None or outcome.admitted >= self.since]
+        if not fresh:
             return
-        if any((outcome.token_seconds or 0.0) > self.objectives.token_seconds for outcome in finished):
-            self.exact = max(1.0, self.exact * BACKOFF)
+        if any((outcome.token_seconds or 0.0) > self.objectives.token_seconds for outcome in fresh):
+            self.exact, self.since = max(1.0, self.exact * BACKOFF), step.start + step.seconds
         elif self.bound:
             self.exact = min(float(self.most), self.exact + 1)
         self.size, self.bound = math.floor(self.exact), False

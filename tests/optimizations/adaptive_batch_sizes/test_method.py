@@ -271,6 +271,19 @@ def test_aimd_arrives_batch_by_batch_and_backs_off_after_a_miss():
     assert policy.size == int(0.9 * (start + 10))
 
 
+def test_aimd_backs_off_once_for_the_rows_of_one_size():
+    """Twelve late rows that left one by one made a size of three of it, none of which had been tried."""
+    policy = rivals.AimdSize(Objectives(1.0, 0.1))
+    policy.exact = 12.0
+    for at in range(12):
+        late = protocol.RequestOutcome(ServingRequest(at, 0.0, 4, 3), 0.0, 0.1, 9.0 + at, 3)
+        policy.observe(protocol.ServerStep(9.0 + at, "decode", 12 - at, 4, 0.1, 40, 12 - at), [late])
+    assert policy.exact == pytest.approx(12 * rivals.BACKOFF)
+    late = protocol.RequestOutcome(ServingRequest(20, 0.0, 4, 3), 21.5, 21.6, 30.0, 3)
+    policy.observe(protocol.ServerStep(30.0, "decode", 10, 4, 0.1, 40, 10), [late])
+    assert policy.exact == pytest.approx(12 * rivals.BACKOFF**2)
+
+
 def test_aimd_comes_near_the_best_fixed_size_at_a_constant_rate(setup):
     traces = policy_comparison.traces(setup, "constant 0.9", 150, (100, 101))
     best = max(goodput_of(setup, traces, lambda size=size: rivals.FixedSize(size)) for size in (8, 12, 16))
