@@ -47,8 +47,8 @@ FOLLOWS_THE_CHOICE = "it follows from the chosen size and the schedule, where no
 @dataclass(frozen=True)
 class Replayed:
     """A run of the real model: what happened, the tokens of every request, share of the given cores used, and what
-    disturbed the machine meanwhile (None: nothing noticed). `cpu_seconds` and `joules` are of the whole run (joules
-    None: not read).
+    disturbed the machine meanwhile (None: nothing noticed). `cpu_seconds` and `joules` are of the whole run, its
+    policy's thinking included (joules None: not read).
     """
 
     served: Served
@@ -204,26 +204,37 @@ def _together(
     timed = {
         name: turns.EngineInTurn(engine, in_turn_of, name, counter.joules, slowness) for name, engine in engines.items()
     }
+    charged = {name: turns.ChargedPolicy(policy, clocks[name], slowness) for name, policy in policies.items()}
 
     def server(name: str) -> Callable[[], Served]:
-        policy = turns.ChargedPolicy(policies[name], clocks[name])
-        return lambda: serve(trace, policy, timed[name], clocks[name], limits, batching=batching)
+        return lambda: serve(trace, charged[name], timed[name], clocks[name], limits, batching=batching)
 
     close = disturbance.watch()
     served = turns.run({name: server(name) for name in engines}, in_turn_of)
     disturbed = close()
-    cores = len(disturbance.cores())
     return {
-        name: Replayed(
-            served[name],
-            engines[name].output,
-            timed[name].cpu_seconds / max(timed[name].wall_seconds * cores, 1e-9),
-            disturbed,
-            timed[name].cpu_seconds,
-            timed[name].joules,
-        )
+        name: _replayed(served[name], engines[name].output, timed[name], charged[name], disturbed, counter)
         for name in engines
     }
+
+
+def _replayed(
+    served: Served,
+    output: dict[int, list[int]],
+    engine: turns.EngineInTurn,
+    policy: turns.ChargedPolicy,
+    disturbed: str | None,
+    counter: Counter,
+) -> Replayed:
+    """Return the replay of one arm. What its policy's thinking took is part of its seconds, and of its joules where
+    these are an estimate from seconds: a counter moves too seldom to tell it.
+    """
+    wall, busy = (getattr(engine, name) + getattr(policy, name) for name in ("wall_seconds", "cpu_seconds"))
+    joules = engine.joules
+    if joules is not None and counter.of_times:
+        joules += counter.of_times(policy.wall_seconds, policy.cpu_seconds)
+    share = busy / max(wall * len(disturbance.cores()), 1e-9)
+    return Replayed(served, output, share, disturbed, busy, joules)
 
 
 # --- measurements -----------------------------------------------------------------------------------------------------

@@ -132,10 +132,13 @@ class EngineInTurn:
 
 
 class ChargedPolicy:
-    """A policy whose thinking takes time of its server's clock, as it does in a real server."""
+    """A policy whose thinking takes time of its server's clock, as it does in a real server: what it would take on a
+    machine without `slowness`, as the engine's calls. `wall_seconds` and `cpu_seconds` are those of its thinking.
+    """
 
-    def __init__(self, policy: Policy, clock: Clock) -> None:
-        self.policy, self.clock = policy, clock
+    def __init__(self, policy: Policy, clock: Clock, slowness: float = 1.0) -> None:
+        self.policy, self.clock, self.slowness = policy, clock, slowness
+        self.wall_seconds = self.cpu_seconds = 0.0
 
     @property
     def name(self) -> str:
@@ -149,9 +152,11 @@ class ChargedPolicy:
         self._charged(self.policy.observe, step, finished)
 
     def _charged(self, think: Callable[..., Result], *arguments: Any) -> Result:
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.thread_time()
         result = think(*arguments)
-        self.clock.advance(time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        self.wall_seconds, self.cpu_seconds = self.wall_seconds + seconds, self.cpu_seconds + time.thread_time() - busy
+        self.clock.advance(seconds / self.slowness)
         return result
 
 

@@ -36,6 +36,17 @@ def test_the_peak_of_a_cache_follows_from_the_chosen_size_and_is_not_judged(roun
     assert measured["cpu_seconds_per_token"].verdict == "better", "the time of the same replays is judged"
 
 
+@pytest.mark.parametrize("kind, joules", [("estimate", 12.0), ("rapl", 10.0)])
+def test_what_a_policy_thinks_is_part_of_what_its_replay_took(kind, joules):
+    """A policy was charged for the steps of its engine alone: seconds, and joules that are estimated of them."""
+    of_times = (lambda seconds, busy: 2.0 * seconds + 5.0 * busy) if kind == "estimate" else None
+    counter = Counter(kind, "estimated", "test", 0.1, None, lambda: 0.0, of_times=of_times)
+    engine, policy = (SimpleNamespace(wall_seconds=w, cpu_seconds=c, joules=10.0) for w, c in ((4.0, 3.0), (0.5, 0.2)))
+    run = replay._replayed(None, {0: [1, 2]}, engine, policy, None, counter)
+    assert run.cpu_seconds == pytest.approx(3.2) and run.joules == pytest.approx(joules)
+    assert run.utilisation == pytest.approx(3.2 / (4.5 * len(replay.disturbance.cores())))
+
+
 def test_a_cache_with_room_for_one_row_is_warmed_up_and_bounded_afterwards(tiny):
     model = tiny("qwen3-4b-instruct-2507")
     engine = ModelEngine(model, lambda request: torch.arange(8, 8 + request.prompt_tokens))

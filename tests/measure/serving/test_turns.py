@@ -2,6 +2,7 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -154,6 +155,16 @@ def test_thinking_takes_time():
     before = clock.now()
     policy.observe(None, [])
     assert clock.now() >= before
+    assert policy.wall_seconds == pytest.approx(clock.now()) and 0 <= policy.cpu_seconds < policy.wall_seconds
+
+
+def test_thinking_on_a_slower_machine_counts_as_on_the_one_that_set_the_rates(monkeypatch):
+    """The engine's calls were divided by how much slower the machine was, and the policy's thinking was not."""
+    now = iter([0.0, 0.006])
+    monkeypatch.setattr(turns, "time", SimpleNamespace(perf_counter=lambda: next(now), thread_time=lambda: 0.0))
+    clock = VirtualClock()
+    turns.ChargedPolicy(Admits(), clock, slowness=1.5).observe(None, [])
+    assert clock.now() == pytest.approx(0.004)
 
 
 def test_work_is_done_where_the_run_was_begun_and_an_interruption_ends_all():
