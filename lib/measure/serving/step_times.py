@@ -98,15 +98,16 @@ class StepTimes:
         return self.move_fit[0] + self.move_fit[1] * size
 
     def sustained(self, batch: int, lengths: Lengths) -> tuple[float, float]:
-        """Return (seconds per output token, requests per second) of a batch kept full with requests of mean lengths.
+        """Return (seconds per output token after the first, requests per second) of a batch kept full with requests of
+        mean lengths.
 
-        Every request costs one prefill of its own, during which all other rows stand still, and two moves.
+        Every request costs one prefill of its own, which gives its first token and during which all other rows stand
+        still, and two moves; every further token is a step.
         """
         prompt, new = lengths.prompt_tokens, lengths.new_tokens
-        context = prompt + new / 2
-        moves = 2 * self.move(batch * (prompt + new) * self.bytes_per_token)
-        cycle = new * self.decode(batch, context) + batch * (self.prefill(1, prompt) + moves)
-        return cycle / new, batch / cycle
+        join = self.prefill(1, prompt) + 2 * self.move(batch * (prompt + new) * self.bytes_per_token)
+        after = (new - 1) * self.decode(batch, prompt + new / 2) + (batch - 1) * join
+        return after / (new - 1) if new > 1 else 0.0, batch / (after + join)
 
     def capacity(self, lengths: Lengths, token_seconds: float, most: int = MOST_ROWS) -> tuple[float, int]:
         """Return the largest rate, requests per second, that keeps the objective, and its batch; (0, 0) for none."""

@@ -14,6 +14,7 @@ from lib.measure.serving.engine import ModelEngine
 from lib.measure.serving.protocol import Decision, Limits
 from lib.measure.serving.server import VirtualClock, serve
 from lib.measure.serving.simulator import SimulatedEngine, simulate
+from lib.measure.serving.step_times import StepTimes
 from lib.measure.serving.traffic import Lengths, ServingRequest, Trace
 from lib.models.decoding import batch_cache
 
@@ -169,6 +170,25 @@ def test_prompts_read_in_parts_give_the_tokens_of_prompts_read_at_once(tiny, nam
         serve(trace(1), policy(), engine, VirtualClock(), Limits(8), drain_seconds=float("inf"))
         outputs.append(engine.output)
     assert outputs[0] == outputs[1] == outputs[2]
+
+
+@pytest.mark.parametrize("batch, new", [(1, 4), (4, 16), (8, 8), (8, 48)])
+def test_a_batch_that_is_kept_full_serves_what_capacity_says(batch, new):
+    """Every token was counted as a step, and the first one comes from the prompt: a server did up to an eighth more."""
+    decode = tuple((0.004 + 0.0005 * rows,) for rows in range(1, 33))
+    times = StepTimes(decode, (0.0, 1.5e-4, 0.0), (1e-4, 0.0), (1.0,), (1.0,), 1.0, 1)
+    per, rate = times.sustained(batch, Lengths(40, new))
+    draw, count = random.Random(1), 100 * batch
+    lengths = [draw.randint(new // 2, new + new // 2) for _ in range(count)]
+    requests = tuple(ServingRequest(i, 0.0, 40, length) for i, length in enumerate(lengths))
+    waiting = Trace("full", 0, (traffic.Phase(1.0, 1.0, Lengths(40, new)),), requests)
+    served = simulate(waiting, Upto(batch), times, Limits(), jitter=False, drain_seconds=1e9)
+    ends = sorted(outcome.finished for outcome in served.outcomes)
+    few, many = count // 10, count - count // 10
+    assert (many - few) / (ends[many] - ends[few]) == pytest.approx(rate, rel=0.03)
+    seconds = sum(outcome.finished - outcome.first for outcome in served.outcomes)
+    assert seconds / sum(length - 1 for length in lengths) == pytest.approx(per, rel=0.03)
+    assert times.sustained(batch, Lengths(40, 1))[0] == 0  # nothing comes after the first token
 
 
 def test_no_jitter_of_a_trace_is_another_traces():
