@@ -2,7 +2,8 @@
 by bytes (`lib.measure.serving.step_times` holds the result). Knows no policy.
 
 As in a server, every timed step follows another of its own rows (the first after other work is slower), and rows and
-prompts differ (or all would go to the same experts).
+prompts differ: in their tokens (or all would go to the same experts), and in their lengths (rows of one length need no
+mask, which is made in every step of a server, and with which attention takes other kernels).
 
 Shapes: B rows or prompts, T prompt tokens.
 """
@@ -179,7 +180,8 @@ def _decode(
     model: nn.Module, prompt_T: torch.Tensor, contexts: Sequence[int], counts: Sequence[int], repeats: int
 ) -> Grid:
     """Seconds of decode steps per (rows, context): DISTINCT prompts read once, their rows repeated, and in every row
-    another token. Every point is met once in each turn, so that a slow spell of the machine bends no context alone.
+    another token; all rows but one are padded. Every point is met once in each turn, so that a slow spell of the
+    machine bends no context alone.
     """
     seconds_at: Grid = {}
     token_T = prompt_T.repeat(1 + (max(counts) + repeats) // len(prompt_T)).to(next(model.parameters()).device)
@@ -188,6 +190,8 @@ def _decode(
         rows = batch_cache.first(longest, context - 1)
         for count in counts:
             many = batch_cache.keep(batch_cache.repeat(rows, -(-count // DISTINCT)), range(count))
+            many.mask_BL = many.mask_BL.clone()
+            many.mask_BL[1:, 0] = 0
             for timed in (False, True):
                 many.token_B = token_T[turn : turn + count].clone()
                 seconds = _timed(model, batch_cache.step, model, many)
@@ -209,12 +213,14 @@ def _prefill(
     most: int,
     counts: Sequence[int] = PROMPTS_MEASURED,
 ) -> Grid:
-    """Seconds of prefills per (prompts, tokens), up to `most` tokens at once, each prompt another part of the text."""
+    """Seconds of prefills per (prompts, tokens), up to `most` tokens at once, each prompt another part of the text and
+    all but one a token shorter.
+    """
     points = [(count, length) for count in counts for length in contexts if count * length <= most or count == 1]
     seconds_at: Grid = {}
     for turn in range(repeats + 1):
         for count, length in points:
-            prompts = [_part(prompt_T, index, length) for index in range(count)]
+            prompts = [_part(prompt_T, index, length)[bool(index) :] for index in range(count)]
             seconds = _timed(model, batch_cache.prefill, model, prompts)
             if turn:
                 seconds_at.setdefault((count, length), []).append(seconds)

@@ -456,6 +456,20 @@ def test_a_timed_step_follows_one_of_its_own_rows_and_its_rows_differ(tiny, monk
     assert all(len(token_B.unique()) == len(token_B) for token_B in tokens)
 
 
+def test_rows_and_prompts_that_are_timed_together_differ_in_length(tiny, monkeypatch):
+    """Rows of one length need no mask: steps were timed without one, and every step of a server takes longer by it."""
+    masks, prompts, step, prefill = [], [], batch_cache.step, batch_cache.prefill
+    monkeypatch.setattr(batch_cache, "step", lambda model, rows: (masks.append(rows.mask_BL), step(model, rows))[1])
+    monkeypatch.setattr(
+        batch_cache, "prefill", lambda model, each: (prompts.append(list(map(len, each))), prefill(model, each))[1]
+    )
+    step_timing.measure(tiny("qwen3-4b-instruct-2507"), torch.arange(8, 72), (16, 48), repeats=1, most=4)
+    padding = [(mask_BL == 0).sum(1).tolist() for mask_BL in masks]
+    assert {tuple(rows) for rows in padding} == {(0,), (0, 1), (0, 1, 1, 1)}
+    read = {tuple(lengths) for lengths in prompts if lengths[0] in (16, 48)}
+    assert {(16,), (16, 15), (48, 47), (16, *[15] * 7)} <= read
+
+
 def test_answers_of_random_weights_are_not_compared():
     one, other = (replay.Replayed(None, {0: [1, 2]}, 1.0, None), replay.Replayed(None, {0: [1, 3]}, 1.0, None))
     assert [item.optimized for item in replay.answers_alike([one, one], [other, one])] == [0.5, 0.75]
