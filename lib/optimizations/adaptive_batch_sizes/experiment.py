@@ -185,11 +185,21 @@ def targets(rows: Sequence[Row], trial: RealModelTrial) -> list[Row]:
         ("simulation error", trial.strays.share, "at most", MOST_ERROR),
     )
     forbidden = f"not judged: {trial.strays.forbids}" if trial.strays.forbids else None
-    return [
+    rows: list[Row] = [
         {"figure": name, "measured": value, "to reach": f"{how} {goal}"}
         | {"reached": (forbidden if ", simulated:" in name else None) or is_reached(value, how, goal)}
         for name, value, how, goal in goals
     ]
+    rows[0]["reached"] = _reached(trial.headline)
+    return rows
+
+
+def _reached(headline: Measurement) -> bool | str:
+    """Return whether the headline reaches its target: told by its interval, and not where it has no verdict."""
+    if headline.verdict not in ("better", "worse", "equivalent") or headline.ratio is None:
+        return f"not judged: {headline.reason or headline.verdict}"
+    low, high = headline.ci or (headline.ratio, headline.ratio)
+    return "cannot tell" if low < LEAST_AT_CHANGING_RATE <= high else low >= LEAST_AT_CHANGING_RATE
 
 
 def _real_rivals(trial: RealModelTrial) -> list[tuple[str, float | None, str, float]]:

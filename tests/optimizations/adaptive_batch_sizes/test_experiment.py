@@ -176,7 +176,8 @@ def test_a_simulation_strays_only_beyond_its_own_jitter(error, real, disturbed, 
 
 def test_targets_without_a_number_are_unknown():
     rivals, strays = SimpleNamespace(rounds=None), SimulationError(0.05, "planted")
-    trial = SimpleNamespace(headline=SimpleNamespace(ratio=1.1), rivals=rivals, strays=strays)
+    headline = SimpleNamespace(ratio=1.1, ci=(1.06, 1.14), verdict="better", reason=None)
+    trial = SimpleNamespace(headline=headline, rivals=rivals, strays=strays)
     rows = [{"traffic": "constant 0.4", "adaptive ÷ best fixed": 0.97}]
     rows.append({"traffic": "changing", "adaptive ÷ best rival": 1.2, "adaptive ÷ best fixed": 1.3})
     frame = pd.DataFrame(experiment.targets(rows, trial))
@@ -191,6 +192,23 @@ def test_targets_without_a_number_are_unknown():
     assert reached["simulation error"] is False
     trial.strays = SimulationError(None)
     assert pd.DataFrame(experiment.targets(rows, trial)).reached.iloc[-1] == "unknown"
+
+
+@pytest.mark.parametrize(
+    "verdict, ci, reached",
+    [
+        ("better", (1.2, 1.74), True),
+        ("better", (1.05, 1.3), "cannot tell"),
+        ("equivalent", (0.98, 1.02), False),
+        ("inconclusive", (1.2, 1.74), "not judged: too noisy"),
+    ],
+)
+def test_a_target_is_not_reached_by_a_headline_that_nobody_judged(verdict, ci, reached):
+    """It was by its ratio alone: beside a claim that could not be told stood a target that was reached."""
+    headline = SimpleNamespace(ratio=1.35, ci=ci, verdict=verdict, reason="too noisy")
+    rivals, strays = SimpleNamespace(rounds=None), SimulationError(0.05, "planted")
+    trial = SimpleNamespace(headline=headline, rivals=rivals, strays=strays)
+    assert experiment.targets([], trial)[0]["reached"] == reached
 
 
 @pytest.mark.parametrize("make, transform", [(lambda m: m, None), (mla_absorption.absorb, saved.ABSORBING)])
