@@ -198,8 +198,10 @@ def windows(served: Served, objectives: Objectives) -> list[tuple[float, float, 
 
 
 def overshoot(served: Served, objectives: Objectives) -> float:
-    """Return by what share of the objective the slowest time per token lay beyond it; 0 where none did."""
-    times = [outcome.token_seconds for outcome in served.outcomes]
+    """Return by what share of the objective the slowest time per token after the warm-up lay beyond it; 0 where none
+    did.
+    """
+    times = [outcome.token_seconds for outcome in served.counted]
     slowest = max((seconds for seconds in times if seconds is not None), default=0.0)
     return max(0.0, slowest / objectives.token_seconds - 1)
 

@@ -1,6 +1,7 @@
 """The loops on planted plants: a clock of their own, steps whose times are known, answers whose faults are known."""
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,6 +52,12 @@ def test_seconds_beyond_counts_the_disturbed_seconds_alone():
     assert bad and min(bad) >= stolen.thirds[1] - width
     quiet = scenarios.play(script()["quiet"], FixedSize(batch), times(), LIMITS).served
     assert scenarios.seconds_beyond(quiet, OBJECTIVES) <= width
+
+
+def test_overshoot_is_that_of_the_requests_that_count():
+    slow, usual = (SimpleNamespace(token_seconds=factor * OBJECTIVES.token_seconds) for factor in (3.0, 1.5))
+    served = SimpleNamespace(outcomes=[slow, usual], counted=[usual, SimpleNamespace(token_seconds=None)])
+    assert scenarios.overshoot(served, OBJECTIVES) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("law", [feedback.PI, feedback.Aimd])
