@@ -15,7 +15,7 @@ from lib.measure.metrics.measurement import Measurement
 from lib.measure.serving import engine, policy_comparison, replay, slo, validation
 from lib.measure.serving.policy_comparison import PolicyFactory
 from lib.measure.serving.protocol import Served
-from lib.measure.serving.replay import Replayed, ServingRounds
+from lib.measure.serving.replaying.rounds import Replayed, ServingRounds
 from lib.measure.serving.traffic import Trace
 from lib.measure.serving.validation import MOST_ERROR, SimulationError
 from lib.models.loading import Loaded

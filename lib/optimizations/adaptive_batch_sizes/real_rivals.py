@@ -15,7 +15,7 @@ from torch import nn
 
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.serving import policy_comparison, replay, slo
-from lib.measure.serving.replay import ServingRounds
+from lib.measure.serving.replaying.rounds import ServingRounds
 from lib.measure.serving.slo import Objectives
 from lib.measure.serving.traffic import Trace
 from lib.optimizations.adaptive_batch_sizes.simulated import SHOWN

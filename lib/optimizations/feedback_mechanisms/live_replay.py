@@ -18,7 +18,8 @@ from lib.measure.metrics.measurement import Measurement
 from lib.measure.serving import engine, replay, validation
 from lib.measure.serving.engine import ModelEngine
 from lib.measure.serving.protocol import Policy, Served
-from lib.measure.serving.replay import PromptOf, Replayed, ServingRounds
+from lib.measure.serving.replay import PromptOf
+from lib.measure.serving.replaying.rounds import Replayed, ServingRounds
 from lib.measure.serving.server import RealClock, serve
 from lib.measure.serving.slo import Objectives
 from lib.measure.serving.step_times import StepTimes
