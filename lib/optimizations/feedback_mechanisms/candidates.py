@@ -1,4 +1,5 @@
-"""The draft, and the candidates for the fast profile: models with fewer parameters that another optimization makes.
+"""The draft, and the candidates for the fast profile: models with fewer parameters that another optimization makes, and
+how long their steps take beside those of the full one.
 
 From the fastest on: whole blocks removed, and distilled; channels removed from every block, the matrices that read them
 refitted by least squares; int8 weights. Which one is admitted is decided in `profiles`. Knows no optimization that
@@ -6,22 +7,27 @@ makes smaller models: its functions are passed in.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
+import pandas as pd
 from torch import nn
 
 from lib.errors import UserError
-from lib.measure.metrics.settings import Effort
+from lib.measure.metrics import settings as efforts
+from lib.measure.metrics.settings import BRIEF, Effort
 from lib.models.loading import Loaded
 from lib.models.structure.anatomy import anatomy
 from lib.models.tasks import tasks
 from lib.optimizations.common import finetuning
 from lib.optimizations.common.compression import weight_only
-from lib.optimizations.feedback_mechanisms import profiles
-from lib.optimizations.feedback_mechanisms.disturbance_comparison import TwoProfileSetup
-from lib.optimizations.feedback_mechanisms.profiles import Candidate
+from lib.optimizations.feedback_mechanisms import disturbance_comparison, profiles, shadow
+from lib.optimizations.feedback_mechanisms.disturbance_comparison import LENGTHS, TwoProfileSetup
+from lib.optimizations.feedback_mechanisms.profiles import NO_FAST, Candidate
 
+REQUESTS = {"preview": 50, "quick": 150, "standard": 300, "thorough": 1000}  # in a third of a script, at capacity
+ROWS_DRAWN = (1, 2, 4, 8, 12, 16, 24, 32)
 PROXY_STEPS = 20  # of distillation by default
 TEXTS = {"preview": (4, 8, 256)}  # by which parts are chosen, on which is distilled, and tokens of those at once
 MORE_TEXTS = (16, 64, 512)  # at every other effort
@@ -29,6 +35,8 @@ PROMPTS = {"preview": 4, "quick": 16, "standard": 64, "thorough": 128}  # on whi
 READ = {"preview": {"windows": 4, "items": 8}}  # by a candidate, where that is less than elsewhere
 MILD = 0.1  # share of the parameters that the mildest cut removes
 WIDE = 1024  # hidden size from which on reading fewer bytes shows
+
+Measure = Callable[[nn.Module], TwoProfileSetup]
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ def fast_profiles(
     bound: float,
     effort: str,
     seed: int,
-    measure: Callable[[nn.Module], TwoProfileSetup] | None = None,
+    measure: Measure | None = None,
 ) -> tuple[nn.Module, list[Candidate]]:
     """Return the draft, whose answers need no quality, and the fast profiles that were considered, the admitted one
     last; `measure` times one beside the full profile (None: speed is not asked for).
@@ -122,3 +130,71 @@ def candidate_rows(candidates: Sequence[Candidate]) -> list[dict[str, object]]:
         }
         for candidate in candidates
     ]
+
+
+# --- how long their steps take ----------------------------------------------------------------------------------------
+
+
+def timer(loaded: Loaded, effort: str, **charged: Any) -> Measure:
+    """Return the function that times the steps of a profile beside those of the full one, once, and gives the setup
+    that all settings share; `charged` are the objectives' factors, the guard's share and bound, and the seed
+    (`disturbance_comparison.prepare`).
+    """
+    preview = efforts.read(effort).preview
+    charged |= {"requests": REQUESTS[effort], "rounds": 2 if preview else 3 if effort in BRIEF else 4}
+
+    @cache
+    def measure(model: nn.Module) -> TwoProfileSetup:
+        return disturbance_comparison.prepare(loaded, model, preview=preview, **charged)
+
+    return measure
+
+
+def prepare(
+    loaded: Loaded, candidates: Sequence[Candidate], effort: str, measure: Measure, seed: int = 0
+) -> tuple[TwoProfileSetup, list[Candidate]]:
+    """Return the setup that all settings share, and the candidates. The last one is refused where it was not timed yet
+    and is not shown to be faster; then the full profile itself follows. Where none of those that were timed is faster,
+    the setup is that of the one that saves most. The losses of the answers of the admitted one, and of a broken copy's,
+    are those that the guard meets in the scripts.
+    """
+    last = candidates[-1]
+    timed = [(candidate.net.middle, candidate.model) for candidate in candidates if candidate.net]
+    if last.model is loaded.model and timed:
+        return measure(max(timed, key=lambda pair: pair[0])[1]), list(candidates)
+    setup = measure(last.model)
+    if not setup.alone:
+        broken = shadow.broken(last.model, shadow.STRENGTHS[-1], seed)
+        losses = profiles.losses_of(loaded, broken, PROMPTS[effort], seed)
+        setup = replace(setup, losses=(last.losses, losses))
+    if setup.net is None or setup.net.refused is None:
+        return setup, list(candidates)
+    refused = replace(last, refused=setup.net.refused, net=setup.net)
+    return setup, [*candidates[:-1], refused, profiles.itself(loaded)]
+
+
+def step_curves(setup: TwoProfileSetup) -> pd.DataFrame:
+    """Return ms per decode step over rows for each profile, and the objective as a level."""
+    context = LENGTHS.prompt_tokens + LENGTHS.new_tokens // 2
+    arms = ("full",) if setup.alone else ("full", "fast")
+    points = [
+        {"strength": rows, "value": 1000 * times.decode(rows, context), "arm": arm}
+        for arm, times in zip(arms, setup.times)
+        for rows in ROWS_DRAWN
+    ]
+    level = 1000 * setup.objective.token_seconds
+    return pd.DataFrame(points + [{"strength": rows, "value": level, "arm": "objective"} for rows in (1, 32)])
+
+
+def read_curves(setup: TwoProfileSetup) -> str:
+    """Return how much longer the full profile takes than the fast one, and with the guard charged, as one line."""
+    if setup.net:
+        paid = f"Net saving, guard charged: {setup.net}"
+        return (
+            f"{paid}. One curve: {NO_FAST}, since it is not shown to be faster."
+            if setup.alone
+            else (f"The full profile takes {setup.saving:.2f}× as long as the fast. {paid}.")
+        )
+    if setup.alone:
+        return f"One curve: {NO_FAST}."
+    return f"The full profile takes {setup.saving:.2f}× as long as the fast."

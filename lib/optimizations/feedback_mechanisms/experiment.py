@@ -8,33 +8,25 @@ seeds, and every scenario is a separate measurement: different scenarios are not
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from torch import nn
 
 from lib.measure.metrics import catalogue
-from lib.measure.metrics import settings as efforts
 from lib.measure.metrics.measurement import Measurement
-from lib.measure.metrics.settings import BRIEF, Effort
+from lib.measure.metrics.settings import Effort
 from lib.measure.serving import policy_comparison, replay
 from lib.measure.serving.protocol import Policy
 from lib.models.loading import Loaded
-from lib.optimizations.feedback_mechanisms import candidates as profile_candidates
-from lib.optimizations.feedback_mechanisms import disturbance_comparison, live_replay, profiles, scenarios, shadow
+from lib.optimizations.feedback_mechanisms import disturbance_comparison, live_replay, scenarios, shadow
 from lib.optimizations.feedback_mechanisms.control.laws import PI, Aimd
-from lib.optimizations.feedback_mechanisms.disturbance_comparison import (
-    LENGTHS,
-    PolicyFactory,
-    Row,
-    TwoProfileSetup,
-)
+from lib.optimizations.feedback_mechanisms.disturbance_comparison import PolicyFactory, Row, TwoProfileSetup
 from lib.optimizations.feedback_mechanisms.live_replay import LiveTrial
 from lib.optimizations.feedback_mechanisms.method import LatencyLoop, Switch
-from lib.optimizations.feedback_mechanisms.profiles import NO_FAST, Candidate
+from lib.optimizations.feedback_mechanisms.profiles import NO_FAST
 from lib.optimizations.feedback_mechanisms.rivals import Routed, Static
 from lib.optimizations.feedback_mechanisms.scenario_table import (
     FAST_ALONE,
@@ -47,83 +39,14 @@ from lib.optimizations.feedback_mechanisms.scenario_table import (
 )
 from lib.optimizations.feedback_mechanisms.scenarios import Played, Scenario
 
-REQUESTS = {"preview": 50, "quick": 150, "standard": 300, "thorough": 1000}  # in a third of a script, at capacity
 SEEDS = {"preview": 6, "quick": 6, "standard": 6, "thorough": 12}  # of each scenario: the fewest that give an interval
 CHOOSING = 4  # seeds of the scripts on which the static limit is chosen
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # static limits that are tried: from the least a loop may reach
-ROWS_DRAWN = (1, 2, 4, 8, 12, 16, 24, 32)
 ROUTED_RUNS = (0.0, 0.05)  # of a script's requests: by so many routing may be ahead of its share or behind it
 OTHERS = (LIMIT_ALONE, PI_LOOP, ROUTED, FAST_ALONE)  # controls beside the loop
 
-Measure = Callable[[nn.Module], TwoProfileSetup]
-
 
 # --- the scripts ------------------------------------------------------------------------------------------------------
-
-
-def timer(loaded: Loaded, effort: str, **charged: Any) -> Measure:
-    """Return the function that times the steps of a profile beside those of the full one, once, and gives the setup
-    that all settings share; `charged` are the objectives' factors, the guard's share and bound, and the seed
-    (`disturbance_comparison.prepare`).
-    """
-    preview = efforts.read(effort).preview
-    charged |= {"requests": REQUESTS[effort], "rounds": 2 if preview else 3 if effort in BRIEF else 4}
-
-    @cache
-    def measure(model: nn.Module) -> TwoProfileSetup:
-        return disturbance_comparison.prepare(loaded, model, preview=preview, **charged)
-
-    return measure
-
-
-def prepare(
-    loaded: Loaded, candidates: Sequence[Candidate], effort: str, measure: Measure, seed: int = 0
-) -> tuple[TwoProfileSetup, list[Candidate]]:
-    """Return the setup that all settings share, and the candidates. The last one is refused where it was not timed yet
-    and is not shown to be faster; then the full profile itself follows. Where none of those that were timed is faster,
-    the setup is that of the one that saves most. The losses of the answers of the admitted one, and of a broken copy's,
-    are those that the guard meets in the scripts.
-    """
-    last = candidates[-1]
-    timed = [(candidate.net.middle, candidate.model) for candidate in candidates if candidate.net]
-    if last.model is loaded.model and timed:
-        return measure(max(timed, key=lambda pair: pair[0])[1]), list(candidates)
-    setup = measure(last.model)
-    if not setup.alone:
-        broken = shadow.broken(last.model, shadow.STRENGTHS[-1], seed)
-        losses = profiles.losses_of(loaded, broken, profile_candidates.PROMPTS[effort], seed)
-        setup = replace(setup, losses=(last.losses, losses))
-    if setup.net is None or setup.net.refused is None:
-        return setup, list(candidates)
-    refused = replace(last, refused=setup.net.refused, net=setup.net)
-    return setup, [*candidates[:-1], refused, profiles.itself(loaded)]
-
-
-def step_curves(setup: TwoProfileSetup) -> pd.DataFrame:
-    """Return ms per decode step over rows for each profile, and the objective as a level."""
-    context = LENGTHS.prompt_tokens + LENGTHS.new_tokens // 2
-    arms = ("full",) if setup.alone else ("full", "fast")
-    points = [
-        {"strength": rows, "value": 1000 * times.decode(rows, context), "arm": arm}
-        for arm, times in zip(arms, setup.times)
-        for rows in ROWS_DRAWN
-    ]
-    level = 1000 * setup.objective.token_seconds
-    return pd.DataFrame(points + [{"strength": rows, "value": level, "arm": "objective"} for rows in (1, 32)])
-
-
-def read_curves(setup: TwoProfileSetup) -> str:
-    """Return how much longer the full profile takes than the fast one, and with the guard charged, as one line."""
-    if setup.net:
-        paid = f"Net saving, guard charged: {setup.net}"
-        return (
-            f"{paid}. One curve: {NO_FAST}, since it is not shown to be faster."
-            if setup.alone
-            else (f"The full profile takes {setup.saving:.2f}× as long as the fast. {paid}.")
-        )
-    if setup.alone:
-        return f"One curve: {NO_FAST}."
-    return f"The full profile takes {setup.saving:.2f}× as long as the fast."
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from lib.measure.serving.step_times import COLUMN_STEP, Calls, StepTimes, assemb
 from lib.measure.serving.validation import SimulationError
 from lib.models.structure.anatomy import anatomy
 from lib.models.structure.sharing import sharing
+from lib.optimizations.feedback_mechanisms import candidates as profile_candidates
 from lib.optimizations.feedback_mechanisms import (
     disturbance_comparison,
     experiment,
@@ -278,8 +279,8 @@ def test_without_a_fast_profile_nothing_is_claimed_of_one(alone, monkeypatch):
     reading.two(*texts[:2])
     assert "from its limit" in texts[1] and not any("routing" in text or "oracle" in text.lower() for text in texts)
     assert all("by the fast profile" not in text for text in texts)
-    assert NO_FAST in compared.caption and experiment.read_curves(alone.setup) == f"One curve: {NO_FAST}."
-    assert set(experiment.step_curves(alone.setup).arm) == {"full", "objective"}
+    assert NO_FAST in compared.caption and profile_candidates.read_curves(alone.setup) == f"One curve: {NO_FAST}."
+    assert set(profile_candidates.step_curves(alone.setup).arm) == {"full", "objective"}
 
 
 def test_a_guard_without_a_fast_profile_measures_no_sound_one():
@@ -371,14 +372,15 @@ def test_a_profile_that_is_not_faster_with_the_guard_charged_is_none(monkeypatch
     monkeypatch.setattr(profiles, "losses_of", lambda *_: [1.0])
     monkeypatch.setattr(experiment.shadow, "broken", lambda *_: None)
     loaded = SimpleNamespace(model=full)
-    setup, candidates = experiment.prepare(loaded, known, "preview", experiment.timer(loaded, "preview", **options))
+    measure = profile_candidates.timer(loaded, "preview", **options)
+    setup, candidates = profile_candidates.prepare(loaded, known, "preview", measure)
     assert setup.alone is not admitted and (candidates[-1].model is fast) is admitted
     if admitted:
         assert 1.02 < setup.net.low < 1.8 and len(candidates) == 2  # the reading is charged
         return
     assert candidates[-1].model is full and candidates[-1].refused is None
     assert "not shown to be faster, guard charged: " in candidates[1].refused
-    assert "Net saving, guard charged: " in experiment.read_curves(setup)
+    assert "Net saving, guard charged: " in profile_candidates.read_curves(setup)
     assert setup.samples == both[0].samples
 
 
@@ -387,14 +389,14 @@ def test_where_no_candidate_is_faster_the_one_that_saves_most_is_told():
     nets = {slow: NetSaving(0.9, 1.0, 1.1), slower: NetSaving(0.7, 0.8, 0.9)}
     known = [Candidate("a", each, 0.0, 1.0, 0.0, nets[each].refused, net=nets[each]) for each in (slow, slower)]
     known.append(profiles.itself(SimpleNamespace(model=full)))
-    setup, candidates = experiment.prepare(SimpleNamespace(model=full), known, "preview", {slow: "of slow"}.get)
+    setup, candidates = profile_candidates.prepare(SimpleNamespace(model=full), known, "preview", {slow: "of slow"}.get)
     assert setup == "of slow" and candidates == known
 
 
 def test_every_profile_is_timed_once(monkeypatch):
     timed = []
     monkeypatch.setattr(disturbance_comparison, "prepare", lambda _, model, **options: timed.append(model) or options)
-    measure = experiment.timer(None, "preview", seed=3)
+    measure = profile_candidates.timer(None, "preview", seed=3)
     assert measure("a") is measure("a") and measure("b")["seed"] == 3 and timed == ["a", "b"]
 
 
