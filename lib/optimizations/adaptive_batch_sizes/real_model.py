@@ -35,7 +35,8 @@ SEEDS_FROM = 1000  # added to the first seed: traces that no simulation has chos
 @dataclass(frozen=True)
 class RealModelTrial:
     """Replays of the fixed `size` (twice) and of the adaptive policy, a trace per round; simulations of the same
-    requests beside them (`rows`), and their mean `error`; the `rivals` on the first of these traces.
+    requests beside them (`rows`), and their mean `error`; the `rivals` on the first of these traces; how many times as
+    `longer` as tabled decode steps took (None without a step).
     """
 
     size: int
@@ -45,6 +46,7 @@ class RealModelTrial:
     headline: Measurement
     measurements: list[Measurement]
     rivals: RivalReplays
+    longer: float | None = None
 
     @property
     def workload(self) -> str:
@@ -70,7 +72,9 @@ class RealModelTrial:
     def caption(self) -> str:
         """How many requests were served, how much longer steps took than tabled, and what disturbed the machine."""
         requests = sum(len(trace.requests) for trace in self.traces)
-        return f"{requests} requests, every arm in every round; disturbed by: {self.rounds.disturbed}"
+        text = f"{requests} requests, every arm in every round"
+        text += f"; decode steps took {self.longer:.2f} times as long as tabled" if self.longer is not None else ""
+        return f"{text}; disturbed by: {self.rounds.disturbed}"
 
     @property
     def strays(self) -> SimulationError:
@@ -136,7 +140,8 @@ def serve(
     again = replayed[: real_rivals.rounds_of(effort, rival_rounds)]
     place: dict[str, Any] = {"workload": workload(size), "device": loaded.device, "slowness": slowness}
     rivals = real_rivals.replayed(loaded.model, study, size, again, prompt_of, **place)
-    return RealModelTrial(size, rounds, rows, error, headline, measurements, rivals)
+    longer = longer_than_tabled(study, [run for runs in real.values() for run in runs])
+    return RealModelTrial(size, rounds, rows, error, headline, measurements, rivals, longer)
 
 
 def control(study: TrafficStudy, trial: RealModelTrial) -> Measurement:
@@ -183,7 +188,7 @@ def simulation_refuted(trial: RealModelTrial) -> tuple[bool | None, str]:
     return (True if 2 * outside > len(rows) and disturbed == "nothing" else None), evidence
 
 
-def slowness(study: TrafficStudy, served: Sequence[Served]) -> float | None:
+def longer_than_tabled(study: TrafficStudy, served: Sequence[Served]) -> float | None:
     """Return how many times as long as tabled the decode steps of some runs took, on average; None without a step."""
     ratios = [
         step.seconds / study.setup.times.decode(step.batch, step.tokens)

@@ -13,7 +13,7 @@ from lib.errors import UserError
 from lib.measure.compare import saved
 from lib.measure.serving import policy_comparison, replay, slo
 from lib.measure.serving.policy_comparison import DOCUMENTS, ServingSetup
-from lib.measure.serving.protocol import Limits
+from lib.measure.serving.protocol import Limits, ServerStep
 from lib.measure.serving.slo import Single
 from lib.measure.serving.step_times import StepTimes
 from lib.measure.serving.validation import SimulationError
@@ -172,6 +172,18 @@ def test_a_simulation_strays_only_beyond_its_own_jitter(error, real, disturbed, 
     trial = SimpleNamespace(rows=[row] * 5, strays=strays, rounds=SimpleNamespace(disturbed=disturbed))
     decided, evidence = real_model.simulation_refuted(trial)
     assert decided is refuted and f"{error:.3f} (goodput share, fixed)" in evidence
+
+
+def test_a_replay_says_how_much_longer_its_steps_took_than_tabled(traffic):
+    """Its caption promised that, and had no such number."""
+    times = traffic.setup.times
+    steps = [ServerStep(0.0, "decode", rows, 64, 1.2 * times.decode(rows, 64), 0, rows) for rows in (1, 4)]
+    served = SimpleNamespace(steps=[*steps, ServerStep(0.0, "prefill", 1, 64, 9.0, 0, 1)])
+    longer = real_model.longer_than_tabled(traffic, [served])
+    rounds = SimpleNamespace(traces=(), disturbed="nothing")
+    trial = real_model.RealModelTrial(4, rounds, [], None, None, [], None, longer)
+    assert "decode steps took 1.20 times as long as tabled" in trial.caption
+    assert real_model.longer_than_tabled(traffic, []) is None
 
 
 def test_targets_without_a_number_are_unknown():
