@@ -23,7 +23,6 @@ from lib.measure.serving.protocol import MOST_ROWS, Limits, Policy
 from lib.measure.serving.slo import Objectives, Single
 from lib.measure.serving.step_times import StepTimes, drawn_again
 from lib.measure.serving.traffic import Lengths
-from lib.measure.timing import disturbance
 from lib.models.loading import Loaded
 from lib.models.tasks import tasks
 from lib.optimizations.feedback_mechanisms import scenarios
@@ -46,18 +45,16 @@ Ran = dict[str, float | None]  # what one run came to, by KEYS
 @dataclass(frozen=True)
 class TwoProfileSetup:
     """What all settings share: step times of the full and the fast profile, objectives, limits, seconds of a script,
-    the share of the fast profile's answers that the full one reads again (a fifth of it after a clean start); and what
-    disturbed the machine while the steps were timed (None: nothing noticed). `net`: what the profile that was timed
-    saves at the usual lengths; where that refuses it, there is no fast profile (`alone`). `nets`: what it saves at the
-    lengths of each scenario, by name. `bound` is the guard's, `losses` are those of answers of the fast profile as it
-    is and of a broken one.
+    the share of the fast profile's answers that the full one reads again (a fifth of it after a clean start). `net`:
+    what the profile that was timed saves at the usual lengths; where that refuses it, there is no fast profile
+    (`alone`). `nets`: what it saves at the lengths of each scenario, by name. `bound` is the guard's, `losses` are
+    those of answers of the fast profile as it is and of a broken one.
     """
 
     times: tuple[StepTimes, StepTimes]
     objective: Objectives
     limits: Limits
     seconds: float
-    disturbed: str | None = None
     shadow_share: float = 0.0
     net: NetSaving | None = None
     bound: float = 0.1
@@ -135,12 +132,10 @@ def prepare(
     and once. Raises NotApplicable where no request can be served within the objectives.
     """
     text_T = tasks.text_windows(loaded, "final", 4, CONTEXTS[-1], seed).flatten()
-    close = disturbance.watch()
     same = fast is loaded.model
     models = (loaded.model,) if same else (loaded.model, fast)
     options: dict[str, Any] = policy_comparison.AT_A_PREVIEW if preview else {}
     times = step_timing.measure_together(models, text_T, CONTEXTS, rounds=rounds, **options)
-    disturbed = close()
     full_times, fast_times = times[0], times[-1]
     single = Single.of(full_times, LENGTHS)
     objective = slo.objectives(single, first_token_factor, token_factor)
@@ -153,7 +148,7 @@ def prepare(
     net = nets.get("quiet")
     fast_times = full_times if net and net.refused else fast_times
     both = full_times, fast_times
-    return TwoProfileSetup(both, objective, limits, seconds, disturbed, shadow_share, net, quality_bound, nets=nets)
+    return TwoProfileSetup(both, objective, limits, seconds, shadow_share, net, quality_bound, nets=nets)
 
 
 def _nets(full: StepTimes, fast: StepTimes, objective: Objectives, share: float) -> dict[str, NetSaving]:

@@ -45,7 +45,7 @@ def times(factor=1.0):
 
 @pytest.fixture(scope="module")
 def disturbances():
-    setup = TwoProfileSetup((times(), times(1.8)), OBJECTIVES, Limits(32, patience_seconds=0.3), 12.0, None, 0.25)
+    setup = TwoProfileSetup((times(), times(1.8)), OBJECTIVES, Limits(32, patience_seconds=0.3), 12.0, 0.25)
     return experiment.study(setup, 0.8, "quick", 0)
 
 
@@ -125,7 +125,7 @@ def test_the_loop_against_one_static_limit(disturbances, live, monkeypatch):
 @pytest.mark.parametrize("saving", [1.8, 0.9])
 def test_the_oracle_misses_no_more_than_any_profile_alone(saving):
     """A fast profile that is the slower one, or a calm third, is nothing that an oracle would choose it for."""
-    setup = TwoProfileSetup((times(), times(saving)), OBJECTIVES, Limits(32, patience_seconds=0.3), 6.0, None, 0.25)
+    setup = TwoProfileSetup((times(), times(saving)), OBJECTIVES, Limits(32, patience_seconds=0.3), 6.0, 0.25)
     study = experiment.study(setup, 0.8, "preview", 0)
     settings = study.settings(16) | {"static 16": experiment.static(16)}
     for script in study.scripts[:8]:
@@ -248,7 +248,7 @@ def test_a_fault_after_a_clean_start_shows_later_and_that_delay_is_the_one_that_
 @pytest.fixture(scope="module")
 def alone():
     same = times()
-    setup = TwoProfileSetup((same, same), OBJECTIVES, Limits(32, patience_seconds=0.3), 12.0, None, 0.25)
+    setup = TwoProfileSetup((same, same), OBJECTIVES, Limits(32, patience_seconds=0.3), 12.0, 0.25)
     return experiment.study(setup, 0.8, "quick", 0)
 
 
