@@ -94,7 +94,7 @@ class StepTimes:
         return seconds * _at(self.prefill_BT, count, tokens)
 
     def move(self, size: float) -> float:
-        """Return the seconds of copying a cache of `size` bytes, as joining and leaving do."""
+        """Return the seconds of a move in a cache of `size` bytes: the mean of a row's joining and its leaving."""
         return self.move_fit[0] + self.move_fit[1] * size
 
     def sustained(self, batch: int, lengths: Lengths) -> tuple[float, float]:

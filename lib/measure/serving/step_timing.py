@@ -230,12 +230,15 @@ def _prefill(
 def _move(
     model: nn.Module, prompt_T: torch.Tensor, contexts: Sequence[int], counts: Sequence[int], repeats: int
 ) -> tuple[Moves, float]:
-    """Seconds of taking one row out, by the bytes left; and the cache's bytes per token of one row."""
+    """Seconds of a row's moves, the mean of leaving and joining, by the bytes of the cache with it; and the cache's
+    bytes per token of one row. A request does both, and joining copies the cache more often.
+    """
     seconds_at: Moves = {}
     single = batch_cache.prefill(model, [prompt_T[: contexts[len(contexts) // 2]]])
     for count in (counts[len(counts) // 2], counts[-1]):
         for _ in range(repeats):
             many = batch_cache.repeat(single, count)
-            seconds = _timed(model, batch_cache.keep, many, range(max(1, count - 1)))
-            seconds_at.setdefault(float(many.bytes), []).append(seconds)
+            left = _timed(model, batch_cache.keep, many, range(max(1, count - 1)))
+            joined = _timed(model, batch_cache.join, many, batch_cache.repeat(single, 1))
+            seconds_at.setdefault(float(many.bytes), []).append((left + joined) / 2)
     return seconds_at, single.bytes / single.length

@@ -470,6 +470,26 @@ def test_rows_and_prompts_that_are_timed_together_differ_in_length(tiny, monkeyp
     assert {(16,), (16, 15), (48, 47), (16, *[15] * 7)} <= read
 
 
+def test_a_move_is_the_mean_of_joining_and_leaving(tiny, monkeypatch):
+    """Leaving alone was timed, and joining, which copies the cache more often, was taken to be as fast."""
+    now, keep, join = [0.0], batch_cache.keep, batch_cache.join
+
+    def taking(seconds, call):
+        def take(*arguments):
+            now[0] += seconds
+            return call(*arguments)
+
+        return take
+
+    monkeypatch.setattr(batch_cache, "keep", taking(0.001, keep))
+    monkeypatch.setattr(batch_cache, "join", taking(0.003, join))
+    monkeypatch.setattr(step_timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    contexts = ((16, 48), (1, 2, 4), 3)
+    moved, per_token = step_timing._move(tiny("qwen3-4b-instruct-2507"), torch.arange(8, 72), *contexts)
+    assert set(moved) == {2 * 48 * per_token, 4 * 48 * per_token}
+    assert all(seconds == pytest.approx([0.002] * 3) for seconds in moved.values())
+
+
 def test_answers_of_random_weights_are_not_compared():
     one, other = (replay.Replayed(None, {0: [1, 2]}, 1.0, None), replay.Replayed(None, {0: [1, 3]}, 1.0, None))
     assert [item.optimized for item in replay.answers_alike([one, one], [other, one])] == [0.5, 0.75]
