@@ -117,7 +117,7 @@ class LatencyLoop:
 
     Signal: seconds between a row's tokens, prefills of others included; filter: exponential, over about 1/FILTER decode
     steps, since a single prefill takes as long as several of them. Within `band` of the setpoint the limit stands still
-    (`Restraint`); it falls as soon as the signal is beyond the objective. It rises only while it is what keeps requests
+    (`Restraint`); the band ends where the signal is beyond the objective. It rises only while it is what keeps requests
     waiting, and falls from the rows in use where these are fewer: otherwise it would wind up in calm hours, overshoot
     with the first rush, and fall for long without effect (conditional integration and tracking: Åström and Hägglund
     2006, *Advanced PID control*, on windup). With a `switch` the loop also sets the `profile`; while a change of it
