@@ -129,7 +129,7 @@ def every_traffic(study: TrafficStudy, size: int) -> list[Row]:
     rows = []
     for name in policy_comparison.NAMES:
         changing = name == "changing"
-        own = size if changing else study.choose(name, count=1)[0]
+        own = size if changing else study.choose(name)[0]
         goodputs, count = {}, None if changing else FEW
         for policy, make in study.policies(own).items():
             goodputs[policy] = float(np.mean(study.goodputs(name, policy, make, count=count)))

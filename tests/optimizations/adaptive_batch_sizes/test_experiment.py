@@ -2,6 +2,7 @@
 sentences.
 """
 
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -64,6 +65,15 @@ def test_rivals_have_as_many_rows_as_the_fixed_size_that_was_chosen(traffic):
     assert few().name == "chunked 64, fixed rows" and few().chunk == every().chunk == 64
     beyond = policy_comparison.trace(traffic.setup, "constant 1.1", 8, 1)
     assert max(step.batch for step in traffic.setup.run(beyond, few()).steps) <= best
+
+
+def test_the_best_single_size_is_looked_for_between_the_powers_of_two(traffic, monkeypatch):
+    """Where four and eight rows are as good, one between them is better: it was never tried, and so no baseline."""
+    assert all(larger <= 1.5 * size for size, larger in itertools.pairwise(study.SIZES[1:]))
+    chosen = []
+    monkeypatch.setattr(study.TrafficStudy, "choose", lambda self, name, **options: chosen.append(options) or (6, {}))
+    simulated.every_traffic(traffic, 8)
+    assert chosen == [{}] * (len(policy_comparison.NAMES) - 1), "every seed that is kept for choosing"
 
 
 def test_choosing_and_judging_use_different_seeds(traffic):
