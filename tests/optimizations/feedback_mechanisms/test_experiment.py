@@ -433,6 +433,9 @@ def test_a_slow_spell_on_one_of_two_equal_profiles_shows_no_saving():
     lengths = disturbance_comparison.LENGTHS
     assert net_saving.measured(timed((2.0, 1.0, 1.0)), timed((1.0, 1.0, 1.0)), lengths, 0.1, 8).refused
     assert net_saving.measured(timed((1.5, 1.5, 1.5)), timed((1.0, 1.0, 1.0)), lengths, 0.1, 8).refused is None
+    # Three rounds drawn again stray by less than half of what three rounds do: the least of them was called too low.
+    few = net_saving.measured(timed((1.02, 1.11, 1.2)), timed((1.0, 1.0, 1.0)), lengths, 0.0, 8)
+    assert few.low < 1.02 < few.middle == pytest.approx(1.11, abs=0.02) and few.refused
 
 
 def test_a_delay_that_half_of_the_windows_do_not_have_is_not_stated():
