@@ -400,6 +400,18 @@ def test_the_switch_is_pressed_by_requests_that_must_wait_and_can_still_be_met(w
     assert loop.profile == profile
 
 
+@pytest.mark.parametrize(
+    "wait, running, limit, admitted", [(0.1, 3, 8.0, 5), (9.0, 3, 8.0, 4), (9.0, 7, 8.0, 0), (9.0, 0, 1.0, 1)]
+)
+def test_requests_that_are_lost_leave_a_row_to_those_that_can_still_be_met(wait, running, limit, admitted):
+    """After a rush every row was taken by requests of the rush, and who came in time had to wait for one to end."""
+    loop = feedback.LatencyLoop(feedback.Aimd(), OBJECTIVES)
+    loop.limit = limit
+    waiting = [ServingRequest(i, 100.0 - wait, 16, 4) for i in range(40)]
+    rows = [RequestOutcome(ServingRequest(50 + i, 99.0, 16, 4)) for i in range(running)]
+    assert loop.decide(View(100.0, waiting, rows, 32, 20, "iteration")).admit == admitted
+
+
 @pytest.mark.parametrize("patience, profile", [(None, feedback.FAST), (0.35, feedback.FULL)])
 def test_who_has_waited_longer_than_leaves_time_to_read_the_prompt_is_lost(patience, profile):
     switch = feedback.Switch(OBJECTIVES, 1.8)
