@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lib.measure.serving.replaying import turns
 from lib.measure.serving.protocol import Decision, Limits
+from lib.measure.serving.replaying import turns
 from lib.measure.serving.server import VirtualClock, serve
 from lib.measure.serving.traffic import Phase, ServingRequest, Trace
 
