@@ -212,8 +212,8 @@ def compare(setup: TwoProfileSetup, every: Sequence[Scenario], settings: Mapping
 
     `missed s`: seconds in which too few of the requests arriving were served in time; `fast share`: of the answers,
     given by the fast profile; `shadow s`: the server's time for reading answers again; `settled s`: from the
-    disturbance until served well for good, of the seeds that settle; `swing`: how far the limit still strays from its
-    mean late in the disturbance; `rolled back after s`: from the second at which the fast profile breaks, of the seeds
+    disturbance until served well for good, of the seeds that settle; `swing`: how far the limit goes back and forth per
+    decision late in the disturbance; `rolled back after s`: from the second at which the fast profile breaks, of those
     in which it was taken back (`taken back`, their share of those in which it answered at all); `broken answers`: share
     of a broken profile's; `required net saving`: how many times as fast a profile must be, guard charged, for the
     server to keep up at the scenario's worst.

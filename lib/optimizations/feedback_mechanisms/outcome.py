@@ -26,7 +26,7 @@ CLAIMS = (
     "A static limit misses the objectives for no more seconds than the loop.",
     "Routing the loop's share of the requests to the fast profile, whatever happens, misses no more seconds than the "
     "loop.",
-    "The loop swings: late in a disturbance its limit still strays from its mean by a fifth or more.",
+    "The loop swings: late in a disturbance its limit goes back and forth by a tenth of itself or more per decision.",
     "The guard takes back a sound profile in more than one of a hundred windows.",
     "The guard keeps a broken profile in more than one of a hundred windows.",
     "A drafted answer differs from the greedy one.",
@@ -34,7 +34,7 @@ CLAIMS = (
 NEEDED = "net saving of the fast candidate in the hardest script, guard charged, against what that requires"
 SERVED = "broken profile taken back while it served a load step, share of the scripts, simulated"
 MOST_MISSED, LEAST_CAUGHT, MOST_FALSE = 0.20, 0.99, 0.01
-MOST_SWING = 0.2  # of the limit's mean (`scenarios.swing`)
+MOST_SWING = 0.1  # of ln(limit), per decision (`scenarios.swing`)
 Answer = tuple[bool | None, str]  # refuted, or None where the run cannot tell; the evidence
 CONFIDENCE = 0.90  # of a share's interval, so that each end alone holds at 95 %
 
@@ -118,8 +118,8 @@ def _missed(disturbances: DisturbanceStudy, compared: ScenarioTable, rival: str)
 
 
 def _swinging(disturbances: DisturbanceStudy, compared: ScenarioTable) -> Answer:
-    """How far the limit still strays late in a disturbance, scenario by scenario: it swings where one of them shows it.
-    A share of the moves says little of a limit that seldom moves; it stands beside.
+    """How far the limit goes back and forth late in a disturbance, scenario by scenario: it swings where one of them
+    shows it. A share of the moves says little of a limit that seldom moves; it stands beside.
     """
     loop, ends, moved = disturbances.settings(compared.best)[LOOP], [], []
     names = _disturbed(disturbances)
@@ -130,7 +130,7 @@ def _swinging(disturbances: DisturbanceStudy, compared: ScenarioTable) -> Answer
         reversals, moves = (sum(run[key] or 0.0 for run in runs) for key in ("reversals", "moves"))
         moved.append(f"{reversals:.0f} of {moves:.0f}")
     intervals = "; ".join(f"{name} {low:.3f} to {high:.3f}" for name, (low, high) in zip(names, ends))
-    evidence = f"standard deviation ÷ mean of the limit late in a simulated script of each scenario: {intervals}; "
+    evidence = f"to and fro of the limit per decision, late in a simulated script of each scenario: {intervals}; "
     evidence += f"moves that reverse the one before: {', '.join(moved)}"
     swings_somewhere = any(low >= MOST_SWING for low, _ in ends)
     return True if swings_somewhere else False if all(high < MOST_SWING for _, high in ends) else None, evidence

@@ -214,12 +214,14 @@ def reversals(values: Sequence[float]) -> int:
 
 
 def swing(course: Sequence[tuple[float, float, float]], since: float, until: float) -> float | None:
-    """Return by what share of its mean a limit still strays from it (standard deviation ÷ mean of the decisions) in the
-    second half of [since, until): what an oscillating loop does and a settled one does not, however few or many moves
-    it makes. `course` has (second, limit, signal); None where nothing was decided then.
+    """Return how far a limit goes back and forth in the second half of [since, until): the sum of its moves less what
+    they lead to in the end, in ln(limit), per decision. An oscillating loop's is large and a settled one's is not,
+    however many or few moves it makes. `course` has (second, limit, signal); None with less than two decisions then.
     """
-    limits = [limit for second, limit, _ in course if (since + until) / 2 <= second < until]
-    return float(np.std(limits) / np.mean(limits)) if limits else None
+    levels = np.log([limit for second, limit, _ in course if (since + until) / 2 <= second < until])
+    if len(levels) < 2:
+        return None
+    return float((np.abs(np.diff(levels)).sum() - abs(levels[-1] - levels[0])) / len(levels))
 
 
 class Spinner:

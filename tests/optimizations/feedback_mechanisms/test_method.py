@@ -17,7 +17,7 @@ from lib.measure.timing import disturbance
 from lib.optimizations.adaptive_batch_sizes.rivals import FixedSize
 from lib.optimizations.common.compression import weight_only
 from lib.optimizations.feedback_mechanisms import method as feedback
-from lib.optimizations.feedback_mechanisms import profiles, rivals, scenarios, shadow
+from lib.optimizations.feedback_mechanisms import outcome, profiles, rivals, scenarios, shadow
 from lib.optimizations.feedback_mechanisms.guarding.net_saving import NetSaving
 from lib.optimizations.feedback_mechanisms.guarding.shadow_reads import ShadowReads
 from lib.optimizations.feedback_mechanisms.profiles import Profiles
@@ -101,7 +101,7 @@ STEPS = ((0.0, 1.0), (10.0, 1.5), (20.0, 1.0))  # second, slowness of a machine 
 
 def overloaded(undamped=False, seeds=range(4)):
     """The courses of the limit on a noisy machine that becomes slower and faster while requests always wait."""
-    ratios, courses = (0.4, 0.7, 1.0, 1.3, 1.6), []
+    ratios, courses = (0.7, 0.85, 1.0, 1.15, 1.3), []
     noisy = replace(times(), decode_ratios=ratios, prefill_ratios=ratios)
     for seed in seeds:
         trace = scenarios.make("overload", [scenarios.Phase(30.0, 90.0, LENGTHS)], seed)
@@ -121,7 +121,7 @@ def settled_after(course, since, until, slowness):
 
 
 def test_the_limit_stands_still_on_a_noisy_machine_and_follows_its_steps():
-    """It went up and down all the time: more than half of its moves took back the one before."""
+    """It went up and down all the time: it moved twenty times as often, and two moves of five took back one before."""
     courses, before = overloaded(), overloaded(undamped=True)
     shares, swings, seconds = [], [], []
     for each in (courses, before):
@@ -131,19 +131,22 @@ def test_the_limit_stands_still_on_a_noisy_machine_and_follows_its_steps():
         thirds = [(start, start + 10.0, slowness) for start, slowness in STEPS]
         swings.append([scenarios.swing(course, *third[:2]) for course in each for third in thirds])
         seconds.append(np.mean([settled_after(course, *third) for course in each for third in thirds[1:]]))
-    assert shares[0] < 0.25 and shares[1] > 0.4
-    assert np.mean(swings[0]) < 0.1 and np.mean(swings[1]) > 0.2
+    assert shares[0] < 0.25 < 0.35 < shares[1]
+    assert np.mean(swings[0]) < 0.02 and np.mean(swings[1]) > outcome.MOST_SWING
     assert seconds[0] <= 1.5 * seconds[1]
 
 
-def test_swing_is_told_by_how_far_a_limit_strays_and_not_by_how_many_of_its_moves_turn_back():
-    still = [(float(second), 8.0 if second % 2 else 8.4, 0.01) for second in range(100)]
-    assert scenarios.reversals([limit for _, limit, _ in still]) == 98
-    assert scenarios.swing(still, 0.0, 100.0) == pytest.approx(0.2 / 8.2)
-    rare = [(float(second), 16.0 if second < 75 else 4.0, 0.01) for second in range(100)]
-    assert scenarios.swing(rare, 0.0, 100.0) == pytest.approx(0.6)
-    assert scenarios.swing(rare, 0.0, 70.0) == 0
-    assert scenarios.swing(rare, 200.0, 300.0) is None
+def test_swing_is_told_by_how_far_a_limit_goes_to_and_fro_and_not_by_how_many_of_its_moves_turn_back():
+    def course(*limits):
+        return [(float(second), limit, 0.01) for second, limit in enumerate(limits)]
+
+    often, there, back = course(*[16.0, 8.0] * 50), course(*[8.0] * 75, *[4.0] * 25), [8.0] * 70 + [4.0] * 10
+    assert scenarios.swing(often, 0.0, 100.0) == pytest.approx(48 * np.log(2) / 50)
+    assert scenarios.swing(there, 0.0, 100.0) == pytest.approx(0)
+    once = course(*back, *[8.0] * 20)  # every move but the first turns back, and it stands still most of the time
+    assert scenarios.reversals([limit for _, limit, _ in once]) == 1
+    assert scenarios.swing(once, 0.0, 100.0) == pytest.approx(2 * np.log(2) / 50)
+    assert scenarios.swing(once, 200.0, 300.0) is None
 
 
 def decode_steps(loop, count, seconds, running=4):

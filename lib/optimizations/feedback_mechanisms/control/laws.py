@@ -47,17 +47,17 @@ class PI:
 @dataclass
 class Aimd:
     """One more while there is room, and fewer in proportion to the excess where there is none (as Alizadeh et al. 2010,
-    *Data center TCP*, SIGCOMM, section 3.3): `backoff` × ln(signal / setpoint), since a part of the time per token does
-    not depend on the rows. `limit` is where the actuator stands; `rests` are the steps after a rise and after a fall.
+    *Data center TCP*, SIGCOMM, section 3.3): what is left never lies below what is needed, since a part of the time per
+    token does not depend on the rows. `limit` is where the actuator stands; `rests` are the steps after a rise and
+    after a fall.
     """
 
     name: str = "AIMD"
-    backoff: float = 1.5
     rests: tuple[int, int] = (AFTER_RISE, AFTER_FALL)
 
     def move(self, error: float, limit: float) -> float:
         """Return by how much ln(limit) should change."""
-        return math.log(1 + 1 / limit) if error > 0 else self.backoff * error
+        return math.log(1 + 1 / limit) if error > 0 else error
 
 
 @dataclass
