@@ -185,13 +185,13 @@ def targets(rows: Sequence[Row], trial: RealModelTrial) -> list[Row]:
         ("simulation error", trial.strays.share, "at most", MOST_ERROR),
     )
     forbidden = f"not judged: {trial.strays.forbids}" if trial.strays.forbids else None
-    rows: list[Row] = [
+    reached: list[Row] = [
         {"figure": name, "measured": value, "to reach": f"{how} {goal}"}
         | {"reached": (forbidden if ", simulated:" in name else None) or is_reached(value, how, goal)}
         for name, value, how, goal in goals
     ]
-    rows[0]["reached"] = _reached(trial.headline)
-    return rows
+    reached[0]["reached"] = _reached(trial.headline)
+    return reached
 
 
 def _reached(headline: Measurement) -> bool | str:
