@@ -181,7 +181,8 @@ def test_files_that_parameters_name(tmp_path):
 def test_a_task_of_the_harness_names_the_program_of_its_functions(tmp_path):
     (tmp_path / "utils.py").write_text("def shown(document): ...")
     (tmp_path / "mine.yaml").write_text("doc_to_text: !function utils.shown\nother: !unknown utils.py\n")
-    assert named_files.of({"tasks": [f"lm_eval:{tmp_path}/mine.yaml"]}) == [tmp_path / "mine.yaml", tmp_path / "utils.py"]
+    files = named_files.of({"tasks": [f"lm_eval:{tmp_path}/mine.yaml"]})
+    assert files == [tmp_path / "mine.yaml", tmp_path / "utils.py"]
 
 
 def test_a_fetch_checks_what_is_here(tmp_path, monkeypatch, capsys):
