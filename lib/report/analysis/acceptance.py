@@ -19,7 +19,9 @@ from lib.report.analysis.result_set import Results
 from lib.report.records import migration, schema
 from lib.report.records.checks import lint
 from lib.report.records.record import Record
+from lib.report.records.setting import reproduce
 from lib.report.records.verdicts import verdict
+from lib.report.text import commands
 from lib.report.text.wording import SIGNS, label, one_line, words
 
 MODELS = ("glm-4.7-flash", "qwen3-4b-instruct-2507", "qwen3-coder-30b", "qwen3-vl-2b")
@@ -114,7 +116,10 @@ def _outdated(name: str, content: Mapping, results: Results) -> list[tuple[str, 
         return []
     keys = {(run["optimization"], run["model"], run["key"], run["started"]) for run in listed}
     there = {(r.optimization, r.model, r.key, r.started) for r in results.records}
-    return [] if keys == there else [(name, "was made from other records; call: python build.py report")]
+    if keys == there:
+        return []
+    again = commands.at(reproduce.of_set("report", results.scale), results.folder)
+    return [(name, f"was made from other records; call: {again}")]
 
 
 def _models(results: Results, models: Sequence[str]) -> list[tuple[str, str]]:

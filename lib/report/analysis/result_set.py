@@ -20,13 +20,16 @@ from lib.report.text import sentence
 
 @dataclass(frozen=True)
 class Results:
-    """The records of a result folder, sorted; `damaged` is stem → fault; what is expected names what may be missing."""
+    """The records of a result folder, sorted; `damaged` is stem → fault; what is expected names what may be missing;
+    `folder` is where they lie, None where they lie in none.
+    """
 
     scale: str
     records: list[Record]
     damaged: dict[str, str] = field(default_factory=dict)
     optimizations: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
+    folder: Path | None = None
 
     def of(self, optimization: str, model: str) -> Record | None:
         """Return a record, or None."""
@@ -67,10 +70,12 @@ def read(
     folder = Path(folder)
     records, damaged = read_folder(folder, look)
     stems = [record.stem for record in records] + list(damaged)
-    names = [tuple(dict.fromkeys([*expected, *sorted(stem.split("--", 1)[at] for stem in stems)])) for at, expected in
-             enumerate((optimizations, models))]  # fmt: skip
+    every_optimization, every_model = (
+        tuple(dict.fromkeys([*expected, *sorted(stem.split("--", 1)[at] for stem in stems)]))
+        for at, expected in enumerate((optimizations, models))
+    )
     scale = records[0].scale if records else folder.resolve().name
-    return Results(scale, records, damaged, *names)
+    return Results(scale, records, damaged, every_optimization, every_model, folder)
 
 
 def summary(results: Results) -> dict[str, Any]:

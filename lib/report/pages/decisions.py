@@ -14,7 +14,7 @@ from lib.report.analysis import advice, summary
 from lib.report.analysis.advice import Advice
 from lib.report.pages.first_screen import DECISIONS, shown_flip
 from lib.report.records.record import Record
-from lib.report.text import brief
+from lib.report.text import brief, commands
 from lib.report.text.quantities import about, quantity
 from lib.report.text.wording import SIGNS, title, words
 
@@ -34,39 +34,45 @@ def rows(records: Sequence[Record], flips: Flips, folder: Path) -> list[dict[str
     lines = []
     for model in sorted({record.model for record in records}):
         own = {record.optimization: record for record in records if record.model == model}
-        by_name = _decisions([*own.values()], model)
+        by_name = _decisions([*own.values()], model, commands.out_of(folder))
         lines += [_row(own[name], by_name[name], flips.get(own[name].stem, {}), folder) for name in by_name]
     return lines
 
 
-def _decisions(records: Sequence[Record], model: str) -> dict[str, list[dict[str, Any]]]:
-    """Return optimization → its decisions, the ones that are equal at several margins as one, in the order of use."""
+def _decisions(records: Sequence[Record], model: str, out: str | None) -> dict[str, list[dict[str, Any]]]:
+    """Return optimization → its decisions, the ones that are equal at several margins as one, in the order of use.
+
+    `out`: where the commands lead that would decide (`lib.report.text.commands`).
+    """
     goals = [advice.Goal(name) for name in advice.GOALS]
     at_margin = {keep: advice.advise(records, model, goals, keep) for keep in MARGINS}
     order = [row.optimization for row in at_margin[advice.KEEP] if row.goal == goals[0].name]
     return {
-        name: [line for goal in goals for line in _merged(name, goal.name, at_margin)] for name in dict.fromkeys(order)
+        name: [line for goal in goals for line in _merged(name, goal.name, at_margin, out)]
+        for name in dict.fromkeys(order)
     }
 
 
-def _merged(name: str, goal: str, at_margin: Mapping[float, Sequence[Advice]]) -> list[dict[str, Any]]:
+def _merged(
+    name: str, goal: str, at_margin: Mapping[float, Sequence[Advice]], out: str | None
+) -> list[dict[str, Any]]:
     """Return the decisions on one optimization for one goal, each with the margins that it holds for."""
     lines: dict[tuple, dict[str, Any]] = {}
     for keep, advised in at_margin.items():
         row = next(row for row in advised if (row.optimization, row.goal) == (name, goal))
-        line = lines.setdefault((row.decision, row.reason), _decision(row))
+        line = lines.setdefault((row.decision, row.reason), _decision(row, out))
         line["keeps"].append(f"{keep:g}")
     return [line | {"keeps": " ".join(line["keeps"])} for line in lines.values()]
 
 
-def _decision(row: Advice) -> dict[str, Any]:
+def _decision(row: Advice, out: str | None) -> dict[str, Any]:
     return {
         "goal": row.goal,
         "keeps": [],
         "decision": row.decision,
         "class": DECISIONS[row.decision],
         "reason": row.reason,
-        "command": row.command,
+        "command": commands.leading_to(row.command, out),
         "took": about(row.seconds) if row.command else "",
         "where": row.evidence.where if row.evidence else "",
         "limited": _limited(row),

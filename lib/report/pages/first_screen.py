@@ -19,7 +19,7 @@ from lib.report.pages import views
 from lib.report.records import record as records
 from lib.report.records.record import Record
 from lib.report.records.setting import facts, stack
-from lib.report.text import brief
+from lib.report.text import brief, commands
 from lib.report.text.quantities import about, duration
 from lib.report.text.sentence import subject
 from lib.report.text.wording import one_line, signed, words
@@ -41,7 +41,7 @@ def of(record: Record, out: Path) -> dict[str, Any]:
     return {
         "sentence": summary.sentence(record),
         "decision": summary.decision(record) if measured else "",
-        "decisions": [_decision(row) for row in summary.decisions(record)] if measured else [],
+        "decisions": [_decision(row, out) for row in summary.decisions(record)] if measured else [],
         "stack": stack.in_words(record) if measured else "",
         "setting": setting(record),
         "numbers": summary.numbers(record) if measured else [],
@@ -53,9 +53,10 @@ def of(record: Record, out: Path) -> dict[str, Any]:
     }
 
 
-def _decision(row: Advice) -> dict[str, Any]:
+def _decision(row: Advice, out: Path) -> dict[str, Any]:
     item = {"goal": row.goal, "decision": row.decision, "class": DECISIONS[row.decision], "reason": row.reason}
-    return item | {"command": row.command, "took": about(row.seconds) if row.command else ""}
+    command = commands.leading_to(row.command, commands.out_of(out))
+    return item | {"command": command, "took": about(row.seconds) if command else ""}
 
 
 def setting(record: Record) -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ from lib.report.analysis.result_set import Results
 from lib.report.pages import decisions, views
 from lib.report.records.record import Record
 from lib.report.records.setting import facts, reproduce, stand_in
-from lib.report.text import brief, sentence
+from lib.report.text import brief, commands, sentence
 from lib.report.text.quantities import duration
 from lib.report.text.wording import one_line, signed, title
 
@@ -83,7 +83,7 @@ def text(folder: Path, results: Results) -> str:
         rankings=views.rankings(results),
         provenance=views.provenance(results),
         curves=views.curves(folder),
-        check=reproduce.of_set("check", results.scale),
+        check=commands.at(reproduce.of_set("check", results.scale), folder),
         style=(TEMPLATES / "style.css").read_text(encoding="utf-8"),
         script=(TEMPLATES / "index.js").read_text(encoding="utf-8"),
     )
@@ -112,11 +112,12 @@ def _cell(folder: Path, optimization: str, model: str, results: Results) -> dict
         return cell | _status("damaged") | {"note": results.damaged[stem]}
     record = results.of(optimization, model)
     if record is None:
-        command = reproduce.of_set(f"run {optimization} --model {model}", results.scale)
+        command = commands.at(reproduce.of_set(f"run {optimization} --model {model}", results.scale), folder)
         return cell | _status("missing") | {"command": command}
     if (folder / f"{stem}.html").is_file():
         cell["href"] = f"{stem}.html"
-    cell |= _status(record.status) | {"record": f"{stem}.json", "command": reproduce.command(record)}
+    command = commands.at(reproduce.command(record), folder)
+    cell |= _status(record.status) | {"record": f"{stem}.json", "command": command}
     if record.status != "ok":
         return cell | {"note": one_line(record.reason or "no reason was recorded", 200)}
     parts = [_part(record, name) for name in DIMENSIONS if name in (record.dimensions or DIMENSIONS)]

@@ -8,6 +8,7 @@ from typing import Any
 from lib.errors import UserError
 from lib.report.records import record
 from lib.report.records.setting import facts, reproduce
+from lib.report.text import commands
 from lib.report.text.wording import title
 
 
@@ -85,11 +86,13 @@ def _measured(job: Any, stack: str | None, weights_hash: str, results: Path, key
     path = results / f"{job.stem}.json"
     options = f"--model {job.model} --scale {job.scale} --effort {job.effort}"
     options += " --random-weights" if job.parameters.get("random_weights") else ""
-    command = f"`python build.py run {job.optimization} {options}`"
+    command = f"`{commands.at(f'python build.py run {job.optimization} {options}', results)}`"
+    if not path.exists():
+        return [f"Nothing was measured yet; {command} does."]
     try:
         stored = record.read(path)
-    except UserError:
-        return [f"Nothing was measured yet; {command} does."]
+    except UserError as error:
+        return [f"{error} Until then nothing is claimed of this checkpoint; {command} measures it."]
     where = f"{facts.machine(stored.environment)}, {facts.day(stored.started)}, effort {stored.effort}"
     quoted = [f"> {stored.verdict.sentence}", "", f"Record: `{path.name}`, {where}."]
     if stored.environment.get("weights_hash") == weights_hash:

@@ -12,6 +12,7 @@ from lib.report.pages import first_screen
 from lib.report.records import refutation, relation, rows
 from lib.report.records.record import Process, Record
 from lib.report.records.setting import reproduce, stand_in
+from lib.report.text import commands
 from lib.report.text.quantities import duration
 from lib.report.text.wording import label, one_line, signed, title, words
 
@@ -73,7 +74,7 @@ def view(record: Record, neighbours: Iterable[Neighbour] = (), out: Path = Path(
         ],
         "more": [(name, items) for name, items in _more(record) if items],
         "log": record.log or "",
-        "command": reproduce.command(record),
+        "command": commands.at(reproduce.command(record), out),
         "nav": navigation(neighbours, record.optimization, record.model),
         "footer": f"Record {record.stem}.json, schema {record.schema_version}. This page needs no network.",
     }

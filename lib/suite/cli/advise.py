@@ -1,7 +1,6 @@
 """The command `advise`: what to use on a model for a goal, from the records of a result folder. Runs nothing."""
 
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib.errors import UserError, suggest
 from lib.models import yaml_file
+from lib.report.text import commands
 from lib.suite.plan import declared
 from lib.suite.store import result_folder
 
@@ -76,9 +76,9 @@ def as_plain(row: "Advice", folder: Path, out: str | None = None) -> dict[str, A
         "goal": row.goal,
         "decision": row.decision,
         "reason": row.reason,
-        "command": _leading_to(row.command, "--out", out),
+        "command": commands.leading_to(row.command, out),
         "seconds": row.seconds,
-        "apply": _leading_to(applying(row, folder), "--results", out),
+        "apply": commands.leading_to(applying(row, folder), out, "--results"),
     }
     if row.evidence:
         from lib.report.records.setting import stack
@@ -95,11 +95,6 @@ def as_plain(row: "Advice", folder: Path, out: str | None = None) -> dict[str, A
         for m in row.quality
     ]
     return plain
-
-
-def _leading_to(command: str | None, option: str, out: str | None) -> str | None:
-    """Return a command with the option that names the results' folder, where that is not the usual one."""
-    return f"{command} {option} {shlex.quote(out)}" if command and out else command
 
 
 def applying(row: "Advice", folder: Path) -> str | None:
@@ -150,9 +145,9 @@ def _lines(row: "Advice", folder: Path, out: str | None = None) -> list[str]:
             lines.append(f"  the stack: {steps}")
     if scores := [_score(m) for m in row.quality]:
         lines.append(f"  {'; '.join(scores)}")
-    if command := _leading_to(applying(row, folder), "--results", out):
+    if command := commands.leading_to(applying(row, folder), out, "--results"):
         lines.append(f"  to have it: {command}")
-    if command := _leading_to(row.command, "--out", out):
+    if command := commands.leading_to(row.command, out):
         took = quantities.about(row.seconds)
         lines.append(f"  to decide{f', {took}' if took else ''}: {command}")
     return lines

@@ -15,6 +15,7 @@ from typing import Any
 
 from lib.errors import UserError
 from lib.files import hash_of, json_object, write_atomically
+from lib.report.text import commands
 from lib.suite.plan import cache_key as keys
 from lib.suite.plan.plan import ROOT
 
@@ -217,7 +218,7 @@ def require_records(path: Path) -> Folder:
     folder = Folder(path)
     if not present(folder):
         command = "python build.py" if path.name == "proxy" else f"python build.py run --model M --scale {path.name}"
-        raise UserError(f"{path}: holds no record; build first: {command}")
+        raise UserError(f"{path}: holds no record; build first: {commands.at(command, path)}")
     return folder
 
 

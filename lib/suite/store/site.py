@@ -12,6 +12,7 @@ from pathlib import Path
 from lib.errors import UserError
 from lib.files import write_atomically
 from lib.report.pages.suites import file_names
+from lib.report.text import commands
 from lib.suite.plan import cache_key, plan
 from lib.suite.store.result_folder import Folder
 
@@ -35,10 +36,13 @@ def finish(folder: Folder, kind: str | None) -> list[str]:
 
 
 def made_from(folder: Folder) -> str:
-    """Return a fingerprint of everything the files are made from: records, expected runs, code of the reports."""
+    """Return a fingerprint of everything the files are made from: records, expected runs, code of the reports, and
+    where the results lie, to which the commands on the pages lead.
+    """
     code = [*REPORT.rglob("*.py"), *REPORT.rglob("*.j2"), *REPORT.rglob("*.css"), *MEASURE.rglob("*.py")]
     files = [*folder.path.glob("*--*.json"), *code]
-    return cache_key.digest([_marks(files), plan.optimizations(), plan.models(folder.path.name)])
+    lead_to = commands.out_of(folder.path)
+    return cache_key.digest([_marks(files), plan.optimizations(), plan.models(folder.path.name), lead_to])
 
 
 def _others(folder: Folder) -> str:

@@ -311,6 +311,27 @@ def test_commands_of_a_page_are_of_its_scale(scale, option, tmp_path):
         assert f"```sh\npython build.py {kind}{option}\n```" in report
 
 
+def test_commands_of_a_page_lead_to_the_results_that_it_is_made_of(tmp_path):
+    from bs4 import BeautifulSoup
+
+    def commands_of(path):
+        texts = [code.get_text() for code in BeautifulSoup(path.read_text(), "html.parser").select("code")]
+        return [text for text in texts if text.startswith("python build.py")]
+
+    out = tmp_path / "my results"
+    run = samples.whole("structured_pruning", samples.MODELS[1]).model_copy(update={"process": None})
+    folder = out / "proxy"
+    record.write(run, folder / f"{run.stem}.json")
+    page, markdown = html.render(None, run, (), folder)
+    listed = commands_of(index.write(folder, ["continuous_nas"], [run.model])) + commands_of(page)
+    assert len(listed) > 4 and all(text.endswith(f"--out '{out}'") for text in listed)
+    [again] = [line for line in markdown.read_text().splitlines() if line.startswith("python build.py")]
+    assert again == listed[-1] and " --force --out " in again
+    suite_files.write("coverage", folder, ["continuous_nas"], [run.model])
+    report = (folder / suite_files.FILES["coverage"][-1]).read_text()
+    assert f"```sh\npython build.py coverage --out '{out}'\n```" in report
+
+
 def test_the_matrix_of_nothing_says_so(tmp_path):
     assert "There is no record here yet." in index.write(tmp_path).read_text()
 

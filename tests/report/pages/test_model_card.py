@@ -110,3 +110,13 @@ def test_latent_attention_decodes_as_it_was_measured(tmp_path):
     plain, latent = (card(tmp_path, measured(HASH), made=MADE | {"latent": has}) for has in (False, True))
     assert "mla_absorption.absorb(model)" in latent and "decodes absorbed here" in latent
     assert "absorb" not in plain
+
+
+def test_a_record_that_cannot_be_read_is_not_said_to_be_missing(tmp_path):
+    folder = tmp_path / "mine" / "proxy"
+    folder.mkdir(parents=True)
+    (folder / f"structured_pruning--{MODEL}.json").write_text("{half")
+    text = card(folder)
+    assert "Nothing was measured yet" not in text and "not a record: not JSON" in text
+    assert "nothing is claimed of this checkpoint" in text
+    assert f"--effort quick --out {tmp_path / 'mine'}` measures it" in text  # where the next card looks for it

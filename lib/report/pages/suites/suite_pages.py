@@ -17,6 +17,7 @@ from lib.report.pages.suites.file_names import FILES
 from lib.report.records.record import Record
 from lib.report.records.rows import markdown
 from lib.report.records.setting import facts, reproduce, stand_in
+from lib.report.text import commands
 from lib.report.text.quantities import duration, times
 from lib.report.text.quantities import figures as digits
 from lib.report.text.wording import label, one_line, signed, title, untagged, words
@@ -154,7 +155,8 @@ def _picture(alt: str, folder: str, name: str) -> str:
 
 
 def _again(command: str, results: Results) -> list[str]:
-    return ["## Again", f"```sh\n{reproduce.of_set(command, results.scale)}\n```"]
+    line = commands.at(reproduce.of_set(command, results.scale), results.folder)
+    return ["## Again", f"```sh\n{line}\n```"]
 
 
 def _machine_readable(kind: str) -> str:
