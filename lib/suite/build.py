@@ -400,7 +400,8 @@ def report(out: Path) -> int:
 
 
 def write_coverage(out: Path) -> int:
-    """Write the coverage report; return the exit code. Runs nothing."""
+    """Write the coverage report; return the exit code. Runs nothing. Raises UserError where there is no record."""
+    result_folder.require_records(out)
     folder = result_folder.open_folder(out)
     with _locked(folder):
         try:

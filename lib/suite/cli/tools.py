@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lib.errors import UserError
 from lib.suite.bootstrap import python_path
+from lib.suite.cli.options import Parser, parsed
 from lib.suite.plan.plan import NOTEBOOKS, ROOT
 
 PLUGIN = "lib.suite.cli.nbval_at_preview"
@@ -105,6 +106,20 @@ def lab(arguments: Sequence[str], description: str) -> int:
 
 
 def proxies(arguments: Sequence[str], description: str) -> int:
-    """Train the proxy models again; return 2 for a wrong request, as elsewhere."""
+    """Train the proxy models again; return 2 for a wrong request, as elsewhere. Raises UserError for what is none of
+    the options of the program that trains.
+    """
+    if not {"-h", "--help"} & set(arguments):
+        parsed(train_options(description), arguments)
     code = _call(["lib.models.proxies.train", *arguments])
     return code if code in (0, 2) else 1
+
+
+def train_options(description: str) -> Parser:
+    """Return the parser of `lib.models.proxies.train`: a wrong option is refused before torch is loaded."""
+    own = Parser(prog="build.py proxies", description=description)
+    own.add_argument("--model", action="append", metavar="M")
+    only = own.add_mutually_exclusive_group()
+    only.add_argument("--refine", action="store_true")
+    only.add_argument("--describe", action="store_true")
+    return own

@@ -12,6 +12,7 @@ from lib.report.pages import views
 from lib.report.records import record
 from lib.report.records.setting import reproduce
 from lib.suite.cli import command
+from lib.suite.cli import options as command_line
 from lib.suite.plan import plan
 from tests.report import samples
 
@@ -128,7 +129,7 @@ def test_the_command_of_a_record_asks_for_the_same_run():
     line = reproduce.command(record)
     assert line.startswith("python build.py run structured_pruning --model qwen3-4b-instruct-2507 --effort quick")
     _, commands = command.parser()
-    options = command._parsed(commands["run"], shlex.split(line)[3:])
+    options = command_line.parsed(commands["run"], shlex.split(line)[3:])
     assert (options.scale, options.device, options.random_weights, options.force) == ("slice", "cuda", True, True)
     assert options.dimension == ["resources"]
     assert plan.assignments(options.parameters) == {"ratio": "0.3", "words": "['a', 'b c']", "limit": "none"}

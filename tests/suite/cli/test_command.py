@@ -1,6 +1,7 @@
 """The command line: every command answers for itself, and what is not built is not offered."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import workbench
 
 from lib.report.records import record
 from lib.suite.cli import command, listing, tools
+from lib.suite.cli import options as command_line
 from lib.suite.plan import plan
 from lib.suite.plan import template as templates
 from tests.report import samples
@@ -78,7 +80,7 @@ def test_the_network_is_not_used_unasked(monkeypatch):
     def options(*arguments):
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         _, commands = command.parser()
-        command._request(command._parsed(commands["run"], list(arguments)), ())
+        command._request(command_line.parsed(commands["run"], list(arguments)), ())
         return os.environ.pop("HF_HUB_OFFLINE", None)
 
     assert options() == options("--scale", "slice") == options("--scale", "full", "--checkpoints", "x") == "1"
@@ -122,3 +124,13 @@ def test_nothing_compared_is_no_absence_of_regressions(tmp_path, capsys):
     assert lines[0].startswith("Stand-ins with") and "A-Real-Model" not in lines[0]
     assert command.main(["compare", str(old), str(old)]) == 0
     assert "says nothing of regressions" in capsys.readouterr().out  # the same runs: nothing to compare
+
+
+def test_the_options_of_the_training_are_those_that_are_checked_before_it(capsys):
+    from lib.models.proxies import train
+
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    listed = set(re.findall(r"(?<!\S)--[a-z]+", capsys.readouterr().out))
+    own = tools.train_options("")
+    assert listed == {name for action in own._actions for name in action.option_strings if name.startswith("--")}

@@ -56,6 +56,12 @@ def refused(root, *arguments, **more):
         (["--checkpoints", "x"], '--checkpoints is for "--scale full"'),
         (["--scale", "full", "--checkpoints", "nowhere"], "nowhere/alpha-1.5: no checkpoint folder"),
         (["report"], "holds no record; build first"),
+        (["coverage", "--out", "mine"], "mine/proxy: holds no record; build first: python build.py --out mine"),
+        (["report", "--out", ""], "--out: expected a path, got nothing"),
+        (["check", "--xyzzy"], 'unknown option "--xyzzy". Known: --help, --scale, --out, --all.'),
+        (["proxies", "alpha-1.5"], '"alpha-1.5" is not expected here; a model is given as --model alpha-1.5'),
+        (["proxies", "--refin"], 'unknown option "--refin". Did you mean "--refine"?'),
+        (["proxies", "--model"], "--model: expected one argument"),
         (["report", "well"], '"well" is not expected here; to run it: build.py run well'),
         (["advise", "executed"], '"executed" is not expected here; see: build.py advise --help'),
         (["advise", "--keep", "2%"], "--keep: expected a number, such as 0.02, got '2%'"),
@@ -67,6 +73,7 @@ def refused(root, *arguments, **more):
 )
 def test_a_wrong_request_gets_one_line(workspace, arguments, message):
     assert message in refused(workspace, *arguments)
+    assert not (workspace / "mine").exists()
 
 
 @pytest.mark.parametrize(
