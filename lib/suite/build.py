@@ -5,56 +5,23 @@ Returns the exit code: 0 if every run succeeded, 1 if one failed, 128 and the si
 """
 
 import contextlib
-import os
-import shutil
-import signal
-import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from lib.errors import ClusterLost, UserError
-from lib.files import RESULTS, Held, locked
+from lib.files import Held, locked
 from lib.models import parameters
 from lib.report.pages.suites import file_names
 from lib.suite.plan import cache_key, dependencies, plan
 from lib.suite.plan.plan import Job, Request
 from lib.suite.run import cpu_affinity, fork_server, kernel_process
 from lib.suite.run.progress import Progress, duration
-from lib.suite.store import build_history, result_folder, site
+from lib.suite.run.stop import BuildStopped, stoppable
+from lib.suite.store import build_history, result_folder, running, site
 from lib.suite.store.result_folder import Folder, State
 
 MOST_SUMMARIZED = 4  # runs whose verdicts a build prints
 REFRESH_SECONDS = 120.0  # how old the index may become while the runs of a first pass are replaced
-
-
-class BuildStopped(BaseException):
-    """The build was asked to end: Ctrl-C, SIGTERM or a closed terminal."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.exit_code = 128 + number
-
-
-@contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """Turn the first terminating signal into `BuildStopped`; ignore further ones during clean-up. A signal that was
-    ignored before stays so: that of a closed terminal under `nohup`, Ctrl-C in the background of a script.
-    """
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    names = [name for name in names if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN]
-
-    def stop(number: int, _: Any) -> None:
-        for name in names:
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-        raise BuildStopped(number)
-
-    before = {name: signal.signal(getattr(signal, name), stop) for name in names}
-    try:
-        yield
-    finally:
-        for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)
 
 
 def survey(folder: Folder, jobs: Sequence[Job]) -> list[tuple[Job, dict, State]]:
@@ -142,7 +109,7 @@ def _build(
     first_pass: bool,
 ) -> int:
     surveyed = survey(folder, planned)
-    _tidy(folder)
+    running.tidy(folder)
     to_run = [(job, parts) for job, parts, state in surveyed if force or state.must_run or job.stem in busy]
     to_render = [job.stem for job, _, state in surveyed if not force and state.kind == "unrendered"]
     for job, _, state in surveyed:
@@ -261,8 +228,8 @@ def _run(
     neighbours = sorted({*result_folder.present(folder), *((job.optimization, job.model) for job in planned)})
     entries = [schedule.Entry(job, cache_key.of(parts), parts) for job, parts in to_run]
     with (
-        _named(folder),
-        _temporary(folder) as temporary,
+        running.named(folder),
+        running.temporary(folder) as temporary,
         Progress([job.stem for job, _ in to_run], len(shares), expected) as progress,
     ):
         shared = schedule.BuildContext(
@@ -273,46 +240,6 @@ def _run(
 
             return dask.run(shared, entries, address)
         return schedule.run(shared, entries)
-
-
-@contextlib.contextmanager
-def _named(folder: Folder) -> Iterator[None]:
-    """Name the results' folder in the environment of the runs: there they leave and find what they share."""
-    before = os.environ.get(RESULTS)
-    os.environ[RESULTS] = str(folder.path.resolve().parent)
-    try:
-        yield
-    finally:
-        os.environ.pop(RESULTS, None)
-        if before is not None:
-            os.environ[RESULTS] = before
-
-
-@contextlib.contextmanager
-def _temporary(folder: Folder) -> Iterator[Path]:
-    """Make a folder for the notebooks' temporary files; its path is stored, so that the next build can remove it."""
-    path = Path(tempfile.mkdtemp(prefix="workbench-"))
-    folder.running.mkdir(parents=True, exist_ok=True)
-    (folder.running / "temporary").write_text(str(path), encoding="utf-8")
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-        shutil.rmtree(folder.running, ignore_errors=True)
-
-
-def _tidy(folder: Folder) -> None:
-    """Remove the leftovers of a build that was killed. Call only while holding the lock."""
-    with contextlib.suppress(OSError):
-        path = Path((folder.running / "temporary").read_text(encoding="utf-8"))
-        if path.name.startswith("workbench-"):
-            shutil.rmtree(path, ignore_errors=True)
-    shutil.rmtree(folder.running, ignore_errors=True)
-    for part in folder.path.glob(".*.part"):
-        if part.is_dir():  # the pictures of a page
-            shutil.rmtree(part, ignore_errors=True)
-        else:
-            part.unlink(missing_ok=True)
 
 
 def _render(folder: Folder, stems: Sequence[str], planned: Sequence[Job]) -> list[str]:
@@ -333,7 +260,7 @@ def _overview(folder: Folder, shares: Sequence[Sequence[int]], server: fork_serv
 
     if overview.up_to_date(folder, path):
         return []
-    with _temporary(folder) as temporary:
+    with running.temporary(folder) as temporary:
         fault = overview.execute(folder, path, shares[0], temporary, server)  # it reckons little: a share is enough
     return [fault] if fault else []
 

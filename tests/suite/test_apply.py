@@ -1,6 +1,7 @@
 """`apply` gives the optimized model itself: loaded again with equal answers, and a card with what was measured."""
 
 import json
+import signal
 import subprocess
 from pathlib import Path
 
@@ -116,3 +117,23 @@ def test_the_card_claims_nothing_from_a_record_of_other_weights_or_code(same, tm
     card = (tmp_path / "made" / "README.md").read_text(encoding="utf-8")
     assert (run.verdict.sentence in card) == ("made in the same way" in card) == same
     assert ("nothing is claimed" in card) == (not same)
+
+
+def test_a_stop_ends_the_process_that_saves_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    """SIGTERM, as a cluster's scheduler or a container sends it: the program that holds the model must not live on."""
+    waits = "import os, signal, time\nos.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)\n"
+    (tmp_path / "waits.py").write_text(waits)
+    monkeypatch.setattr(command, "PROGRAM", "waits")
+    monkeypatch.setattr(command.plan, "ROOT", tmp_path)
+    processes = []
+
+    class Remembered(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            processes.append(self)
+
+    monkeypatch.setattr(command.subprocess, "Popen", Remembered)
+    request = plan.Request(("structured_pruning",), (MODEL,), effort="quick")
+    assert command.apply(request, None, str(tmp_path / "out" / "made"), tmp_path / "results") == 128 + signal.SIGTERM
+    assert [process.returncode for process in processes] == [-signal.SIGKILL]
+    assert not list((tmp_path / "out").iterdir()) and "build.py: stopped" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from lib import files
 from lib.suite import build
 from lib.suite.plan import template as templates
 from lib.suite.run import settle
-from lib.suite.store import render
+from lib.suite.store import render, running
 from lib.suite.store.result_folder import Folder
 
 
@@ -203,7 +203,7 @@ def test_what_a_killed_build_left_is_removed(tmp_path):
     (tmp_path / ".well--alpha-1.5_files.part").mkdir()  # of pictures, while pages were made
     (tmp_path / ".well--alpha-1.5_files.part" / "figure.png").write_bytes(b"half")
     (tmp_path / ".index.html.x.part").write_text("half")
-    build._tidy(folder)
+    running.tidy(folder)
     assert not list(tmp_path.iterdir())
 
 

@@ -19,6 +19,7 @@ from lib.errors import UserError
 from lib.files import expanded
 from lib.suite.plan import cache_key, plan
 from lib.suite.plan.plan import Job, Request
+from lib.suite.run.stop import BuildStopped, stoppable
 from lib.suite.store.result_folder import Folder
 
 PROGRAM = "lib.optimizations.modular_components.saving"
@@ -28,7 +29,8 @@ def apply(request: Request, stack: str | None, out: str | None, results: Path) -
     """Apply one optimization (or the recipe `stack`) to one model and save it in `out`; return the exit code.
 
     `results` is the result folder whose record the model card quotes. Raises UserError for an incomplete request, and
-    where the optimization changes no weights, is refused, or cannot be saved; `out` then does not exist.
+    where the optimization changes no weights, is refused, or cannot be saved; `out` then does not exist. A signal that
+    ends the command ends the process that saves too.
     """
     if len(request.optimizations) != 1 or len(request.models) != 1:
         with_stack = "; with --stack, OPTIMIZATION is the one whose search wrote the recipe" if stack else ""
@@ -44,11 +46,12 @@ def apply(request: Request, stack: str | None, out: str | None, results: Path) -
     key = cache_key.of(cache_key.parts(job, cache_key.Hashes(Folder(results).hashes)))
     from lib.report.pages import model_card
 
+    unfinished = target.with_name(f"{target.name}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
+        with stoppable(), tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
             place = Path(folder) / "checkpoint"
-            answer = _save(job, recipe, place, target.with_name(f"{target.name}.part"))
+            answer = _save(job, recipe, place, unfinished)
             card = model_card.text(job, stack, answer, target.name, results, key)
             (place / "README.md").write_text(card, "utf-8")
             if target.is_dir():
@@ -56,6 +59,10 @@ def apply(request: Request, stack: str | None, out: str | None, results: Path) -
             shutil.move(place, target)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written to ({error.strerror})") from None
+    except BuildStopped as stopped:
+        kept = f"; {unfinished} is kept, and the same command resumes" if unfinished.exists() else ""
+        print(f"\nbuild.py: stopped{kept}", file=sys.stderr)
+        return stopped.exit_code
     again = "written and read again block by block" if answer["by_blocks"] else "saved, loaded again"
     print(f"{out}: {again}, and equal to what was applied")
     if answer.get("unfit"):
