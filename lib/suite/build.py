@@ -12,6 +12,7 @@ from lib.errors import ClusterLost, UserError
 from lib.files import Held, locked
 from lib.models import parameters
 from lib.report.pages.suites import file_names
+from lib.report.text import commands
 from lib.suite.plan import cache_key, dependencies, plan
 from lib.suite.plan.plan import Job, Request
 from lib.suite.run import cpu_affinity, fork_server, kernel_process
@@ -123,9 +124,11 @@ def _build(
         refresh = REFRESH_SECONDS if began else None
         expected = _expected(surveyed)
         results = _run(folder, to_run, shares, planned, expected, cluster, server, refresh) if to_run else []
-        if results and cluster is None and (again := _outdated(folder, surveyed)):
+        if results and (again := _outdated(folder, surveyed)):
             results += _run(folder, again, shares, planned, expected, cluster, server, refresh)
-        faults = _render(folder, to_render, planned)
+        if cluster is not None and commands.out_of(folder.path):  # no worker knows where its pages will lie
+            to_render += [result.stem for result in results]
+        faults = _render(folder, [*dict.fromkeys(to_render)], planned)
         faults += build_history.keep(folder, suite or "run")
         faults += _overview(folder, shares, server)
     faults += site.finish(folder, suite)

@@ -108,7 +108,7 @@ def applying(row: "Advice", folder: Path) -> str | None:
     record = row.evidence.record
     if not _stacked(row):
         return reproduce.applying(record) if declared.savable(record.optimization) else None
-    written = folder / "stacks" / f"{record.model}.yaml"
+    written = result_folder.Folder(folder).stacks / f"{record.model}.yaml"
     return reproduce.applying(record, str(written)) if _holds(written, stack.steps(record)) else None
 
 

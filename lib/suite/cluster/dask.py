@@ -185,6 +185,7 @@ class Loop:
             "cores": list(slot.cores),
             "side_by_side": self.crew.side_by_side(slot),
             "neighbours": list(self.build.neighbours),
+            "stacks": result_folder.stacks(self.build.folder),
         }
         slot.future = self.crew.submit(slot.address, request)
         where = slot.address.split("//")[-1]

@@ -7,6 +7,7 @@ afterwards is what the build puts into place. When standard input closes, the an
 ended.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lib import files
 from lib.errors import UserError
 from lib.models import parameters as parameter_files
 from lib.suite.plan import cache_key, dependencies, plan
@@ -25,10 +27,12 @@ from lib.suite.plan import template as templates
 from lib.suite.plan.plan import Job
 from lib.suite.run import cpu_affinity
 from lib.suite.run.sampling import Tree
+from lib.suite.store import result_folder
 from lib.suite.store.result_folder import Folder
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 REPORT_SECONDS = 1.0
+STUDIES = "studies"  # where searches keep their trials, among the results
 
 
 def library(hashes: cache_key.Hashes) -> dict[str, str]:
@@ -151,7 +155,9 @@ class _ProgressReports:
 
 
 def _run(request: dict, tell: Callable[..., None]) -> dict:
-    """Run the job into `<folder>/results` and make its pages; return how it ended."""
+    """Run the job into `<folder>/results` and make its pages; return how it ended. The stacks that the build knows are
+    there for it to read, and what it has chosen anew is among what it leaves.
+    """
     from lib.suite.run import schedule
 
     job, hashes = job_of(request["job"]), cache_key.Hashes()
@@ -161,6 +167,7 @@ def _run(request: dict, tell: Callable[..., None]) -> dict:
     base = Path(request["folder"])
     folder = Folder(base / "results")
     folder.path.mkdir()
+    shared = _shared(base, job.scale, request["stacks"])
     build = schedule.BuildContext(
         folder=folder,
         shares=[request["cores"]],
@@ -171,7 +178,23 @@ def _run(request: dict, tell: Callable[..., None]) -> dict:
     )
     [result] = schedule.run(build, [schedule.Entry(job, request["key"], parts)])
     shutil.rmtree(folder.running, ignore_errors=True)
+    chosen = {name: text for name, text in result_folder.stacks(shared).items() if request["stacks"].get(name) != text}
+    result_folder.lay_out(folder, chosen)
     return {"status": result.status, "reason": result.reason, "seconds": result.seconds}
+
+
+def _shared(base: Path, scale: str, stacks: dict[str, str]) -> Folder:
+    """Return the folder in which the run leaves and finds what runs share, and name it in the environment. It holds the
+    build's stacks; searches that were interrupted resume from the studies that lie on this machine.
+    """
+    studies = files.results_folder(scale) / STUDIES
+    shared = Folder(base / "shared" / scale)
+    result_folder.lay_out(shared, stacks)
+    with contextlib.suppress(OSError):  # where it cannot be, a search begins anew
+        studies.mkdir(parents=True, exist_ok=True)
+        (shared.path / STUDIES).symlink_to(studies, target_is_directory=True)
+    os.environ[files.RESULTS] = str(base / "shared")
+    return shared
 
 
 if __name__ == "__main__":

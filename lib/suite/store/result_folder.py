@@ -50,6 +50,11 @@ class Folder:
         return self.path / ".cache" / "files" / "hashes.json"
 
     @property
+    def stacks(self) -> Path:
+        """Where searches leave the recipes of the stacks that they chose, `<model>.yaml`: later runs read them."""
+        return self.path / "stacks"
+
+    @property
     def running(self) -> Path:
         """Where runs write until they are finished; anything here when a build starts is a leftover."""
         return self.path / ".running"
@@ -178,7 +183,8 @@ def place(source: Path, target: Path) -> None:
 def adopt(folder: Folder, stem: str, files: Mapping[str, bytes]) -> None:
     """Copy a run's files from another result folder into this one, atomically, the record before its pages.
 
-    `files`: content by the path in that folder; what is not the run's own is left out. Raises OSError.
+    `files`: content by the path in that folder; what is neither the run's own nor a stack that it chose is left out.
+    Raises OSError.
     """
     part = folder.running / stem / "part"
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -193,6 +199,9 @@ def adopt(folder: Folder, stem: str, files: Mapping[str, bytes]) -> None:
         discard_pages(folder, stem)
     put(f"failed/{stem}.ipynb", folder.failed(stem))
     put(f"logs/{stem}.log", folder.log(stem))
+    for name in files:
+        if name.startswith(f"{folder.stacks.name}/"):
+            put(name, folder.stacks / Path(name).name)
     put(f"{stem}.ipynb", folder.of(stem, ".ipynb"))
     put(f".cache/{stem}.json", folder.parts(stem))
     put(f"{stem}.json", folder.of(stem, ".json"))
@@ -226,3 +235,16 @@ def present(folder: Folder) -> list[tuple[str, str]]:
     """Return the (optimization, model) pairs that have a record in the folder."""
     stems = (path.name.removesuffix(".json") for path in sorted(folder.path.glob("*--*.json")))
     return [(optimization, model) for optimization, _, model in (stem.partition("--") for stem in stems)]
+
+
+def stacks(folder: Folder) -> dict[str, str]:
+    """Return file name → content of the stacks that searches have left, for a run that has no such folder beside it."""
+    paths = sorted(folder.stacks.glob("*.yaml"))
+    return {path.name: path.read_bytes().decode("utf-8", "replace") for path in paths if path.is_file()}
+
+
+def lay_out(folder: Folder, given: Mapping[str, str]) -> None:
+    """Write stacks as `stacks` returned them, where the folder's runs look for them. Raises OSError."""
+    folder.stacks.mkdir(parents=True, exist_ok=True)
+    for name, content in given.items():
+        (folder.stacks / name).write_bytes(content.encode())

@@ -13,6 +13,7 @@ import workbench
 from clusters import QUICK, cluster
 
 from lib.errors import UserError
+from lib.files import hash_of
 from lib.suite.cluster import dask as clusters
 from lib.suite.cluster import workers
 
@@ -25,6 +26,15 @@ with (marks / NAME).open("a") as file:
     file.write(f"{os.getpid()}\\n")
 while (marks / ("hold-" + NAME)).exists():
     time.sleep(0.05)"""
+# What a run leaves for others, and what reads it, among the results: both as the templates do.
+LEAVES = """from lib.files import results_folder, write_atomically
+
+write_atomically(results_folder(scale) / "stacks" / f"{model}.yaml", "stack: []")"""
+READS = """from lib.files import hash_of, results_folder
+
+place = f"stacks/{model}.yaml"
+hashes = {place: hash_of(results_folder(scale) / place)}
+inputs = {"inputs": {"provenance": "derived", "source": "SHA-256", "value": hashes}}"""
 KILLS = """import psutil
 
 for process in psutil.Process().parents():
@@ -102,6 +112,22 @@ def test_results_come_over_the_wire_whole_and_a_worker_whose_files_differ_is_ref
 def _list(root, name):
     lines = workbench.build(root, "list").stdout.splitlines()
     return {line.split()[0] for line in lines if f"  {name}--" in line}
+
+
+def test_a_stack_that_a_run_has_chosen_travels_to_the_runs_that_read_it(sides, tmp_path):
+    root, copy, _ = sides
+    reading = workbench.RECORD.replace('reason="tiny")', 'reason="tiny", details=inputs)')
+    workbench.notebook(root / "notebooks" / "a_writes.ipynb", [("Leave", LEAVES), ("Record", workbench.RECORD)])
+    workbench.notebook(root / "notebooks" / "b_reads.ipynb", [("Read", READS), ("Record", reading)])
+    there = copy()
+    with cluster(tmp_path / "dask", there, workers=1) as running:
+        ended = _run(root, running.address, "run", "a_writes", "b_reads", "--model", "alpha-1.5")
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+    stack = root / "executed/proxy/stacks/alpha-1.5.yaml"
+    recorded = workbench.record(root, "b_reads--alpha-1.5")["details"]["inputs"]["value"]
+    assert recorded == {"stacks/alpha-1.5.yaml": hash_of(stack)} and stack.read_text() == "stack: []"
+    assert not (there / "executed/proxy/stacks").exists()
+    assert _list(root, "b_reads") == {"not_applicable"}, "finished: what it read is what lies here"
 
 
 def test_the_job_of_a_killed_worker_runs_again_elsewhere(sides, tmp_path):
