@@ -45,6 +45,11 @@ class Results:
         return replace(self, records=discoveries.settled(self.records))
 
     @property
+    def scales(self) -> str:
+        """The scales of the records in words, nearly always one."""
+        return " and ".join(sorted({record.scale for record in self.records})) or self.scale
+
+    @property
     def measured(self) -> list[Record]:
         """The records with a result."""
         return [record for record in self.records if record.status == "ok"]
@@ -74,7 +79,8 @@ def read(
         tuple(dict.fromkeys([*expected, *sorted(stem.split("--", 1)[at] for stem in stems)]))
         for at, expected in enumerate((optimizations, models))
     )
-    scale = records[0].scale if records else folder.resolve().name
+    named, scales = folder.resolve().name, [record.scale for record in records]
+    scale = named if named in scales or not scales else scales[0]
     return Results(scale, records, damaged, every_optimization, every_model, folder)
 
 

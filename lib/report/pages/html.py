@@ -14,7 +14,7 @@ from typing import Any
 
 import nbformat
 
-from lib.files import write_atomically
+from lib.files import json_object, write_atomically
 from lib.report.pages import run_page
 from lib.report.records.record import Process, Record
 from lib.report.records.setting import stand_in
@@ -80,11 +80,22 @@ def _bare_view(notebook: nbformat.NotebookNode, stem: str, out: Path) -> dict[st
     about = stand_in.of_folder(out)
     return {
         "record": False,
-        "title": f"{heading}: results on proxy models (stand-ins)" if about.startswith(stand_in.BEGINNING) else heading,
+        "title": heading + _of_scales(out, about),
         "stand_in": about,
         "nav": [("Index", [index])],
         "footer": "This page needs no network.",
     }
+
+
+def _of_scales(out: Path, about: str) -> str:
+    """Return what the title says of the records in `out`: that they are of stand-ins, or of which scales, where these
+    are several; empty where neither has to be said. `about` says what their models are.
+    """
+    contents = (json_object(path) for path in out.glob("*--*.json") if path.is_file())
+    scales = sorted({str(content["scale"]) for content in contents if content.get("scale")})
+    if len(scales) > 1:
+        return f": results at scales {' and '.join(scales)}"
+    return ": results on proxy models (stand-ins)" if about.startswith(stand_in.BEGINNING) else ""
 
 
 def _style() -> str:

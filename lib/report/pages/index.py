@@ -64,7 +64,7 @@ def text(folder: Path, results: Results) -> str:
     ]
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("index.html.j2").render(
-        title=_title(_distinct(r.scale for r in results.records) or folder.resolve().name),
+        title=_title(results.scales),
         stand_in=stand_in.of_records(results.records),
         summary=_summary(results),
         efforts=efforts(results.records),
@@ -89,9 +89,11 @@ def text(folder: Path, results: Results) -> str:
     )
 
 
-def _title(scale: str) -> str:
+def _title(scales: str) -> str:
     """Return the title, which says so where the models are stand-ins."""
-    return "Results on proxy models (stand-ins)" if scale == stand_in.PROXY else f"Results at scale {scale}"
+    if scales == stand_in.PROXY:
+        return "Results on proxy models (stand-ins)"
+    return f"Results at scale{'s' if ' and ' in scales else ''} {scales}"
 
 
 def efforts(records: Sequence[Record]) -> str:

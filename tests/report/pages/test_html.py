@@ -332,6 +332,23 @@ def test_commands_of_a_page_lead_to_the_results_that_it_is_made_of(tmp_path):
     assert f"```sh\npython build.py coverage --out '{out}'\n```" in report
 
 
+def test_a_folder_of_two_scales_names_both_and_its_commands_lead_to_itself(tmp_path):
+    folder, v = tmp_path / "proxy", nbformat.v4
+    run, real = samples.run(), samples.run(model="a-real-model").model_copy(update={"scale": "full"})
+    for one in (run, real):
+        record.write(one, folder / f"{one.stem}.json")
+    nbformat.write(v.new_notebook(cells=[v.new_markdown_cell("# Overview")]), folder / "overview.ipynb")
+    page, _ = html.render(folder / "overview.ipynb", None, (), folder)
+    assert "<title>Overview: results at scales full and proxy</title>" in page.read_text()
+    text = index.write(folder, ["continuous_nas"], [run.model]).read_text()
+    assert "<title>Results at scales full and proxy</title>" in text and "check --scale full" not in text
+    suite_files.write("all", folder, ["continuous_nas"], [run.model])
+    assert "scale full and proxy" in (folder / suite_files.FILES["all"][-1]).read_text()
+    (folder / f"{real.stem}.json").unlink()
+    page, _ = html.render(folder / "overview.ipynb", None, (), folder)
+    assert "<title>Overview: results on proxy models (stand-ins)</title>" in page.read_text()
+
+
 def test_the_matrix_of_nothing_says_so(tmp_path):
     assert "There is no record here yet." in index.write(tmp_path).read_text()
 

@@ -14,7 +14,7 @@ def text(results: Results) -> str:
     records = sorted(results.records, key=lambda record: (record.started or "", record.stem))
     failed = [record for record in records if record.status == "failed"]
     parts = [
-        f"Execution of all optimization benchmarks, scale {results.scale}",
+        f"Execution of all optimization benchmarks, scale {results.scales}",
         *([about] if (about := stand_in.of_records(results.records)) else []),
         "",
         *_facts(results, records),

@@ -180,7 +180,7 @@ def _conditions(results: Results) -> str:
     first, last = facts.day(summary["first_started"])[:10], facts.day(summary["last_started"])[:10]
     span = first if first == last else f"{first} to {last}"
     lines = [
-        ("scale", results.scale), ("effort", ", ".join(summary["efforts"])),
+        ("scale", results.scales), ("effort", ", ".join(summary["efforts"])),
         ("machine", "; ".join(summary["machines"])), ("measured", span), ("run time", duration(summary["seconds"])),
     ]  # fmt: skip
     return markdown(["", ""], [line for line in lines if line[1]])
