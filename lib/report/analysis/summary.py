@@ -3,7 +3,7 @@
 Everything is taken from the record alone; verdicts within a whole set belong to the index. Knows no HTML.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lib.measure.metrics.busy import why_busy
@@ -20,6 +20,7 @@ from lib.report.text.sentence import subject
 from lib.report.text.wording import signed
 
 NUMBERS = 6
+FIRST = 3  # of EXPECTED: what stands before a gain that a decision rests on
 # What a reader expects to find, after what carries each dimension.
 EXPECTED = (
     "prefill_tokens_per_second", "decode_tokens_per_second", "f1_macro", "weights_bytes", "peak_tensor_bytes",
@@ -60,10 +61,22 @@ def decisions(record: Record, keep: float = advice.KEEP) -> list[Advice]:
 
 
 def decision(record: Record) -> str:
-    """Return the decisions as a sentence: `Use for latency, size; undecided for memory.`"""
+    """Return the decisions as a sentence: `Use for latency, size; undecided for memory.` A gain in speed that the
+    verdict in words does not name is named: `Use for latency (time per output token).`
+    """
+    rows = decisions(record)
+    said = in_words.of_record(record).lower()
+    names = {goal: _name(m, said) for goal, m in _unnamed(record).items()}
+    text = _in_a_sentence(rows, names)
+    return text if brief.count(text) <= brief.MOST_WORDS else _in_a_sentence(rows, {})
+
+
+def _in_a_sentence(rows: Sequence[Advice], names: Mapping[str, str]) -> str:
+    """Return decisions as a sentence; `names`: what stands in parentheses after a goal."""
     groups: dict[str, list[str]] = {}
-    for row in decisions(record):
-        groups.setdefault(row.decision, []).append(row.goal)
+    for row in rows:
+        named = f" ({names[row.goal]})" if row.goal in names else ""
+        groups.setdefault(row.decision, []).append(f"{row.goal}{named}")
     if [*groups] == ["not applicable"]:
         return "Not applicable."
     ordered = [f"{PRICED.get(name, name)} for {', '.join(groups[name])}" for name in advice.ORDER if name in groups]
@@ -71,11 +84,28 @@ def decision(record: Record) -> str:
     return f"{text[:1].upper()}{text[1:]}."
 
 
+def _name(measurement: Measurement, said: str) -> str:
+    """Return the name of a measurement, with its workload where something else of that name is said already."""
+    name = subject(measurement)
+    return f"{name}, {measurement.workload}" if name.lower() in said else name
+
+
+def _unnamed(record: Record) -> dict[str, Measurement]:
+    """Return goal → the gain in speed for which a run is recommended, where its verdict in words does not name that."""
+    said = in_words.of_record(record).lower()
+    rows = [row for row in decisions(record) if row.decision in ("use", "use if")]
+    gains = {row.goal: row.evidence.measurement for row in rows if row.evidence}
+    speeds = {goal: m for goal, m in gains.items() if m.dimension == "performance"}
+    return {goal: m for goal, m in speeds.items() if in_words.phrase(m, record.measurements).lower() not in said}
+
+
 def chosen(record: Record) -> list[Measurement]:
     """Return the six measurements that a reader should see first, in the order of the dimensions."""
     carriers = [headlines.members(record, name)[:1] for name in DIMENSIONS]
     listed = [m for members in carriers for m in members]
-    rest = [m for metric in EXPECTED for m in record.measurements if m.metric == metric]
+    expected = [m for metric in EXPECTED for m in record.measurements if m.metric == metric]
+    first = [m for m in expected if m.metric in EXPECTED[:FIRST]]
+    rest = [*first, *_unnamed(record).values(), *expected]
     rest += [m for m in record.measurements if m.verdict not in primary.SILENT and m.metric not in primary.TWINS]
     for member in rest:
         known = {(m.metric, m.workload) for m in listed}

@@ -5,6 +5,7 @@ import xml.etree.ElementTree as xml
 import pytest
 
 from lib.measure.metrics import measurement
+from lib.report.analysis import summary
 from lib.report.figures.inline import forest_svg
 from lib.report.figures.inline.forest_svg import ForestLine
 from lib.report.pages import first_screen, html, run_page
@@ -37,6 +38,42 @@ def test_no_sentence_of_any_record_is_long(seed, tmp_path):
     texts = [view["sentence"], view["decision"], view["busy"], view["stand_in"]]
     texts += [item["reason"] for item in view["decisions"]]
     assert all(brief.count(part) <= brief.MOST_WORDS for text in texts for part in brief.split(text))
+
+
+def _served(*speeds):
+    """Return a record of a server: its goodput is undecided and declared, `speeds` stand beside it."""
+    run = samples.whole("feedback_mechanisms", samples.MODELS[1])
+    others = [m for m in run.measurements if m.dimension != "performance"]
+    goodput = samples.timed("goodput_requests_per_second", 1.02, verdict="inconclusive", workload="serve")
+    return record.build(
+        run.optimization, run.model, "proxy", "quick", {}, [goodput, *speeds, *others], environment=samples.ENVIRONMENT,
+        primaries={"performance": ("goodput_requests_per_second", "serve")},
+    )  # fmt: skip
+
+
+def test_a_gain_that_decides_is_named_and_shown_where_the_verdict_names_another(tmp_path):
+    run = _served(samples.timed("time_per_output_token_ms", 0.7, workload="serve"))
+    view = first_screen.of(run, tmp_path)
+    assert view["sentence"].startswith("Goodput undecided")
+    assert view["decision"].startswith("Use for latency (time per output token)")
+    assert "time per output token" in [number.name for number in view["numbers"]]
+    plain = first_screen.of(samples.whole("structured_pruning", samples.MODELS[0], 1.2), tmp_path)
+    assert plain["decision"].startswith("Use for latency, ")  # by its decode rate, which the verdict names
+
+
+def test_a_gain_of_one_workload_is_told_from_the_verdict_on_another(tmp_path):
+    run = _served(
+        samples.timed("generate_tokens_per_second", 0.99, verdict="inconclusive", workload="generate, speculative"),
+        samples.timed("generate_tokens_per_second", 1.8, workload="generate, n-gram"),
+    )
+    assert "latency (generation)" in summary.decision(run)
+    declared = {"performance": ("generate_tokens_per_second", "generate, speculative")}
+    again = record.build(
+        run.optimization, run.model, "proxy", "quick", {}, run.measurements, environment=samples.ENVIRONMENT,
+        primaries=declared,
+    )  # fmt: skip
+    assert summary.sentence(again).startswith("Generation undecided (generate, speculative)")
+    assert "latency (generation, generate, n-gram)" in summary.decision(again)
 
 
 def test_a_busy_machine_says_so_before_any_number(tmp_path):
