@@ -20,6 +20,7 @@ from lib.report.records.record import Record
 from lib.report.records.setting import facts, reproduce, stack
 from lib.report.records.verdicts import in_words, primary
 from lib.report.text import brief
+from lib.report.text.quantities import quantity
 from lib.report.text.sentence import gain, subject, why
 
 Decision = Literal["use", "use if", "undecided", "do not use", "not applicable"]
@@ -42,17 +43,21 @@ UNITS |= {f"{p}iB": 1024**n for n, p in enumerate(("K", "M", "G", "T"), 1)}
 LIMIT = re.compile(r"(?P<name>[a-z]+)(?:<=(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[A-Za-z]*))?")
 KEEP = 0.02  # points of a score, as a share
 QUALITY = ("f1_macro", "retrieval_exact_match", "accuracy", "accuracy_norm", "exact_match", "perplexity")
+ASKED = {"perplexity": "windows", "retrieval_exact_match": "retrieval_prompts"}  # of an effort; elsewhere items
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What the user wants more of (or less), and the most bytes that it may take (None: no limit)."""
+    """What the user wants more of (or less), and the most bytes that it may take (None: no limit), as `written`."""
 
     name: str
     limit_bytes: float | None = None
+    written: str = ""
 
     def __str__(self) -> str:
-        return self.name if self.limit_bytes is None else f"{self.name}<={self.limit_bytes / 2**30:.3g}GiB"
+        if self.limit_bytes is None:
+            return self.name
+        return self.written or f"{self.name}<={self.limit_bytes:.0f}B"
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,8 @@ class Advice:
     """One optimization, one goal: the decision, why, what it rests on, and the command that would decide, with the
     seconds that it may take.
 
-    "use if" is a gain with kept quality beside which something else was lost: `reason` names what.
+    `goal` is the goal in words, with its limit. "use if" is a gain with kept quality beside which something else was
+    lost: `reason` names what.
     """
 
     optimization: str
@@ -110,7 +116,7 @@ def goal(text: str) -> Goal:
         raise UserError(
             f'--goal {text}: unknown unit "{match["unit"]}"; expected one of {", ".join(filter(None, UNITS))}'
         )
-    return Goal(name, float(match["number"]) * UNITS[match["unit"]])
+    return Goal(name, float(match["number"]) * UNITS[match["unit"]], f"{name}<={match['number']}{match['unit']}")
 
 
 def advise(records: Iterable[Record], model: str, goals: Sequence[Goal], keep: float = KEEP) -> list[Advice]:
@@ -123,8 +129,8 @@ def advise(records: Iterable[Record], model: str, goals: Sequence[Goal], keep: f
     own = [record for record in records if record.model == model]
     if not own:
         raise UserError(f'no record of "{model}"; run first: python build.py run --model {model}')
-    advice = [_advise(record, wanted, keep) for wanted in goals for record in own]
-    names = [wanted.name for wanted in goals]
+    advice = [_advise(record, wanted, keep) for wanted in dict.fromkeys(goals) for record in own]
+    names = [str(wanted) for wanted in goals]
     return sorted(advice, key=lambda row: (names.index(row.goal), ORDER.index(row.decision), -row.gain))
 
 
@@ -132,7 +138,7 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
     """Return the advice that one record gives on one goal."""
 
     def result(decision: Decision, reason: str, **fields) -> Advice:
-        return Advice(record.optimization, goal.name, decision, brief.clipped(reason), **fields)
+        return Advice(record.optimization, str(goal), decision, brief.clipped(reason), **fields)
 
     def undecided(reason: str, **fields) -> Advice:
         command, seconds = _again(record)
@@ -165,7 +171,10 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
     if served.verdict != "better" or served.provenance == "estimated":
         gate = why(served) or "a simulated or estimated number decides nothing"
         where = in_words.notes(served, record.measurements)
-        return undecided(f"{subject(served)} {brief.number(served)}{where}: {gate}", **about)
+        open_number = f"{subject(served)} {brief.number(served)}{where}: {gate}"
+        if _never_judged(record, served):
+            return result("undecided", open_number, **about)
+        return undecided(open_number, **about)
     if unanswered:
         why_open = f"no effort asks enough items: {subject(unanswered)}: {unanswered.reason or 'too few to tell'}"
         return result("undecided", why_open, **about)
@@ -180,7 +189,7 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
     if paid := _paid(record, served):
         more = f" (and {len(paid) - 2} more)" if len(paid) > 2 else ""
         named = [in_words.phrase(m, record.measurements) for m in paid[:2]]
-        price = f"{' and '.join(named)} is acceptable{more}"
+        price = f"{' and '.join(named)} {'is' if len(paid) == 1 else 'are'} acceptable{more}"
         return result("use if", price + _not_measured(record), **about)
     gained = in_words.phrase(served, record.measurements)
     return result("use", f"{gained}, and quality is kept{_not_measured(record)}", **about)
@@ -247,20 +256,37 @@ def judged_with(measurement: Measurement, keep: float) -> str:
     return "inconclusive"
 
 
+def _never_judged(record: Record, served: Measurement) -> bool:
+    """Return whether more effort would not judge a number either: it is only informative, or an estimate, at an effort
+    that judges whatever it can.
+    """
+    unjudged = served.verdict == "informative" or served.provenance == "estimated"
+    return unjudged and not settings.EFFORTS[record.effort].brief
+
+
 def _beyond_every_effort(record: Record, score: Measurement, keep: float) -> bool:
     """Return whether a score is open and would probably be so at the largest effort too: its ends, brought nearer to
     the difference by as many items as that asks, still lie on both sides of the margin.
     """
-    if judged_with(score, keep) != "inconclusive" or score.metric == "perplexity" or why_busy(record.measurements):
+    if judged_with(score, keep) != "inconclusive" or why_busy(record.measurements):
         return False
     if score.bound is None or score.ci is None or not score.baseline or score.optimized is None:
         return False
-    small, large = settings.EFFORTS[record.effort], max(settings.EFFORTS.values(), key=lambda effort: effort.items)
-    nearer = math.sqrt(small.items / large.items)
-    change = score.optimized - score.baseline
-    low = change - (change - score.bound) * nearer
-    high = change + ((score.ci[1] - 1) * score.baseline - change) * nearer
-    return low <= -keep <= high
+    if score.metric == "perplexity":  # of which more is worse; its margin is a share, and its own
+        change, ends, limit = score.optimized / score.baseline - 1, (score.ci[0] - 1, score.bound), score.margin or 0.0
+    else:
+        change, ends = score.optimized - score.baseline, (score.bound, (score.ci[1] - 1) * score.baseline)
+        limit = -keep
+    nearer = _nearer(record.effort, score.metric)
+    low, high = (change + (end - change) * nearer for end in ends)
+    return low <= limit <= high
+
+
+def _nearer(effort: str, metric: str) -> float:
+    """Return the factor by which the ends of a score come nearer to it at the largest effort, by its items alone."""
+    asked = ASKED.get(metric, "items")
+    most = max(getattr(other, asked) for other in settings.EFFORTS.values())
+    return math.sqrt(getattr(settings.EFFORTS[effort], asked) / most)
 
 
 def taken(record: Record, goal: str) -> float | None:
@@ -275,7 +301,8 @@ def _beyond(record: Record, goal: Goal) -> str | None:
     """Return why a record does not keep a limit in bytes that something was measured against, or None."""
     assert goal.limit_bytes is not None
     if (reached := taken(record, goal.name)) and reached > goal.limit_bytes:
-        return f"takes {reached / 2**30:.3g} GiB, more than {goal.limit_bytes / 2**30:.3g} GiB"
+        limit = goal.written.partition("<=")[2] or quantity(goal.limit_bytes, "bytes")
+        return f"takes {quantity(reached, 'bytes')}, more than {limit}"
     return None
 
 

@@ -365,3 +365,69 @@ def test_a_step_that_no_checkpoint_holds_is_not_offered(tmp_path, capsys):
     (folder / "stacks" / f"{MODEL}.yaml").write_text(json.dumps({"stack": steps}))
     text = _told(folder, capsys)
     assert "→ adaptive sparse attention" in text and "to have it" not in text
+
+
+def test_several_goals_of_one_name_are_told_apart_by_their_limits(tmp_path, capsys):
+    samples.good(tmp_path / "proxy", samples.OPTIMIZATIONS[:1])
+    goals = ["size<=1kB", "latency", "size<=8GiB", "size<=8GiB"]
+    command.advise(tmp_path / "proxy", [MODEL], goals, 0.02)
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    heads = [line for line in lines if line in goals]
+    assert heads == ["size<=1kB", "latency", "size<=8GiB"], "each once, as it was written"
+    assert lines[lines.index("size<=1kB") + 1].startswith("do not use: Structured pruning: takes 5.21 MB, more than 1kB")
+    assert lines[lines.index("size<=8GiB") + 1].startswith("use: ")
+    command.advise(tmp_path / "proxy", [MODEL], goals, 0.02, as_json=True)
+    rows = json.loads(capsys.readouterr().out)[MODEL]
+    assert [(row["goal"], row["decision"]) for row in rows] == [
+        ("size<=1kB", "do not use"), ("latency", "use"), ("size<=8GiB", "use"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("effort", "decides"), [("quick", True), ("standard", False), ("thorough", False)])
+def test_a_number_that_no_effort_judges_has_no_command(effort, decides):
+    """A latency of replays in which requests did not finish, an estimated energy: another effort judges neither."""
+    run = samples.whole("adaptive_batch_sizes", MODEL).model_copy(update={"effort": effort})
+    others = [m for m in run.measurements if m.metric not in advice.GOALS["latency"]]
+    reason = "5 requests of the three replays did not finish, and are in no latency"
+    latency = measurement.unjudged(samples.timed("time_per_output_token_ms", 0.6, workload="serve"), reason)
+    run = run.model_copy(update={"measurements": [*others, latency]})
+    for goal, gate in (("latency", "did not finish"), ("energy", "only estimated")):
+        row = advised(run, goal)
+        assert row.decision == "undecided" and gate in row.reason and (row.command is not None) == decides
+
+
+@pytest.mark.parametrize(
+    ("effort", "optimized", "half", "decides"),
+    [
+        ("standard", 100.0, 0.05, True),  # a quarter of the windows: the upper bound comes from 4.2 % to 2.1 %
+        ("standard", 102.5, 0.05, False),
+        ("thorough", 100.0, 0.05, False),
+        ("quick", 102.0, 0.04, True),
+    ],
+)
+def test_an_open_perplexity_has_a_command_only_where_more_windows_would_tell(effort, optimized, half, decides):
+    run = samples.whole("tensor_decomposition", MODEL, gain=1.4)
+    score = samples.scored("perplexity", 100.0, optimized, "inconclusive", half, "prefill")
+    asked = [*run.measurements, score]
+    row = advised(run.model_copy(update={"measurements": asked, "effort": effort}))
+    assert row.decision == "undecided" and (row.command is not None) == decides
+    assert row.reason.startswith("no effort asks enough items: perplexity") != decides
+
+
+@pytest.mark.parametrize(("optimized", "decides"), [(0.901, False), (0.905, True)])
+def test_retrieval_comes_nearer_by_its_own_prompts(optimized, decides):
+    """Standard asks 160 of the 256 prompts of the largest effort; of classified items a third."""
+    run = samples.whole("structured_pruning", MODEL, gain=1.4)
+    score = samples.scored("retrieval_exact_match", 0.91, optimized, "inconclusive", 0.02, "generate")
+    asked = [score if m.metric == "retrieval_exact_match" else m for m in run.measurements]
+    row = advised(run.model_copy(update={"measurements": asked, "effort": "standard"}))
+    assert row.decision == "undecided" and (row.command is not None) == decides
+
+
+def test_two_losses_are_acceptable_together():
+    run = samples.whole("structured_pruning", MODEL, gain=1.4)
+    lost = [samples.paired(metric, 0.7, workload="serve") for metric in ("latency_p99_ms", "latency_p95_ms")]
+    again = record.build(
+        run.optimization, MODEL, "proxy", "quick", {}, [*run.measurements, *lost], environment=samples.ENVIRONMENT
+    )
+    assert "longer are acceptable" in advised(again).reason
