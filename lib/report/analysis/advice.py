@@ -176,8 +176,9 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
             return result("undecided", open_number, **about)
         return undecided(open_number, **about)
     if unanswered:
-        why_open = f"no effort asks enough items: {subject(unanswered)}: {unanswered.reason or 'too few to tell'}"
-        return result("undecided", why_open, **about)
+        where = in_words.notes(unanswered, record.measurements)
+        why_open = f"{subject(unanswered)}{where}: {unanswered.reason or 'too few to tell'}"
+        return result("undecided", f"no effort asks enough items: {why_open}", **about)
     if open_question:
         return undecided(open_question, **about)
     if goal.limit_bytes is not None and taken(record, goal.name) is None:
@@ -232,10 +233,12 @@ def _quality(record: Record, keep: float) -> tuple[str | None, str | None, list[
     words = {id(m): judged_with(m, keep) for m in known}
     lost = next((m for m in known if words[id(m)] == "not_maintained"), None)
     if lost:
-        return f"{subject(lost)} {brief.change(lost)}, more than may be lost", None, scores
+        where = in_words.notes(lost, record.measurements)
+        return f"{subject(lost)} {brief.change(lost)}{where}, more than may be lost", None, scores
     undecided = next((m for m in scores if words[id(m)] == "inconclusive"), None)
     if undecided:
-        return None, f"{subject(undecided)}: {undecided.reason or 'too few items to tell'}", scores
+        where = in_words.notes(undecided, record.measurements)
+        return None, f"{subject(undecided)}{where}: {undecided.reason or 'too few items to tell'}", scores
     if len(unexercised) == len(scores):
         return None, "the optimization never acted on the questions that were asked", scores
     return None, None, scores

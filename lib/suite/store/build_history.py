@@ -60,6 +60,7 @@ def result_set(name: str, folder: Path) -> tuple[str, Sequence]:
     """
     from lib.report.records import history
     from lib.report.records.record import from_json, read_folder
+    from lib.report.text.quantities import counted
 
     path = expanded(name)
     if path.is_dir():
@@ -67,7 +68,9 @@ def result_set(name: str, folder: Path) -> tuple[str, Sequence]:
         records, damaged = read_folder(inside)
         if not records:
             raise UserError(f"{name}: holds no record" + (f" ({next(iter(damaged.values()))})" if damaged else ""))
-        return name, records
+        if not damaged:
+            return name, records
+        return f"{name} ({counted(len(damaged), 'damaged record')} left out: {next(iter(damaged.values()))})", records
     if path.is_file():
         content = _read(path)
         listed = content.get("records") if isinstance(content, dict) else None

@@ -134,3 +134,16 @@ def test_the_options_of_the_training_are_those_that_are_checked_before_it(capsys
     listed = set(re.findall(r"(?<!\S)--[a-z]+", capsys.readouterr().out))
     own = tools.train_options("")
     assert listed == {name for action in own._actions for name in action.option_strings if name.startswith("--")}
+
+
+def test_a_comparison_says_what_it_left_out(tmp_path, capsys):
+    old, new = tmp_path / "old" / "proxy", tmp_path / "new" / "proxy"
+    for folder in (old, new):
+        samples.good(folder, samples.OPTIMIZATIONS[:1])
+    damaged = f"{samples.OPTIMIZATIONS[0]}--{samples.MODELS[0]}.json"
+    (new / damaged).write_text("{half")
+    command.main(["compare", str(old), str(new)])
+    lines = capsys.readouterr().out.splitlines()
+    assert f"old: {old}" in lines
+    [line] = [line for line in lines if line.startswith("new: ")]
+    assert line.startswith(f"new: {new} (1 damaged record left out: {damaged}: not a record: not JSON")
