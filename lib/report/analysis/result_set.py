@@ -171,18 +171,19 @@ def _plain(value: Any) -> Any:
 def aggregate(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Return a line per optimization and metric: over how many models, the geometric mean gain, least, most, verdicts.
 
-    A gain is a ratio turned so that above 1 is better; where a metric stands for several workloads, each counts.
+    A gain is a ratio turned so that above 1 is better; where a metric stands for several workloads, each counts. What
+    is only estimated has a line of its own: it is averaged with nothing that was measured.
     """
-    groups: dict[tuple[str, str], list] = {}
+    groups: dict[tuple[str, str, bool], list] = {}
     for record in records:
         for measurement in record.measurements:
             if (gain := sentence.gain(measurement)[0]) is not None:
-                groups.setdefault((record.optimization, measurement.metric), []).append(
-                    (record.model, gain, measurement.verdict)
-                )
+                kind = (record.optimization, measurement.metric, measurement.provenance == "estimated")
+                groups.setdefault(kind, []).append((record.model, gain, measurement.verdict))
     order = list(METRICS)
     lines = []
-    for (optimization, metric), members in sorted(groups.items(), key=lambda i: (i[0][0], order.index(i[0][1]))):
+    ranked = sorted(groups.items(), key=lambda i: (i[0][0], order.index(i[0][1]), i[0][2]))
+    for (optimization, metric, estimated), members in ranked:
         gains = [gain for _, gain, _ in members]
         verdicts = [word for *_, word in members]
         lines.append(
@@ -195,7 +196,7 @@ def aggregate(records: Sequence[Record]) -> list[dict[str, Any]]:
                 "least": min(gains),
                 "most": max(gains),
                 "verdicts": {word: verdicts.count(word) for word in sorted(set(verdicts))},
-                "provenance": "derived",
+                "provenance": "estimated" if estimated else "derived",
                 "source": "geometric mean of the runs' ratios, each turned so that above 1 is better",
             }
         )

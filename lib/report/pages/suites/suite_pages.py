@@ -45,8 +45,8 @@ def comprehensive(results: Results, folder: str) -> tuple[str, Pictures]:
         LEGEND,
     ]
     parts.append(_verdicts(results))
-    parts += ["## Headline numbers", "The ratio is optimized ÷ baseline; in brackets the 95 % interval, or a score's "
-              "bound and margin."]  # fmt: skip
+    parts += ["## Headline numbers", "Of speed the gain over the baseline: above 1× is faster. Of the rest the "
+              "change. In parentheses the 95 % interval, or a score's bound and margin."]  # fmt: skip
     parts.append(_headlines(results.measured))
     frame = tables.across(results.measured, "prefill_tokens_per_second")
     if len(frame):
@@ -224,7 +224,7 @@ def _sentences(records: list[Record]) -> str:
 
 def _aggregate(results: Results) -> str:
     lines = [
-        [title(line["optimization"]), label(line["metric"]), str(len(line["models"])),
+        [title(line["optimization"]), _aggregated(line), str(len(line["models"])),
          times(line["geometric_mean_gain"]),
          f"{times(line['least'])} to {times(line['most'])}",
          ", ".join(f"{number} {words(word)}" for word, number in line["verdicts"].items())]
@@ -232,7 +232,12 @@ def _aggregate(results: Results) -> str:
         if METRICS[line["metric"]].margin is not None
     ]  # fmt: skip
     table = markdown(["optimization", "metric", "models", "mean gain", "range", "verdicts"], lines)
-    return f"Geometric means over the models, derived; a gain above 1 is better.\n\n{table}"
+    about = "Geometric means, derived, over the models and a metric's workloads; a gain above 1 is better."
+    return f"{about}\n\n{table}"
+
+
+def _aggregated(line: dict) -> str:
+    return label(line["metric"]) + (", estimated" if line["provenance"] == "estimated" else "")
 
 
 def _failures(results: Results) -> list[str]:

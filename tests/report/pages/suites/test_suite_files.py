@@ -7,7 +7,7 @@ import pytest
 
 from lib.report.analysis import result_set, strength_curves
 from lib.report.pages import archive
-from lib.report.pages.suites import file_names, suite_files
+from lib.report.pages.suites import file_names, suite_files, suite_pages
 from lib.report.records import record, schema
 from lib.suite.store import site
 from lib.suite.store.result_folder import Folder
@@ -151,6 +151,18 @@ def test_the_aggregate_is_the_geometric_mean():
     runs = [samples.run(model=model, ratio=ratio) for model, ratio in zip(samples.MODELS, (1.0, 2.0, 4.0, 0.5))]
     [line] = [row for row in result_set.aggregate(runs) if row["metric"] == "prefill_tokens_per_second"]
     assert line["geometric_mean_gain"] == pytest.approx(4 ** (1 / 4)) and (line["least"], line["most"]) == (0.5, 4.0)
+
+
+def test_what_is_estimated_is_averaged_with_nothing_that_was_measured():
+    """Goodput of the real model and of a simulation are one metric."""
+    served = samples.timed("goodput_requests_per_second", 1.2, workload="serve, real model")
+    simulated = samples.timed("goodput_requests_per_second", 2.0, workload="serve, simulated")
+    simulated = simulated.model_copy(update={"provenance": "estimated"})
+    runs = [samples.run("adaptive_batch_sizes", model, measurements=[served, simulated]) for model in samples.MODELS]
+    lines = [line for line in result_set.aggregate(runs) if line["metric"] == "goodput_requests_per_second"]
+    assert [(line["provenance"], line["most"]) for line in lines] == [("derived", 1.2), ("estimated", 2.0)]
+    results = result_set.Results("proxy", runs, {}, ("adaptive_batch_sizes",), samples.MODELS)
+    assert "| goodput, estimated | 4 | 2.00× |" in suite_pages.comprehensive(results, "files")[0]
 
 
 def test_the_archive_holds_pages_and_files_and_no_log(written, tmp_path):
