@@ -270,6 +270,26 @@ def test_the_filter_of_the_matrix_stands_in_the_address_too(site, open_page):
     assert page.faults == [] and again.faults == []
 
 
+def test_what_an_address_leaves_out_is_not_chosen(site, open_page):
+    """Another address that is pasted into the open page shows what it says, not what was chosen before."""
+    page = open_page(site / "index.html")
+    page.get_by_role("combobox", name="Goal").select_option("size")
+    page.get_by_role("spinbutton", name="at most").fill("0.001")
+    page.get_by_role("button", name="Weights").click()
+    _tab(page, "Matrix")
+    page.get_by_role("combobox", name="Column").select_option("qwen3-vl-2b")
+    fresh = open_page(site / "index.html")
+    fresh.goto(f"{(site / 'index.html').as_uri()}#goal=size&view=decide")
+    fresh.reload()
+    page.evaluate("location.hash = 'goal=size&view=decide'")
+    page.wait_for_function("!document.querySelector('#decide').hidden")
+    assert page.get_by_role("spinbutton", name="at most").input_value() == ""
+    states = [_rows(one).locator(".state:visible").all_inner_texts() for one in (page, fresh)]
+    assert states[0] == states[1] and page.locator("th[aria-sort=descending]").count() == 0
+    _tab(page, "Matrix")
+    assert page.get_by_role("combobox", name="Column").input_value() == "" and page.faults == []
+
+
 def test_a_long_name_of_a_model_widens_no_window(tmp_path, open_page):
     run = samples.run(optimization=FEW[0], model="a-model-with-" + "a-very-long-" * 12 + "name")
     record.write(run, tmp_path / f"{run.stem}.json")

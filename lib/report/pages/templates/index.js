@@ -150,9 +150,15 @@
       const known = !field.options || [...field.options].some((option) => option.value === state.get(name));
       if (state.has(name) && known) field.value = state.get(name);
     };
-    for (const [name, field] of filter ? Object.entries(SIFTED) : []) take(name, filter.elements[field]);
+    for (const [name, field] of filter ? Object.entries(SIFTED) : []) {
+      filter.elements[field].value = ""; // what an address leaves out is not chosen, whatever was before
+      take(name, filter.elements[field]);
+    }
     if (filter) sift();
     if (choice) {
+      choice.reset();
+      order.key = "";
+      order.down = false;
       for (const name of CHOSEN) take(name, choice.elements[name]);
       const [, minus, key] = /^(-?)(.*)$/.exec(state.get("sort") || "");
       if (all("thead th", table).some((head) => head.dataset.key === key)) {
