@@ -20,7 +20,7 @@ from lib.report.text.sentence import subject
 from lib.report.text.wording import signed
 
 NUMBERS = 6
-FIRST = 3  # of EXPECTED: what stands before a gain that a decision rests on
+FIRST = 3  # of EXPECTED: what stands before a number that a decision rests on and the verdict does not name
 # What a reader expects to find, after what carries each dimension.
 EXPECTED = (
     "prefill_tokens_per_second", "decode_tokens_per_second", "f1_macro", "weights_bytes", "peak_tensor_bytes",
@@ -99,13 +99,20 @@ def _unnamed(record: Record) -> dict[str, Measurement]:
     return {goal: m for goal, m in speeds.items() if in_words.phrase(m, record.measurements).lower() not in said}
 
 
+def _unnamed_loss(record: Record) -> list[Measurement]:
+    """Return the first score that was lost and that the verdict in words does not name; empty where there is none."""
+    said = in_words.of_record(record).lower()
+    lost = [m for m in record.measurements if m.dimension == "accuracy" and m.verdict == "not_maintained"]
+    return [m for m in lost if in_words.phrase(m, record.measurements).lower() not in said][:1]
+
+
 def chosen(record: Record) -> list[Measurement]:
     """Return the six measurements that a reader should see first, in the order of the dimensions."""
     carriers = [headlines.members(record, name)[:1] for name in DIMENSIONS]
     listed = [m for members in carriers for m in members]
     expected = [m for metric in EXPECTED for m in record.measurements if m.metric == metric]
     first = [m for m in expected if m.metric in EXPECTED[:FIRST]]
-    rest = [*first, *_unnamed(record).values(), *expected]
+    rest = [*first, *_unnamed(record).values(), *_unnamed_loss(record), *expected]
     rest += [m for m in record.measurements if m.verdict not in primary.SILENT and m.metric not in primary.TWINS]
     for member in rest:
         known = {(m.metric, m.workload) for m in listed}

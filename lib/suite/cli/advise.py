@@ -91,7 +91,7 @@ def as_plain(row: "Advice", folder: Path, out: str | None = None) -> dict[str, A
         steps = stack.steps(row.evidence.record)
         plain["stack"] = [{"optimization": name, "knobs": knobs} for name, knobs in steps]
     plain["quality"] = [
-        {"metric": m.metric, "baseline": m.baseline, "optimized": m.optimized, "bound": m.bound, "verdict": m.verdict}
+        {name: getattr(m, name) for name in ("metric", "workload", "baseline", "optimized", "bound", "verdict")}
         for m in row.quality
     ]
     return plain
@@ -143,7 +143,8 @@ def _lines(row: "Advice", folder: Path, out: str | None = None) -> list[str]:
         lines.append(f"  {label(m.metric)} [{m.workload}] {shown}{ends}, {m.verdict}; {row.evidence.where}")
         if steps := stack.in_words(row.evidence.record):
             lines.append(f"  the stack: {steps}")
-    if scores := [_score(m) for m in row.quality]:
+    names = [m.metric for m in row.quality]
+    if scores := [_score(m, names.count(m.metric) > 1) for m in row.quality]:
         lines.append(f"  {'; '.join(scores)}")
     if command := commands.leading_to(applying(row, folder), out, "--results"):
         lines.append(f"  to have it: {command}")
@@ -153,12 +154,15 @@ def _lines(row: "Advice", folder: Path, out: str | None = None) -> list[str]:
     return lines
 
 
-def _score(measurement: Any) -> str:
-    """Return a score in words: its verdict, its change, and the bound that the verdict rests on."""
+def _score(measurement: Any, several: bool) -> str:
+    """Return a score in words: its verdict, its change, and the bound that the verdict rests on; with its workload
+    where there are several of its name.
+    """
     from lib.report.text import brief
     from lib.report.text.wording import label
 
-    words = f"{label(measurement.metric)} {measurement.verdict.replace('_', ' ')}"
+    name = f"{label(measurement.metric)} [{measurement.workload}]" if several else label(measurement.metric)
+    words = f"{name} {measurement.verdict.replace('_', ' ')}"
     if measurement.optimized is None or not (change := brief.number(measurement)):
         return words
     bound = brief.spread(measurement)

@@ -433,13 +433,22 @@ def test_two_losses_are_acceptable_together():
     assert "longer are acceptable" in advised(again).reason
 
 
-def test_a_score_that_decides_is_told_from_another_of_its_name():
+def test_a_score_that_decides_is_told_from_another_of_its_name(tmp_path, capsys):
     """Perplexity of held-out text is maintained, that of answers behind a long prompt is not."""
     run = samples.whole("adaptive_sparse_attention", MODEL, gain=1.4)
     scores = [
         samples.scored("perplexity", 57.8, 57.2, "maintained", 0.01, "prefill"),
         samples.scored("perplexity", 20.0, 21.5, "not_maintained", 0.01, "answers behind a long prompt"),
     ]
-    row = advised(run.model_copy(update={"measurements": [*run.measurements, *scores]}))
+    run = run.model_copy(update={"measurements": [*run.measurements, *scores]})
+    row = advised(run)
     assert row.decision == "do not use"
     assert row.reason == "perplexity 7.5 % higher (answers behind a long prompt), more than may be lost"
+    record.write(run, tmp_path / f"{run.stem}.json")
+    command.advise(tmp_path, [MODEL], ["latency"], 0.02)
+    text = capsys.readouterr().out
+    assert "perplexity [prefill] maintained" in text and "perplexity [answers behind a long prompt] not" in text
+    assert "F1 (macro) maintained" in text
+    command.advise(tmp_path, [MODEL], ["latency"], 0.02, as_json=True)
+    [row] = json.loads(capsys.readouterr().out)[MODEL]
+    assert [score["workload"] for score in row["quality"]][-2:] == ["prefill", "answers behind a long prompt"]

@@ -76,6 +76,16 @@ def test_a_gain_of_one_workload_is_told_from_the_verdict_on_another(tmp_path):
     assert "latency (generation, generate, n-gram)" in summary.decision(again)
 
 
+def test_a_lost_score_that_the_verdict_does_not_name_is_shown(tmp_path):
+    """One that is lost by its own interval, but not beyond chance among the guards, decides all the same."""
+    run = samples.whole("adaptive_sparse_attention", samples.MODELS[1], gain=1.4)
+    lost = samples.scored("perplexity", 22.9, 25.5, "not_maintained", 0.01, "answers behind a long prompt")
+    again = run.model_copy(update={"measurements": [*run.measurements, lost]})
+    view = first_screen.of(again, tmp_path)
+    assert "perplexity" not in view["sentence"].lower() and view["decision"].startswith("Do not use for latency")
+    assert [number.verdict for number in view["numbers"] if number.name == "perplexity"] == ["✗ not maintained"]
+
+
 def test_a_busy_machine_says_so_before_any_number(tmp_path):
     run = samples.whole("structured_pruning", samples.MODELS[0])
     busy = [m.model_copy(update={"noise_floor": 0.2, "reason": "the copies differ by 20 %"}) if m.metric.endswith(
