@@ -31,7 +31,10 @@ def person_present() -> bool:
 
 
 def forest(records: Sequence[Record], name: str) -> None:
-    """Display the metric `name` of all records with its intervals; let a person choose model and metric below."""
+    """Display the metric `name` of all records with its intervals; let a person choose model and metric below. What is
+    called better holds for the whole set.
+    """
+    records = discoveries.settled(records)
     draw = functools.partial(draw_forest, records)
     draw(ALL, name)
     if person_present():
@@ -39,7 +42,10 @@ def forest(records: Sequence[Record], name: str) -> None:
 
 
 def trade_offs(records: Sequence[Record], speed: str, quality: str) -> None:
-    """Display quality against speed for all records; let a person choose model, both metrics and the margin below."""
+    """Display quality against speed for all records; let a person choose model, both metrics and the margin below. What
+    is called lost holds for the whole set.
+    """
+    records = discoveries.settled(records)
     draw_trade_offs(records, ALL, speed, quality, None)
     if not person_present():
         return

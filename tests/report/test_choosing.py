@@ -95,3 +95,19 @@ def test_a_tighter_margin_keeps_fewer():
     assert "Kept, and better in prefill rate: X on m." in choosing.within_margin(
         [slow], "prefill_tokens_per_second", "f1_macro", 5.0
     )
+
+
+def test_what_a_figure_calls_better_holds_for_the_whole_set(displayed):
+    """As in the matrix above it: one weak effect among many that are none is no discovery."""
+
+    def run(name, gain, half, verdict):
+        timed = samples.timed("prefill_tokens_per_second", gain, half, verdict)
+        return record.build(name, samples.MODELS[0], "proxy", "quick", {}, [timed], primaries=samples.PRIMARIES)
+
+    weak = run("weak", 1.05, 0.048, "better")
+    choosing.forest([weak], "prefill_tokens_per_second")
+    choosing.forest([weak, *(run(f"r{n}", 1.0, 0.05, "inconclusive") for n in range(20))], "prefill_tokens_per_second")
+    assert displayed == [
+        "prefill rate: 1 of 1 measurement; 1 of all are better.",
+        "prefill rate: 21 of 21 measurements; 0 of all are better.",
+    ]
