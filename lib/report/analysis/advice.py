@@ -14,7 +14,7 @@ from typing import Any, Literal
 from lib.errors import UserError, suggest
 from lib.measure.metrics import settings
 from lib.measure.metrics.busy import why_busy, withhold_if_busy
-from lib.measure.metrics.catalogue import DIMENSIONS
+from lib.measure.metrics.catalogue import DIMENSIONS, METRICS
 from lib.measure.metrics.measurement import Measurement
 from lib.report.records.record import Record
 from lib.report.records.setting import facts, reproduce, stack
@@ -144,6 +144,10 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
         command, seconds = _again(record)
         return result("undecided", reason, command=command, seconds=seconds, **fields)
 
+    def not_asked(reason: str, **fields) -> Advice:
+        whole = record.model_copy(update={"dimensions": None})
+        return result("undecided", reason, command=reproduce.command(whole), **fields)
+
     if record.status == "not_applicable":
         return result("not applicable", record.reason or "no reason was recorded")
     if record.status == "failed":
@@ -158,6 +162,8 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
     if served is None:
         if lost:
             return result("do not use", lost, quality=judged)
+        if not _asked(record, METRICS[GOALS[goal.name][0]].dimension):
+            return not_asked(f"{_only(record)}, and nothing of it serves {goal.name}")
         if any(m.metric in GOALS[goal.name] for m in record.measurements):  # unavailable, this time
             return undecided(f"nothing was measured that serves {goal.name}")
         return result("undecided", f"this notebook measures nothing that serves {goal.name}")
@@ -180,7 +186,7 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
         why_open = f"{subject(unanswered)}{where}: {unanswered.reason or 'too few to tell'}"
         return result("undecided", f"no effort asks enough items: {why_open}", **about)
     if open_question:
-        return undecided(open_question, **about)
+        return (undecided if _asked(record, "accuracy") else not_asked)(open_question, **about)
     if goal.limit_bytes is not None and taken(record, goal.name) is None:
         missing = " or ".join(LIMITED[goal.name])
         # Its dimension was asked for, since something of it serves the goal: more effort would measure it no better.
@@ -219,6 +225,16 @@ def _serving(record: Record, goal: Goal) -> Measurement | None:
     return next(iter(decided or [m for m in measured if m.verdict == "inconclusive"] or known), None)
 
 
+def _asked(record: Record, dimension: str) -> bool:
+    """Return whether a dimension was to be measured: all of them are, unless the run was of some only."""
+    return not record.dimensions or dimension in record.dimensions
+
+
+def _only(record: Record) -> str:
+    """Return of what alone a run was, in words."""
+    return f"the run was of {' and '.join(record.dimensions or DIMENSIONS)} only"
+
+
 def _quality(record: Record, keep: float) -> tuple[str | None, str | None, list[Measurement]]:
     """Return why quality is lost, why it cannot be told, and the scores that were looked at."""
     scores = [m for name in QUALITY for m in record.measurements if m.metric == name and m.verdict != "informative"]
@@ -226,6 +242,7 @@ def _quality(record: Record, keep: float) -> tuple[str | None, str | None, list[
         return "the output has degenerated", None, scores
     if record.verdict.accuracy == "unavailable" or not scores:
         reason = next((m.reason for m in record.measurements if m.dimension == "accuracy" and m.reason), None)
+        reason = reason if _asked(record, "accuracy") else _only(record)
         return None, f"quality was not measured ({reason or 'no score'})", scores
     unexercised = [m for m in scores if m.verdict == "not_exercised"]
     guards = [(loss.metric, loss.workload) for loss in record.verdict.losses_of("accuracy")]
@@ -326,8 +343,11 @@ def _paid(record: Record, served: Measurement) -> list[Measurement]:
 def _again(record: Record) -> tuple[str, float | None]:
     """Return the one command that would tell more, the same run with more effort, and about how many seconds it takes:
     this run's, times the geometric mean of how many more blocks and items the effort asks for. What was measured on a
-    busy machine is measured again as it was, but for a preview, whose few rounds scatter on any machine.
+    busy machine is measured again as it was, but for a preview, whose few rounds scatter on any machine. A run of some
+    dimensions only becomes a whole one, which takes an unknown time longer: one that lacks quality decides nothing.
     """
+    if record.dimensions:
+        record = record.model_copy(update={"dimensions": None, "seconds": None})
     if why_busy(record.measurements) and record.effort != "preview":
         return reproduce.command(record), record.seconds
     more = {"standard": "thorough", "thorough": "thorough"}.get(record.effort, "standard")

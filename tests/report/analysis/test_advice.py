@@ -5,9 +5,10 @@ import json
 import pytest
 
 from lib.errors import UserError
-from lib.measure.metrics import measurement
+from lib.measure.metrics import measurement, settings
 from lib.report.analysis import advice, summary
 from lib.report.records import record
+from lib.report.records.setting import reproduce
 from lib.suite.cli import advise as command
 from tests.report import samples
 
@@ -452,3 +453,23 @@ def test_a_score_that_decides_is_told_from_another_of_its_name(tmp_path, capsys)
     command.advise(tmp_path, [MODEL], ["latency"], 0.02, as_json=True)
     [row] = json.loads(capsys.readouterr().out)[MODEL]
     assert [score["workload"] for score in row["quality"]][-2:] == ["prefill", "answers behind a long prompt"]
+
+
+def test_a_run_of_some_dimensions_leads_to_the_whole_one(monkeypatch):
+    """The same dimensions again would never measure what is missing."""
+    run = samples.whole("structured_pruning", MODEL, gain=1.4)
+    monkeypatch.setenv(settings.DIMENSIONS_VARIABLE, "performance")
+    part = record.build(
+        run.optimization, MODEL, "proxy", "quick", {}, run.measurements, environment=samples.ENVIRONMENT
+    )
+    assert part.dimensions == ["performance"] and "--dimension performance" in reproduce.command(part)
+    row = advised(part)
+    assert row.decision == "undecided"
+    assert row.reason == "quality was not measured (the run was of performance only)"
+    assert "--effort quick" in row.command and "--dimension" not in row.command
+    row = advised(part, "memory")
+    assert row.reason == "the run was of performance only, and nothing of it serves memory"
+    assert "--effort quick" in row.command and "--dimension" not in row.command
+    unsure = [m.model_copy(update={"verdict": "inconclusive"}) for m in part.measurements]
+    row = advised(part.model_copy(update={"measurements": unsure, "seconds": 60.0}))
+    assert "--effort standard" in row.command and "--dimension" not in row.command and row.seconds is None
