@@ -102,6 +102,9 @@ def _files(folder: Path, results: Results, unsound: Iterable[tuple[str, str]]) -
     for path in sorted(folder.glob("*_results*.json")):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            faults.append((path.name, f"cannot be read ({error.strerror})"))
+            continue
         except ValueError:
             faults.append((path.name, "is not JSON"))
             continue

@@ -219,3 +219,11 @@ def test_result_files_of_other_records_and_of_no_schema(folder):
     path = folder / file_names.FILES["comprehensive"][0]
     path.write_text(path.read_text().replace('"summary"', '"summery"', 1))
     assert any("summ" in why for _, why in _short(folder)["the files are sound"])
+
+
+def test_a_result_file_that_cannot_be_read_is_named(folder):
+    (folder / "old_results.json").mkdir()
+    (folder / "more_results.json").write_bytes(b"\xff\xfe")
+    assert dict(_short(folder)["the files are sound"]) == {
+        "old_results.json": "cannot be read (Is a directory)", "more_results.json": "is not JSON",
+    }  # fmt: skip
