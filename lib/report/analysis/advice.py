@@ -5,6 +5,7 @@ or informative; says of every piece of evidence at which scale it was measured, 
 nothing from one scale or model to another.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -173,7 +174,8 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
     if lost:
         return result("do not use", lost, **about)
     if served.verdict in ("worse", "equivalent"):
-        return result("do not use", f"no gain: {in_words.phrase(served, record.measurements)}", **about)
+        found = in_words.phrase(served, record.measurements)
+        return result("do not use", f"no gain: {found}{_still_open(record, goal, served)}", **about)
     if served.verdict != "better" or served.provenance == "estimated":
         gate = why(served) or "a simulated or estimated number decides nothing"
         where = in_words.notes(served, record.measurements)
@@ -193,13 +195,14 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
         return result("undecided", f"{missing} was not measured, so the limit cannot be held against it", **about)
     if goal.limit_bytes is not None and (beyond := _beyond(record, goal)):
         return result("do not use", beyond, **about)
+    beside = _still_open(record, goal, served) + _not_measured(record)
     if paid := _paid(record, served):
         more = f" (and {len(paid) - 2} more)" if len(paid) > 2 else ""
         named = [in_words.phrase(m, record.measurements) for m in paid[:2]]
         price = f"{' and '.join(named)} {'is' if len(paid) == 1 else 'are'} acceptable{more}"
-        return result("use if", price + _not_measured(record), **about)
+        return result("use if", price + beside, **about)
     gained = in_words.phrase(served, record.measurements)
-    return result("use", f"{gained}, and quality is kept{_not_measured(record)}", **about)
+    return result("use", f"{gained}, and quality is kept{beside}", **about)
 
 
 def _not_measured(record: Record) -> str:
@@ -214,15 +217,25 @@ def _serving(record: Record, goal: Goal) -> Measurement | None:
     """Return the measurement that decides: of the goal's metrics the first that is better, worse or equivalent, else
     the first that was judged without telling, else the first known.
     """
-    known = [
-        m
-        for metric in GOALS[goal.name]
-        for m in record.measurements
-        if m.metric == metric and m.ratio and m.verdict != "invalid"
-    ]
+    known = _known(record, goal)
     measured = [m for m in known if m.provenance != "estimated"]
     decided = [m for m in measured if m.verdict in ("better", "worse", "equivalent")]
     return next(iter(decided or [m for m in measured if m.verdict == "inconclusive"] or known), None)
+
+
+def _known(record: Record, goal: Goal) -> list[Measurement]:
+    """Return the measurements that serve a goal and have a ratio, what counts most first."""
+    members = [m for m in record.measurements if m.ratio and m.verdict != "invalid"]
+    return [m for metric in GOALS[goal.name] for m in members if m.metric == metric]
+
+
+def _still_open(record: Record, goal: Goal, served: Measurement) -> str:
+    """Return, as the end of a sentence, what counts more for a goal than what decides on it and is undecided; empty
+    where nothing does.
+    """
+    before = itertools.takewhile(lambda m: m is not served, _known(record, goal))
+    undecided = next((m for m in before if m.verdict == "inconclusive" and m.provenance != "estimated"), None)
+    return f"; {in_words.phrase(undecided, record.measurements)}" if undecided else ""
 
 
 def _asked(record: Record, dimension: str) -> bool:

@@ -65,8 +65,7 @@ def decision(record: Record) -> str:
     verdict in words does not name is named: `Use for latency (time per output token).`
     """
     rows = decisions(record)
-    said = in_words.of_record(record).lower()
-    names = {goal: _name(m, said) for goal, m in _unnamed(record).items()}
+    names = {goal: _name(m, record) for goal, m in _unnamed(record).items()}
     text = _in_a_sentence(rows, names)
     return text if brief.count(text) <= brief.MOST_WORDS else _in_a_sentence(rows, {})
 
@@ -84,10 +83,10 @@ def _in_a_sentence(rows: Sequence[Advice], names: Mapping[str, str]) -> str:
     return f"{text[:1].upper()}{text[1:]}."
 
 
-def _name(measurement: Measurement, said: str) -> str:
-    """Return the name of a measurement, with its workload where something else of that name is said already."""
+def _name(measurement: Measurement, record: Record) -> str:
+    """Return the name of a measurement, with its workload where its metric is judged for several."""
     name = subject(measurement)
-    return f"{name}, {measurement.workload}" if name.lower() in said else name
+    return f"{name}, {measurement.workload}" if in_words.notes(measurement, record.measurements) else name
 
 
 def _unnamed(record: Record) -> dict[str, Measurement]:

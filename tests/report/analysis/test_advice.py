@@ -473,3 +473,18 @@ def test_a_run_of_some_dimensions_leads_to_the_whole_one(monkeypatch):
     unsure = [m.model_copy(update={"verdict": "inconclusive"}) for m in part.measurements]
     row = advised(part.model_copy(update={"measurements": unsure, "seconds": 60.0}))
     assert "--effort standard" in row.command and "--dimension" not in row.command and row.seconds is None
+
+
+def test_what_counts_more_for_a_goal_and_is_undecided_is_said_beside_what_decides():
+    """A server's goodput within the noise, and one law of drafting that is faster alone."""
+    run = samples.whole("feedback_mechanisms", MODEL)
+    others = [m for m in run.measurements if m.metric not in advice.GOALS["throughput"]]
+    goodput = samples.timed("goodput_requests_per_second", 1.03, verdict="inconclusive", workload="serve")
+    drafted = samples.timed("generate_tokens_per_second", 1.15, workload="generate, n-gram")
+    row = advised(run.model_copy(update={"measurements": [*others, goodput, drafted]}), "throughput")
+    assert row.decision == "use" and row.reason == "generation 15 % faster, and quality is kept; goodput undecided"
+    slower = samples.timed("generate_tokens_per_second", 0.8, verdict="worse", workload="generate, n-gram")
+    row = advised(run.model_copy(update={"measurements": [*others, goodput, slower]}), "throughput")
+    assert row.decision == "do not use" and row.reason == "no gain: generation 20 % slower; goodput undecided"
+    row = advised(run.model_copy(update={"measurements": [*others, drafted, goodput]}), "throughput")
+    assert row.reason.endswith("; goodput undecided"), "whatever their order in the record"
