@@ -7,16 +7,17 @@ nothing from one scale or model to another.
 
 import itertools
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lib.errors import UserError, suggest
+from lib.errors import UserError
 from lib.measure.metrics import settings
 from lib.measure.metrics.busy import why_busy, withhold_if_busy
 from lib.measure.metrics.catalogue import DIMENSIONS, METRICS
 from lib.measure.metrics.measurement import Measurement
+from lib.report.analysis.deciding.goals import GOALS, LIMITED, Goal, goal
+from lib.report.analysis.deciding.scores import asked, beyond_every_effort, judged_with, only, quality
 from lib.report.records.record import Record
 from lib.report.records.setting import facts, reproduce, stack
 from lib.report.records.verdicts import in_words, primary
@@ -24,41 +25,24 @@ from lib.report.text import brief
 from lib.report.text.quantities import quantity
 from lib.report.text.sentence import gain, subject, why
 
+__all__ = [
+    "GOALS",
+    "KEEP",
+    "LIMITED",
+    "ORDER",
+    "Advice",
+    "Decision",
+    "Evidence",
+    "Goal",
+    "advise",
+    "goal",
+    "judged_with",
+    "taken",
+]
+
 Decision = Literal["use", "use if", "undecided", "do not use", "not applicable"]
 ORDER: tuple[Decision, ...] = ("use", "use if", "undecided", "do not use", "not applicable")
-# Goal → the metrics that serve it, the one that counts most first. A decision rests on the first one that is judged.
-GOALS: dict[str, tuple[str, ...]] = {
-    "latency": ("decode_tokens_per_second", "time_per_output_token_ms", "prefill_tokens_per_second",
-                "time_to_first_token_ms", "generate_tokens_per_second"),
-    "throughput": ("goodput_requests_per_second", "batch_decode_tokens_per_second", "requests_per_second",
-                   "generate_tokens_per_second"),
-    "memory": ("peak_tensor_bytes", "peak_memory_bytes", "kv_cache_peak_bytes", "kv_cache_bytes_per_token",
-               "weights_bytes"),
-    "energy": ("energy_joules_per_token", "cpu_seconds_per_token"),
-    "size": ("checkpoint_bytes", "parameters", "weights_bytes"),
-}  # fmt: skip
-# Goals that may have a limit, and of what.
-LIMITED = {"memory": ("peak_memory_bytes",), "size": ("checkpoint_bytes", "weights_bytes")}
-UNITS = {"": 1, "B": 1} | {f"{p}B": 1000**n for n, p in enumerate(("k", "M", "G", "T"), 1)}
-UNITS |= {f"{p}iB": 1024**n for n, p in enumerate(("K", "M", "G", "T"), 1)}
-LIMIT = re.compile(r"(?P<name>[a-z]+)(?:<=(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[A-Za-z]*))?")
 KEEP = 0.02  # points of a score, as a share
-QUALITY = ("f1_macro", "retrieval_exact_match", "accuracy", "accuracy_norm", "exact_match", "perplexity")
-ASKED = {"perplexity": "windows", "retrieval_exact_match": "retrieval_prompts"}  # of an effort; elsewhere items
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What the user wants more of (or less), and the most bytes that it may take (None: no limit), as `written`."""
-
-    name: str
-    limit_bytes: float | None = None
-    written: str = ""
-
-    def __str__(self) -> str:
-        if self.limit_bytes is None:
-            return self.name
-        return self.written or f"{self.name}<={self.limit_bytes:.0f}B"
 
 
 @dataclass(frozen=True)
@@ -100,26 +84,6 @@ class Advice:
         return value or 1.0
 
 
-def goal(text: str) -> Goal:
-    """Return the goal that `text` names: `latency`, or `memory<=8GiB`. Raises UserError for anything else."""
-    match = LIMIT.fullmatch(text.replace(" ", ""))
-    name = match["name"] if match else re.split(r"[<=>]", text)[0]
-    if name not in GOALS:
-        raise UserError(f"--goal {text}: expected one of {', '.join(GOALS)}.{suggest(name, GOALS)}")
-    if match is None:
-        limit = f" or, with a limit, such as {name}<=8GiB" if name in LIMITED else ", which has no limit"
-        raise UserError(f"--goal {text}: expected {name}{limit}")
-    if match["number"] is None:
-        return Goal(name)
-    if name not in LIMITED:
-        raise UserError(f"--goal {text}: only {' and '.join(LIMITED)} take a limit, such as memory<=8GiB")
-    if match["unit"] not in UNITS:
-        raise UserError(
-            f'--goal {text}: unknown unit "{match["unit"]}"; expected one of {", ".join(filter(None, UNITS))}'
-        )
-    return Goal(name, float(match["number"]) * UNITS[match["unit"]], f"{name}<={match['number']}{match['unit']}")
-
-
 def advise(records: Iterable[Record], model: str, goals: Sequence[Goal], keep: float = KEEP) -> list[Advice]:
     """Return advice on every optimization that has a record of `model`, for every goal: what to use first, the largest
     gain first.
@@ -159,17 +123,17 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
     elif nothing_pays := stack.nothing_pays(record):  # what a copy of the model measures decides nothing
         return result("do not use", nothing_pays)
     served = _serving(record, goal)
-    lost, open_question, judged = _quality(record, keep)
+    lost, open_question, judged = quality(record, keep)
     if served is None:
         if lost:
             return result("do not use", lost, quality=judged)
-        if not _asked(record, METRICS[GOALS[goal.name][0]].dimension):
-            return not_asked(f"{_only(record)}, and nothing of it serves {goal.name}")
+        if not asked(record, METRICS[GOALS[goal.name][0]].dimension):
+            return not_asked(f"{only(record)}, and nothing of it serves {goal.name}")
         if any(m.metric in GOALS[goal.name] for m in record.measurements):  # unavailable, this time
             return undecided(f"nothing was measured that serves {goal.name}")
         return result("undecided", f"this notebook measures nothing that serves {goal.name}")
     evidence = Evidence(served, record)
-    unanswered = next((m for m in judged if _beyond_every_effort(record, m, keep)), None)
+    unanswered = next((m for m in judged if beyond_every_effort(record, m, keep)), None)
     about: dict[str, Any] = {"evidence": evidence, "quality": judged}
     if lost:
         return result("do not use", lost, **about)
@@ -188,7 +152,7 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
         why_open = f"{subject(unanswered)}{where}: {unanswered.reason or 'too few to tell'}"
         return result("undecided", f"no effort asks enough items: {why_open}", **about)
     if open_question:
-        return (undecided if _asked(record, "accuracy") else not_asked)(open_question, **about)
+        return (undecided if asked(record, "accuracy") else not_asked)(open_question, **about)
     if goal.limit_bytes is not None and taken(record, goal.name) is None:
         missing = " or ".join(LIMITED[goal.name])
         # Its dimension was asked for, since something of it serves the goal: more effort would measure it no better.
@@ -238,88 +202,12 @@ def _still_open(record: Record, goal: Goal, served: Measurement) -> str:
     return f"; {in_words.phrase(undecided, record.measurements)}" if undecided else ""
 
 
-def _asked(record: Record, dimension: str) -> bool:
-    """Return whether a dimension was to be measured: all of them are, unless the run was of some only."""
-    return not record.dimensions or dimension in record.dimensions
-
-
-def _only(record: Record) -> str:
-    """Return of what alone a run was, in words."""
-    return f"the run was of {' and '.join(record.dimensions or DIMENSIONS)} only"
-
-
-def _quality(record: Record, keep: float) -> tuple[str | None, str | None, list[Measurement]]:
-    """Return why quality is lost, why it cannot be told, and the scores that were looked at."""
-    scores = [m for name in QUALITY for m in record.measurements if m.metric == name and m.verdict != "informative"]
-    if any(m.verdict == "invalid" for m in scores):
-        return "the output has degenerated", None, scores
-    if record.verdict.accuracy == "unavailable" or not scores:
-        reason = next((m.reason for m in record.measurements if m.dimension == "accuracy" and m.reason), None)
-        reason = reason if _asked(record, "accuracy") else _only(record)
-        return None, f"quality was not measured ({reason or 'no score'})", scores
-    unexercised = [m for m in scores if m.verdict == "not_exercised"]
-    guards = [(loss.metric, loss.workload) for loss in record.verdict.losses_of("accuracy")]
-    known = [*scores, *(m for m in record.measurements if (m.metric, m.workload) in guards)]
-    words = {id(m): judged_with(m, keep) for m in known}
-    lost = next((m for m in known if words[id(m)] == "not_maintained"), None)
-    if lost:
-        where = in_words.notes(lost, record.measurements)
-        return f"{subject(lost)} {brief.change(lost)}{where}, more than may be lost", None, scores
-    undecided = next((m for m in scores if words[id(m)] == "inconclusive"), None)
-    if undecided:
-        where = in_words.notes(undecided, record.measurements)
-        return None, f"{subject(undecided)}{where}: {undecided.reason or 'too few items to tell'}", scores
-    if len(unexercised) == len(scores):
-        return None, "the optimization never acted on the questions that were asked", scores
-    return None, None, scores
-
-
-def judged_with(measurement: Measurement, keep: float) -> str:
-    """Return the verdict on a score with the margin `keep` in place of its own; perplexity keeps its own."""
-    if measurement.metric == "perplexity" or measurement.verdict not in (
-        "maintained", "not_maintained", "inconclusive",
-    ):  # fmt: skip
-        return measurement.verdict
-    if measurement.bound is None or keep == measurement.margin:
-        return measurement.verdict
-    if measurement.bound > -keep:
-        return "maintained"
-    if measurement.ci and measurement.baseline and (measurement.ci[1] - 1) * measurement.baseline < -keep:
-        return "not_maintained"
-    return "inconclusive"
-
-
 def _never_judged(record: Record, served: Measurement) -> bool:
     """Return whether more effort would not judge a number either: it is only informative, or an estimate, at an effort
     that judges whatever it can.
     """
     unjudged = served.verdict == "informative" or served.provenance == "estimated"
     return unjudged and not settings.EFFORTS[record.effort].brief
-
-
-def _beyond_every_effort(record: Record, score: Measurement, keep: float) -> bool:
-    """Return whether a score is open and would probably be so at the largest effort too: its ends, brought nearer to
-    the difference by as many items as that asks, still lie on both sides of the margin.
-    """
-    if judged_with(score, keep) != "inconclusive" or why_busy(record.measurements):
-        return False
-    if score.bound is None or score.ci is None or not score.baseline or score.optimized is None:
-        return False
-    if score.metric == "perplexity":  # of which more is worse; its margin is a share, and its own
-        change, ends, limit = score.optimized / score.baseline - 1, (score.ci[0] - 1, score.bound), score.margin or 0.0
-    else:
-        change, ends = score.optimized - score.baseline, (score.bound, (score.ci[1] - 1) * score.baseline)
-        limit = -keep
-    nearer = _nearer(record.effort, score.metric)
-    low, high = (change + (end - change) * nearer for end in ends)
-    return low <= limit <= high
-
-
-def _nearer(effort: str, metric: str) -> float:
-    """Return the factor by which the ends of a score come nearer to it at the largest effort, by its items alone."""
-    asked = ASKED.get(metric, "items")
-    most = max(getattr(other, asked) for other in settings.EFFORTS.values())
-    return math.sqrt(getattr(settings.EFFORTS[effort], asked) / most)
 
 
 def taken(record: Record, goal: str) -> float | None:
