@@ -139,7 +139,7 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
         return result("do not use", lost, **about)
     if served.verdict in ("worse", "equivalent"):
         found = in_words.phrase(served, record.measurements)
-        return result("do not use", f"no gain: {found}{_still_open(record, goal, served)}", **about)
+        return result("do not use", f"no gain: {found}{_beside(record, goal, served)}", **about)
     if served.verdict != "better" or served.provenance == "estimated":
         gate = why(served) or "a simulated or estimated number decides nothing"
         where = in_words.notes(served, record.measurements)
@@ -159,7 +159,7 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
         return result("undecided", f"{missing} was not measured, so the limit cannot be held against it", **about)
     if goal.limit_bytes is not None and (beyond := _beyond(record, goal)):
         return result("do not use", beyond, **about)
-    beside = _still_open(record, goal, served) + _not_measured(record)
+    beside = _beside(record, goal, served) + _not_measured(record)
     if paid := _paid(record, served):
         more = f" (and {len(paid) - 2} more)" if len(paid) > 2 else ""
         named = [in_words.phrase(m, record.measurements) for m in paid[:2]]
@@ -178,13 +178,20 @@ def _not_measured(record: Record) -> str:
 
 
 def _serving(record: Record, goal: Goal) -> Measurement | None:
-    """Return the measurement that decides: of the goal's metrics the first that is better, worse or equivalent, else
-    the first that was judged without telling, else the first known.
+    """Return the measurement that decides: one of the first of the goal's metrics that is better, worse or equivalent
+    on some workload, else the first that was judged without telling, else the first known.
+
+    Of several workloads that of the run's verdict decides; where the verdict is of none of them, one that is better:
+    what is worse is its price.
     """
     known = _known(record, goal)
     measured = [m for m in known if m.provenance != "estimated"]
     decided = [m for m in measured if m.verdict in ("better", "worse", "equivalent")]
-    return next(iter(decided or [m for m in measured if m.verdict == "inconclusive"] or known), None)
+    if not decided:
+        return next(iter([m for m in measured if m.verdict == "inconclusive"] or known), None)
+    same = [m for m in decided if m.metric == decided[0].metric]
+    carried = [m for m in same if (m.metric, m.workload) in _carriers(record)]
+    return next(iter(carried or [m for m in same if m.verdict == "better"] or same))
 
 
 def _known(record: Record, goal: Goal) -> list[Measurement]:
@@ -193,13 +200,22 @@ def _known(record: Record, goal: Goal) -> list[Measurement]:
     return [m for metric in GOALS[goal.name] for m in members if m.metric == metric]
 
 
-def _still_open(record: Record, goal: Goal, served: Measurement) -> str:
-    """Return, as the end of a sentence, what counts more for a goal than what decides on it and is undecided; empty
-    where nothing does.
+def _carriers(record: Record) -> set[tuple[str, str]]:
+    """Return the (metric, workload) of what carries the run's verdict, and of what it declared for that."""
+    return {(c.metric, c.workload) for c in record.verdict.carried_by.values()} | {*record.primaries.values()}
+
+
+def _beside(record: Record, goal: Goal, served: Measurement) -> str:
+    """Return what has to be said beside the number that decides, as the end of a sentence: what counts more for the
+    goal and is undecided, and where the same metric gained on another workload.
     """
-    before = itertools.takewhile(lambda m: m is not served, _known(record, goal))
-    undecided = next((m for m in before if m.verdict == "inconclusive" and m.provenance != "estimated"), None)
-    return f"; {in_words.phrase(undecided, record.measurements)}" if undecided else ""
+    known = [m for m in _known(record, goal) if m.provenance != "estimated"]
+    before = {id(m) for m in itertools.takewhile(lambda m: m is not served, known)}
+    more = [m for m in known if id(m) in before or (m.metric, m.workload) in _carriers(record)]
+    said = [m for m in more if m.verdict == "inconclusive"][:1]
+    if served.verdict != "better":
+        said += [m for m in known if m.metric == served.metric and m.verdict == "better"][:1]
+    return "".join(f"; {in_words.phrase(m, record.measurements)}" for m in said)
 
 
 def _never_judged(record: Record, served: Measurement) -> bool:
@@ -228,7 +244,9 @@ def _beyond(record: Record, goal: Goal) -> str | None:
 
 
 def _paid(record: Record, served: Measurement) -> list[Measurement]:
-    """Return what was lost beside a gain, other than quality: losses that count, and primaries that became worse."""
+    """Return what was lost beside a gain, other than quality: the same metric on other workloads, losses that count,
+    and primaries that became worse.
+    """
     if record.verdict.carried_by:
         named = {(m.metric, m.workload): m for m in record.measurements}
         pairs = [(c.metric, c.workload) for c in record.verdict.carried_by.values()]
@@ -237,7 +255,8 @@ def _paid(record: Record, served: Measurement) -> list[Measurement]:
     else:  # a record from before there were primaries
         carriers = {name: primary.carrier(record.measurements, name)[0] for name in DIMENSIONS}
         known = [m for m in carriers.values() if m] + [m for m, _ in primary.losses(record.measurements, carriers)]
-    lost = [m for m in known if m.verdict == "worse" and m.dimension != "accuracy"]
+    same = [m for m in record.measurements if m.metric == served.metric and m.provenance != "estimated"]
+    lost = [m for m in [*same, *known] if m.verdict == "worse" and m.dimension != "accuracy"]
     return [m for at, m in enumerate(lost) if m is not served and all(m is not other for other in lost[:at])]
 
 

@@ -71,16 +71,22 @@ def decision(record: Record) -> str:
 
 
 def _in_a_sentence(rows: Sequence[Advice], names: Mapping[str, str]) -> str:
-    """Return decisions as a sentence; `names`: what stands in parentheses after a goal."""
+    """Return decisions as a sentence; `names`: what stands in parentheses after a goal, once for all that share it."""
     groups: dict[str, list[str]] = {}
     for row in rows:
-        named = f" ({names[row.goal]})" if row.goal in names else ""
-        groups.setdefault(row.decision, []).append(f"{row.goal}{named}")
+        groups.setdefault(row.decision, []).append(row.goal)
     if [*groups] == ["not applicable"]:
         return "Not applicable."
-    ordered = [f"{PRICED.get(name, name)} for {', '.join(groups[name])}" for name in advice.ORDER if name in groups]
-    text = "; ".join(ordered)
+    ordered = [name for name in advice.ORDER if name in groups]
+    text = "; ".join(f"{PRICED.get(name, name)} for {_listed(groups[name], names)}" for name in ordered)
     return f"{text[:1].upper()}{text[1:]}."
+
+
+def _listed(goals: Sequence[str], names: Mapping[str, str]) -> str:
+    """Return goals in a row, each with its name in parentheses unless the next one has the same."""
+    following = [*(names.get(goal) for goal in goals[1:]), None]
+    shown = [names.get(goal) if names.get(goal) != after else None for goal, after in zip(goals, following)]
+    return ", ".join(f"{goal} ({name})" if name else goal for goal, name in zip(goals, shown))
 
 
 def _name(measurement: Measurement, record: Record) -> str:

@@ -488,3 +488,40 @@ def test_what_counts_more_for_a_goal_and_is_undecided_is_said_beside_what_decide
     assert row.decision == "do not use" and row.reason == "no gain: generation 20 % slower; goodput undecided"
     row = advised(run.model_copy(update={"measurements": [*others, drafted, goodput]}), "throughput")
     assert row.reason.endswith("; goodput undecided"), "whatever their order in the record"
+
+
+def _drafting(*drafted, served=(), primaries=None):
+    """Return a record of a server whose laws of drafting were timed: (gain, verdict, workload) each, in this order."""
+    run = samples.whole("feedback_mechanisms", MODEL)
+    others = [m for m in run.measurements if m.dimension != "performance"]
+    timed = [
+        samples.timed("generate_tokens_per_second", ratio, verdict=verdict, workload=workload)
+        for ratio, verdict, workload in drafted
+    ]
+    return record.build(
+        run.optimization, MODEL, "proxy", "quick", {}, [*served, *timed, *others],
+        environment=samples.ENVIRONMENT, primaries=primaries or {},
+    )  # fmt: skip
+
+
+SLOWER, FASTER = (0.8, "worse", "speculative"), (1.3, "better", "n-gram")
+
+
+@pytest.mark.parametrize("drafted", [(SLOWER, FASTER), (FASTER, SLOWER)])
+def test_workloads_that_disagree_have_a_price_whatever_their_order(drafted):
+    """Which of them a record names first must not decide between using a thing and not."""
+    goodput = {"performance": ("goodput_requests_per_second", "serve")}
+    served = samples.timed("goodput_requests_per_second", 1.02, verdict="inconclusive", workload="serve")
+    row = advised(_drafting(*drafted, served=[served], primaries=goodput), "throughput")
+    assert row.decision == "use if" and row.evidence.measurement.workload == "n-gram"
+    assert row.reason == "generation 20 % slower (speculative) is acceptable; goodput undecided"
+
+
+def test_the_workload_that_was_declared_decides_and_a_gain_elsewhere_is_said():
+    declared = {"performance": ("generate_tokens_per_second", "speculative")}
+    row = advised(_drafting(FASTER, SLOWER, primaries=declared))
+    assert row.decision == "do not use"
+    assert row.reason == "no gain: generation 20 % slower (speculative); generation 30 % faster (n-gram)"
+    row = advised(_drafting(FASTER, (0.99, "inconclusive", "speculative"), primaries=declared))
+    assert row.decision == "use"
+    assert row.reason == "generation 30 % faster (n-gram), and quality is kept; generation undecided (speculative)"

@@ -66,14 +66,14 @@ def test_a_gain_of_one_workload_is_told_from_the_verdict_on_another(tmp_path):
         samples.timed("generate_tokens_per_second", 0.99, verdict="inconclusive", workload="generate, speculative"),
         samples.timed("generate_tokens_per_second", 1.8, workload="generate, n-gram"),
     )
-    assert "latency (generation, generate, n-gram)" in summary.decision(run)
+    assert "Use for latency, throughput (generation, generate, n-gram)" in summary.decision(run)
     declared = {"performance": ("generate_tokens_per_second", "generate, speculative")}
     again = record.build(
         run.optimization, run.model, "proxy", "quick", {}, run.measurements, environment=samples.ENVIRONMENT,
         primaries=declared,
     )  # fmt: skip
     assert summary.sentence(again).startswith("Generation undecided (generate, speculative)")
-    assert "latency (generation, generate, n-gram)" in summary.decision(again)
+    assert "Use for latency, throughput (generation, generate, n-gram)" in summary.decision(again)
 
 
 def test_a_lost_score_that_the_verdict_does_not_name_is_shown(tmp_path):
