@@ -20,7 +20,7 @@ from lib.report.text.sentence import subject
 from lib.report.text.wording import signed
 
 NUMBERS = 6
-FIRST = 3  # of EXPECTED: what stands before a number that a decision rests on and the verdict does not name
+FIRST = 3  # of EXPECTED: what stands before a gain that a decision rests on and the verdict does not name
 # What a reader expects to find, after what carries each dimension.
 EXPECTED = (
     "prefill_tokens_per_second", "decode_tokens_per_second", "f1_macro", "weights_bytes", "peak_tensor_bytes",
@@ -117,7 +117,7 @@ def chosen(record: Record) -> list[Measurement]:
     listed = [m for members in carriers for m in members]
     expected = [m for metric in EXPECTED for m in record.measurements if m.metric == metric]
     first = [m for m in expected if m.metric in EXPECTED[:FIRST]]
-    rest = [*first, *_unnamed(record).values(), *_unnamed_loss(record), *expected]
+    rest = [*_unnamed_loss(record), *first, *_unnamed(record).values(), *expected]
     rest += [m for m in record.measurements if m.verdict not in primary.SILENT and m.metric not in primary.TWINS]
     for member in rest:
         known = {(m.metric, m.workload) for m in listed}

@@ -32,6 +32,7 @@ DECISIONS = {
     "not applicable": "unavailable",
 }
 HIDDEN = ("model", "scale", "effort", "device", "checkpoints", "random_weights", "text", "results", "history")
+LONGEST = 28  # letters of a name with its workload in the forest plot
 
 
 def of(record: Record, out: Path) -> dict[str, Any]:
@@ -75,11 +76,15 @@ def setting(record: Record) -> list[tuple[str, str]]:
 
 
 def forest(record: Record) -> str:
-    """Return the forest plot of the six numbers; empty where none has a ratio."""
-    return forest_svg.forest([line for m in summary.chosen(record) if (line := _line(m))], "Changes")
+    """Return the forest plot of the six numbers; empty where none has a ratio. Two of one kind are told apart by their
+    workloads, as far as there is room.
+    """
+    members, names = summary.chosen(record), [number.name for number in summary.numbers(record)]
+    shown = [subject(m) if name == subject(m) else one_line(name, LONGEST) for m, name in zip(members, names)]
+    return forest_svg.forest([line for m, name in zip(members, shown) if (line := _line(m, name))], "Changes")
 
 
-def _line(measurement: Measurement) -> ForestLine | None:
+def _line(measurement: Measurement, name: str = "") -> ForestLine | None:
     """Return a measurement as a line of the forest plot; None where there is no ratio."""
     if measurement.ratio is None:
         return None
@@ -87,7 +92,7 @@ def _line(measurement: Measurement) -> ForestLine | None:
     low, high = sorted((end - 1) * turn for end in measurement.ci) if measurement.ci else (None, None)
     floor = 100 * measurement.noise_floor if measurement.noise_floor else None
     value, state = (measurement.ratio - 1) * turn, summary.state(measurement)
-    return ForestLine(subject(measurement), brief.outcome(measurement), value, low, high, floor, state)
+    return ForestLine(name or subject(measurement), brief.outcome(measurement), value, low, high, floor, state)
 
 
 def trade_off(record: Record, near: Sequence[Record]) -> dict[str, Any] | None:

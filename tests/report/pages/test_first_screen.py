@@ -86,6 +86,22 @@ def test_a_lost_score_that_the_verdict_does_not_name_is_shown(tmp_path):
     assert [number.verdict for number in view["numbers"] if number.name == "perplexity"] == ["✗ not maintained"]
 
 
+def test_two_numbers_of_one_kind_are_told_apart_in_the_forest_plot(tmp_path):
+    run = samples.whole("adaptive_sparse_attention", samples.MODELS[1], gain=1.4)
+    scores = [
+        samples.scored("perplexity", 57.8, 57.2, "maintained", 0.01, "prefill"),
+        samples.scored("perplexity", 22.9, 25.5, "not_maintained", 0.01, "answers behind a long prompt"),
+    ]
+    again = record.build(
+        run.optimization, run.model, "proxy", "quick", {}, [*run.measurements, scores[0]],
+        environment=samples.ENVIRONMENT, primaries={"accuracy": ("perplexity", "prefill")},
+    )  # fmt: skip
+    again = again.model_copy(update={"measurements": [*again.measurements, scores[1]]})
+    root = xml.fromstring(first_screen.forest(again))
+    names = [text.text for text in root.iter("text") if text.get("text-anchor") == "end"]
+    assert "perplexity, prefill" in names and "perplexity, answers behind…" in names and "decode" in names
+
+
 def test_a_busy_machine_says_so_before_any_number(tmp_path):
     run = samples.whole("structured_pruning", samples.MODELS[0])
     busy = [m.model_copy(update={"noise_floor": 0.2, "reason": "the copies differ by 20 %"}) if m.metric.endswith(
