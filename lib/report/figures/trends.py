@@ -1,6 +1,7 @@
 """Each metric over the builds that the history keeps: the frame, its figure, and what moved, in words.
 
-A line joins builds of the same effort on the same machine; others are not comparable. Knows the history's rows
+A line joins builds of the same effort on the same machine, timed on the same workload, such as the fixed size that a
+policy was held against; others are not comparable. Knows the history's rows
 (`lib.report.records.history.over_time`) and no notebook.
 """
 
@@ -17,7 +18,7 @@ from lib.report.text.wording import label, title
 
 MOST = 30
 RUN = ["optimization", "model", "metric"]
-CONDITIONS = ["effort", "machine"]
+CONDITIONS = ["effort", "machine", "workload"]
 
 
 def read(path: Path, scale: str) -> pd.DataFrame:

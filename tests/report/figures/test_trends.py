@@ -71,3 +71,14 @@ def test_only_the_last_builds_are_drawn(dated, monkeypatch):
     monkeypatch.setattr(trends, "MOST", 2)
     frame = trends.read(_store(dated, [1.2, 1.3, 1.4]), "proxy")
     assert list(frame["at"].unique()) == [0, 1] and frame["gain"].max() < 1.5
+
+
+def test_another_workload_is_not_compared(dated):
+    """The best fixed size is chosen anew in every build, and named in the workload."""
+    for seed, (gain, size) in enumerate([(1.2, 8), (1.5, 12)]):
+        run = samples.whole(STEM, samples.MODELS[0], gain, seed=seed)
+        members = [m.model_copy(update={"workload": f"{m.workload}, fixed {size}"}) for m in run.measurements]
+        history.keep(dated, [run.model_copy(update={"measurements": members})], "proxy", "complete", f"{seed:012x}")
+    frame = trends.read(dated, "proxy")
+    assert "no longer overlap: none" in trends.words(frame)
+    assert style.png(trends.draw(frame[frame["dimension"] == "performance"])).startswith(b"\x89PNG")
