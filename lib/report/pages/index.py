@@ -4,13 +4,16 @@ Computed from the records on disk. A damaged record appears as damaged, with one
 appears as missing. The caller names what is expected; whatever else lies in the folder is shown too.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lib.errors import UserError
 from lib.files import write_atomically
+from lib.measure.metrics import settings
 from lib.measure.metrics.catalogue import DIMENSIONS
 from lib.report.analysis import advice, headlines, result_set, summary
 from lib.report.analysis.noise import flips
@@ -58,6 +61,7 @@ def text(folder: Path, results: Results) -> str:
     with suppress(UserError):  # a history that cannot be read is reported when the build ends
         changed = flips.since_last(folder, results.measured)
     results = results.settled
+    alike = _comparable(results)
     rows = [
         (title(name), [_cell(folder, name, model, results) for model in results.models])
         for name in results.optimizations
@@ -79,8 +83,8 @@ def text(folder: Path, results: Results) -> str:
         measured=sorted({r.model for r in results.records}) or results.models,
         dimensions=DIMENSIONS,
         verdicts=[(state, signed(state)) for state in KEY],
-        pareto=views.pareto(results),
-        rankings=views.rankings(results),
+        pareto=views.pareto(alike),
+        rankings=views.rankings(alike),
         provenance=views.provenance(results),
         curves=views.curves(folder),
         check=commands.at(reproduce.of_set("check", results.scale), folder),
@@ -100,11 +104,25 @@ def efforts(records: Sequence[Record]) -> str:
     """Return which runs are of which effort, where a first pass has not been replaced everywhere; empty where all are
     alike.
     """
-    counts = {effort: sum(r.effort == effort for r in records) for effort in dict.fromkeys(r.effort for r in records)}
+    counts = Counter(r.effort for r in records)
     if len(counts) < 2:
         return ""
     listed = ", ".join(f"{number} at {effort}" for effort, number in sorted(counts.items(), key=lambda c: c[1]))
-    return f"Runs of different effort: {listed}; each line names its own, and they are not compared."
+    usual = _usual_effort(records)
+    alone = f" Trade-offs and ranks are of those at {usual} alone." if usual else ""
+    return f"Runs of different effort: {listed}; each line names its own.{alone}"
+
+
+def _usual_effort(records: Sequence[Record]) -> str:
+    """Return the effort of most runs with a result, of two that are as frequent the larger one; empty without any."""
+    counts, order = Counter(r.effort for r in records if r.status == "ok"), [*settings.EFFORTS]
+    return max(counts, key=lambda e: (counts[e], order.index(e) if e in order else -1), default="")
+
+
+def _comparable(results: Results) -> Results:
+    """Return the runs that charts and ranks may hold together: those of one effort."""
+    usual = _usual_effort(results.records)
+    return replace(results, records=[r for r in results.records if r.effort == usual])
 
 
 def _cell(folder: Path, optimization: str, model: str, results: Results) -> dict[str, Any]:
