@@ -53,9 +53,7 @@ def _decisions(records: Sequence[Record], model: str, out: str | None) -> dict[s
     }
 
 
-def _merged(
-    name: str, goal: str, at_margin: Mapping[float, Sequence[Advice]], out: str | None
-) -> list[dict[str, Any]]:
+def _merged(name: str, goal: str, at_margin: Mapping[float, Sequence[Advice]], out: str | None) -> list[dict[str, Any]]:
     """Return the decisions on one optimization for one goal, each with the margins that it holds for."""
     lines: dict[tuple, dict[str, Any]] = {}
     for keep, advised in at_margin.items():
