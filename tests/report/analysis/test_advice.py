@@ -339,6 +339,13 @@ def test_an_empty_stack_says_first_that_nothing_pays():
     assert summary.decision(run).startswith("Do not use for latency")
 
 
+def test_an_empty_stack_of_a_search_says_nothing_of_smaller_ones():
+    run = samples.whole("automl_components", MODEL, gain=1.0)
+    run = run.model_copy(update={"details": run.details | {"stack": record.labelled([], "derived", "searched")}})
+    assert advised(run, "size").reason.startswith("nothing pays here: no candidate is within the margins and faster")
+    assert "smaller" not in advised(run, "size").reason
+
+
 def test_an_empty_stack_that_a_busy_machine_chose_is_undecided():
     run = samples.whole("pre_vs_post_optimization", MODEL)
     changed = {"noise_floor": 0.2, "reason": "noise"}

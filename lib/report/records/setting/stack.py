@@ -17,12 +17,16 @@ def steps(record: Record) -> list[tuple[str, dict[str, Any]]]:
 
 
 def nothing_pays(record: Record) -> str:
-    """Return what is said of a run whose stack is empty, so that its optimized model is a copy; empty elsewhere."""
+    """Return what is said of a run whose stack is empty, so that its optimized model is a copy; empty elsewhere.
+
+    A rule that names what it considered takes what is smaller, too; a search takes what is faster.
+    """
     if stored(record.details) != []:
         return ""
     tried = value_of(record.details, "considered")
-    number = f"of {len(tried)} candidates none" if isinstance(tried, list) and tried else "no candidate"
-    return f"nothing pays here: {number} is within the margins and faster or smaller"
+    if isinstance(tried, list) and tried:
+        return f"nothing pays here: of {len(tried)} candidates none is within the margins and faster or smaller"
+    return "nothing pays here: no candidate is within the margins and faster"
 
 
 def in_words(record: Record) -> str:
