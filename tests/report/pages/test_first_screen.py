@@ -1,5 +1,6 @@
 """The first screen of a report: decision, setting, six numbers, two charts, the machine; no sentence is long."""
 
+import itertools
 import xml.etree.ElementTree as xml
 
 import pytest
@@ -164,3 +165,13 @@ def test_a_smaller_amount_lies_to_the_right():
     counted = [measurement.counted("weights_bytes", "load", 100.0, 74.0, "bytes")]
     run = record.build("x", samples.MODELS[0], "proxy", "quick", {}, counted)
     assert first_screen._line(run.measurements[0]).value == pytest.approx(26.0)
+
+
+@pytest.mark.parametrize("value", [-39.0, -9.1, 4.0, 280.0])
+def test_labels_of_the_forest_plot_stand_apart(value):
+    change = ForestLine("processor time per token", "changed", value, None, None, None, "worse")
+    root = xml.fromstring(forest_svg.forest([change], "Changes"))
+    ticks = [text for text in root.iter("text") if (text.text or "").endswith("%") or text.text == "0"]
+    places = sorted(float(text.get("x", "nan")) for text in ticks)
+    widest = forest_svg.LETTER * max(len(text.text or "") for text in ticks)
+    assert len(places) > 1 and all(after - before >= widest for before, after in itertools.pairwise(places))

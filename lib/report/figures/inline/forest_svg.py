@@ -48,7 +48,8 @@ def forest(changes: Sequence[ForestLine], title: str) -> str:
     alt = escape(f"{title}: {'; '.join(f'{c.name} {c.text}' for c in changes)}.")
     parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{alt}"><title>{alt}</title>']
     floor = TOP + ROW * len(changes)
-    step = next((s for s in STEPS if (high - low) / s <= 6), STEPS[-1])
+    apart = LETTER * len("−100 %") * (high - low) / (WIDTH - left - RIGHT)  # per cent that a label is wide
+    step = next((s for s in STEPS if (high - low) / s <= 6 and s >= apart), STEPS[-1])
     for number in range(math.ceil(low / step), math.floor(high / step) + 1):
         at, kind = across(number * step), "grid" if number else "zero"
         text = f"{number * step:+d} %".replace("-", "−") if number else "0"
