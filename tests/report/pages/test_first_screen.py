@@ -173,5 +173,5 @@ def test_labels_of_the_forest_plot_stand_apart(value):
     root = xml.fromstring(forest_svg.forest([change], "Changes"))
     ticks = [text for text in root.iter("text") if (text.text or "").endswith("%") or text.text == "0"]
     places = sorted(float(text.get("x", "nan")) for text in ticks)
-    widest = forest_svg.LETTER * max(len(text.text or "") for text in ticks)
+    widest = forest_svg.LETTER * max(len(text.text or "") for text in ticks) + 4  # and a gap
     assert len(places) > 1 and all(after - before >= widest for before, after in itertools.pairwise(places))
