@@ -32,3 +32,8 @@ def test_what_two_builds_would_share_follows_from_the_intervals():
     near = measured.model_copy(update={"ratio": edge, "ci": (edge / 1.005, edge * 1.005)})
     everything, timed, count = twins.expected({"a": clear.model_copy(update={"measurements": [near]})}, draws=400)
     assert count == 1 and everything == timed and 0.4 < timed < 0.6
+
+
+def test_folders_without_records_do_not_hold(tmp_path, capsys):
+    assert twins.main([str(tmp_path), str(tmp_path)]) == 2
+    assert "nothing can be compared" in capsys.readouterr().out

@@ -140,6 +140,9 @@ def main(folders: list[str]) -> int:
         print(__doc__)
         return 2
     builds = {name: {item.stem: item for item in record.read_folder(Path(name))[0]} for name in folders}
+    if empty := [name for name, records in builds.items() if not records]:
+        print(f"{empty[0]}: no record is here, so that nothing can be compared; name the folder of a scale")
+        return 2
     good = True
     for name, records in builds.items():
         lines, holds = controls(records)
