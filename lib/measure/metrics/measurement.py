@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from lib.measure.metrics import paired_stats, process_variance
 from lib.measure.metrics.catalogue import metric as metric_named
-from lib.measure.metrics.decision import BUSY_FLOOR, Ruling, decide, detectable
+from lib.measure.metrics.decision import BUSY, BUSY_FLOOR, Ruling, decide, detectable
 from lib.measure.metrics.pairs import Pairs
 from lib.measure.metrics.process_variance import Pooled
 
@@ -219,13 +219,14 @@ def from_samples(
         floor = math.hypot(floor, paired_stats.NORMAL * sigma)
     reason, mde = None, None
     fewest = paired_stats.MINIMUM_PROCESSES if several else paired_stats.MINIMUM_BLOCKS
+    busy = f"{disturbed[-1]}, in {len(disturbed)} of {effect.n} pairs" if disturbed else None
     if floor is None or math.isinf(floor) or effect.n < fewest or margin is None:
         verdict: Verdict = "informative"
         if margin is not None:
             few = f"{effect.n} pairs" if effect.n < fewest else "the control's pairs"
             reason = "no A/A control ran" if floor is None else f"{few} are too few for an interval"
+            reason = f"{BUSY}: {busy}; {reason}" if busy else reason  # which withholds what else was timed
     else:
-        busy = f"{disturbed[-1]}, in {len(disturbed)} of {effect.n} pairs" if disturbed else None
         decision = decide(
             effect.median,
             effect.low,

@@ -29,3 +29,18 @@ def test_a_quiet_machine_and_a_short_kernel_withhold_nothing():
     kernel = timed("attention_ms", floor=0.3)
     judged = busy.withhold_if_busy([timed(), kernel])
     assert judged[0].verdict == "better" and kernel.verdict == "inconclusive" and busy.why_busy(judged) is None
+
+
+@pytest.mark.parametrize("missing", [{"count": 3}, {"floor": None}])
+def test_what_disturbed_rounds_without_a_verdict_is_the_reason_that_withholds_the_others(missing):
+    """The others were withheld because "3 pairs are too few for an interval", which nobody could run again on a quiet
+    machine."""
+    count, floor = missing.get("count", 12), missing.get("floor", 0.01)
+    rounds = [1.0] * count, [1.2] * count
+    few = measurement.from_samples(
+        "goodput_requests_per_second", "serve", *rounds, source="test", floor=floor, disturbed=LOADED
+    )
+    assert few.verdict == "informative" and few.disturbed == 1
+    quiet = busy.withhold_if_busy([few, timed()])[1]
+    assert quiet.verdict == "inconclusive" and quiet.reason == few.reason
+    assert busy.says_busy(quiet.reason) and LOADED[0] in quiet.reason
