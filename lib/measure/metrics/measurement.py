@@ -45,8 +45,10 @@ class Measurement(BaseModel):
     both None where no margin was applied. `reason` says why a number is missing, why the result is inconclusive, or why
     the realised gain differs from the predicted one. `process_sigma` is the standard deviation between processes
     (natural logarithm) that interval and floor include, `processes` the number of processes that were timed; both None
-    where neither applies. `disturbed` counts the pairs that were disturbed and could not be repeated. `predicted` is
-    the speed-up that the physical bounds allow, `realised` the share of it that was measured.
+    where neither applies. `documents` is the number of documents that the `n` items or windows come from, where several
+    share one: these are what is independent behind the interval. `disturbed` counts the pairs that were disturbed and
+    could not be repeated. `predicted` is the speed-up that the physical bounds allow, `realised` the share of it that
+    was measured.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -72,6 +74,7 @@ class Measurement(BaseModel):
     samples: dict[str, list[float]] | None = None
     process_sigma: float | None = None
     processes: int | None = None
+    documents: int | None = None
     disturbed: int | None = None
     predicted: float | None = None
     realised: float | None = None

@@ -14,6 +14,7 @@ from scipy.special import stdtr, stdtrit
 
 from lib.measure.metrics.catalogue import METRICS
 from lib.measure.metrics.measurement import Measurement
+from lib.measure.metrics.paired_stats import MINIMUM_PROCESSES
 
 LEVEL = 0.05
 LEAST = 1e-9  # a ratio that stands for none: its logarithm is finite
@@ -99,9 +100,12 @@ def _margin(measurement: Measurement) -> float:
 
 
 def freedom_of(measurement: Measurement) -> int:
-    """Return the degrees of freedom behind the interval: processes where it is over processes, else samples."""
+    """Return the degrees of freedom behind the interval: processes where it is over processes, documents where items
+    share them, else samples; one at least.
+    """
     processes = measurement.processes or 1
-    return (processes if processes >= 3 else measurement.n or 2) - 1
+    independent = processes if processes >= MINIMUM_PROCESSES else measurement.documents or measurement.n or 2
+    return max(1, independent - 1)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

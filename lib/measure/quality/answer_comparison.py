@@ -99,6 +99,7 @@ def compare_classified(
             same=same,
             identical=identical,
             margin=margin,
+            source_N=baseline.source_N,
             source=f"{baseline.task}, {n} items of the same prompts, label by log-likelihood, scikit-learn"
             + _before(baseline),
         )
@@ -149,6 +150,7 @@ def compare_retrieved(
         to_right=int((~baseline.right_N & optimized.right_N).sum()),
         same=bool((baseline.right_N == optimized.right_N).all()),
         margin=margin,
+        source_N=baseline.source_N,
         source=f"{n} generated values over {baseline.distance} tokens, greedy, exact match" + _before(baseline),
     )
 
@@ -166,13 +168,14 @@ def compare_text(
     source = f"{windows} {baseline.name} windows of {tokens} tokens"
     options: dict[str, Any] = {"resamples": resamples, "seed": seed, "source_N": baseline.source_N}
     perplexity = noninferiority.perplexity(baseline.loss_N, optimized.loss_N, margin=margin, source=source, **options)
+    shared = noninferiority.documents(baseline.source_N, windows)
 
     def mean(metric: str, of_equal_arms: float, values_N: np.ndarray, what: str, **fields: Any) -> Measurement:
         low, high = noninferiority.mean_interval(values_N, paired_stats.CONFIDENCE, **options)
         ci = max(low, 0.0), high if of_equal_arms == 0 else min(high, of_equal_arms)  # no lower, no larger is possible
         value = float(values_N.mean())
         return measurement.informative(
-            metric, "prefill", of_equal_arms, value, f"{source}, {what}", ci=ci, n=windows, **fields
+            metric, "prefill", of_equal_arms, value, f"{source}, {what}", ci=ci, n=windows, documents=shared, **fields
         )
 
     kl = mean("kl_divergence_nats", 0.0, kl_N, "KL(baseline ‖ optimized) over the whole vocabulary", ratio=None)

@@ -140,13 +140,15 @@ def score(
     same: bool = False,
     identical: bool = False,
     margin: float | None = None,
+    source_N: np.ndarray | None = None,
 ) -> Measurement:
     """Return the verdict on a score in [0, 1] from resampled differences.
 
     `to_wrong`, `to_right`: items whose right answer became wrong, whose wrong one became right. `counts`: of a macro
     mean, how many items each class's score rests on (`class_counts`); None for a share. `same`: both arms gave the same
     answers. `identical`: the arms' scores differ on no item, so that they are the same model and any number of items
-    suffices. Not judged where it is kept because there is nothing to lose (`_unless_empty`).
+    suffices. `source_N`: as in `resampled_scores`. Not judged where it is kept because there is nothing to lose
+    (`_unless_empty`).
     """
     margin = metric_named(metric).margin if margin is None else margin
     assert margin is not None, f"{metric} has no margin"
@@ -156,7 +158,7 @@ def score(
         "optimized": optimized,
         "ratio": optimized / baseline if baseline else None,
     }
-    common |= {"n": n, "margin": margin, "provenance": "measured"}
+    common |= {"n": n, "margin": margin, "provenance": "measured", "documents": documents(source_N, n)}
     if identical:
         description = f"{SAME}, {n} items, and the same scores; {source}"
         return measurement.judged(metric, workload, **common, verdict="maintained", source=description)
@@ -255,8 +257,8 @@ def perplexity(
     gain, n, limit = float(gain_N.mean()), len(gain_N), math.log1p(margin)
     low, _ = _loss_interval(gain_N, 1 - 2 * ONE_SIDED, resamples, seed, source_N)
     wide_low, wide_high = _loss_interval(gain_N, 1 - ONE_SIDED, resamples, seed, source_N)
-    units = n if source_N is None else len(np.unique(source_N))
-    unit = "windows" if units == n else "documents"
+    shared = documents(source_N, n)
+    units, unit = (n, "windows") if shared is None else (shared, "documents")
     held = f"upper bound {math.expm1(-low):+.2%}, margin {margin:.0%}"
     verdict = judge(gain, low, wide_low, wide_high, limit) if units >= MINIMUM_WINDOWS else "inconclusive"
     half = max(gain - wide_low, wide_high - gain)
@@ -269,6 +271,7 @@ def perplexity(
         ratio=math.exp(-gain),
         ci=(math.exp(-wide_high), math.exp(-wide_low)) if known and half > 0 else None,
         n=n,
+        documents=shared,
         mde=detectable(half, limit) if known else None,
         margin=margin,
         bound=math.expm1(-low) if known else None,
@@ -279,6 +282,12 @@ def perplexity(
         if verdict == "inconclusive"
         else None,
     )
+
+
+def documents(source_N: np.ndarray | None, n: int) -> int | None:
+    """Return how many documents `n` items or windows come from; None where each is its own."""
+    count = n if source_N is None else len(np.unique(source_N))
+    return count if count < n else None
 
 
 def mean_interval(

@@ -37,6 +37,16 @@ def test_a_wider_interval_is_less_significant():
     assert significance.p_value(samples.timed("prefill_tokens_per_second", 1.0, 0.1)) == 1.0
 
 
+def test_few_documents_say_less_than_the_many_items_that_come_from_them():
+    """The interval is over documents; p counted their windows, and fell as if each of these were independent."""
+    lost = samples.scored("perplexity", 41.0, 44.0, "not_maintained", half=0.02)
+    of_few = lost.model_copy(update={"documents": 8})
+    assert (significance.freedom_of(lost), significance.freedom_of(of_few)) == (399, 7)
+    alone, together = significance.p_value(lost), significance.p_value(of_few)
+    assert alone < 1e-4 < 1e-3 < together < 0.05
+    assert significance.freedom_of(lost.model_copy(update={"documents": 1})) == 1
+
+
 def test_holm():
     assert significance.holm([]) == []
     assert significance.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])

@@ -134,6 +134,7 @@ def test_windows_of_one_document_are_drawn_together():
     alone = noninferiority.perplexity(losses, changed, source="64 windows")
     together = noninferiority.perplexity(losses, changed, source="64 windows", source_N=document_N)
     assert together.ci[1] - together.ci[0] > 2 * (alone.ci[1] - alone.ci[0]) and "8 documents" in together.source
+    assert (alone.documents, together.documents) == (None, 8)
     few = noninferiority.perplexity(losses[:40], changed[:40], source="40 windows", source_N=document_N[:40])
     assert few.verdict == "inconclusive" and "5 documents are too few" in few.reason and few.ci is None
 
