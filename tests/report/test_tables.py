@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from lib.measure.metrics import measurement
+from lib.measure.metrics import digits, measurement
 from lib.report import tables
 from lib.report.figures import style, theme
 from lib.report.records import record, rows
@@ -25,9 +25,9 @@ def test_quantities_read_well():
     assert quantities.quantity(17.0, "items") == "17 items"
     assert quantities.quantity(None, "ms") == "–"
     assert quantities.quantity(0.91, "share") == "0.910"
-    assert quantities.interval(-5.6, -2.61, ".1f") == "−5.6 to −2.6"
-    assert quantities.interval(1.27, 1.35) == "1.27–1.35"
-    assert [quantities.signed(value) for value in (2.5, -2.5, 0.0, -0.01)] == ["+2.5", "−2.5", "0.0", "0.0"]
+    assert digits.interval(-5.6, -2.61, ".1f") == "−5.6 to −2.6"
+    assert digits.interval(1.27, 1.35) == "1.27–1.35"
+    assert [digits.signed(value) for value in (2.5, -2.5, 0.0, -0.01)] == ["+2.5", "−2.5", "0.0", "0.0"]
     assert quantities.times(1.0049) == "1.005×"
     assert quantities.duration(185) == "3 min 05 s"
 

@@ -22,10 +22,10 @@ from typing import Any
 from lib.measure.metrics import significance
 from lib.measure.metrics.busy import why_busy
 from lib.measure.metrics.catalogue import METRICS
+from lib.measure.metrics.digits import signed
 from lib.measure.metrics.measurement import Measurement, unavailable
 from lib.report.analysis.noise import gains
 from lib.report.records.record import Record
-from lib.report.text.quantities import signed
 from lib.report.text.wording import one_line
 
 PRIMARY = (

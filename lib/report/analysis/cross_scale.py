@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from lib.measure.metrics.digits import DASH
 from lib.measure.metrics.measurement import Measurement
 from lib.report.analysis import headlines
 from lib.report.records import record
 from lib.report.records.record import Record
-from lib.report.text.quantities import DASH
 from lib.report.text.wording import label, title
 
 QUALITY, SPEED = "proxy", "slice"

@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from lib.measure.metrics.digits import signed, with_ends
 from lib.measure.metrics.measurement import Measurement
 from lib.report.records.record import Record
 from lib.report.records.verdicts import verdict
 from lib.report.records.verdicts.primary import LOSSES
 from lib.report.text import sentence
-from lib.report.text.quantities import quantity, signed, with_ends
+from lib.report.text.quantities import quantity
 from lib.report.text.wording import SIGNS, words
 from lib.report.text.wording import signed as signed_word
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import UserError
+from lib.measure.metrics.digits import DASH
 from lib.report.pages import readme, result_tables
 from lib.report.records import record as records
 from lib.report.records.record import Record
 from lib.report.records.rows import markdown
-from lib.report.text.quantities import DASH
 from lib.report.text.wording import one_line, title
 
 PAGE, MARKER = "executed/README.md", "device"

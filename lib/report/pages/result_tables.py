@@ -7,13 +7,13 @@ A line per run. A cell holds the verdict's sign, the change and its interval, as
 from collections.abc import Mapping, Sequence
 
 from lib.measure.metrics.catalogue import DIMENSIONS
+from lib.measure.metrics.digits import DASH
 from lib.measure.metrics.measurement import Measurement
 from lib.report.analysis import headlines
 from lib.report.records.record import Record
 from lib.report.records.rows import markdown
 from lib.report.records.setting import facts, stand_in
 from lib.report.records.verdicts import primary, verdict
-from lib.report.text.quantities import DASH
 from lib.report.text.sentence import SUBJECTS
 from lib.report.text.wording import SIGNS, label, one_line, signed, title, untagged
 

@@ -6,9 +6,10 @@ Knows measurements and how to write their numbers; knows no pandas and no HTML.
 from collections.abc import Iterable, Sequence
 
 from lib.measure.metrics.catalogue import DIMENSIONS
+from lib.measure.metrics.digits import DASH, interval
 from lib.measure.metrics.measurement import Measurement
 from lib.report.text import sentence
-from lib.report.text.quantities import DASH, interval, quantity, share, times
+from lib.report.text.quantities import quantity, share, times
 from lib.report.text.wording import label, one_line, signed, untagged
 
 COLUMNS = (

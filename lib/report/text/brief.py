@@ -8,9 +8,10 @@ that is not judged claims no direction. Knows no record and no page.
 import re
 from collections.abc import Iterable
 
+from lib.measure.metrics.digits import MINUS, signed, with_ends
 from lib.measure.metrics.measurement import Measurement
 from lib.report.text import sentence
-from lib.report.text.quantities import MINUS, quantity, share, signed, with_ends
+from lib.report.text.quantities import quantity, share
 from lib.report.text.wording import words
 
 MOST_WORDS = 25

@@ -6,9 +6,10 @@ Digits follow the interval. `lib.report.text.brief` makes phrases of them. Knows
 import math
 
 from lib.measure.metrics.catalogue import METRICS
+from lib.measure.metrics.digits import places, signed, with_ends
 from lib.measure.metrics.measurement import Measurement, judge_again
 from lib.measure.quality.noninferiority import SAME
-from lib.report.text.quantities import figures, places, signed, times, with_ends
+from lib.report.text.quantities import figures, times
 from lib.report.text.wording import label, one_line
 
 # How a change is put into words: a rate of requests is higher, a time is shorter, anything else is faster.

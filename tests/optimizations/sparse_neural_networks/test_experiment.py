@@ -272,10 +272,11 @@ def test_what_others_published_is_judged_by_this_runs_arms():
     nothing.loc[0] = ["sparsegpt", 50, 0.02, 0.017, 0.022]
     nothing.loc[1] = ["wanda", 50, 5.0, 4.9, 5.1]
     patterns = outcome.replications(setup, arms, in_order, nothing)[2]
-    assert patterns.held and patterns.evidence == "sparsegpt: unstructured 0.02 (0.017–0.022), 2:4 0.9 (0.891–0.909)"
+    assert patterns.held
+    assert patterns.evidence == "sparsegpt: unstructured 0.0200 (0.0170–0.0220), 2:4 0.9000 (0.8910–0.9090)"
     arms += [arm("wanda, 2:4", 6.0), arm("sparsegpt, 4:8", 0.5)]
     patterns = outcome.replications(setup, arms, in_order, nothing)[2]
-    assert patterns.held and "4:8 0.5" in patterns.evidence and "wanda: unstructured 5 " in patterns.evidence
+    assert patterns.held and "4:8 0.5" in patterns.evidence and "wanda: unstructured 5.000 " in patterns.evidence
     assert "magnitude" not in patterns.evidence
     arms[-2:] = [arm("wanda, 2:4", 1.0), arm("sparsegpt, 4:8", 0.5)]
     assert outcome.replications(setup, arms, in_order, nothing)[2].held is False, "for each method compared"

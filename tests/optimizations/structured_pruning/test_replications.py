@@ -28,7 +28,7 @@ def test_a_score_of_which_no_answer_changed_was_measured():
     same = _measured("accuracy", "classify", 1.0, 0.0).model_copy(update={"ci": None, "bound": -0.0075})
     _, accuracy = outcome.replications(setup, [_measured("perplexity", "prefill", 1.002, 0.001), same], "channels")
     assert accuracy.held is None and "perplexity did not worsen strongly" in accuracy.evidence
-    assert "0 (−0.0075 to 0.0075)" in accuracy.evidence
+    assert "0.0000 (−0.0075 to +0.0075)" in accuracy.evidence
     _, accuracy = outcome.replications(setup, [_measured("perplexity", "prefill", 1.5, 0.01), same], "channels")
     assert accuracy.held, "no answer changed"
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from lib.measure.metrics import digits
 from lib.measure.metrics.decision import BUSY_FLOOR, FACTOR
 from lib.measure.metrics.measurement import Measurement
 
@@ -28,6 +29,20 @@ class Interval(NamedTuple):
     value: float
     low: float
     high: float
+
+    def __str__(self) -> str:
+        return self.in_words()
+
+    def in_words(self, sign: str = "") -> str:
+        """Return the number, followed by `sign`, with its interval: in the digits that this deserves, or in three
+        figures where it has no width.
+        """
+        signs = self.low < 0
+        text, ends = digits.with_ends(*self, neutral=0.0 if signs else 1.0, signs=signs)
+        if text is None or self.low == self.high:
+            text, low, high = (f"{number:.3g}".replace("-", digits.MINUS) for number in self)
+            ends = f"{low}{digits.DASH if self.low >= 0 else ' to '}{high}"
+        return f"{text}{sign} ({ends})"
 
 
 def interval(arms: Iterable[ThirdArm], names: Sequence[str], metric: str = "kl_divergence_nats") -> Interval | None:
@@ -55,10 +70,7 @@ def harms_less(
     if chosen is None or rival is None:
         missing = names[0] if chosen is None else names[1]
         return claim, None, f"{missing}: not measured"
-    evidence = ", ".join(
-        f"{name} {number.value:.3g} ({number.low:.3g}–{number.high:.3g}) {unit}"
-        for name, number in zip(names, (chosen, rival))
-    )
+    evidence = ", ".join(f"{name} {number} {unit}" for name, number in zip(names, (chosen, rival)))
     refuted = True if chosen.low > rival.high else False if chosen.high < rival.low else None
     return claim, refuted, evidence
 
@@ -66,23 +78,30 @@ def harms_less(
 def gain_drowns(claim: str, measurements: Iterable[Measurement]) -> ClaimAnswer:
     """Return the answer to a claim that is refuted where a gain that should be detectable was not detected.
 
-    Judged is the rate whose physical bound predicts the largest gain. It is detectable where it exceeds both the
-    smallest effect that the blocks can detect and the noise floor of the A/A control. A rate that was not judged, or on
-    a busy machine, or by blocks that span a factor, tells of no gain and refutes none.
+    Judged is, of the rates whose gain is detectable, the one whose physical bound predicts the largest: a gain that
+    exceeds both the smallest effect that its blocks can detect and the noise floor of its A/A control. A rate that was
+    not judged, or on a busy machine, or by blocks that span a factor, tells of no gain and refutes none; it answers only
+    where no other can.
     """
     rates = [m for m in measurements if m.unit.endswith("/s") and m.predicted and m.ratio]
     if not rates:
         return claim, None, "no gain was predicted: nothing was timed or no bound is known"
-    rate = max(rates, key=lambda m: m.predicted or 0.0)
-    least = math.exp(max(rate.mde or 0.0, rate.noise_floor or 0.0))
+    detectable = [m for m in rates if (m.predicted or 0.0) > _least(m)]
+    able = [m for m in detectable if not _unusable(m)] or detectable or rates
+    rate = max(able, key=lambda m: m.predicted or 0.0)
+    least = _least(rate)
     evidence = f"{rate.workload}: bound predicts {rate.predicted:.2f}×, detectable from {least:.2f}×"
-    if rate.predicted is None or rate.predicted <= least:
+    if rate.predicted is None or rate.ratio is None or rate.predicted <= least:
         return claim, None, evidence
-    low, high = rate.ci or (rate.ratio, rate.ratio)
-    evidence += f", measured {rate.ratio:.2f}× ({low:.2f}–{high:.2f})"
+    evidence += f", measured {Interval(rate.ratio, *(rate.ci or (rate.ratio, rate.ratio))).in_words('×')}"
     if _unusable(rate):
         return claim, None, f"{evidence}; {rate.reason or rate.verdict}"
     return claim, rate.verdict != "better", evidence
+
+
+def _least(rate: Measurement) -> float:
+    """Return the least gain of a rate that its blocks and its A/A control can tell from none, as a ratio."""
+    return math.exp(max(rate.mde or 0.0, rate.noise_floor or 0.0))
 
 
 def _unusable(rate: Measurement) -> bool:

@@ -104,11 +104,6 @@ def with_weights(judged: Judged, random: bool) -> Judged:
     return judged._replace(held=None, evidence=f"random weights; {judged.evidence}") if random else judged
 
 
-def _number(name: str, value: Interval) -> str:
-    middle, low, high = (f"{number:.3g}".replace("-", "−") for number in value)
-    return f"{name} {middle} ({low}{'–' if value.low >= 0 else ' to '}{high})"
-
-
 def below(low: Interval, high: Interval, ties: bool = False) -> bool | None:
     """Return whether one value lies below another: None where the intervals overlap, or True there where `ties` do."""
     if low.high < high.low:
@@ -129,7 +124,7 @@ def methods(sparsegpt: Interval | None, wanda: Interval | None, magnitude: Inter
         return _judged("methods", None, "not measured")
     held = _all([below(sparsegpt, wanda, ties=True), below(wanda, magnitude)])
     named = (("SparseGPT", sparsegpt), ("Wanda", wanda), ("magnitude", magnitude))
-    return _judged("methods", held, ", ".join(_number(*arm) for arm in named))
+    return _judged("methods", held, ", ".join(f"{name} {value}" for name, value in named))
 
 
 def patterns(by_method: Mapping[str, Mapping[str, Interval | None]]) -> Judged:
@@ -147,7 +142,7 @@ def patterns(by_method: Mapping[str, Mapping[str, Interval | None]]) -> Judged:
         if between is not None:
             answers += [below(free, between, ties=True), below(between, strict, ties=True)]
             known.insert(1, ("4:8", between))
-        evidence.append(f"{method}: {', '.join(_number(*arm) for arm in known)}")
+        evidence.append(f"{method}: {', '.join(f'{name} {value}' for name, value in known)}")
     return _judged("patterns", _all(answers) if answers else None, "; ".join(evidence) or "no method was measured")
 
 
@@ -155,7 +150,7 @@ def rows(per_row: Interval | None, per_matrix: Interval | None) -> Judged:
     """Judge Wanda within output rows against within the matrix."""
     if per_row is None or per_matrix is None:
         return _judged("rows", None, "not measured")
-    evidence = f"{_number('per row', per_row)}, {_number('per matrix', per_matrix)}"
+    evidence = f"per row {per_row}, per matrix {per_matrix}"
     return _judged("rows", below(per_row, per_matrix), evidence)
 
 
@@ -165,7 +160,7 @@ def svd(dense: float | None, plain: Interval | None, whitened: Interval | None) 
         return _judged("svd", None, "not measured")
     collapsed = True if plain.low >= COLLAPSED * dense else False if plain.high < COLLAPSED * dense else None
     usable = True if whitened.high <= USABLE * dense else False if whitened.low > USABLE * dense else None
-    evidence = f"dense {dense:.3g}, {_number('plain', plain)}, {_number('whitened', whitened)}"
+    evidence = f"dense {dense:.3g}, plain {plain}, whitened {whitened}"
     return _judged("svd", _all([collapsed, usable]), evidence)
 
 
@@ -175,7 +170,7 @@ def int8(ratio: Interval | None) -> Judged:
         return _judged("int8", None, "not measured")
     limit = 1 + NOTHING_LOST
     held = True if ratio.high < limit else False if ratio.low >= limit else None
-    return _judged("int8", held, f"{_number('ratio of perplexities', ratio)}, limit {limit:g}")
+    return _judged("int8", held, f"ratio of perplexities {ratio}, limit {limit:g}")
 
 
 def int4(int4_arm: Interval | None, pruned: Mapping[str, Interval | None]) -> Judged:
@@ -183,7 +178,7 @@ def int4(int4_arm: Interval | None, pruned: Mapping[str, Interval | None]) -> Ju
     known = {name: arm for name, arm in pruned.items() if arm is not None}
     if int4_arm is None or not known:
         return _judged("int4", None, "not measured")
-    evidence = ", ".join(_number(name, arm) for name, arm in (("int4", int4_arm), *known.items()))
+    evidence = ", ".join(f"{name} {arm}" for name, arm in (("int4", int4_arm), *known.items()))
     return _judged("int4", _all([below(int4_arm, arm) for arm in known.values()]), evidence)
 
 
@@ -191,7 +186,7 @@ def gptq(by_gptq: Interval | None, to_nearest: Interval | None) -> Judged:
     """Judge GPTQ against rounding to nearest at the same bits."""
     if by_gptq is None or to_nearest is None:
         return _judged("gptq", None, "not measured")
-    evidence = f"{_number('GPTQ', by_gptq)}, {_number('to nearest', to_nearest)}"
+    evidence = f"GPTQ {by_gptq}, to nearest {to_nearest}"
     return _judged("gptq", below(by_gptq, to_nearest), evidence)
 
 
@@ -237,7 +232,7 @@ def generation(generated: Measurement | None, chosen: Measurement | None) -> Jud
     falls, stays = lost(generated), lost(chosen)
     if falls is None or stays is None:
         return _judged("generation", None, "not measured, or nothing was right to begin with")
-    evidence = f"share lost: {_number('generated', falls)}, {_number('multiple choice', stays)}"
+    evidence = f"share lost: generated {falls}, multiple choice {stays}"
     return _judged("generation", below(stays, falls), evidence)
 
 
@@ -251,7 +246,7 @@ def accuracy(perplexity: Measurement | None, scores: Sequence[Measurement]) -> J
     if perplexity is None or not perplexity.ratio or not perplexity.ci or not changes:
         return _judged("accuracy", None, "not measured")
     mean = Interval(*(sum(values) / len(changes) for values in zip(*changes)))
-    over = _number(f"change of accuracy over {len(changes)} task{'s' if len(changes) > 1 else ''}", mean)
+    over = f"change of accuracy over {len(changes)} task{'s' if len(changes) > 1 else ''} {mean}"
     evidence = f"perplexity {perplexity.ratio:.3g}×, {over}"
     if perplexity.ci[0] <= 1 + STRONGLY:
         return _judged("accuracy", None, f"{evidence}: perplexity did not worsen strongly")
@@ -276,7 +271,7 @@ def short(gains: Mapping[int, Interval]) -> Judged:
     tokens = min(gains)
     gain = gains[tokens]
     held = True if gain.high <= PAYS else False if gain.low > PAYS else None
-    return _judged("short", held, _number(f"{tokens:,} tokens:", gain))
+    return _judged("short", held, f"{tokens:,} tokens: {gain}")
 
 
 def kernel(of_kernel: Interval | None, end_to_end: Interval | None, bound: float | None = None) -> Judged:
@@ -286,7 +281,7 @@ def kernel(of_kernel: Interval | None, end_to_end: Interval | None, bound: float
     """
     if of_kernel is None or end_to_end is None:
         return _judged("kernel", None, "not measured")
-    evidence = f"{_number('kernel', of_kernel)}, {_number('end to end', end_to_end)}"
+    evidence = f"kernel {of_kernel}, end to end {end_to_end}"
     evidence += "" if bound is None else f"; the bound allows {bound:.3g}"
     if of_kernel.low <= 1:
         return _judged("kernel", None, f"{evidence}: the kernel alone shows no gain")

@@ -66,3 +66,16 @@ def test_a_machine_that_gives_no_verdict_refutes_no_gain(changes):
     busy = rate.model_copy(update=changes)
     _, refuted, evidence = claims.gain_drowns("claim", [busy])
     assert refuted is None and "1.50×" in evidence and evidence.endswith(busy.reason or busy.verdict)
+
+
+def test_a_rate_that_cannot_tell_leaves_the_answer_to_one_that_can():
+    """Prefill, of which most is predicted, was too noisy; the decoding beside it was not, and gained nothing."""
+    noisy = _rate("inconclusive", 1.1, 1.6).model_copy(update={"noise_floor": 0.6, "mde": 0.7})
+    steady = _rate("equivalent", 1.0, 1.3).model_copy(update={"workload": "decode"})
+    _, refuted, evidence = claims.gain_drowns("claim", [noisy, steady])
+    assert refuted is True and evidence.startswith("decode: bound predicts 1.30×")
+    assert evidence.endswith("measured 1.000× (0.990–1.010)")
+    busy = noisy.model_copy(update={"mde": 0.2, "noise_floor": 0.2})
+    assert claims.gain_drowns("claim", [busy, steady])[1] is True, "nor one on a busy machine"
+    _, refuted, evidence = claims.gain_drowns("claim", [noisy])
+    assert refuted is None and evidence == "prefill: bound predicts 1.60×, detectable from 2.01×"

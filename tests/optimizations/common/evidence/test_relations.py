@@ -59,6 +59,13 @@ def test_int8():
     assert relations.int8(Interval(1.004, 1.0, 1.01)).held is None
 
 
+def test_an_interval_near_one_is_not_printed_as_one():
+    """Three figures made "1 (1–1)" of it, beside the word held."""
+    judged = relations.int8(Interval(1.0003, 1.0001, 1.0006))
+    assert judged.held and judged.evidence.startswith("ratio of perplexities 1.00030 (1.00010–1.00060), limit ")
+    assert "1 (1–1)" in relations.int8(Interval(1.0, 1.0, 1.0)).evidence, "the same answers, without width"
+
+
 def test_ends_and_layers():
     assert relations.ends([0.9, 0.1, 0.2, 0.1, 0.5]).held and relations.ends([0.1, 0.9, 0.2, 0.1, 0.5]).held is False
     assert relations.ends([0.9, 0.1]).held is None
@@ -85,7 +92,7 @@ def test_accuracy_moves_little_while_perplexity_worsens():
     assert relations.accuracy(worse, [score("accuracy", 0.5, 0.3)]).held is False
     assert relations.accuracy(score("perplexity", 28, 28.5), [score("accuracy", 0.5, 0.5)]).held is None
     evidence = relations.accuracy(worse, [score("accuracy", 0.5, 0.3)]).evidence
-    assert "change of accuracy over 1 task −0.2 (−" in evidence and " to −" in evidence and "-" not in evidence
+    assert "change of accuracy over 1 task −0.200 (−0.215 to −0.185)" in evidence and "-" not in evidence
 
 
 def test_density_and_short_inputs_and_kernels():
