@@ -80,8 +80,8 @@ def gain_drowns(claim: str, measurements: Iterable[Measurement]) -> ClaimAnswer:
 
     Judged is, of the rates whose gain is detectable, the one whose physical bound predicts the largest: a gain that
     exceeds both the smallest effect that its blocks can detect and the noise floor of its A/A control. A rate that was
-    not judged, or on a busy machine, or by blocks that span a factor, tells of no gain and refutes none; it answers only
-    where no other can.
+    not judged, or on a busy machine, or by blocks that span a factor, tells of no gain and refutes none; it answers
+    only where no other can.
     """
     rates = [m for m in measurements if m.unit.endswith("/s") and m.predicted and m.ratio]
     if not rates:
