@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lib.measure.metrics.measurement import Measurement
 
 TURNS = 3
-TURNS_ON_GPU = 2  # its allocator hardly scatters, and no process there can be forked
+TURNS_ON_GPU = 3  # the fewest that have an interval: no process there can be forked, and each takes many seconds
 # Weights of fewer bytes could fit into memory that was held and freed before they were loaded.
 LARGE_BYTES = 2**28
 

@@ -72,12 +72,28 @@ def test_peaks_come_from_several_fresh_processes_in_turn(arm):
 
 
 def test_two_children_take_no_variance_from_times():
-    """As on a GPU: too few for an interval, and how times differ between processes says nothing of memory."""
+    """Too few for an interval, and how times differ between processes says nothing of memory."""
     two = Peaks([Peak(0, 900, 1000, "peak of the CUDA allocator", 1.0, 1.0, weights_bytes=2**29)] * 2)
     for name in PROCESS:
         peak = by_metric(two, two)[name]
         assert peak.verdict == "informative" and "2 pairs are too few" in peak.reason
         assert peak.noise_floor == 0 and not peak.process_sigma and "between processes" not in peak.source
+
+
+def test_peaks_on_a_gpu_are_read_as_often_as_an_interval_asks(monkeypatch):
+    """Two readings have no interval, so that no peak on a GPU was ever judged."""
+    peak_bytes = {"large": 1000, "small": 900}
+
+    def run(_program, jobs) -> list[dict]:
+        sizes = [peak_bytes[job["arms"][0]["folder"]] for job in jobs]
+        return [asdict(Peak(0, 800, size, "peak of the CUDA allocator", 1.0, 1.0, weights_bytes=2**29)) for size in sizes]
+
+    monkeypatch.setattr(children, "run", run)
+    measured = by_metric(*memory.peaks(*(Arm(folder=name, device="cuda") for name in peak_bytes)))
+    peak = measured["peak_memory_bytes"]
+    assert (peak.verdict, peak.n, peak.processes) == ("better", 3, 3)
+    assert peak.ci == pytest.approx((0.9, 0.9)) and peak.noise_floor == pytest.approx(0.0, abs=1e-9)
+    assert measured["peak_memory_after_load_bytes"].verdict == "equivalent"
 
 
 def test_what_a_hook_holds_is_found_to_the_byte_and_within_a_megabyte(arm):
