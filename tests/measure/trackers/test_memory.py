@@ -86,7 +86,8 @@ def test_peaks_on_a_gpu_are_read_as_often_as_an_interval_asks(monkeypatch):
 
     def run(_program, jobs) -> list[dict]:
         sizes = [peak_bytes[job["arms"][0]["folder"]] for job in jobs]
-        return [asdict(Peak(0, 800, size, "peak of the CUDA allocator", 1.0, 1.0, weights_bytes=2**29)) for size in sizes]
+        scope = "peak of the CUDA allocator"
+        return [asdict(Peak(0, 800, size, scope, 1.0, 1.0, weights_bytes=2**29)) for size in sizes]
 
     monkeypatch.setattr(children, "run", run)
     measured = by_metric(*memory.peaks(*(Arm(folder=name, device="cuda") for name in peak_bytes)))
