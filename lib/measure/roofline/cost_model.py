@@ -312,7 +312,8 @@ def of(
     stride: int = 0,
     attended: float | None = None,
 ) -> Cost:
-    """Return FLOPs and bytes of one call of a workload on `model`.
+    """Return FLOPs and bytes of one call of a workload on `model`; where several calls make up the whole work
+    (`Workload.turns`), of the mean one.
 
     `hit`: see `step_bytes` (of decoding steps), `read_hit` the same of the pass that reads the prompts, which real text
     does not spread over all experts. `absorbed`, `attended`: see `decode_flops`. `density`, `stride`: see
@@ -341,8 +342,8 @@ def of(
             skip_zeros=skip_zeros,
         )
     if steps:
-        # Cost is linear in the context, so the middle step stands for all.
-        context = work.prompt_tokens + (steps + 1) / 2
+        # Cost is linear in the context, so the middle step stands for all, of every turn that the work is made of.
+        context = work.prompt_tokens + (steps * work.turns + 1) / 2
         of_step = decode_flops(model, context, absorbed=absorbed, skip_zeros=skip_zeros, attended=attended)
         flops += steps * work.batch * of_step
         bytes_ += steps * step_bytes(

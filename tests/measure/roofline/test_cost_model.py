@@ -55,6 +55,17 @@ def loaded_full(name: str):
     return io.build(described.config("full"), described.architecture, device="meta", dtype=torch.bfloat16)
 
 
+def test_calls_that_make_up_one_answer_cost_together_what_the_answer_costs(tiny):
+    """The cost of each of them was that of the first one, at the shortest context."""
+    model = tiny("qwen3-4b-instruct-2507")
+    prompt_BT = workloads.random_prompt(model, 2, 16)
+    whole, in_turns = (workloads.steps(model, prompt_BT, 12, at_once) for at_once in (None, 2))
+    assert (whole.turns, in_turns.turns) == (1, 6)
+    of_whole, of_turn = (cost_model.of(model, work) for work in (whole, in_turns))
+    assert 6 * of_turn.flops == pytest.approx(of_whole.flops) and 6 * of_turn.bytes == pytest.approx(of_whole.bytes)
+    assert of_whole == cost_model.of(model, workloads.decode(model, prompt_BT, 12))
+
+
 def test_active_parameters_of_the_real_models():
     dense = loaded_full("qwen3-4b-instruct-2507")
     vectors = sum(p.numel() for p in dense.parameters() if p.dim() == 1)
