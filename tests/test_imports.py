@@ -33,7 +33,7 @@ FLOORS = {
     "report": ({"text"}, {"records"}, {"analysis", "figures"}, {"tables"}, {"pages", "choosing", "earlier_runs"}),
     "suite": ({"bootstrap"}, {"plan"}, {"store"}, {"run"}, {"cluster", "lab"}, {"build"}, {"cli"}),
 }  # fmt: skip
-EVERYWHERE = {"errors", "memory_limits", "files", "forked_process"}
+EVERYWHERE = {"errors", "memory_limits", "cpu_limits", "files", "forked_process"}
 ABOUT_OTHERS = {"modular_components", "automl_components", "continuous_nas", "pre_vs_post_optimization"}
 HEAVY = {"torch", "transformers", "accelerate", "safetensors", "optuna"}
 FILES = sorted(LIB.rglob("*.py"))

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
+from lib import cpu_limits
 from lib.errors import UserError
 from lib.models import parameters as parameter_files
 from lib.models import tokenizing
@@ -82,10 +83,11 @@ def load(
     widths), on a GPU bfloat16, else what is quickest on this machine (`checkpoints.fastest_dtype`), but bfloat16 where
     float32 would not fit into memory and it does. A checkpoint that does not fit into the device's memory is streamed
     from its files, in their own dtype. `tasks` replace those of the parameter file; `text` is a file on which
-    perplexity is measured instead of held-out text. Raises UserError for an invalid scale, dtype, device, checkpoint,
-    task or text.
+    perplexity is measured instead of held-out text. Where a control group limits the processor's time, torch is left no
+    more threads than that is worth. Raises UserError for an invalid scale, dtype, device, checkpoint, task or text.
     """
     start = time.perf_counter()
+    _heed_quota()
     if scale not in parameter_files.SCALES:
         raise UserError(f'unknown scale "{scale}"; expected one of {", ".join(parameter_files.SCALES)}')
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -131,6 +133,13 @@ def load(
         text=text,
         original=weakref.ref(model),
     )
+
+
+def _heed_quota() -> None:
+    """Leave torch as many threads as this process may keep busy; a build has done so before the process started."""
+    threads = torch.get_num_threads()
+    if (allowed := cpu_limits.within_quota(threads)) < threads:
+        torch.set_num_threads(allowed)
 
 
 def _default_dtype(

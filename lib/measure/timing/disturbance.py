@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lib import cpu_limits
+
 # Shares of the block's time on this process's cores. The kernel counts busy and stolen time in ticks: a single tick
 # says nothing.
 STOLEN, WAITED, FOREIGN = 0.02, 0.10, 0.10
@@ -45,6 +47,13 @@ def cores() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
+
+
+def core_count() -> int:
+    """Return how many cores this process may keep busy: those of `cores`, or fewer where a control group limits its
+    time and nothing has bound it to some of them, as a build does.
+    """
+    return cpu_limits.within_quota(len(cores()))
 
 
 def watch(read: Callable[[], Reading | None] | None = None) -> Callable[[], str | None]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from lib import memory_limits
+from lib import cpu_limits, memory_limits
 from lib.errors import UserError
 
 CLEAN_SIDE_BY_SIDE = 2
@@ -31,37 +31,12 @@ def available() -> list[int]:
         cores = sorted(process.cpu_affinity(), key=lambda core: (_first_sibling(core), core))
     else:
         cores = list(range(psutil.cpu_count() or 1))
-    quota = cpu_quota()
+    quota = cpu_limits.cpu_quota()
     if quota is None or quota >= len(cores):
         return cores
     ranked = sorted((thread, core) for group in _physical(cores) for thread, core in enumerate(group))
     kept = {core for _, core in ranked[: max(1, int(quota))]}
     return [core for core in cores if core in kept]
-
-
-def cpu_quota() -> float | None:
-    """Return how many cores' time the control groups of this process allow it, None where they set no limit. Both
-    versions of control groups are read, and of each group those above it too, as for the memory.
-    """
-    quotas = []
-    for line in memory_limits.lines_of(memory_limits.OWN_GROUPS):
-        _, controllers, path = line.split(":", 2)
-        for name in {"", "cpu"} & set(controllers.split(",")):
-            own_group = memory_limits.GROUPS / (name or ".") / path.lstrip("/")
-            inside = [own_group, *own_group.parents]
-            quotas += [_quota(group) for group in inside if group.is_relative_to(memory_limits.GROUPS)]
-    return min((quota for quota in quotas if quota), default=None)
-
-
-def _quota(group: Path) -> float | None:
-    """Return the limit of one control group, in cores; None where it sets none."""
-    second = " ".join(memory_limits.lines_of(group / "cpu.max"))
-    first = [line for name in ("quota", "period") for line in memory_limits.lines_of(group / f"cpu.cfs_{name}_us")]
-    try:
-        microseconds, period = map(int, second.split() or first)
-        return microseconds / period if microseconds > 0 else None
-    except (ValueError, ZeroDivisionError):
-        return None  # "max", or a group without these files
 
 
 def _physical(cores: Sequence[int]) -> list[list[int]]:

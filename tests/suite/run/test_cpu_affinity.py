@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lib import memory_limits
+from lib import cpu_limits, memory_limits
 from lib.suite.run import cpu_affinity
 
 
@@ -37,7 +37,7 @@ def test_without_a_limit_every_core_may_be_used(machine, tmp_path):
     (tmp_path / "own").write_text("0::/job\n")
     (groups / "job").mkdir()
     (groups / "job" / "cpu.max").write_text("max 100000\n")
-    assert len(cpu_affinity.available()) == 8 and cpu_affinity.cpu_quota() is None
+    assert len(cpu_affinity.available()) == 8 and cpu_limits.cpu_quota() is None
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_the_first_version_of_control_groups_and_the_narrowest_of_them(machine, 
         (groups / path).mkdir()
         (groups / path / "cpu.cfs_quota_us").write_text(f"{quota}\n")
         (groups / path / "cpu.cfs_period_us").write_text("100000\n")
-    assert cpu_affinity.cpu_quota() == 3 and cpu_affinity.available() == [0, 1, 2]
+    assert cpu_limits.cpu_quota() == 3 and cpu_affinity.available() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
