@@ -112,7 +112,7 @@ def compare(
         source=source,
     )
     if reason := at_chance(old_N, baseline.chance):
-        judged = judged.model_copy(update={"verdict": "informative", "reason": reason, "margin": None, "bound": None})
+        judged = measurement.unjudged(judged, reason)
     others = [
         measurement.informative(
             name, baseline.task, float(right_N.mean()), float(optimized.others[name].mean()), source, n=n

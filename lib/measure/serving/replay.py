@@ -173,7 +173,9 @@ def goodput(
 def control(
     rounds: ServingRounds, objective: Objectives, baseline: str, again: str, workload: str = WORKLOAD
 ) -> Measurement:
-    """Return the goodput of two arms that are the same, judged by the practical margin alone, without a floor."""
+    """Return the goodput of two arms that are the same, judged by the variance between processes that other runs
+    showed, not by its own deviation, so that it can fail.
+    """
     arms = [[slo.goodput(run, objective) for run in rounds.served(name)] for name in (baseline, again, baseline)]
     return _judged("goodput_requests_per_second", workload, arms, rounds.source)
 
