@@ -21,7 +21,7 @@ def test_one_failure_stops_nothing(built):
     assert ended.returncode == 1, ended.stdout + ended.stderr
     statuses = {name: workbench.record(root, f"{name}--alpha-1.5")["status"] for name in ("well", "raises", "hangs")}
     assert statuses == {"well": "not_applicable", "raises": "failed", "hangs": "failed"}
-    assert "2 of 6 well, 4 failed" in ended.stdout
+    assert "2 of 6 finished, 4 failed" in ended.stdout
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The commands of `build.py`: reads the command line, calls what does the work, returns the exit code.
 
-0: all well. 1: a run failed, or a check fell short. 2: the request was wrong; one line says what was expected. 130: it
-was stopped by Ctrl-C.
+0: success. 1: a run failed, or a check fell short. 2: the request was wrong; one line says what was expected. 130: it
+was stopped by Ctrl-C; 143: by SIGTERM.
 Knows nothing of how anything is done.
 """
 

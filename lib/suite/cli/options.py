@@ -17,7 +17,8 @@ EPILOG = (
     "standard a first pass at effort preview gives an early site. Finished runs are kept, and a build that was stopped "
     "resumes. WORKBENCH_CELL_SECONDS and WORKBENCH_RUN_SECONDS limit how long a cell and a run may take, "
     "WORKBENCH_CLUSTER_SECONDS how long a scheduler may take to answer. Exit "
-    "codes: 0 all well; 1 a run failed or a check fell short; 2 the request was wrong; 130 stopped by Ctrl-C."
+    "codes: 0 success; 1 a run failed or a check fell short; 2 the request was wrong; 130 stopped by Ctrl-C, 143 by "
+    "SIGTERM."
 )
 SUITES = {
     "comprehensive": "run every optimization on every model; results and report in one file each",

@@ -206,7 +206,7 @@ def _bring_data(questions: Iterable[tuple[str, tuple[str, tuple[str, ...]]]], fo
 
 def plan_each(request: Request) -> tuple[list[Job], list[str]]:
     """Return the jobs of a request, nothing of which is to be run, and what is wrong, model by model: the jobs of the
-    others are there. Raises UserError where no model is well.
+    others are there. Raises UserError where every model is at fault.
     """
     jobs: list[Job] = []
     faults: dict[str, None] = {}
