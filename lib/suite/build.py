@@ -291,7 +291,8 @@ def _summary(folder: Folder, stems: Sequence[str], results: Sequence, faults: Se
             print(line)
     took, total = sum(result.seconds for result in results), len(stems)
     ran = f"{len(results)} run ({duration(took)} of work)" if results else "nothing had to be run"
-    print(f"{total - len(failed)} of {total} finished, {len(failed)} failed; {ran}; {shown(folder.path / 'index.html')}")
+    ended = f"{total - len(failed)} of {total} finished, {len(failed)} failed"
+    print(f"{ended}; {ran}; {shown(folder.path / 'index.html')}")
     return 1 if failed or faults else 0
 
 
