@@ -177,11 +177,11 @@ def _pairs(
     if replication.are_small(models):
         fresh = fresh_copies(dict(zip(("baseline", "optimized", "copy"), (*models, models[0]))), seed)
         again, shared = fresh["copy"]
-        first, second = fresh["baseline"][0], fresh["optimized"][0]
-        arms = {
-            name: (_anew(name, base, first, prompt_BT, effort), _anew(name, other, second, prompt_BT, effort))
-            for name, (base, other) in arms.items()
-        }
+        if aged := [name for name in ("baseline", "optimized") if fresh[name][1]]:
+            details["age of the arms"] = f"no copy of the {' and the '.join(aged)} model: both are timed as they were"
+        else:
+            copies = fresh["baseline"][0], fresh["optimized"][0]
+            arms = {name: _renewed(name, works, copies, prompt_BT, effort) for name, works in arms.items()}
     else:
         again, shared = separate_copy(models[0])
     if shared:
@@ -196,6 +196,20 @@ def _pairs(
         length: dict[str, Any] = {"blocks": least, "total": replication.block_seconds(effort) * effort.blocks}
         pairs[name] = with_control(*works, third, **length, seed=seed, disturbance=disturbance.watch)
     return pairs, details
+
+
+def _renewed(
+    name: str,
+    works: tuple[Workload, Workload],
+    copies: tuple[nn.Module, nn.Module],
+    prompt_BT: torch.Tensor,
+    effort: Effort,
+) -> tuple[Workload, Workload]:
+    """Return the work of both arms on copies of their models; both as they are where one of these answers otherwise: a
+    model beside a younger one seems slower for its age alone (`fresh_copies`).
+    """
+    first, second = (_anew(name, work, model, prompt_BT, effort) for work, model in zip(works, copies))
+    return works if first is works[0] or second is works[1] else (first, second)
 
 
 def _anew(name: str, work: Workload, model: nn.Module, prompt_BT: torch.Tensor, effort: Effort) -> Workload:

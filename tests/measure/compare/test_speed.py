@@ -1,5 +1,6 @@
 """One call measures the speed and efficiency of two models, and shows no speed-up of a degenerate one."""
 
+import threading
 import time
 from dataclasses import replace
 
@@ -146,6 +147,33 @@ def test_in_one_process_every_arm_is_a_copy_made_just_before(tiny, monkeypatch):
     ran.clear()
     speed._pairs((base, other), arms, prompt_BT, QUICK, 0, ())
     assert len(ran) == 3 and not ran & originals
+
+
+def test_where_one_arm_cannot_be_copied_neither_is(tiny, monkeypatch):
+    """A copy of the baseline beside an optimized model that was loaded long before: the difference was its age."""
+    base, other = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507", seed=1)
+    other.lock = threading.Lock()  # which cannot be copied
+    ran, originals = set(), {id(base), id(other)}
+    for model in (base, other):
+        model.register_forward_hook(lambda module, *_: ran.add(id(module)))
+    monkeypatch.setattr(speed.replication, "in_processes", lambda *a, **b: ({}, "planted"))
+    prompt_BT = workloads.random_prompt(base, 1, 16)
+    arms = {"prefill": tuple(workloads.standard("prefill", model, prompt_BT, 2, 1) for model in (base, other))}
+    _, details = speed._pairs((base, other), arms, prompt_BT, QUICK, 0, ())
+    assert originals < ran and len(ran) == 3, "the control is a copy, still"
+    assert details["age of the arms"].startswith("no copy of the optimized model")
+
+
+def test_where_the_copy_of_one_arm_answers_otherwise_neither_is_timed(tiny):
+    model, other = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507", seed=1)
+    prompt_BT = workloads.random_prompt(model, 1, 16)
+    works = tuple(workloads.standard("prefill", each, prompt_BT, 2, 1) for each in (model, other))
+    for work in works:
+        work()
+    same, changed = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507", seed=2)
+    assert speed._renewed("prefill", works, (same, changed), prompt_BT, QUICK) == works
+    renewed = speed._renewed("prefill", works, (same, other), prompt_BT, QUICK)
+    assert renewed[0] is not works[0] and renewed[1] is not works[1]
 
 
 def test_a_copy_that_answers_otherwise_is_not_timed(tiny):
