@@ -167,14 +167,16 @@ def score(
         return _unless_empty(_same(metric, workload, common, rarity, f"{SAME}, {n} items; {source}"))
     low = float(np.quantile(replicates_R, ONE_SIDED))
     wide_low, wide_high = (float(end) for end in np.quantile(replicates_R, [ONE_SIDED / 2, 1 - ONE_SIDED / 2]))
+    how = "paired bootstrap"
     if min(to_wrong, to_right) < FEW_FLIPS:
+        how += f" and exact limits of few flips, {_independent(common['documents'])}"
         below, _ = _allowance(to_wrong, to_right, n, ONE_SIDED, rarity)
         wide_below, wide_above = _allowance(to_wrong, to_right, n, ONE_SIDED / 2, rarity)
         low = min(low, difference - below)
         wide_low, wide_high = min(wide_low, difference - wide_below), max(wide_high, difference + wide_above)
     half = max(difference - wide_low, wide_high - difference)
     verdict = judge(difference, low, wide_low, wide_high, margin)
-    how = f"difference {difference:+.4f}, one-sided 95 % lower bound {low:+.4f}, margin {margin:g}"
+    how += f", difference {difference:+.4f}, one-sided 95 % lower bound {low:+.4f}, margin {margin:g}"
     judged = measurement.judged(
         metric,
         workload,
@@ -183,7 +185,7 @@ def score(
         mde=detectable(half, margin),
         bound=low,
         verdict=verdict,
-        source=f"{source}; paired bootstrap, {how}",
+        source=f"{source}; {how}",
         reason=_too_few(n, half / NORMAL * math.sqrt(n), difference, margin, "items")
         if verdict == "inconclusive"
         else None,
@@ -216,8 +218,8 @@ def _same(metric: str, workload: str, common: dict[str, Any], rarity: float, sou
         mde=detectable(rarity * unseen_loss([n], ONE_SIDED / 2), margin),
         bound=bound,
         verdict="maintained" if maintained else "inconclusive",
-        source=f"{source}; exact one-sided 95 % bound of an unseen loss {bound:+.4f}, items "
-        f"taken as independent, margin {margin:g}",
+        source=f"{source}; exact one-sided 95 % bound of an unseen loss {bound:+.4f}, "
+        f"{_independent(common['documents'])}, margin {margin:g}",
         reason=None
         if maintained
         else f"{n} items are too few: about {_about(max(needed, n + 1))} would show it maintained, "
@@ -282,6 +284,11 @@ def perplexity(
         if verdict == "inconclusive"
         else None,
     )
+
+
+def _independent(shared: int | None) -> str:
+    """Return what exact bounds take for granted; of items that share documents that is more than is known."""
+    return "items taken as independent" + (f" although they come from {shared} documents" if shared else "")
 
 
 def documents(source_N: np.ndarray | None, n: int) -> int | None:

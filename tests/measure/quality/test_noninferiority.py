@@ -93,6 +93,21 @@ def test_a_few_gains_are_as_uncertain_as_a_few_losses():
     assert ends[1][0] < 0.03 and won.verdict != "better"
 
 
+def test_a_bound_that_takes_items_of_one_document_as_independent_says_so():
+    """It cannot know how flips that did not occur would cluster; a reader may think of that."""
+    base = classified(60, 1.0)
+    shared, few = replace(base, source_N=np.arange(60) // 4), base.chosen_N.copy()
+    few[:1] = (base.truth_N[:1] + 1) % 8
+    for chosen_N in (base.chosen_N, few):
+        changed = replace(base, chosen_N=chosen_N, scores_NL=base.scores_NL + 1)
+        alone, together = (
+            by_name(answer_comparison.compare_classified(before, changed))["accuracy"] for before in (base, shared)
+        )
+        assert "items taken as independent, " in alone.source and alone.documents is None
+        assert "items taken as independent although they come from 15 documents, " in together.source
+        assert together.documents == 15
+
+
 def test_the_two_sided_interval_has_the_two_sided_bound():
     none, n = np.zeros(400), 60
     options = {"n": n, "to_wrong": 0, "to_right": 0, "source": "simulation"}
