@@ -164,7 +164,7 @@ def _joined(parts: Sequence[processes.Replicate]) -> tuple[Pairs, Pairs]:
 
 def unfit(models: Sequence[nn.Module]) -> str | None:
     """Return why models are not to be timed in processes of their own, or None where they can be."""
-    if reason := children.left_out():
+    if reason := children.why_none():
         return reason
     if any(parameter.device.type != "cpu" for model in models for parameter in model.parameters()):
         return "only models in CPU memory are timed in separate processes"

@@ -42,7 +42,7 @@ def saved(baseline: nn.Module, optimized: nn.Module) -> Iterator[tuple[Arm, Arm]
         kept = [(model, place) for model, place in pairs if beyond_files.opening(model) is None]
         for model, place in kept:
             io.save(model, place)
-        first, second = (Arm(dtype=dtype, device=device, **_made_again(model, place)) for model, place in pairs)
+        first, second = (Arm(dtype=dtype, device=device, **_reload_fields(model, place)) for model, place in pairs)
         with parked(*kept):
             yield first, second
 
@@ -52,7 +52,7 @@ def transform(model: nn.Module) -> str | None:
     return ABSORBING if mla_absorption.is_absorbed(model) else None
 
 
-def _made_again(model: nn.Module, place: Path) -> dict[str, Any]:
+def _reload_fields(model: nn.Module, place: Path) -> dict[str, Any]:
     """Return the fields of the `Arm` by which the `model` saved at `place` is made again."""
     noted = beyond_files.steps(model)
     if opened := beyond_files.opening(model):
@@ -69,7 +69,7 @@ def lack_of_room(*models: nn.Module) -> str | None:
     weight = next(models[0].parameters())
     if not weight.is_cuda:
         return None
-    if reason := children.left_out():
+    if reason := children.why_none():
         return reason
     torch.cuda.empty_cache()  # memory that the allocator holds back is not free for another process
     sizes = [cost_model.weights_bytes(model) for model in models]

@@ -155,7 +155,7 @@ def compare(
     if with_energy and settings.wants("efficiency") and timed:
         name = "decode" if "decode" in timed else next(iter(timed))
         joules = _energy(name, timed[name], effort, weight.device.type, seed)
-        measurements = [*energy.beside(joules, measurements), *joules]
+        measurements = [*energy.judge_once(joules, measurements), *joules]
     return Compared(measurements, timed, _details(timed, peaks) | details | replication.shortened(), peaks)
 
 
@@ -181,7 +181,7 @@ def _pairs(
             details["age of the arms"] = f"no copy of the {' and the '.join(aged)} model: both are timed as they were"
         else:
             copies = fresh["baseline"][0], fresh["optimized"][0]
-            arms = {name: _renewed(name, works, copies, prompt_BT, effort) for name, works in arms.items()}
+            arms = {name: _on_copies(name, works, copies, prompt_BT, effort) for name, works in arms.items()}
     else:
         again, shared = separate_copy(models[0])
     if shared:
@@ -198,7 +198,7 @@ def _pairs(
     return pairs, details
 
 
-def _renewed(
+def _on_copies(
     name: str,
     works: tuple[Workload, Workload],
     copies: tuple[nn.Module, nn.Module],
@@ -208,11 +208,11 @@ def _renewed(
     """Return the work of both arms on copies of their models; both as they are where one of these answers otherwise: a
     model beside a younger one seems slower for its age alone (`fresh_copies`).
     """
-    first, second = (_anew(name, work, model, prompt_BT, effort) for work, model in zip(works, copies))
+    first, second = (_on_copy(name, work, model, prompt_BT, effort) for work, model in zip(works, copies))
     return works if first is works[0] or second is works[1] else (first, second)
 
 
-def _anew(name: str, work: Workload, model: nn.Module, prompt_BT: torch.Tensor, effort: Effort) -> Workload:
+def _on_copy(name: str, work: Workload, model: nn.Module, prompt_BT: torch.Tensor, effort: Effort) -> Workload:
     """Return the work on a copy of its model, warm; the work itself where the copy answers otherwise."""
     again = _workload(name, model, prompt_BT, effort)
     again()

@@ -148,7 +148,7 @@ def score(
     mean, how many items each class's score rests on (`class_counts`); None for a share. `same`: both arms gave the same
     answers. `identical`: the arms' scores differ on no item, so that they are the same model and any number of items
     suffices. `source_N`: as in `resampled_scores`. Not judged where it is kept because there is nothing to lose
-    (`_unless_empty`).
+    (`_unless_nothing_to_lose`).
     """
     margin = metric_named(metric).margin if margin is None else margin
     assert margin is not None, f"{metric} has no margin"
@@ -164,7 +164,7 @@ def score(
         return measurement.judged(metric, workload, **common, verdict="maintained", source=description)
     difference = optimized - baseline
     if same:
-        return _unless_empty(_same(metric, workload, common, rarity, f"{SAME}, {n} items; {source}"))
+        return _unless_nothing_to_lose(_same(metric, workload, common, rarity, f"{SAME}, {n} items; {source}"))
     low = float(np.quantile(replicates_R, ONE_SIDED))
     wide_low, wide_high = (float(end) for end in np.quantile(replicates_R, [ONE_SIDED / 2, 1 - ONE_SIDED / 2]))
     how = "paired bootstrap"
@@ -190,10 +190,10 @@ def score(
         if verdict == "inconclusive"
         else None,
     )
-    return _unless_empty(judged)
+    return _unless_nothing_to_lose(judged)
 
 
-def _unless_empty(judged: Measurement) -> Measurement:
+def _unless_nothing_to_lose(judged: Measurement) -> Measurement:
     """Return a score, without its verdict where it is kept because there is nothing to lose: all that the baseline has
     is within the margin.
     """

@@ -51,7 +51,7 @@ class SimulationError(NamedTuple):
         )
 
 
-def beside(
+def compare(
     simulated: Mapping[str, Sequence[Sequence[Served]]], real: Mapping[str, Sequence[Served]], objective: Objectives
 ) -> list[Row]:
     """Return a row per policy and compared quantity: real (mean over the traces), simulated (mean, least and most of
@@ -89,7 +89,7 @@ def _mean(runs: Sequence[Served], name: str, objective: Objectives) -> float | N
 
 
 def simulation_error(rows: Sequence[Row], source: str) -> Measurement:
-    """Return the mean relative error of the simulation for the first policy and the last, from rows of `beside`."""
+    """Return the mean relative error of the simulation for the first policy and the last, from rows of `compare`."""
     source = f"{source}; mean error of {', '.join(COMPARED)}"
     names = list(dict.fromkeys(row["policy"] for row in rows))
     arms = [[row["error"] for row in rows if row["policy"] == name] for name in (names[0], names[-1])] if names else []
@@ -102,7 +102,7 @@ def simulation_error(rows: Sequence[Row], source: str) -> Measurement:
 
 def error_of(simulation: Measurement, rows: Sequence[Row] = ()) -> SimulationError:
     """Return the error that simulated goodput carries: the largest of both arms' means, and of goodput's own errors in
-    the `rows` of `beside`, which quantities that any simulation finds must not hide; unknown without a measurement.
+    the `rows` of `compare`, which quantities that any simulation finds must not hide; unknown without a measurement.
     """
     if simulation.baseline is None or simulation.optimized is None:
         return SimulationError(None)
@@ -117,7 +117,7 @@ def error_of(simulation: Measurement, rows: Sequence[Row] = ()) -> SimulationErr
     return max(errors, key=lambda error: error.share or 0.0)
 
 
-def carried(simulated: Measurement, error: SimulationError) -> Measurement:
+def with_error(simulated: Measurement, error: SimulationError) -> Measurement:
     """Return a simulated measurement that carries the `error` of the simulation.
 
     The half-widths of its interval (natural logarithm) and the error add in quadrature, and the verdict follows from

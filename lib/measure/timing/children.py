@@ -61,7 +61,7 @@ class Arm:
     device: str = "cpu"
 
 
-def left_out() -> str | None:
+def why_none() -> str | None:
     """Return why no process is to be started (the variable WORKBENCH_CHILDREN is "none": on a device that is lent for
     minutes, starting them takes longer than the rest of a run), or None.
     """

@@ -93,7 +93,7 @@ def taken_by_others(reason: str) -> bool:
     return reason.startswith(("our threads waited", "other processes"))
 
 
-def together(reasons: Iterable[str]) -> str:
+def in_words(reasons: Iterable[str]) -> str:
     """Return disturbances as one phrase: those that differ in their share alone are one, with the range of the shares;
     "nothing" where there are none.
     """

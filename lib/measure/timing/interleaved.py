@@ -42,7 +42,7 @@ class Rounds:
     `orders` holds the arms of each round in the order of their turns, `disturbed` what disturbed the round or None,
     `set_aside` the repeated rounds: seconds per call of each arm, and the reason. `cpu_seconds` is this process's
     processor time per call (user and system, all threads). `process[i]` numbers the fresh process that timed round i;
-    None where all were timed in this one. `anew`: whether the arms were copied for these rounds alone.
+    None where all were timed in this one. `copied`: whether the arms were copied for these rounds alone.
     """
 
     seconds: dict[str, list[float]]
@@ -53,7 +53,7 @@ class Rounds:
     clock: str = "perf_counter"
     cpu_seconds: dict[str, list[float]] = field(default_factory=dict)
     process: list[int] | None = None
-    anew: bool = False
+    copied: bool = False
 
     def logs(self, arm: str) -> np.ndarray:
         """Return ln(seconds) of one arm, [R]."""

@@ -159,7 +159,7 @@ def is_judged(joules: Sequence[Measurement]) -> bool:
     return any(m.metric == GROSS and m.margin is not None for m in joules)
 
 
-def beside(joules: Sequence[Measurement], measurements: Sequence[Measurement]) -> list[Measurement]:
+def judge_once(joules: Sequence[Measurement], measurements: Sequence[Measurement]) -> list[Measurement]:
     """Return the measurements as they stand beside `joules`: where these are judged, processor seconds describe."""
     if not is_judged(joules):
         return [*measurements]

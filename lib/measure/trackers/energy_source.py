@@ -120,19 +120,19 @@ def cpu_name() -> str:
     if part := fields.get("CPU part"):
         ours = "Graviton, " if " ".join(memory_limits.lines_of(VENDOR)).startswith("Amazon") else ""
         return f"{ours}{platform.machine()} implementer {fields.get('CPU implementer', 'unknown')} part {part}"
-    return _apples() or platform.processor() or platform.machine()
+    return _macos_name() or platform.processor() or platform.machine()
 
 
-def _apples() -> str | None:
+def _macos_name() -> str | None:
     """Return what macOS calls the processor, of which `platform` knows the architecture alone; None elsewhere."""
     if platform.system() != "Darwin":
         return None
     command = ["sysctl", "-n", "machdep.cpu.brand_string"]
     try:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return asked.stdout.strip() or None
+    return ended.stdout.strip() or None
 
 
 Opened = tuple[Callable[[], float], str, str]  # joules so far, kind, scope

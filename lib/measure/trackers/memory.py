@@ -103,7 +103,7 @@ def peaks(*arms: Arm, turns: int | None = None, watched: bool = True) -> list[Pe
     return what they read. In the first turn live tensors are counted, where `watched`: it makes small steps several
     times slower. The reading of a child that fails has nulls and the reason.
     """
-    if reason := children.left_out():
+    if reason := children.why_none():
         return [Peaks([failed(reason)]) for _ in arms]
     on_gpu = any(arm.device.startswith("cuda") for arm in arms)
     turns = turns or (TURNS_ON_GPU if on_gpu else TURNS)

@@ -82,8 +82,8 @@ class RealModelTrial:
         return validation.error_of(self.error, self.rows)
 
     def carried(self, simulated: Measurement) -> Measurement:
-        """Return a simulated measurement with this trial's error (`validation.carried`)."""
-        return validation.carried(simulated, self.strays)
+        """Return a simulated measurement with this trial's error (`validation.with_error`)."""
+        return validation.with_error(simulated, self.strays)
 
 
 def workload(size: int) -> str:
@@ -126,7 +126,7 @@ def serve(
         for name in (FIXED, ADAPTIVE)
     }
     real = {name: rounds.served(name) for name in (FIXED, ADAPTIVE)}
-    rows = validation.beside(simulated, real, setup.objective)
+    rows = validation.compare(simulated, real, setup.objective)
     error = validation.simulation_error(rows, f"simulation against {rounds.source}")
     names = (rounds, setup.objective, FIXED, AGAIN, ADAPTIVE, workload(size))
     headline = replay.goodput(*names)

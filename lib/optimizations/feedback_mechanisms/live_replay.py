@@ -233,8 +233,8 @@ class LiveTrial:
         return validation.error_of(self.error, self.rows)
 
     def carried(self, simulated: Measurement) -> Measurement:
-        """Return a simulated measurement with this trial's error (`validation.carried`)."""
-        return validation.carried(simulated, self.strays)
+        """Return a simulated measurement with this trial's error (`validation.with_error`)."""
+        return validation.with_error(simulated, self.strays)
 
 
 def compare(
@@ -274,7 +274,7 @@ def compare(
     }
     replayed = {name: [run.replayed for run in each] for name, each in runs.items()}
     rounds = ServingRounds(tuple(live), replayed, counter, planned=True, calibration=setup.times[0].disturbed)
-    rows = validation.beside(simulated, {name: rounds.served(name) for name in (STATIC, LOOP)}, setup.objective)
+    rows = validation.compare(simulated, {name: rounds.served(name) for name in (STATIC, LOOP)}, setup.objective)
     error = validation.simulation_error(rows, f"simulation against {rounds.source}")
     headline = replay.goodput(rounds, setup.objective, STATIC, AGAIN, LOOP, workload(size))
     means = [

@@ -28,7 +28,7 @@ from lib.optimizations.modular_components import hot_swap, maintenance, method, 
 from lib.optimizations.modular_components.hot_swap import LiveExchange
 from lib.optimizations.modular_components.pair_study import Contrasts, PairStudy
 from lib.optimizations.modular_components.parts_setup import PartsSetup
-from lib.optimizations.modular_components.strength import MadeStep, Weakened
+from lib.optimizations.modular_components.strength import AppliedStep, Weakened
 
 CLAIMS = (
     "A pair crashes instead of being refused with a reason.",
@@ -90,7 +90,7 @@ def shapes_of_middle_block(setup: PartsSetup, steps: list[RecipeStep]) -> pd.Dat
         applied.append(step)
         columns[step.optimization] = traits.shapes(model, middle)
         if setup.keeps_singles:
-            setup.made[strength.named(applied)] = MadeStep(model, seconds)
+            setup.applied_before[strength.named(applied)] = AppliedStep(model, seconds)
     return pd.DataFrame(columns).fillna("–").rename_axis("tensor").reset_index()
 
 
@@ -105,13 +105,13 @@ def composed(
     """
     quality = search_quality.prepare(setup.loaded, setup.quick, setup.seed)
     apart = strength.LEVELS // 2 if setup.hurried else 1
-    options: dict[str, Any] = {"apart": apart, "made": setup.made}
+    options: dict[str, Any] = {"apart": apart, "applied_before": setup.applied_before}
     slow: dict[str, str] = {}
     if contrasts is not None:
         slow, options["losses"] = contrasts.only_slower(), contrasts.losses_alone
         steps = [step for step in steps if step.optimization not in slow]
     chosen, levels = strength.find(quality, setup.calibration, steps, setup.sample_BT, setup.seed, **options)
-    setup.made.clear()
+    setup.applied_before.clear()
     assert io.weights_hash(setup.loaded.model) == setup.weights, "composing changed the baseline"
     return replace(chosen, left_out=chosen.left_out | slow), levels
 
@@ -152,9 +152,9 @@ def exchange_live(setup: PartsSetup, study: PairStudy, prompt_BT: torch.Tensor) 
     """
     model = setup.loaded.model
     attempts = ((stem, pair_rounds.with_model(setup, single).model) for stem, single in study.singles.items())
-    made = ((stem, other) for stem, other in attempts if other is not None)
+    exchanged = ((stem, other) for stem, other in attempts if other is not None)
     question_BT = prompt_BT[:, :64].to(next(model.parameters()).device)
-    return hot_swap.exchange_all(model, made, question_BT, EXCHANGED_TOKENS, setup.weights)
+    return hot_swap.exchange_all(model, exchanged, question_BT, EXCHANGED_TOKENS, setup.weights)
 
 
 def spending(study: PairStudy, exchanged: LiveExchange, grown: maintenance.Addition | None) -> list[Measurement]:

@@ -182,8 +182,8 @@ class LiveExchange:
         """What was found after the exchanges, as a phrase."""
         if not self.done:
             return "nothing could be exchanged"
-        found = "identical" if self.identical else "different"
-        return f"{self.compared} {found} after {self.done} exchange{'s' if self.done > 1 else ''}"
+        comparison = "identical" if self.identical else "different"
+        return f"{self.compared} {comparison} after {self.done} exchange{'s' if self.done > 1 else ''}"
 
     @property
     def caption(self) -> str:

@@ -16,7 +16,7 @@ from lib.models.checkpoints import io, placement
 from lib.models.loading import Loaded
 from lib.models.tasks import tasks
 from lib.optimizations.modular_components import method, traits
-from lib.optimizations.modular_components.strength import MadeStep
+from lib.optimizations.modular_components.strength import AppliedStep
 
 PAIR_COPIES = 5  # two parts, both orders, and one that is forced or made with outdated statistics
 
@@ -25,7 +25,7 @@ PAIR_COPIES = 5  # two parts, both orders, and one that is forced or made with o
 class PartsSetup:
     """A model, the stems of the parts that apply to it in pipeline order, why the others do not, and what they are
     tried with. `weights` is the hash of the baseline's weights; `keeps_singles` says whether there is room for the
-    models of all parts at once; `made` are then models of several steps that are needed twice.
+    models of all parts at once; `applied_before` are then models of several steps that are needed twice.
     """
 
     loaded: Loaded
@@ -38,7 +38,7 @@ class PartsSetup:
     sample_BT: torch.Tensor
     weights: str
     keeps_singles: bool
-    made: dict[tuple[str, ...], MadeStep] = field(default_factory=dict, repr=False)
+    applied_before: dict[tuple[str, ...], AppliedStep] = field(default_factory=dict, repr=False)
 
     @property
     def hurried(self) -> bool:

@@ -28,7 +28,7 @@ LEVELS = 8
 
 
 @dataclass(frozen=True)
-class MadeStep:
+class AppliedStep:
     """The model behind a step that was made earlier, and the seconds that this step took."""
 
     model: nn.Module = field(repr=False)
@@ -90,12 +90,12 @@ def stack_at(
     steps: Sequence[RecipeStep],
     level: int,
     seed: int = 0,
-    made: Mapping[tuple[str, ...], MadeStep] | None = None,
+    applied_before: Mapping[tuple[str, ...], AppliedStep] | None = None,
 ) -> tuple[list[RecipeStep], nn.Module, dict[str, str]]:
     """Return the steps kept at `level`, the model after them, and by stem why the others were left out.
 
-    A part that refuses at this strength is left out, with its reason. `made`: by their names (`named`), what some steps
-    made earlier of the same model, calibration and seed.
+    A part that refuses at this strength is left out, with its reason. `applied_before`: by their names (`named`), what
+    some steps made earlier of the same model, calibration and seed.
     """
     options: dict[str, Any] = {"arrange": False, "seed": seed}
     kept: list[RecipeStep] = []
@@ -107,7 +107,7 @@ def stack_at(
             left_out[step.optimization] = "no strength is left"
             continue
         try:
-            known = (made or {}).get(named([*kept, weak]))
+            known = (applied_before or {}).get(named([*kept, weak]))
             changed = known.model if known else method.compose(current, calibration, [weak], **options).model
         except UserError as refusal:
             left_out[step.optimization] = str(refusal)
@@ -128,10 +128,10 @@ def named(steps: Sequence[RecipeStep]) -> tuple[str, ...]:
     return tuple(step.model_dump_json() for step in steps)
 
 
-def _spent(kept: Sequence[RecipeStep], made: Mapping[tuple[str, ...], MadeStep]) -> float:
+def _spent(kept: Sequence[RecipeStep], applied_before: Mapping[tuple[str, ...], AppliedStep]) -> float:
     """Return the seconds that those of the steps took which were made earlier."""
     keys = (named(kept[:count]) for count in range(1, len(kept) + 1))
-    return sum(made[key].seconds for key in keys if key in made)
+    return sum(applied_before[key].seconds for key in keys if key in applied_before)
 
 
 def strongest(within: Callable[[int], bool], levels: int = LEVELS, apart: int = 1) -> int:
@@ -155,11 +155,11 @@ def find(
     seed: int = 0,
     *,
     apart: int = 1,
-    made: Mapping[tuple[str, ...], MadeStep] | None = None,
+    applied_before: Mapping[tuple[str, ...], AppliedStep] | None = None,
     losses: Mapping[str, float] | None = None,
 ) -> tuple[Weakened, list[Weakened]]:
     """Return the strongest stack within the margins, and every level that was tried, by strength for each set of parts;
-    `apart`: see `strongest`, `made`: see `stack_at`.
+    `apart`: see `strongest`, `applied_before`: see `stack_at`.
 
     `losses`: what each part loses alone. With it, parts are left out, those of unknown loss first and then the one that
     loses most, until some strength of the others is within the margins; without it none is. Where levels are not next
@@ -170,7 +170,7 @@ def find(
     dropped: dict[str, str] = {}
     tried: list[Weakened] = []
     while True:
-        search = _Levels(quality, calibration, remaining, sample_BT, seed, made or {})
+        search = _Levels(quality, calibration, remaining, sample_BT, seed, applied_before or {})
         weaker = [step for step in remaining if weakened(step, 0) is None]
         highest = LEVELS // 2 if dropped and weaker and apart > 1 else LEVELS  # where looks are few, half alone
         level = strongest(search.within, highest, apart)
@@ -196,10 +196,10 @@ class _Levels:
         steps: Sequence[RecipeStep],
         sample_BT: torch.Tensor,
         seed: int,
-        made: Mapping[tuple[str, ...], MadeStep],
+        applied_before: Mapping[tuple[str, ...], AppliedStep],
     ) -> None:
         self.quality, self.calibration, self.steps = quality, calibration, list(steps)
-        self.sample_BT, self.seed, self.made = sample_BT, seed, made
+        self.sample_BT, self.seed, self.applied_before = sample_BT, seed, applied_before
         self.seen: dict[int, Weakened] = {}
         self.best: Weakened | None = None
 
@@ -216,8 +216,9 @@ class _Levels:
 
     def _look(self, level: int) -> Weakened:
         loaded, start = self.quality.loaded, time.perf_counter()
-        kept, model, left_out = stack_at(loaded.model, self.calibration, self.steps, level, self.seed, self.made)
-        seconds = time.perf_counter() - start + _spent(kept, self.made)
+        known = self.applied_before
+        kept, model, left_out = stack_at(loaded.model, self.calibration, self.steps, level, self.seed, known)
+        seconds = time.perf_counter() - start + _spent(kept, known)
         broken = sanity.check(model, self.sample_BT, new_tokens=4, random_weights=loaded.random_weights)
         stack = Weakened(level, kept, model, left_out, self.quality.of(model), seconds, broken)
         self.seen[level] = replace(stack, model=nn.Identity())

@@ -163,15 +163,16 @@ def _faster(before: nn.Module, after: nn.Module, prompt_BT: torch.Tensor, most: 
     """
     arms, weights = {interactions.BASELINE: before, "after": after}, {"after": 1, interactions.BASELINE: -1}
     gains: list[float] = []
-    anew: list[bool] = []
+    copied: list[bool] = []
     start = time.perf_counter()
     while True:
         timed = interactions.time_arms(arms, prompt_BT, ROUNDS, seed + len(gains))
         gains += np.mean([-rounds.contrast(weights) for rounds in timed.values()], axis=0).tolist()
-        anew.append(all(rounds.anew for rounds in timed.values()))
+        copied.append(all(rounds.copied for rounds in timed.values()))
         sigma = np.mean([interactions.process_sigma(name, weights.values()) for name in timed])
-        draws = [1] * anew.count(True) + [anew.count(False)]  # rounds of six of each: what was not copied is one draw
-        drawn = math.sqrt(sum(six**2 for six in draws)) / len(anew)
+        # Rounds of six of each draw: what was not copied is one draw.
+        draws = [1] * copied.count(True) + [copied.count(False)]
+        drawn = math.sqrt(sum(six**2 for six in draws)) / len(copied)
         gain = shapley.over_rounds(gains, float(sigma) * drawn)
         narrow = gain.high - gain.low <= 2 * SPEED_MARGIN
         if narrow or len(gains) >= most or time.perf_counter() - start > MOST_SECONDS:

@@ -138,8 +138,8 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
     if lost:
         return result("do not use", lost, **about)
     if served.verdict in ("worse", "equivalent"):
-        found = in_words.phrase(served, record.measurements)
-        return result("do not use", f"no gain: {found}{_beside(record, goal, served)}", **about)
+        outcome = in_words.phrase(served, record.measurements)
+        return result("do not use", f"no gain: {outcome}{_beside(record, goal, served)}", **about)
     if served.verdict != "better" or served.provenance == "estimated":
         gate = why(served) or "a simulated or estimated number decides nothing"
         where = in_words.notes(served, record.measurements)

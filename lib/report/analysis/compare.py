@@ -261,8 +261,8 @@ def _estimated(
 
 def _in_points(change: Change, effect: float, low: float, high: float, error: float, freedom: int) -> Change:
     """Return the change of a score whose ratio has no interval, with the margin in points too."""
-    said = " to ".join(signed(100 * number) for number in (low, high))
-    how = f"{signed(100 * effect)} points ({said}), gain against gain, from both intervals"
+    ends = " to ".join(signed(100 * number) for number in (low, high))
+    how = f"{signed(100 * effect)} points ({ends}), gain against gain, from both intervals"
     margin, p = METRICS[change.metric].margin or 0.0, gains.p_value(effect, error, freedom)
     return replace(change, points=(effect, low, high), margin=margin, p=p, how=how, verdict="")
 

@@ -171,8 +171,8 @@ def test_where_the_copy_of_one_arm_answers_otherwise_neither_is_timed(tiny):
     for work in works:
         work()
     same, changed = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507", seed=2)
-    assert speed._renewed("prefill", works, (same, changed), prompt_BT, QUICK) == works
-    renewed = speed._renewed("prefill", works, (same, other), prompt_BT, QUICK)
+    assert speed._on_copies("prefill", works, (same, changed), prompt_BT, QUICK) == works
+    renewed = speed._on_copies("prefill", works, (same, other), prompt_BT, QUICK)
     assert renewed[0] is not works[0] and renewed[1] is not works[1]
 
 
@@ -181,8 +181,8 @@ def test_a_copy_that_answers_otherwise_is_not_timed(tiny):
     prompt_BT = workloads.random_prompt(model, 1, 16)
     work = workloads.standard("decode", model, prompt_BT, 2, 1)
     work()
-    assert speed._anew("decode", work, other, prompt_BT, QUICK) is work
-    again = speed._anew("decode", work, tiny("qwen3-4b-instruct-2507"), prompt_BT, QUICK)
+    assert speed._on_copy("decode", work, other, prompt_BT, QUICK) is work
+    again = speed._on_copy("decode", work, tiny("qwen3-4b-instruct-2507"), prompt_BT, QUICK)
     assert again is not work and again.output_BN.equal(work.output_BN)
 
 

@@ -41,11 +41,11 @@ def measured(gain, spread=0.01, floor=0.005):
 
 def test_a_simulation_is_beside_itself_without_error_and_a_planted_one_is_seen():
     real = {"fixed": [run(0.5), run(0.5)], "ours": [run(0.6), run(0.6)]}
-    rows = validation.beside({name: [runs, runs] for name, runs in real.items()}, real, OBJECTIVE)
+    rows = validation.compare({name: [runs, runs] for name, runs in real.items()}, real, OBJECTIVE)
     assert {row["quantity"] for row in rows} == set(validation.COMPARED) and len(rows) == 10
     assert all(row["error"] == 0 and row["least"] == row["simulated"] == row["most"] for row in rows)
     slower = {"fixed": [[run(0.5), run(0.5)]], "ours": [[run(0.9), run(0.9)]]}
-    error = validation.simulation_error(validation.beside(slower, real, OBJECTIVE), "planted")
+    error = validation.simulation_error(validation.compare(slower, real, OBJECTIVE), "planted")
     # Ours: three of the five quantities are half as long again, goodput and tokens are the same.
     assert error.baseline == 0 and error.optimized == pytest.approx(3 * 0.5 / 5)
     assert validation.error_of(error).share == error.optimized
@@ -56,12 +56,12 @@ def test_goodput_that_the_real_server_never_had_is_no_small_error():
     strict = Objectives(1.0, 0.0455)
     real = {"fixed": [run(0.51)], "ours": [run(0.51)]}
     kind = {name: [[run(0.5)]] for name in real}
-    rows = validation.beside(kind, real, strict)
+    rows = validation.compare(kind, real, strict)
     assert {row["error"] for row in rows if row["quantity"] == validation.GOODPUT} == {1.0}
     error = validation.simulation_error(rows, "planted")
     assert validation.error_of(error, rows).share == 1.0 and error.optimized > validation.MOST_ERROR
-    assert validation.carried(measured(1.5), validation.error_of(error, rows)).verdict == "informative"
-    nowhere = validation.beside({name: [[run(0.51)]] for name in real}, real, strict)
+    assert validation.with_error(measured(1.5), validation.error_of(error, rows)).verdict == "informative"
+    nowhere = validation.compare({name: [[run(0.51)]] for name in real}, real, strict)
     assert all(row["error"] is None for row in nowhere if row["quantity"] == validation.GOODPUT)
 
 
@@ -71,7 +71,7 @@ def test_what_any_simulation_finds_does_not_hide_an_error_of_goodput():
     mixed = run(0.5, 39)
     for outcome in mixed.outcomes[::3]:
         outcome.finished += 0.02
-    rows = validation.beside({name: [[run(0.5, 39)]] for name in "ab"}, {name: [mixed] for name in "ab"}, strict)
+    rows = validation.compare({name: [[run(0.5, 39)]] for name in "ab"}, {name: [mixed] for name in "ab"}, strict)
     error = validation.simulation_error(rows, "planted")
     assert validation.error_of(error).share == pytest.approx(0.1, abs=0.02)
     assert validation.error_of(error, rows).share == pytest.approx(0.5)
@@ -80,28 +80,30 @@ def test_what_any_simulation_finds_does_not_hide_an_error_of_goodput():
 def test_without_replays_the_error_is_unknown():
     assert validation.simulation_error([], "planted").verdict == "unavailable"
     assert validation.error_of(validation.simulation_error([], "planted")).share is None
-    assert validation.carried(measured(1.3), SimulationError(None)).verdict == "informative"
+    assert validation.with_error(measured(1.3), SimulationError(None)).verdict == "informative"
 
 
 def test_the_error_adds_in_quadrature_to_the_interval():
     plain = measured(1.3)
-    carried = validation.carried(plain, SimulationError(0.05, "planted"))
+    carried = validation.with_error(plain, SimulationError(0.05, "planted"))
     half = math.log(carried.ci[1] / carried.ratio)
     assert half == pytest.approx(math.hypot(math.log(plain.ci[1] / plain.ratio), 0.05))
     assert carried.verdict == plain.verdict == "better" and "5.0%" in carried.source
-    assert validation.carried(plain, SimulationError(0.0, "planted")).ci == pytest.approx(plain.ci)
+    assert validation.with_error(plain, SimulationError(0.0, "planted")).ci == pytest.approx(plain.ci)
 
 
 def test_an_error_as_large_as_the_effect_leaves_it_open():
     assert measured(1.06).verdict == "better"
-    assert validation.carried(measured(1.06), SimulationError(0.08, "planted")).verdict == "inconclusive"
+    assert validation.with_error(measured(1.06), SimulationError(0.08, "planted")).verdict == "inconclusive"
     assert (
-        measured(0.9).verdict == validation.carried(measured(0.9), SimulationError(0.02, "planted")).verdict == "worse"
+        measured(0.9).verdict
+        == validation.with_error(measured(0.9), SimulationError(0.02, "planted")).verdict
+        == "worse"
     )
 
 
 def test_beyond_a_tenth_nothing_is_judged_and_the_reason_is_said():
-    carried = validation.carried(measured(1.5), SimulationError(0.12, "planted"))
+    carried = validation.with_error(measured(1.5), SimulationError(0.12, "planted"))
     assert carried.verdict == "informative" and "12.0% (planted)" in carried.reason and "limit 10%" in carried.reason
     assert carried.ci[0] < measured(1.5).ci[0]
 

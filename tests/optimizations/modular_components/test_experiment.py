@@ -232,7 +232,7 @@ def test_a_part_that_refuses_here_is_passed_over_where_shapes_are_shown(tiny, ba
         "not applied"
     }
     assert list(shown["first"]) == list(shown.baseline)
-    assert list(setup.made) == [strength.named([steps[0]])], "what was made is kept by the steps that made it"
+    assert list(setup.applied_before) == [strength.named([steps[0]])], "what was made is kept by the steps that made it"
 
 
 def test_steps_that_cannot_be_taken_here_are_a_result_and_not_a_fault(tiny, batch, monkeypatch):

@@ -98,19 +98,19 @@ def test_steps_made_earlier_are_taken_over_with_their_seconds(tiny, batch, monke
     steps = [_step(PRUNING, ratio=0.4), _step(EXACT, memory_ratio=1.0)]
     expected = strength.stack_at(model, [batch], steps, strength.LEVELS)[1]
     first = method.compose(model, [batch], steps[:1], arrange=False, seed=0).model
-    made = {strength.named(steps[:1]): strength.MadeStep(first, 1000.0)}
+    applied_before = {strength.named(steps[:1]): strength.AppliedStep(first, 1000.0)}
     composed = []
     compose = method.compose
     monkeypatch.setattr(method, "compose", lambda *args, **kw: composed.append(args[2]) or compose(*args, **kw))
-    kept, behind, _ = strength.stack_at(model, [batch], steps, strength.LEVELS, made=made)
+    kept, behind, _ = strength.stack_at(model, [batch], steps, strength.LEVELS, applied_before=applied_before)
     assert kept == steps and composed == [steps[1:]]
     assert torch.equal(behind(**batch).logits, expected(**batch).logits)
     monkeypatch.setattr(strength, "strongest", lambda within, *_, **__: strength.LEVELS * within(strength.LEVELS))
     planted = _Planted(model)
     planted.of = lambda model: QualityLoss(0.0, 0.0, 0.0)
-    best, _ = strength.find(planted, [batch], steps, batch["input_ids"], made=made)
+    best, _ = strength.find(planted, [batch], steps, batch["input_ids"], applied_before=applied_before)
     assert best.level == strength.LEVELS and 1000 < best.seconds < 1100
-    half, _, _ = strength.stack_at(model, [batch], steps, strength.LEVELS // 2, made=made)
+    half, _, _ = strength.stack_at(model, [batch], steps, strength.LEVELS // 2, applied_before=applied_before)
     assert half[0].knobs["ratio"] == 0.2, "what was made at full strength is not taken for another"
 
 

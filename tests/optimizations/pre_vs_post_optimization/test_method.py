@@ -154,7 +154,7 @@ def test_a_candidate_is_timed_until_its_interval_is_narrow(tiny, monkeypatch):
         seeds.append(seed)
         gain = next(draws)
         seconds = {"baseline": [1.0] * 6, "after": np.exp(-gain).tolist()}
-        return {"prefill": interleaved.Rounds(seconds, 1, [None] * 6, [["baseline", "after"]] * 6, anew=True)}
+        return {"prefill": interleaved.Rounds(seconds, 1, [None] * 6, [["baseline", "after"]] * 6, copied=True)}
 
     monkeypatch.setattr(interactions, "time_arms", timed)
     first = comparing._faster(None, None, None, comparing.MOST_ROUNDS, 0)
@@ -164,8 +164,8 @@ def test_a_candidate_is_timed_until_its_interval_is_narrow(tiny, monkeypatch):
         assert comparing._faster(None, None, None, most, 0).n == 6
 
 
-def _both(rounds: interleaved.Rounds, anew: bool) -> dict[str, interleaved.Rounds]:
-    return dict.fromkeys(("prefill", "decode"), replace(rounds, anew=anew))
+def _both(rounds: interleaved.Rounds, copied: bool) -> dict[str, interleaved.Rounds]:
+    return dict.fromkeys(("prefill", "decode"), replace(rounds, copied=copied))
 
 
 def test_a_candidate_has_the_interval_of_what_one_process_hides_and_more_copies_narrow_it(monkeypatch):
@@ -173,8 +173,8 @@ def test_a_candidate_has_the_interval_of_what_one_process_hides_and_more_copies_
     rounds = interleaved.Rounds(seconds, 1, [None] * 6, [["baseline", "after"]] * 6)
     sigma = process_variance.between_processes("prefill").sigma
     monkeypatch.setattr(comparing, "SPEED_MARGIN", 0.001)
-    for anew, groups in (((True,) * 3, 3), ((False,) * 3, 1), ((True, False, False), 9 / 5)):
-        copied = iter(anew)
+    for of_looks, groups in (((True,) * 3, 3), ((False,) * 3, 1), ((True, False, False), 9 / 5)):
+        copied = iter(of_looks)
         monkeypatch.setattr(interactions, "time_arms", lambda *_, copied=copied: _both(rounds, next(copied)))
         gain = comparing._faster(None, None, None, comparing.MOST_ROUNDS, 0)
         assert gain.n == 18 and gain.value - gain.low == pytest.approx(1.96 * sigma / groups**0.5)
@@ -197,7 +197,7 @@ def test_what_is_as_fast_as_the_margin_asks_is_not_kept_more_often_for_further_l
     def timed(arms, prompt, count, seed):
         gain = comparing.SPEED_MARGIN + noise * random.standard_normal(6)
         seconds = {"baseline": [1.0] * 6, "after": np.exp(-gain).tolist()}
-        return {"prefill": interleaved.Rounds(seconds, 1, [None] * 6, [["baseline", "after"]] * 6, anew=True)}
+        return {"prefill": interleaved.Rounds(seconds, 1, [None] * 6, [["baseline", "after"]] * 6, copied=True)}
 
     monkeypatch.setattr(interactions, "time_arms", timed)
     seen = [comparing._faster(None, None, None, comparing.MOST_ROUNDS, 0) for _ in range(1500)]

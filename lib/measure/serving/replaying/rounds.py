@@ -64,7 +64,7 @@ class ServingRounds:
         """What disturbed the machine meanwhile; without what other programs took where one of them was let in on
         purpose, since its share cannot be told from theirs.
         """
-        return disturbance.together(self._all_unplanned())
+        return disturbance.in_words(self._all_unplanned())
 
     def _unplanned(self, run: Replayed) -> str | None:
         """Return what disturbed a replay, None where nothing did but what was let in on purpose."""

@@ -60,7 +60,7 @@ def time_arms(
 
 def _timed(
     models: Mapping[str, nn.Module],
-    anew: bool,
+    copied: bool,
     prompt_BT: torch.Tensor,
     count: int,
     seed: int,
@@ -76,7 +76,7 @@ def _timed(
     for name, calls in works.items():
         iterations = interleaved.iterations_for(calls[BASELINE], 0.02)
         options: dict[str, Any] = {"seed": seed, "fewest": fewest, "disturbance": disturbance.watch}
-        timed[name] = replace(rounds(calls, count, iterations=iterations, **options), anew=anew)
+        timed[name] = replace(rounds(calls, count, iterations=iterations, **options), copied=copied)
     return timed
 
 
@@ -106,12 +106,12 @@ def _read(model: nn.Module, prompt_BT: torch.Tensor) -> torch.Tensor:
 
 def timed_on(timed: Iterable[Mapping[str, Rounds]]) -> str:
     """Return what was timed, in words: copies made for each call of `time_arms`, or the models themselves."""
-    anew = [all(rounds.anew for rounds in each.values()) for each in timed]
-    if all(anew):
+    copied = [all(rounds.copied for rounds in each.values()) for each in timed]
+    if all(copied):
         return "copies made for them"
-    if not any(anew):
+    if not any(copied):
         return "the models themselves"
-    return f"copies made for them, in {anew.count(False)} of {len(anew)} cases the models themselves"
+    return f"copies made for them, in {copied.count(False)} of {len(copied)} cases the models themselves"
 
 
 def process_sigma(workload: str, weights: Iterable[float]) -> float:

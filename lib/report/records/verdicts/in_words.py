@@ -18,7 +18,7 @@ from lib.report.text.sentence import clipped
 PREVIEW = "preview"
 MOST_LOSSES = 3  # that are named; the verdict holds them all
 DECODE = "decode_tokens_per_second"
-SAID = ("better", "worse", "equivalent", "inconclusive")
+NAMED = ("better", "worse", "equivalent", "inconclusive")
 
 
 def sentences(
@@ -57,12 +57,12 @@ def phrase(measurement: Measurement, beside: Sequence[Measurement]) -> str:
     """Return what is said of a measurement, with its workload where its metric is judged for more than one, and that it
     is estimated where it is; beside unchanged answers to the tasks, how many of other answers differ, if any does.
     """
-    said = brief.phrase(measurement) + notes(measurement, beside)
+    text = brief.phrase(measurement) + notes(measurement, beside)
     if sentence.same_answers(measurement):
         elsewhere = [(m.n or 0, m.optimized, m.workload) for m in beside if m.metric == "same_answers"]
         differing = [(round(n * (1 - same)), n, workload) for n, same, workload in elsewhere if same is not None]
-        said += "".join(f", {count} of {n} others differ ({workload})" for count, n, workload in differing if count)
-    return said
+        text += "".join(f", {count} of {n} others differ ({workload})" for count, n, workload in differing if count)
+    return text
 
 
 def notes(measurement: Measurement, beside: Sequence[Measurement]) -> str:
@@ -86,7 +86,7 @@ def _of_dimension(
     if carrier is None:
         return []
     lost = {id(loss) for loss in losses}
-    beside = [m for m in measurements if m.metric == DECODE and m.verdict in SAID and id(m) not in lost]
+    beside = [m for m in measurements if m.metric == DECODE and m.verdict in NAMED and id(m) not in lost]
     return [carrier, *beside[:1]] if name == "performance" and carrier.metric.startswith("prefill") else [carrier]
 
 

@@ -60,7 +60,7 @@ def test_copies_are_given_back_even_where_they_refer_to_themselves(tiny, monkeyp
         assert len(copies) == 2 and all(made() is None for made in copies)
     finally:
         gc.enable()
-    assert timed["prefill"].anew and interactions.timed_on([timed]) == "copies made for them"
+    assert timed["prefill"].copied and interactions.timed_on([timed]) == "copies made for them"
 
 
 def test_a_copy_that_reads_otherwise_is_not_timed_and_that_is_said(tiny, monkeypatch):
@@ -70,7 +70,7 @@ def test_a_copy_that_reads_otherwise_is_not_timed_and_that_is_said(tiny, monkeyp
     copies = {id(model): other}
     monkeypatch.setattr(control, "separate_copy", lambda given: (copies.get(id(given)) or copy.deepcopy(given), None))
     timed = interactions.time_arms(arms, torch.arange(8, 24)[None], 2, 0, 2, 2)
-    assert not timed["prefill"].anew and not timed["decode"].anew
+    assert not timed["prefill"].copied and not timed["decode"].copied
     assert interactions.timed_on([timed]) == "the models themselves"
     assert interactions.timed_on([sound, timed]).endswith("in 1 of 2 cases the models themselves")
 
