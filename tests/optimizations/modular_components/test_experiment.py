@@ -217,7 +217,7 @@ def refusing(monkeypatch, model, batch) -> types.SimpleNamespace:
         for stem, apply in (("first", sound), ("second", refuse), ("third", sound))
     }
     monkeypatch.setattr(method, "parts", lambda: modules)
-    options = {"calibration": [batch], "seed": 0, "keeps_singles": True, "made": {}}
+    options = {"calibration": [batch], "seed": 0, "keeps_singles": True, "applied_before": {}}
     parts = {"fitting": ["first", "second"], "unfit": {"third": "it has no experts"}}
     return types.SimpleNamespace(loaded=types.SimpleNamespace(model=model), **options, **parts)
 
