@@ -51,7 +51,7 @@ CONTROL_WINDOWS = 2  # of these, for arms that only inform
 class Quality:
     """Answers of both arms and what they are worth; `degenerate` says why the sparse model's output is, or is None.
 
-    `asked` are the long prompts, `answers` those of each arm; both empty where no answer means anything.
+    `prompts` are the long prompts, `answers` those of each arm; both empty where no answer means anything.
     """
 
     full: Answers
@@ -59,7 +59,7 @@ class Quality:
     measurements: list[Measurement]
     degenerate: str | None
     options: dict[str, int]  # of `answer_comparison.compare`
-    asked: LongPrompts | None = None
+    prompts: LongPrompts | None = None
     answers: dict[str, LongAnswers] | None = None
     patterns: dict[tuple, tuple[list[Measurement], float | None]] = field(
         default_factory=dict
@@ -89,7 +89,7 @@ def quality(loaded: Loaded, optimized: nn.Module, effort: Effort, tokens: int, l
     questions = PREVIEW_QUESTIONS if effort.preview else long_answers.QUESTIONS
     prompts = long_answers.prompts(loaded, tokens, PROMPTS[level], questions, seed)
     answers = {"full": long_answers.ask(absorbed_baseline.absorbed_baseline(loaded.model), prompts)}
-    answers["sparse"] = _asked(optimized, prompts)
+    answers["sparse"] = _answers(optimized, prompts)
     measurements = [m for m in measurements if m.metric != "retrieval_exact_match"]  # long prompts ask for it
     measurements += long_answers.compare(answers["full"], answers["sparse"], **options)
     if degenerate:
@@ -151,17 +151,17 @@ def page_controls(loaded: Loaded, knobs: Mapping[str, Any], judged: Quality) -> 
     """Return the answers of both arms and of arms that read as many pages, chosen otherwise, to a few of the prompts;
     empty where none means anything. Where these are all pages of a prompt nothing was chosen, and such arms are idle.
     """
-    if judged.asked is None or judged.answers is None:
+    if judged.prompts is None or judged.answers is None:
         return {}
     arms = {f"{name} pages": method.apply(loaded.model, **knobs, page_choice=name) for name in PAGE_PURPOSES}
-    few = judged.asked.first(CONTROL_PROMPTS)
+    few = judged.prompts.first(CONTROL_PROMPTS)
     answers = {name: answered.first(CONTROL_PROMPTS) for name, answered in judged.answers.items()}
     every = not knobs["pages"] or knobs["pages"] * knobs["page_size"] >= few.tokens
-    asked = {name: _asked(model, few) for name, model in arms.items()}
-    return answers | {name: replace(answered, idle=answered.idle or every) for name, answered in asked.items()}
+    answered_by = {name: _answers(model, few) for name, model in arms.items()}
+    return answers | {name: replace(answered, idle=answered.idle or every) for name, answered in answered_by.items()}
 
 
-def _asked(arm: nn.Module, prompts: LongPrompts) -> LongAnswers:
+def _answers(arm: nn.Module, prompts: LongPrompts) -> LongAnswers:
     """Return the answers of a sparse arm, which are idle where it left nothing out."""
     return long_answers.ask(arm, prompts, lambda: float(method.left_out(arm)))
 
@@ -212,8 +212,8 @@ def question_inside(
     controls = []
     for name, arm in arms.items():
         before = method.left_out(arm)
-        found = evaluate.retrieval(replace(loaded, model=arm), **ask)
-        match = answer_comparison.compare_retrieved(full, found).model_copy(update={"workload": name})
+        retrieved = evaluate.retrieval(replace(loaded, model=arm), **ask)
+        match = answer_comparison.compare_retrieved(full, retrieved).model_copy(update={"workload": name})
         idle = method.left_out(arm) == before
         measurements = [answer_comparison.not_exercised(match) if idle else match]
         controls.append({"name": name, "purpose": "against full attention", "measurements": measurements})
@@ -225,10 +225,10 @@ def read_inside(inside: Sequence[Mapping[str, Any]]) -> str:
     if not inside:
         return "No question was asked inside a prompt."
     every, sparse = (value["measurements"][0] for value in inside)
-    said = f"Full attention repeats {every.baseline:.3f} of {every.n} values, the sparse arm {every.optimized:.3f}"
-    said += f" where the question attends to all and {sparse.optimized:.3f} where it does not"
+    sentence = f"Full attention repeats {every.baseline:.3f} of {every.n} values, the sparse arm {every.optimized:.3f}"
+    sentence += f" where the question attends to all and {sparse.optimized:.3f} where it does not"
     same = every.optimized == sparse.optimized
-    return f"{said}: {'between the last two no difference is shown' if same else 'too few for a verdict'}."
+    return f"{sentence}: {'between the last two no difference is shown' if same else 'too few for a verdict'}."
 
 
 def lost_in_the_middle(claim: str, judged: Quality) -> tuple[str, bool | None, str]:

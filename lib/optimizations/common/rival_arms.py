@@ -170,7 +170,7 @@ def raced(measurements: Sequence[Measurement], arms: Sequence[ThirdArm]) -> str:
     were timed on a quiet machine. What a yardstick has no kernel for stands beside its name.
     """
     own = {m.workload: m for m in measurements if m.metric in RATES}
-    said = []
+    sentences = []
     for arm in _yardsticks(arms):
         words: dict[str, list[str]] = {}
         quiet = why_busy(measurements) is None and why_busy(arm.measurements) is None
@@ -183,8 +183,8 @@ def raced(measurements: Sequence[Measurement], arms: Sequence[ThirdArm]) -> str:
             parts = [f"{word} in {' and '.join(where)}" for word, where in words.items()]
             lacks = [part for part in arm.purpose.split("; ") if part.startswith(NO_KERNEL)]
             name = f"{arm.name} ({lacks[0]})" if lacks else arm.name
-            said.append(f"Compared with {name} the optimized model is {', and '.join(parts)}.")
-    return " ".join(said)
+            sentences.append(f"Compared with {name} the optimized model is {', and '.join(parts)}.")
+    return " ".join(sentences)
 
 
 def _faster(own: Measurement, their: Measurement) -> str:

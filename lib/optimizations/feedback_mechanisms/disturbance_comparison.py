@@ -82,10 +82,10 @@ class TwoProfileSetup:
         """Return the net saving that a scenario requires of a fast profile at its worst, so that the server keeps up,
         and the one that was measured at the lengths of its requests then (`net_saving`).
         """
-        asked = scenarios.demands(self.times[0], self.objective, LENGTHS)
-        if scenario not in asked:
+        demands = scenarios.demands(self.times[0], self.objective, LENGTHS)
+        if scenario not in demands:
             return {}
-        lengths, rate, slowness = asked[scenario]
+        lengths, rate, slowness = demands[scenario]
         needed = net_saving.required(self.times[0], lengths, rate, self.objective.token_seconds, slowness)
         net = self.nets.get(scenario, self.net)
         return {"required net saving": needed, "net saving measured": net.middle if net else None}
@@ -155,12 +155,12 @@ def _nets(full: StepTimes, fast: StepTimes, objective: Objectives, share: float)
     """Return what a profile saves in each scenario, at the lengths of its requests and the batch at which the full one
     serves most of them within the objective.
     """
-    asked = scenarios.demands(full, objective, LENGTHS)
+    demands = scenarios.demands(full, objective, LENGTHS)
     saved = {}
-    for lengths in dict.fromkeys(lengths for lengths, *_ in asked.values()):
+    for lengths in dict.fromkeys(lengths for lengths, *_ in demands.values()):
         rows = max(1, full.capacity(lengths, objective.token_seconds)[1])
         saved[lengths] = net_saving.measured(full, fast, lengths, share, rows)
-    return {name: saved[lengths] for name, (lengths, *_) in asked.items()}
+    return {name: saved[lengths] for name, (lengths, *_) in demands.items()}
 
 
 def scripts(setup: TwoProfileSetup, seeds: Sequence[int]) -> list[Scenario]:
@@ -226,8 +226,8 @@ def compare(setup: TwoProfileSetup, every: Sequence[Scenario], settings: Mapping
             row: Row = {"scenario": name, "setting": setting} | dict(policy_comparison.averaged(runs, KEYS))
             row |= setup.savings(name)
             if chosen[0].broken < chosen[0].trace.seconds:
-                asked = [run for run in runs if run["broken answers"]]  # elsewhere there was nothing to take back
-                row["taken back"] = float(np.mean([_taken_back(run) for run in asked])) if asked else None
+                broken = [run for run in runs if run["broken answers"]]  # elsewhere there was nothing to take back
+                row["taken back"] = float(np.mean([_taken_back(run) for run in broken])) if broken else None
             rows.append(row | {"never settled": sum(run["settled s"] is None for run in runs), "seeds": len(runs)})
     return rows
 

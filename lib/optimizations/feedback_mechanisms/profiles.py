@@ -94,8 +94,8 @@ def judge(
 
 def losses_of(loaded: Loaded, model: nn.Module, prompts: int, seed: int = 0) -> list[float]:
     """Return the disagreement of each of a profile's answers to so many prompts of the split `search`."""
-    asked = list(tasks.text_windows(loaded, "search", prompts, PROMPT_TOKENS, seed + 1))
-    return shadow.disagreements(loaded.model, asked, shadow.answers(model, asked, NEW_TOKENS))
+    prompts_T = list(tasks.text_windows(loaded, "search", prompts, PROMPT_TOKENS, seed + 1))
+    return shadow.disagreements(loaded.model, prompts_T, shadow.answers(model, prompts_T, NEW_TOKENS))
 
 
 def first_admitted(

@@ -74,9 +74,10 @@ class ScenarioTable:
         """What the fast candidate saves in the scenario that requires most beyond that, and what is required there
         (None where no profile could meet it); (`net`, None) where no scenario says what it requires.
         """
-        asked = {str(row["scenario"]): row["required net saving"] for row in self.rows if "required net saving" in row}
+        key = "required net saving"
+        required = {str(row["scenario"]): row[key] for row in self.rows if key in row}
         lacking: list[tuple[float, NetSaving | None, float | None]] = []
-        for name, needed in asked.items():
+        for name, needed in required.items():
             net = self.nets.get(name, self.net)
             if needed is None:
                 return net, None

@@ -253,8 +253,8 @@ class SparseModel:
         """The mean share of zeros, in how many matrices, and what fine-tuning did."""
         zeros = self.zeros
         mean = sum(zeros.values()) / max(1, len(zeros))
-        said = [f"{mean:.3f} of the weights are zero, in {len(zeros)} matrices.", finetuning.read(self.lessons)]
-        return " ".join(filter(None, said))
+        sentences = [f"{mean:.3f} of the weights are zero, in {len(zeros)} matrices.", finetuning.read(self.lessons)]
+        return " ".join(filter(None, sentences))
 
 
 def sparsify(setup: SparsitySetup, finetune_steps: int) -> SparseModel:

@@ -154,10 +154,10 @@ class PrunedModel:
     @property
     def summary(self) -> str:
         """What was removed, whether the rest was fitted, and what training did."""
-        said = [f"{100 * self.removed:.1f} % of the decoder's parameters are removed."]
+        sentences = [f"{100 * self.removed:.1f} % of the decoder's parameters are removed."]
         if self.fitted is not self.pruned:
-            said.append("What read them is refitted by least squares.")
-        return " ".join([*said, *filter(None, [finetuning.read(self.lessons)])])
+            sentences.append("What read them is refitted by least squares.")
+        return " ".join([*sentences, *filter(None, [finetuning.read(self.lessons)])])
 
 
 def steps_of(loaded: Loaded, finetune_steps: int, effort: Effort) -> int:

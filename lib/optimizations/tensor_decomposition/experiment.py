@@ -236,9 +236,10 @@ class FactoredModel:
     @property
     def summary(self) -> str:
         """What was removed, in how many modules, and in how many factored blocks the factors that were taught stay."""
-        said = f"{100 * self.removed:.1f} % of the decoder's bytes are removed; {len(self.ranks)} modules are factored."
+        share = f"{100 * self.removed:.1f} % of the decoder's bytes are removed"
+        removed = f"{share}; {len(self.ranks)} modules are factored."
         if not self.errors:
-            return said
+            return removed
         blocks = anatomy(self.optimized).blocks
         errors = [pair for pair, block in zip(self.errors, blocks) if factored.ranks(block.module)]
         kept = sum(after < before for before, after in errors)
@@ -247,7 +248,7 @@ class FactoredModel:
         kind = "blocks" if len(errors) == len(self.errors) else "factored blocks"
         where = f"{kept or 'none'} of {len(errors)} {kind}"
         text = "text set aside from their fit, which whitening has seen"
-        return f"{said} In {where} {self.taught} factors are nearer to the original output on {text}{rest}."
+        return f"{removed} In {where} {self.taught} factors are nearer to the original output on {text}{rest}."
 
 
 def factor(setup: FactoringSetup, compression: float) -> FactoredModel:

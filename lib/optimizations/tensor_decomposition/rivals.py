@@ -255,12 +255,12 @@ def read_domains(
     matters there. `lost`: (judged on, calibrated on) → divergence of each window; `documents`: judged on → the document
     of each window, of which those of one are resampled together.
     """
-    said = []
+    sentences = []
     for judged in dict.fromkeys(judged for judged, _ in lost):
         alike = lost[judged, judged]
         other = next(kl_N for pair, kl_N in lost.items() if pair[0] == judged and pair[1] != judged)
         low, high = paired_stats.bootstrap_interval(other - alike, seed=seed, source=(documents or {}).get(judged))
         word = "nearer than" if low > 0 else "further off than" if high < 0 else "not told apart from"
         kinds = f"factors calibrated on such text are {word} those calibrated on the other"
-        said.append(f"Judged on {judged}, {kinds} ({alike.mean():.3g}, {other.mean():.3g}).")
-    return " ".join(said)
+        sentences.append(f"Judged on {judged}, {kinds} ({alike.mean():.3g}, {other.mean():.3g}).")
+    return " ".join(sentences)

@@ -212,10 +212,10 @@ def _beside(record: Record, goal: Goal, served: Measurement) -> str:
     known = [m for m in _known(record, goal) if m.provenance != "estimated"]
     before = {id(m) for m in itertools.takewhile(lambda m: m is not served, known)}
     more = [m for m in known if id(m) in before or (m.metric, m.workload) in _carriers(record)]
-    said = [m for m in more if m.verdict == "inconclusive"][:1]
+    named = [m for m in more if m.verdict == "inconclusive"][:1]
     if served.verdict != "better":
-        said += [m for m in known if m.metric == served.metric and m.verdict == "better"][:1]
-    return "".join(f"; {in_words.phrase(m, record.measurements)}" for m in said)
+        named += [m for m in known if m.metric == served.metric and m.verdict == "better"][:1]
+    return "".join(f"; {in_words.phrase(m, record.measurements)}" for m in named)
 
 
 def _never_judged(record: Record, served: Measurement) -> bool:

@@ -97,18 +97,18 @@ def _name(measurement: Measurement, record: Record) -> str:
 
 def _unnamed(record: Record) -> dict[str, Measurement]:
     """Return goal → the gain in speed for which a run is recommended, where its verdict in words does not name that."""
-    said = in_words.of_record(record).lower()
+    verdict = in_words.of_record(record).lower()
     rows = [row for row in decisions(record) if row.decision in ("use", "use if")]
     gains = {row.goal: row.evidence.measurement for row in rows if row.evidence}
     speeds = {goal: m for goal, m in gains.items() if m.dimension == "performance"}
-    return {goal: m for goal, m in speeds.items() if in_words.phrase(m, record.measurements).lower() not in said}
+    return {goal: m for goal, m in speeds.items() if in_words.phrase(m, record.measurements).lower() not in verdict}
 
 
 def _unnamed_loss(record: Record) -> list[Measurement]:
     """Return the first score that was lost and that the verdict in words does not name; empty where there is none."""
-    said = in_words.of_record(record).lower()
+    verdict = in_words.of_record(record).lower()
     lost = [m for m in record.measurements if m.dimension == "accuracy" and m.verdict == "not_maintained"]
-    return [m for m in lost if in_words.phrase(m, record.measurements).lower() not in said][:1]
+    return [m for m in lost if in_words.phrase(m, record.measurements).lower() not in verdict][:1]
 
 
 def chosen(record: Record) -> list[Measurement]:

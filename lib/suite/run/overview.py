@@ -94,9 +94,9 @@ def _render(folder: Folder, worker: "Worker") -> str | None:
     from lib.suite.store import render
 
     pairs = result_folder.present(folder)
-    asked = time.monotonic()
+    sent = time.monotonic()
     if kernel_process.send(worker, {"render": OVERVIEW, "folder": str(folder.path), "neighbours": pairs}):
-        while worker.rendered is None and not worker.closed and time.monotonic() - asked < RENDER_SECONDS:
+        while worker.rendered is None and not worker.closed and time.monotonic() - sent < RENDER_SECONDS:
             time.sleep(POLL_SECONDS)
             kernel_process.poll(worker)
     return worker.rendered["error"] if worker.rendered else render.render(folder.path, OVERVIEW, pairs)

@@ -101,7 +101,8 @@ def test_answers_of_an_arm_that_left_nothing_out_carry_no_verdict(tiny, knobs, i
     full = long_answers.ask(absorbed_baseline.absorbed_baseline(model), prompts)
     sparse = quality_controls._asked(method.apply(model, **SMALL, **knobs), prompts)
     options = {"resamples": 200, "seed": 0}
-    judged = SimpleNamespace(asked=prompts, answers={"full": full, "sparse": sparse}, degenerate=None, options=options)
+    answers = {"full": full, "sparse": sparse}
+    judged = SimpleNamespace(prompts=prompts, answers=answers, degenerate=None, options=options)
     arms = quality_controls.page_controls(SimpleNamespace(model=model), SMALL | knobs, judged)
     records = quality_controls.page_records(arms, options)
     verdicts = {m.verdict for m in long_answers.compare(full, sparse, **options)}
@@ -117,7 +118,7 @@ def test_pages_that_are_all_read_were_not_chosen(tiny):
     model, prompts = tiny("qwen3-4b-instruct-2507"), _prompts()
     knobs = SMALL | {"tau": 0.3, "pages": 0}
     full, sparse = (quality_controls._asked(method.apply(model, **each), prompts) for each in (SMALL, knobs))
-    judged = SimpleNamespace(asked=prompts, answers={"full": full, "sparse": sparse})
+    judged = SimpleNamespace(prompts=prompts, answers={"full": full, "sparse": sparse})
     arms = quality_controls.page_controls(SimpleNamespace(model=model), knobs, judged)
     assert all(arms[f"{name} pages"].idle for name in quality_controls.PAGE_PURPOSES)
     records = quality_controls.page_records(arms, {"resamples": 200, "seed": 0})
