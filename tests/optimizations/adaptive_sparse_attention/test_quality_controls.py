@@ -99,7 +99,7 @@ def test_answers_of_an_arm_that_left_nothing_out_carry_no_verdict(tiny, knobs, i
     """The judged arm and the arms that choose pages otherwise; the arm may have left out something before."""
     model, prompts = tiny("qwen3-4b-instruct-2507"), _prompts()
     full = long_answers.ask(absorbed_baseline.absorbed_baseline(model), prompts)
-    sparse = quality_controls._asked(method.apply(model, **SMALL, **knobs), prompts)
+    sparse = quality_controls._answers(method.apply(model, **SMALL, **knobs), prompts)
     options = {"resamples": 200, "seed": 0}
     answers = {"full": full, "sparse": sparse}
     judged = SimpleNamespace(prompts=prompts, answers=answers, degenerate=None, options=options)
@@ -117,7 +117,7 @@ def test_pages_that_are_all_read_were_not_chosen(tiny):
     """Prompts read through the pattern and answered from every page: which pages were to be read changed nothing."""
     model, prompts = tiny("qwen3-4b-instruct-2507"), _prompts()
     knobs = SMALL | {"tau": 0.3, "pages": 0}
-    full, sparse = (quality_controls._asked(method.apply(model, **each), prompts) for each in (SMALL, knobs))
+    full, sparse = (quality_controls._answers(method.apply(model, **each), prompts) for each in (SMALL, knobs))
     judged = SimpleNamespace(prompts=prompts, answers={"full": full, "sparse": sparse})
     arms = quality_controls.page_controls(SimpleNamespace(model=model), knobs, judged)
     assert all(arms[f"{name} pages"].idle for name in quality_controls.PAGE_PURPOSES)
