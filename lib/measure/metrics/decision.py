@@ -68,14 +68,14 @@ def _gate(effect: float, low: float, high: float, threshold: float, floor: float
     inside = low > -threshold and high < threshold
     if low <= 0 <= high:
         if inside:
-            return f"the interval includes zero difference, but {noise} leaves more than {within} open"
+            return f"the interval includes zero difference, but with {noise} one beyond {within} cannot be ruled out"
         return "the interval includes zero difference, and is too wide to be called equivalent"
     if abs(effect) <= floor:
         return f"the effect lies within {noise}"
     assert abs(effect) <= threshold
     if inside:
-        return f"the effect lies within {within}, but {noise} leaves more open"
-    return f"the effect lies within {within}, but its whole interval does not"
+        return f"the effect lies within {within}, but with {noise} a larger one cannot be ruled out"
+    return f"the effect lies within {within}, but its interval reaches beyond"
 
 
 def detectable(half_width: float, scatter: float, *, floor: float, margin: float) -> float:
