@@ -68,7 +68,7 @@ def test_what_changes_no_weights_is_refused_and_nothing_is_left(tmp_path):
 def test_a_wrong_request_is_one_line(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         applied(tmp_path / "full", "structured_pruning")
     request = plan.Request(("structured_pruning",), (MODEL,))
     with pytest.raises(UserError, match="needs --out"):

@@ -250,7 +250,7 @@ def rewrite(
     """
     source, target = Path(source), Path(target)
     if target.exists():
-        raise UserError(f"{target}: is there already; name a new folder")
+        raise UserError(f"{target}: exists already; name a new folder")
     shards = shards or target.with_name(f"{target.name}.part")
     _begin(shards, {"about": about, "text": _digest(calibration), "source": _identity(source)})
     try:

@@ -41,7 +41,7 @@ def apply(request: Request, stack: str | None, out: str | None, results: Path) -
     if recipe and not Path(recipe).is_file():
         raise UserError(f"--stack {stack}: no such file; expected a recipe as automl_components writes it")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--out {out}: is there already; give a folder that does not exist")
+        raise UserError(f"--out {out}: exists already; give a folder that does not")
     (job,) = plan.plan(replace(request, dimensions=()))
     key = cache_key.of(cache_key.parts(job, cache_key.Hashes(Folder(results).hashes)))
     from lib.report.pages import model_card

@@ -56,7 +56,7 @@ def job_of(described: dict[str, Any]) -> Job:
     """Return the job that `describe` described. Raises UserError where its template cannot be read here."""
     path = plan.NOTEBOOKS / f"{described['optimization']}.ipynb"
     if not path.is_file():
-        raise UserError(f"notebooks/{path.name} is not there")
+        raise UserError(f"notebooks/{path.name}: no such file")
     rest = {name: described[name] for name in ("model", "scale", "effort", "parameters")}
     return Job(templates.read(path), dimensions=tuple(described["dimensions"]), **rest)
 
@@ -111,7 +111,7 @@ def _hello(request: dict, tell: Callable[..., None]) -> dict:
         job = job_of(described)
         plan.check_device(job.parameters["device"])
         if job.model not in (*plan.models(), *parameter_files.registered()):
-            raise UserError(f"parameters/{job.model}.yaml is not there")
+            raise UserError(f"parameters/{job.model}.yaml: no such file")
         if job.optimization not in reached:
             reached[job.optimization] = dependencies.reached(job.template)
         if parts := _compared(request, hashes, reached, job, expected_key):

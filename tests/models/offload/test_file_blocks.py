@@ -209,7 +209,7 @@ def _counting(write, indices):
 
 @pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507"])
 def test_what_cannot_be_is_refused_before_anything_is_written(folder, text, tmp_path):
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         sparsify(folder, folder, text)
     factored = factor(folder, tmp_path / "factored", text, compression=0.2)
     with pytest.raises(UserError, match="factored or sparse"):
