@@ -1,11 +1,11 @@
 """From paired samples to an effect, its interval and a verdict. Knows nothing of clocks, models or metrics.
 
 A speed effect is the median over blocks of d = ln(optimized / baseline). Where the blocks were timed in several
-processes, the process is the unit of replication: the effect is the mean over processes of their mean d, with Student's
-interval. Else the 95 % interval is Hettmansperger and Sheather's interpolated order-statistic interval (Statistics &
-Probability Letters 4, 1986), not a bootstrap: at the block counts used here the percentile and BCa bootstraps of a
-median exclude "no difference" more often than they claim between two equal arms, the basic bootstrap far more often,
-while this interval keeps its level without assuming a distribution, and needs no random numbers.
+processes, the process is the unit of replication: the effect is the mean over processes of their trimmed mean d, with
+Student's interval. Else the 95 % interval is Hettmansperger and Sheather's interpolated order-statistic interval
+(Statistics & Probability Letters 4, 1986), not a bootstrap: at the block counts used here the percentile and BCa
+bootstraps of a median exclude "no difference" more often than they claim between two equal arms, the basic bootstrap
+far more often, while this interval keeps its level without assuming a distribution, and needs no random numbers.
 `tests/measure/metrics/test_paired_stats.py` simulates the comparison. Where there are many items (quality), scipy's
 bootstrap is used.
 """

@@ -1,7 +1,7 @@
 """How much a paired effect differs from process to process, for timings in a single process.
 
 Memory placement and huge pages are fixed for the life of a process, and shift a ratio by percents that no repetition
-inside the process shows. Here that standard deviation τ is pooled, per machine, workload and kind of clock, from the
+inside the process shows. Here that standard deviation τ is pooled, per machine, kind of device and workload, from the
 A/A controls (the baseline against a separately allocated copy of itself) of *other* runs: each process of a control is
 one draw. Before there are draws a stated prior holds, and it keeps the weight of a few draws afterwards.
 

@@ -145,6 +145,6 @@ def compare_rolled(
     if baseline.ids != optimized.ids or baseline.task != optimized.task:
         raise ValueError("the arms read different documents")
     source = f"{baseline.about or baseline.task}, {len(baseline.ids)} documents, per {baseline.unit}"
-    options: dict[str, Any] = {"margin": margin, "resamples": resamples, "seed": seed}
+    options: dict[str, Any] = {"margin": margin, "resamples": resamples, "seed": seed, "unit": "documents"}
     judged = noninferiority.perplexity(baseline.loss_N, optimized.loss_N, source=source, **options)
     return judged.model_copy(update={"workload": baseline.task})

@@ -243,10 +243,11 @@ def perplexity(
     resamples: int = 2000,
     seed: int = 0,
     source_N: np.ndarray | None = None,
+    unit: str = "windows",
 ) -> Measurement:
     """Return the verdict on perplexity from both arms' losses of the same windows, nats per token, [N]; the margin is
-    a share. `source_N` numbers the document of each window: those of one are resampled together. Invalid where a loss
-    is not finite, or beyond LARGEST_LOSS.
+    a share. `source_N` numbers the document of each window: those of one are resampled together. `unit` is what was
+    read, in words, where it is no window. Invalid where a loss is not finite, or beyond LARGEST_LOSS.
     """
     largest = float(np.max([np.mean(baseline_N), np.mean(optimized_N)]))
     if not largest <= LARGEST_LOSS:  # nor is NaN
@@ -260,7 +261,7 @@ def perplexity(
     low, _ = _loss_interval(gain_N, 1 - 2 * ONE_SIDED, resamples, seed, source_N)
     wide_low, wide_high = _loss_interval(gain_N, 1 - ONE_SIDED, resamples, seed, source_N)
     shared = documents(source_N, n)
-    units, unit = (n, "windows") if shared is None else (shared, "documents")
+    units, unit = (n, unit) if shared is None else (shared, "documents")
     held = f"upper bound {math.expm1(-low):+.2%}, margin {margin:.0%}"
     verdict = judge(gain, low, wide_low, wide_high, limit) if units >= MINIMUM_WINDOWS else "inconclusive"
     half = max(gain - wide_low, wide_high - gain)

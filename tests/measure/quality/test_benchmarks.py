@@ -129,6 +129,7 @@ def test_documents_are_compared_by_perplexity():
     base = Rolled("lm_eval:wikitext", [str(n) for n in range(30)], np.random.default_rng(0).normal(3, 0.3, 30), "word")
     worse = replace(base, loss_N=base.loss_N + 0.2)
     judged = benchmarks.compare_rolled(base, worse)
+    assert "over 30 documents, " in judged.source, "which are no windows"
     assert (
         judged.metric == "perplexity" and judged.workload == "lm_eval:wikitext" and judged.verdict == "not_maintained"
     )
