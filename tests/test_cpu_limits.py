@@ -35,6 +35,6 @@ def test_a_model_runs_on_no_more_threads_than_its_container_has_time_for(limited
     try:
         torch.set_num_threads(3)
         loading.load("qwen3-4b-instruct-2507")
-        assert torch.get_num_threads() == disturbance.core_count() == 1
+        assert torch.get_num_threads() == disturbance.cores_given() == 1
     finally:
         torch.set_num_threads(threads)

@@ -75,7 +75,7 @@ def measure(device: str = "cpu", dtype: torch.dtype = torch.float32, *, fresh: b
     """
     name = str(dtype).removeprefix("torch.")
     where = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-    key = f"{platform.node()} {where} {name} {torch.get_num_threads()} threads {disturbance.core_count()} cores"
+    key = f"{platform.node()} {where} {name} {torch.get_num_threads()} threads {disturbance.cores_given()} cores"
     key += f" torch {torch.__version__} {TRAFFIC}"
     path = files.cache_folder() / "ceilings.json"
     known = _read(path) | _DISTURBED

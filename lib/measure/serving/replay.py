@@ -148,7 +148,7 @@ def _replayed(
     joules = engine.joules
     if joules is not None and counter.of_times:
         joules += counter.of_times(policy.wall_seconds, policy.cpu_seconds)
-    share = busy / max(wall * disturbance.core_count(), 1e-9)
+    share = busy / max(wall * disturbance.cores_given(), 1e-9)
     return Replayed(served, output, share, disturbed, busy, joules)
 
 

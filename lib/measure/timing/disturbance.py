@@ -49,7 +49,7 @@ def cores() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def core_count() -> int:
+def cores_given() -> int:
     """Return how many cores this process may keep busy: those of `cores`, or fewer where a control group limits its
     time and nothing has bound it to some of them, as a build does.
     """
@@ -63,14 +63,17 @@ def watch(read: Callable[[], Reading | None] | None = None) -> Callable[[], str 
 
     def close() -> str | None:
         after = read()
-        return None if before is None or after is None else judge(before, after, len(cores()))
+        return None if before is None or after is None else judge(before, after, len(cores()), cores_given())
 
     return close
 
 
-def judge(before: Reading, after: Reading, core_count: int) -> str | None:
-    """Return what disturbed the time between two readings on `core_count` cores, or None."""
-    available = max(after.wall - before.wall, 1e-9) * core_count
+def judge(before: Reading, after: Reading, core_count: int, given: int | None = None) -> str | None:
+    """Return what disturbed the time between two readings on `core_count` cores, or None. `given`: as many of them as
+    this process has time for (None: all), of which its threads' waiting is a share.
+    """
+    wall = max(after.wall - before.wall, 1e-9)
+    available = wall * core_count
     least = TICKS * TICK_SECONDS
     if after.throttled > before.throttled or before.slowed or after.slowed:
         return "throttled"
@@ -78,8 +81,9 @@ def judge(before: Reading, after: Reading, core_count: int) -> str | None:
     if stolen > max(STOLEN * available, least):
         return f"{stolen / available:.0%} of the time was stolen by the hypervisor"
     waited = after.waited - before.waited
-    if waited > WAITED * available:
-        return f"our threads waited for a core {waited / available:.0%} of the time"
+    own = wall * (given or core_count)
+    if waited > WAITED * own:
+        return f"our threads waited for a core {waited / own:.0%} of the time"
     foreign = (after.busy - before.busy) - (after.own - before.own)
     if foreign > max(FOREIGN * available, 2 * least):
         return f"other processes took {foreign / available:.0%} of our cores"

@@ -52,7 +52,7 @@ def use(arm: Callable[[], object], seconds: float = 0.5) -> Use:
                 synchronize()
             wall += time.perf_counter() - start_wall
             busy += time.process_time() - start_busy
-    return Use(wall, busy, disturbance.core_count(), gpu.mean)
+    return Use(wall, busy, disturbance.cores_given(), gpu.mean)
 
 
 class _GpuSampler:

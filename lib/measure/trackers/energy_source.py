@@ -84,7 +84,7 @@ def _estimate() -> Counter:
     on wall time too.
     """
     family, (idle, busy) = watts_per_core()
-    count = disturbance.core_count()
+    count = disturbance.cores_given()
 
     def of_times(seconds: float, cpu_seconds: float) -> float:
         return cpu_seconds * (busy - idle) + seconds * idle * count

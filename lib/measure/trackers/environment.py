@@ -35,7 +35,7 @@ def card(
     machine = {
         "cpu": energy_source.cpu_name(),
         "architecture": platform.machine(),
-        "cores_given": disturbance.core_count(),
+        "cores_given": disturbance.cores_given(),
         "cores_of_machine": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "memory_given_bytes": memory_limits.memory_bytes(),

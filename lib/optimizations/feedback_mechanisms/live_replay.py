@@ -153,7 +153,7 @@ def serve_stolen(
         spent = counter.joules() - joules if counter and joules is not None else None
         disturbed = close()
     output = {request: ids for profile in engines for request, ids in profile.output.items()}
-    share = busy / (wall * disturbance.core_count())
+    share = busy / (wall * disturbance.cores_given())
     back = sum(what == "rolled back" for _, what in reads.guard.events) if reads else 0
     return Stolen(Replayed(served, output, share, disturbed, busy, spent), dict(profiles.owner), back)
 

@@ -44,7 +44,7 @@ def test_what_a_policy_thinks_is_part_of_what_its_replay_took(kind, joules):
     engine, policy = (SimpleNamespace(wall_seconds=w, cpu_seconds=c, joules=10.0) for w, c in ((4.0, 3.0), (0.5, 0.2)))
     run = replay._replayed(None, {0: [1, 2]}, engine, policy, None, counter)
     assert run.cpu_seconds == pytest.approx(3.2) and run.joules == pytest.approx(joules)
-    assert run.utilisation == pytest.approx(3.2 / (4.5 * replay.disturbance.core_count()))
+    assert run.utilisation == pytest.approx(3.2 / (4.5 * replay.disturbance.cores_given()))
 
 
 def test_a_cache_with_room_for_one_row_is_warmed_up_and_bounded_afterwards(tiny):

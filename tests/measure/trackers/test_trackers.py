@@ -30,6 +30,13 @@ def test_each_disturbance_is_named(change, reason):
     assert disturbed is None if reason is None else reason in disturbed
 
 
+def test_waiting_is_a_share_of_the_time_that_a_container_is_given():
+    """Half a second of waiting is much beside the time of two cores, however many the machine has."""
+    waiting = replace(AFTER, waited=0.5)
+    assert disturbance.judge(QUIET, waiting, 64) is None
+    assert "waited for a core" in disturbance.judge(QUIET, waiting, 64, 2)
+
+
 def test_one_tick_of_the_kernel_in_a_short_block_is_no_disturbance():
     assert disturbance.judge(QUIET, replace(AFTER, wall=0.01, own=0.02, busy=0.03, stolen=0.01, waited=0), 2) is None
 
@@ -71,7 +78,7 @@ def test_a_system_without_counters_marks_nothing():
 
 def test_processor_use_is_a_share_of_the_cores_given():
     used = cpu.use(lambda: sum(range(100_000)), seconds=0.05)
-    assert used.cores == disturbance.core_count() and used.wall_seconds >= 0.05
+    assert used.cores == disturbance.cores_given() and used.wall_seconds >= 0.05
     assert 0 < used.utilisation <= 1.2 and str(used.cores) in used.source
 
 
