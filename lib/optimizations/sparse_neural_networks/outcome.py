@@ -129,7 +129,8 @@ def _best(times: Sequence[tuple[Measurement, PartPoint]]) -> tuple[str, str | No
     m, point = min(times, key=lambda pair: pair[0].ci[1] if pair[0].ci else 0.0)  # the ratio is one of times
     low, high = m.ci or (1.0, 1.0)
     where = f"{LAYOUTS[point.layout]}, {point.strength} % zeros, {m.workload.removeprefix('feed-forward part, ')}"
-    return f"{1 / (m.ratio or 1):.2f}× ({1 / high:.2f}–{1 / low:.2f}): {where}", m.reason
+    gain = claims.Interval(1 / (m.ratio or 1), 1 / high, 1 / low)
+    return f"{gain.in_words('×')}: {where}", m.reason
 
 
 def details(

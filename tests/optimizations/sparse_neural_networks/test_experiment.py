@@ -224,8 +224,8 @@ def test_no_ratio_without_a_verdict_decides_what_is_fast_enough(setup):
     (_, refuted, evidence) = outcome.refutations(setup, [], [unsure, worse])[-1]
     assert refuted is None and "gain" not in evidence
     assert evidence == (
-        f"best ratio 0.80× (0.74–0.87): CSR, 95 % zeros, 16 tokens; no verdict, as {reason}; "
-        "best with a verdict 0.50× (0.48–0.53): 16x1, 90 % zeros, 16 tokens"
+        f"best ratio 0.800× (0.740–0.870): CSR, 95 % zeros, 16 tokens; no verdict, as {reason}; "
+        "best with a verdict 0.500× (0.476–0.527): 16x1, 90 % zeros, 16 tokens"
     )
     better = _point(80, "unstructured", 0.9, "better")
     (_, refuted, evidence) = outcome.refutations(setup, [], [_point(95, "16x1", 0.5, "inconclusive"), better])[-1]
