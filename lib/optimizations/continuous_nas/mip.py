@@ -4,7 +4,10 @@ Puzzle's second step (Bercovich et al. 2024, section 4): scores and costs of a w
 exactly by scipy's `milp` (HiGHS). Knows nothing of what a slot or an option is.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,13 +113,40 @@ def _least(scores: Mapping[str, Mapping[str, float]], budgets, without) -> Choic
         high.append(len(scores) - 1)
     objective = np.array([scores[slot][option] for slot, option in pairs])
     objective = objective / max(np.abs(objective).max(), 1e-300)
-    solved = milp(
-        objective,
-        constraints=LinearConstraint(np.array(rows), low, high),
-        integrality=np.ones(len(pairs)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 0.0},
-    )
+    with _unprinted():
+        solved = milp(
+            objective,
+            constraints=LinearConstraint(np.array(rows), low, high),
+            integrality=np.ones(len(pairs)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 0.0},
+        )
     if solved.x is None:
         return None
     return {slot: option for (slot, option), chosen in zip(pairs, solved.x) if chosen > 0.5}
+
+
+@contextlib.contextmanager
+def _unprinted() -> Iterator[None]:
+    """Keep what is written to the process's standard output meanwhile from it: HiGHS has a line that no option of its
+    own silences, and in a notebook it would stand in the report. Where there is no standard output, nothing is done.
+    """
+    if os.name != "posix":
+        yield
+        return
+    c_library = ctypes.CDLL(None)
+    try:
+        kept = os.dup(1)
+    except OSError:
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        c_library.fflush(None)  # what C holds back from before is no line of the solver's
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        c_library.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)

@@ -1,6 +1,8 @@
 """The mixed-integer programme against trying everything."""
 
+import ctypes
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -62,3 +64,20 @@ def test_empty_slots_are_named():
         mip.solve({"a": {"x": 0.0}, "b": {}})
     with pytest.raises(UserError, match="no slot"):
         mip.solve({})
+
+
+def test_what_the_solver_prints_by_itself_is_in_no_report(problem, monkeypatch, capfd):
+    """HiGHS writes a line in C, past Python's own output, and C may hold it back until long after the solver's end."""
+    c_library, solver = ctypes.CDLL(None), mip.milp
+
+    def talkative(*arguments, **options):
+        c_library.printf(b"a stray line\n")
+        os.write(1, b"and another\n")
+        return solver(*arguments, **options)
+
+    monkeypatch.setattr(mip, "milp", talkative)
+    c_library.printf(b"before; ")
+    choice = mip.solve(problem[0])
+    c_library.printf(b"after")
+    c_library.fflush(None)
+    assert len(choice[0]) == 5 and capfd.readouterr().out == "before; after"
