@@ -9,6 +9,7 @@ swap back is exact.
 A choice maps each slot ("03.attention", "03.feed_forward") to an option. Knows nothing of how a final arm is judged.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -159,6 +160,12 @@ class Search:
         """Whether this search has evaluated the choice."""
         return any(evaluation.choice == choice for evaluation in self.evaluations)
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether every choice that there is has been evaluated."""
+        different = {_key(evaluation.choice) for evaluation in self.evaluations}
+        return len(different) >= math.prod(len(options) for options in self.library.space.values())
+
     def evaluate(self, choice: Choice, phase: str) -> float:
         """Return the divergence of a choice, swapped into the model, and store it with the seconds that it took. Raises
         SearchStopped.
@@ -230,7 +237,7 @@ def candidates(
     for level in LEVELS:
         limit = Budget(costs.scarce, level * costs.scarce.of(costs.whole))
         try:
-            levels += mip.solve(scores, [limit])
+            levels += [choice for choice in mip.solve(scores, [limit]) if choice not in levels]
         except NotApplicable:
             break  # lower ones are out of reach as well
     levels = levels[: count - 1]
@@ -268,13 +275,16 @@ def check(search: Search, choices: Sequence[Choice], phase: str) -> None:
 
 
 def refine(search: Search, costs: RequestCosts, phase: str, count: int) -> None:
-    """Evaluate `count` choices around the best ones, proposed by Optuna's tree of Parzen estimators.
+    """Evaluate `count` choices around the best ones, or all that are left, proposed by Optuna's tree of Parzen
+    estimators.
 
     Each proposal follows from the seed and the evaluations before it alone: a resumed search proposes the same.
     """
     done = sum(evaluation.phase == phase for evaluation in search.evaluations)
     space = search.library.space
     for _ in range(done, count):
+        if search.exhausted:
+            break
         search.evaluate(_proposal(search, costs, space), phase)
 
 

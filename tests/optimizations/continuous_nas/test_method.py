@@ -54,6 +54,40 @@ def test_any_seed_proposes(tiny, batch):
     assert [evaluation.phase for evaluation in search.evaluations][-1] == "prefill_heavy: refine"
 
 
+def test_a_search_ends_where_the_space_does(tiny, batch, monkeypatch):
+    """A model of few blocks has fewer choices than refinements may be asked for: the search went on without an end."""
+    proposal = nas._proposal
+
+    def watched(search, *others):
+        assert not search.exhausted, "there is nothing left to propose"
+        return proposal(search, *others)
+
+    monkeypatch.setattr(nas, "_proposal", watched)
+    model = tiny("qwen3-4b-instruct-2507")
+    shelf = nas.build(model, observe(model, [batch]), {"attention": (WHOLE,), "dense": (WHOLE, "none")})
+    search = nas.Search(shelf, probe(model, [batch]))
+    costs = request_costs.tables(model, shelf, PREFILL, _times(shelf))
+    best = nas.run(search, costs, time_share=0.9, memory_share=1.0, refinements=1000)
+    assert search.exhausted and len(search.evaluations) == 2 ** len(anatomy(model).blocks)
+    assert costs.share(best.choice) <= 0.9
+
+
+def test_levels_of_the_front_that_one_choice_serves_are_evaluated_once():
+    """One cheap replacement is the best under several budgets: it took the places of choices that differ."""
+    names = {slot: (WHOLE, "half", "none") for slot in ("00.feed_forward", "01.feed_forward", "02.feed_forward")}
+    scores = {
+        slot: {WHOLE: 0.0, "half": 0.1 * (at + 1), "none": 1.0 * (at + 1)} for at, slot in enumerate(sorted(names))
+    }
+    seconds = {slot: {WHOLE: 1.0, "half": 0.4, "none": 0.1} for slot in names}
+    whole = dict.fromkeys(names, WHOLE)
+    costs = request_costs.RequestCosts(PREFILL, CostTable("time", seconds), CostTable("memory", seconds), whole)
+    limits = [level for level in nas.LEVELS if level >= 0.8]
+    least = {tuple(nas.mip.solve(scores, [nas.Budget(costs.time, 3 * level)])[0].items()) for level in limits}
+    assert len(limits) == 3 and len(least) == 1, "planted: one choice serves three levels"
+    choices = nas.candidates(scores, costs, 0.8, 1.0, count=6)
+    assert len(choices) == len({tuple(choice.items()) for choice in choices}) == 6
+
+
 def test_answers_are_within_the_budgets(tiny, name, batch):
     model = tiny(name)
     search, costs = _begin(model, batch)
