@@ -97,16 +97,13 @@ class SearchSetup:
     def costs_of(self, profile: str, study: Study) -> RequestCosts:
         """Return the costs under a profile after a drift, measured in this process; see `costs_in_processes`."""
         rounds = COST_ROUNDS if self.effort.preview else self.effort.blocks // 2
-        return self._costs(profile, study, processes=1, rounds=rounds)
+        return self._costs(profile, study, processes=1, rounds=rounds)[0]
 
     def costs_in_processes(self, profile: str, study: Study) -> RequestCosts:
         """Return the costs under a profile; seconds are measured once, in `processes`, and then read from the study."""
         start = time.perf_counter()
-        if self.effort.brief:
-            costs = self.costs_of(profile, study)
-        else:
-            costs = self._costs(profile, study, processes=cost_processes.PROCESSES, rounds=self.effort.blocks)
-        taken: Any = study.fact(f"seconds: {profile}", float)  # `_costs` stored it
+        rounds = COST_ROUNDS if self.effort.preview else self.effort.blocks // (2 if self.effort.brief else 1)
+        costs, taken = self._costs(profile, study, processes=self.processes, rounds=rounds)
         self.seconds += max(0.0, taken - (time.perf_counter() - start))  # what an earlier run spent on them
         return costs
 
@@ -120,14 +117,18 @@ class SearchSetup:
         """In how many processes the costs that a search solves for are measured."""
         return 1 if self.effort.brief else cost_processes.PROCESSES
 
-    def _costs(self, profile: str, study: Study, *, processes: int, rounds: int) -> RequestCosts:
+    def _costs(self, profile: str, study: Study, *, processes: int, rounds: int) -> tuple[RequestCosts, float]:
+        """Return the costs and the seconds that measuring them took, from the study where they were measured so before:
+        what one process showed after a drift does not serve a search that asks for several.
+        """
         measured, start = PROFILES[profile].within(self.effort), time.perf_counter()
+        name = f"{profile}, {rounds} rounds in {processes} process{'es' if processes > 1 else ''}"
         times: Any = study.fact(
-            f"times: {profile}",
+            f"times: {name}",
             lambda: self.times_of(self.library, None, measured, rounds=rounds, processes=processes),
         )
-        study.fact(f"seconds: {profile}", lambda: time.perf_counter() - start)
-        return request_costs.tables(self.loaded.model, self.library, measured, times)
+        taken: Any = study.fact(f"seconds: {name}", lambda: time.perf_counter() - start)
+        return request_costs.tables(self.loaded.model, self.library, measured, times), taken
 
     def times_of(
         self,
@@ -207,10 +208,13 @@ def interrupted(
     """Run the search to half its refinements, then resume it from its study; return the second search and its winner.
     What an earlier run took for the evaluations that are taken over is added to the setup's seconds.
 
-    Asserts that the winner is within the budgets, and that a search that was never stopped ends at the same choice.
+    Asserts that the winner is within the budgets, and that a search that begins with the same evaluations and is never
+    stopped ends at the same choice. The study may hold what other budgets or more refinements led to.
     """
     options = asdict(limits)
     setup.seconds += search.taken_over
+    unstopped = search.afresh()
+    unstopped.evaluations += search.evaluations
     with setup.timed():
         search.stop_after = len(search.evaluations) + max(1, limits.refinements // 2)
         with contextlib.suppress(method.SearchStopped):
@@ -218,10 +222,9 @@ def interrupted(
         shared: dict[str, Any] = {"known": search.known, "solved": search.solved, "workload": search.workload}
         search = Search(search.library, search.probe, search.study, search.seed, **shared)
         winner = method.run(search, costs, **options)
-    unstopped = method.run(search.afresh(), costs, **options)
-    assert unstopped.choice == winner.choice, "stopping changed the answer"
+    assert method.run(unstopped, costs, **options).choice == winner.choice, "stopping changed the answer"
     budgets = costs.budgets(limits.time_share, limits.memory_share)
-    assert all(limit.table.of(winner.choice) <= limit.most for limit in budgets), "over a budget"
+    assert all(limit.held_by(winner.choice) for limit in budgets), "over a budget"
     return search, winner
 
 
@@ -263,7 +266,8 @@ def against_uniform(
     """Time the five uniform choices (at effort preview three) of the front that are nearest to the winner's share of
     the time against `plain`, the winner without recovery.
 
-    Returns a row for each, the one or two of them that bracket its speed (`rivals.bracketing`), and the race.
+    Returns a row for each, the one or two of them that bracket its speed (`rivals.bracketing`), and the race. One of
+    them is held at a time while they are raced.
     """
     uniform, uniform_costs = equal.uniform, equal.uniform_costs
     race = rivals.race(plain, request_prompt(setup, costs), costs.profile, setup.seed)
@@ -271,15 +275,16 @@ def against_uniform(
         (uniform_costs.share(evaluation.choice, uniform_costs.time), divergence)
         for evaluation, (_, divergence) in zip(uniform.evaluations, uniform.points(uniform_costs))
     ]
-    near = {
-        at: replacement_library.child(uniform.library, uniform.evaluations[at].choice)
-        for at in rivals.around(predicted, costs.share(winner.choice, costs.time), rivals.near(setup.effort))
-    }
-    raced = {at: race(model, rivals.pairs(setup.effort, PAIRS)) for at, model in near.items()}
+    near = rivals.around(predicted, costs.share(winner.choice, costs.time), rivals.near(setup.effort))
+
+    def rival(at: int) -> nn.Module:
+        return replacement_library.child(uniform.library, uniform.evaluations[at].choice)
+
+    raced = {at: race(rival(at), rivals.pairs(setup.effort, PAIRS)) for at in near}
     gains = {at: speed.ratio for at, speed in raced.items() if speed.ratio}
     rows = [(100 * predicted[at][0], predicted[at][1], gain) for at, gain in gains.items()]
     columns = ["predicted time, % of the baseline", "KL, nats/token", "speed of the search's choice ÷ this one's"]
-    return pd.DataFrame(rows, columns=columns), [near[at] for at in rivals.bracketing(gains)], race
+    return pd.DataFrame(rows, columns=columns), [rival(at) for at in rivals.bracketing(gains)], race
 
 
 def controls(setup: SearchSetup, search: Search, costs: RequestCosts) -> EqualEffort:

@@ -318,9 +318,7 @@ def best(search: Search, costs: RequestCosts, time_share: float = 1.0, memory_sh
     """
     budgets = costs.budgets(time_share, memory_share)
     within = [
-        evaluation
-        for evaluation in search.evaluations
-        if all(budget.table.of(evaluation.choice) <= budget.most * (1 + mip.SLACK) for budget in budgets)
+        evaluation for evaluation in search.evaluations if all(budget.held_by(evaluation.choice) for budget in budgets)
     ]
     if not within:
         raise NotApplicable("continuous_nas: nothing that was evaluated is within the budgets")

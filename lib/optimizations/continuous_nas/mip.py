@@ -40,6 +40,10 @@ class Budget:
     table: CostTable
     most: float
 
+    def held_by(self, choice: Choice) -> bool:
+        """Whether a choice costs no more, but for rounding."""
+        return self.table.of(choice) <= self.most * (1 + SLACK)
+
 
 def solve(
     scores: Mapping[str, Mapping[str, float]],

@@ -1,19 +1,23 @@
 """Planted idle parts go first; budgets hold or are refused; a stop changes no answer; after a drift scores stay."""
 
+import gc
 import itertools
 import time
+import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lib.errors import NotApplicable
+from lib.measure.metrics import settings
 from lib.models.calibration.activations import observe
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.common.search import study
 from lib.optimizations.continuous_nas import drift, experiment, replacement_library, rivals
 from lib.optimizations.continuous_nas import method as nas
-from lib.optimizations.continuous_nas.costs import request_costs
+from lib.optimizations.continuous_nas.costs import cost_processes, request_costs
 from lib.optimizations.continuous_nas.mip import CostTable
 from lib.optimizations.continuous_nas.replacement_library import WHOLE, child
 from lib.optimizations.continuous_nas.scoring import divergence, probe
@@ -246,6 +250,77 @@ def test_a_search_that_resumes_after_its_drifts_is_the_first_one_again(tiny, bat
     first = [phase.partition(":")[0] in ("library", "prefill_heavy") for phase in phases]
     seconds = sum(trial.user_attrs["seconds"] for trial, kept in zip(stored.trials, first) if kept)
     assert charged == pytest.approx([0, seconds]) and len(phases) > sum(first) == found[1][1]
+
+
+def test_a_study_serves_a_run_that_asks_for_less_or_for_other_budgets(tiny, batch, tmp_path, monkeypatch):
+    """Planted: what is evaluated later diverges less. What another run refined is the best of this one too, and the
+    search from nothing that it was held against had never seen it: "stopping changed the answer".
+    """
+    model, later = tiny("qwen3-coder-30b"), itertools.count(1)
+    shelf = nas.build(model, observe(model, [batch]))
+    monkeypatch.setattr(nas, "divergence", lambda *_: 1 / next(later))
+    monkeypatch.setattr(experiment.io, "weights_hash", lambda _: "")
+    monkeypatch.setattr(experiment.SearchSetup, "times_of", lambda *_, **__: _times(shelf))
+    winners = []
+    for time_share, refinements in ((0.9, 6), (0.9, 0), (0.7, 2)):
+        setup, limits = _setup(model, shelf), nas.SearchLimits(time_share, 1.0, refinements, 2)
+        with experiment.opened(setup, tmp_path, "s", []) as stored:
+            search = nas.Search(shelf, None, stored, workload="prefill_heavy")
+            costs = setup.costs_in_processes("prefill_heavy", stored)
+            setup.scores_of(search)
+            _, winner = experiment.interrupted(setup, search, costs, limits)
+            winners.append(winner.choice)
+            assert costs.share(winner.choice) <= time_share
+    assert winners[0] == winners[1], "what was refined before is known still"
+
+
+def test_costs_of_one_process_do_not_serve_where_several_are_asked_for(tiny, batch, tmp_path, monkeypatch):
+    """After a drift costs are measured in one process; the next run may search under that very profile."""
+    model, asked = tiny("qwen3-4b-instruct-2507"), []
+    shelf = nas.build(model, observe(model, [batch]))
+
+    def times_of(*_, processes, rounds):
+        asked.append((processes, rounds))
+        return _times(shelf)
+
+    monkeypatch.setattr(experiment.io, "weights_hash", lambda _: "")
+    monkeypatch.setattr(experiment.SearchSetup, "times_of", times_of)
+    setup = _setup(model, shelf)
+    setup.effort = settings.read("standard")
+    with experiment.opened(setup, tmp_path, "s", []) as stored:
+        for _ in range(2):
+            setup.costs_of("decode_heavy", stored)
+            setup.costs_in_processes("decode_heavy", stored)
+    assert asked == [(1, setup.effort.blocks // 2), (cost_processes.PROCESSES, setup.effort.blocks)]
+
+
+def test_rivals_are_raced_one_at_a_time(tiny, batch, monkeypatch):
+    """Five copies of a real model were held at once, for which nobody had asked whether there is room."""
+    model = tiny("qwen3-4b-instruct-2507")
+    search, costs = _begin(model, batch)
+    alike = replacement_library.uniform_choices(search.library.space, 8)
+    search.evaluations += [nas.ChoiceEvaluation(choice, 1 - costs.share(choice), "uniform") for choice in alike]
+    alive, most, child_of = [], [], replacement_library.child
+
+    def watched(library, choice):
+        made = child_of(library, choice)
+        alive.append(weakref.ref(made))
+        return made
+
+    def race(*_):
+        def against(rival, blocks):
+            gc.collect()
+            most.append(sum(made() is not None for made in alive))
+            return SimpleNamespace(ratio=1.0 + 0.1 * (-1) ** len(most))
+
+        return against
+
+    monkeypatch.setattr(replacement_library, "child", watched)
+    monkeypatch.setattr(rivals, "race", race)
+    setup = replace(_setup(model, search.library), effort=settings.read("quick"), prompt_BP=batch["input_ids"][:1])
+    equal, winner = SimpleNamespace(uniform=search, uniform_costs=costs), search.evaluations[0]
+    frame, near, _ = experiment.against_uniform(setup, equal, costs, winner, None)
+    assert len(frame) == len(most) == rivals.near(setup.effort) and max(most) == 1 and len(near) == 2
 
 
 def test_greedy_choices_replace_least_divergence_per_cost_first(tiny, batch):
