@@ -18,6 +18,7 @@ from lib.optimizations.common.search import study
 from lib.optimizations.continuous_nas import drift, experiment, replacement_library, rivals
 from lib.optimizations.continuous_nas import method as nas
 from lib.optimizations.continuous_nas.costs import cost_processes, request_costs
+from lib.optimizations.continuous_nas.costs.subblock_costs import BlockTimes
 from lib.optimizations.continuous_nas.mip import CostTable
 from lib.optimizations.continuous_nas.replacement_library import WHOLE, child
 from lib.optimizations.continuous_nas.scoring import divergence, probe
@@ -350,6 +351,15 @@ def test_memory_is_counted_as_the_model_holds_it(tiny, name, batch):
         built = child(search.library, choice)
         bytes_held = cost_model.weights_bytes(built) + tokens * cost_model.kv_cache_bytes_per_token(built)
         assert costs.memory.of(choice) == pytest.approx(bytes_held)
+
+
+def test_the_first_new_token_of_a_request_is_read_off_the_prompt():
+    """A request of eight tokens decodes seven, as it does where it is timed; eight were predicted."""
+    slots = {"00.feed_forward": {WHOLE: 1.0}}
+    times = BlockTimes(slots, {"00.feed_forward": {WHOLE: 0.25}}, 0.5, 0.125)
+    assert request_costs.time_table(times, PREFILL).of({"00.feed_forward": WHOLE}) == 1.0 + 0.5 + 7 * (0.25 + 0.125)
+    one = replace(PREFILL, new_tokens=1)
+    assert request_costs.time_table(times, one).of({"00.feed_forward": WHOLE}) == 1.5
 
 
 def test_times_are_measured_for_every_option(tiny, name, batch):

@@ -97,12 +97,13 @@ class RequestCosts:
 
 
 def time_table(times: BlockTimes, profile: RequestProfile) -> CostTable:
-    """Return the seconds of one request: the prompt once, then every new token."""
+    """Return the seconds of one request: the prompt once, which gives the first new token, then every further one."""
+    steps = profile.new_tokens - 1
     values = {
-        slot: {name: seconds + profile.new_tokens * times.decode[slot][name] for name, seconds in options.items()}
+        slot: {name: seconds + steps * times.decode[slot][name] for name, seconds in options.items()}
         for slot, options in times.prefill.items()
     }
-    return CostTable("time", values, times.prefill_rest + profile.new_tokens * times.decode_rest, "s")
+    return CostTable("time", values, times.prefill_rest + steps * times.decode_rest, "s")
 
 
 def memory_table(model: nn.Module, library: Library, profile: RequestProfile) -> CostTable:
