@@ -69,13 +69,14 @@ def drawn(distribution: BaseDistribution, draw: np.random.Generator) -> object:
 def grid(outcomes: Sequence[JudgedStack], parts: Sequence[Component], levels: int) -> list[list[list[RecipeStep]]]:
     """Return stacks [levels][levels] of two components: level 0 leaves one out, the others spread its strength.
 
-    The two are those whose first trial, defaults alone, dominates most, the quicker one among equals; a component's
-    strength is its first knob of real numbers. Steps of training are as few as can be: every cell is made.
+    The two are those whose first trial, defaults alone, dominates most; among equals one that was not cut (one that
+    does not apply is cut at once), and of these the quicker. A component's strength is its first knob of real numbers.
+    Steps of training are as few as can be: every cell is made.
     """
     alone = {judged.stack[0].optimization: judged for judged in reversed(outcomes) if len(judged.stack) == 1}
-    worth = {stem: (0.0 if judged.reason else -utility(judged), judged.seconds) for stem, judged in alone.items()}
+    worth = {stem: (-utility(judged), judged.reason is not None, judged.seconds) for stem, judged in alone.items()}
     strong = [part for part in parts if any(knob["type"] == "float" for knob in part.knobs.values())]
-    pair = sorted(strong, key=lambda part: worth.get(part.stem, (0.0, math.inf)))[:2]
+    pair = sorted(strong, key=lambda part: worth.get(part.stem, (0.0, True, math.inf)))[:2]
 
     def step(part: Component, level: int) -> list[RecipeStep]:
         if not level:
@@ -123,6 +124,18 @@ def regret(utilities: np.ndarray, evaluations: int, seed: int) -> list[float]:
     return (np.maximum.accumulate(values) / utilities.max()).tolist()
 
 
+def by_chance(areas_LL: np.ndarray, evaluations: int, draws: int = 200) -> float:
+    """Return the share of the optimum that is reached on average by the middle, where `regret` begins as well, and as
+    many other cells, drawn at random, as make up `evaluations`.
+    """
+    middle = areas_LL.shape[0] // 2
+    first = middle * areas_LL.shape[1] + middle
+    others = np.delete(areas_LL.flatten(), first)
+    drawn = [np.random.default_rng(n).permutation(others)[: evaluations - 1] for n in range(draws)]
+    reached = [max([areas_LL[middle, middle], *cells]) for cells in drawn]
+    return float(np.mean(reached) / max(areas_LL.max(), 1e-9))
+
+
 def seconds(outcomes: Sequence[JudgedStack]) -> float:
     """Return how long judging took in all."""
     return sum(judged.seconds for judged in outcomes)
@@ -158,9 +171,18 @@ class EqualSeconds:
         return bool(self.volumes["search"]) and surely_faster(self.arms["search"]) is False
 
     @property
+    def _each(self) -> list[tuple[str, JudgedStack]]:
+        """Every outcome once, with the first arm that holds it: the arms share those with which the search began."""
+        first: dict[int, tuple[str, JudgedStack]] = {}
+        for arm, outcomes in self.arms.items():
+            for judged in outcomes:
+                first.setdefault(id(judged), (arm, judged))
+        return list(first.values())
+
+    @property
     def crashed(self) -> int:
         """How many configurations raised something else than a refusal."""
-        return sum("crashed" in (judged.reason or "") for outcomes in self.arms.values() for judged in outcomes)
+        return sum((judged.reason or "").startswith("crashed: ") for _, judged in self._each)
 
     def table(self) -> pd.DataFrame:
         """Return a row per arm: configurations judged and cut, seconds, hypervolume."""
@@ -171,11 +193,10 @@ class EqualSeconds:
         return pd.DataFrame(lines)
 
     def points(self) -> pd.DataFrame:
-        """Return time (x, percent of the baseline) and divergence (y) of all that were timed, the defaults once."""
+        """Return time (x, percent of the baseline) and divergence (y) of all that were timed, each once."""
         points = [
             {"x": 100 * judged.point[0], "y": judged.point[1], "arm": arm}
-            for arm, outcomes in self.arms.items()
-            for judged in outcomes
+            for arm, judged in self._each
             if judged.reason is None and arm != "defaults"
         ]
         return pd.DataFrame(points)
@@ -247,8 +268,9 @@ class SmallGrid:
     """Two components at several levels, every pair judged: dominated areas [L, L], and how the search would do there.
 
     `pair` names the component of the rows, then that of the columns. `curves`: share of the optimum after each of
-    `evaluations`, per seed; empty where no pair dominates anything. `chance`: what as many cells drawn at random reach
-    on average. `sure`: whether a cell is surely faster than the baseline, None where that is not known.
+    `evaluations`, per seed; empty where no pair dominates anything. `chance`: what as many cells, from the same start
+    and drawn at random, reach on average. `sure`: whether a cell is surely faster than the baseline, None where that is
+    not known.
     """
 
     pair: str
@@ -279,7 +301,7 @@ class SmallGrid:
         ends = ", ".join(f"{curve[-1]:.2f}" for curve in self.curves)
         return (
             f"After {self.evaluations} of {self.areas_LL.size} evaluations the seeds stand at {ends} of the optimum. "
-            f"As many cells drawn at random reach {self.chance:.2f} on average."
+            f"As many cells from the same start, drawn at random, reach {self.chance:.2f} on average."
         )
 
     def refuted(self) -> tuple[bool | None, str]:

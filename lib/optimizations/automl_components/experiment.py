@@ -292,8 +292,7 @@ def small_grid(setup: SearchBench, outcomes: Sequence[JudgedStack]) -> SmallGrid
     areas_LL = np.array([[successive_filtering.utility(cell) for cell in row] for row in judged])
     count = max(2, levels * levels // 4)
     curves = [controls.regret(areas_LL, count, n) for n in range(GRID_SEEDS)] if areas_LL.max() > 0 else []
-    drawn = [np.random.default_rng(n).permutation(areas_LL.flatten())[:count] for n in range(200)]
-    chance = float(np.mean([cells.max() for cells in drawn]) / max(areas_LL.max(), 1e-9))
+    chance = controls.by_chance(areas_LL, count)
     rows, columns = stacks[1][0][0].optimization, stacks[0][1][0].optimization
     sure = successive_filtering.surely_faster(cell for row in judged for cell in row)
     return SmallGrid(f"{rows} × {columns}", areas_LL, count, curves, chance, sure)

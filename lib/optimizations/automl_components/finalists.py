@@ -7,20 +7,23 @@ best, the one that changes least is taken: else a search run twice would choose 
 are never used for judging.
 """
 
+import gc
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from torch import nn
 
 from lib.errors import NotApplicable
 from lib.measure.metrics import paired_stats
 from lib.measure.metrics.catalogue import PERPLEXITY_MARGIN, SPEED_MARGIN
 from lib.measure.timing import disturbance, interleaved, workloads
 from lib.measure.timing.control import fresh_copies
+from lib.measure.timing.interleaved import Rounds
 from lib.optimizations.automl_components.method import nothing, promote
 from lib.optimizations.automl_components.successive_filtering import Bench, JudgedStack
 from lib.optimizations.common.evidence import interactions, shapley
@@ -85,22 +88,32 @@ def judge(
     if the budget allows it. The interval of a time holds what one process hides as well.
     """
     best = promote(bench, outcomes, count)
-    copies = fresh_copies({"baseline": bench.model, "copy": bench.model}, seed)  # of the age of the stacks
-    arms: dict[str, Any] = {name: model for name, (model, _) in copies.items()}
-    arms |= {str(at): bench.apply(judged.stack) for at, (judged, _) in enumerate(best)}
-    works = {name: workloads.generate(model, bench.prompt_BT, bench.new_tokens) for name, model in arms.items()}
-    interleaved.warm_up(*works.values())
-    rounds, calls = interleaved.rounds_for(works, seconds, rounds)
-    timed = interleaved.rounds(works, rounds, iterations=calls, warmup=0, seed=seed, disturbance=disturbance.watch)
+    stacks = {str(at): bench.apply(judged.stack) for at, (judged, _) in enumerate(best)}
+    timed = _timed(bench, stacks, seed, seconds, rounds)
+    gc.collect()  # a copy with a method bound to itself, as one that reads in chunks, would stay
     floor = paired_stats.noise_floor(timed.contrast({"copy": 1, "baseline": -1}))
     finalists, hidden = [], interactions.process_sigma("generate", (1, -1))
     if bench.memory_budget >= 1:
-        finalists.append(Finalist(nothing(bench), Estimate(0.0, 0.0, 0.0, rounds), floor, 0.0, NOTHING_LOST))
+        itself = Estimate(0.0, 0.0, 0.0, len(timed.orders))
+        finalists.append(Finalist(nothing(bench), itself, floor, 0.0, NOTHING_LOST))
     for at, (judged, divergence) in enumerate(best):
         each = timed.contrast({str(at): 1, "baseline": -1})
-        time, lost = shapley.over_rounds(each, hidden), quality.of(arms[str(at)])
+        time, lost = shapley.over_rounds(each, hidden), quality.of(stacks[str(at)])
         finalists.append(Finalist(judged, time, floor, divergence, lost, tuple(float(value) for value in each)))
     return finalists
+
+
+def _timed(bench: Bench, stacks: Mapping[str, nn.Module], seed: int, seconds: float, rounds: int) -> Rounds:
+    """Return the rounds of the stacks, the baseline and a copy of it: of small models all are copied for them, since a
+    stack that was made earlier in the search would be slower for its age alone (`interactions.of_one_age`).
+    """
+    copies = fresh_copies({"baseline": bench.model, "copy": bench.model}, seed)
+    models = {**{name: model for name, (model, _) in copies.items()}, **stacks}
+    arms, _ = interactions.of_one_age(models, bench.prompt_BT[:1, : interactions.DECODE_PROMPT], seed)
+    works = {name: workloads.generate(model, bench.prompt_BT, bench.new_tokens) for name, model in arms.items()}
+    interleaved.warm_up(*works.values())
+    count, calls = interleaved.rounds_for(works, seconds, rounds)
+    return interleaved.rounds(works, count, iterations=calls, warmup=0, seed=seed, disturbance=disturbance.watch)
 
 
 def choose(

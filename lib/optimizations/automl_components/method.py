@@ -29,7 +29,7 @@ from lib.optimizations.common import discovery, recipe
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.common.search.study import Study
 
-INNER = (0.05, 0.75)  # of a knob's range: its ends ask for nothing, or for everything
+INNER = (0.05, 0.75)  # of a knob's range, and its default: the ends ask for nothing, or for everything
 STEM = "automl_components"
 STARTUP = 4  # configurations, the first ones included, before the sampler follows what it saw
 PERPLEXITY_MARGIN = METRICS["perplexity"].margin or 0.0
@@ -120,8 +120,8 @@ def _distribution(part: Component, name: str, knob: Mapping) -> BaseDistribution
         )
     if knob["type"] == "int":
         return IntDistribution(int(low), int(min(high, low + part.most_steps)))
-    inside = [low + share * (high - low) for share in INNER]
-    return FloatDistribution(*inside)
+    inside, default = [low + share * (high - low) for share in INNER], part.defaults[name]
+    return FloatDistribution(min(inside[0], default), max(inside[1], default))
 
 
 def stack_of(params: Mapping[str, Any], parts: Sequence[Component]) -> list[RecipeStep]:
@@ -215,9 +215,10 @@ def elsewhere(
     """Return stacks that served other models: the recipes in the folder `stacks` that were not judged to lose, chosen
     with this effort or more. What a first pass at a smaller one has left would make a build begin elsewhere.
 
-    Recipes that cannot be read or are empty, and stacks of components that are not among `parts`, are passed over.
+    Recipes that cannot be read or are empty, and stacks of components, knobs or values that are not among those of
+    `parts`, are passed over.
     """
-    known = {part.stem: set(part.knobs) for part in parts}
+    known = {part.stem: part for part in parts}
     served: list[list[RecipeStep]] = []
     for path in sorted(Path(stacks).glob("*.yaml")):
         if path.stem == model:
@@ -226,19 +227,33 @@ def elsewhere(
             chosen = recipe.read(path)
         except UserError:  # whatever is wrong with another model's file, it is no reason not to search here
             continue
-        fit = all(set(step.knobs) <= known.get(step.optimization, set()) for step in chosen.stack)
+        fit = all(step.optimization in known and _fits(step, known[step.optimization]) for step in chosen.stack)
         measured_enough = recipe.EFFORTS.index(chosen.effort) >= recipe.EFFORTS.index(effort)
         if chosen.stack and fit and measured_enough and chosen.accuracy not in recipe.LOSING:
             served.append(chosen.stack)
     return served[:most]
 
 
+def _fits(step: RecipeStep, part: Component) -> bool:
+    """Whether the knobs of a stored step are those of its component, with values of the right kind."""
+
+    def right(value: Any, knob: Mapping) -> bool:
+        if "choices" in knob:
+            return value in knob["choices"]
+        kind = int if knob["type"] == "int" else (int, float)
+        return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+
+    return all(name in part.knobs and right(value, part.knobs[name]) for name, value in step.knobs.items())
+
+
 def promote(bench: Bench, outcomes: Sequence[JudgedStack], keep: int) -> list[tuple[JudgedStack, float]]:
     """Return the `keep` best outcomes with their divergence on the next rung's text, on which MORE_TEXT times as many
     are judged: before that text and after it, first the fastest of those that the text shows within the margin of
-    perplexity, then those that dominate most.
+    perplexity, then those that dominate most. A stack that was judged twice is one.
     """
-    fit = sorted((judged for judged in outcomes if judged.reason is None and judged.stack), key=_rank)
+    every = [judged for judged in outcomes if judged.reason is None and judged.stack]
+    once = [judged for at, judged in enumerate(every) if judged.stack not in [other.stack for other in every[:at]]]
+    fit = sorted(once, key=_rank)
     last = len(bench.texts) - 1
     read = [(judged, bench.divergence(bench.apply(judged.stack), last)) for judged in fit[: MORE_TEXT * keep]]
     return sorted(read, key=lambda pair: _rank(replace(pair[0], divergence=pair[1])))[:keep]
@@ -250,7 +265,7 @@ def _rank(judged: JudgedStack) -> tuple[bool, float]:
 
 
 def nothing(bench: Bench) -> JudgedStack:
-    """Return the outcome of the empty stack: the baseline itself. Raises UserError where its memory is over budget."""
+    """Return the outcome of the empty stack: the baseline itself, cut where its memory is over budget."""
     if bench.memory_budget < 1:
         return JudgedStack([], 1.0, 0.0, 1.0, "the baseline's own memory is over the budget", 0.0)
     return JudgedStack([], 1.0, 0.0, 1.0, None, 0.0)

@@ -89,6 +89,17 @@ def test_what_was_cut_dominates_nothing_and_is_counted():
     assert reading.two(f"{first}.", second)
 
 
+def test_what_the_arms_share_is_counted_once():
+    """The first trials stood in every arm, and so did a crash among them: one was counted three times."""
+    first = [_judged(0.8), _judged(0.1, "crashed: ValueError")]
+    equal = EqualSeconds(
+        {"search": [*first, _judged(0.5)], "random 1": [*first, _judged(0.6)], "defaults": list(first)}
+    )
+    assert equal.crashed == 1 and equal.reading().startswith("3 configurations were timed")
+    assert list(equal.points()["arm"]) == ["search", "search", "random 1"]
+    assert list(equal.table()["configurations"]) == [3, 3, 2], "each arm has its own all the same"
+
+
 def test_a_search_beside_which_chance_dominates_nothing_is_no_multiple_of_it():
     grid = SmallGrid("a × b", np.ones((3, 3)), 2, [[1.0]], 0.7)
     chosen = Recipe(model="m", scale="proxy", stack=[], chosen_by="a search")

@@ -103,6 +103,14 @@ def test_the_defaults_of_every_real_component_can_be_asked_for():
         assert block_size is None or block_size % stride == 0
 
 
+@pytest.mark.parametrize("most_steps", [1, 16])
+def test_the_defaults_are_tried_as_their_author_set_them(most_steps):
+    """A knob whose default lies near an end of its range was brought down: no trial was that component's default."""
+    for part in automl.components(most_steps=most_steps):
+        step = RecipeStep(optimization=part.stem, knobs=part.defaults)
+        assert automl.stack_of(automl.params_of([step], [part]), [part]) == [step]
+
+
 @pytest.mark.parametrize(
     ("knob", "says"),
     [
@@ -194,6 +202,19 @@ def test_what_served_other_models_comes_first(tiny, monkeypatch, tmp_path):
     assert automl.elsewhere(tmp_path, "own", "standard", parts[:0]) == []
     with study.opened(None, "s", {}, 2) as memory:
         assert automl.run(bench, parts, memory, 2, first=first)[0].stack == first[0]
+
+
+@pytest.mark.parametrize("knobs", ['{kind: "c"}', '{share: "much"}', "{share: .nan}", "{share: true}", "{size: 2.5}"])
+def test_a_value_that_a_component_no_longer_has_is_no_reason_not_to_search(tmp_path, knobs):
+    """Another model's stack, of an earlier version or written by hand, ended the search when its trial was stored."""
+    size = {"type": "int", "range": (1, 9), "default": 4}
+    parts = [_fake("one", _scale, share=SHARE, kind=KIND, size=size)]
+    text = "model: other\nscale: proxy\neffort: quick\nchosen_by: a search\nstack:\n- optimization: one\n  knobs: "
+    (tmp_path / "other.yaml").write_text(text + knobs)
+    assert automl.elsewhere(tmp_path, "own", "quick", parts) == []
+    (tmp_path / "other.yaml").write_text(text + '{kind: "b", share: 1, size: 2}')
+    (served,) = automl.elsewhere(tmp_path, "own", "quick", parts)
+    assert automl.params_of(served, parts) | {"one": True} == automl.params_of(served, parts)
 
 
 def test_chance_begins_where_the_search_began(tiny, monkeypatch):
@@ -319,6 +340,34 @@ def test_what_little_text_flattered_falls_behind_on_more():
     assert asked == [(0.2, 1), (0.3, 1)], "twice as many as are kept are read"
 
 
+def test_a_stack_that_was_judged_twice_takes_one_place_among_the_finalists():
+    bench = SimpleNamespace(texts=["little", "more"], apply=lambda stack: stack, divergence=lambda model, rung: 0.01)
+    share = lambda value: [RecipeStep(optimization="one", knobs={"share": value})]  # noqa: E731
+    judged = [JudgedStack(share(at), time, 0.01, 1.0, None, 0.0) for at, time in ((0.1, 0.5), (0.1, 0.6), (0.2, 0.9))]
+    assert [each for each, _ in automl.promote(bench, judged, 2)] == [judged[0], judged[2]]
+
+
+def test_what_is_timed_for_the_last_round_is_of_one_age(tiny, monkeypatch):
+    """The baseline was copied just before the rounds, and the stacks were those of the search, slower for their age."""
+    parts = [_fake("one", _scale, share=SHARE)]
+    bench, timed = _bench(tiny("qwen3-4b-instruct-2507"), parts), []
+    outcome = JudgedStack([RecipeStep(optimization="one", knobs={"share": 0.1})], 0.9, 0.01, 1.0, None, 0.0)
+    generate = finalists.workloads.generate
+    monkeypatch.setattr(finalists.workloads, "generate", lambda *args: timed.append(args[0]) or generate(*args))
+    quality = SimpleNamespace(of=lambda model: search_quality.NOTHING_LOST)
+    finalists.judge(bench, [outcome], 1, quality, 0, seconds=0)
+    assert len({id(model) for model in timed}) == 3
+    assert not {id(model) for model in timed} & {id(model) for model in (bench.model, *bench.applied.values())}
+
+
+def test_chance_begins_in_the_middle_of_a_grid_as_the_search_does():
+    areas = np.full((3, 3), 0.25)
+    areas[1, 1], areas[2, 0] = 0.5, 1.0
+    assert controls.by_chance(areas, 2, 800) == pytest.approx(1 / 8 + 7 / 8 * 0.5, abs=0.03)
+    areas[1, 1] = 1.0
+    assert controls.by_chance(areas, 2) == controls.regret(areas, 2, 0)[-1] == 1.0, "both find what lies in the middle"
+
+
 def test_regret_finds_a_planted_optimum():
     rows, columns = np.meshgrid(np.arange(6), np.arange(6), indexing="ij")
     utilities = np.exp(-((rows - 4) ** 2 + (columns - 2) ** 2) / 8)
@@ -340,6 +389,9 @@ def test_grids_pair_the_components_that_are_worth_most():
     assert stacks[1][0][0].knobs == {"share": 0.05, "kind": "a"} and stacks[2][0][0].knobs["share"] == 0.75
     with pytest.raises(UserError, match="needs two components"):
         controls.grid(outcomes, parts[:1], 3)
+    without = [judged for judged in outcomes if judged.stack[0].optimization != "middling"]
+    pair = controls.grid(without, parts, 3)[1][1]
+    assert [step.optimization for step in pair] == ["quick", "idle"], "one that is refused at once is not the quicker"
 
 
 def test_a_real_stack_is_judged(tiny):
