@@ -182,6 +182,13 @@ def refusal(steps: Sequence[RecipeStep], model: nn.Module) -> str | None:
     return None
 
 
+def kept_order(steps: Sequence[RecipeStep], model: nn.Module) -> list[RecipeStep]:
+    """Return the steps in the order given, as a search may have judged them; where a descriptor refuses that order,
+    those of `order`. Raises UserError where there is none.
+    """
+    return list(steps) if refusal(steps, model) is None else order(steps, model)
+
+
 def compose(
     model: nn.Module,
     calibration: Sequence[dict[str, torch.Tensor]],

@@ -129,8 +129,9 @@ def _part(stem: str, model: str, scale: str) -> ModuleType:
 
 
 def _composed(loaded: Loaded, steps: Sequence[RecipeStep], parameters: Mapping[str, Any]) -> nn.Module:
-    seed = int(parameters.get("seed", 0))
-    return composing.compose(loaded.model, _calibration(loaded, parameters), steps, seed=seed).model
+    options: dict[str, Any] = {"arrange": False, "seed": int(parameters.get("seed", 0))}
+    steps = composing.kept_order(steps, loaded.model)
+    return composing.compose(loaded.model, _calibration(loaded, parameters), steps, **options).model
 
 
 def _calibration(loaded: Loaded, parameters: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:

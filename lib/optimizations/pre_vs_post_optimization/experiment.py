@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from lib.errors import UserError
 from lib.measure.compare import speed
 from lib.measure.compare.speed import Compared
 from lib.measure.metrics import settings
@@ -108,11 +109,14 @@ def applied(setup: StackSetup) -> tuple[AppliedStack, pd.DataFrame]:
 
 @dataclass(frozen=True)
 class Subsets:
-    """Every subset of the stack's parts as a model, by name, and the seconds that making them took."""
+    """Every subset of the stack's parts as a model, by name, and the seconds that making them took; `refused` says why
+    all of the stack is one part, where a subset of it cannot be made.
+    """
 
     parts: dict[str, list[RecipeStep]]
     models: dict[str, nn.Module]
     seconds: float
+    refused: str = ""
 
     def table(self) -> pd.DataFrame:
         """Return the megabytes of weights of each subset."""
@@ -125,7 +129,8 @@ class Subsets:
 
 def subsets(setup: StackSetup, stack: AppliedStack, attribution_seconds: float) -> Subsets:
     """Make every subset of the stack, cut into so few parts that making them takes no longer than
-    `attribution_seconds`, estimated from applying the whole. Asserts that the baseline was not changed.
+    `attribution_seconds`, estimated from applying the whole; into one where a part refuses what another did not prepare
+    for it. Asserts that the baseline was not changed.
     """
     baseline, steps = setup.loaded.model, setup.stack.steps
     fitting = (
@@ -134,11 +139,16 @@ def subsets(setup: StackSetup, stack: AppliedStack, attribution_seconds: float) 
         if stack.seconds * 2 ** (min(count, len(steps)) - 1) <= attribution_seconds
     )
     parts = attribution.groups(steps, next(fitting, 1))
-    start = time.perf_counter()
-    models = attribution.every_subset(baseline, setup.calibration, parts, whole=stack.model, seed=setup.seed)
+    start, refused = time.perf_counter(), ""
+    options: dict[str, Any] = {"whole": stack.model, "seed": setup.seed}
+    try:
+        models = attribution.every_subset(baseline, setup.calibration, parts, **options)
+    except UserError as error:
+        parts, refused = attribution.groups(steps, 1), str(error)
+        models = attribution.every_subset(baseline, setup.calibration, parts, **options)
     seconds = time.perf_counter() - start
     assert io.weights_hash(baseline) == setup.weights, "the baseline was changed"
-    return Subsets(parts, {interactions.named(*subset): model for subset, model in models.items()}, seconds)
+    return Subsets(parts, {interactions.named(*subset): model for subset, model in models.items()}, seconds, refused)
 
 
 def judge(setup: StackSetup, optimized: nn.Module, distances: Sequence[int]) -> Judgement:
@@ -285,7 +295,8 @@ def attributed(
     whole = shares[shares["part"] == attribution.WHOLE].set_index("what")["value"]
     summed = shares[shares["part"] != attribution.WHOLE].groupby("what")["value"].sum()
     assert np.allclose(summed[whole.index], whole, atol=1e-9), "the shares do not add up to the whole"
-    return Attribution(shares, f"{rounds}; {len(windows_NT) if losses else 0} windows")
+    apart = f"; not shared out, for a subset cannot be made: {every.refused}" if every.refused else ""
+    return Attribution(shares, f"{rounds}; {len(windows_NT) if losses else 0} windows{apart}")
 
 
 def history_path(history: str) -> Path | None:

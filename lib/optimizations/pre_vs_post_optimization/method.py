@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lib.errors import UserError
 from lib.measure.metrics import settings
 from lib.measure.metrics.catalogue import PERPLEXITY_MARGIN, SIZE_MARGIN, SPEED_MARGIN
 from lib.measure.metrics.measurement import Provenance
@@ -80,18 +81,22 @@ def chosen(
     """Return the stack that a search stored for this model at this scale, or else the one that the default rule finds
     with `effort` (by default quick), which may be empty: nothing pays here.
 
-    A stored stack is refused where it was chosen for other weights than `weights` (a hash), or was found to lose more
-    than the margins; `origin` says so. Raises UserError for a stored stack that is damaged, belongs to another model,
-    or cannot be ordered.
+    A stored stack keeps the order in which it was judged, unless its parts refuse that. It is refused where it was
+    chosen for other weights than `weights` (a hash), was found to lose more than the margins, or cannot be ordered;
+    `origin` says so. Raises UserError for a stored stack that is damaged or belongs to another model.
     """
     composing.parts()  # imported before models are tried: what an import leaves may hold the frames that led to it
     inputs = recipe.hashed(loaded.name, loaded.scale)
     stored, refused = recipe.find(loaded.name, loaded.scale), ""
     if stored is not None:
         refused = recipe.unfit(stored, weights) or ("" if stored.stack else "it chose to change nothing")
+        try:
+            steps = [] if refused else composing.kept_order(stored.stack, loaded.model)
+        except UserError as error:
+            refused = str(error)
         if not refused:
             origin = f"{stored.chosen_by}, effort {stored.effort or 'not stated'}"
-            return ChosenStack(composing.order(stored.stack, loaded.model), origin, inputs=inputs)
+            return ChosenStack(steps, origin, inputs=inputs)
     options: dict[str, Any] = {"effort": effort, "perplexity_margin": perplexity_margin, "seed": seed}
     default = default_stack(loaded, calibration, **options)
     gc.collect()  # models refer to themselves: those that were tried are given back now, not some time
@@ -182,10 +187,10 @@ def _faster(before: nn.Module, after: nn.Module, prompt_BT: torch.Tensor, most: 
 def apply_stack(
     model: nn.Module, calibration: Sequence[dict[str, torch.Tensor]], steps: Sequence[RecipeStep], *, seed: int = 0
 ) -> AppliedStack:
-    """Apply the steps to a copy and return it with the seconds and the joules that this took."""
+    """Apply the steps to a copy, in the order given, and return it with the seconds and the joules that this took."""
     counter = energy.counter(next(model.parameters()).device.type)
     start, before = time.perf_counter(), counter.joules()
-    composed = composing.compose(model, calibration, steps, seed=seed)
+    composed = composing.compose(model, calibration, steps, arrange=False, seed=seed)
     joules = counter.joules() - before
     seconds = time.perf_counter() - start
     return AppliedStack(

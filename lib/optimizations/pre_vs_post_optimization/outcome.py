@@ -17,6 +17,7 @@ CLAIMS = (
     "An earlier build did better.",
 )
 DIFFERS = ("better", "worse", "not_maintained")
+APPLIED = ("works", "invalid")  # states of a candidate that could be applied, if only with a degenerate output
 UNCLEAR = ("inconclusive", "not_exercised", "invalid", "unavailable")
 
 
@@ -65,7 +66,7 @@ def sentence(setup: StackSetup, verdict: str) -> str:
     """
     if setup.pays:
         return verdict
-    tried = sum(row.get("state", "works") == "works" for row in setup.stack.considered)
+    tried = sum(row.get("state", "works") in APPLIED for row in setup.stack.considered)
     unfit = len(setup.stack.considered) - tried
     apart = f" ({unfit} more could not be applied)" if unfit else ""
     nothing = f"of {tried} candidates none is, as far as can be told, within the margins and faster or smaller{apart}"

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
+from lib.errors import UserError
 from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement, settings
 from lib.measure.metrics.pairs import Pairs
@@ -82,6 +83,9 @@ def test_nothing_pays_is_an_answer():
     refused = [{"state": state, "kept": False, "why": "no"} for state in ("refused", "crashed")]
     text = outcome.sentence(_setup(considered=[undecided, *refused]), "")
     assert "of 1 candidates none is, as far as can be told," in text and "(2 more could not be applied)" in text
+    degenerate = {"state": "invalid", "kept": False, "why": "it repeats one token"}
+    text = outcome.sentence(_setup(considered=[undecided, degenerate]), "")
+    assert "of 2 candidates" in text and "could not be applied" not in text, "it was applied, and broke the model"
     speed = measurement.informative("prefill_tokens_per_second", "prefill", 1.0, 1.0, "planted")
     judged = judgement.Judgement(None, [_verdict("maintained")], None)
     own = experiment.identity_control(nothing, None, judged, Compared([speed]))
@@ -116,6 +120,30 @@ def test_nothing_is_attributed_to_what_is_broken(tiny, monkeypatch, broken, wher
         assert reading.two(f"{first}.", second) and "Nothing pays" not in first
         assert second == "So the gain is not shared out.", "the stack may gain where a subset of it is broken"
         assert outcome.details(setup, shared, GainSweep([], pd.DataFrame()))["attribution"][0] == []
+
+
+def test_the_gain_is_the_whole_stacks_where_a_part_refuses_to_go_without_another(monkeypatch):
+    """The run ended as failed: what a subset needs is no fault of the stack, which works."""
+
+    def compose(model, calibration, steps, **options):
+        if model == "baseline" and steps[0].optimization == "b":
+            raise UserError("b cannot be applied here: a prepares it")
+        return types.SimpleNamespace(model="a alone")
+
+    monkeypatch.setattr(attribution.composing, "compose", compose)
+    monkeypatch.setattr(experiment.io, "weights_hash", lambda _: "")
+    monkeypatch.setattr(experiment.tasks, "text_windows", lambda *_: np.zeros((8, 4)))
+    monkeypatch.setattr(experiment.tasks, "window_sources", lambda *_: np.arange(8))
+    loaded, quick = types.SimpleNamespace(model="baseline", random_weights=True), settings.read("quick")
+    setup = replace(_setup("a", "b"), loaded=loaded, effort=quick, quick=quick)
+    stack = method.AppliedStack("whole", setup.stack.steps, 1.0, 0.0, "estimated", "planted")
+    every = experiment.subsets(setup, stack, 60.0)
+    assert every.models == {"baseline": "baseline", "a + b": "whole"} and list(every.parts) == ["a + b"]
+    pairs = Pairs([1.0] * 6, [0.9] * 6, ["AB", "BA"] * 3, [None] * 6, 1)
+    compared = Compared([], {"prefill": types.SimpleNamespace(pairs=pairs)})
+    shared = experiment.attributed(setup, every, None, compared)
+    assert shared.source.endswith("for a subset cannot be made: b cannot be applied here: a prepares it")
+    assert shared.reading().endswith("All of it is owed to a + b, its only part.")
 
 
 def test_a_sweep_without_points_is_empty():

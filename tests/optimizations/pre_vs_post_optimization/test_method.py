@@ -56,9 +56,22 @@ def test_a_stored_stack_is_taken_and_ordered(tiny, monkeypatch):
     assert stack.steps == STEPS and stack.origin.startswith("a search") and stack.considered == []
 
 
+def test_a_stored_stack_keeps_the_order_in_which_it_was_judged(tiny, batch, monkeypatch):
+    """Parts that may come in either order were put into that of the pipeline: another stack than the one found."""
+    model, name = tiny("qwen3-4b-instruct-2507"), "qwen3-4b-instruct-2507"
+    steps = [RecipeStep(optimization="adaptive_sparse_attention", knobs={"block_size": 64}), STEPS[0]]
+    assert composing.order(steps, model) == steps[::-1], "the pipeline's own order is the other one"
+    monkeypatch.setattr(recipe, "find", lambda name, scale: _stored(stack=steps))
+    stack = comparing.chosen(_loaded(model, name), [], weights="w")
+    assert stack.steps == steps
+    assert comparing.apply_stack(model, [batch], stack.steps).steps == steps
+
+
 @pytest.mark.parametrize(
     "fields, says",
     [
+        ({"stack": [STEPS[2], STEPS[2]]}, "cannot be ordered"),
+        ({"stack": [RecipeStep(optimization="gone")]}, 'no optimization "gone"'),
         ({"stack": []}, "it chose to change nothing"),
         ({"weights": "other"}, "chosen for weights other, not for w"),
         ({"weights": ""}, "weights that it does not name"),
