@@ -70,7 +70,7 @@ def test_a_stored_stack_keeps_the_order_in_which_it_was_judged(tiny, batch, monk
 @pytest.mark.parametrize(
     "fields, says",
     [
-        ({"stack": [STEPS[2], STEPS[2]]}, "cannot be ordered"),
+        ({"stack": [STEPS[2], STEPS[2].model_copy()]}, "cannot be ordered"),
         ({"stack": [RecipeStep(optimization="gone")]}, 'no optimization "gone"'),
         ({"stack": []}, "it chose to change nothing"),
         ({"weights": "other"}, "chosen for weights other, not for w"),
