@@ -180,8 +180,10 @@ def impact(contrasts: Contrasts, whole: Measurement | None, steps: int) -> list[
     `whole` is the prefill rate of the stack that is judged, of `steps` parts; left out where these are two or fewer.
     """
     works = contrasts.pairs[contrasts.pairs.state == "works"]
-    together: dict[int, list[float]] = {1: list(contrasts.alone["prefill"])}
-    together[2] = list(works["prefill_both"]) if len(works) else []
+    together: dict[int, list[float]] = {
+        parts: [float(log) for log in frame[column].dropna()] if column in frame else []
+        for parts, frame, column in ((1, contrasts.alone, "prefill"), (2, works, "prefill_both"))
+    }
     if whole is not None and whole.ratio and steps > 2:
         together[steps] = [float(np.log(whole.ratio))]
     return [

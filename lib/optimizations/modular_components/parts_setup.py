@@ -76,12 +76,13 @@ class PartsSetup:
 
 
 def prepare(loaded: Loaded, effort: Effort, seed: int) -> PartsSetup:
-    """Return the setup; at effort preview texts are shorter. Raises NotApplicable where memory has no room for one pair
-    in both orders.
+    """Return the setup; at effort preview texts are shorter. Raises NotApplicable where fewer than two parts apply, and
+    where memory has no room for one pair in both orders.
     """
     quick = effort if effort.brief else settings.read("quick", loaded.scale)
     fitting, unfit = method.applicable(loaded.model)
-    assert len(fitting) > 1, method.applies_to(loaded.model)
+    if reason := method.applies_to(loaded.model):
+        raise NotApplicable(f"{method.NAME}: {reason}")
     placement.require_room(loaded.model, PAIR_COPIES, "measuring one pair of parts in both orders")
     weights = io.weights_hash(loaded.model)
     share = 2 if effort.preview else 1

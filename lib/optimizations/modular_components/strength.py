@@ -137,6 +137,9 @@ def _spent(kept: Sequence[RecipeStep], applied_before: Mapping[tuple[str, ...], 
 def strongest(within: Callable[[int], bool], levels: int = LEVELS, apart: int = 1) -> int:
     """Return the highest level that is within the margins, by bisection until levels are `apart`; 0 where none above it
     is found to be.
+
+    Whatever is returned has been looked at. That it is the highest rests on losses that grow with strength: of levels
+    beyond one that passes a margin only the last is looked at.
     """
     if within(levels):
         return levels

@@ -4,17 +4,18 @@ import copy
 import types
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 from lib.errors import NotApplicable, UserError
-from lib.measure.metrics import measurement
+from lib.measure.metrics import measurement, settings
 from lib.models.checkpoints import io
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.common.search.search_quality import NOTHING_LOST
-from lib.optimizations.modular_components import experiment, method, strength
+from lib.optimizations.modular_components import experiment, method, parts_setup, strength
 from lib.optimizations.modular_components.attempts import Attempt
 from lib.optimizations.modular_components.experiment import LiveExchange
 from lib.optimizations.modular_components.pair_study import Contrasts, PairStudy
@@ -90,6 +91,23 @@ def test_a_part_that_only_slows_the_model_down_is_named(monkeypatch):
         "slow": "alone it prefills at 0.74× (0.73 to 0.76) of the speed, and stores nothing less"
     }
     assert contrasts.losses_alone == {}
+
+
+def test_a_pair_that_works_though_a_part_of_it_does_not_has_no_gain_to_show():
+    """Such a pair is not measured: its gain was no number, or there was no column of gains at all."""
+    pairs = pd.DataFrame([{"state": "works", "prefill_both": 0.2}, {"state": "works", "prefill_both": None}])
+    nothing = pd.DataFrame()
+    contrasts = Contrasts({}, pd.DataFrame([{"prefill": 0.1}]), pairs, nothing, nothing, "planted")
+    assert [row["value"] for row in experiment.impact(contrasts, None, 2)] == pytest.approx(np.exp([0.1, 0.2]))
+    unmeasured = replace(contrasts, alone=nothing, pairs=pairs[["state"]])
+    assert experiment.impact(unmeasured, None, 2) == []
+
+
+def test_a_model_to_which_one_part_applies_is_a_result_and_no_failure(tiny, monkeypatch):
+    loaded = types.SimpleNamespace(model=tiny("qwen3-4b-instruct-2507"), scale="proxy")
+    monkeypatch.setattr(method, "applicable", lambda model: (["only"], {}))
+    with pytest.raises(NotApplicable, match="1 optimization applies to this model; composing needs two"):
+        parts_setup.prepare(loaded, settings.read("quick"), 0)
 
 
 def _overhead(verdict: str) -> list[measurement.Measurement]:

@@ -47,6 +47,15 @@ def test_bisection_finds_the_highest_level_within(truth):
     assert strength.strongest(within, apart=half) == half * (truth // half) and len(levels) <= 2
 
 
+@pytest.mark.parametrize("losing", range(1, 2**strength.LEVELS, 7))
+def test_whatever_bisection_returns_was_within_when_it_was_looked_at(losing):
+    """Losses that do not grow with strength: a level may be missed, but none is taken that passes a margin."""
+    within = {level: not losing >> (level - 1) & 1 for level in range(1, strength.LEVELS + 1)}
+    level = strength.strongest(within.__getitem__)
+    assert level == 0 or within[level]
+    assert level == strength.LEVELS or not within[level + 1]
+
+
 def test_what_makes_a_model_no_smaller_is_left_out_and_what_refuses_too(tiny, batch, monkeypatch):
     described = {"touches": ("storage",), "needs": (), "invalidates": (), "trial": {}}
 
