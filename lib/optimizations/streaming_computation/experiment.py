@@ -230,8 +230,16 @@ def paid(apply_seconds: float, costs: list[Measurement]) -> list[Measurement]:
 
 
 def counted(baseline: nn.Module, optimized: nn.Module, effort: Effort, absorbed: bool) -> list[Measurement]:
-    """Return what is counted of both models; see `speed.resources`."""
-    return speed.resources(baseline, optimized, tokens=effort.prompt_tokens, **_formulas(baseline, absorbed))
+    """Return what is counted of both models, see `speed.resources`; and that weights which stream take as many bytes of
+    their file as before: less memory is no smaller checkpoint.
+    """
+    rows = speed.resources(baseline, optimized, tokens=effort.prompt_tokens, **_formulas(baseline, absorbed))
+    stream = streamer.streamer(optimized)
+    if stream is None:
+        return rows
+    size = sum(place.nbytes for place in stream.file.places.values())
+    source = "tensors of the file from which weights stream; streaming changes none of them"
+    return [*rows, measurement.counted("checkpoint_bytes", "load", size, size, source)]
 
 
 def card(baseline: nn.Module) -> dict[str, object]:

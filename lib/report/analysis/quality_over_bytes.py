@@ -1,7 +1,7 @@
 """Quality against bytes: every arm of every record that has both, so that all compressions stand on one axis.
 
-A control counts as well as the optimized model: weight-only int8 and int4, rounded or by GPTQ, are controls. Draws
-nothing.
+A control counts as well as the optimized model: weight-only int8 and int4, rounded or by GPTQ, are controls. Weights
+that lie in a file of full size and are held in memory in part are not compressed. Draws nothing.
 """
 
 from collections.abc import Iterable
@@ -12,14 +12,15 @@ from lib.measure.metrics.measurement import Measurement
 from lib.report.records.record import Record
 from lib.report.text.wording import title
 
-BYTES, DIVERGENCE = "weights_bytes", "kl_divergence_nats"
+BYTES, FILE_BYTES, DIVERGENCE = "weights_bytes", "checkpoint_bytes", "kl_divergence_nats"
 COLUMNS = ("arm", "name", "label", "x", "x_low", "x_high", "y", "y_low", "y_high")
 YARDSTICKS = ("int8", "int4, groups of 128", "int4, GPTQ")  # named as they are, whichever record they stand in
 
 
 def points(records: Iterable[Record]) -> pd.DataFrame:
-    """Return a row per arm with fewer bytes of weights than the baseline: `x` bytes over the baseline's, `y` divergence
-    from it in nats per token with its interval, `label` the model, `name` the arm, `arm` its family.
+    """Return a row per arm with fewer bytes of weights than the baseline, in memory and in its file, where that is
+    known: `x` bytes over the baseline's (the larger share of the two), `y` divergence from it in nats per token with
+    its interval, `label` the model, `name` the arm, `arm` its family.
 
     A yardstick of one model is the same in every record that holds all matrices: its smallest stands for it.
     """
@@ -42,14 +43,16 @@ def points(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def _point(measurements: Iterable[Measurement]) -> dict[str, float | None] | None:
-    chosen = {m.metric: m for m in measurements if m.metric in (BYTES, DIVERGENCE) and m.verdict != "invalid"}
-    if len(chosen) < 2:
+    wanted = (BYTES, FILE_BYTES, DIVERGENCE)
+    chosen = {m.metric: m for m in measurements if m.metric in wanted and m.verdict != "invalid"}
+    if not {BYTES, DIVERGENCE} <= set(chosen):
         return None
-    size, divergence = chosen[BYTES], chosen[DIVERGENCE]
-    if size.ratio is None or size.ratio >= 1 or not divergence.optimized or divergence.optimized <= 0:
+    ratios, divergence = [chosen[name].ratio for name in (BYTES, FILE_BYTES) if name in chosen], chosen[DIVERGENCE]
+    share = max((ratio for ratio in ratios if ratio is not None), default=1.0)
+    if chosen[BYTES].ratio is None or share >= 1 or not divergence.optimized or divergence.optimized <= 0:
         return None
     low, high = divergence.ci or (None, None)
-    return {"x": size.ratio, "y": divergence.optimized, "y_low": low or None, "y_high": high}
+    return {"x": share, "y": divergence.optimized, "y_low": low or None, "y_high": high}
 
 
 def read(frame: pd.DataFrame) -> tuple[str, str]:

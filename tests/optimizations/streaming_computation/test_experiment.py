@@ -40,6 +40,19 @@ def _answers(optimized_tokens, peak=50.0, offload_ci=(1.5, 2.0), climb=(0.9, 1.0
     return [refuted for _, refuted, _ in answers]
 
 
+def test_weights_that_stream_take_as_much_of_the_disk_as_before(monkeypatch):
+    """Of the record only the bytes in memory were known: it stood among the compressions as one that loses nothing."""
+    tensors = {name: SimpleNamespace(nbytes=bytes_of) for name, bytes_of in (("a", 600), ("b", 400))}
+    streamed = SimpleNamespace(lm_head=SimpleNamespace(streamer=SimpleNamespace(file=SimpleNamespace(places=tensors))))
+    held = measurement.counted("weights_bytes", "load", 1000, 350, "planted")
+    monkeypatch.setattr(experiment.speed, "resources", lambda *_, **__: [held])
+    monkeypatch.setattr(experiment, "_formulas", lambda *_: {})
+    in_memory, on_disk = experiment.counted(None, streamed, settings.read("quick"), True)
+    assert in_memory is held and on_disk.metric == "checkpoint_bytes"
+    assert (on_disk.baseline, on_disk.optimized, on_disk.verdict) == (1000, 1000, "equivalent")
+    assert experiment.counted(None, SimpleNamespace(), settings.read("quick"), True) == [held]
+
+
 def test_nothing_is_refuted_where_all_holds():
     assert _answers([1, 2]) == [False, False, False, False]
 

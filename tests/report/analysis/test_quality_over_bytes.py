@@ -60,3 +60,17 @@ def test_int4_by_gptq_is_credited_to_no_optimization(records):
     assert points[points["name"] == BY_GPTQ]["arm"].tolist() == [BY_GPTQ]
     first, second = quality_over_bytes.read(points)
     assert f"1 {BY_GPTQ}" in first and "Sparse" not in first and second == "2 of them are weight-only quantization."
+
+
+def test_weights_that_stream_from_a_file_of_full_size_are_no_compression(records):
+    """They lose nothing and hold a third in memory, so that every compression seemed to be beaten."""
+    on_disk = measurement.counted("checkpoint_bytes", "load", 100, 100, "test")
+    streaming = _record("streaming_computation", [*_arm(35, 1e-8), on_disk], {})
+    points = quality_over_bytes.points([*records, streaming])
+    assert len(points) == 4 and "Streaming computation" not in set(points["arm"])
+    pruned = measurement.counted("checkpoint_bytes", "load", 100, 80, "test")
+    both = quality_over_bytes.points([_record("automl_components", [*_arm(28, 0.2), pruned], {})])
+    assert both["x"].tolist() == [0.8], "what is pruned and streams is as small as its file"
+    unknown = measurement.unavailable("checkpoint_bytes", "load", "no room on the disk")
+    kept = quality_over_bytes.points([_record("structured_pruning", [*_arm(80, 0.5), unknown], {})])
+    assert kept["x"].tolist() == [0.8]
