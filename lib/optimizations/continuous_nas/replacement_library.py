@@ -18,6 +18,7 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.models.structure.anatomy import Block, anatomy, synchronise
+from lib.models.structure.anatomy import attention as view_attention
 from lib.models.structure.anatomy import feed_forward as view_feed_forward
 from lib.models.structure.replacements.no_op import NoAttention, NoFeedForward, place
 from lib.models.structure.surgery import best_experts, keep_experts
@@ -132,11 +133,15 @@ def build(
             kind = "attention" if part == "attention" else block.feed_forward.kind
             slot = f"{block.index:02d}.{part}"
             replacements: dict[str, nn.Module] = {}
+            sizes: set[tuple[int, ...]] = set()
             for option in names[kind]:
                 if part == "attention" and option == "none" and block.index in attending:
                     continue
-                if (module := _replacement(block, part, option, scores, slot, ordered)) is not None:
-                    replacements.setdefault(option, module)
+                module = _replacement(block, part, option, scores, slot, ordered)
+                if module is None or (size := _size(part, module)) in sizes:
+                    continue
+                sizes.add(size)
+                replacements[option] = module
             if not replacements:
                 raise UserError(f'library: slot "{slot}" has no option: {kind} offers {list(names[kind])}')
             modules[slot] = replacements
@@ -151,7 +156,7 @@ def build(
 def _replacement(
     block: Block, part: str, option: str, scores: Mapping, slot: str, ordered: dict[str, nn.Module]
 ) -> nn.Module | None:
-    """Return the module of one option, or None where it would be no other than one that is there already.
+    """Return the module of one option, or None where it would be the whole part, or too few experts for the router.
 
     What is kept of a part are views of its sorted copy, `ordered[slot]`, which is made when it is first needed.
     """
@@ -194,6 +199,16 @@ def _replacement(
     if chosen is not None:
         setattr(view.feed_forward.experts.router, "top_k", chosen)  # noqa: B010
     return cut
+
+
+def _size(part: str, module: nn.Module) -> tuple[int, ...]:
+    """Return how much is kept of a part: two options that keep the same are one, as of three groups 50 and 75 %."""
+    if isinstance(module, (NoAttention, NoFeedForward)):
+        return ()
+    if part == "attention":
+        return (view_attention(module).key_value_heads,)
+    view = view_feed_forward(module)
+    return (view.channels,) if view.experts is None else (view.experts.count, view.experts.top_k)
 
 
 def _shares(option: str, kind: str) -> dict[str, float]:

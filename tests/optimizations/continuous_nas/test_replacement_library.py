@@ -136,6 +136,19 @@ def test_options_are_what_they_say(built):
     replacement_library.swap(shelf, shelf.whole)
 
 
+def test_options_that_keep_the_same_are_one(built, batch):
+    """Few heads, channels or experts per token let shares meet: one architecture was evaluated as several."""
+    model, _ = built
+    scores = [saliency_scores(*pair) for pair in zip(anatomy(model).blocks, observe(model, [batch]).blocks)]
+    finer = replacement_library.build(model, scores, replacement_library.UNIFORM)
+    signatures = {
+        slot: [subblock_costs.signature(module) for module in options.values()]
+        for slot, options in finer.modules.items()
+    }
+    assert all(len(set(kept)) == len(kept) for kept in signatures.values()), "one shape under two names"
+    assert {options[0] for options in finer.space.values()} == {"whole"}
+
+
 def test_divergence_from_a_later_block_is_that_of_the_whole(built, batch):
     model, shelf = built
     pictures = [{"input_ids": batch["input_ids"]}, batch]
