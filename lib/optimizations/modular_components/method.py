@@ -183,10 +183,11 @@ def refusal(steps: Sequence[RecipeStep], model: nn.Module) -> str | None:
 
 
 def kept_order(steps: Sequence[RecipeStep], model: nn.Module) -> list[RecipeStep]:
-    """Return the steps in the order given, as a search may have judged them; where a descriptor refuses that order,
-    those of `order`. Raises UserError where there is none.
+    """Return the steps in the order given, as a search may have judged them; where a descriptor refuses that order, as
+    `order` does. Raises UserError where there is no order, and for an unknown part.
     """
-    return list(steps) if refusal(steps, model) is None else order(steps, model)
+    arranged = order(steps, model)
+    return list(steps) if refusal(steps, model) is None else arranged
 
 
 def compose(
