@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from lib.errors import UserError
 from lib.models.checkpoints import placement
 
 ROOM = 2.0  # a copy is made where twice its bytes are free
@@ -22,8 +23,8 @@ def separate_copy(model: nn.Module) -> tuple[nn.Module, str | None]:
         return model, f"no room for a copy of the baseline ({needed / 2**30:.1f} GiB): the control is the same object"
     try:
         return copy.deepcopy(model).eval(), None
-    # Weights that are views of a file; hooks, threads and pointers that cannot be copied.
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+    # Weights that are views of a file, or stream from it; hooks, threads and pointers that cannot be copied.
+    except (RuntimeError, TypeError, ValueError, NotImplementedError, UserError) as error:
         return model, f"the baseline cannot be copied ({error}): the control is the same object"
 
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from lib.errors import NotApplicable
 from lib.measure.timing import control
 
 
@@ -58,3 +59,17 @@ def test_what_cannot_be_copied_stays_itself():
     model.lock = threading.Lock()
     (copied, reason), (other, none) = control.fresh_copies({"first": model, "second": nn.Linear(2, 2)}).values()
     assert copied is model and "cannot be copied" in reason and none is None and other is not model
+
+
+class Streams(nn.Linear):
+    """A part that refuses to be copied, as that whose weights stream from a file."""
+
+    def __deepcopy__(self, memo):
+        raise NotApplicable("the weights of this model stream from a file")
+
+
+def test_what_refuses_to_be_copied_stays_itself_and_ends_no_comparison():
+    """A stack that streams, chosen by a search, ended the sweep over prompt lengths: "not applicable"."""
+    model = nn.Sequential(Streams(4, 4))
+    (copied, reason), (other, none) = control.fresh_copies({"first": model, "second": nn.Linear(2, 2)}).values()
+    assert copied is model and "stream from a file" in reason and none is None and other is not model
