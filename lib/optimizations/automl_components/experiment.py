@@ -157,7 +157,7 @@ def begin(
         "space": setup.knobs,
         "weights": io.weights_hash(setup.loaded.model),
         "data": corpus.data_hash(),
-        "code": study.code(method, successive_filtering, *setup.bench.modules.values()),
+        "code": study.code(method, successive_filtering, parts=setup.bench.modules.values()),
         "settings": [*settings, study.machine()],
     }
     file = SearchStudy(Path(folder) / f"{name}.db", space, [], 0, [])

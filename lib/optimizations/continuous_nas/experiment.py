@@ -29,9 +29,17 @@ from lib.optimizations.common import finetuning
 from lib.optimizations.common.evidence.claims import ClaimAnswer, ThirdArm
 from lib.optimizations.common.search import pareto, study
 from lib.optimizations.common.search.study import Study
-from lib.optimizations.continuous_nas import drift, equal_effort, method, replacement_library, rivals, scoring
+from lib.optimizations.continuous_nas import (
+    drift,
+    equal_effort,
+    method,
+    prefix_views,
+    replacement_library,
+    rivals,
+    scoring,
+)
 from lib.optimizations.continuous_nas.additivity import Additivity
-from lib.optimizations.continuous_nas.costs import cost_processes, request_costs
+from lib.optimizations.continuous_nas.costs import cost_processes, request_costs, subblock_costs
 from lib.optimizations.continuous_nas.costs.request_costs import PROFILES, RequestCosts, RequestProfile
 from lib.optimizations.continuous_nas.drift import Drifts
 from lib.optimizations.continuous_nas.equal_effort import EqualEffort
@@ -172,11 +180,12 @@ def opened(setup: SearchSetup, folder: Path | str, name: str, settings: Sequence
     """Yield the study `name` of these weights, this code, this library and these settings. Raises UserError where
     another process holds it.
     """
+    costs = request_costs, cost_processes, subblock_costs
     space = {
         "options": setup.library.space,
         "weights": io.weights_hash(setup.loaded.model),
         "data": corpus.data_hash(),
-        "code": study.code(method, request_costs, cost_processes, replacement_library, pruning, tasks),
+        "code": study.code(method, *costs, replacement_library, prefix_views, scoring, pruning, tasks),
         "settings": [*settings, setup.rows, setup.length, study.machine()],
     }
     with study.opened(Path(folder) / f"{name}.db", name, space, objectives=1) as stored:

@@ -11,7 +11,7 @@ import json
 import platform
 import sqlite3
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,11 +92,17 @@ def fingerprint(space: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(space, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def code(*modules: ModuleType) -> str:
-    """Return a hash of the modules' source files: what was measured by other code is another space."""
+def code(*modules: ModuleType, parts: Iterable[ModuleType] = ()) -> str:
+    """Return a hash of the modules' source files: what was measured by other code is another space. `parts` are
+    optimizations: of one that has a folder, all files of it count, since its method is made of them.
+    """
+    files_of = [Path(str(module.__file__)) for module in modules]
+    for part in parts:
+        method = Path(str(part.__file__))
+        files_of += sorted(method.parent.rglob("*.py")) if method.name == "method.py" else [method]
     digest = hashlib.sha256()
-    for module in modules:
-        digest.update(Path(str(module.__file__)).read_bytes())
+    for file in files_of:
+        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -117,3 +118,21 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="give another folder"), study.opened(tmp_path / "file" / "s.db", "s", {}, 1):
         pass
+
+
+def test_code_of_an_optimization_is_all_of_its_folder(tmp_path):
+    """A trial applies what lies beside a method, too: it was resumed after that had changed."""
+    folder = tmp_path / "an_optimization"
+    (folder / "inner").mkdir(parents=True)
+    single = tmp_path / "single.py"
+    for file in (folder / "method.py", folder / "beside.py", folder / "inner" / "deeper.py", single):
+        file.write_text("before")
+    parts = [SimpleNamespace(__file__=str(folder / "method.py")), SimpleNamespace(__file__=str(single))]
+    seen = {study.code(parts=parts)}
+    for file in (folder / "beside.py", folder / "inner" / "deeper.py", single):
+        file.write_text("after")
+        seen.add(study.code(parts=parts))
+    assert len(seen) == 4 and study.code(parts=parts) in seen
+    (tmp_path / "another.py").write_text("new")
+    assert study.code(parts=parts) in seen, "what lies beside a single file is not its own"
+    assert study.code(*parts) != study.code(parts=parts)
