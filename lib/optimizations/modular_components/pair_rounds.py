@@ -58,15 +58,16 @@ def chosen(setup: PartsSetup) -> list[Pair]:
 
 def run(setup: PartsSetup, prompt_BT: torch.Tensor) -> tuple[PairStudy, Contrasts]:
     """Try each part alone and every ordered pair, force refused pairs through unchecked, and time each pair in rounds
-    of baseline, both parts and both orders; all read the same held-out windows. No pair's model is kept. Pairs that are
-    not `chosen` are listed as not tried.
+    of baseline, both parts and both orders; all read the same held-out windows. These are of the split "search", for
+    what a part loses alone may decide whether it stays in the stack. No pair's model is kept. Pairs that are not
+    `chosen` are listed as not tried.
     """
     loaded, seed = setup.loaded, setup.seed
     singles = {stem: _kept(setup, alone(setup, stem)) for stem in setup.fitting}
     count = HURRIED_WINDOWS if setup.hurried else 2 * setup.quick.windows
     length = setup.quick.window_tokens // (2 if setup.effort.preview else 1)
     prompt_BT = prompt_BT[:, :HURRIED_TOKENS] if setup.hurried else prompt_BT
-    size = "final", count, length, seed + 1
+    size = "search", count, length, seed + 1
     windows_NT = None if loaded.random_weights else tasks.text_windows(loaded, *size)
     source_N = None if loaded.random_weights else tasks.window_sources(loaded, *size)
     before = None if loaded.random_weights else observe(loaded.model, setup.calibration)

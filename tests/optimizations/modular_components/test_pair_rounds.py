@@ -4,6 +4,8 @@ import gc
 import types
 import weakref
 
+import torch
+
 from lib.measure.metrics import settings
 from lib.optimizations.common.evidence import interactions
 from lib.optimizations.modular_components import attempts, experiment, method, pair_rounds
@@ -96,3 +98,22 @@ def test_a_preview_tries_two_pairs_and_knows_no_interval(tiny, batch, monkeypatc
     for few in (["copy"], []):
         setup.fitting[:] = few
         assert pair_rounds.chosen(setup) == []
+
+
+def test_what_decides_which_part_is_left_out_is_read_on_text_that_judges_nothing(tiny, batch, monkeypatch):
+    """Losses of single parts came from the split by which the stack is judged afterwards."""
+    splits = []
+
+    def windows(loaded, split, count, length, seed):
+        splits.append(split)
+        return torch.randint(8, 96, (4, 16), generator=torch.Generator().manual_seed(seed))
+
+    _copies(monkeypatch)
+    monkeypatch.setattr(pair_rounds.tasks, "text_windows", windows)
+    monkeypatch.setattr(pair_rounds.tasks, "window_sources", lambda loaded, split, *_: splits.append(split))
+    monkeypatch.setattr(attempts.sanity, "check", lambda *_, **__: None)
+    monkeypatch.setattr(pair_rounds, "chosen", lambda setup: [("copy", "other")])
+    setup = _setup(tiny("qwen3-4b-instruct-2507"), batch, True)
+    setup.loaded.random_weights = False
+    _, contrasts = pair_rounds.run(setup, batch["input_ids"][:1])
+    assert set(splits) == {"search"} and contrasts.losses_alone == {"copy": 0.0, "other": 0.0}
