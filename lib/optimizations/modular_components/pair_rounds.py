@@ -151,5 +151,5 @@ def _contrasts(
         pairs=pd.DataFrame(rows),
         orders=pd.DataFrame(orders),
         stale=pd.DataFrame(stale, columns=["pair", "loss", "loss_low", "loss_high"]),
-        source=f"{source}; {len(next(iter(lost.values()), []))} windows",
+        source=f"{source}; {len(next(iter(lost.values()), []))} windows of the split search",
     )
