@@ -312,7 +312,8 @@ class SmallGrid:
             return None, "no pair of the grid dominates anything"
         ends = [curve[-1] for curve in self.curves]
         missed = {end < OPTIMUM_SHARE for end in ends}
-        evidence = f"share of the optimum {', '.join(f'{end:.2f}' for end in ends)}; by chance {self.chance:.2f}"
+        looked = f"share of the optimum after {self.evaluations} of {self.areas_LL.size} cells"
+        evidence = f"{looked} {', '.join(f'{end:.2f}' for end in ends)}; by chance {self.chance:.2f}"
         if self.sure is False:
             return None, f"{evidence}; {SCATTER}"
         return (missed.pop() if len(missed) == 1 else None), evidence

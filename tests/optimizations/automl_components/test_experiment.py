@@ -115,6 +115,7 @@ def test_a_search_beside_which_chance_dominates_nothing_is_no_multiple_of_it():
 def test_a_grid_is_judged_by_all_its_seeds():
     grid = lambda *ends: SmallGrid("a × b", np.ones((3, 3)), 2, [[0.5, end] for end in ends], 0.7)  # noqa: E731
     assert [grid(*ends).refuted()[0] for ends in ((0.96, 1.0), (0.9, 0.5), (0.9, 1.0))] == [False, True, None]
+    assert grid(0.9).refuted()[1] == "share of the optimum after 2 of 9 cells 0.90; by chance 0.70", "what limits it"
     assert grid().refuted()[0] is None and grid().reached == 0.0 and len(grid().frame()) == 0
     assert grid(0.96, 1.0).reached == 0.96 and list(grid(1.0).frame()["strength"]) == [1, 2]
     for text in (grid(1.0).reading(), grid().reading()):
