@@ -7,6 +7,7 @@ is ranked or removed.
 Shapes: T tokens of a batch without padding, E experts, I width of one expert, C channels, Q heads, D value size.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lib.models.calibration.walk import Walk
+from lib.errors import UserError
+from lib.models.calibration.walk import NO_NUMBERS, Walk
 from lib.models.structure.anatomy import Block
 from lib.models.structure.replacements.factored import FactoredExperts
 
@@ -45,7 +47,7 @@ class Observation:
 def observe(model: nn.Module, calibration: Iterable[dict[str, torch.Tensor]]) -> Observation:
     """Run `calibration` (keyword arguments of the model, batch by batch) and return the statistics of each block.
 
-    Raises UserError without any calibration token, and for a block whose weights are not finite.
+    Raises UserError without any calibration token, and for a block whose weights or outputs are not finite.
     """
     walk = Walk(model, calibration)
     observation = Observation(tokens=walk.tokens)
@@ -58,7 +60,10 @@ def observe(model: nn.Module, calibration: Iterable[dict[str, torch.Tensor]]) ->
 
 @torch.no_grad()
 def block_statistics(walk: Walk, block: Block, outputs: list[torch.Tensor] | None = None) -> BlockStatistics:
-    """Return the statistics of the block in front of which `walk` stands; what it gives is appended to `outputs`."""
+    """Return the statistics of the block in front of which `walk` stands; what it gives is appended to `outputs`.
+
+    Raises UserError where that is not finite: every ranking by such statistics would be arbitrary.
+    """
     statistics, masks = BlockStatistics(), dict[str, torch.Tensor]()
 
     def real(hidden: torch.Tensor) -> torch.Tensor:
@@ -75,6 +80,8 @@ def block_statistics(walk: Walk, block: Block, outputs: list[torch.Tensor] | Non
     finally:
         for hook in hooks:
             hook.remove()
+    if not math.isfinite(statistics.influence):
+        raise UserError(f"block {block.index}: its outputs {NO_NUMBERS}")
     return statistics
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lib.models.calibration.distillation import rate_for, split
+from lib.models.calibration.positive_root import positive_root, ridge_of
 from lib.models.calibration.walk import TextBatch, Walk, run
 from lib.models.structure.anatomy import Block
 from lib.models.structure.replacements.factored import FactoredExperts, FactoredLinear
@@ -237,7 +238,8 @@ def refit_block(block: Block, whole: Block, walk: Walk, lessons: list[Lesson], t
     initial = [outer.clone() for outer in outers]
     for name, part in factored.items():
         matrix: Any = whole.module.get_submodule(name)
-        part.outer.weight.copy_(_nearest(matrix.weight, *sums[name], part.outer.weight))
+        where = f"block {whole.index}, {name}"
+        part.outer.weight.copy_(_nearest(matrix.weight, *sums[name], part.outer.weight, where))
     after = _keep_if_better(worker, lessons[taught:], before, outers, initial)
     _copy_values(worker, block.module)
     return before, after
@@ -279,12 +281,17 @@ def _rows(states: torch.Tensor, mask_T: torch.Tensor) -> torch.Tensor:
 
 
 def _nearest(
-    weight_OI: torch.Tensor, cross_IR: torch.Tensor, own_RR: torch.Tensor, outer_OR: torch.Tensor
+    weight_OI: torch.Tensor,
+    cross_IR: torch.Tensor,
+    own_RR: torch.Tensor,
+    outer_OR: torch.Tensor,
+    what: str = "a factored matrix",
 ) -> torch.Tensor:
     """Return the outer factor [O, R] that solves the normal equations, damped a little towards the present one: that
-    stays in directions that no token showed.
+    stays in directions that no token showed, and whole where nothing ever left the inner factor.
+
+    Raises UserError in the name of `what` as `positive_root` does.
     """
-    damped, ridge = own_RR.clone(), DAMPING * own_RR.diagonal().mean().clamp_min(1e-12)
-    damped.diagonal().add_(ridge)
+    root_RR, ridge = positive_root(own_RR, ridge_of(own_RR, DAMPING), what)
     right_OR = weight_OI.double() @ cross_IR + ridge * outer_OR.double()
-    return torch.cholesky_solve(right_OR.T, torch.linalg.cholesky(damped)).T
+    return torch.cholesky_solve(right_OR.T, root_RR).T

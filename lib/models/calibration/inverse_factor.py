@@ -6,18 +6,17 @@ Shapes: E experts (1 for a single matrix), I inputs.
 
 import torch
 
+from lib.models.calibration.positive_root import positive_root, ridge_of
+
 DAMPING = 0.01  # of the mean diagonal: Frantar & Alistarh 2023, section 4; Frantar et al. 2023 (GPTQ), section 3
 
 
-def inverse_factor(gram_EII: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
+def inverse_factor(gram_EII: torch.Tensor, damping: float = DAMPING, what: str = "a matrix") -> torch.Tensor:
     """Return the upper Cholesky factor of the inverse of the damped Gram matrix Σ x·xᵀ, float32 [E, I, I].
 
     In float64: one input far larger than the others, or fewer tokens than inputs, leave a condition number near that of
-    the damping, which the inverse of float32 does not survive. An expert that saw no token has H = 1.
+    the damping, which the inverse of float32 does not survive. An expert that saw no token has H = 1; one whose sums
+    are not positive definite is damped more. Raises UserError in the name of `what` as `positive_root` does.
     """
-    damped = gram_EII.to(torch.float64, copy=True)
-    diagonal = damped.diagonal(dim1=-2, dim2=-1)
-    mean_E1 = diagonal.mean(-1, keepdim=True)
-    diagonal += torch.where(mean_E1 > 0, damping * mean_E1, 1.0)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    root_EII, _ = positive_root(gram_EII, ridge_of(gram_EII, damping), what)
+    return torch.linalg.cholesky(torch.cholesky_inverse(root_EII), upper=True).float()

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lib.models.calibration.walk import Walk
+from lib.errors import UserError
+from lib.models.calibration.walk import NO_NUMBERS, Walk
 from lib.models.structure.anatomy import FeedForward, anatomy
 from lib.models.structure.replacements.factored import FactoredLinear, shared_factors
 from lib.models.structure.replacements.sparse import is_dense
@@ -47,6 +48,11 @@ class Matrix:
     def module_name(self) -> str:
         """The name of `owner` in the model."""
         return self.name.rpartition(".")[0]
+
+    @property
+    def place(self) -> str:
+        """Block and name, for messages."""
+        return f"block {self.block}, {self.name}"
 
 
 @dataclass
@@ -192,7 +198,17 @@ def _summed(
             hook.remove()
     if unchanged:
         walk.carry_on(outputs)
-    return [first, {} if collector.moments is first else collector.moments]
+    sums = [first, {} if collector.moments is first else collector.moments]
+    for by_name in sums:
+        _require_finite(chosen, by_name)
+    return sums
+
+
+def _require_finite(chosen: Sequence[Matrix], by_name: dict[str, Moments]) -> None:
+    """Raise UserError naming the first matrix whose inputs were no numbers: every ranking by them would be arbitrary."""
+    for matrix in chosen:
+        if matrix.name in by_name and not bool(by_name[matrix.name].squares.isfinite().all()):
+            raise UserError(f"{matrix.place}: its inputs {NO_NUMBERS}")
 
 
 def _hooks(chosen: Sequence[Matrix], collector: "_Collector") -> list[RemovableHandle]:

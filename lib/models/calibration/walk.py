@@ -21,6 +21,11 @@ from lib.errors import UserError
 from lib.models.structure.anatomy import Block, anatomy
 from lib.models.structure.logits import logits_of
 
+NO_NUMBERS = (
+    "on the calibration text are not finite (NaN or infinite); numbers of float16 overflow so: run in bfloat16 or "
+    "float32, or repair the checkpoint"
+)
+
 
 @dataclass
 class TextBatch:
@@ -71,7 +76,7 @@ class Walk:
     """One pass of calibration text through the blocks of `model`; iterate over it to go from block to block.
 
     `store` brings blocks into memory and takes them back; without it they are there. Raises UserError without any
-    calibration token, and for a block whose weights are not finite.
+    calibration token, and for a block whose weights, or whose outputs on the text, are not finite.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class Walk:
         for self.index in range(count):
             if self.store is not None:
                 self.store.load(self.index)
+            self._require_finite_states()
             require_finite(anatomy(self.model).blocks[self.index])
             yield anatomy(self.model).blocks[self.index]
             if self.index < count - 1:
@@ -111,6 +117,13 @@ class Walk:
     def forget(self) -> None:
         """Let the present block run again: it has changed since `carry_on`."""
         self._outputs = None
+
+    def _require_finite_states(self) -> None:
+        """Raise UserError naming what gave real tokens states that are no numbers."""
+        for batch in self.carried:
+            if not bool(batch.states_BTH.isfinite().all(-1)[batch.mask_BT].all()):
+                before = f"block {self.index - 1}: its outputs" if self.index else "embeddings: their outputs"
+                raise UserError(f"{before} {NO_NUMBERS}")
 
     def _advance(self) -> None:
         outputs, self._outputs = self._outputs, None

@@ -79,7 +79,9 @@ def prune_block(
         sums = statistics.get(matrix.name)
         if rule.method == "sparsegpt" and sums is not None and sums.gram is not gram:
             gram = sums.gram
-            factor_1II = inverse_factor(gram[None]) if gram is not None and gram.dim() == 2 else None
+            factor_1II = None
+            if gram is not None and gram.dim() == 2:
+                factor_1II = inverse_factor(gram[None], what=matrix.place)
         if sums is not None:
             thin = short_of_tokens(sums, matrix.weight.shape[-1]) if rule.method == "sparsegpt" else 0
             unseen = without_tokens(sums)

@@ -80,15 +80,17 @@ def sparsegpt(
     pattern: str,
     damping: float = DAMPING,
     factor_EII: torch.Tensor | None = None,
+    what: str = "a matrix",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (weights with zeros and the rest corrected, the mask of what is kept) by SparseGPT, each [E, O, I].
 
     `gram_EII` is Σ x·xᵀ. Columns go in order; the later columns compensate what dropping one does to the output,
     through the rows of the upper Cholesky factor of H⁻¹ (Frantar & Alistarh 2023, algorithm 1). An expert that saw no
     token has H = 1: it is pruned by magnitude. `factor_EII`: that of `gram_EII`, where another matrix had it too.
+    Raises UserError in the name of `what` as `inverse_factor` does.
     """
     weight, inputs, neighbours = weight_EOI.float().clone(), weight_EOI.shape[-1], HALVES.get(pattern)
-    factor = inverse_factor(gram_EII, damping) if factor_EII is None else factor_EII
+    factor = inverse_factor(gram_EII, damping, what) if factor_EII is None else factor_EII
     mask = torch.zeros_like(weight, dtype=torch.bool)
     for start in range(0, inputs, STEP):
         end = min(start + STEP, inputs)

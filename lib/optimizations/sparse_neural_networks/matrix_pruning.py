@@ -6,6 +6,7 @@ Shapes: E experts (1 for a single matrix), O outputs, I inputs.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -52,8 +53,9 @@ def prune_matrix(
     at_once = max(1, MOST_FACTORS // gram_EII[0].numel())
     for first in range(0, len(stack_EOI), at_once):  # the inverses of a large stack would not fit
         part = slice(first, first + at_once)
+        options: dict[str, Any] = {"factor_EII": factor_1II, "what": matrix.place}
         pruned_EOI[part], mask_EOI[part] = sparsegpt(
-            stack_EOI[part], gram_EII[part], rule.sparsity, rule.pattern, factor_EII=factor_1II
+            stack_EOI[part], gram_EII[part], rule.sparsity, rule.pattern, **options
         )
     return pruned_EOI.view(weight.shape), mask_EOI.view(weight.shape)
 

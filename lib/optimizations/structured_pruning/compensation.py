@@ -10,6 +10,7 @@ Shapes: E experts (1 for a single matrix), O outputs, I inputs, J kept inputs.
 
 import torch
 
+from lib.models.calibration.positive_root import positive_root
 from lib.models.calibration.second_moments import Moments
 
 DAMPING = 0.01  # of the mean diagonal at least, as in SparseGPT
@@ -18,11 +19,14 @@ RIDGES = (0.0, 0.05, 0.25, 1.0)
 JUDGED_ROWS = 256  # outputs that a ridge is chosen on: rows of a matrix are fitted independently
 
 
-def fitted(weight_EOI: torch.Tensor, taught: Moments, held_out: Moments, kept_EJ: torch.Tensor) -> torch.Tensor:
+def fitted(
+    weight_EOI: torch.Tensor, taught: Moments, held_out: Moments, kept_EJ: torch.Tensor, what: str = "a matrix"
+) -> torch.Tensor:
     """Return the matrices [E, O, J] on the kept inputs that stand in for `weight_EOI` on all of them.
 
     Of RIDGES the one whose output is nearest on held-out text, for all experts together, fitted on all of the text; the
-    kept columns as they are where none is nearer. `taught` and `held_out`: Gram matrices [E, I, I] or [I, I].
+    kept columns as they are where none is nearer. `taught` and `held_out`: Gram matrices [E, I, I] or [I, I]. Raises
+    UserError in the name of `what` as `positive_root` does.
     """
     inputs = weight_EOI.shape[-1]
     grams, others = _grams(taught, inputs), _grams(held_out, inputs)
@@ -32,7 +36,7 @@ def fitted(weight_EOI: torch.Tensor, taught: Moments, held_out: Moments, kept_EJ
     def lost(ridge: float) -> float:
         each = zip(few_EPI, grams, tokens, others, kept_EJ)
         return sum(
-            _error(compensated(weight, gram, kept, _damping(ridge, inputs, count)), weight, other, kept)
+            _error(compensated(weight, gram, kept, _damping(ridge, inputs, count), what), weight, other, kept)
             for weight, gram, count, other, kept in each
         )
 
@@ -47,29 +51,31 @@ def fitted(weight_EOI: torch.Tensor, taught: Moments, held_out: Moments, kept_EJ
     every = zip(weight_EOI, grams, others, counts, kept_EJ)
     return torch.stack(
         [
-            compensated(weight, gram + other, kept, _damping(best, inputs, count))
+            compensated(weight, gram + other, kept, _damping(best, inputs, count), what)
             for weight, gram, other, count, kept in every
         ]
     )
 
 
 def compensated(
-    weight_OI: torch.Tensor, gram_II: torch.Tensor, kept_J: torch.Tensor, damping: float = DAMPING
+    weight_OI: torch.Tensor,
+    gram_II: torch.Tensor,
+    kept_J: torch.Tensor,
+    damping: float = DAMPING,
+    what: str = "a matrix",
 ) -> torch.Tensor:
     """Return the matrix [O, J] on the kept inputs whose output is nearest to that of `weight_OI` on all of them.
 
     `damping` is the ridge as a share of the mean diagonal. Where calibration showed nothing (a Gram matrix of zeros) it
-    is the kept columns as they are.
+    is the kept columns as they are. Raises UserError in the name of `what` as `positive_root` does.
     """
     if not gram_II.any():
         return weight_OI[:, kept_J]
     gram = gram_II.double()
-    own_JJ = gram[kept_J][:, kept_J].clone()
-    ridge = damping * gram.diagonal().mean()
-    own_JJ.diagonal().add_(ridge)
+    root_JJ, ridge = positive_root(gram[kept_J][:, kept_J], damping * gram.diagonal().mean(), what)
     # Damped towards the kept columns as they are, not towards zero.
     cross_OJ = weight_OI.double() @ gram[:, kept_J] + ridge * weight_OI.double()[:, kept_J]
-    fitted_JO = torch.cholesky_solve(cross_OJ.T, torch.linalg.cholesky(own_JJ))
+    fitted_JO = torch.cholesky_solve(cross_OJ.T, root_JJ)
     return fitted_JO.T.to(weight_OI.dtype)
 
 

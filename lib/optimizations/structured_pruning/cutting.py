@@ -74,14 +74,15 @@ def prune_block(block: Block, scores: Scores, shares: dict[str, float], moments:
     if shares["heads"] and attention.kind != "none":
         kept = _kept(scores["heads"], shares["heads"])
         output = attention.output
-        new = _fitted(output.weight, moments, output, _columns(attention.key_value_heads, output.in_features, kept))
+        columns = _columns(attention.key_value_heads, output.in_features, kept)
+        new = _fitted(output, moments, columns, f"block {block.index}, {READING[0]}")
         keep_groups(attention, kept)
         if new is not None:
             resize_linear(output, new)
     if shares["channels"] and part.down is not None:
         kept = _kept(scores["channels"], shares["channels"], CHANNEL_MULTIPLE)
         reader = part.down
-        new = _fitted(reader.weight, moments, reader, kept)
+        new = _fitted(reader, moments, kept, f"block {block.index}, {READING[1]}")
         keep_channels(block, kept)
         if new is not None:
             resize_linear(reader, new)
@@ -90,20 +91,19 @@ def prune_block(block: Block, scores: Scores, shares: dict[str, float], moments:
         down = part.experts.down
         keep_expert_channels(part.experts, kept_EJ)
         if moments is not None and id(part.experts.module) in moments:
-            new = fitted(down, *moments[id(part.experts.module)], kept_EJ)
+            what = f"block {block.index}, experts.{READING[1]}"
+            new = fitted(down, *moments[id(part.experts.module)], kept_EJ, what)
             part.experts.module.down_proj = nn.Parameter(new, requires_grad=False)
     if shares["experts"] and part.experts is not None:
         count = round(part.experts.count * (1 - shares["experts"]))
         keep_experts(part.experts, best_experts(part.experts, scores["experts"], count))
 
 
-def _fitted(
-    weight: torch.Tensor, moments: Readings | None, owner: nn.Module, kept: torch.Tensor
-) -> torch.Tensor | None:
+def _fitted(reader: nn.Linear, moments: Readings | None, kept: torch.Tensor, what: str) -> torch.Tensor | None:
     """Return the weights of a reader fitted to what it gave, or None where it is no matrix in one dense piece."""
-    if moments is None or id(owner) not in moments:
+    if moments is None or id(reader) not in moments:
         return None
-    return fitted(weight[None], *moments[id(owner)], kept[None])[0]
+    return fitted(reader.weight[None], *moments[id(reader)], kept[None], what)[0]
 
 
 def _columns(groups: int, inputs: int, kept: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from lib.errors import UserError
+from lib.models.calibration.positive_root import positive_root, ridge_of
 
 DAMPING = 1e-6  # of the mean variance, added to every one: inputs that are never active have none
 SHORT_DAMPING = 1e-2  # the same, where fewer tokens than inputs leave a covariance without an inverse
@@ -119,7 +120,7 @@ def spectrum_of(
         weight, root = matrix.weight.detach().flatten(0, -2).to(double), None
         product = weight @ gram.to(double) @ weight.T
     else:
-        root = root_of(gram) if root is None else root
+        root = root_of(gram, what=matrix.name) if root is None else root
         for part in matrix.pieces(double, False):
             inside = part @ root
             product += inside.T @ inside
@@ -159,23 +160,12 @@ def by_its_rows(matrix: FactorableMatrix) -> bool:
     return rows < columns or matrix.side == "output"
 
 
-def root_of(gram_NN: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
-    """Return S, lower triangular, float64, with S·Sᵀ = X·Xᵀ but for a little damping.
-
-    The products of one batch are float32, and fewer different inputs than dimensions leave variances that are zero but
-    for that rounding, which may be negative: then it takes ten times the damping, and so on up to the mean variance.
-    Raises LinAlgError where that does not help: the sums are not finite.
+def root_of(gram_NN: torch.Tensor, damping: float = DAMPING, what: str = "a matrix") -> torch.Tensor:
+    """Return S, lower triangular, float64, with S·Sᵀ = X·Xᵀ but for a little damping, and more where rounding left
+    negative variances; the identity where no input was ever active. Raises UserError in the name of `what` as
+    `positive_root` does.
     """
-    damped = gram_NN.to(torch.float64, copy=True)
-    mean, added = damped.diagonal().mean().clamp_min(1e-12), 0.0
-    while True:
-        damped.diagonal().add_((damping - added) * mean)
-        root, failed = torch.linalg.cholesky_ex(damped)
-        if not int(failed):
-            return root
-        if damping >= 1:
-            return torch.linalg.cholesky(damped)  # raises, and says why
-        damping, added = 10 * damping, damping
+    return positive_root(gram_NN, ridge_of(gram_NN, damping), what)[0]
 
 
 def factorise(spectrum: Spectrum, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

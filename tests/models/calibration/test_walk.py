@@ -7,11 +7,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lib.errors import UserError
+from lib.models.calibration.activations import observe
 from lib.models.calibration.observed import Observed, nbytes
 from lib.models.calibration.second_moments import Moments, matrices
 from lib.models.calibration.walk import Walk, finish
 from lib.models.structure.anatomy import anatomy
 from lib.models.structure.sharing import sharing
+from lib.optimizations.sparse_neural_networks import method as sparse
+from lib.optimizations.structured_pruning import method as pruning
 
 
 def alternating(blocks: int = 4):
@@ -129,3 +132,39 @@ def test_no_token_is_refused(tiny, batch):
     for calibration in ([], [batch | {"attention_mask": torch.zeros_like(batch["attention_mask"])}]):
         with pytest.raises(UserError, match="no token"):
             Walk(model, calibration)
+
+
+def overflowing(tiny, name: str, block: int, part: str):
+    """Return a model of which one linear layer of a block gives infinite numbers, as one of float16 does."""
+    model = tiny(name)
+    layer = anatomy(model).blocks[block].module.get_submodule(part)
+    layer.register_forward_hook(lambda module, args, output: output * float("inf"))
+    return model
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_a_block_that_gives_no_numbers_is_named_and_nothing_is_chosen_by_them(tiny, batch, method):
+    """NaN would be the highest of all scores: what it stands for would be kept, and the rest ranked at random."""
+    model = overflowing(tiny, "qwen3-4b-instruct-2507", 1, "mlp.down_proj")
+    for use in (lambda: sparse.prune(model, [batch], method=method), lambda: pruning.apply(model, [batch], ratio=0.2)):
+        with pytest.raises(UserError, match=r"^block 1: its outputs on the calibration text are not finite") as why:
+            use()
+        assert "float16" in str(why.value) and "\n" not in str(why.value)
+
+
+def test_inside_the_last_block_the_matrix_is_named(tiny, batch):
+    model = overflowing(tiny, "qwen3-4b-instruct-2507", 3, "mlp.up_proj")
+    with pytest.raises(UserError, match=r"^block 3, model\.layers\.3\.mlp\.down_proj\.weight: its inputs on the"):
+        list(Observed(model, [batch]))
+    with pytest.raises(UserError, match=r"^block 3: its outputs on the calibration text"):
+        observe(model, [batch])
+
+
+def test_what_padding_gives_may_be_no_number(tiny, batch):
+    model = tiny("qwen3-4b-instruct-2507")
+    padding = ~batch["attention_mask"].bool()[..., None]
+    anatomy(model).blocks[0].module.register_forward_hook(
+        lambda module, args, output: output.masked_fill(padding, float("nan"))
+    )
+    blocks = iter(Walk(model, [batch]))
+    assert [next(blocks).index for _ in range(2)] == [0, 1]

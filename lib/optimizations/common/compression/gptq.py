@@ -22,11 +22,11 @@ from lib.models.structure.replacements.quantized import (
 MOST_FACTORS = 2**26  # elements of inverses that are held at a time
 
 
-def packed(weight: torch.Tensor, gram: torch.Tensor) -> list[Packed]:
+def packed(weight: torch.Tensor, gram: torch.Tensor, what: str = "a matrix") -> list[Packed]:
     """Return int4 (values, scales) for each matrix of `weight`, [O, I] or [E, O, I], by its inputs' Gram matrix.
 
     `gram` is Σ x·xᵀ, [I, I] or [E, I, I]; an expert that saw no token is rounded to nearest. Raises UserError for a
-    width that int4 cannot pack.
+    width that int4 cannot pack, and in the name of `what` as `inverse_factor` does.
     """
     stack_EOI, gram_EII = weight.view(-1, *weight.shape[-2:]), gram.view(-1, *gram.shape[-2:])
     require_pairs(stack_EOI.shape[-1])
@@ -34,15 +34,17 @@ def packed(weight: torch.Tensor, gram: torch.Tensor) -> list[Packed]:
     every: list[Packed] = []
     for first in range(0, len(stack_EOI), at_once):  # the inverses of a large stack would not fit
         part = slice(first, first + at_once)
-        every += [pack_steps(*rounded) for rounded in zip(*quantize(stack_EOI[part], gram_EII[part]))]
+        every += [pack_steps(*rounded) for rounded in zip(*quantize(stack_EOI[part], gram_EII[part], what))]
     return every
 
 
 @torch.no_grad()
-def quantize(weight_EOI: torch.Tensor, gram_EII: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def quantize(
+    weight_EOI: torch.Tensor, gram_EII: torch.Tensor, what: str = "a matrix"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return (steps 0 to 15 [E, O, I], scale [E, O, G], zero point [E, O, G]) by GPTQ."""
     weight, inputs = weight_EOI.float().clone(), weight_EOI.shape[-1]
-    factor, group = inverse_factor(gram_EII), group_size(inputs)
+    factor, group = inverse_factor(gram_EII, what=what), group_size(inputs)
     chosen, grids = torch.empty_like(weight), []
     for start in range(0, inputs, group):
         end = start + group

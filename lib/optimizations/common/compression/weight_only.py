@@ -64,7 +64,7 @@ def _quantized(owner: nn.Module, bits: int, members: Sequence[Matrix], moments: 
     for matrix in members if moments else ():
         gram = moments[matrix.name].gram
         assert gram is not None
-        chosen[matrix.attribute] = gptq.packed(matrix.weight.data, gram)
+        chosen[matrix.attribute] = gptq.packed(matrix.weight.data, gram, matrix.place)
     if isinstance(owner, nn.Linear):
         return QuantizedLinear(owner, bits, chosen["weight"][0] if chosen else None)
     return QuantizedExperts(owner, bits, chosen or None)
