@@ -21,7 +21,7 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.files import write_atomically
-from lib.models.calibration.walk import Walk
+from lib.models.calibration.walk import NO_NUMBERS, Walk
 from lib.models.checkpoints import finite, io, weight_file
 from lib.models.checkpoints.folder import INDEX, MANIFEST, weight_files
 from lib.models.offload.layout import layout
@@ -201,9 +201,9 @@ class FileBlocks:
             merged = {name: value for entry in entries for name, value in entry[section].items()}
             sections |= {section: merged} if merged else {}
         write_atomically(self.shards / MANIFEST, json.dumps(sections, indent=1) + "\n")
-        for leftover in (*self.shards.glob("block-*.json"), self.shards / ABOUT):
+        self.shards.rename(target)  # before anything that an unfinished run resumes by is taken away
+        for leftover in (*target.glob("block-*.json"), target / ABOUT):
             leftover.unlink()
-        self.shards.rename(target)
         return target
 
     def close(self) -> None:
@@ -245,14 +245,13 @@ def rewrite(
     `change(model, walk, block)` changes in place the block in front of which the walk stands. `about` says what is
     changed, as plain JSON: an unfinished run of the same change, on the same text and source, resumes after its last
     block; a different one is refused. `shards`: the folder of an unfinished run, on the disk of `target` (default:
-    beside it, `.part` behind its name). Raises UserError for that, for an existing target, for a block that cannot be
-    read, and for a disk that is full: the blocks before are kept, and without one nothing is.
+    beside it, `.part` behind its name). Raises UserError as `require_free` does, for a block that cannot be read, for
+    answers that are not finite, and for a disk that is full. However it ends early, the blocks before are kept, and
+    without one nothing is.
     """
     source, target = Path(source), Path(target)
-    if target.exists():
-        raise UserError(f"{target}: exists already; name a new folder")
-    shards = shards or target.with_name(f"{target.name}.part")
-    _begin(shards, {"about": about, "text": _digest(calibration), "source": _identity(source)})
+    shards = require_free(source, target, calibration, about=about, shards=shards)
+    _begin(shards, _made_by(source, calibration, about))
     try:
         with closing(FileBlocks(source, shards, device)) as store:
             _change_blocks(store, calibration, change)
@@ -260,13 +259,53 @@ def rewrite(
         with closing(FileBlocks(source, shards, device)) as written:
             _require_answers(written, calibration[:1])
             return written.finish(target)
-    except (UserError, OSError) as error:
+    except BaseException as error:
+        begun = any(shards.glob("block-*.json"))
+        if not begun:
+            shutil.rmtree(shards, ignore_errors=True)
+        if not isinstance(error, (UserError, OSError)):
+            raise
         what = str(error) if isinstance(error, UserError) else _not_written(error, shards)
-        if any(shards.glob("block-*.json")):
+        if begun and isinstance(error, _Unusable):
+            what += f"; delete {shards}"
+        elif begun:
             what += f"; {shards} keeps the blocks before it, and the same command resumes there"
-        else:
-            shutil.rmtree(shards)
         raise UserError(what) from None
+
+
+class _Unusable(UserError):
+    """What was written is of no use, so that resuming would end in the same way."""
+
+
+def require_free(
+    source: Path | str,
+    target: Path | str,
+    calibration: Sequence[dict[str, torch.Tensor]],
+    *,
+    about: dict[str, Any],
+    shards: Path | None = None,
+) -> Path:
+    """Return the folder of shards of a `rewrite` with these arguments, for callers with long work ahead of it.
+
+    Raises UserError for an existing target, shards on another disk, and a folder that holds another unfinished run.
+    """
+    target = Path(target)
+    if target.exists():
+        raise UserError(f"{target}: is there already; name a new folder")
+    shards = Path(shards) if shards else target.with_name(f"{target.name}.part")
+    if _disk(shards) != _disk(target):
+        raise UserError(f"{shards}: lies on another disk than {target}; name a folder on the same one")
+    if shards.is_dir() and any(shards.iterdir()):
+        about_path = shards / ABOUT
+        expected = _made_by(Path(source), calibration, about)
+        if not about_path.is_file() or about_path.read_text(encoding="utf-8") != expected:
+            raise UserError(f"{shards}: holds an unfinished run of something else; delete it")
+    return shards
+
+
+def _disk(path: Path) -> int:
+    """Return the number of the disk on which a path lies, or would lie."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists()).stat().st_dev
 
 
 def _not_written(error: OSError, shards: Path) -> str:
@@ -280,18 +319,19 @@ def _change_blocks(store: FileBlocks, calibration: Sequence[dict[str, torch.Tens
             change(store.model, walk, block)
 
 
-def _begin(shards: Path, made_by: dict[str, Any]) -> None:
-    """Make the folder of shards, or resume in it. Raises UserError where it holds another run."""
-    expected = json.dumps(made_by, sort_keys=True)
-    if shards.is_dir() and any(shards.iterdir()):
-        about = shards / ABOUT
-        if not about.is_file() or about.read_text(encoding="utf-8") != expected:
-            raise UserError(f"{shards}: holds an unfinished run of something else; delete it")
+def _begin(shards: Path, made_by: str) -> None:
+    """Make the folder of shards, or resume in it."""
     try:
         shards.mkdir(parents=True, exist_ok=True)
-        write_atomically(shards / ABOUT, expected)
+        write_atomically(shards / ABOUT, made_by)
     except OSError as error:
         raise UserError(_not_written(error, shards)) from None
+
+
+def _made_by(source: Path, calibration: Sequence[dict[str, torch.Tensor]], about: dict[str, Any]) -> str:
+    """Return as JSON what tells one run from another."""
+    made_by = {"about": about, "text": _digest(calibration), "source": _identity(source)}
+    return json.dumps(made_by, sort_keys=True)
 
 
 def _digest(calibration: Sequence[dict[str, torch.Tensor]]) -> str:
@@ -314,6 +354,9 @@ def _require_answers(written: FileBlocks, text: Sequence[dict[str, torch.Tensor]
     """Raise UserError unless the blocks that were written, read again one by one, give finite states."""
     walk = Walk(written.model, text, store=written)
     last = len(written.prefixes) - 1
-    for block in walk:
-        if block.index == last and not all(bool(states.isfinite().all()) for states in walk.outputs()):
-            raise UserError(f"{written.shards}: what was written gives answers that are not finite; delete it")
+    try:
+        for block in walk:
+            if block.index == last and not all(bool(states.isfinite().all()) for states in walk.outputs()):
+                raise UserError(f"block {last}: its outputs {NO_NUMBERS}")
+    except UserError as error:
+        raise _Unusable(f"what was written cannot be used: {error}") from None

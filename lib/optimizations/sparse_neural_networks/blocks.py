@@ -5,7 +5,8 @@ Knows nothing of the order of blocks, or of how much goes.
 Shapes: E experts (1 for a single matrix), O outputs, I inputs.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -89,6 +90,17 @@ def prune_block(
             pruned.unseen.update({matrix.name: unseen} if unseen else {})
         weight, pruned.masks[matrix.name] = prune_matrix(matrix, sums, rule, generator, factor_1II)
         setattr(matrix.owner, matrix.attribute, nn.Parameter(weight, requires_grad=False))
+
+
+def warn_of_few_tokens(thin: Collection[str], stacklevel: int = 3) -> None:
+    """Warn where single matrices, named by `thin`, saw fewer tokens than they have inputs; experts are counted only."""
+    if not thin:
+        return
+    warnings.warn(
+        f"sparse_neural_networks: {next(iter(thin))} (and {len(thin) - 1} more): fewer calibration tokens than inputs; "
+        "damping makes up for the rest, more text would do better",
+        stacklevel=stacklevel,
+    )
 
 
 def store_block(model: nn.Module, pruned: Pruned, block: int) -> None:

@@ -120,6 +120,7 @@ def set_up(loaded: Loaded, effort: Effort, method: str, options: dict[str, Any],
     options = options | {"sparsity": share}
     chosen = "magnitude" if loaded.random_weights else method
     sparse.check(loaded.model, method=chosen, **options)
+    sparse.check_executed(loaded.model, options["pattern"], options["parts"])
     count = calibration_text.sequences(loaded.model, effort, MOST_SEQUENCES)
     calibration = prompts.calibration(loaded, count, effort.calibration_tokens, seed)
     size = finetuning.sequences(effort), effort.calibration_tokens

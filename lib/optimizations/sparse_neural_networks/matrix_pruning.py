@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lib.errors import UserError
+from lib.errors import NotApplicable
 from lib.models.calibration.second_moments import Matrix, Moments
 from lib.models.structure.replacements.sparse import compress
 from lib.optimizations.sparse_neural_networks.masks import block_shape, keep, score, sparsegpt
@@ -76,21 +76,27 @@ def choose(
 def stored_sparse(matrix: Matrix, mask: torch.Tensor, pattern: str) -> torch.Tensor:
     """Return the kept weights in the layout that executes `pattern`.
 
-    On a CPU 2:4 has no kernel of its own and becomes CSR. Raises UserError where the tensor cores' format does not fit.
+    On a CPU 2:4 has no kernel of its own and becomes CSR. Raises NotApplicable where the tensor cores' format does not
+    fit.
     """
     rows, _ = block_shape(pattern)
     layout = "columns" if rows >= LEAST_ROWS else "csr"
-    if pattern == "2:4" and matrix.weight.is_cuda and matrix.part != "experts":
+    if on_tensor_cores(matrix, pattern):
         check_tensor_cores(matrix)
         layout = "semi_structured"
     return compress(matrix.weight.data, mask, layout, rows)
 
 
+def on_tensor_cores(matrix: Matrix, pattern: str) -> bool:
+    """Return whether a pattern is executed in the tensor cores' format: 2:4 of linear layers on CUDA."""
+    return pattern == "2:4" and matrix.weight.is_cuda and matrix.part != "experts"
+
+
 def check_tensor_cores(matrix: Matrix) -> None:
-    """Raise UserError where 2:4 cannot be executed on CUDA."""
+    """Raise NotApplicable where 2:4 cannot be executed on CUDA."""
     outputs, inputs = matrix.weight.shape
     if outputs % 32 or inputs % 64 or matrix.weight.dtype not in (torch.float16, torch.bfloat16):
-        raise UserError(
+        raise NotApplicable(
             f"{matrix.name}: 2:4 on CUDA needs rows divisible by 32, columns by 64, and float16 or bfloat16; this is "
             f"{outputs} x {inputs}, {matrix.weight.dtype}; use execute dense"
         )

@@ -15,7 +15,6 @@ Shapes: E experts (1 for a single matrix), O outputs, I inputs.
 """
 
 import copy
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -33,9 +32,23 @@ from lib.models.structure.sharing import sharing
 from lib.optimizations.common.compression import options as checks
 from lib.optimizations.common.compression.budgets import BUDGETS
 from lib.optimizations.sparse_neural_networks import budgets
-from lib.optimizations.sparse_neural_networks.blocks import Pruned, draws, prune_block, statistics_of, store_block
+from lib.optimizations.sparse_neural_networks.blocks import (
+    Pruned,
+    draws,
+    prune_block,
+    statistics_of,
+    store_block,
+    warn_of_few_tokens,
+)
 from lib.optimizations.sparse_neural_networks.masks import HALVES, METHODS, PATTERNS, STEP, WITHIN, block_shape
-from lib.optimizations.sparse_neural_networks.matrix_pruning import PruningRule, choose, prune_matrix, stored_sparse
+from lib.optimizations.sparse_neural_networks.matrix_pruning import (
+    PruningRule,
+    check_tensor_cores,
+    choose,
+    on_tensor_cores,
+    prune_matrix,
+    stored_sparse,
+)
 
 NAME = "sparse_neural_networks"
 EXECUTE = ("sparse", "dense")
@@ -100,6 +113,8 @@ def apply(
     does not fit, and for weights that are not finite.
     """
     checks.one_of(NAME, "execute", execute, EXECUTE)
+    if execute == "sparse":
+        check_executed(model, pattern, parts)
     options: dict[str, Any] = {
         "sparsity": sparsity,
         "method": method,
@@ -170,13 +185,7 @@ def prune(
         prune_block(pruned, matrices(pruned.model, parts, index), statistics, rule, draws(seed, index))
         if not masked:
             pruned.masks.clear()
-    short = [matrix.name for matrix in matrices(model) if matrix.part != "experts" and matrix.name in pruned.thin]
-    if short:
-        warnings.warn(
-            f"{NAME}: {short[0]} (and {len(short) - 1} more): fewer calibration tokens than inputs; damping makes up "
-            "for the rest, more text would do better",
-            stacklevel=2,
-        )
+    warn_of_few_tokens([m.name for m in matrices(model) if m.part != "experts" and m.name in pruned.thin])
     return pruned
 
 
@@ -266,6 +275,13 @@ def check(
         raise NotApplicable(f'sparse_neural_networks: no matrix to prune in parts "{parts}": {reason}')
     if unfit := misfit(affected, pattern):
         raise NotApplicable(unfit)
+
+
+def check_executed(model: nn.Module, pattern: str, parts: str = "all") -> None:
+    """Raise NotApplicable, naming the matrix, where zeros of a pattern could be chosen and not be executed sparse."""
+    for matrix in matrices(model, parts):
+        if on_tensor_cores(matrix, pattern):
+            check_tensor_cores(matrix)
 
 
 def misfit(affected: Iterable[Matrix], pattern: str) -> str | None:

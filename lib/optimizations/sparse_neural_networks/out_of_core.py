@@ -12,10 +12,17 @@ from lib.models.calibration.second_moments import block_moments, matrices
 from lib.models.calibration.walk import Walk
 from lib.models.offload.file_blocks import rewrite
 from lib.models.structure.anatomy import Block
-from lib.optimizations.sparse_neural_networks.blocks import Pruned, draws, prune_block, store_block
+from lib.optimizations.common.compression import options as checks
+from lib.optimizations.sparse_neural_networks.blocks import (
+    Pruned,
+    draws,
+    prune_block,
+    store_block,
+    warn_of_few_tokens,
+)
 from lib.optimizations.sparse_neural_networks.experiment import share_of_zeros
 from lib.optimizations.sparse_neural_networks.matrix_pruning import PruningRule
-from lib.optimizations.sparse_neural_networks.method import NAME, check
+from lib.optimizations.sparse_neural_networks.method import EXECUTE, NAME, check, check_executed
 
 
 def apply_to_file(
@@ -35,24 +42,31 @@ def apply_to_file(
 ) -> Path:
     """Write the checkpoint in `source` with `sparsity` of its matrices' weights zero to the new folder `target`.
 
-    Options and result as of `method.apply`, blocks pruned in order. Returns the target. Raises UserError as
+    Options, result and warnings as of `method.apply`, blocks pruned in order. Returns the target. Raises UserError as
     `method.apply` and `file_blocks.rewrite` do.
     """
+    checks.one_of(NAME, "execute", execute, EXECUTE)
     options: dict[str, Any] = {"sparsity": sparsity, "method": method, "pattern": pattern, "within": within}
     rule = PruningRule(sparsity, method, pattern, within)
+    thin: list[str] = []
 
     def change(model: nn.Module, walk: Walk, block: Block) -> None:
         check(model, parts=parts, **options)
+        if execute == "sparse":
+            check_executed(model, pattern, parts)
         of_block, statistics = matrices(model, parts, block.index), {}
         if method in ("wanda", "sparsegpt"):
             statistics = block_moments(walk, of_block, gram=method == "sparsegpt", unchanged=False)
         pruned = Pruned(model, {}, pattern)
         prune_block(pruned, of_block, statistics, rule, draws(seed, block.index))
+        thin.extend(matrix.name for matrix in of_block if matrix.part != "experts" and matrix.name in pruned.thin)
         if execute == "sparse":
             store_block(model, pruned, block.index)
 
     about = {"optimization": NAME, "parts": parts, "execute": execute, "seed": seed, **options}
-    return rewrite(source, target, calibration, change, about=about, device=device, shards=shards)
+    folder = rewrite(source, target, calibration, change, about=about, device=device, shards=shards)
+    warn_of_few_tokens(thin)
+    return folder
 
 
 def options(parameters: Mapping[str, Any]) -> dict[str, Any]:

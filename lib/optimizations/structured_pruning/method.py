@@ -94,9 +94,7 @@ def apply(
     UserError for a value out of range, a ratio out of reach, and weights that are not finite. Without recovery, what
     stays as it was is shared with `model`: train neither in place.
     """
-    options.in_range(NAME, "ratio", ratio, 0, MOST_REMOVED, closed="low")
-    options.one_of(NAME, "granularity", granularity, ("auto", *GRANULARITIES))
-    options.one_of(NAME, "saliency", saliency, (*SALIENCIES, *OF_EXPERTS))
+    check(ratio, granularity, saliency)
     options.choices(NAME, {"depth_criterion": (depth_criterion, depth.CRITERIA), "budget": (budget, BUDGETS)})
     options.applies(NAME, model, applies_to)
     shares = plan(model, ratio, granularity)
@@ -141,6 +139,13 @@ def recover(
         return pruned, Lessons([], {})
     student = copy.deepcopy(pruned)
     return student, distil(student, model, batches, steps=steps, learning_rate=learning_rate, seed=seed)
+
+
+def check(ratio: float, granularity: str, saliency: str) -> None:
+    """Raise UserError for an option out of its range or choices."""
+    options.in_range(NAME, "ratio", ratio, 0, MOST_REMOVED, closed="low")
+    options.one_of(NAME, "granularity", granularity, ("auto", *GRANULARITIES))
+    options.one_of(NAME, "saliency", saliency, (*SALIENCIES, *OF_EXPERTS))
 
 
 # --- how much goes ---------------------------------------------------------------------------------------------------

@@ -16,10 +16,10 @@ from lib.errors import UserError
 from lib.models.calibration.activations import block_statistics
 from lib.models.calibration.distillation import can_split, split
 from lib.models.calibration.walk import Walk
-from lib.models.offload.file_blocks import FileBlocks, rewrite
+from lib.models.offload.file_blocks import FileBlocks, require_free, rewrite
 from lib.models.structure.anatomy import Block, synchronise
 from lib.optimizations.structured_pruning import cutting
-from lib.optimizations.structured_pruning.method import NAME, plan
+from lib.optimizations.structured_pruning.method import NAME, check, plan
 from lib.optimizations.structured_pruning.saliency import Scores, saliency_scores
 
 
@@ -41,25 +41,28 @@ def apply_to_file(
     Options and result as of `method.apply`. Raises UserError as that and `file_blocks.rewrite` do, and for granularity
     "depth": which blocks go is known at the end.
     """
+    check(ratio, granularity, saliency)
     if granularity == "depth":
         raise UserError(f"{NAME}: whole blocks cannot be removed from file to file; choose experts, channels or heads")
+    compensate = can_split(calibration) if compensate is None else compensate
+    about: dict[str, Any] = {"optimization": NAME, "ratio": ratio, "granularity": granularity, "saliency": saliency}
+    about |= {"compensate": compensate, "seed": seed}
     with closing(FileBlocks(source, device=device)) as store:
         shares = plan(store.model, ratio, granularity)
         if not any(shares.values()):
             raise UserError(f"{NAME}: ratio {ratio} removes nothing, so there is nothing to write")
+        fitted = compensate and any(shares[part] for part in cutting.FITTED)
+        taught, held_out = split(calibration) if fitted else ([*calibration], [])
+        text = [*taught, *held_out]
+        require_free(source, target, text, about=about, shards=shards)  # before the parts are ranked
         scores = _scores(store, calibration, saliency, seed)
-    compensate = can_split(calibration) if compensate is None else compensate
-    fitted = compensate and any(shares[part] for part in cutting.FITTED)
-    taught, held_out = split(calibration) if fitted else ([*calibration], [])
 
     def change(model: nn.Module, walk: Walk, block: Block) -> None:
         readings = cutting.readings(walk, len(taught)) if fitted else None
         cutting.prune_block(block, scores[block.index], shares, readings)
         synchronise(model)
 
-    about: dict[str, Any] = {"optimization": NAME, "ratio": ratio, "granularity": granularity, "saliency": saliency}
-    about |= {"compensate": compensate, "seed": seed}
-    return rewrite(source, target, [*taught, *held_out], change, about=about, device=device, shards=shards)
+    return rewrite(source, target, text, change, about=about, device=device, shards=shards)
 
 
 def _scores(

@@ -16,7 +16,7 @@ from lib.errors import UserError
 from lib.models.calibration import blockwise
 from lib.models.calibration.distillation import split
 from lib.models.calibration.walk import Walk
-from lib.models.offload.file_blocks import FileBlocks, rewrite
+from lib.models.offload.file_blocks import FileBlocks, require_free, rewrite
 from lib.models.structure.anatomy import Block
 from lib.optimizations.common.compression import options as checks
 from lib.optimizations.tensor_decomposition.allocation import allocate
@@ -47,6 +47,8 @@ def apply_to_file(
     checks.choices(NAME, {"method": (method, METHODS), "budget": (budget, ("global", "uniform"))})
     taught, held_out = split(calibration) if method == "refitted" else ([*calibration], [])
     text = [*taught, *held_out]
+    about: dict[str, Any] = {"optimization": NAME, "compression": compression, "method": method, "budget": budget}
+    require_free(source, target, text, about=about, shards=shards)  # before the spectra are found
     with closing(FileBlocks(source, device=device)) as store:
         spectra = Spectra(store.model, text, weighed=False, room=0, store=store)
         ranks = allocate(store.model, spectra.curves(), compression, budget)
@@ -61,7 +63,6 @@ def apply_to_file(
                 lessons = blockwise.lessons_of(original.walk, walk)
                 blockwise.refit_block(block, whole, original.walk, lessons, len(taught))
 
-        about: dict[str, Any] = {"optimization": NAME, "compression": compression, "method": method, "budget": budget}
         return rewrite(source, target, text, change, about=about, device=device, shards=shards)
 
 

@@ -2,7 +2,9 @@
 
 import gc
 import json
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -252,3 +254,86 @@ def test_weights_of_several_dtypes_are_written_in_that_of_most(folder, text, tmp
         save_file(mixed, path, metadata={"format": "pt"})
     made = prune(folder, tmp_path / "pruned", text, **CHANNELS)
     assert {t.dtype for path in made.glob("*.safetensors") for t in load_file(path).values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", sorted(WRITERS))
+@pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507"])
+def test_what_cannot_be_written_is_refused_before_a_block_is_read(folder, text, tmp_path, monkeypatch, kind):
+    """Parts of a large model are ranked for hours before the first one is removed."""
+    read: list[int] = []
+    monkeypatch.setattr(FileBlocks, "load", lambda self, index: read.append(index))
+    target = tmp_path / "made"
+    target.mkdir()
+    with pytest.raises(UserError, match="made: is there already"):
+        WRITERS[kind](folder, target, text)
+    target.rmdir()
+    (tmp_path / "made.part").mkdir()
+    (tmp_path / "made.part" / "model-00000.safetensors").write_bytes(b"of another run")
+    with pytest.raises(UserError, match="unfinished run of something else"):
+        WRITERS[kind](folder, target, text)
+    monkeypatch.setattr(file_blocks, "_disk", lambda path: len(str(path)))
+    with pytest.raises(UserError, match=r"made\.part: lies on another disk than .*made; name a folder on the same one"):
+        WRITERS[kind](folder, target, text)
+    assert read == [] and not target.exists()
+
+
+@pytest.mark.parametrize(
+    "options", [{"ratio": -0.1}, {"ratio": 0.95}, {"saliency": "largest"}, {"granularity": "rows"}], ids=str
+)
+@pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507"])
+def test_options_of_removal_are_those_in_memory(folder, text, tmp_path, options):
+    target = tmp_path / "made"
+    for write in (lambda: prune(folder, target, text, **options), lambda: pruning.apply(None, [], **options)):
+        with pytest.raises(UserError, match="out of range; expected|expected one of"):
+            write()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole"]
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), RuntimeError("out of memory")])
+@pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507"])
+def test_what_ends_before_the_first_block_leaves_nothing(folder, text, tmp_path, monkeypatch, fault):
+    def broken(self, index):
+        raise fault
+
+    monkeypatch.setattr(FileBlocks, "release", broken)
+    with pytest.raises(type(fault)):
+        sparsify(folder, tmp_path / "sparse", text)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole"]
+
+
+@pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507"])
+def test_blocks_are_kept_where_the_folder_cannot_get_its_name(folder, text, tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def broken(self, target):
+        raise OSError(18, "Invalid cross-device link", str(target))
+
+    monkeypatch.setattr(Path, "rename", broken)
+    with pytest.raises(UserError, match=r"made: cannot be written .* the same command resumes there"):
+        sparsify(folder, tmp_path / "made", text)
+    monkeypatch.setattr(Path, "rename", rename)
+    changed: list[int] = []
+    monkeypatch.setattr(FileBlocks, "_write", _counting(FileBlocks._write, changed))
+    made = sparsify(folder, tmp_path / "made", text)
+    assert changed == [] and load(made)(**text[0]).logits.isfinite().all()
+    assert not list(made.glob("block-*")) and not (made / file_blocks.ABOUT).exists()
+
+
+@pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507"])
+def test_blocks_that_answer_with_no_numbers_are_not_to_be_resumed(folder, text, tmp_path):
+    def change(model, walk, block):
+        if block.index == 3:
+            block.feed_forward.down.weight.fill_(3e38)
+
+    with pytest.raises(UserError, match="what was written cannot be used: block 3.* not finite") as why:
+        file_blocks.rewrite(folder, tmp_path / "made", text, change, about={})
+    assert str(why.value).endswith(f"; delete {tmp_path / 'made.part'}") and "resumes" not in str(why.value)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507"])
+def test_few_tokens_are_said_from_file_to_file_too(folder, tmp_path):
+    few = [{"input_ids": torch.arange(8, 16)[None]}]
+    named = re.escape("model.layers.0.self_attn.q_proj.weight (and 27 more): fewer calibration tokens than inputs")
+    with pytest.warns(UserWarning, match=named):
+        sparsify(folder, tmp_path / "sparse", few, sparsity=0.5)

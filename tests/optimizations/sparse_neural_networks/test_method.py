@@ -585,6 +585,17 @@ def test_tensor_cores_are_asked_for_only_where_the_shape_fits(tiny):
         matrix_pruning.check_tensor_cores(matrix)
 
 
+def test_what_tensor_cores_do_not_take_is_refused_before_anything_is_pruned(tiny, text, monkeypatch):
+    """As on CUDA, where this was found out once all was pruned and trained."""
+    monkeypatch.setattr(sparse, "on_tensor_cores", lambda matrix, pattern: pattern == "2:4")
+    model, ran = tiny("qwen3-4b-instruct-2507"), []
+    anatomy(model).blocks[0].module.register_forward_hook(lambda *_: ran.append(1))
+    with pytest.raises(NotApplicable, match=r"layers\.0\..*: 2:4 on CUDA needs rows divisible by 32"):
+        sparse.apply(model, text, pattern="2:4")
+    assert not ran
+    assert sparse.apply(model, text, pattern="2:4", execute="dense") is not None
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="2:4 has a kernel on CUDA only")
 def test_two_of_four_on_cuda_equals_the_masked_product():
     weight_OI = torch.randn(128, 128, device="cuda", dtype=torch.bfloat16)
