@@ -49,22 +49,29 @@ class Lessons:
 def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     """Return the batches to learn from and those held out: a quarter of them, HELD_OUT at most.
 
-    Of fewer than four batches a quarter of the sequences of the last batch of text is held out. Raises UserError where
-    there are not two sequences to tell apart.
+    Of fewer than four batches a quarter of the sequences of the last batch of text is held out. Either are spread over
+    the whole, which is not of one kind: calibration begins with running text and ends with questions. Raises UserError
+    where there are not two sequences to tell apart.
     """
     batches = list(batches)
     if count := min(HELD_OUT, len(batches) // 4):
-        return batches[count:], batches[:count]
+        held_out = _spread(count, len(batches))
+        return [batch for at, batch in enumerate(batches) if at not in held_out], [batches[at] for at in held_out]
     for index in reversed(range(len(batches))):
         batch, rows = batches[index], len(batches[index]["input_ids"])
         if rows > 1 and all(len(tensor) == rows for tensor in batch.values()):
-            first = rows - max(1, rows // 4)
-            taught = {name: tensor[:first] for name, tensor in batch.items()}
-            rest = {name: tensor[first:] for name, tensor in batch.items()}
+            held_out = _spread(max(1, rows // 4), rows)
+            others = [row for row in range(rows) if row not in held_out]
+            taught, rest = ({name: tensor[at] for name, tensor in batch.items()} for at in (others, held_out))
             return [*batches[:index], taught, *batches[index + 1 :]], [rest]
     if len(batches) > 1:
         return batches[1:], batches[:1]
     raise UserError("calibration: one sequence only; distillation sets some text aside, give at least two sequences")
+
+
+def _spread(count: int, size: int) -> list[int]:
+    """Return `count` of the indices below `size`, evenly spread."""
+    return [(2 * at + 1) * size // (2 * count) for at in range(count)]
 
 
 def can_split(batches: Sequence[Batch]) -> bool:

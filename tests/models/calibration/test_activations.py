@@ -108,6 +108,16 @@ def test_text_is_held_out_of_every_lesson(batch):
     assert can_split([batch]) and not can_split([{"input_ids": torch.ones(1, 4)}]) and not can_split([])
 
 
+def test_what_is_held_out_is_spread_over_all_kinds_of_text():
+    """Calibration begins with running text and ends with questions: neither end stands for both."""
+    rows = [{"input_ids": torch.arange(16)[:, None].expand(16, 4)}]
+    taught, held_out = split(rows)
+    assert held_out[0]["input_ids"][:, 0].tolist() == [2, 6, 10, 14]
+    assert taught[0]["input_ids"][:, 0].tolist() == [at for at in range(16) if at % 4 != 2]
+    batches = [{"input_ids": torch.full((1, 4), at)} for at in range(24)]
+    assert [int(batch["input_ids"][0, 0]) for batch in split(batches)[1]] == [3, 9, 15, 21]
+
+
 def test_bfloat16_learns_what_its_own_steps_would_lose(tiny, batch):
     """At this rate a step is far below the spacing of bfloat16; the masters add steps up."""
     teacher = tiny("qwen3-4b-instruct-2507").to(torch.bfloat16)
