@@ -93,6 +93,8 @@ def yardsticks(
         )
         if bits == 8 and weight_only.rounds_few_tokens(baseline, part):
             purpose += f"; up to {FEW_TOKENS} tokens are multiplied in bfloat16, the judged text by restored matrices"
+        if bits == 4 and (groups := weight_only.other_groups(baseline, part)):
+            purpose += f"; {groups}"
         if dense := weight_only.left_dense(baseline, part):
             purpose += f"; {dense} matrices that expand latents stay dense, as engines keep them restored"
         if effort.preview and arms:
@@ -119,7 +121,9 @@ def by_gptq(
         model = weight_only.weight_only(baseline, 4, part, calibration)
     except UserError:
         return []
-    return [judged(baseline, reference, weight_only.BY_GPTQ, weight_only.GPTQ_PURPOSE, model)]
+    groups = weight_only.other_groups(baseline, part)
+    purpose = "; ".join(filter(None, [weight_only.GPTQ_PURPOSE, groups]))
+    return [judged(baseline, reference, weight_only.BY_GPTQ, purpose, model)]
 
 
 def removed_bytes(arm: ThirdArm) -> float:

@@ -9,7 +9,9 @@ import torch
 
 from lib.measure.metrics import measurement, settings
 from lib.measure.quality import answer_comparison, evaluate
+from lib.models.structure.anatomy import anatomy
 from lib.optimizations.common import rival_arms
+from lib.optimizations.common.compression import weight_only
 from lib.optimizations.common.evidence.claims import ThirdArm
 
 KERNEL = "weight-only, round to nearest; no kernel for 6 matrices, restored for each product"
@@ -108,6 +110,22 @@ def test_windows_of_few_documents_make_a_wider_interval(tiny, monkeypatch):
         low, high = next(m.ci for m in arm.measurements if m.metric == "kl_divergence_nats")
         widths.append(high - low)
     assert widths[0] > widths[1]
+
+
+def test_groups_that_a_width_does_not_allow_are_said(tiny, batch, monkeypatch):
+    """As with SmolLM2's width of 576, where "groups of 128" are groups of 64."""
+    monkeypatch.setattr(rival_arms.speed, "compare", lambda *_, **__: SimpleNamespace(measurements=[]))
+    model = tiny("qwen3-4b-instruct-2507")  # widths of 32 (q, k, v, gate, up) and 64 (o, down), 4 blocks
+    said = "128 does not divide the width of 28 matrices: groups of 64 in 8, 32 in 20"
+    int8, int4 = rival_arms.yardsticks(model, None, torch.zeros(1, 8, dtype=torch.long), settings.read("quick"))
+    assert said in int4.purpose and said not in int8.purpose
+    read = evaluate.read(model, torch.randint(8, 90, (2, 16), generator=torch.Generator().manual_seed(0)))
+    (by_gptq,) = rival_arms.by_gptq(model, read, [batch])
+    assert said in by_gptq.purpose and len(rival_arms.at_yardsticks([int8, int4, by_gptq])) == 3
+    for block in anatomy(model).blocks:
+        for layer in (module for module in block.module.modules() if isinstance(module, torch.nn.Linear)):
+            layer.weight = torch.nn.Parameter(torch.zeros(len(layer.weight), 256), requires_grad=False)
+    assert weight_only.other_groups(model) == ""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

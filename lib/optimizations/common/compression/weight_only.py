@@ -3,6 +3,7 @@
 Knows nothing of measuring, nor of the optimization that it is compared with.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -14,10 +15,12 @@ from lib.models.decoding import mla_absorption
 from lib.models.structure.anatomy import anatomy
 from lib.models.structure.replacements.quantized import (
     BITS,
+    GROUPS,
     SCALES,
     Packed,
     QuantizedExperts,
     QuantizedLinear,
+    group_size,
     has_kernel,
 )
 from lib.models.structure.sharing import sharing
@@ -87,6 +90,19 @@ def _kernels(model: nn.Module, bits: int, part: str) -> list[bool]:
     dense = _expansions(model)
     chosen = [matrix.weight for matrix in matrices(model, part) if matrix.owner not in dense]
     return [has_kernel(weight.view(-1, *weight.shape[-2:])[0], bits) for weight in chosen]
+
+
+def other_groups(model: nn.Module, part: str = "all") -> str:
+    """Return in words in which groups int4 takes the inputs of matrices whose width 128 does not divide; empty where
+    there is none.
+    """
+    dense, counted = _expansions(model), Counter[int]()
+    for matrix in matrices(model, part):
+        group = group_size(matrix.weight.shape[-1])
+        if matrix.owner not in dense and group != GROUPS[0]:
+            counted[group] += 1
+    each = ", ".join(f"{group} in {count}" for group, count in sorted(counted.items(), reverse=True))
+    return f"{GROUPS[0]} does not divide the width of {counted.total()} matrices: groups of {each}" if counted else ""
 
 
 def left_dense(model: nn.Module, part: str = "all") -> int:
