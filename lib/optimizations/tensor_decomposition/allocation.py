@@ -35,8 +35,8 @@ def allocate(
 ) -> dict[str, int | None]:
     """Return the rank of every matrix (None: dense) so that about `compression` of the decoder's bytes go.
 
-    "global": greedily by what is kept per element, over all matrices; "uniform": the same share of each matrix.
-    Raises NotApplicable with the largest compression in reach.
+    "global": greedily by what is kept per element, over all matrices; "uniform": the same share of each matrix, but for
+    those that cannot be so small. Raises NotApplicable with the largest compression in reach.
     """
     size, total = spectra[0].matrix.weight.element_size(), decoder_bytes(model)
     menus = {spectrum.matrix.name: options(spectrum) for spectrum in spectra}
@@ -50,15 +50,30 @@ def allocate(
             f"(or dense, where that is smaller) at most {reach:.2f}"
         )
     if budget == "uniform":
-        fixed = sum(menu[0][1] for menu in menus.values() if len(menu) == 1)  # too small for factors
-        share = (room - fixed) / max(1, dense - fixed)
-        at = {
-            name: max(sum(choice[1] <= share * menu[-1][1] for choice in menu) - 1, 0) for name, menu in menus.items()
-        }
+        at = _uniform(menus, room)
     else:
         at = _greedy(menus, room)
     _fill(menus, at, room)
     return {name: menus[name][index][0] for name, index in at.items()}
+
+
+def _uniform(menus: dict[str, list[Choice]], room: float) -> dict[str, int]:
+    """Return the index chosen from each menu: what comes nearest from below to one share of each matrix.
+
+    A matrix whose smallest factors (or which itself, too small for factors) are more than that is taken so, and the
+    others share what is left.
+    """
+    sharing = dict(menus)
+    while True:
+        left = room - sum(menu[0][1] for name, menu in menus.items() if name not in sharing)
+        share = left / max(1, sum(menu[-1][1] for menu in sharing.values()))
+        too_large = [name for name, menu in sharing.items() if menu[0][1] > share * menu[-1][1]]
+        if not too_large:
+            break
+        for name in too_large:
+            del sharing[name]
+    fits = {name: sum(choice[1] <= share * menu[-1][1] for choice in menu) - 1 for name, menu in sharing.items()}
+    return {name: fits.get(name, 0) for name in menus}
 
 
 def _greedy(menus: dict[str, list[Choice]], room: float) -> dict[str, int]:

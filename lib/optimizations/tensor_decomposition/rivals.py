@@ -96,7 +96,8 @@ def sweep(
     yardsticks.
 
     `prune` removes parts (`structured_pruning`'s `apply`) and, as whitening does, fits what is left in closed form. A
-    strength out of a rival's reach is left out with the reason. Factors of equal ranks are timed once.
+    strength out of a rival's reach is left out with the reason. Factors have the budget of the run, but for those of
+    uniform ranks. Factors of equal ranks are timed once.
     """
     quiet = setup.random_weights
     reference = None if text is None else rival_arms.reference(setup.baseline, text, setup.effort, WINDOWS)
@@ -114,7 +115,7 @@ def sweep(
             }
             return prune(setup.baseline, setup.calibration, ratio=strength, **options)
         even = quiet or arm in (EVEN, BARE_EVEN)
-        return factors(setup, strength, arm.split(",")[0], "uniform" if even else "global")
+        return factors(setup, strength, arm.split(",")[0], "uniform" if even else setup.budget)
 
     result = Sweep()
     rates: dict[str, Measurement] = {}
@@ -178,6 +179,7 @@ def _why_not(setup: FactoringSetup, arm: str) -> str:
 
 def _names(setup: FactoringSetup) -> list[str]:
     names = ["random"] if setup.random_weights else [BARE, FITTED, setup.taught, EVEN, BARE_EVEN]
+    names += [setup.method] if setup.method not in names else []  # the run itself stands among its rivals
     blocks = anatomy(setup.baseline).blocks
     if not setup.random_weights or all(block.feed_forward.kind == "dense" for block in blocks):
         names.append(PRUNED)  # a copy of all experts at real dimensions would not fit beside both models

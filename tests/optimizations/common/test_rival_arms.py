@@ -119,7 +119,7 @@ def test_groups_that_a_width_does_not_allow_are_said(tiny, batch, monkeypatch):
     said = "128 does not divide the width of 28 matrices: groups of 64 in 8, 32 in 20"
     int8, int4 = rival_arms.yardsticks(model, None, torch.zeros(1, 8, dtype=torch.long), settings.read("quick"))
     assert said in int4.purpose and said not in int8.purpose
-    read = evaluate.read(model, torch.randint(8, 90, (2, 16), generator=torch.Generator().manual_seed(0)))
+    read = evaluate.read(model, torch.randint(8, 90, (4, 16), generator=torch.Generator().manual_seed(0)))
     (by_gptq,) = rival_arms.by_gptq(model, read, [batch])
     assert said in by_gptq.purpose and len(rival_arms.at_yardsticks([int8, int4, by_gptq])) == 3
     for block in anatomy(model).blocks:

@@ -118,6 +118,24 @@ def test_a_real_model_at_quick_is_swept_at_two_strengths_and_says_what_is_left_o
     assert domains.empty and "effort quick" in why
 
 
+def test_the_curves_of_a_run_have_the_budget_of_the_run(setup, monkeypatch):
+    """Of uniform ranks, the point at the run's own strength alone was of them, the others were of one budget."""
+    uniform, budgets, make = replace(setup, method="refined", budget="uniform"), [], rivals.factors
+
+    def factors(setup, strength, method, budget):
+        budgets.append((strength, method, budget))
+        return make(setup, strength, method, budget)
+
+    monkeypatch.setattr(rivals, "factors", factors)
+    rivals.sweep(uniform, experiment.factor(uniform, 0.2), None, torch.randint(8, 96, (1, 16)), 0.2, pruning.apply)
+    assert {budget for _, _, budget in budgets} == {"uniform"} and (0.4, "refined", "uniform") in budgets
+
+
+def test_random_subspaces_of_a_trained_model_stand_among_their_rivals(setup):
+    drawn = replace(setup, method="random", spectra=setup.spectra | {"random": None})
+    assert rivals._names(drawn).count("random") == 1 and "random" not in rivals._names(setup)
+
+
 def test_random_weights_are_factored_at_random_and_only_timed(setup):
     model = setup.baseline
     spectra = {"random": decomposition.analyse(model, [], "random")}

@@ -306,6 +306,18 @@ def test_a_factored_model_is_not_factored_again(tiny, text):
     ) < allocation.decoder_bytes(half)
 
 
+def test_uniform_ranks_remove_what_was_asked_where_one_matrix_cannot_be_so_small(monkeypatch):
+    """Planted: the thin matrix has no factors of a third of its size, and the square one fills its share exactly."""
+    shapes = {"square": (256, 256), "thin": (16, 256)}
+    matrices = [low_rank.FactorableMatrix(name, "linear", 0, torch.empty(shape)) for name, shape in shapes.items()]
+    dense = sum(matrix.elements(None) for matrix in matrices)
+    monkeypatch.setattr(allocation, "decoder_bytes", lambda _: 4 * dense)
+    spectra = [low_rank.flat_spectrum(matrix) for matrix in matrices]
+    ranks = allocation.allocate(None, spectra, 0.625, "uniform")
+    assert sum(matrix.elements(ranks[matrix.name]) for matrix in matrices) <= 0.375 * dense
+    assert ranks == {"square": 40, "thin": 8}
+
+
 def test_bad_requests_are_named(tiny, name, text):
     model = tiny(name)
     for compression in (0.0, 1.0, -0.1, 1.5, float("nan")):
