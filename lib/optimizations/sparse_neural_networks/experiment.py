@@ -156,7 +156,9 @@ def _example(matrices: list[Matrix]) -> Matrix:
 
 @dataclass(frozen=True)
 class MatrixMasks:
-    """One matrix (of experts the first) as every method prunes it: masks [O, I], pruned weights [1, O, I]."""
+    """One matrix (of experts the first that saw a token) as every method prunes it: masks [O, I], pruned weights
+    [1, O, I].
+    """
 
     name: str
     weight_1OI: torch.Tensor
@@ -202,9 +204,11 @@ def one_matrix(setup: SparsitySetup) -> MatrixMasks:
     """Return a matrix from the middle of the model, pruned by every method that the run can use."""
     matrix, moments = setup.example, setup.shown
     stack = matrix.weight.data.view(-1, *matrix.weight.shape[-2:])
-    single = stack[:1].float()
-    gram = None if moments is None or moments.gram is None else moments.gram.view(-1, *moments.gram.shape[-2:])[:1]
-    squares = None if moments is None else moments.squares.view(len(stack), 1, -1)[:1]
+    seen = 0 if moments is None or len(stack) == 1 else int((moments.tokens > 0).long().argmax())
+    shown = slice(seen, seen + 1)  # of an expert without tokens no error is known
+    single = stack[shown].float()
+    gram = None if moments is None or moments.gram is None else moments.gram.view(-1, *moments.gram.shape[-2:])[shown]
+    squares = None if moments is None else moments.squares.view(len(stack), 1, -1)[shown]
     sparsity, pattern, within = (setup.options[name] for name in ("sparsity", "pattern", "within"))
     masks, pruned = {}, {}
     for name in METHODS if setup.trained else ("magnitude", "random"):

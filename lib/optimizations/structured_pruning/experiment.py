@@ -15,7 +15,7 @@ from torch import nn
 from lib.measure.metrics.settings import Effort
 from lib.measure.roofline import cost_model
 from lib.models.calibration.activations import Observation, observe
-from lib.models.calibration.distillation import Lessons
+from lib.models.calibration.distillation import Lessons, can_split
 from lib.models.loading import Loaded
 from lib.models.structure.anatomy import anatomy
 from lib.models.tasks import tasks as prompts
@@ -168,16 +168,17 @@ def steps_of(loaded: Loaded, finetune_steps: int, effort: Effort) -> int:
 def cut(setup: PruningSetup, ratio: float, granularity: str, finetune_steps: int) -> PrunedModel:
     """Return the model with about `ratio` of the decoder's parameters removed, fitted, then distilled.
 
-    The matrices that read the removed channels or heads are refitted by least squares, unless weights are random: the
-    same model as `method.apply` returns. Where no step brings it nearer to the baseline, it stays so. `removed` is the
-    share actually removed.
+    The matrices that read the removed channels or heads are refitted by least squares, unless weights are random or
+    there is one sequence of text only: the same model as `method.apply` returns. Where no step brings it nearer to the
+    baseline, it stays so. `removed` is the share actually removed.
     """
     options: dict[str, Any] = {"ratio": ratio, "granularity": granularity, "seed": setup.seed}
     options |= {"observation": setup.observation}
     start = time.perf_counter()
     pruned = fitted = method.apply(setup.baseline, setup.calibration, compensate=False, **options)
     shares = method.plan(setup.baseline, ratio, granularity)
-    if not setup.loaded.random_weights and any(shares[part] for part in FITTED):
+    fits = not setup.loaded.random_weights and can_split(setup.calibration)  # as `method.apply` does by default
+    if fits and any(shares[part] for part in FITTED):
         start = time.perf_counter()
         fitted = method.apply(setup.baseline, setup.calibration, **options)
     cut_seconds, start = time.perf_counter() - start, time.perf_counter()

@@ -45,6 +45,21 @@ def test_one_matrix_keeps_the_same_share_by_every_method(setup):
     assert all(corner.shape <= (experiment.CORNER, experiment.CORNER) for corner in matrix.corners().values())
 
 
+def test_of_experts_one_that_saw_tokens_is_shown(setup, tiny):
+    """Of the first one, which no token reached, no error is known: "without calibration text", it was said."""
+    model = tiny("qwen3-coder-30b")
+    matrices = second_moments.matrices(model, "experts")
+    observed = sparse.observe(model, setup.calibration, parts="experts")
+    example = experiment._example(matrices)
+    shown = next(sums[example.name] for _, sums in observed if example.name in sums)
+    shown.tokens[0], shown.squares[0], shown.gram[0] = 0, 0, 0
+    loaded = SimpleNamespace(scale="proxy", model=model, random_weights=False)
+    changed = {"loaded": loaded, "matrices": matrices, "observed": observed, "shown": shown}
+    matrix = experiment.one_matrix(replace(setup, options=setup.options | {"parts": "experts"}, **changed))
+    assert torch.equal(matrix.weight_1OI[0], example.weight[1])
+    assert matrix.table()["error of the output"].notna().all()
+
+
 def test_the_sparse_model_is_smaller_than_stored_zeros(setup):
     model = experiment.sparsify(setup, finetune_steps=2)
     experiment.assert_sparse(setup, model)

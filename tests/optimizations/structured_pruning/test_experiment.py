@@ -120,6 +120,13 @@ def _text(setup):
     return evaluate.read(setup.baseline, ids_NT)
 
 
+def test_what_one_sequence_cannot_fit_is_not_called_fitted(setup):
+    """Nothing can be set aside from it, so the cut stays as it is."""
+    one = [{"input_ids": torch.arange(8, 40)[None]}]
+    cut = experiment.cut(replace(setup, calibration=one), 0.2, "auto", finetune_steps=0)
+    assert cut.optimized is cut.fitted is cut.pruned and "least squares" not in cut.summary
+
+
 def test_shapes_fall_back_to_the_last_block_that_remains(setup):
     blocks = len(anatomy(setup.baseline).blocks)
     cut = experiment.cut(setup, 0.25, "depth", finetune_steps=0)
