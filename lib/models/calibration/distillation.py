@@ -60,7 +60,7 @@ def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     for index in reversed(range(len(batches))):
         batch, rows = batches[index], len(batches[index]["input_ids"])
         if rows > 1 and all(len(tensor) == rows for tensor in batch.values()):
-            held_out = _spread(max(1, rows // 4), rows)
+            held_out = sorted(rows - 1 - at for at in _spread(max(1, rows // 4), rows))
             others = [row for row in range(rows) if row not in held_out]
             taught, rest = ({name: tensor[at] for name, tensor in batch.items()} for at in (others, held_out))
             return [*batches[:index], taught, *batches[index + 1 :]], [rest]
@@ -70,8 +70,8 @@ def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
 
 
 def _spread(count: int, size: int) -> list[int]:
-    """Return `count` of the indices below `size`, evenly spread."""
-    return [(2 * at + 1) * size // (2 * count) for at in range(count)]
+    """Return `count` of the indices below `size`, evenly spread from 0 on."""
+    return [at * size // count for at in range(count)]
 
 
 def can_split(batches: Sequence[Batch]) -> bool:

@@ -112,10 +112,10 @@ def test_what_is_held_out_is_spread_over_all_kinds_of_text():
     """Calibration begins with running text and ends with questions: neither end stands for both."""
     rows = [{"input_ids": torch.arange(16)[:, None].expand(16, 4)}]
     taught, held_out = split(rows)
-    assert held_out[0]["input_ids"][:, 0].tolist() == [2, 6, 10, 14]
-    assert taught[0]["input_ids"][:, 0].tolist() == [at for at in range(16) if at % 4 != 2]
+    assert held_out[0]["input_ids"][:, 0].tolist() == [3, 7, 11, 15]
+    assert taught[0]["input_ids"][:, 0].tolist() == [at for at in range(16) if at % 4 != 3]
     batches = [{"input_ids": torch.full((1, 4), at)} for at in range(24)]
-    assert [int(batch["input_ids"][0, 0]) for batch in split(batches)[1]] == [3, 9, 15, 21]
+    assert [int(batch["input_ids"][0, 0]) for batch in split(batches)[1]] == [0, 6, 12, 18]
 
 
 def test_bfloat16_learns_what_its_own_steps_would_lose(tiny, batch):
