@@ -23,6 +23,7 @@ from lib.optimizations.common import finetuning
 from lib.optimizations.common.compression import calibration_text, facts
 from lib.optimizations.structured_pruning import method
 from lib.optimizations.structured_pruning.cutting import FITTED
+from lib.optimizations.structured_pruning.saliency import SALIENCIES
 
 # What carries the word of each dimension: one measurement, declared before any is taken.
 PRIMARIES = {
@@ -205,7 +206,11 @@ def is_as_planned(setup: PruningSetup, chosen: PrunedModel, ratio: float, granul
 def optimize(
     loaded: Loaded, effort: Effort, *, ratio: float, granularity: str, finetune_steps: int, seed: int
 ) -> nn.Module:
-    """Return the model that a run with these parameters measures."""
+    """Return the model that a run with these parameters measures. Raises UserError, before any text is read, for what
+    `method.apply` refuses.
+    """
+    method.check(ratio, granularity, SALIENCIES[0])
+    method.plan(loaded.model, ratio, granularity)
     return cut(set_up(loaded, effort, seed), ratio, granularity, steps_of(loaded, finetune_steps, effort)).optimized
 
 

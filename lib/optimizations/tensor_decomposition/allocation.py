@@ -10,7 +10,7 @@ from torch import nn
 
 from lib.errors import NotApplicable
 from lib.models.structure.anatomy import anatomy
-from lib.optimizations.tensor_decomposition.low_rank import Spectrum
+from lib.optimizations.tensor_decomposition.low_rank import FactorableMatrix, Spectrum
 
 MULTIPLE = 8  # ranks are multiples of this: matrix kernels are built for aligned rows
 
@@ -30,6 +30,24 @@ def options(spectrum: Spectrum) -> list[Choice]:
     return [*factored, (None, matrix.elements(None), spectrum.worth)]
 
 
+def room_for(model: nn.Module, matrices: Sequence[FactorableMatrix], compression: float) -> float:
+    """Return how many elements are left for these matrices once `compression` of the decoder's bytes are gone.
+
+    Needs no spectrum: raises NotApplicable, before any work, with the largest compression in reach.
+    """
+    size, total = matrices[0].weight.element_size(), decoder_bytes(model)
+    dense = sum(matrix.elements(None) for matrix in matrices)
+    least = sum(matrix.elements(MULTIPLE if MULTIPLE < matrix.break_even else None) for matrix in matrices)
+    room = dense - compression * total / size
+    if least > room:
+        reach = (dense - least) * size / total
+        raise NotApplicable(
+            f"tensor_decomposition: compression {compression} is out of reach: with every rank at {MULTIPLE} "
+            f"(or dense, where that is smaller) at most {reach:.2f}"
+        )
+    return room
+
+
 def allocate(
     model: nn.Module, spectra: Sequence[Spectrum], compression: float, budget: str = "global"
 ) -> dict[str, int | None]:
@@ -38,17 +56,8 @@ def allocate(
     "global": greedily by what is kept per element, over all matrices; "uniform": the same share of each matrix, but for
     those that cannot be so small. Raises NotApplicable with the largest compression in reach.
     """
-    size, total = spectra[0].matrix.weight.element_size(), decoder_bytes(model)
+    room = room_for(model, [spectrum.matrix for spectrum in spectra], compression)
     menus = {spectrum.matrix.name: options(spectrum) for spectrum in spectra}
-    dense = sum(menu[-1][1] for menu in menus.values())
-    room = dense - compression * total / size
-    least = sum(menu[0][1] for menu in menus.values())
-    if least > room:
-        reach = (dense - least) * size / total
-        raise NotApplicable(
-            f"tensor_decomposition: compression {compression} is out of reach: with every rank at {MULTIPLE} "
-            f"(or dense, where that is smaller) at most {reach:.2f}"
-        )
     if budget == "uniform":
         at = _uniform(menus, room)
     else:

@@ -171,7 +171,8 @@ def _whitened(matrix: FactorableMatrix, moments: Moments, roots: dict[int, torch
     if by_its_rows(matrix):
         return spectrum_of(matrix, gram), tokens
     if id(gram) not in roots:
-        roots[id(gram)] = root_of(gram, DAMPING if tokens >= matrix.shape[1] else SHORT_DAMPING, matrix.name)
+        damping = DAMPING if tokens >= matrix.shape[1] else SHORT_DAMPING
+        roots[id(gram)] = root_of(gram, damping, f"block {matrix.block}, {matrix.name}")
     return spectrum_of(matrix, gram, roots[id(gram)]), tokens
 
 

@@ -17,6 +17,7 @@ from lib.models.structure.anatomy import anatomy
 from lib.models.structure.replacements import factored
 from lib.models.tasks import tasks as prompts
 from lib.optimizations.common.compression import calibration_text, facts
+from lib.optimizations.common.compression import options as checks
 from lib.optimizations.tensor_decomposition import allocation
 from lib.optimizations.tensor_decomposition import method as decomposition
 from lib.optimizations.tensor_decomposition.analysis import Spectra, matrices
@@ -98,8 +99,10 @@ def set_up(loaded: Loaded, effort: Effort, method: str, budget: str, refine_step
     """Return the model with its calibration text and the spectra that the arms need, each read once; `seconds` are
     those of the method's own, not of its control's.
 
-    method: one of those of the optimization, or AUTO.
+    method: one of those of the optimization, or AUTO. Raises UserError for another one, and for an unknown budget.
     """
+    valid = {"method": (method, (AUTO, *decomposition.METHODS)), "budget": (budget, decomposition.BUDGETS)}
+    checks.choices(decomposition.NAME, valid)
     count = calibration_text.sequences(loaded.model, effort)
     calibration = prompts.calibration(loaded, count, effort.calibration_tokens, seed)
     finetune_batches = prompts.calibration(
@@ -280,7 +283,12 @@ def factors(
 def optimize(
     loaded: Loaded, effort: Effort, *, compression: float, method: str, budget: str, refine_steps: int, seed: int
 ) -> nn.Module:
-    """Return the model that a run with these parameters measures."""
+    """Return the model that a run with these parameters measures. Raises UserError, before any text is read, for what
+    `method.apply` refuses.
+    """
+    checks.in_range(decomposition.NAME, "compression", compression, 0, 1, closed="neither")
+    if factorable := matrices(loaded.model):
+        allocation.room_for(loaded.model, factorable, compression)
     return factor(set_up(loaded, effort, method, budget, refine_steps, seed), compression).optimized
 
 

@@ -29,7 +29,7 @@ from torch import nn
 from lib.models.calibration import blockwise
 from lib.models.structure.sharing import sharing
 from lib.optimizations.common.compression import options as checks
-from lib.optimizations.tensor_decomposition.allocation import allocate
+from lib.optimizations.tensor_decomposition.allocation import allocate, room_for
 from lib.optimizations.tensor_decomposition.analysis import Spectra, matrices
 from lib.optimizations.tensor_decomposition.installing import install
 from lib.optimizations.tensor_decomposition.low_rank import Spectrum
@@ -89,7 +89,10 @@ def apply(
     checks.in_range(NAME, "compression", compression, 0, 1, closed="neither")
     checks.choices(NAME, {"method": (method, METHODS), "budget": (budget, BUDGETS)})
     checks.changeable(model)
-    spectra = analyse(model, calibration, method, budget, seed) if spectra is None else spectra
+    if spectra is None:
+        spectra = analyse(model, calibration, method, budget, seed)
+        if ranks is None:
+            room_for(model, spectra.require_matrices(), compression)
     chosen = allocate(model, curves(spectra), compression, budget) if ranks is None else ranks
     compressed = sharing(model)
     install(compressed, spectra, chosen)

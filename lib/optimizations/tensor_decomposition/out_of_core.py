@@ -19,7 +19,7 @@ from lib.models.calibration.walk import Walk
 from lib.models.offload.file_blocks import FileBlocks, require_free, rewrite
 from lib.models.structure.anatomy import Block
 from lib.optimizations.common.compression import options as checks
-from lib.optimizations.tensor_decomposition.allocation import allocate
+from lib.optimizations.tensor_decomposition.allocation import allocate, room_for
 from lib.optimizations.tensor_decomposition.analysis import Spectra, block_spectra
 from lib.optimizations.tensor_decomposition.installing import install
 from lib.optimizations.tensor_decomposition.method import NAME
@@ -51,6 +51,7 @@ def apply_to_file(
     require_free(source, target, text, about=about, shards=shards)  # before the spectra are found
     with closing(FileBlocks(source, device=device)) as store:
         spectra = Spectra(store.model, text, weighed=False, room=0, store=store)
+        room_for(store.model, spectra.require_matrices(), compression)
         ranks = allocate(store.model, spectra.curves(), compression, budget)
         original = _Original(store, text)
 

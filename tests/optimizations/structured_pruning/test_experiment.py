@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lib.errors import NotApplicable
+from lib.errors import NotApplicable, UserError
 from lib.measure.metrics import busy, measurement, settings
 from lib.measure.quality import evaluate
 from lib.models.calibration.activations import observe
@@ -118,6 +118,17 @@ def _text(setup):
     generator = torch.Generator().manual_seed(0)
     ids_NT = torch.randint(0, anatomy(setup.baseline).vocabulary, (4, 16), generator=generator)
     return evaluate.read(setup.baseline, ids_NT)
+
+
+@pytest.mark.parametrize("changed", [{"ratio": 0.89}, {"ratio": 2.0}, {"granularity": "rows"}], ids=str)
+def test_what_cannot_be_removed_is_refused_before_the_model_is_read(setup, monkeypatch, changed):
+    def read(*_):
+        raise AssertionError("the model was read")
+
+    monkeypatch.setattr(experiment, "set_up", read)
+    options = {"ratio": 0.2, "granularity": "heads", "finetune_steps": 0, "seed": 0}
+    with pytest.raises(UserError, match="out of reach|out of range|expected one of"):
+        experiment.optimize(setup.loaded, EFFORT, **options | changed)
 
 
 def test_what_one_sequence_cannot_fit_is_not_called_fitted(setup):

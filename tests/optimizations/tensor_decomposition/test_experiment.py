@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lib.errors import UserError
 from lib.measure.metrics import settings
 from lib.measure.quality import evaluate
 from lib.models.structure.anatomy import anatomy
@@ -65,6 +66,22 @@ def test_the_analysis_of_a_control_is_no_part_of_the_price(tiny, monkeypatch, me
     monkeypatch.setattr(experiment.prompts, "calibration", lambda *_, **__: [])
     loaded = SimpleNamespace(model=None, random_weights=False, scale="proxy")
     assert experiment.set_up(loaded, EFFORT, method, "global", 1, 0).seconds == expected
+
+
+def test_what_cannot_be_is_refused_before_the_model_is_read(setup, monkeypatch):
+    def calibration(*_, **__):
+        raise AssertionError("text was asked for")
+
+    monkeypatch.setattr(experiment.prompts, "calibration", calibration)
+    options = {"compression": 0.2, "method": "auto", "budget": "global", "refine_steps": 1, "seed": 0}
+    for changed, message in (
+        ({"compression": 0.99}, "out of reach"),
+        ({"compression": 1.5}, "out of range; expected 0 < compression < 1"),
+        ({"method": "tucker"}, 'method "tucker"; expected one of auto, plain'),
+        ({"budget": "even"}, 'budget "even"; expected one of global'),
+    ):
+        with pytest.raises(UserError, match=message):
+            experiment.optimize(setup.loaded, EFFORT, **options | changed)
 
 
 def test_the_table_of_ranks_covers_the_block_shown(setup):

@@ -339,6 +339,23 @@ def test_bad_requests_are_named(tiny, name, text):
         td.apply(model, [], method="plain", spectra=spectra, ranks={"nowhere": 8})
 
 
+def test_what_is_out_of_reach_is_refused_before_any_text_is_read(tiny, name, text):
+    """All spectra of a large model take hours."""
+    model, ran = tiny(name), []
+    anatomy(model).blocks[0].module.register_forward_hook(lambda *_: ran.append(1))
+    for budget in ("global", "uniform"):
+        with pytest.raises(NotApplicable, match=r"compression 0\.99 is out of reach"):
+            td.apply(model, text, compression=0.99, method="refitted", budget=budget)
+    assert not ran
+    curves = td.analyse(model, text, budget="uniform").curves()
+    least = sum(allocation.options(curve)[0][1] for curve in curves)
+    dense = sum(curve.matrix.elements(None) for curve in curves)
+    reach = 4 * (dense - least) / allocation.decoder_bytes(model)
+    assert allocation.room_for(model, analysis.matrices(model), reach - 1e-6) >= least
+    with pytest.raises(NotApplicable, match="out of reach"):
+        allocation.room_for(model, analysis.matrices(model), reach + 1e-6)
+
+
 def test_few_tokens_are_damped_and_said(tiny, name, text):
     """20 tokens for 32 inputs: what the text showed is kept, what it did not show does no harm."""
     model = tiny(name)
