@@ -23,6 +23,7 @@ from lib.models.loading import Loaded
 from lib.models.tasks import tasks as prompts
 from lib.optimizations.common import finetuning
 from lib.optimizations.common.compression import calibration_text, facts
+from lib.optimizations.common.compression import options as checks
 from lib.optimizations.sparse_neural_networks import method as sparse
 from lib.optimizations.sparse_neural_networks.masks import HALVES, METHODS, block_shape, keep, score, sparsegpt
 from lib.optimizations.sparse_neural_networks.matrix_pruning import short_of_tokens, without_tokens
@@ -112,10 +113,12 @@ def steps_of(loaded: Loaded, finetune_steps: int, effort: Effort) -> int:
 
 
 def set_up(loaded: Loaded, effort: Effort, method: str, options: dict[str, Any], seed: int) -> SparsitySetup:
-    """Return the model with its calibration text, observed in one pass. Raises UserError for options out of range.
+    """Return the model with its calibration text, observed in one pass. Raises UserError for options out of range,
+    NotApplicable for what the model does not allow and where its weights stream from a file.
 
     Without `sparsity` in the options (or a negative one) it is `default_sparsity`, and with 2:4 or 4:8 always one half.
     """
+    checks.changeable(loaded.model)
     share = share_of_zeros(options.get("sparsity", -1), options["pattern"], loaded.scale)
     options = options | {"sparsity": share}
     chosen = "magnitude" if loaded.random_weights else method

@@ -113,6 +113,7 @@ def apply(
     does not fit, and for weights that are not finite.
     """
     checks.one_of(NAME, "execute", execute, EXECUTE)
+    checks.changeable(model)
     if execute == "sparse":
         check_executed(model, pattern, parts)
     options: dict[str, Any] = {

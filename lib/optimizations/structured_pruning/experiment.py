@@ -21,6 +21,7 @@ from lib.models.structure.anatomy import anatomy
 from lib.models.tasks import tasks as prompts
 from lib.optimizations.common import finetuning
 from lib.optimizations.common.compression import calibration_text, facts
+from lib.optimizations.common.compression import options as checks
 from lib.optimizations.structured_pruning import method
 from lib.optimizations.structured_pruning.cutting import FITTED
 from lib.optimizations.structured_pruning.saliency import SALIENCIES
@@ -80,7 +81,10 @@ class PruningSetup:
 
 
 def set_up(loaded: Loaded, effort: Effort, seed: int) -> PruningSetup:
-    """Return the model with its calibration text, observed in one pass."""
+    """Return the model with its calibration text, observed in one pass. Raises NotApplicable where its weights stream
+    from a file.
+    """
+    checks.changeable(loaded.model)
     length = effort.calibration_tokens
     calibration = prompts.calibration(loaded, calibration_text.sequences(loaded.model, effort), length, seed)
     lessons = finetuning.sequences(effort)

@@ -99,8 +99,10 @@ def set_up(loaded: Loaded, effort: Effort, method: str, budget: str, refine_step
     """Return the model with its calibration text and the spectra that the arms need, each read once; `seconds` are
     those of the method's own, not of its control's.
 
-    method: one of those of the optimization, or AUTO. Raises UserError for another one, and for an unknown budget.
+    method: one of those of the optimization, or AUTO. Raises UserError for another one, and for an unknown budget,
+    NotApplicable where the weights of the model stream from a file.
     """
+    checks.changeable(loaded.model)
     valid = {"method": (method, (AUTO, *decomposition.METHODS)), "budget": (budget, decomposition.BUDGETS)}
     checks.choices(decomposition.NAME, valid)
     count = calibration_text.sequences(loaded.model, effort)
