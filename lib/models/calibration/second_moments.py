@@ -205,7 +205,7 @@ def _summed(
 
 
 def _require_finite(chosen: Sequence[Matrix], by_name: dict[str, Moments]) -> None:
-    """Raise UserError naming the first matrix whose inputs were no numbers: every ranking by them would be arbitrary."""
+    """Raise UserError naming the first matrix whose inputs were no numbers: no ranking by them would mean anything."""
     for matrix in chosen:
         if matrix.name in by_name and not bool(by_name[matrix.name].squares.isfinite().all()):
             raise UserError(f"{matrix.place}: its inputs {NO_NUMBERS}")

@@ -37,7 +37,7 @@ def room_for(model: nn.Module, matrices: Sequence[FactorableMatrix], compression
     """
     size, total = matrices[0].weight.element_size(), decoder_bytes(model)
     dense = sum(matrix.elements(None) for matrix in matrices)
-    least = sum(matrix.elements(MULTIPLE if MULTIPLE < matrix.break_even else None) for matrix in matrices)
+    least = sum(matrix.elements(MULTIPLE if matrix.break_even > MULTIPLE else None) for matrix in matrices)
     room = dense - compression * total / size
     if least > room:
         reach = (dense - least) * size / total
@@ -58,10 +58,7 @@ def allocate(
     """
     room = room_for(model, [spectrum.matrix for spectrum in spectra], compression)
     menus = {spectrum.matrix.name: options(spectrum) for spectrum in spectra}
-    if budget == "uniform":
-        at = _uniform(menus, room)
-    else:
-        at = _greedy(menus, room)
+    at = _uniform(menus, room) if budget == "uniform" else _greedy(menus, room)
     _fill(menus, at, room)
     return {name: menus[name][index][0] for name, index in at.items()}
 

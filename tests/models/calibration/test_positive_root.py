@@ -77,5 +77,5 @@ def test_sums_that_are_no_numbers_are_named_in_one_line(value):
 
 
 def test_sums_that_no_damping_makes_a_factor_of_are_named():
-    with pytest.raises(UserError, match="w: sums of its inputs .* have no factor, however strongly"):
+    with pytest.raises(UserError, match=r"w: sums of its inputs .* have no factor, however strongly"):
         positive_root(torch.tensor([[0.0, 1e6], [1e6, 0.0]]), torch.ones(()), "w")

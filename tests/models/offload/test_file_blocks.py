@@ -284,7 +284,7 @@ def test_what_cannot_be_written_is_refused_before_a_block_is_read(folder, text, 
 def test_options_of_removal_are_those_in_memory(folder, text, tmp_path, options):
     target = tmp_path / "made"
     for write in (lambda: prune(folder, target, text, **options), lambda: pruning.apply(None, [], **options)):
-        with pytest.raises(UserError, match="out of range; expected|expected one of"):
+        with pytest.raises(UserError, match=r"out of range; expected|expected one of"):
             write()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["whole"]
 
@@ -325,7 +325,7 @@ def test_blocks_that_answer_with_no_numbers_are_not_to_be_resumed(folder, text, 
         if block.index == 3:
             block.feed_forward.down.weight.fill_(3e38)
 
-    with pytest.raises(UserError, match="what was written cannot be used: block 3.* not finite") as why:
+    with pytest.raises(UserError, match=r"what was written cannot be used: block 3.* not finite") as why:
         file_blocks.rewrite(folder, tmp_path / "made", text, change, about={})
     assert str(why.value).endswith(f"; delete {tmp_path / 'made.part'}") and "resumes" not in str(why.value)
     assert not (tmp_path / "made").exists()

@@ -127,7 +127,7 @@ def test_what_cannot_be_removed_is_refused_before_the_model_is_read(setup, monke
 
     monkeypatch.setattr(experiment, "set_up", read)
     options = {"ratio": 0.2, "granularity": "heads", "finetune_steps": 0, "seed": 0}
-    with pytest.raises(UserError, match="out of reach|out of range|expected one of"):
+    with pytest.raises(UserError, match=r"out of reach|out of range|expected one of"):
         experiment.optimize(setup.loaded, EFFORT, **options | changed)
 
 
