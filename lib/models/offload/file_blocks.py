@@ -291,7 +291,7 @@ def require_free(
     """
     target = Path(target)
     if target.exists():
-        raise UserError(f"{target}: is there already; name a new folder")
+        raise UserError(f"{target}: exists already; name a new folder")
     shards = Path(shards) if shards else target.with_name(f"{target.name}.part")
     if _disk(shards) != _disk(target):
         raise UserError(f"{shards}: lies on another disk than {target}; name a folder on the same one")

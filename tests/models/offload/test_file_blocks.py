@@ -264,7 +264,7 @@ def test_what_cannot_be_written_is_refused_before_a_block_is_read(folder, text, 
     monkeypatch.setattr(FileBlocks, "load", lambda self, index: read.append(index))
     target = tmp_path / "made"
     target.mkdir()
-    with pytest.raises(UserError, match="made: is there already"):
+    with pytest.raises(UserError, match="made: exists already"):
         WRITERS[kind](folder, target, text)
     target.rmdir()
     (tmp_path / "made.part").mkdir()
