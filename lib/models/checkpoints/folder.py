@@ -13,11 +13,10 @@ from typing import Any
 from lib.errors import UserError
 from lib.files import expanded
 from lib.models import parameters
-from lib.models.sources.reference import missing
+from lib.models.sources.reference import missing, require_no_adapter
 
 MANIFEST = "workbench.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-ADAPTER = "adapter_config.json"
 BITS = {  # of the dtypes of safetensors that models come in; of another one the extent is not checked
     **dict.fromkeys(("F64", "I64", "U64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -44,8 +43,7 @@ def check_checkpoint(name: str, folder: str | Path) -> Path:
 def _checked(name: str, folder: Path) -> Path:
     if not folder.is_dir():
         raise UserError(f"{folder}: no checkpoint folder for {name}; expected config.json and *.safetensors there")
-    if (folder / ADAPTER).is_file() or any(folder.glob("adapter_model.*")):
-        raise UserError(f"{folder}: holds an adapter (LoRA); merge the adapter into its base model first")
+    require_no_adapter(folder)
     config = _json(folder / "config.json")
     expected, actual = parameters.read(name).architecture, config.get("model_type")
     if not isinstance(actual, str) or not actual:
@@ -56,13 +54,38 @@ def _checked(name: str, folder: Path) -> Path:
         )
     if (folder / MANIFEST).is_file() and not isinstance(_json(folder / MANIFEST).get("blocks", []), list):
         raise UserError(f'{folder / MANIFEST}: key "blocks": expected a list, as "build.py apply" writes it')
-    for file, tensors in _shards(folder).items():
-        missing = set(tensors) - set(_header(folder / file))
-        if missing:
-            raise UserError(
-                f"{folder / file}: the index names {sorted(missing)[0]} here, but the file does not hold it"
-            )
+    _require_chosen(folder, config)
+    _require_places(folder)
     return folder
+
+
+def _require_chosen(folder: Path, config: dict) -> None:
+    """Raise UserError where the configuration chooses other weights than those that are read here: transformers obeys
+    it, so a model that is loaded whole would be another one than the same model streamed.
+    """
+    read = WEIGHTS if (folder / WEIGHTS).is_file() else INDEX
+    if (chosen := config.get("transformers_weights")) not in (None, read):
+        raise UserError(
+            f'{folder}/config.json: key "transformers_weights": expected {read}, which is read here, got {chosen!r}; '
+            "leave it out, and keep the weights that are meant under that name"
+        )
+
+
+def _require_places(folder: Path) -> None:
+    """Raise UserError unless every tensor that the index names lies where it says, and nowhere else: which of two is
+    read would depend on the order of the files.
+    """
+    shards = _shards(folder)
+    by_tensor = {tensor: file for file, tensors in shards.items() for tensor in tensors}
+    for file, tensors in shards.items():
+        held = set(_header(folder / file))
+        if missing := sorted(set(tensors) - held):
+            raise UserError(f"{folder / file}: the index names {missing[0]} here, but the file does not hold it")
+        if twice := sorted(name for name in held if by_tensor.get(name, file) != file):
+            raise UserError(
+                f"{folder / file}: holds {twice[0]}, which the index places in {by_tensor[twice[0]]}; remove one of "
+                "the two, or copy the checkpoint into an empty folder"
+            )
 
 
 def _json(path: Path) -> dict:
@@ -142,6 +165,9 @@ def _header(path: Path) -> dict:
         raise UserError(f"{path}: the header describes no tensors; the file is damaged")
     if end != size:
         raise UserError(f"{path}: truncated: {size} bytes, but its header describes {end}; copy it again")
+    places = sorted(entry["data_offsets"] for entry in header.values())
+    if any(last < first for first, last in places) or any(a[1] != b[0] for a, b in zip([[0, 0], *places], places)):
+        raise UserError(f"{path}: its tensors overlap or leave gaps, by the header; the file is damaged")
     for name, entry in header.items():
         first, last = entry["data_offsets"]
         described = math.prod(entry["shape"]) * BITS.get(entry["dtype"], 0) // 8

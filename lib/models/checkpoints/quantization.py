@@ -15,6 +15,8 @@ from lib import memory_limits
 DEQUANTIZED = ("fp8",)  # by transformers, while loading
 FLOATS = ("F64", "F32", "F16", "BF16")
 SCALES = ("_scale", "_scale_inv", "scales", "qzeros", "absmax", "_blocks")  # ends of their names
+# What transformers reads as the scale of `X.weight` beside it: `X.weight_scale_inv` and what some checkpoints call it.
+SCALED_BY = ("weight_scale_inv", "scale", "qscale_weight")
 WHOLE_SHARE = 0.8  # of the free memory, as in `lib.models.checkpoints.placement`
 ADVICE = "give the checkpoint before it was quantized, or a GGUF file"
 
@@ -44,6 +46,8 @@ def fault(folder: Path, stored: Mapping[str, tuple[str, tuple[int, ...]]]) -> st
         return None
     if quantized not in DEQUANTIZED:
         return f"{folder}: its weights are quantized ({quantized}), which cannot be undone here: {ADVICE}"
+    if misfit := _scale_fault(stored):
+        return f"{folder}: {misfit}: {ADVICE}"
     needed = 2 * sum(math.prod(shape) for _, shape in stored.values())
     free = memory_limits.free_memory_bytes()
     if needed > WHOLE_SHARE * free:
@@ -51,4 +55,22 @@ def fault(folder: Path, stored: Mapping[str, tuple[str, tuple[int, ...]]]) -> st
             f"{folder}: its weights are quantized ({quantized}) and take {needed / 2**30:.1f} GiB dequantized, "
             f"{free / 2**30:.1f} GiB are free: they cannot be streamed from their files; {ADVICE}"
         )
+    return None
+
+
+def _scale_fault(stored: Mapping[str, tuple[str, tuple[int, ...]]]) -> str | None:
+    """Return what is wrong with the first quantized weight that transformers would take as it stands, since it finds no
+    scale, or cannot dequantize, since its scales do not divide it.
+    """
+    for name, (dtype, shape) in stored.items():
+        quantized = dtype.startswith("F8") or (name.endswith(".weight") and dtype not in FLOATS)
+        if not quantized or name.endswith((*SCALES, *SCALED_BY)):
+            continue
+        beside = [f"{name.removesuffix('weight')}{end}" for end in SCALED_BY] if name.endswith(".weight") else []
+        scale = next((other for other in beside if other in stored), None)
+        if scale is None:
+            return f"{name} is stored as {dtype} without its scale ({SCALED_BY[0]} beside it), and is wrong without it"
+        grid = stored[scale][1]
+        if math.prod(grid) > 1 and (len(grid) < 2 or any(size % parts for size, parts in zip(shape[-2:], grid[-2:]))):
+            return f"{name} of the shape {shape} is not divided by its scales {grid}, as transformers asks"
     return None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lib.errors import UserError
 from lib.models.sources import gguf_file, hub, store, wheel
-from lib.models.sources.reference import EXPECTED, Reference, missing
+from lib.models.sources.reference import EXPECTED, Reference, missing, require_no_adapter
 from lib.models.sources.store import Tell, silent
 
 __all__ = ["checked", "fetch", "forget", "gguf", "local", "require", "verify"]
@@ -93,13 +93,23 @@ def require(reference: Reference) -> None:
             gguf_file.check(path)
         elif not path.is_dir():
             raise UserError(f"{path}: a file, and not a .gguf file; {EXPECTED}")
-        elif not (path / "config.json").is_file():
-            config = path / "config.json"
-            raise UserError(f"{config}: {missing(config)}; a checkpoint folder holds config.json and *.safetensors")
+        else:
+            _require_configuration(path)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such folder or file; {EXPECTED}") from None
     except OSError as error:  # what may not be looked at, or is too long for a name
         raise UserError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
+
+
+def _require_configuration(folder: Path) -> None:
+    """Raise UserError where a folder is no checkpoint of a whole model at first sight."""
+    require_no_adapter(folder)
+    config = folder / "config.json"
+    if config.is_file():
+        return
+    if inside := sorted(folder.glob("snapshots/*/config.json")):
+        raise UserError(f"{folder}: a folder of the hub's cache; give the checkpoint inside it: {inside[-1].parent}")
+    raise UserError(f"{config}: {missing(config)}; a checkpoint folder holds config.json and *.safetensors")
 
 
 def verify(reference: Reference) -> str | None:

@@ -13,6 +13,7 @@ from lib.errors import UserError
 from lib.files import expanded
 
 PACKAGE = "package:"
+ADAPTER = "adapter_config.json"
 EXPECTED = "expected a folder, a .gguf file, package:NAME==VERSION/PATH, or a hub id such as organisation/model"
 _PACKAGE = re.compile(r"package:([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==([A-Za-z0-9.!+_-]+)/(.+)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
@@ -69,6 +70,14 @@ def is_path(text: str, base: Path | None = None) -> bool:
 
 def _inside(path: str) -> bool:
     return not PurePosixPath(path).is_absolute() and ".." not in PurePosixPath(path).parts and "\\" not in path
+
+
+def require_no_adapter(folder: Path) -> None:
+    """Raise UserError for a folder that holds an adapter (LoRA), beside base weights or, as its tools write it, without
+    them and without their configuration.
+    """
+    if (folder / ADAPTER).is_file() or any(folder.glob("adapter_model.*")):
+        raise UserError(f"{folder}: holds an adapter (LoRA); merge the adapter into its base model first")
 
 
 def missing(path: Path) -> str:

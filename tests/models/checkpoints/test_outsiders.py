@@ -54,8 +54,8 @@ def edited(path, **changes):
 
 def fault(folder) -> str:
     """Return the one line with which planning refuses a folder, as planning finds it."""
-    name = parameters.register(str(folder))
     try:
+        name = parameters.register(str(folder))
         reason = validate.fault(check_checkpoint(name, folder))
     except UserError as error:
         reason = str(error)
@@ -152,10 +152,7 @@ def test_shards_without_an_index_are_refused(folder):
 def test_links_that_were_copied_without_what_they_lead_to(folder, name):
     (folder / name).unlink()
     (folder / name).symlink_to("../../blobs/0123")
-    try:
-        assert fault(folder).startswith(f"{folder / name}: a link to ../../blobs/0123, which is not there (cp -rL")
-    except UserError as error:  # before anything is registered
-        assert name == "config.json" and "a link to ../../blobs/0123, which is not there" in str(error)
+    assert fault(folder).startswith(f"{folder / name}: a link to ../../blobs/0123, which is not there (cp -rL")
 
 
 def test_a_pointer_in_the_place_of_weights(folder):
@@ -175,6 +172,31 @@ def test_an_index_that_leads_out_of_the_folder(folder, entry, monkeypatch):
     assert f"model.norm.weight lies in {entry!r}" in reason
     with pytest.raises(UserError, match=r"model\.norm\.weight"):
         streamer.open_streamed(folder)
+
+
+def test_a_tensor_in_two_of_the_files_is_ambiguous(folder):
+    """Transformers takes the last file by name, whatever the index says: streamed it was the one that the index names
+    last.
+    """
+    weights = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    files = "b-of.safetensors", "a-of.safetensors"
+    places = {name: files[at % 2] for at, name in enumerate(sorted(weights))}
+    for file in files:
+        own = {name: tensor for name, tensor in weights.items() if places[name] == file}
+        save_file(own | {"model.norm.weight": weights["model.norm.weight"]}, folder / file, metadata={"format": "pt"})
+    (folder / INDEX).write_text(json.dumps({"weight_map": places}))
+    right = places["model.norm.weight"]
+    [other] = {*files} - {right}
+    assert fault(folder).startswith(f"{folder / other}: holds model.norm.weight, which the index places in {right}")
+
+
+@pytest.mark.parametrize("chosen", ["other.safetensors", INDEX])
+def test_weights_that_the_configuration_chooses_otherwise(folder, chosen):
+    edited(folder / "config.json", transformers_weights=chosen)
+    assert f'key "transformers_weights": expected {WEIGHTS}, which is read here, got {chosen!r}' in fault(folder)
+    edited(folder / "config.json", transformers_weights=WEIGHTS)
+    assert check_checkpoint(parameters.register(str(folder)), folder) == folder
 
 
 def _parts(path) -> tuple[dict, bytes]:
@@ -209,6 +231,19 @@ def test_a_header_whose_places_do_not_fit_its_shapes(folder, dtype, bytes_):
     count = header["model.norm.weight"]["shape"][0]
     wanted = f"{last - first} bytes in the header, but its shape and {dtype} take {bytes_ * count}"
     assert fault(folder) == f"{path}: model.norm.weight has {wanted}; the file is damaged"
+
+
+@pytest.mark.parametrize("moved", [-4, 4])
+def test_a_header_whose_tensors_overlap_or_leave_a_gap(folder, moved):
+    """The safetensors library refuses it too, but in the notebook, by an exception of its own."""
+    path = folder / WEIGHTS
+    header, weights = _parts(path)
+    places = sorted(entry["data_offsets"] for name, entry in header.items() if name != "__metadata__")
+    for name, entry in header.items():
+        if name != "__metadata__" and entry["data_offsets"] == places[1]:
+            entry["data_offsets"] = [place + moved for place in places[1]]
+    _put(path, header, weights)
+    assert fault(folder) == f"{path}: its tensors overlap or leave gaps, by the header; the file is damaged"
 
 
 def test_a_folder_saved_here_is_checked_by_the_names_that_its_manifest_describes(folder, tmp_path):
@@ -273,6 +308,19 @@ def test_an_adapter_beside_or_instead_of_weights(folder):
     (folder / WEIGHTS).rename(folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").unlink()
     assert "merge the adapter into its base model first" in fault(folder)
+    (folder / "config.json").unlink()  # as PEFT writes it
+    assert "merge the adapter into its base model first" in fault(folder)
+    assert not parameters.registered(), "nothing is kept of what is no checkpoint"
+
+
+def test_a_folder_of_the_hubs_cache_names_the_checkpoint_inside_it(folder):
+    home = folder.parent / "models--organisation--tiny"
+    home.mkdir()
+    assert fault(home) == f"{home / 'config.json'}: missing; a checkpoint folder holds config.json and *.safetensors"
+    snapshot = home / "snapshots" / "0123"
+    snapshot.parent.mkdir()
+    folder.rename(snapshot)
+    assert fault(home) == f"{home}: a folder of the hub's cache; give the checkpoint inside it: {snapshot}"
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors"])
@@ -315,6 +363,28 @@ def test_block_scaled_fp8_is_dequantized_and_said_so(folder, caplog, monkeypatch
     assert torch.equal(back(IDS).logits, model(IDS).logits)
     monkeypatch.setattr("lib.memory_limits.free_memory_bytes", lambda: 10_000)
     assert "they cannot be streamed from their files" in fault(folder)
+
+
+@pytest.mark.parametrize(
+    ("scale", "shape", "why"),
+    [
+        ("weight_scale", (1,), "is stored as F8_E4M3 without its scale (weight_scale_inv beside it)"),
+        ("", (1,), "is stored as F8_E4M3 without its scale"),
+        ("weight_scale_inv", (5, 1), "of the shape (128, 64) is not divided by its scales (5, 1)"),
+        ("weight_scale_inv", (128,), "is not divided by its scales (128,)"),
+    ],
+)
+def test_fp8_that_transformers_would_take_without_scales_or_cannot_undo(folder, scale, shape, why):
+    """AutoFP8 and vLLM call scales weight_scale: transformers drops those without a word, and takes the weights bare."""
+    weights = load_file(folder / WEIGHTS)
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights[name] = weights[name].to(torch.float8_e4m3fn)
+    if scale:
+        weights[name.replace("weight", scale)] = torch.ones(shape)
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    described = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}
+    edited(folder / "config.json", quantization_config=described)
+    assert f"{name} {why}" in fault(folder)
 
 
 @pytest.mark.parametrize("change", [{"_attn_implementation": "nowhere/kernel"}, {"model_type": "never_heard_of"}])
