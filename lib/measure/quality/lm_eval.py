@@ -12,9 +12,14 @@ nothing of verdicts.
 Shapes: N items, L choices, as many as the item with the most has.
 """
 
+import hashlib
+import inspect
 import json
 import logging
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,13 +27,14 @@ from typing import Any
 import numpy as np
 
 from lib.errors import UserError
+from lib.files import hash_of
 from lib.measure.quality import answer_cache
 from lib.measure.quality.answers import Classified, Rolled
 from lib.measure.quality.benchmarks import NO_CHOICE
 from lib.models.decoding import continuations
 from lib.models.loading import Loaded
 from lib.models.structure.anatomy import anatomy
-from lib.models.tasks import splits
+from lib.models.tasks import harness_names, splits
 from lib.models.tasks.benchmarks import BENCHMARKS
 from lib.models.tasks.registry import HARNESS
 
@@ -57,6 +63,8 @@ def answers(loaded: Loaded, task: str, split: str, limit: int, seed: int = 0) ->
         "harness": [task, version("lm_eval"), seed],
         "items": indices,
         "docs": json.dumps(docs, default=str),
+        "examples": {name: _examples(member) for name, member in harness_tasks.items()},
+        "programs": {name: _programs(member) for name, member in harness_tasks.items()},
         "configurations": {name: json.dumps(_plain(member.dump_config())) for name, member in harness_tasks.items()},
     }
     kinds = {member.OUTPUT_TYPE for member in harness_tasks.values()}
@@ -172,6 +180,43 @@ def _plain(config: dict[str, Any]) -> dict[str, str]:
     return {key: getattr(value, "__qualname__", str(value)) for key, value in config.items()}
 
 
+def _programs(member: Any) -> list[str]:
+    """Return the hash of every file that holds a function of a task: what it calls beside it may write the prompts."""
+    files = set()
+    for function in [type(member), *vars(member.config).values()]:
+        with suppress(TypeError, OSError):  # no function, or one that is built in
+            files.add(inspect.getsourcefile(getattr(function, "func", function)))
+    return sorted(hash_of(Path(file)) for file in files if file)
+
+
+def _examples(member: Any) -> str | None:
+    """Return a hash of what the examples of a task's prompts are drawn from; None where it shows none."""
+    if not member.config.num_fewshot:
+        return None
+    return hashlib.sha256(json.dumps([*member.fewshot_docs()], default=str).encode()).hexdigest()
+
+
+def _of_group(manager: Any, described: dict[str, Any], folder: Path) -> Any:
+    """Return a manager (of this class) that knows the tasks of a group: those of files in its folder, and only where it
+    lists others the harness's own, since to find these takes seconds.
+    """
+    listed = described.get("task")
+    members = [item.get("task", item.get("group")) if isinstance(item, dict) else item for item in listed or ()]
+    beside = manager(include_path=str(folder), include_defaults=False)
+    return beside if {*members} <= {*beside.all_tasks} else manager(include_path=str(folder))
+
+
+@contextmanager
+def _within(folder: Path) -> Iterator[None]:
+    """Within, paths begin at `folder`: where the data of a task's file lies by names without a folder."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 def _tasks(task: str) -> tuple[dict[str, Any], Any]:
     """Return the harness's task objects by name (several of a group), and the manager that made them."""
     try:
@@ -180,16 +225,17 @@ def _tasks(task: str) -> tuple[dict[str, Any], Any]:
         raise UserError(f"{task}: lm-evaluation-harness is not installed ({error.name}); {INSTALL}") from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     name = task.removeprefix(HARNESS)
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") and not path.is_file():
-        raise UserError(f"{task}: there is no such file")
+    path = Path(name).resolve() if name.endswith(harness_names.FILES) else None
+    described = {} if path is None else harness_names.described(path, task)
     try:
-        if path.is_file():
-            manager = TaskManager(include_path=str(path.resolve().parent), include_defaults=False)
-            name = next(iter(manager.all_tasks)) if len(manager.all_tasks) == 1 else path.stem
-        else:
+        if path is None:
             manager = TaskManager()
-        members = manager.load([name])["tasks"]
+        elif "group" in described:
+            manager, name = _of_group(TaskManager, described, path.parent), str(described["group"])
+        else:
+            manager, name = TaskManager(include_defaults=False), str(path)
+        with nullcontext() if path is None else _within(path.parent):
+            members = manager.load([name])["tasks"]
     except Exception as error:  # an unknown name or a data set that cannot be fetched: every library has its own class
         why = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(f"{task}: the harness cannot load this task ({why})") from None

@@ -7,6 +7,9 @@ import functools
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from lib.errors import UserError, suggest
 from lib.files import expanded
@@ -14,20 +17,34 @@ from lib.files import expanded
 HARNESS = "lm_eval:"  # before the name of a task or a group of the harness, or of a file that describes one
 INSTALL = 'pip install "lm-eval>=0.4.13,<0.5"'
 FILES = (".yaml", ".yml")
+DESCRIBES = ("task", "group", "class", "include")  # one of these keys makes a file that of a task
 NAME = re.compile(
     r"^(?:task|group|tag):[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*$|^[ \t]*-[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*$", re.M
 )
 
 
+class Tolerant(yaml.SafeLoader):
+    """YAML whose own tags are read as nothing, but for `!function`: as the file of the function's module."""
+
+
+def _file_of_function(loader: yaml.SafeLoader, node: yaml.Node) -> str | None:
+    """Return "utils.py" of `!function utils.name`, which the harness looks for beside the task."""
+    module, dot, _ = str(node.value).rpartition(".")
+    return f"{module.replace('.', '/')}.py" if dot else None
+
+
+Tolerant.add_multi_constructor("!", lambda loader, suffix, node: None)
+Tolerant.add_constructor("!function", _file_of_function)
+
+
 def check(task: str) -> str:
-    """Return `task` (with HARNESS before it), a file's path absolute. Raises UserError where there is no such file, the
-    harness is not installed, or has no task of this name.
+    """Return `task` (with HARNESS before it), a file's path absolute. Raises UserError where there is no such file, it
+    describes no task, the harness is not installed, or has no task of this name.
     """
     name = task.removeprefix(HARNESS)
     if name.endswith(FILES):
         path = expanded(name)
-        if not path.is_file():
-            raise UserError(f"{task}: there is no such file")
+        described(path, task)
         return f"{HARNESS}{path}"
     known = names()
     if known is None:
@@ -35,6 +52,22 @@ def check(task: str) -> str:
     if name not in known:
         raise UserError(f'{task}: lm-evaluation-harness has no task "{name}".{suggest(name, known)}')
     return task
+
+
+def described(path: Path, task: str) -> dict[str, Any]:
+    """Return what a file says of a task or a group of the harness, functions as the files that hold them. Raises
+    UserError, opening with `task`, where there is no such file, or it is none of a task.
+    """
+    if not path.is_file():
+        raise UserError(f"{task}: there is no such file")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Tolerant)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        why = " ".join(str(getattr(error, "problem", None) or error).split())[:120]
+        raise UserError(f"{task}: not readable as YAML ({why})") from None
+    if not isinstance(content, dict) or not {*DESCRIBES} & {*content}:
+        raise UserError(f'{task}: describes no task of lm-evaluation-harness; expected the key "task" or "group"')
+    return content
 
 
 @functools.cache

@@ -8,23 +8,7 @@ from typing import Any
 
 import yaml
 
-from lib.models.tasks.registry import HARNESS
-
-YAML = (".yaml", ".yml")
-
-
-class Tolerant(yaml.SafeLoader):
-    """YAML whose own tags are read as nothing, but for `!function`: as the file of the function's module."""
-
-
-def _file_of_function(loader: yaml.SafeLoader, node: yaml.Node) -> str | None:
-    """Return "utils.py" of `!function utils.name`, which the harness looks for beside the task."""
-    module, dot, _ = str(node.value).rpartition(".")
-    return f"{module.replace('.', '/')}.py" if dot else None
-
-
-Tolerant.add_multi_constructor("!", lambda loader, suffix, node: None)
-Tolerant.add_constructor("!function", _file_of_function)
+from lib.models.tasks.harness_names import FILES, HARNESS, Tolerant
 
 
 def of(parameters: Mapping[str, Any]) -> list[Path]:
@@ -38,7 +22,7 @@ def of(parameters: Mapping[str, Any]) -> list[Path]:
         if path in files:
             continue
         files.add(path)
-        if path.suffix in YAML:
+        if path.suffix in FILES:
             inside = (path.parent / text for text in _texts(_yaml(path)))
             waiting += [near for near in inside if _is_file(near)]
     return sorted(files)

@@ -182,3 +182,66 @@ def test_a_file_is_named_from_anywhere(tmp_path, monkeypatch):
     assert harness_names.check("lm_eval:mine.yaml") == f"lm_eval:{tmp_path / 'mine.yaml'}"
     with pytest.raises(UserError, match="there is no such file"):
         harness_names.check("lm_eval:other.yaml")
+
+
+def test_a_file_is_taken_whatever_it_is_called_and_whatever_lies_beside_it(harness, tmp_path):
+    """With a second file in the folder, or a tag, the task was looked for under the file's name; data in the folder of
+    the notebook.
+    """
+    choices(tmp_path)
+    described = json.loads((tmp_path / "sums.yaml").read_text()) | {"task": "other", "tag": "mine"}
+    described["dataset_kwargs"]["data_files"]["test"] = "sums.jsonl"
+    (tmp_path / "named_otherwise.yaml").write_text(json.dumps(described))
+    (tmp_path / "both.yaml").write_text("group: both\ntask: [sums, other]\n")
+    before = os.getcwd()
+    members, _ = lm_eval._tasks(f"lm_eval:{tmp_path / 'named_otherwise.yaml'}")
+    assert [*members] == ["other"] and len(members["other"].eval_docs) == 20
+    members, _ = lm_eval._tasks(f"lm_eval:{tmp_path / 'both.yaml'}")
+    assert {*members} == {"sums", "other"} and os.getcwd() == before
+
+
+def test_what_writes_the_prompts_is_part_of_the_question(harness, loaded, tmp_path, monkeypatch):
+    """A function that another calls, or the examples, changed: the kept answers of the baseline came back, beside those
+    of an arm that was asked the new way.
+    """
+    program = "def shown(doc):\n    return line(doc)\n\n\ndef line(doc):\n    return doc['question'] + ' A:'\n"
+    (tmp_path / "utils.py").write_text(program)
+    name = choices(tmp_path, num_fewshot=1, fewshot_split="train", fewshot_config={"sampler": "first_n"})
+    path, examples = tmp_path / "sums.yaml", tmp_path / "examples.jsonl"
+    described = json.loads(path.read_text())
+    del described["doc_to_text"]
+    described["dataset_kwargs"]["data_files"]["train"] = str(examples)
+    examples.write_text("\n".join(map(json.dumps, sums(3))))
+    path.write_text(json.dumps(described)[:-1] + ', "doc_to_text": !function utils.shown}')
+    questions = []
+
+    def ask(_, question, answer):
+        questions.append(json.dumps(question))
+        return answer(), None
+
+    monkeypatch.setattr(lm_eval.answer_cache, "known_or", ask)
+    for change in (
+        lambda: None,
+        lambda: None,
+        lambda: (tmp_path / "utils.py").write_text(program.replace("A:", "Answer:")),
+        lambda: examples.write_text("\n".join(map(json.dumps, sums(3)[::-1]))),
+    ):
+        change()
+        evaluate.ask(loaded, name, "final", 2)
+    assert questions[0] == questions[1] and len({*questions}) == 3
+
+
+def test_a_file_that_is_none_of_a_task_is_refused_before_anything_runs(tmp_path):
+    path = tmp_path / "mine.yaml"
+    for text, message in (
+        ("a: [1", "not readable as YAML (expected"),
+        ("- task\n", "describes no task of lm-evaluation-harness"),
+        ("name: x\n", 'expected the key "task" or "group"'),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError) as caught:
+            harness_names.check(f"lm_eval:{path}")
+        assert message in str(caught.value) and "\n" not in str(caught.value)
+    for text in ("task: x\ndoc_to_text: !function utils.shown\n", "group: x\ntask: [a]\n", "include: base.yaml\n"):
+        path.write_text(text)
+        assert harness_names.check(f"lm_eval:{path}") == f"lm_eval:{path}"
