@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lib.errors import NotApplicable, UserError, suggest
-from lib.files import cache_folder, write_atomically
+from lib.files import cache_folder, expanded, write_atomically
 from lib.models.dimensions import cut, merge, per_block
 from lib.models.sources import fetch as sources
 from lib.models.sources import reference, store
@@ -29,6 +29,7 @@ from lib.models.yaml_file import content_of
 ROOT = Path(__file__).resolve().parents[2]
 PARAMETERS = Path(os.environ.get("WORKBENCH_PARAMETERS", ROOT / "parameters"))
 SCALES = ("proxy", "slice", "full")
+MOST_NAME = 80  # characters of a name that is made of a path's: files of results begin with it
 NO_INFORMATION = "random weights: answers carry no information"
 TASKS = {False: ("topic", "retrieval"), True: ("digits", "retrieval")}  # by whether the model sees pictures
 # What a checkpoint's configuration says of its files and its history rather than of the model.
@@ -185,7 +186,7 @@ def register(text: str) -> str:
     """
     source = reference.parse(text)
     sources.require(source)
-    stem = re.sub(r"[^a-z0-9.]+", "-", source.title.lower()).strip("-.") or "model"
+    stem = re.sub(r"[^a-z0-9.]+", "-", source.title.lower())[:MOST_NAME].strip("-.") or "model"
     for name in (stem, *(f"{stem}-{number}" for number in range(2, 1000))):
         known = _path(name)
         if known is None:
@@ -245,6 +246,17 @@ def _resolved(checkpoint: str, path: Path) -> str:
     return reference.parse(checkpoint, path.parent).text
 
 
+def _beside(task: str, folder: Path) -> str:
+    """Return a task as it is seen from anywhere: what is described in a file (`lm_eval:FILE.yaml`) begins at `folder`.
+
+    Raises UserError for a path at a home that is not there.
+    """
+    asked_by, colon, file = task.partition(":")
+    if not colon or Path(file).suffix not in (".yaml", ".yml"):
+        return task
+    return f"{asked_by}:{expanded(file if file.startswith('~') else folder / file)}"
+
+
 def read(name: str, folder: Path | None = None) -> ModelParameters:
     """Read and validate `<folder>/<name>.yaml`; what it leaves out is read from its checkpoint, where that is here.
 
@@ -265,7 +277,11 @@ def read(name: str, folder: Path | None = None) -> ModelParameters:
         checkpoint = _resolved(description.checkpoint, path)
     except UserError as error:
         raise UserError(f'{where}: key "checkpoint": {error}') from None
-    description = description.model_copy(update={"name": description.name or path.stem, "checkpoint": checkpoint})
+    tasks = [_beside(task, path.parent) for task in description.tasks]
+    update = {"name": description.name or path.stem, "checkpoint": checkpoint, "tasks": tasks}
+    description = description.model_copy(update=update)
+    if description.sha256 and description.source.kind in ("folder", "hub"):
+        raise UserError(f'{where}: key "sha256": {checkpoint} is no single file: nothing would be checked; leave it out')
     if (description.proxy or description.slice) and bool(description.full) != bool(description.architecture):
         lacking = "architecture" if description.full else "full"
         raise UserError(f'{where}: missing key "{lacking}": the scales proxy and slice need full and architecture')
@@ -280,7 +296,7 @@ def completed(description: ModelParameters, folder: Path | None) -> ModelParamet
     """Return a description with what it leaves out read from a checkpoint folder, as far as there is one."""
     config = _configuration(folder) if folder else {}
     full = description.full or {
-        key: value for key, value in config.items() if key not in NOT_DIMENSIONS and key[0] != "_"
+        key: value for key, value in config.items() if key not in NOT_DIMENSIONS and not key.startswith("_")
     }
     update = {
         "full": full,

@@ -106,6 +106,12 @@ def test_parts_that_need_each_other(tmp_path, content):
     assert 'missing key "full"' in refused(tmp_path, {"checkpoint": "a/b", "proxy": content["proxy"]})
     assert 'key "checkpoint": package:x: expected' in refused(tmp_path, {"checkpoint": "package:x"})
     assert 'key "sha256"' in refused(tmp_path, {"checkpoint": "a/b", "sha256": "abc"})
+    pinned = {"sha256": "0" * 64}
+    for checkpoint in ("a/b", str(tmp_path)):
+        message = refused(tmp_path, {"checkpoint": checkpoint} | pinned)
+        assert f'key "sha256": {checkpoint} is no single file: nothing would be checked' in message
+    (tmp_path / "phi.yaml").write_text(yaml.safe_dump({"checkpoint": "./x.gguf"} | pinned))
+    assert parameters.read("phi", tmp_path).sha256 == pinned["sha256"]
 
 
 def test_numbers_as_people_write_them(tmp_path, content):
@@ -136,6 +142,10 @@ def test_a_checkpoint_gets_a_name_and_keeps_it(tmp_path, checkpoint, monkeypatch
     name = parameters.register(str(checkpoint))
     assert name == "tiny-llama-new" and parameters.registered() == [name]
     assert parameters.register(f"{checkpoint}/") == name and parameters.read(name).architecture == "llama"
+    long = tmp_path / ("long-" * 49 + "long")
+    long.mkdir()
+    (long / "config.json").write_text("{}")
+    assert parameters.register(str(long)) == "long-" * 15 + "long", "names of results begin with it"
     other = tmp_path / "elsewhere" / checkpoint.name
     other.mkdir(parents=True)
     (other / "config.json").write_text("{}")

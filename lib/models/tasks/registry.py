@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 
 
 def check_tasks(names: Iterable[str]) -> list[str]:
-    """Return the present names of the tasks, in order, the paths of files absolute. A former name is accepted, with one
-    log line per process.
+    """Return the present names of the tasks, in order, each once, the paths of files absolute. A former name is
+    accepted, with one log line per process.
 
     Raises UserError for a name that is not a task, of the harness either.
     """
@@ -41,7 +41,7 @@ def check_tasks(names: Iterable[str]) -> list[str]:
                 f'unknown task "{name}"; expected one of {", ".join(known)}, or {HARNESS}NAME.{suggest(name, known)}'
             )
         present.append(name)
-    return present
+    return list(dict.fromkeys(present))
 
 
 def classifies(name: str) -> bool:

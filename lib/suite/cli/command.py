@@ -78,7 +78,8 @@ def _request(options: argparse.Namespace, optimizations: Sequence[str]) -> plan.
     _settle_scale(options)
     parameters = plan.assignments(options.parameters)
     online = options.scale == "full" and not options.checkpoints and not options.random_weights
-    online |= HARNESS in parameters.get("tasks", "")  # its data sets come from the hub
+    by_file = (task for name in options.model or plan.models(options.scale) for task in plan.tasks_of(name))
+    online |= HARNESS in (parameters.get("tasks") or " ".join(by_file))  # its data sets come from the hub
     if not online:  # what is on disk is enough; nothing may go to the network unasked
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     return plan.Request(
@@ -87,7 +88,7 @@ def _request(options: argparse.Namespace, optimizations: Sequence[str]) -> plan.
         scale=options.scale,
         effort=options.effort or plan.DEFAULT_EFFORT[options.scale],
         device=options.device,
-        checkpoints=options.checkpoints,
+        checkpoints=options.checkpoints or "",
         random_weights=options.random_weights,
         dimensions=tuple(getattr(options, "dimension", ())),  # a checkpoint has none
         parameters=parameters,

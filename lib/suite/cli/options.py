@@ -62,7 +62,7 @@ def _model_options(parser: argparse.ArgumentParser, what: str) -> None:
     add("--effort", metavar="E", help=f"{'|'.join(plan.EFFORTS)} (default: standard; at scale slice: quick)")
     add("--device", default="cpu", metavar="D", help=f"{'|'.join(plan.DEVICES)} (default: cpu)")
     add("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="set a template's parameter")
-    add("--checkpoints", default="", metavar="DIR", help="scale full: load DIR/<model> instead of the hub's checkpoint")
+    add("--checkpoints", metavar="DIR", help="scale full: load DIR/<model> instead of the hub's checkpoint")
     add("--random-weights", action="store_true", help="random weights where there is no checkpoint; no quality then")
 
 
@@ -176,7 +176,7 @@ def parsed(own: Parser, arguments: Sequence[str]) -> argparse.Namespace:
         value = getattr(options, name, None)
         if value is not None and value not in choices:
             raise UserError(f"--{name} {value}: expected one of {', '.join(choices)}.{suggest(value, choices)}")
-    for name in ("out", "results", "stack"):
+    for name in ("out", "results", "stack", "checkpoints"):
         if getattr(options, name, None) == "":  # a variable of the shell that is not set
             raise UserError(f"--{name}: expected a path, got nothing")
     return options

@@ -31,6 +31,9 @@ SAMPLES = 16
 SAMPLE_BYTES = 2**20
 MOST_HEADER = 10**8  # bytes, by the format
 TENSOR_BYTES = 2**12  # of the beginning and of the middle of each tensor in a large file
+# Ends of the files of a checkpoint that a loader may read, and the folder of its further chat templates.
+OF_CHECKPOINT = (".json", ".safetensors", ".jinja", ".txt", ".model", ".tiktoken")
+CHAT_TEMPLATES = "additional_chat_templates"
 
 
 def digest(value: Any) -> str:
@@ -76,6 +79,20 @@ class Hashes:
             return {path.relative_to(folder).as_posix(): self.of(path) for path in files}
 
         return dict(self._once(folder, find))
+
+    def of_checkpoint(self, folder: Path) -> dict[str, str]:
+        """Return relative path → hash of every file in a checkpoint folder of the user's own that a loader may read.
+
+        What else lies there is no part of the model: results that were sent there, git's files, another checkpoint.
+        """
+
+        def find() -> dict[str, str]:
+            places = [folder, folder / CHAT_TEMPLATES]
+            files = (path for place in places if place.is_dir() for path in sorted(place.iterdir()) if path.is_file())
+            read = [path for path in files if path.suffix in OF_CHECKPOINT and not path.name.startswith(".")]
+            return {path.relative_to(folder).as_posix(): self.of(path) for path in read}
+
+        return dict(self._once(("checkpoint", folder), find))
 
     def of_model(self, name: str) -> parameter_files.ModelParameters:
         """Return what a model's parameter file holds."""
@@ -144,7 +161,8 @@ def parts(job: Job, hashes: Hashes, reached: Mapping[str, list[Path]] | None = N
     modules = (reached or {}).get(job.optimization) or dependencies.reached(job.template)
     model = hashes.of_model(job.model)
     dimensions = {"dimensions": {"asked for": ", ".join(job.dimensions)}} if job.dimensions else {}
-    files = _by_name((path, hashes.of(path)) for path in named_files.of(job.parameters))
+    asked = {"tasks": job.parameters.get("tasks") or model.tasks}  # those of the model's file may be files too
+    files = _by_name((path, hashes.of(path)) for path in named_files.of({**job.parameters, **asked}))
     named = {"files": files} if files else {}
     return (
         dimensions
@@ -197,11 +215,13 @@ def _weights(job: Job, model: parameter_files.ModelParameters, hashes: Hashes) -
     if job.scale == "proxy":
         return hashes.of_folder(proxy_folder(job.model))
     if job.parameters["checkpoints"]:
-        return hashes.of_folder(checkpoint.folder_of(job.model, job.parameters["checkpoints"]))
+        return hashes.of_checkpoint(checkpoint.folder_of(job.model, job.parameters["checkpoints"]))
     if model.source.kind == "hub":
         return {model.checkpoint: hub.revision(model.checkpoint) or "unknown"}
     folder = sources.local(model.source)
-    return hashes.of_folder(folder) if folder else {model.checkpoint: "not fetched"}
+    if folder is None:
+        return {model.checkpoint: "not fetched"}
+    return hashes.of_checkpoint(folder) if model.source.kind == "folder" else hashes.of_folder(folder)
 
 
 def difference(before: Mapping[str, Mapping[str, str]], after: Mapping[str, Mapping[str, str]]) -> str:

@@ -18,6 +18,7 @@ from lib.models.checkpoints import validate
 from lib.models.sources import reference
 from lib.models.tasks import text_file
 from lib.models.tasks.benchmarks import BENCHMARKS
+from lib.models.tasks.registry import check_tasks
 from lib.suite.plan import fetching
 from lib.suite.plan import template as templates
 from lib.suite.plan.template import Template
@@ -152,6 +153,7 @@ def plan(request: Request, to_run: bool = True, here: bool = True) -> list[Job]:
     files = {name: parameter_files.read(name) for name in on}
     for name in on:
         _check_sections(name, files[name].optimizations)
+        _check_own_tasks(name, files[name].tasks)
     # Everything that can be refused without a byte from elsewhere is refused before the first one is fetched.
     values = {
         (template.stem, name): resolve(
@@ -210,7 +212,7 @@ def plan_each(request: Request) -> tuple[list[Job], list[str]]:
     """
     jobs: list[Job] = []
     faults: dict[str, None] = {}
-    on = [*request.models] or models(request.scale)
+    on = [*dict.fromkeys(request.models)] or models(request.scale)
     for name in on:
         try:
             jobs += plan(replace(request, models=(name,)), to_run=False)
@@ -276,6 +278,22 @@ def _check_sections(model: str, sections: Mapping[str, Mapping[str, Any]]) -> No
                 f'parameters/{model}.yaml: section "{name}" of "optimizations" names no optimization.'
                 f"{suggest(name, known)}"
             )
+
+
+def _check_own_tasks(model: str, tasks: Sequence[str]) -> None:
+    """Every task of a model file must be one: the notebook that loads the model would find out in its first cells."""
+    try:
+        check_tasks(tasks)
+    except UserError as error:
+        raise UserError(f'parameters/{model}.yaml: key "tasks": {error}') from None
+
+
+def tasks_of(model: str) -> list[str]:
+    """Return the tasks of a model's file; none where it cannot be read, which whoever plans with it is told of."""
+    try:
+        return parameter_files.read(model).tasks
+    except UserError:
+        return []
 
 
 def _weights(model: str, request: Request) -> Path | None:

@@ -25,6 +25,10 @@ def test_a_former_name_is_accepted_and_reported_once(caplog):
     ]
 
 
+def test_a_task_that_is_named_twice_is_asked_once():
+    assert registry.check_tasks(["topic", "retrieval", "topic", "recall"]) == ["topic", "retrieval"]
+
+
 def test_an_unknown_name_is_refused():
     with pytest.raises(UserError, match=r'unknown task "topics".*Did you mean "topic"'):
         registry.check_tasks(["topics"])

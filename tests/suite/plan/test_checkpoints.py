@@ -1,6 +1,7 @@
 """Any checkpoint in one line: `--model` with a folder, a file or a hub id; every mistake before a notebook starts."""
 
 import json
+import os
 
 import pytest
 import workbench
@@ -8,6 +9,7 @@ import workbench
 from lib.errors import UserError
 from lib.models import parameters
 from lib.suite.cli import command
+from lib.suite.cli import options as command_line
 from lib.suite.plan import cache_key, named_files, plan
 
 
@@ -95,6 +97,11 @@ def test_a_folder_is_planned_by_its_own_name(own, tmp_path, monkeypatch):
     assert "well--tiny-model" in ended.stdout, "its name is enough from now on"
 
 
+def test_a_model_that_is_given_twice_is_listed_once(own):
+    listed = own[1]("list", "--model", "alpha-1.5", "--model", "alpha-1.5").stdout
+    assert listed.count("well--alpha-1.5") == 1
+
+
 def test_a_list_keeps_no_name_of_what_is_not_here(own, tmp_path):
     call = own[1]
     assert "well--never-heard-of" in call("list", "--model", "nobody/never-heard-of").stdout
@@ -141,6 +148,70 @@ def test_weights_and_files_are_part_of_the_key_by_content(own, tmp_path, monkeyp
         assert cache_key.difference(before, parts()) == f"{part}: {path.name} changed"
     (folder / "tokenizer.json").write_text("{}")
     assert "weights: tokenizer.json new" in cache_key.difference(first, parts())
+
+
+def test_results_in_a_models_own_folder_are_no_part_of_the_model(own, tmp_path, monkeypatch):
+    """A run whose `--out` lay there changed its own key: it was never finished."""
+    root, _ = own
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(plan, "NOTEBOOKS", root / "notebooks")
+    monkeypatch.setattr(parameters, "PARAMETERS", root / "parameters")
+    folder = workbench.checkpoint(root / "parameters" / "weights", "llama")
+    workbench.checkpoint(tmp_path / "all" / "gamma", "llama")
+
+    def weights(**more):
+        [job] = plan.plan(plan.Request(models=("gamma",), scale="full", **more), to_run=False)
+        return cache_key.parts(job, cache_key.Hashes())["weights"]
+
+    before = weights(), weights(checkpoints=str(tmp_path / "all"))
+    assert set(before[0]) == set(before[1]) == {"config.json", "model.safetensors"}
+    for place in (folder, tmp_path / "all" / "gamma"):
+        for name in ("full/well--gamma.json", ".git/config", ".cache/huggingface/x.json", "history.sqlite", ".x.json"):
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_text("{}")
+    assert (weights(), weights(checkpoints=str(tmp_path / "all"))) == before
+    (folder / cache_key.CHAT_TEMPLATES).mkdir()
+    (folder / cache_key.CHAT_TEMPLATES / "tools.jinja").write_text("{{ messages }}")
+    assert set(weights()) - set(before[0]) == {"additional_chat_templates/tools.jinja"}
+
+
+def test_a_task_that_a_models_file_names_is_part_of_the_key_and_begins_there(own, tmp_path, monkeypatch):
+    root, call = own
+    monkeypatch.setattr(plan, "NOTEBOOKS", root / "notebooks")
+    monkeypatch.setattr(parameters, "PARAMETERS", root / "parameters")
+    path = root / "parameters" / "alpha-1.5.yaml"
+    path.write_text(path.read_text().replace("[retrieval]", "[topic, 'lm_eval:mine.yaml']"))
+    task = root / "parameters" / "mine.yaml"
+
+    def parts():
+        [job] = plan.plan(plan.Request(models=("alpha-1.5",)), to_run=False)
+        return cache_key.parts(job, cache_key.Hashes())
+
+    assert f'parameters/alpha-1.5.yaml: key "tasks": lm_eval:{task}: there is no such file' in line(call())
+    task.write_text("task: mine\n")
+    assert parameters.read("alpha-1.5").tasks == ["topic", f"lm_eval:{task}"]
+    before = parts()
+    task.write_text("task: mine\nnum_fewshot: 2\n")
+    assert cache_key.difference(before, parts()) == "files: mine.yaml changed"
+    task.unlink()
+    path.write_text(path.read_text().replace("[topic, 'lm_eval:mine.yaml']", "[topci]"))
+    message = line(call("--model", "alpha-1.5"))
+    assert 'parameters/alpha-1.5.yaml: key "tasks": unknown task "topci"' in message and '"topic"' in message
+
+
+def test_the_network_is_used_where_a_models_file_asks_the_harness(own, monkeypatch):
+    root, _ = own
+    monkeypatch.setattr(parameters, "PARAMETERS", root / "parameters")
+    path = root / "parameters" / "alpha-1.5.yaml"
+    path.write_text(path.read_text().replace("[retrieval]", "['lm_eval:arc_easy']"))
+
+    def offline(*arguments):
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        command._request(command_line.parsed(command.parser()[1]["run"], list(arguments)), ())
+        return os.environ.pop("HF_HUB_OFFLINE", None)
+
+    assert offline("--model", "alpha-1.5") is None and offline() is None and offline("--model", "beta-2") == "1"
+    assert offline("-p", "tasks=topic") == "1", "which is asked in its place"
 
 
 def test_files_of_the_same_name_are_told_apart(own, tmp_path, monkeypatch):

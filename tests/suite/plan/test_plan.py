@@ -58,6 +58,7 @@ def refused(root, *arguments, **more):
         (["report"], "holds no record; build first"),
         (["coverage", "--out", "mine"], "mine/proxy: holds no record; build first: python build.py --out mine"),
         (["report", "--out", ""], "--out: expected a path, got nothing"),
+        (["--scale", "full", "--checkpoints", ""], "--checkpoints: expected a path, got nothing"),
         (["check", "--xyzzy"], 'unknown option "--xyzzy". Known: --help, --scale, --out, --all.'),
         (["proxies", "alpha-1.5"], '"alpha-1.5" is not expected here; a model is given as --model alpha-1.5'),
         (["proxies", "--refin"], 'unknown option "--refin". Did you mean "--refine"?'),
