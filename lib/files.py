@@ -58,10 +58,11 @@ def hash_of(path: Path) -> str:
 
 def cache_folder() -> Path:
     """Return the folder for what is fetched or measured once per machine: WORKBENCH_CACHE, else `.cache/workbench` at
-    home, else (a user without a home) a folder of this user among the temporary files.
+    home, else (a user without a home) a folder of this user among the temporary files. Raises UserError where
+    WORKBENCH_CACHE begins at a home that is not there.
     """
     if chosen := os.environ.get("WORKBENCH_CACHE"):
-        return Path(os.path.abspath(chosen))
+        return expanded(chosen)
     try:
         return Path.home() / ".cache" / "workbench"
     except RuntimeError:

@@ -6,14 +6,29 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 
 from lib.errors import UserError
 
 EXPONENT = "tag:workbench,number-with-exponent"
+MERGE = "tag:yaml.org,2002:merge"  # `<<`, which may be there several times
 
 
 class Loader(yaml.SafeLoader):
-    """YAML in which `1e-6` and `1e6` are numbers; version 1.1 takes them for text."""
+    """YAML in which `1e-6` and `1e6` are numbers, which version 1.1 takes for text, and in which no mapping has a key
+    twice: of two sections of one name the first would be lost without a word.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Return the next mapping. Raises ComposerError at a key that it holds already."""
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != MERGE]
+        for key in keys:
+            if (key.tag, key.value) in seen:
+                raise ComposerError(None, None, f'the key "{key.value}" is there twice', key.start_mark)
+            seen.add((key.tag, key.value))
+        return node
 
 
 def _number(_: yaml.SafeLoader, node: yaml.Node) -> int | float:
@@ -34,7 +49,8 @@ def content_of(path: Path, keys: Iterable[str]) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         at = "" if line is None else f", line {line + 1}"
-        raise UserError(f"{where}{at}: not readable as YAML ({' '.join(str(error).split())[:120]})") from None
+        why = " ".join(str(getattr(error, "problem", None) or error).split())[:120]
+        raise UserError(f"{where}{at}: not readable as YAML ({why})") from None
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror})") from None
     if not isinstance(content, dict):

@@ -40,6 +40,10 @@ def test_faults_are_named(tmp_path, content):
     assert "is empty" in refused(tmp_path, None, "")
     assert "not readable as YAML" in refused(tmp_path, None, "name: [unclosed")
     assert "holds a list" in refused(tmp_path, None, "- a\n- b\n")
+    assert "phi.yaml, line 2: not readable as YAML (found character '\\t'" in refused(tmp_path, None, "full:\n\tx: 1\n")
+    twice = "checkpoint: a/b\nfull: {a: 1}\ntasks: []\nfull:\n  b: 2\n"
+    assert 'phi.yaml, line 4: not readable as YAML (the key "full" is there twice)' in refused(tmp_path, None, twice)
+    assert 'line 1: not readable as YAML (the key "a" is there twice)' in refused(tmp_path, None, "full: {a: 1, a: 2}")
     assert 'Did you mean "architecture"' in refused(tmp_path, content | {"architectur": "x"})
     assert 'section "slice"' in refused(tmp_path, content | {"slice": {"layer": 2}})
     assert 'key "layers"' in refused(tmp_path, content | {"slice": {"layers": 0}})

@@ -81,6 +81,24 @@ def test_a_wrong_request_is_one_line(tmp_path):
         command.apply(plan.Request((), (MODEL,)), "a.yaml", str(tmp_path / "x"), tmp_path)
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_leads_to_the_folder_of_the_checkpoint(there, tmp_path, monkeypatch):
+    """It was refused after all the work, when the checkpoint was moved into its place."""
+
+    def save(job, stack, place, unfinished):
+        place.mkdir()
+        answer = {"loads": None, "tokenizer": False, "dtype": "float32", "steps": [job.optimization]}
+        return answer | {"weights_hash": "ab", "by_blocks": False, "latent": False, "chosen_for": None}
+
+    monkeypatch.setattr(command, "_save", save)
+    if there:
+        (tmp_path / "disk" / "made").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "made")
+    request = plan.Request(("structured_pruning",), (MODEL,), effort="quick")
+    assert command.apply(request, None, str(tmp_path / "link"), tmp_path / "results") == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "made" / "README.md").is_file()
+
+
 @pytest.mark.parametrize(("code", "why"), [(-9, "ended by signal 9, as happens where memory"), (1, "the lines above")])
 def test_paths_begin_where_the_user_is_and_a_lost_process_says_how(code, why, tmp_path, monkeypatch):
     requests = []

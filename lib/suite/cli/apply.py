@@ -7,6 +7,7 @@ notebook and measures nothing.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from lib.files import expanded
 from lib.suite.plan import cache_key, plan
 from lib.suite.plan.plan import Job, Request
 from lib.suite.run.stop import BuildStopped, stoppable
-from lib.suite.store.result_folder import Folder
+from lib.suite.store.result_folder import Folder, require_place
 
 PROGRAM = "lib.optimizations.modular_components.saving"
 
@@ -38,10 +39,13 @@ def apply(request: Request, stack: str | None, out: str | None, results: Path) -
     if not out:
         raise UserError("apply needs --out DIR, the folder of the new checkpoint")
     target, recipe = expanded(out), str(expanded(stack)) if stack else None  # the process works in another folder
+    if target.is_symlink():  # perhaps to a larger disk
+        target = Path(os.path.realpath(target))
     if recipe and not Path(recipe).is_file():
         raise UserError(f"--stack {stack}: no such file; expected a recipe as automl_components writes it")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--out {out}: exists already; give a folder that does not")
+    require_place(target)
     (job,) = plan.plan(replace(request, dimensions=()))
     key = cache_key.of(cache_key.parts(job, cache_key.Hashes(Folder(results).hashes)))
     from lib.report.pages import model_card

@@ -6,6 +6,7 @@ Knows nothing of how anything is done.
 """
 
 import argparse
+import errno
 import io
 import os
 import sys
@@ -13,13 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib.errors import UserError, suggest
-from lib.files import expanded
+from lib.files import cache_folder, expanded
 from lib.models.tasks.registry import HARNESS
 from lib.suite.cli.options import EPILOG, SUITES, Parser, parsed, parser, run_options
 from lib.suite.plan import plan
 
 ROOT = plan.ROOT
 PASSING_ON = ("proxies", "lab", "test")
+CACHE = "WORKBENCH_CACHE"
+# Errors that say something of the user's disk and paths, and nothing of this program.
+OF_THE_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO}
 STOPPED = 130  # as a shell says of what Ctrl-C has ended
 
 
@@ -29,6 +33,8 @@ def main(arguments: Sequence[str]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
+        if os.environ.get(CACHE):  # for the programs that are started, which work in other folders
+            os.environ[CACHE] = str(cache_folder())
         return _main(list(arguments))
     except UserError as error:
         print(f"build.py: {error}", file=sys.stderr)
@@ -36,6 +42,11 @@ def main(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader of our output has gone: `build.py list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if not error.filename or error.errno not in OF_THE_MACHINE:
+            raise
+        print(f"build.py: {error.filename}: {error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\nbuild.py: stopped", file=sys.stderr)
         return STOPPED

@@ -100,6 +100,20 @@ def open_folder(path: Path) -> Folder:
     return folder
 
 
+def require_place(path: Path) -> None:
+    """Raise UserError where `path` cannot become a folder that can be written to, as far as that shows without writing:
+    for a command that first fetches what it needs.
+    """
+    try:
+        there = next(place for place in (path, *path.parents) if place.exists())
+        reason = "no permission" if there.is_dir() else "Not a directory"
+        if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+            return
+    except OSError as error:
+        reason = error.strerror or str(error)
+    raise UserError(f"{path}: cannot be written to ({reason}); give another folder with --out")
+
+
 def _forget(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)

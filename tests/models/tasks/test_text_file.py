@@ -1,6 +1,7 @@
 """A file of the user's own: read in windows, refused in one line before anything runs."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -122,3 +123,10 @@ def test_what_cannot_be_used_is_one_line(tmp_path, content, fault):
 def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfabc")
     assert text_file.read(tmp_path / "a.txt") == "abc"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"pipe: no ordinary file; expected a text file"):
+        text_file.check(tmp_path / "pipe")

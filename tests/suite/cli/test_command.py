@@ -147,3 +147,44 @@ def test_a_comparison_says_what_it_left_out(tmp_path, capsys):
     assert f"old: {old}" in lines
     [line] = [line for line in lines if line.startswith("new: ")]
     assert line.startswith(f"new: {new} (1 damaged record left out: {damaged}: not a record: not JSON")
+
+
+@pytest.mark.parametrize(("named", "place"), [("mine", "mine"), ("~/x", "home/x"), ("a/../b", "b")])
+def test_the_cache_is_the_same_for_every_program_that_is_started(named, place, tmp_path, monkeypatch):
+    """The check of weights and `apply` work in the project's folder, notebooks in theirs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("WORKBENCH_CACHE", named)
+    monkeypatch.setattr(command, "_main", lambda _: 0)
+    assert command.main(["list"]) == 0 and os.environ["WORKBENCH_CACHE"] == str(tmp_path / place)
+    monkeypatch.setenv("WORKBENCH_CACHE", "~nobody-of-this-name/x")
+    assert command.main(["list"]) == 2
+
+
+def test_what_the_disk_refuses_is_one_line(monkeypatch, capsys):
+    def refused(error):
+        def fail(_):
+            raise error
+
+        monkeypatch.setattr(command, "_main", fail)
+        return command.main(["list"])
+
+    assert refused(PermissionError(13, "Permission denied", "/models/x/config.json")) == 2
+    assert capsys.readouterr().err == "build.py: /models/x/config.json: Permission denied\n"
+    for error in (FileNotFoundError(2, "No such file", "lib/x"), PermissionError(13, "Permission denied")):
+        with pytest.raises(OSError):  # a fault of the program's own: with its traceback
+            refused(error)
+
+
+@pytest.mark.parametrize("out", ["out", "out/deeper/still"])
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_fetched(out, tmp_path, monkeypatch, capsys):
+    from lib.suite import build
+
+    monkeypatch.setattr(build.plan, "plan", lambda *_, **__: pytest.fail("planned, and fetched"))
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    target = tmp_path / out
+    for arguments in (["run"], ["apply", "structured_pruning", "--model", "qwen3-vl-2b"]):
+        assert command.main([*arguments, "--out", str(target)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{target}" in line and "cannot be written to (no permission); give another folder" in line
+    assert not list(tmp_path.iterdir())
