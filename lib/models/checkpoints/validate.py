@@ -3,7 +3,7 @@
 No weight is read. Every stored tensor is passed to transformers without its bytes (on the device `meta`), so that its
 own renaming and stacking decides what fits. `folder.py` checks that files are complete. Planning does not import torch
 and runs the check as a process: `python -m lib.models.checkpoints.validate FOLDER …` prints one line for each faulty
-folder and exits with 1 if there is any.
+folder and exits with 1 if there is any; with `--described SCALE MODEL …` for each model that cannot be built.
 """
 
 import re
@@ -14,11 +14,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lib.errors import UserError
+from lib.errors import UserError, suggest
+from lib.models import parameters
 from lib.models.checkpoints.folder import MANIFEST, tensor_places
 from lib.models.parameters import ROOT
 from lib.models.sources import program
+from lib.models.structure.supported import SUPPORTED
 
+DESCRIBED = "--described"
 IMAGE_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 # What of an image processor has to be as the vision tower says, and what its configuration calls that.
 SIZES = {"patch_size": "patch_size", "merge_size": "spatial_merge_size", "temporal_patch_size": "temporal_patch_size"}
@@ -27,14 +30,43 @@ EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
 
 def check(folders: Iterable[Path | str]) -> None:
     """Raise UserError with the first fault of these folders; the check runs in a process of its own."""
-    paths = [str(folder) for folder in folders]
-    called = [sys.executable, "-m", "lib.models.checkpoints.validate", *paths]
+    if paths := [str(folder) for folder in folders]:
+        _check(paths, f"{', '.join(paths)}: the tensors could not be checked")
+
+
+def check_described(names: Iterable[str], scale: str) -> None:
+    """Raise UserError where a model that gets random weights cannot be built, or not be worked on, by what its
+    parameter file says of it. Those of an architecture that is known to work are not asked about: the check takes
+    seconds, in a process of its own.
+    """
+    unknown = [name for name in names if parameters.read(name).architecture not in SUPPORTED]
+    if unknown:
+        _check([DESCRIBED, scale, *unknown], f"{', '.join(unknown)}: could not be checked")
+
+
+def _check(arguments: list[str], lost: str) -> None:
+    called = [sys.executable, "-m", "lib.models.checkpoints.validate", *arguments]
     ended = subprocess.run(called, cwd=ROOT, **program.options())
     if ended.returncode:
         if lines := ended.stdout.strip().splitlines():
             raise UserError(lines[0])
         why = (ended.stderr.strip().splitlines() or [f"its process ended with {ended.returncode}"])[-1][:200]
-        raise UserError(f"{', '.join(paths)}: the tensors could not be checked ({why})")
+        raise UserError(f"{lost} ({why})")
+
+
+def described_fault(name: str, scale: str) -> str | None:
+    """Return None, or in one line why no model can be made of a parameter file's description, or not worked on."""
+    from lib.models.checkpoints import io
+    from lib.models.structure.support import unsupported
+
+    description = parameters.read(name)
+    try:
+        model = io.build(description.config(scale), description.architecture, device="meta")
+    except Exception as error:  # of a value that is none of the configuration's, too
+        why = " ".join(str(error).split())[:160] or type(error).__name__
+        hint = suggest(description.architecture, SUPPORTED)
+        return f'{name}: transformers cannot build a model of architecture "{description.architecture}" ({why}).{hint}'
+    return f"{name}: {reason}" if (reason := unsupported(model)) else None
 
 
 def fault(folder: Path | str) -> str | None:
@@ -121,13 +153,17 @@ def odd_expert(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 
 
 def main(folders: list[str]) -> int:
-    """Print the fault of every folder; return 1 if there is one."""
+    """Print the fault of every folder, or after DESCRIBED and a scale of every model; return 1 if there is one."""
     import logging
 
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity(logging.CRITICAL)
-    faults = [line for folder in folders if (line := fault(folder))]
+    if folders[:1] == [DESCRIBED]:
+        lines = [described_fault(name, folders[1]) for name in folders[2:]]
+    else:
+        lines = [fault(folder) for folder in folders]
+    faults = [line for line in lines if line]
     print("\n".join(faults))
     return 1 if faults else 0
 

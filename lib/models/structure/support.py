@@ -11,12 +11,8 @@ import torch
 from torch import nn
 
 from lib.models.structure.anatomy import SHARED
+from lib.models.structure.supported import SUPPORTED
 
-# The model types that tests hold, by transformers' names; others of the same structure work too.
-SUPPORTED = (
-    "gemma2", "gemma3_text", "glm4_moe_lite", "granite", "llama", "mistral", "mixtral", "olmoe", "qwen2", "qwen2_moe",
-    "qwen3", "qwen3_moe", "qwen3_vl",
-)  # fmt: skip
 # What the view knows of a part. With weights of its own beside these (a gate over heads, a norm over channels, an
 # indexer) a part would be cut, sorted or replaced as if it had none.
 GROUPED = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")

@@ -1,6 +1,7 @@
 """The command `advise`: what to use on a model for a goal, from the records of a result folder. Runs nothing."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -35,12 +36,18 @@ def advise(
     from lib.report.analysis.noise import discoveries
     from lib.report.records.record import read_folder
     from lib.report.records.setting import stand_in
+    from lib.report.text import quantities
 
     if not 0 <= keep < 1:
         raise UserError(f"--keep {keep}: expected a share from 0 to 1, such as 0.02 for two points")
     wanted = [advice.goal(text) for text in goals or advice.GOALS]
     result_folder.require_records(folder)
-    records, _ = read_folder(folder)
+    records, damaged = read_folder(folder)
+    first = next(iter(damaged.values()), "")
+    if not records:
+        raise UserError(f"{folder}: holds no record that can be read ({first})")
+    if damaged:
+        print(f"build.py: {quantities.counted(len(damaged), 'record')} left out: {first}", file=sys.stderr)
     known = sorted({record.model for record in records})
     for model in models:
         if model not in known:

@@ -168,6 +168,7 @@ def plan(request: Request, to_run: bool = True, here: bool = True) -> list[Job]:
         folders = {name: folder for name in on if (folder := _weights(name, request))}
         if request.scale == "full":
             validate.check(folders.values())
+        validate.check_described([name for name in on if name not in folders], request.scale)
         for (_, name), parameters in values.items():
             _check_pictures(name, parameter_files.completed(files[name], folders.get(name)), parameters)
         _bring_data(

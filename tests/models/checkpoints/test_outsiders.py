@@ -5,6 +5,9 @@ import re
 import shutil
 import struct
 import subprocess
+from contextlib import redirect_stdout
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ from lib.models.checkpoints.folder import INDEX, MANIFEST, WEIGHTS, check_checkp
 from lib.models.offload import streamer
 from lib.models.sources import fetch, reference
 from lib.models.tasks import prompting, tasks
+from lib.suite.plan import plan
 from tests.models import architectures
 from tests.models.sources import gguf_files
 
@@ -391,6 +395,38 @@ def test_fp8_that_transformers_would_take_without_scales_or_cannot_undo(folder, 
 def test_a_configuration_that_asks_for_what_is_not_here(folder, change):
     edited(folder / "config.json", **change)
     assert re.search("transformers cannot build its model|names no architecture", fault(folder))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "full", "why"),
+    [
+        ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 96}, 'architecture "gpt2" is not supported'),
+        ("llamma", {"hidden_size": 64}, 'of architecture "llamma"'),
+    ],
+)
+def test_random_weights_of_what_is_not_known_are_refused_while_planning(architecture, full, why, tmp_path, monkeypatch):
+    """The notebook found it out, after a minute, as a run that failed."""
+    described = {"checkpoint": "a/b", "architecture": architecture, "full": full}
+    (tmp_path / "mine.yaml").write_text(json.dumps(described))
+    known = {"checkpoint": "a/b", "architecture": "llama", "full": {"hidden_size": 64}}
+    (tmp_path / "known.yaml").write_text(json.dumps(known))
+    monkeypatch.setattr(parameters, "PARAMETERS", tmp_path)
+    called = []
+
+    def here(command, **_):
+        with redirect_stdout(io_text := StringIO()):
+            code = validate.main(command[3:])
+        called.append(command[3:])
+        return subprocess.CompletedProcess(command, code, io_text.getvalue(), "")
+
+    monkeypatch.setattr(validate.subprocess, "run", here)
+    request = plan.Request(("structured_pruning",), ("known",), "full", random_weights=True)
+    assert [job.model for job in plan.plan(request)] == ["known"] and not called, "which takes no second"
+    with pytest.raises(UserError) as caught:
+        plan.plan(replace(request, models=("mine",)))
+    assert str(caught.value).startswith("mine: ") and why in str(caught.value) and "\n" not in str(caught.value)
+    assert ('Did you mean "llama"?' in str(caught.value)) == (architecture == "llamma")
+    assert called == [["--described", "full", "mine"]]
 
 
 def test_code_that_lies_in_a_folder_is_neither_run_nor_asked_for(folder, monkeypatch):

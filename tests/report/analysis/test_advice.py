@@ -391,6 +391,20 @@ def test_several_goals_of_one_name_are_told_apart_by_their_limits(tmp_path, caps
     ]  # fmt: skip
 
 
+def test_records_that_cannot_be_read_are_named(tmp_path, capsys):
+    """Those of a schema that is not known yet, or half a file: they were left out without a word, and of a folder of
+    nothing else the advice was empty.
+    """
+    run = samples.whole("structured_pruning", MODEL, gain=1.4)
+    (tmp_path / f"tensor_decomposition--{MODEL}.json").write_text('{"schema": 99}')
+    with pytest.raises(UserError, match=r"holds no record that can be read \(tensor_decomposition--.*schema 99"):
+        command.advise(tmp_path, [], [], 0.02)
+    record.write(run, tmp_path / f"{run.stem}.json")
+    assert command.advise(tmp_path, [MODEL], ["latency"], 0.02, as_json=True) == 0
+    captured = capsys.readouterr()
+    assert "1 record left out: tensor_decomposition--" in captured.err and list(json.loads(captured.out)) == [MODEL]
+
+
 @pytest.mark.parametrize(("effort", "decides"), [("quick", True), ("standard", False), ("thorough", False)])
 def test_a_number_that_no_effort_judges_has_no_command(effort, decides):
     """A latency of replays in which requests did not finish, an estimated energy: another effort judges neither."""
