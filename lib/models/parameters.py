@@ -29,6 +29,7 @@ from lib.models.yaml_file import content_of
 ROOT = Path(__file__).resolve().parents[2]
 PARAMETERS = Path(os.environ.get("WORKBENCH_PARAMETERS", ROOT / "parameters"))
 SCALES = ("proxy", "slice", "full")
+MOST_SHOWN = 120  # characters of a value that is wrong
 MOST_NAME = 80  # characters of a name that is made of a path's: files of results begin with it
 NO_INFORMATION = "random weights: answers carry no information"
 TASKS = {False: ("topic", "retrieval"), True: ("digits", "retrieval")}  # by whether the model sees pictures
@@ -301,7 +302,7 @@ def completed(description: ModelParameters, folder: Path | None) -> ModelParamet
     update = {
         "full": full,
         "architecture": description.architecture or str(config.get("model_type") or ""),
-        "tasks": description.tasks or [*TASKS["vision_config" in full]],
+        "tasks": description.tasks or [*TASKS[full.get("vision_config") is not None]],
     }
     return description.model_copy(update=update)
 
@@ -326,4 +327,6 @@ def _explain(error: ValidationError) -> str:
         return f'unknown key "{key}"{section}; expected one of {", ".join(fields)}.{suggest(key, fields)}'
     if fault["type"] == "missing":
         return f'missing key "{key}"{section}'
-    return f'key "{key}"{section}: {fault["msg"].lower()}, got {fault["input"]!r}'
+    given = repr(fault["input"])
+    given = given if len(given) <= MOST_SHOWN else f"{given[:MOST_SHOWN]}…"
+    return f'key "{key}"{section}: {fault["msg"].lower()}, got {given}'

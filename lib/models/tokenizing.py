@@ -34,11 +34,20 @@ def render(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> str:
     refuses these turns or leaves the last one out.
     """
     question = turns[-1]["content"].strip()
-    text = _applied(tokenizer, turns)
-    if question not in text:
-        parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
-        text = _applied(tokenizer, parts)
-    if question not in text:
+    parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+    text: str = ""
+    refused: UserError | None = None
+    for form in (turns, parts):
+        try:
+            text = _applied(tokenizer, form)
+        except UserError as error:
+            refused = refused or error
+            continue
+        if question in text:
+            break
+    else:
+        if refused is not None:
+            raise refused
         raise UserError("its chat template leaves out what the user says")
     for opened, closed in THINKING.items():
         if text.rfind(opened) > text.rfind(closed) and text.rstrip().endswith(opened):

@@ -47,6 +47,8 @@ def test_faults_are_named(tmp_path, content):
     assert 'Did you mean "architecture"' in refused(tmp_path, content | {"architectur": "x"})
     assert 'section "slice"' in refused(tmp_path, content | {"slice": {"layer": 2}})
     assert 'key "layers"' in refused(tmp_path, content | {"slice": {"layers": 0}})
+    message = refused(tmp_path, content | {"full": [["a long list"] * 500]})
+    assert 'key "full"' in message and len(message) < 300
     del content["checkpoint"]
     assert 'missing key "checkpoint"' in refused(tmp_path, content)
 
@@ -94,6 +96,8 @@ def test_pictures_are_asked_about_where_they_are_seen(tmp_path, checkpoint):
     (checkpoint / "config.json").write_text(json.dumps(config))
     (tmp_path / "phi.yaml").write_text(yaml.safe_dump({"checkpoint": str(checkpoint)}))
     assert parameters.read("phi", tmp_path).tasks == ["digits", "retrieval"]
+    (checkpoint / "config.json").write_text(json.dumps(config | {"vision_config": None}))
+    assert parameters.read("phi", tmp_path).tasks == ["topic", "retrieval"], "a text model cut out of another"
 
 
 def test_what_is_not_here_yet_is_not_made_up(tmp_path):

@@ -185,7 +185,7 @@ def plan(request: Request, to_run: bool = True, here: bool = True) -> list[Job]:
 def _check_pictures(model: str, description: parameter_files.ModelParameters, values: Mapping[str, Any]) -> None:
     """Raise UserError where a model that is known to see no pictures is asked about some."""
     _, tasks = _text_and_tasks(values, description.tasks)
-    if PICTURES in tasks and description.full and "vision_config" not in description.full:
+    if PICTURES in tasks and description.full and description.full.get("vision_config") is None:
         raise UserError(f'{model}: the task "{PICTURES}" shows pictures, which this model does not see; leave it out')
 
 

@@ -145,6 +145,11 @@ def test_a_leftover_index_beside_merged_weights(folder, tokens):
     assert all(torch.allclose(logits, theirs, atol=1e-4) for logits in ours)
 
 
+def test_a_checkpoint_in_the_place_of_the_folder_above_it(folder):
+    with pytest.raises(UserError, match="no checkpoint folder for mine; .*tiny is a checkpoint itself: give it as --m"):
+        check_checkpoint("mine", folder / "mine")
+
+
 def test_shards_without_an_index_are_refused(folder):
     (folder / WEIGHTS).rename(folder / "model-00001-of-00001.safetensors")
     assert f"and no {WEIGHTS}; expected {WEIGHTS}, or shards with {INDEX}" in fault(folder)
@@ -522,6 +527,8 @@ def test_a_chat_that_opens_a_thought_demands_a_system_turn_or_expects_lists(fold
     assert validate.fault(folder) is None
     loaded = loading.load(parameters.register(str(folder)), "full")
     assert row[-1].prompt in prompting.text(loaded, row)
+    template.write_text("{% if messages[0]['content'] is string %}{{ raise_exception('parts') }}{% endif %}" + LISTS)
+    assert validate.fault(folder) is None, "refused as text, and right as a list"
     template.write_text(SYSTEM + gguf_files.CHAT)
     assert "its chat template refuses turns of a user and an assistant (a system turn first)" in fault(folder)
     template.write_text("{% for m in messages %}{{ m['role'] }}{% endfor %}")
