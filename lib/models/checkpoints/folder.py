@@ -116,7 +116,8 @@ def _shards(folder: Path) -> dict[str, list[str]]:
     index = folder / INDEX
     if not index.is_file():
         raise UserError(f"{folder}: holds {_instead(folder)}; expected {WEIGHTS}, or shards with {INDEX}")
-    places = _json(index).get("weight_map")
+    content = _json(index)
+    places = content.get("weight_map")
     if not isinstance(places, dict) or not places:
         raise UserError(f"{index}: names no tensor")
     shards: dict[str, list[str]] = {}
@@ -124,7 +125,13 @@ def _shards(folder: Path) -> dict[str, list[str]]:
         if not isinstance(file, str) or Path(file).name != file or "\\" in file or file in ("", ".", ".."):
             raise UserError(f"{index}: {tensor} lies in {file!r}; expected the name of a file in the same folder")
         shards.setdefault(file, []).append(tensor)
+    if not isinstance(content.get("metadata"), dict):  # transformers cannot read it without
+        raise UserError(f'{index}: key "metadata": expected an object, got {_shown(content)}; write "metadata": {{}}')
     return shards
+
+
+def _shown(content: dict) -> str:
+    return repr(content["metadata"])[:40] if "metadata" in content else "nothing"
 
 
 def _instead(folder: Path) -> str:

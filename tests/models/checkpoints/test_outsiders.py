@@ -183,6 +183,19 @@ def test_an_index_that_leads_out_of_the_folder(folder, entry, monkeypatch):
         streamer.open_streamed(folder)
 
 
+@pytest.mark.parametrize("own", [{}, {"metadata": None}])
+def test_an_index_that_transformers_cannot_read(folder, own):
+    """Streamed it was right, and whole it failed in the notebook."""
+    (folder / WEIGHTS).rename(folder / "one.safetensors")
+    places = dict.fromkeys(load_file(folder / "one.safetensors"), "one.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": places} | own))
+    got = "None" if own else "nothing"
+    assert fault(folder) == f'{folder / INDEX}: key "metadata": expected an object, got {got}; write "metadata": {{}}'
+    (folder / INDEX).write_text(json.dumps({"weight_map": places, "metadata": {}}))
+    theirs, *ours = logits(folder)
+    assert all(torch.allclose(logits, theirs, atol=1e-4) for logits in ours)
+
+
 def test_a_tensor_in_two_of_the_files_is_ambiguous(folder):
     """Transformers takes the last file by name, whatever the index says: streamed it was the one that the index names
     last.
@@ -194,7 +207,7 @@ def test_a_tensor_in_two_of_the_files_is_ambiguous(folder):
     for file in files:
         own = {name: tensor for name, tensor in weights.items() if places[name] == file}
         save_file(own | {"model.norm.weight": weights["model.norm.weight"]}, folder / file, metadata={"format": "pt"})
-    (folder / INDEX).write_text(json.dumps({"weight_map": places}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
     right = places["model.norm.weight"]
     [other] = {*files} - {right}
     assert fault(folder).startswith(f"{folder / other}: holds model.norm.weight, which the index places in {right}")
