@@ -22,6 +22,7 @@ from lib.models.sources import program
 from lib.models.structure.supported import SUPPORTED
 
 DESCRIBED = "--described"
+GENERATION = "generation_config.json"
 IMAGE_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 # What of an image processor has to be as the vision tower says, and what its configuration calls that.
 SIZES = {"patch_size": "patch_size", "merge_size": "spatial_merge_size", "temporal_patch_size": "temporal_patch_size"}
@@ -118,9 +119,20 @@ def fault(folder: Path | str) -> str | None:
 
 
 def _beside(folder: Path, configuration: Any) -> str | None:
-    """Return None, or in one line what is wrong beside the weights: with the image processor or the tokenizer."""
+    """Return None, or in one line what is wrong beside the weights: with how the model generates, the image processor
+    or the tokenizer.
+    """
+    from transformers import GenerationConfig
+
     from lib.models.checkpoints import io, tokenizer_check
 
+    if (folder / GENERATION).is_file():
+        try:
+            GenerationConfig.from_pretrained(folder)
+        except OSError:  # no JSON: transformers takes the settings of config.json in its place
+            pass
+        except Exception as error:  # values that it refuses, or no object at all
+            return f"{folder}: its {GENERATION} cannot be used ({' '.join(str(error).split())[:160]})"
     if vision := getattr(configuration, "vision_config", None):
         if not any((folder / name).is_file() for name in IMAGE_PROCESSORS):
             return f"{folder}: holds no {IMAGE_PROCESSORS[0]}, the configuration of the image processor"

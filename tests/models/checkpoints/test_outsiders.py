@@ -108,6 +108,17 @@ def test_how_it_generates_is_the_same_on_every_path(folder):
         assert (settings.eos_token_id, settings.repetition_penalty) == ([2, 5], 1.3)
 
 
+def test_settings_of_generation_that_transformers_refuses(folder):
+    """Whole it failed in the notebook, streamed it had other settings."""
+    whole = (folder / "generation_config.json").read_text()
+    edited(folder / "generation_config.json", max_new_tokens=-1)
+    assert "its generation_config.json cannot be used (`max_new_tokens` must be greater than 0" in fault(folder)
+    (folder / "generation_config.json").write_text("[]")
+    assert "its generation_config.json cannot be used" in fault(folder)
+    (folder / "generation_config.json").write_text(whole[: len(whole) // 2])
+    assert validate.fault(folder) is None, "which transformers takes for none"
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("wider", ["norm", "embed_tokens"])
 @pytest.mark.parametrize("page_cache", ["keep", "copy"])
