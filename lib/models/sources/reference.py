@@ -17,6 +17,7 @@ ADAPTER = "adapter_config.json"
 EXPECTED = "expected a folder, a .gguf file, package:NAME==VERSION/PATH, or a hub id such as organisation/model"
 _PACKAGE = re.compile(r"package:([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)==([A-Za-z0-9.!+_-]+)/(.+)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
+_ADDRESS = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
 _WINDOWS_DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 
@@ -54,8 +55,16 @@ def parse(text: str, base: Path | None = None) -> Reference:
         path = expanded(text if base is None or text.startswith("~") else base / text)
         return Reference("gguf" if path.suffix.lower() == ".gguf" else "folder", str(path))
     if not _HUB_ID.fullmatch(text) or ".." in text:
-        raise UserError(f"{text or 'an empty text'}: {EXPECTED}")
+        raise UserError(f"{text or 'an empty text'}: {EXPECTED}{_hint(text)}")
     return Reference("hub", text)
+
+
+def _hint(text: str) -> str:
+    """Return what to do about an address or a revision of the hub, which are often taken for an id; else nothing."""
+    if address := _ADDRESS.match(text):
+        return f"; that is {address[1]}"
+    revised = "@" in text and _HUB_ID.fullmatch(text.partition("@")[0])
+    return "; a revision cannot be named: download it into a folder, and give that" if revised else ""
 
 
 def is_path(text: str, base: Path | None = None) -> bool:

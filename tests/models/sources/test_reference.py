@@ -39,6 +39,21 @@ def test_what_is_none_of_them(text):
     assert "expected" in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("https://huggingface.co/organisation/model/tree/main", "; that is organisation/model"),
+        ("organisation/model@v1.0", "; a revision cannot be named: download it into a folder, and give that"),
+        ("https://somewhere/model", "or a hub id such as organisation/model"),
+        ("nobody@home", "; a revision cannot be named: download it into a folder, and give that"),
+    ],
+)
+def test_what_is_often_taken_for_a_hub_id_has_a_hint(text, hint):
+    with pytest.raises(UserError) as caught:
+        reference.parse(text)
+    assert str(caught.value).startswith(f"{text}: expected a folder") and str(caught.value).endswith(hint)
+
+
 def test_a_relative_path_begins_at_its_file(tmp_path, monkeypatch):
     (tmp_path / "weights" / "tiny").mkdir(parents=True)
     assert reference.parse("weights/tiny", tmp_path).text == str(tmp_path / "weights" / "tiny")
