@@ -196,7 +196,9 @@ def register(text: str) -> str:
             return name
     else:
         raise UserError(f"{text}: a thousand checkpoints have this name; write a parameter file with another one")
-    content = yaml.safe_dump({"name": source.title, "checkpoint": source.text}, sort_keys=False, allow_unicode=True)
+    named = {"name": source.title, "checkpoint": source.text}
+    # Quoted, since `content_of` reads more as numbers than the writer knows: a folder may be called 1e-5.
+    content = yaml.safe_dump(named, sort_keys=False, allow_unicode=True, default_style='"')
     try:
         write_atomically(_registry() / f"{name}.yaml", content)
     except OSError as error:

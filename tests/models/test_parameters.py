@@ -154,6 +154,12 @@ def test_a_checkpoint_gets_a_name_and_keeps_it(tmp_path, checkpoint, monkeypatch
     long.mkdir()
     (long / "config.json").write_text("{}")
     assert parameters.register(str(long)) == "long-" * 15 + "long", "names of results begin with it"
+    for called, stem in (("1e-5", "1e-5"), ("2E3", "2e3"), ("007", "007"), ("模型", "model"), ('a "b": #c', "a-b-c")):
+        odd = tmp_path / "sweep" / called
+        odd.mkdir(parents=True)
+        (odd / "config.json").write_text("{}")
+        assert parameters.register(str(odd)) == stem == parameters.register(str(odd))
+        assert (parameters.read(stem).name, parameters.read(stem).checkpoint) == (called, str(odd))
     other = tmp_path / "elsewhere" / checkpoint.name
     other.mkdir(parents=True)
     (other / "config.json").write_text("{}")
