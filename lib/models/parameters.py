@@ -284,7 +284,9 @@ def read(name: str, folder: Path | None = None) -> ModelParameters:
     update = {"name": description.name or path.stem, "checkpoint": checkpoint, "tasks": tasks}
     description = description.model_copy(update=update)
     if description.sha256 and description.source.kind in ("folder", "hub"):
-        raise UserError(f'{where}: key "sha256": {checkpoint} is no single file: nothing would be checked; leave it out')
+        raise UserError(
+            f'{where}: key "sha256": {checkpoint} is no single file: nothing would be checked; leave it out'
+        )
     if (description.proxy or description.slice) and bool(description.full) != bool(description.architecture):
         lacking = "architecture" if description.full else "full"
         raise UserError(f'{where}: missing key "{lacking}": the scales proxy and slice need full and architecture')

@@ -44,7 +44,9 @@ def _checked(name: str, folder: Path) -> Path:
     if not folder.is_dir():
         itself = (folder.parent / "config.json").is_file()
         hint = f"; {folder.parent} is a checkpoint itself: give it as --model" if itself else ""
-        raise UserError(f"{folder}: no checkpoint folder for {name}; expected config.json and *.safetensors there{hint}")
+        raise UserError(
+            f"{folder}: no checkpoint folder for {name}; expected config.json and *.safetensors there{hint}"
+        )
     require_no_adapter(folder)
     config = _json(folder / "config.json")
     expected, actual = parameters.read(name).architecture, config.get("model_type")
