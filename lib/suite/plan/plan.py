@@ -289,12 +289,12 @@ def _check_own_tasks(model: str, tasks: Sequence[str]) -> None:
         raise UserError(f'parameters/{model}.yaml: key "tasks": {error}') from None
 
 
-def tasks_of(model: str) -> list[str]:
-    """Return the tasks of a model's file; none where it cannot be read, which whoever plans with it is told of."""
+def described(model: str) -> parameter_files.ModelParameters | None:
+    """Return what a model's file says; None where it cannot be read, which whoever plans with it is told of."""
     try:
-        return parameter_files.read(model).tasks
+        return parameter_files.read(model)
     except UserError:
-        return []
+        return None
 
 
 def _weights(model: str, request: Request) -> Path | None:

@@ -212,6 +212,9 @@ def test_the_network_is_used_where_a_models_file_asks_the_harness(own, monkeypat
 
     assert offline("--model", "alpha-1.5") is None and offline() is None and offline("--model", "beta-2") == "1"
     assert offline("-p", "tasks=topic") == "1", "which is asked in its place"
+    workbench.checkpoint(root / "parameters" / "weights")
+    assert offline("--model", "gamma") == "1", "a folder of the user's own, at scale full"
+    assert offline("--model", "beta-2", "--scale", "full") is None, "of the hub"
 
 
 def test_files_of_the_same_name_are_told_apart(own, tmp_path, monkeypatch):
