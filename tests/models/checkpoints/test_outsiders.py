@@ -404,7 +404,7 @@ def test_block_scaled_fp8_is_dequantized_and_said_so(folder, caplog, monkeypatch
         ("weight_scale", (1,), "is stored as F8_E4M3 without its scale (weight_scale_inv beside it)"),
         ("", (1,), "is stored as F8_E4M3 without its scale"),
         ("weight_scale_inv", (5, 1), "of the shape (128, 64) is not divided by its scales (5, 1)"),
-        ("weight_scale_inv", (128,), "is not divided by its scales (128,)"),
+        ("weight_scale_inv", (128,), "of the shape (128, 64) is not divided by its scales (128,)"),
     ],
 )
 def test_fp8_that_transformers_would_take_without_scales_or_cannot_undo(folder, scale, shape, why):
