@@ -99,7 +99,7 @@ def _skeleton(folder: Path, file: WeightFile, device: str) -> nn.Module:
     no_op.restore(model, manifest.get("blocks", []))
     factored.restore(model, manifest.get("factors", {}))
     model.tie_weights()
-    file.places = _as_named(model, file.places)
+    file.places = _under_first_names(model, _as_named(model, file.places))
     shared: dict[int, nn.Parameter] = {}
     usual = _usual_dtype(file.places.values())
     for module_name, module in model.named_modules():
@@ -127,6 +127,17 @@ def _as_named(model: Any, places: Mapping[str, TensorPlace]) -> dict[str, Tensor
         if name not in known
     }
     return renamed | {name: place for name, place in places.items() if name in known}
+
+
+def _under_first_names(model: nn.Module, places: Mapping[str, TensorPlace]) -> dict[str, TensorPlace]:
+    """Return the places, those of tied tensors also under the name by which the model lists them: of embeddings and
+    head either may be stored.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    found = {first: next((other for other in others if other in places), first) for first, *others in names.values()}
+    return {**places, **{name: places[at] for name, at in found.items() if name not in places and at in places}}
 
 
 def _usual_dtype(places: Iterable[TensorPlace]) -> torch.dtype:

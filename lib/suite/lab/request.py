@@ -45,6 +45,8 @@ def jobs(options: argparse.Namespace) -> list[Job]:
         value = getattr(options, name)
         if value is not None and value not in choices:
             raise UserError(f"--{name} {value}: expected one of {', '.join(choices)}.{suggest(value, choices)}")
+    if options.out == "":  # a variable of the shell that is not set
+        raise UserError("--out: expected a path, got nothing")
     if not options.model:
         if options.scale or options.effort != EFFORT:
             raise UserError("lab --scale and --effort set the copies of a model; give --model too")

@@ -108,6 +108,16 @@ def test_how_it_generates_is_the_same_on_every_path(folder):
         assert (settings.eos_token_id, settings.repetition_penalty) == ([2, 5], 1.3)
 
 
+def test_tied_weights_that_are_stored_as_the_head(folder):
+    """The safetensors library keeps the first of two names in the alphabet: streamed, embeddings were not found."""
+    weights = load_file(folder / WEIGHTS)
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    assert validate.fault(check_checkpoint(parameters.register(str(folder)), folder)) is None
+    theirs, *ours = logits(folder)
+    assert all(torch.allclose(logits, theirs, atol=1e-4) for logits in ours)
+
+
 def test_settings_of_generation_that_transformers_refuses(folder):
     """Whole it failed in the notebook, streamed it had other settings."""
     whole = (folder / "generation_config.json").read_text()

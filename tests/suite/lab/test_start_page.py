@@ -73,6 +73,7 @@ def test_options_are_ours_or_jupyterlabs():
         (("--model", "qwen3-4b-instruct"), "Did you mean"),
         (("--model", MODEL, "--scale", "slize"), "Did you mean"),
         (("--effort", "thorough"), "give --model too"),
+        (("--out", ""), "--out: expected a path, got nothing"),
     ],
 )
 def test_a_wrong_option_is_one_line(arguments, message):
