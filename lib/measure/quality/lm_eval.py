@@ -200,10 +200,8 @@ def _of_group(manager: Any, described: dict[str, Any], folder: Path) -> Any:
     """Return a manager (of this class) that knows the tasks of a group: those of files in its folder, and only where it
     lists others the harness's own, since to find these takes seconds.
     """
-    listed = described.get("task")
-    members = [item.get("task", item.get("group")) if isinstance(item, dict) else item for item in listed or ()]
     beside = manager(include_path=str(folder), include_defaults=False)
-    return beside if {*members} <= {*beside.all_tasks} else manager(include_path=str(folder))
+    return beside if harness_names.listed(described) <= {*beside.all_tasks} else manager(include_path=str(folder))
 
 
 @contextmanager

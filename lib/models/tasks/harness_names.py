@@ -70,6 +70,14 @@ def described(path: Path, task: str) -> dict[str, Any]:
     return content
 
 
+def listed(described: dict[str, Any]) -> set[str]:
+    """Return the names of the tasks and groups that the description of a group lists."""
+    items = described.get("task")
+    members = items if isinstance(items, list) else []
+    found = (item.get("task", item.get("group")) if isinstance(item, dict) else item for item in members)
+    return {name for name in found if isinstance(name, str)}
+
+
 @functools.cache
 def names() -> frozenset[str] | None:
     """Return the names of all tasks, groups and tags of the installed harness, None where there is none."""

@@ -8,12 +8,12 @@ from typing import Any
 
 import yaml
 
-from lib.models.tasks.harness_names import FILES, HARNESS, Tolerant
+from lib.models.tasks.harness_names import FILES, HARNESS, Tolerant, listed
 
 
 def of(parameters: Mapping[str, Any]) -> list[Path]:
     """Return every file that a parameter's value names by its absolute path, and those that a YAML file of them names
-    from its own folder, sorted.
+    from its own folder, or, as a group of tasks, by what they hold; sorted.
     """
     files: set[Path] = set()
     waiting = [path for text in _texts(dict(parameters)) if (path := Path(text)).is_absolute() and _is_file(path)]
@@ -23,9 +23,21 @@ def of(parameters: Mapping[str, Any]) -> list[Path]:
             continue
         files.add(path)
         if path.suffix in FILES:
-            inside = (path.parent / text for text in _texts(_yaml(path)))
-            waiting += [near for near in inside if _is_file(near)]
+            content = _yaml(path)
+            waiting += [near for text in _texts(content) if _is_file(near := path.parent / text)]
+            waiting += _members(content, path.parent) if isinstance(content, dict) and "group" in content else []
     return sorted(files)
+
+
+def _members(group: dict[str, Any], folder: Path) -> list[Path]:
+    """Return the files under a folder that describe a task, or a group, which a group lists."""
+    wanted = listed(group)
+    found: list[Path] = []
+    for path in sorted(folder.rglob("*.yaml")) if wanted else ():
+        content = _yaml(path)
+        names = [content.get(key) for key in ("task", "group")] if isinstance(content, dict) else []
+        found += [path] if any(isinstance(name, str) and name in wanted for name in names) else []
+    return found
 
 
 def _is_file(path: Path) -> bool:

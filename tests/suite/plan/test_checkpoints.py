@@ -259,6 +259,19 @@ def test_a_task_of_the_harness_names_the_program_of_its_functions(tmp_path):
     assert files == [tmp_path / "mine.yaml", tmp_path / "utils.py"]
 
 
+def test_a_group_of_the_harness_names_the_files_of_its_tasks(tmp_path):
+    (tmp_path / "deeper").mkdir()
+    files = {"all.yaml": "group: all\ntask: [one, {task: two, num_fewshot: 1}, arc_easy, {group: inner}]\n"}
+    files |= {"a.yaml": "task: one\n", "deeper/b.yaml": "task: two\ninclude: base.yaml\n", "deeper/base.yaml": "x: 1\n"}
+    files |= {"c.yaml": "group: inner\ntask: [three]\n", "d.yaml": "task: three\n", "e.yaml": "task: other\n"}
+    files |= {"notes.yaml": "- 1\n", "broken.yaml": "a: [1"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    found = named_files.of({"tasks": [f"lm_eval:{tmp_path}/all.yaml"]})
+    expected = ("all.yaml", "a.yaml", "c.yaml", "d.yaml", "deeper/b.yaml", "deeper/base.yaml")
+    assert found == sorted(tmp_path / name for name in expected)
+
+
 def test_a_fetch_checks_what_is_here(tmp_path, monkeypatch, capsys):
     from tests.models.sources import indexes
 
