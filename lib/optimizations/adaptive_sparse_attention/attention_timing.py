@@ -269,7 +269,7 @@ def decode_apart(
     every = timed.timed["decode"].baseline if timed.timed else None
     count = min(new_tokens, FEW_STEPS)
     works: dict[str, Workload] = {}
-    if every is not None and new_tokens == count:
+    if every is not None and every.new_tokens == count:  # that one call decodes: of several turns, each is shorter
         works = {"every": every, "sparse": timed.timed["decode"].optimized}
     arms: dict[str, Callable[[], nn.Module]] = {
         "fair": lambda: absorbed_baseline.absorbed_baseline(baseline),

@@ -2,9 +2,11 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from lib.measure.metrics import settings
+from lib.measure.timing import workloads
 from lib.models.decoding import cache_names
 from lib.optimizations.adaptive_sparse_attention import attention_timing, method
 
@@ -64,6 +66,23 @@ def test_the_first_named_arm_is_the_optimized_one(tiny, monkeypatch):
     called = lambda arm: "the stock path" if arm is baseline else "chosen pages" if arm is optimized else words[arm]  # noqa: E731
     assert [part["name"] for part in parts] == [f"{called(second)} against {called(first)}" for first, second in arms]
     assert len(arms) == 3 and parts[-1]["name"].endswith("the stock path")
+
+
+@pytest.mark.parametrize("new_tokens, again", [(4, False), (2, True)])
+def test_arms_beside_the_headline_decode_as_many_tokens_in_a_call(tiny, monkeypatch, new_tokens, again):
+    """What the headline has timed decodes in turns of two tokens: it is used again where all arms do."""
+    baseline = tiny("qwen3-4b-instruct-2507")
+    optimized = method.apply(baseline, **KNOBS)
+    models = attention_timing.every_page(baseline, KNOBS), optimized
+    every, sparse = (workloads.steps(model, PROMPT, new_tokens, workloads.TURN_STEPS) for model in models)
+    headline = SimpleNamespace(timed={"decode": SimpleNamespace(baseline=every, optimized=sparse)})
+    calls = []
+    monkeypatch.setattr(attention_timing, "time_calls", lambda first, second, *_, **__: calls.append((first, second)))
+    monkeypatch.setattr(attention_timing.measurement, "from_pairs", lambda *arguments: arguments[3])
+    parts = attention_timing.decode_apart(baseline, optimized, KNOBS, PROMPT, headline, new_tokens)
+    assert [[work.new_tokens for work in pair] for pair in calls] == [[new_tokens] * 2] * 2
+    assert [part["measurements"] for part in parts] == [[new_tokens]] * 2
+    assert (calls[0][1] is every and calls[1][1] is sparse) == again
 
 
 def test_blocks_that_read_all_pages_are_judged_by_what_the_best_pages_would_hold(tiny):
