@@ -207,34 +207,50 @@ def retrieval_by_distance(
 ) -> dict[str, Measurement]:
     """Return exact match with sinks and window against the whole cache, for as many values inside and outside the
     window as the effort asks for, at most `ASKED`; empty for random weights, and where the model has too few
-    positions for the window. What is outside is surely so, whenever the window was cut last.
+    positions for the window. What is outside is surely so, whenever the window was cut last, and behind the sinks.
     """
     if loaded.random_weights:
         return {}
     measurements, count = {}, min(settings.read(effort, loaded.scale).retrieval_prompts, ASKED[effort])
-    positions, overhead = continuations.positions(loaded.model), retrieval.overhead(loaded)
-    least = window + 2 * SLACK + 1
-    inside, outside = window // 2, min(max(OUTSIDE[effort] * window, least), positions - overhead)
-    if max(_room(window), least + overhead) > positions:
+    positions, least = continuations.positions(loaded.model), window + 2 * SLACK + 1
+    if _room(window) > positions:
         return {}
+    lead = max(retrieval.LEAD, _sinks(arms[WINDOWED]()))
+    overhead = retrieval.overhead(loaded) + lead - retrieval.LEAD
+    if least + overhead > positions:
+        return {}
+    inside, outside = window // 2, min(max(OUTSIDE[effort] * window, least), positions - overhead)
     for name, distance in {"inside the window": inside, "outside the window": outside}.items():
         with reading_in_chunks(loaded.model) as model:
-            pair = [retrieve(loaded, model, distance, count, arms[arm], seed) for arm in (WHOLE, WINDOWED)]
+            pair = [retrieve(loaded, model, distance, count, arms[arm], seed, lead) for arm in (WHOLE, WINDOWED)]
         measurements[name] = compare_retrieved(*pair, seed=seed)
     return measurements
 
 
+def _sinks(cache: Cache) -> int:
+    """Return how many first tokens of a text a cache never forgets."""
+    return max((getattr(layer, "sinks", 0) for layer in cache.layers), default=0)
+
+
 @torch.inference_mode()
 def retrieve(
-    loaded: Loaded, model: nn.Module, distance: int, count: int, make_cache: MakeCache, seed: int = 0
+    loaded: Loaded,
+    model: nn.Module,
+    distance: int,
+    count: int,
+    make_cache: MakeCache,
+    seed: int = 0,
+    lead: int = retrieval.LEAD,
 ) -> Retrieved:
-    """Return which of `count` values, stored `distance` tokens ago, `model` repeats exactly, token by token."""
-    ids_BT, target_BV = task_list.retrieval_prompts(loaded, distance, count, seed)
+    """Return which of `count` values, stored `distance` tokens ago behind `lead` tokens of text, `model` repeats
+    exactly, token by token.
+    """
+    ids_BT, target_BV = task_list.retrieval_prompts(loaded, distance, count, seed, lead)
     right = []
     for prompt_BT, value_BV in zip(ids_BT.split(PROMPTS_AT_ONCE), target_BV.split(PROMPTS_AT_ONCE)):
         output_BV = torch.stack(list(chunked.tokens(model, prompt_BT, value_BV.shape[1], cache=make_cache())), 1)
         right.append((output_BV.cpu() == value_BV.cpu()).all(1).numpy())
-    source_N = task_list.filler_sources(loaded, distance, count, seed)
+    source_N = task_list.filler_sources(loaded, distance, count, seed, lead)
     return Retrieved(distance, np.concatenate(right), source_N=source_N)
 
 

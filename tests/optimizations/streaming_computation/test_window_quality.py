@@ -4,6 +4,7 @@ import copy
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from transformers import AutoTokenizer
 
 from lib.measure.quality import noninferiority
@@ -77,12 +78,32 @@ def test_texts_of_one_document_are_one_draw(tiny, monkeypatch):
 
 def test_values_behind_one_document_are_one_draw(tiny, monkeypatch):
     monkeypatch.setattr(
-        window_quality.task_list, "filler_sources", lambda loaded, distance, count, seed: np.zeros(count)
+        window_quality.task_list, "filler_sources", lambda loaded, distance, count, *_: np.zeros(count)
     )
     loaded = _loaded(tiny, 200)
     with window_quality.reading_in_chunks(loaded.model) as model:
         answers = window_quality.retrieve(loaded, model, 16, 4, lambda: None)
     assert answers.source_N.tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("sinks", [4, 40])
+def test_values_outside_the_window_are_none_of_its_sinks(tiny, monkeypatch, sinks):
+    """A cache never forgets its sinks: a value among them would be repeated from any distance."""
+    prompts, seen = window_quality.task_list.retrieval_prompts, []
+
+    def watched(*arguments):
+        seen.append(prompts(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(window_quality.task_list, "retrieval_prompts", watched)
+    loaded = _loaded(tiny, 400)
+    caches = window_quality.cache_makers(loaded.model, sinks, WINDOW)
+    assert len(window_quality.retrieval_by_distance(loaded, caches, WINDOW, "preview")) == 2
+    key = window_quality.retrieval.KEY
+    for ids_BT, value_BV in seen:
+        for ids_T, value_V in zip(ids_BT.tolist(), value_BV.tolist()):
+            places = [at for at in range(len(ids_T)) if ids_T[at : at + len(value_V)] == value_V]
+            assert places and places[0] - key >= sinks and len(ids_T) + len(value_V) <= 400
 
 
 def test_long_texts_are_of_as_many_documents_as_a_verdict_takes(name):
