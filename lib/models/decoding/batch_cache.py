@@ -207,8 +207,12 @@ def repeat(rows: Rows, count: int) -> Rows:
 
 @torch.inference_mode()
 def first(rows: Rows, length: int) -> Rows:
-    """Return new rows that hold the first `length` columns; none may be padded. The caller sets the newest token."""
-    cache = _mapped(rows.cache, lambda part: part[:, :, :length].contiguous())
+    """Return new rows that hold the first `length` columns; none may be padded. The caller sets the newest token.
+
+    Always copied: a cache that appends in place would write into the memory of `rows` (of a single row with one head
+    the first columns are contiguous already).
+    """
+    cache = _mapped(rows.cache, lambda part: part[:, :, :length].clone(memory_format=torch.contiguous_format))
     position_B = rows.position_B - (rows.length - length)
     return Rows(cache, rows.mask_BL[:, :length], position_B, rows.token_B.clone())
 

@@ -127,7 +127,8 @@ def attention(
         pages = 0 if square else state.pages
         padding: dict[str, Any] = {"square": attention_mask} if square else {"start_B": _start(attention_mask)}
         weight_HEL = module.kv_b_proj.weight.view(query.shape[1], -1, layer.cached()[0].shape[-1])
-        _count_read(state, layer, query, scale, weight_HEL)
+        if not square:  # all is read, as where latents are not involved
+            _count_read(state, layer, query, scale, weight_HEL)
         padding["rank"] = _rank(state)
         return paged.decode_latent(query[:, :, 0], layer, scale, pages, weight_HEL, **padding)[:, None], None
     if state is None or not causal or square or dropout:

@@ -6,7 +6,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from lib.errors import NotApplicable, UserError
 from lib.models.checkpoints import io
-from lib.models.decoding import cache_names
+from lib.models.decoding import batch_cache, cache_names
 from lib.models.decoding.attention_inputs import watch
 from lib.optimizations.adaptive_sparse_attention import method as sparse
 
@@ -202,6 +202,30 @@ def test_a_context_beyond_the_model_is_refused(tiny, name):
     model = sparse.apply(tiny(name), **SMALL)
     with pytest.raises(NotApplicable, match="513 tokens is longer than this model allows; expected at most 512"):
         model(input_ids=torch.full((1, 513), 9))
+
+
+@torch.inference_mode()
+def test_rows_cut_short_do_not_write_into_those_they_were_cut_from(tiny, name):
+    """The cache in pages appends in place; of one row of latents the first columns are contiguous as they lie."""
+    model = sparse.apply(tiny(name), tau=1.0, pages=0, **SMALL)
+    ids_T = torch.randint(8, 96, (24,), generator=torch.Generator().manual_seed(5))
+    rows = batch_cache.prefill(model, [ids_T])
+    held = [(layer.keys.clone(), layer.values.clone()) for layer in rows.cache.layers]
+    cut = batch_cache.first(rows, 12)
+    for _ in range(3):
+        batch_cache.step(model, cut)
+    for layer, (keys, values) in zip(rows.cache.layers, held):
+        assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+
+
+@torch.inference_mode()
+def test_padding_in_the_middle_leaves_nothing_out_and_says_so(tiny, name, prompts):
+    """Such masks are served by full attention, in the latent space as well: nothing may be counted as left out."""
+    model = sparse.apply(tiny(name), tau=1.0, pages=3, **SMALL)
+    holes = torch.ones_like(prompts["attention_mask"])
+    holes[0, 30:40] = 0
+    _steps(model, {**prompts, "attention_mask": holes})
+    assert sparse.left_out(model) == 0
 
 
 @torch.inference_mode()
