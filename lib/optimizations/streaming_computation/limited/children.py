@@ -167,5 +167,6 @@ def in_memory(place: str) -> bool:
         mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
     except OSError:
         return False
-    holding = [(point, kind) for point, kind in mounts if Path(place).is_relative_to(point)]
+    real = Path(os.path.realpath(place))  # a temporary folder may be a link into memory
+    holding = [(point, kind) for point, kind in mounts if real.is_relative_to(point)]
     return max(holding, key=lambda pair: len(pair[0]), default=("", ""))[1] in ("tmpfs", "ramfs")

@@ -19,16 +19,19 @@ NAME = "workbench"
 
 @dataclass(frozen=True)
 class Version:
-    """Names of files of one version of control groups, and the entries of `memory.stat` that are page cache."""
+    """Names of files of one version of control groups, and the entries of `memory.stat` that are page cache.
+
+    `swap`: the file in which 0 keeps a group's own memory out of the swap space.
+    """
 
     limit: str
     usage: str
     cached: tuple[str, ...]
-    swap: str | None = None
+    swap: str
 
 
 TWO = Version("memory.max", "memory.current", ("file",), "memory.swap.max")
-ONE = Version("memory.limit_in_bytes", "memory.usage_in_bytes", ("cache",))
+ONE = Version("memory.limit_in_bytes", "memory.usage_in_bytes", ("cache",), "memory.swappiness")
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,14 @@ class ControlGroup:
         return int((self.folder / self.version.usage).read_text()) - self.private_bytes()
 
     def limit(self, nbytes: int) -> None:
-        """Let the group hold at most `nbytes`; page cache beyond it is given back now. Raises UserError."""
+        """Let the group hold at most `nbytes`; page cache beyond it is given back now. Raises UserError.
+
+        Swapping ends first: what a limit drives out must not come to lie there, where the group would still have it.
+        """
         try:
-            (self.folder / self.version.limit).write_text(str(nbytes))
-            if self.version.swap and (self.folder / self.version.swap).exists():
+            if (self.folder / self.version.swap).exists():
                 (self.folder / self.version.swap).write_text("0")
+            (self.folder / self.version.limit).write_text(str(nbytes))
         except OSError as error:
             raise UserError(f"control group: a limit of {nbytes} bytes cannot be set ({error.strerror})") from None
 

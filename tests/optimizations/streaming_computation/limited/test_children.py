@@ -100,7 +100,9 @@ def test_a_copy_is_whole_and_what_cannot_be_copied_is_said(tmp_path):
         children.copy(tmp_path / "nothing", tmp_path / "third" / "nothing")
 
 
-def test_a_tree_in_memory_is_no_disk(monkeypatch):
+def test_a_tree_in_memory_is_no_disk(monkeypatch, tmp_path):
+    (tmp_path / "link").symlink_to("/fast")
     assert children.in_memory("/dev/shm") in (True, False)
     monkeypatch.setattr(children.Path, "read_text", lambda *_, **__: "a / ext4 rw\nb /fast tmpfs rw\n")
     assert children.in_memory("/fast/place") and not children.in_memory("/tmp/place")
+    assert children.in_memory(str(tmp_path / "link" / "place")), "a link into memory is memory"

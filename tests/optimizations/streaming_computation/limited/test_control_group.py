@@ -38,6 +38,18 @@ def test_a_group_counts_what_is_no_page_cache_and_takes_a_limit(monkeypatch, tmp
     assert made.folder != control_group.make().folder, "two groups at a time"
 
 
+@pytest.mark.parametrize("version", [control_group.ONE, control_group.TWO])
+def test_a_group_that_is_limited_swaps_no_more(monkeypatch, tmp_path, version):
+    """Set after the limit, the memory that the limit drives out lies in the swap space already."""
+    _planted(monkeypatch, tmp_path, version)
+    made = control_group.make()
+    (made.folder / version.swap).write_text("60")
+    write, written = Path.write_text, []
+    monkeypatch.setattr(Path, "write_text", lambda file, text: (written.append(file.name), write(file, text)))
+    made.limit(33 * MIB)
+    assert written == [version.swap, version.limit] and (made.folder / version.swap).read_text() == "0"
+
+
 def test_why_there_is_no_group_is_said_with_what_would_help(monkeypatch, tmp_path):
     monkeypatch.setattr(control_group, "candidates", lambda: [])
     with pytest.raises(UserError, match=r"no control groups with memory\); run it in a group .* Delegate=yes"):
