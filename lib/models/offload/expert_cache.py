@@ -9,7 +9,7 @@ Shapes: E experts, H hidden, I width of one expert, T tokens, K experts per toke
 
 import functools
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -88,19 +88,21 @@ class ExpertCache:
     def experts(self, block: int, indices: Sequence[int]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Yield (expert, gate_up [2I, H], down [H, I]) for the experts `indices` of a block, those in memory first.
 
-        The views are valid until the next one is requested. Raises UserError if an expert cannot be read.
+        The views are valid until the next one is requested. Nothing that is still to be yielded gives way to what is
+        read ahead: it would be read twice. Raises UserError if an expert cannot be read.
         """
         present, missing = self._count(block, indices)
         for expert in present:
             self._cached.move_to_end((block, expert))
         order = present + missing
+        needed = {(block, expert) for expert in order}
         for at, expert in enumerate(order):
             key = block, expert
-            slot = self._cached.get(key) or self._request(key, busy=key)
+            slot = self._cached.get(key) or self._request(key, needed)
             self._cached.move_to_end(key)
-            ahead = [later for later in order[at + 1 :] if (block, later) not in self._cached]
-            if ahead and len(self._cached) + len(self._free) > 1:
-                self._request((block, ahead[0]), busy=key)
+            ahead = next((later for later in order[at + 1 :] if (block, later) not in self._cached), None)
+            if ahead is not None and (self._free or any(cached not in needed for cached in self._cached)):
+                self._request((block, ahead), needed)
             assert slot.filled is not None, "every slot in the cache has been requested"
             try:
                 slot.filled.result()
@@ -109,6 +111,7 @@ class ExpertCache:
                 raise
             self._require_finite(key, slot.gate_up, slot.down)
             yield expert, slot.gate_up, slot.down
+            needed.discard(key)
 
     def _require_finite(self, key: Key, gate_up: torch.Tensor, down: torch.Tensor) -> None:
         """Raise UserError that names an expert with a NaN or an infinite value; looks once at each."""
@@ -127,27 +130,26 @@ class ExpertCache:
         self.hits, self.misses = self.hits + len(present), self.misses + len(missing)
         return present, missing
 
-    def _request(self, key: Key, busy: Key) -> ExpertSlot:
+    def _request(self, key: Key, needed: Collection[Key]) -> ExpertSlot:
         """Start reading an expert into a free slot, or into that of an evicted expert."""
-        slot = self._free.pop() if self._free else self._cached.pop(self._victim(key[0], busy))
+        slot = self._free.pop() if self._free else self._cached.pop(self._victim(key[0], needed))
         if slot.filled is not None:
             wait([slot.filled])
         slot.filled = self._reader.submit(self._read, key, slot)
         self._cached[key] = slot
         return slot
 
-    def _victim(self, block: int, busy: Key) -> Key:
-        """Return the expert to evict: the least recently used one, other than `busy`, of a block above its even share.
+    def _victim(self, block: int, needed: Collection[Key]) -> Key:
+        """Return the expert to evict: the least recently used one, none of `needed`, of a block above its even share.
 
         Blocks run in turn, so that plain least-recently-used would always evict what is needed next.
         """
         share = len(self._cached) / len(self.parts)
         counts = Counter(cached_block for cached_block, _ in self._cached)
         evict_own = counts[block] >= share
-        unfair = (
-            key for key in self._cached if key != busy and (key[0] == block if evict_own else counts[key[0]] > share)
-        )
-        return next(unfair, None) or next(key for key in self._cached if key != busy)
+        others = [key for key in self._cached if key not in needed]
+        unfair = (key for key in others if (key[0] == block if evict_own else counts[key[0]] > share))
+        return next(unfair, None) or others[0]
 
     def _read(self, key: Key, slot: ExpertSlot) -> None:
         block, expert = key
@@ -191,19 +193,27 @@ class MappedExperts(ExpertCache):
         return 0
 
     def experts(self, block: int, indices: Sequence[int]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Yield (expert, gate_up [2I, H], down [H, I]) for the experts `indices` of a block, those present first."""
+        """Yield (expert, gate_up [2I, H], down [H, I]) for the experts `indices` of a block, those present first.
+
+        As many of the missing ones as may be present are expected at a time: where memory is short, more would push
+        each other out of the page cache before they are used.
+        """
         present, missing = self._count(block, indices)
-        for expert in missing:
+        for expert in missing[: self.slots]:
             self.pages.expect(self._spans((block, expert)))
         for expert in present:
             self._cached.move_to_end((block, expert))
-        for expert in present + missing:
+        for expert in present:
             yield expert, *self._weights((block, expert))
+        for at, expert in enumerate(missing):
+            yield expert, *self._weights((block, expert))
+            for later in missing[at + self.slots : at + self.slots + 1]:
+                self.pages.expect(self._spans((block, later)))
 
     def _weights(self, key: Key) -> tuple[torch.Tensor, torch.Tensor]:
         if key not in self._cached:
             if len(self._cached) >= self.slots:
-                self._release(self._victim(key[0], key))
+                self._release(self._victim(key[0], {key}))
             self.pages.hold(self._spans(key))
             gate_up, down = (self.pages.view(place) for place in self.parts[key[0]](key[1]))
             self._cached[key] = gate_up, down
