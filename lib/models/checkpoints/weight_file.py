@@ -11,6 +11,7 @@ import json
 import os
 import struct
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -142,7 +143,10 @@ class WeightFile:
         self.bytes_read = 0
         self.log: list[Callable[[], None]] | None = None
         self._counting = threading.Lock()
-        self._open = {file: os.open(file, os.O_RDONLY) for file in {place.file for place in self.places.values()}}
+        self._open: dict[Path, int] = {}
+        self._closing = weakref.finalize(self, _close, self._open)  # at the latest when nothing reads any more
+        for file in {place.file for place in self.places.values()}:
+            self._open[file] = os.open(file, os.O_RDONLY)
 
     def name_of(self, place: TensorPlace) -> str:
         """Return the name of the tensor that a place lies in; with the index of the expert, if it is one of a stack."""
@@ -213,8 +217,12 @@ class WeightFile:
 
     def close(self) -> None:
         """Close the files; reading fails from then on."""
-        while self._open:
-            os.close(self._open.popitem()[1])
+        self._closing()
+
+
+def _close(handles: dict[Path, int]) -> None:
+    while handles:
+        os.close(handles.popitem()[1])
 
 
 def _read_into(handle: int, memories: list[memoryview], offset: int) -> int:
