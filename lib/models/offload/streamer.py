@@ -112,6 +112,11 @@ class StreamedEmbedding(nn.Module):
     def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
         rows, where_BT = ids_BT.unique(return_inverse=True)
         row, indices = self.place.nbytes // self.place.shape[0], rows.tolist()
+        if wrong := [index for index in indices if not 0 <= index < self.num_embeddings]:
+            raise UserError(
+                f"{self.file.folder}: token id {wrong[0]} is none of the {self.num_embeddings} rows of the embeddings; "
+                "give ids of this model's own tokenizer"
+            )
         memory = buffer(row * len(indices))
         places = [self.place.rows(at, at + 1) for at in indices]
         self.file.read(zip(places, memory.split(row)))

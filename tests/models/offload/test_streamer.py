@@ -1,6 +1,7 @@
 """Streamed weights against resident ones: same answers, bytes that the system counts too, damage reported."""
 
 import copy
+import gc
 import os
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from lib.models.checkpoints.folder import tensor_places
 from lib.models.checkpoints.weight_file import WeightFile, buffer, places
 from lib.models.decoding import cache_names
 from lib.models.offload import mapped_pages, residency, streamer
+from lib.models.offload.expert_cache import ExpertCache, MappedExperts
 from lib.models.structure.anatomy import anatomy
 from lib.models.structure.replacements import no_op
 
@@ -161,6 +163,62 @@ def test_only_routed_experts_are_read_and_cached(tiny, name, tmp_path):
     assert (cache.hits, cache.misses) == (0, len(routed) * routed[0].top_k)
     streamed(ids)
     assert (cache.hits, cache.misses) == (len(routed) * routed[0].top_k,) * 2
+
+
+def test_what_is_read_ahead_takes_no_place_that_is_still_needed(tiny, tmp_path):
+    folder = io.save(tiny("qwen3-coder-30b"), tmp_path / "checkpoint")
+    stream = streamer.streamer(streamer.open_streamed(folder, memory_ratio=1.0, page_cache="copy"))
+    cache = ExpertCache(stream.file, stream.experts.parts, slots=3)
+    block = next(iter(cache.parts))
+    assert [expert for expert, *_ in cache.experts(block, [0, 1, 2])] == [0, 1, 2]
+    before = stream.file.bytes_read
+    assert [expert for expert, *_ in cache.experts(block, [0, 1, 2, 3])] == [0, 1, 2, 3]
+    assert stream.file.bytes_read - before == sum(place.nbytes for place in cache.parts[block](3))
+    cache.close()
+    stream.close()
+
+
+@pytest.mark.skipif(not mapped_pages.available(), reason="this system cannot make mapped pages present")
+def test_no_more_experts_are_expected_than_may_be_present(tiny, tmp_path, monkeypatch):
+    """Where memory is short, more would push each other out of the page cache before they are used."""
+    folder = io.save(tiny("qwen3-coder-30b"), tmp_path / "checkpoint")
+    stream = streamer.streamer(streamer.open_streamed(folder, memory_ratio=1.0))
+    cache = MappedExperts(stream.pages, stream.experts.parts, slots=2)
+    block, hold, waiting = next(iter(cache.parts)), stream.pages.hold, []
+
+    def watched(spans):
+        assert spans in stream.pages._expected, "page by page it would be read slowly"
+        waiting.append(len(stream.pages._expected))
+        hold(spans)
+
+    monkeypatch.setattr(stream.pages, "hold", watched)
+    assert [expert for expert, *_ in cache.experts(block, range(6))] == list(range(6))
+    assert len(waiting) == 6 and max(waiting) <= 2
+    cache.close()
+    stream.close()
+
+
+def test_files_are_closed_with_the_model_that_nobody_closes(saved):
+    _, folder = saved
+    file = WeightFile(folder)
+    handles = [*file._open.values()]
+    del file
+    gc.collect()
+    for handle in handles:
+        with pytest.raises(OSError):
+            os.fstat(handle)
+
+
+def test_ids_beyond_the_embeddings_are_told(saved):
+    """Other bytes of the file would be read as if they were rows, and give finite scores."""
+    _, folder = saved
+    streamed = streamer.open_streamed(folder, memory_ratio=1.0)
+    rows = anatomy(streamed).vocabulary
+    for wrong in (rows, -1):
+        with pytest.raises(UserError, match=f"token id {wrong} is none of the {rows} rows of the embeddings"):
+            streamed(torch.tensor([[7, wrong]]))
+    assert streamed(torch.tensor([[7, rows - 1]])).logits.isfinite().all()
+    streamer.streamer(streamed).close()
 
 
 def test_experts_stored_one_by_one_are_read_as_well(tiny, tmp_path, batch):
