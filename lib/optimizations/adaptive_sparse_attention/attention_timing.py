@@ -156,11 +156,13 @@ def reading(times: AttentionTimes) -> str:
 
 
 def priced(optimized: nn.Module, prompt_1T: torch.Tensor, stride: int) -> dict[str, Any]:
-    """Return the options of `cost_model` for sparse prefill: the density that one pass over the prompt really kept."""
+    """Return the options of `cost_model` for sparse prefill: the density that one pass over the prompt really kept, and
+    the stride of the search; a prompt that is too short for a pattern is read whole, without a search.
+    """
     method.reset_counts(optimized)
     workloads.prefill(optimized, prompt_1T)()
     density = method.density(optimized)["blocks"]
-    return {"density": 1.0 if density is None else density, "stride": stride}
+    return {"density": 1.0, "stride": 0} if density is None else {"density": density, "stride": stride}
 
 
 def every_page(baseline: nn.Module, knobs: Mapping[str, Any]) -> nn.Module:

@@ -9,7 +9,7 @@ Shapes: B prompts, T tokens.
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from lib.errors import UserError
 from lib.measure.compare import saved, speed
 from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement, paired_stats, settings
@@ -30,6 +31,7 @@ from lib.models.loading import Loaded
 from lib.models.structure.anatomy import anatomy
 from lib.models.tasks import corpus
 from lib.models.tasks import tasks as task_list
+from lib.models.tasks.retrieval import KEY, VALUE
 from lib.optimizations.adaptive_sparse_attention import attended_mass, kernels, method
 from lib.optimizations.adaptive_sparse_attention.attention_timing import PagesRead
 from lib.optimizations.common import absorbed_baseline
@@ -56,17 +58,19 @@ CONTEXTS = {
 }
 # At real dimensions, where reading the longest takes seconds and the shortest shows little.
 AT_REAL_SIZE = {"preview": (2048,), "quick": (2048,), "standard": (4096, 8192), "thorough": (4096, 8192, 16384)}
+LEAST_CONTEXT = 64
 TIMED_PROMPT = {"preview": 1024, "quick": 2048, "standard": 4096, "thorough": 8192}
 
 
 @dataclass(frozen=True)
 class PromptLengths:
     """Tokens of this run's prompts: of the curves over context, and of the prompt that is timed, after which tokens
-    are decoded, and at which answers are judged.
+    are decoded, and at which answers are judged. At most `behind` tokens more are read or generated after it.
     """
 
     curves: list[int]
     timed: int
+    behind: int = field(default=0, compare=False)
 
     @property
     def longest(self) -> int:
@@ -75,10 +79,18 @@ class PromptLengths:
 
 
 def lengths_of(effort: str, scale: str, longest: int = 0) -> PromptLengths:
-    """Return the lengths of a run by effort and scale; `longest`, where not 0, is the longest prompt."""
+    """Return the lengths of a run by effort and scale; `longest`, where not 0, is the longest prompt.
+
+    Raises UserError for one that is too short to ask anything about.
+    """
+    if 0 < longest < LEAST_CONTEXT:
+        raise UserError(
+            f"{method.WHERE}: context {longest}: expected 0 (by effort) or at least {LEAST_CONTEXT} tokens, which hold "
+            "a few keys and values"
+        )
     curves = contexts(effort, scale, longest)
     timed = longest or min(curves[-1], max(curves[0], TIMED_PROMPT.get(effort, 8192)))
-    return PromptLengths(curves, timed)
+    return PromptLengths(curves, timed, max(settings.read(effort, scale).new_tokens, KEY + VALUE))
 
 
 def contexts(effort: str, scale: str, longest: int = 0) -> list[int]:
@@ -89,7 +101,13 @@ def contexts(effort: str, scale: str, longest: int = 0) -> list[int]:
 
 
 def facts(loaded: Loaded, lengths: PromptLengths) -> pd.DataFrame:
-    """Return the model and the lengths of this run as text."""
+    """Return the model and the lengths of this run as text.
+
+    Raises NotApplicable where the model has too few positions for these prompts and what comes behind them: now, not
+    when the first token is decoded.
+    """
+    kernels.check_context(loaded.model, lengths.longest)
+    kernels.check_context(loaded.model, lengths.timed, lengths.behind)
     blocks = anatomy(loaded.model).blocks
     rows: dict[str, object] = {"model": f"{loaded.parameters.name}, {loaded.scale}, {loaded.dtype}"}
     rows |= {"blocks": len(blocks)}

@@ -59,14 +59,18 @@ class Sparsity:
     watched_pages: int = 0
 
 
-def check_context(model: nn.Module | object, tokens: int) -> None:
-    """Raise NotApplicable where `tokens` of context are more than the model, or its configuration, allows."""
+def check_context(model: nn.Module | object, tokens: int, behind: int = 0) -> None:
+    """Raise NotApplicable where `tokens` of context, and as many as `behind` more after them, are more than the model,
+    or its configuration, allows.
+    """
     config = anatomy(model).config if isinstance(model, nn.Module) else model
     longest = getattr(config, "max_position_embeddings", None)
-    if longest and tokens > longest:
+    if longest and tokens + behind > longest:
+        after = f" with {behind} behind it" if behind else ""
+        limit = f"{longest - behind}, the model's {longest} less these {behind}" if behind else longest
         raise NotApplicable(
-            f"adaptive_sparse_attention: a context of {tokens} tokens is longer than this model allows; "
-            f"expected at most {longest} (max_position_embeddings)"
+            f"adaptive_sparse_attention: a context of {tokens} tokens{after} is longer than this model allows; "
+            f"expected at most {limit} (max_position_embeddings)"
         )
 
 

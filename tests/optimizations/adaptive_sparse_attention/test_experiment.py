@@ -3,12 +3,13 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from lib.errors import UserError
+from lib.errors import NotApplicable, UserError
 from lib.measure.compare import saved
 from lib.measure.metrics import measurement
 from lib.measure.trackers import memory
-from lib.optimizations.adaptive_sparse_attention import experiment
+from lib.optimizations.adaptive_sparse_attention import attention_timing, experiment, method
 
 TRAINED = SimpleNamespace(random_weights=False)
 
@@ -35,6 +36,31 @@ def test_lengths_follow_effort_and_scale():
     assert experiment.lengths_of("quick", "proxy") == experiment.PromptLengths([1024, 2048], 2048)
     assert experiment.lengths_of("standard", "slice") == experiment.PromptLengths([4096, 8192], 4096)
     assert experiment.lengths_of("quick", "proxy", 3000) == experiment.PromptLengths([1024, 2048, 3000], 3000)
+
+
+def test_a_context_too_short_to_ask_anything_about_is_refused():
+    with pytest.raises(UserError, match="context 40: expected 0 .by effort. or at least 64 tokens"):
+        experiment.lengths_of("quick", "proxy", 40)
+
+
+def test_a_prompt_that_fills_all_positions_is_refused_before_anything_is_read(tiny):
+    """Of 512 positions it leaves none for the tokens that are decoded and the questions that are asked behind it."""
+    loaded = SimpleNamespace(model=tiny("qwen3-4b-instruct-2507"), scale="proxy", dtype="float32")
+    loaded.parameters = SimpleNamespace(name="tiny")
+    with pytest.raises(NotApplicable, match="512 tokens with 16 behind it .* at most 496, the model's 512 less these"):
+        experiment.facts(loaded, experiment.lengths_of("quick", "proxy", 512))
+    with pytest.raises(NotApplicable, match="a context of 600 tokens is longer"):
+        experiment.facts(loaded, experiment.lengths_of("quick", "proxy", 600))
+    assert "[496]" in set(experiment.facts(loaded, experiment.lengths_of("quick", "proxy", 496))["value"])
+
+
+def test_a_prompt_too_short_for_a_pattern_is_priced_without_a_search(tiny):
+    model, prompt_1T = tiny("qwen3-4b-instruct-2507"), torch.arange(8, 88)[None]
+    knobs = {"tau": 0.3, "stride": 4, "full_last": 8}
+    whole, some = (method.apply(model, **knobs, block_size=size) for size in (64, 16))
+    assert attention_timing.priced(whole, prompt_1T, 4) == {"density": 1.0, "stride": 0}
+    priced = attention_timing.priced(some, prompt_1T, 4)
+    assert priced["stride"] == 4 and 0 < priced["density"] < 1
 
 
 def test_the_bounds_of_pages_are_read_as_well(tiny):
