@@ -20,6 +20,7 @@ from scipy.stats import binomtest
 from torch import nn
 from transformers import DynamicCache
 
+from lib.errors import UserError
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.quality import answer_comparison, noninferiority
 from lib.measure.quality.answers import Retrieved
@@ -98,7 +99,16 @@ class LongAnswers:
 
 
 def prompts(loaded: Loaded, tokens: int, count: int, questions: int = QUESTIONS, seed: int = 0) -> LongPrompts:
-    """Return `count` prompts of `tokens` tokens of held-out text, with `questions` keys and values spread evenly."""
+    """Return `count` prompts of `tokens` tokens of held-out text, with `questions` keys and values spread evenly, or
+    as many as stand there without overlap. Raises UserError where there is not one for each of PLACES.
+    """
+    fitting = (tokens - LEAD - KEY - VALUE) // (KEY + VALUE + 1)  # one token apart
+    if fitting < len(PLACES):
+        raise UserError(
+            f"prompts of {tokens} tokens hold fewer than {len(PLACES)} keys and values, one for each third; "
+            "give longer prompts"
+        )
+    questions = min(questions, fitting)
     distance = tokens - LEAD - KEY - VALUE
     filler_NX, _ = task_list.retrieval_prompts(loaded, distance, count, seed)
     ids_NT, random = filler_NX[:, :tokens].cpu().clone(), torch.Generator().manual_seed(seed + 1)

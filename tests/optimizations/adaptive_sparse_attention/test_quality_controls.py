@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from lib.errors import UserError
 from lib.measure.metrics import measurement
 from lib.measure.quality import noninferiority
 from lib.measure.timing import workloads
@@ -46,13 +47,33 @@ def test_an_answer_is_right_where_greedy_generation_repeats_it(tiny, name, monke
     assert set(long_answers.bars({"full": answers})["arm"]) == {f"{place}, full" for place in long_answers.PLACES}
 
 
-def test_keys_and_values_stand_in_the_prompt_without_overlap(monkeypatch):
+@pytest.fixture
+def plain_text(monkeypatch):
+    """Text of zeros, in which keys and values are none."""
     filler = torch.zeros(3, 400, dtype=torch.long)
     monkeypatch.setattr(long_answers.task_list, "retrieval_prompts", lambda *_: (filler, None))
     monkeypatch.setattr(long_answers.task_list, "filler_sources", lambda *_: np.array([4, 4, 7]))
     monkeypatch.setattr(
         long_answers, "random_ids", lambda _, shape, random: torch.randint(1, 90, shape, generator=random)
     )
+
+
+@pytest.mark.parametrize("tokens, fitting", [(64, 3), (100, 6), (390, 28)])
+def test_a_short_prompt_holds_fewer_questions_and_none_of_them_is_overwritten(plain_text, tokens, fitting):
+    prompts = long_answers.prompts(SimpleNamespace(device="cpu"), tokens, 3, questions=40)
+    assert prompts.key_NQK.shape[:2] == prompts.value_NQV.shape[:2] == (3, fitting)
+    for text_T, key_QK, value_QV in zip(prompts.ids_NT.tolist(), prompts.key_NQK.tolist(), prompts.value_NQV.tolist()):
+        assert len(text_T) == tokens
+        for key_K, value_V in zip(key_QK, value_QV):
+            assert any(text_T[at : at + 12] == key_K + value_V for at in range(tokens))
+
+
+def test_a_prompt_without_room_for_a_question_in_each_third_is_refused(plain_text):
+    with pytest.raises(UserError, match="prompts of 58 tokens hold fewer than 3 keys and values"):
+        long_answers.prompts(SimpleNamespace(device="cpu"), 58, 3)
+
+
+def test_keys_and_values_stand_in_the_prompt_without_overlap(plain_text):
     prompts = long_answers.prompts(SimpleNamespace(device="cpu"), 396, 3, questions=20)
     assert prompts.tokens == 396 and int((prompts.ids_NT[0] > 0).sum()) == 20 * (long_answers.KEY + long_answers.VALUE)
     text = prompts.ids_NT[1].tolist()
