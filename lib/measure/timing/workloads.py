@@ -115,10 +115,15 @@ def steps(model: nn.Module, prompt: Prompt, new_tokens: int, at_once: int | None
     first_B1, cache = _first(model, inputs)
     count = next(n for n in range(min(at_once or new_tokens, new_tokens), 0, -1) if new_tokens % n == 0)
     state: dict[str, Any] = {"token_B1": first_B1, "done": 0}
+    windows = [(layer, dict(vars(layer))) for layer in cache.layers if getattr(layer, "is_sliding", False)]
 
     def restart() -> None:
         if state["done"]:
-            cache.crop(-state["done"])
+            for layer in cache.layers:
+                if not getattr(layer, "is_sliding", False):
+                    layer.crop(-state["done"])
+            for layer, before in windows:  # what left a window cannot be cropped back; its tensors are never written to
+                vars(layer).update(before)
         state.update(token_B1=first_B1, done=0)
 
     def call(work: Workload) -> None:

@@ -5,6 +5,7 @@ import torch
 
 from lib.measure.quality import sanity
 from lib.measure.timing import workloads
+from tests.models.architectures import build
 
 
 def greedy(model, ids_BT, new_tokens):
@@ -37,6 +38,28 @@ def test_decode_leaves_the_prefill_to_its_preparation(tiny, name):
     work()
     assert torch.equal(first, work.output_BN) and torch.equal(first, greedy(model, prompt_BT, 5)[:, 13:])
     assert work.tokens == 8 and len(work.step_seconds) == 8
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3_text"])
+@pytest.mark.parametrize("tokens", [5, 12])
+@torch.inference_mode()
+def test_steps_start_again_behind_a_prompt_longer_than_the_window(name, tokens):
+    """Windows of 8 tokens: reached while decoding, or by the prompt already. Each time the same tokens come."""
+    model = build(name)
+    prompt_BT = workloads.random_prompt(model, 2, tokens)
+    expected_BN = greedy(model, prompt_BT, 7)[:, tokens + 1 :]
+    work, produced = workloads.steps(model, prompt_BT, 6, at_once=2), []
+    for _ in range(2):
+        work()
+        produced.append(work.output_BN)  # of the first turn
+        work()
+        work.restart()  # in the middle of an answer
+        work.whole()
+    assert all(torch.equal(output_BN, expected_BN[:, :2]) for output_BN in [*produced, work.output_BN])
+    whole = workloads.steps(model, prompt_BT, 6)
+    for _ in range(3):
+        whole()
+        assert torch.equal(whole.output_BN, expected_BN)
 
 
 def test_prefill_counts_the_prompt_and_takes_inputs(tiny, batch):
