@@ -7,6 +7,7 @@ of records and figures.
 Shapes: N texts, T tokens, B prompts, V vocabulary.
 """
 
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -18,12 +19,14 @@ import pandas as pd
 import torch
 from torch import nn
 
+from lib.errors import NotApplicable, UserError
 from lib.measure.compare import speed
 from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement, settings
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
 from lib.measure.quality import answer_comparison, evaluate, sanity
+from lib.measure.roofline import cost_model
 from lib.measure.trackers import environment, memory
 from lib.models.checkpoints import io
 from lib.models.checkpoints.parking import parked
@@ -64,7 +67,19 @@ def is_exact(loaded: Loaded) -> bool:
 
 
 def saved(model: nn.Module) -> tuple[tempfile.TemporaryDirectory, Path]:
-    """Write the weights of `model`; return the temporary directory, which the caller cleans up, and the checkpoint."""
+    """Write the weights of `model`; return the temporary directory, which the caller cleans up, and the checkpoint.
+
+    Raises NotApplicable for a model whose weights stream from a file already, because they do not fit into memory: no
+    resident arm stands beside it; UserError where the temporary disk has no room for them.
+    """
+    if reason := method.applies_to(model):
+        raise NotApplicable(f"{method.WHERE}: {reason}: there is no room for a resident arm to compare with")
+    needed, free = cost_model.weights_bytes(model), shutil.disk_usage(tempfile.gettempdir()).free
+    if needed > free:
+        raise UserError(
+            f"{method.WHERE}: {needed / 1e9:.1f} GB of weights do not fit into the {free / 1e9:.1f} GB free in "
+            f"{tempfile.gettempdir()}; free some, or set TMPDIR to a folder on another disk"
+        )
     place = tempfile.TemporaryDirectory(prefix="streaming-")
     return place, io.save(model, Path(place.name) / "checkpoint")
 

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from lib.errors import NotApplicable, UserError
 from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement, settings
 from lib.measure.timing import child
 from lib.measure.trackers import memory
 from lib.models.checkpoints import io
 from lib.models.decoding import mla_absorption
+from lib.models.offload import streamer
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.streaming_computation import (
     experiment,
@@ -88,6 +90,22 @@ def test_memory_children_decode_latents_absorbed_as_the_timed_arms_do(tiny, name
     monkeypatch.setattr(memory, "peaks", peaks)
     experiment.peaks(loaded, settings.read("quick"), folder, 1.0, {"prefill_chunk": 8, "absorbed": True})
     assert seen == [(latents, False), (latents, True)], "whole prompts, then in chunks"
+
+
+def test_a_model_that_streams_already_has_no_resident_arm(tiny, tmp_path):
+    """As it is loaded where it does not fit into memory: a result, told before anything is written."""
+    folder = io.save(tiny("qwen3-4b-instruct-2507"), tmp_path / "saved")
+    streamed = streamer.open_streamed(folder, memory_ratio=0.6)
+    with pytest.raises(NotApplicable, match="stream from a file already: there is no room for a resident arm"):
+        experiment.saved(streamed)
+    streamer.streamer(streamed).close()
+
+
+def test_a_disk_without_room_for_the_weights_is_told_before_they_are_written(tiny, monkeypatch):
+    model = tiny("qwen3-4b-instruct-2507")
+    monkeypatch.setattr(experiment.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"GB of weights do not fit into the 0\.0 GB free in .*; .*TMPDIR"):
+        experiment.saved(model)
 
 
 def test_a_preview_generates_few_tokens_and_still_overruns_the_window(tiny):
