@@ -44,7 +44,7 @@ class Rows:
     @property
     def bytes(self) -> int:
         """Bytes of the cache including padding."""
-        return sum(part.numel() * part.element_size() for layer in self.cache.layers for part in _parts(layer))
+        return sum(part.numel() * part.element_size() for layer in _filled(self.cache) for part in _parts(layer))
 
 
 def joinable(model: nn.Module) -> str | None:
@@ -112,7 +112,7 @@ def _pad_left(rows: Rows, length: int) -> None:
     for row, padding in enumerate((rows.mask_BL == 0).sum(1).tolist()):
         end = length + padding
         if padding:
-            for part in (part for layer in rows.cache.layers for part in _parts(layer)):
+            for part in (part for layer in _filled(rows.cache) for part in _parts(layer)):
                 part[row, :, :end] = part[row, :, :end].roll(padding, 1)
             rows.mask_BL[row, :end] = rows.mask_BL[row, :end].roll(padding)
 
@@ -172,7 +172,7 @@ def step(model: nn.Module, rows: Rows) -> torch.Tensor:
 def join(rows: Rows, joining: Rows) -> Rows:
     """Return `rows` followed by `joining`, in the cache of `rows`; neither argument may be used afterwards."""
     length = max(rows.length, joining.length)
-    for layer, joining_layer in zip(rows.cache.layers, joining.cache.layers):
+    for layer, joining_layer in zip(_filled(rows.cache), _filled(joining.cache), strict=True):
         joined = (
             torch.cat([_widened(part, length), _widened(joining_part, length)])
             for part, joining_part in zip(_parts(layer), _parts(joining_layer))
@@ -191,7 +191,7 @@ def keep(rows: Rows, indices: Sequence[int]) -> Rows:
     index = torch.as_tensor(list(indices), device=rows.mask_BL.device)
     mask_BL = rows.mask_BL[index]
     first = int(mask_BL.any(0).int().argmax()) if len(index) else rows.length
-    for layer in rows.cache.layers:
+    for layer in _filled(rows.cache):
         _replace(layer, (part[index, :, first:].contiguous() for part in _parts(layer)))
     rows.mask_BL = mask_BL[:, first:]
     rows.position_B, rows.token_B = rows.position_B[index], rows.token_B[index]
@@ -223,9 +223,21 @@ def _mapped(cache: DynamicCache, change: Callable[[torch.Tensor], torch.Tensor])
     changed.layers = []
     for layer in cache.layers:
         changed_layer = copy.copy(layer)
-        _replace(changed_layer, (change(part) for part in _parts(layer)))
+        if _is_filled(layer):
+            _replace(changed_layer, (change(part) for part in _parts(layer)))
         changed.layers.append(changed_layer)
     return changed
+
+
+def _filled(cache: DynamicCache) -> list[object]:
+    """Return the layers that have cached something. A cache has one for every block, and blocks without attention fill
+    none: the last ones stay empty.
+    """
+    return [layer for layer in cache.layers if _is_filled(layer)]
+
+
+def _is_filled(layer: object) -> bool:
+    return getattr(layer, "keys", None) is not None
 
 
 def _parts(layer: object) -> tuple[torch.Tensor, torch.Tensor]:

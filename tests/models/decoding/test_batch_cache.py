@@ -1,11 +1,14 @@
 """Rows that join and leave a running batch must compute what each of them would compute alone."""
 
+import copy
+
 import pytest
 import torch
 
 from lib.errors import UserError
 from lib.measure.roofline import cost_model
 from lib.models.decoding import batch_cache
+from lib.models.structure.replacements import no_op
 from tests.models.architectures import build
 
 
@@ -51,6 +54,23 @@ def test_rows_come_and_go_without_changing_each_others_tokens(tiny, name):
     batch_cache.step(model, running), note(running, [1, 3])
     for index, tokens in out.items():
         assert tokens == _alone(model, prompts[index], len(tokens)), index
+
+
+@torch.inference_mode()
+def test_rows_of_a_model_with_a_block_without_attention(tiny, name):
+    """Such a block has no layer in the cache, and the last layer of the cache stays empty."""
+    model = no_op.remove(copy.deepcopy(tiny(name)), 1, "attention")
+    first, second, third = prompts = _prompts(12, 5, 9)
+    running = batch_cache.join(batch_cache.prefill(model, [first, second]), batch_cache.prefill(model, [third]))
+    tokens = [running.token_B, batch_cache.step(model, running)]
+    assert running.bytes == running.length * 3 * cost_model.kv_cache_bytes_per_token(model)
+    again = batch_cache.repeat(batch_cache.first(running, running.length), 2)
+    running = batch_cache.keep(running, [0, 2])
+    tokens.append(batch_cache.step(model, running))
+    for row, prompt in ((0, 0), (2, 2)):
+        expected = _alone(model, prompts[prompt], 3)
+        assert [int(tokens[0][row]), int(tokens[1][row]), int(tokens[2][row // 2])] == expected
+    assert len(again) == 6
 
 
 @torch.inference_mode()
