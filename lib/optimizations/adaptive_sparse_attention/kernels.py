@@ -255,7 +255,7 @@ def page_the_cache(decoder: Any, args: tuple, kwargs: dict):
     """Before the decoder runs: pass it a paged cache where it would make a cache, or got an empty stock one."""
     cache, use_cache = cache_names.pop_from(kwargs), kwargs.get("use_cache")
     kwargs |= cache_names.as_kwargs(cache)
-    view_blocks = decoder.layers
+    attentions = [block.self_attn for block in decoder.layers if not getattr(block.self_attn, "absent", False)]
     if use_cache is False or (use_cache is None and not getattr(decoder.config, "use_cache", True)):
         return None
     if cache is None:
@@ -263,7 +263,7 @@ def page_the_cache(decoder: Any, args: tuple, kwargs: dict):
         kwargs |= cache_names.as_kwargs(cache)
     stock = isinstance(cache, Cache) and all(type(layer) is DynamicLayer for layer in cache.layers)
     if stock and cache.get_seq_length() == 0 and isinstance(cache, DynamicCache):
-        cache.layers[:] = [_paged_layer(block.self_attn) for block in view_blocks]
+        cache.layers[:] = [_paged_layer(module) for module in attentions]  # a layer for each that fills one
     return args, kwargs
 
 

@@ -150,9 +150,9 @@ def ask(model: Any, long_prompts: LongPrompts, acted: Callable[[], float] | None
 def _appending(model: nn.Module) -> DynamicCache:
     """Return an empty cache that appends in place: the stock one copies all it holds for every token of every copy."""
     cache = DynamicCache()
-    blocks = [block.attention.module for block in anatomy(model).blocks]
-    latent = ["expand_kv" in vars(module) for module in blocks]
-    sizes = [getattr(getattr(module, "sparsity", None), "page_size", PAGE) for module in blocks]
+    modules = [block.attention.module for block in anatomy(model).blocks if block.attention.kind != "none"]
+    latent = ["expand_kv" in vars(module) for module in modules]
+    sizes = [getattr(getattr(module, "sparsity", None), "page_size", PAGE) for module in modules]
     cache.layers = [PagedLayer(*each) for each in zip(sizes, latent)]
     return cache
 

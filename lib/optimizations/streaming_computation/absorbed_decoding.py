@@ -118,6 +118,8 @@ def absorbed_against_stock(
     output = model(input_ids=prompt_1T, use_cache=True, logits_to_keep=1)
     repeats = -(-context // prompt_1T.shape[1])
     for layer in cache_names.of(output).layers:
+        if not layer.is_initialized:  # of a block without attention
+            continue
         layer.keys = layer.keys.repeat(1, 1, repeats, 1)[..., :context, :].contiguous()
         layer.values = layer.values.repeat(1, 1, repeats, 1)[..., :context, :].contiguous()
     token_B1 = output.logits[:, -1:].argmax(-1)

@@ -8,6 +8,7 @@ from lib.errors import NotApplicable, UserError
 from lib.models.checkpoints import io
 from lib.models.decoding import batch_cache, cache_names
 from lib.models.decoding.attention_inputs import watch
+from lib.models.structure.replacements import no_op
 from lib.optimizations.adaptive_sparse_attention import method as sparse
 
 SMALL = {"block_size": 16, "stride": 4, "page_size": 4, "full_last": 0, "dense_blocks": 0}
@@ -226,6 +227,14 @@ def test_padding_in_the_middle_leaves_nothing_out_and_says_so(tiny, name, prompt
     holes[0, 30:40] = 0
     _steps(model, {**prompts, "attention_mask": holes})
     assert sparse.left_out(model) == 0
+
+
+@torch.inference_mode()
+def test_a_block_without_attention_has_no_pages(tiny, name, prompts):
+    """It fills no layer of the cache: the layers behind it are those of the next blocks, latents or not."""
+    model = no_op.remove(tiny(name), 1, "attention")
+    whole = sparse.apply(model, tau=1.0, pages=1000, **SMALL)
+    torch.testing.assert_close(_steps(whole, prompts), _steps(model, prompts), atol=2e-5, rtol=1e-4)
 
 
 @torch.inference_mode()

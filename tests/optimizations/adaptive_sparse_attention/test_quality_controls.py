@@ -12,6 +12,7 @@ from lib.measure.metrics import measurement
 from lib.measure.quality import noninferiority
 from lib.measure.timing import workloads
 from lib.models import parameters
+from lib.models.structure.replacements import no_op
 from lib.optimizations.adaptive_sparse_attention import experiment, long_answers, method, quality_controls
 from lib.optimizations.common import absorbed_baseline
 
@@ -45,6 +46,14 @@ def test_an_answer_is_right_where_greedy_generation_repeats_it(tiny, name, monke
     sparse = long_answers.ask(method.apply(model, tau=1.0, pages=0, **SMALL), prompts)
     np.testing.assert_allclose(sparse.loss_NQ, answers.loss_NQ, atol=1e-4)
     assert set(long_answers.bars({"full": answers})["arm"]) == {f"{place}, full" for place in long_answers.PLACES}
+
+
+@torch.inference_mode()
+def test_a_block_without_attention_has_no_layer_in_the_cache_of_a_prompt(tiny, name):
+    model, prompts = no_op.remove(tiny(name), 1, "attention"), _prompts()
+    full = long_answers.ask(absorbed_baseline.absorbed_baseline(model), prompts)
+    sparse = long_answers.ask(method.apply(model, tau=1.0, pages=0, **SMALL), prompts)
+    np.testing.assert_allclose(sparse.loss_NQ, full.loss_NQ, atol=1e-4)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lib.models.decoding import mla_absorption
+from lib.models.structure.replacements import no_op
 from lib.optimizations.streaming_computation import absorbed_decoding
 
 PROMPT = torch.randint(8, 96, (1, 20), generator=torch.Generator().manual_seed(2))
@@ -30,6 +31,12 @@ def test_absorbed_decoding_generates_the_same_and_is_timed_part_by_part(tiny, mo
     assert not any(block.attention.module._forward_hooks for block in absorbed_decoding.anatomy(model).blocks)
     monkeypatch.setattr(absorbed_decoding.slice_depth, "whole", lambda model: None)
     assert absorbed_decoding.absorbed_against_stock(model, PROMPT, 40, 1)[2]["at full depth"] is None
+
+
+def test_a_block_without_attention_has_no_cache_to_repeat(tiny):
+    model = no_op.remove(tiny("glm-4.7-flash"), 1, "attention")
+    _, same, gains = absorbed_decoding.absorbed_against_stock(model, PROMPT, 40, 1)
+    assert same and gains["operations"] > 1
 
 
 @pytest.mark.parametrize(("scale", "wanted"), [("full", 2048), ("proxy", 4096)])
