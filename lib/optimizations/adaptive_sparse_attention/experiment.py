@@ -24,11 +24,13 @@ from lib.measure.metrics import measurement, paired_stats, settings
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
 from lib.measure.quality import sanity
+from lib.measure.roofline import full_depth
 from lib.measure.trackers import environment, memory
 from lib.models.checkpoints import io
 from lib.models.decoding.attention_inputs import Heads, watch
 from lib.models.loading import Loaded
-from lib.models.structure.anatomy import anatomy
+from lib.models.structure import slice_depth
+from lib.models.structure.anatomy import Attention, Block, anatomy
 from lib.models.tasks import corpus
 from lib.models.tasks import tasks as task_list
 from lib.models.tasks.retrieval import KEY, VALUE
@@ -59,6 +61,7 @@ CONTEXTS = {
 # At real dimensions, where reading the longest takes seconds and the shortest shows little.
 AT_REAL_SIZE = {"preview": (2048,), "quick": (2048,), "standard": (4096, 8192), "thorough": (4096, 8192, 16384)}
 LEAST_CONTEXT = 64
+CACHES = ("kv_cache_bytes_per_token", full_depth.CACHE)
 TIMED_PROMPT = {"preview": 1024, "quick": 2048, "standard": 4096, "thorough": 8192}
 
 
@@ -108,12 +111,17 @@ def facts(loaded: Loaded, lengths: PromptLengths) -> pd.DataFrame:
     """
     kernels.check_context(loaded.model, lengths.longest)
     kernels.check_context(loaded.model, lengths.timed, lengths.behind)
-    blocks = anatomy(loaded.model).blocks
+    view = _attending(loaded.model)[0].attention
     rows: dict[str, object] = {"model": f"{loaded.parameters.name}, {loaded.scale}, {loaded.dtype}"}
-    rows |= {"blocks": len(blocks)}
-    rows |= {"attention": blocks[0].attention.kind, "heads": blocks[0].attention.heads}
+    rows |= {"blocks": len(anatomy(loaded.model).blocks)}
+    rows |= {"attention": view.kind, "heads": view.heads}
     rows |= {"lengths of the curves": lengths.curves, "timed and judged prompts": lengths.timed}
     return pd.DataFrame([(name, str(value)) for name, value in rows.items()], columns=["", "value"])
+
+
+def _attending(model: nn.Module) -> list[Block]:
+    """Return the blocks that have an attention: an optimization may have taken that of others."""
+    return [block for block in anatomy(model).blocks if block.attention.kind != "none"]
 
 
 def sizes(effort: str, scale: str, knobs: Mapping[str, Any]) -> Effort:
@@ -129,7 +137,8 @@ def watched(loaded: Loaded, tokens: int, seed: int = 0) -> tuple[torch.Tensor, H
     """
     kernels.check_context(loaded.model, tokens)
     ids_1T = task_list.text_windows(loaded, "final", 1, tokens, seed)
-    return ids_1T, watch(loaded.model, ids_1T, {len(anatomy(loaded.model).blocks) // 2})[0]
+    blocks = _attending(loaded.model)
+    return ids_1T, watch(loaded.model, ids_1T, {blocks[len(blocks) // 2].index})[0]
 
 
 def applied(baseline: nn.Module, knobs: Mapping[str, Any]) -> tuple[nn.Module, float]:
@@ -178,22 +187,46 @@ def exactness_table(differences: Mapping[str, float]) -> pd.DataFrame:
 
 
 def attended(model: nn.Module, knobs: Mapping[str, Any], context: int) -> float:
-    """Return how many tokens' worth of the cache a new token reads after `context` tokens, as a mean over blocks.
+    """Return how many tokens' worth of the cache a new token reads after `context` tokens, as a mean over the blocks
+    that have an attention.
 
-    The chosen pages, and the bounds of all full pages: a minimum and a maximum of the page's keys, which are half of a
-    token each where keys are half of what is cached, and a whole one for latents. The first `dense_blocks` read all.
+    The chosen pages, and the bounds of all full pages. The first `dense_blocks` read all.
     """
-    blocks, pages = anatomy(model).blocks, context // knobs["page_size"]
+    blocks, pages = _attending(model), context // knobs["page_size"]
     read = knobs["pages"] * knobs["page_size"]
     if not knobs["pages"] or read >= context:
         return float(context)
     tokens = 0.0
     for block in blocks:
-        view = block.attention
-        keys = 1.0 if view.kind == "latent" else view.head_dim / (view.head_dim + view.value_dim)
         sparse = block.index >= knobs["dense_blocks"]
-        tokens += min(context, read + 2 * keys * pages) if sparse else context
+        tokens += min(context, read + _bounds(block.attention) * pages) if sparse else context
     return tokens / len(blocks)
+
+
+def _bounds(attention: Attention) -> float:
+    """Return the size of a page's bounds in tokens of the cache: a minimum and a maximum of the page's keys, which are
+    half of a token each where keys are half of what is cached, and a whole one for latents.
+    """
+    if attention.kind == "latent":
+        return 2.0
+    return 2 * attention.head_dim / (attention.head_dim + attention.value_dim)
+
+
+def _with_bounds(counted: Measurement, model: nn.Module, knobs: Mapping[str, Any], tokens: int) -> Measurement:
+    """Return what was counted; where it is the cache per token, with the bounds that the optimized arm keeps beside
+    `tokens` cached ones. The first `dense_blocks` of a model, a slice or the whole, read all pages and keep none.
+    """
+    dense, blocks = knobs.get("dense_blocks", 0), _attending(model)
+    if counted.metric == full_depth.CACHE:
+        sparse = 1 - min(1.0, dense / len(slice_depth.whole(model) or blocks))
+    else:
+        sparse = sum(block.index >= dense for block in blocks) / len(blocks)
+    chosen = 0 < knobs.get("pages", 0) * knobs.get("page_size", 0) < tokens
+    if counted.metric not in CACHES or not chosen or counted.optimized is None:
+        return counted
+    held = counted.optimized * (1 + sparse * _bounds(blocks[0].attention) / knobs["page_size"])
+    source = f"{counted.source}, with the bounds of its pages"
+    return measurement.counted(counted.metric, counted.workload, counted.baseline, held, source)
 
 
 def formulas(
@@ -236,7 +269,8 @@ def costs(
     full_peak, sparse_peak = memory.peaks(full, sparse)
     peaks = memory.measurements(full_peak, sparse_peak)
     options = {name: dict(values) for name, values in formula.items()}
-    counted = speed.resources(baseline, optimized, tokens=tokens, **options)
+    resources = speed.resources(baseline, optimized, tokens=tokens, **options)
+    counted = [_with_bounds(each, baseline, knobs, tokens) for each in resources]
     rate = next(m for m in timings if m.metric == "prefill_tokens_per_second")
     return [*timings, *peaks, *counted, *speed.break_even(apply_seconds, rate)]
 

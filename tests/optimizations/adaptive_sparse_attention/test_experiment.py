@@ -8,7 +8,10 @@ import torch
 from lib.errors import NotApplicable, UserError
 from lib.measure.compare import saved
 from lib.measure.metrics import measurement
+from lib.measure.roofline import cost_model
 from lib.measure.trackers import memory
+from lib.models.decoding import cache_names
+from lib.models.structure.replacements import no_op
 from lib.optimizations.adaptive_sparse_attention import attention_timing, experiment, method
 
 TRAINED = SimpleNamespace(random_weights=False)
@@ -71,6 +74,42 @@ def test_the_bounds_of_pages_are_read_as_well(tiny):
     assert experiment.attended(model, knobs | {"dense_blocks": 2}, 8192) == (2 * 8192 + 2 * 1536) / 4
     assert experiment.attended(tiny("glm-4.7-flash"), knobs, 8192) == 1024 + 2 * 512
     assert experiment.attended(model, knobs, 1000) == experiment.attended(model, knobs | {"pages": 0}, 1000) == 1000
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dense_blocks", [0, 1])
+def test_the_cache_per_token_is_counted_with_the_bounds_of_its_pages(tiny, name, dense_blocks):
+    """As many bytes as the layers really hold once pages were chosen; where none are, no bounds are made."""
+    knobs = {"tau": 1.0, "block_size": 16, "stride": 4, "page_size": 4, "pages": 2, "dense_blocks": dense_blocks}
+    model, ids_1T = tiny(name), torch.arange(8, 72)[None]
+    optimized = method.apply(model, **knobs)
+    cache = cache_names.of(optimized(input_ids=ids_1T, use_cache=True))
+    optimized(input_ids=ids_1T[:, :1], use_cache=True, **cache_names.as_kwargs(cache))
+    held = [part.nbytes for layer in cache.layers for part in (layer.keys, layer.values)]
+    bounds = [layer._bounds_BGPE.nbytes for layer in cache.layers if layer._bounds_BGPE is not None]
+    per_token = cost_model.kv_cache_bytes_per_token(model)
+    counted = measurement.counted("kv_cache_bytes_per_token", "decode", per_token, per_token, "by formula")
+    again = experiment._with_bounds(counted, model, knobs, 64)
+    assert len(bounds) == 4 - dense_blocks and sum(held) == 65 * per_token
+    assert again.baseline == per_token and again.optimized == pytest.approx(per_token + sum(bounds) / 64)
+    assert again.verdict == "worse" and again.source.endswith("with the bounds of its pages")
+    assert experiment._with_bounds(counted, model, knobs | {"pages": 0}, 64) is counted
+    assert experiment._with_bounds(counted, model, knobs | {"pages": 16}, 64) is counted
+    slice_depth_of = SimpleNamespace(whole=lambda _: ["dense"] * 10)
+    whole = measurement.counted("full_depth_kv_cache_bytes_per_token", "decode", 100.0, 100.0, "derived")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(experiment, "slice_depth", slice_depth_of)
+        share = experiment._with_bounds(whole, model, knobs, 64).optimized / 100 - 1
+    assert share == pytest.approx((10 - dense_blocks) / 10 * sum(bounds) / len(bounds) * 4 / 64 / per_token)
+
+
+def test_blocks_without_attention_are_passed_over(tiny, monkeypatch):
+    model = no_op.remove(tiny("qwen3-4b-instruct-2507"), 2, "attention")
+    knobs = {"pages": 64, "page_size": 16, "dense_blocks": 0}
+    assert experiment.attended(model, knobs, 8192) == 1024 + 512
+    monkeypatch.setattr(experiment.task_list, "text_windows", lambda *_: torch.arange(8, 40)[None])
+    _, heads = experiment.watched(SimpleNamespace(model=model), 32)
+    assert heads.index == 1 and heads.tokens == 32, "the middle one has none"
 
 
 def test_a_knob_out_of_range_is_named_before_anything_is_loaded():
