@@ -258,8 +258,8 @@ def decode_apart(
     invalid: str | None = None,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Return name, purpose and measurements of what decoding gains beside sparsity: the paged cache alone, cache and
-    sparsity together, and for latent attention what is gained over the stock path, which expands its cache at every
+    """Return name, purpose and measurements of what decoding gains beside sparsity: the paged cache and its kernel,
+    these and sparsity together, and for latent attention what is gained over the stock path, which expands its cache at every
     token.
 
     A name is "… against …": the arm that it names first is the optimized one, the other the baseline. Empty where the
@@ -279,7 +279,7 @@ def decode_apart(
         "sparse": lambda: optimized,
         "stock": lambda: baseline,
     }
-    versus = [("all pages against the stock cache", "fair", "every", "the cache alone, nothing left out")]
+    versus = [("all pages against the stock cache", "fair", "every", "the cache and its kernel, nothing left out")]
     versus += [("chosen pages against the stock cache", "fair", "sparse", "cache and sparsity together")]
     if absorbed_baseline.has_latents(baseline):
         versus += [("chosen pages against the stock path", "stock", "sparse", "expands its cache at every token")]

@@ -139,10 +139,9 @@ def attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, causal, **kwargs)
     if query.shape[2] == 1 and layer is not None:
         _count_read(state, layer, query, scale)
-        if state.pages and layer.full_pages > state.pages:
-            chosen: dict[str, Any] = {"start_B": _start(attention_mask), "rank": _rank(state)}
-            return paged.decode(query[:, :, 0], layer, scale, state.pages, **chosen)[:, None], None
-    elif query.shape[2] > 1:
+        chosen: dict[str, Any] = {"start_B": _start(attention_mask), "rank": _rank(state)}
+        return paged.decode(query[:, :, 0], layer, scale, state.pages, **chosen)[:, None], None
+    if query.shape[2] > 1:
         if state.page_choice == "observed":
             state.observed_BGK = page_controls.observe(query, key, scale)
         spans = _spans(attention_mask, len(query), key.shape[2])

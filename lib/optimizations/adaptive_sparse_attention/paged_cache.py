@@ -179,12 +179,19 @@ def decode(
     start_B: torch.Tensor | None = None,
     rank: Rank = by_bounds,
 ) -> torch.Tensor:
-    """Return attention [B, H, V] of one new token to the best `pages` pages and the last one."""
+    """Return attention [B, H, V] of one new token to the best `pages` pages and the last one; to all where `pages` is 0
+    or there are no more, by the same kernel: query heads that share keys are rows of one product.
+    """
     groups = layer.cached()[0].shape[1]
     query_BGRD = query_BHD.unflatten(1, (groups, -1))
-    page_BGN = best_pages(query_BGRD, layer, pages, start_B, rank)
-    key_BGXD, value_BGXV = layer.gather(page_BGN)
-    mask = real_tokens(page_BGN, layer, start_B)
+    if pages and layer.full_pages > pages:
+        page_BGN = best_pages(query_BGRD, layer, pages, start_B, rank)
+        key_BGXD, value_BGXV = layer.gather(page_BGN)
+        mask = real_tokens(page_BGN, layer, start_B)
+    else:
+        key_BGXD, value_BGXV = layer.cached()
+        place_X = torch.arange(key_BGXD.shape[2], device=key_BGXD.device)
+        mask = None if start_B is None else place_X >= start_B.view(-1, 1, 1, 1)
     return scaled_dot_product_attention(query_BGRD, key_BGXD, value_BGXV, attn_mask=mask, scale=scaling).flatten(1, 2)
 
 

@@ -8,7 +8,7 @@ import torch
 from lib.measure.metrics import settings
 from lib.measure.timing import workloads
 from lib.models.decoding import cache_names
-from lib.optimizations.adaptive_sparse_attention import attention_timing, method
+from lib.optimizations.adaptive_sparse_attention import attention_timing, kernels, method
 
 KNOBS = {"tau": 0.9, "block_size": 16, "stride": 4, "page_size": 4, "full_last": 8, "pages": 2, "dense_blocks": 0}
 PROMPT = torch.randint(8, 96, (1, 40), generator=torch.Generator().manual_seed(1))
@@ -39,6 +39,26 @@ def test_decoding_is_held_against_all_pages_of_the_same_cache(tiny, monkeypatch)
     assert prompt_first is baseline and names == ("decode",) and second is optimized and first is not baseline
     (every, all_read), (chosen, some_read) = _caches(first), _caches(second)
     assert every == chosen and some_read < all_read
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("padded", [False, True])
+def test_both_arms_of_decoding_have_one_kernel(tiny, monkeypatch, padded):
+    """The stock function repeats shared keys, or reads them once for each query head: a gain that is not sparsity's."""
+    baseline = tiny("qwen3-4b-instruct-2507")
+    ids_BT = PROMPT.repeat(2, 1)
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[1, : 6 * padded] = 0
+    longer_BT, token_B1 = torch.cat([mask_BT, mask_BT[:, -1:]], 1), ids_BT[:, :1]
+    every, chosen = (method.apply(baseline, **KNOBS | {"tau": 1.0, "pages": pages}) for pages in (0, 2))
+    logits = []
+    for arm in (baseline, every, chosen):
+        cache = cache_names.as_kwargs(cache_names.of(arm(ids_BT, attention_mask=mask_BT, use_cache=True)))
+        with monkeypatch.context() as patched:
+            patched.setattr(kernels, "sdpa_attention_forward", None)
+            logits.append(arm(token_B1, attention_mask=longer_BT, use_cache=True, **cache).logits)
+    torch.testing.assert_close(logits[1], logits[0], atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(logits[2], logits[0], atol=1e-3)
 
 
 def test_what_the_cache_alone_gains_stands_beside(tiny, monkeypatch):
