@@ -67,6 +67,7 @@ def reads(model: nn.Module, work: Callable[[], object], repeats: int = REPEATS) 
     file = stream.file
     work()
     prepare()
+    stream.settle()  # what that call reads ahead, for the next one, is read by now
     before, disk_before = file.bytes_read, disk_bytes()
     log: list[Callable[[], None]] = []
     file.log = log

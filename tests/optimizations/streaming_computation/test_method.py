@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import time
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from lib.measure.roofline import cost_model
 from lib.measure.timing import workloads
 from lib.measure.trackers import memory, memory_child
 from lib.models.checkpoints import io
+from lib.models.checkpoints.weight_file import WeightFile
 from lib.models.decoding import mla_absorption
 from lib.models.offload import streamer
 from lib.optimizations.common import absorbed_baseline
@@ -113,3 +115,23 @@ def test_reads_are_counted_and_repeated_without_the_model(tiny, name, monkeypatc
     assert counted.optimized == reads.bytes / 8 and counted.verdict == "worse"
     work()
     assert work.output_BN.shape == (2, 4)
+
+
+def test_what_an_earlier_call_reads_ahead_is_not_counted_again(tiny, tmp_path, monkeypatch):
+    """Planted: every read takes a while, so that the last one of a call is still under way when the call is over."""
+    folder = io.save(tiny("qwen3-4b-instruct-2507"), tmp_path / "saved")
+    streamed = streaming.open_folder(folder, memory_ratio=0.5, page_cache="copy")
+    stream, fill = streamer.streamer(streamed), WeightFile._fill
+    monkeypatch.setattr(WeightFile, "_fill", lambda *arguments: (time.sleep(0.01), fill(*arguments)))
+
+    def work() -> None:
+        streamed(ids_of(6))
+
+    work()
+    stream.settle()
+    before = stream.file.bytes_read
+    work()
+    stream.settle()
+    of_a_call = stream.file.bytes_read - before
+    assert read_bound.reads(streamed, work, repeats=1).bytes == of_a_call > 0
+    stream.close()
