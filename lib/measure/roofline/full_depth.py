@@ -67,6 +67,8 @@ def speed(
         for work, times, factor in zip(works, seconds, factors)
     )
     source = f"the judged times; blocks' share of them from {looks} calls with clocks around each; {_source(models[0])}"
+    if alone := slice_depth.alone(models[1]):
+        source += f"; of these {len(alone)} blocks once, as no other is treated so"
     options: dict[str, Any] = {"provenance": "derived", "samples": False, "process": process}
     return [measurement.from_samples(METRIC_OF[name], name, base, opt, source=source, floor=None, **options)]
 
@@ -165,7 +167,7 @@ def _source(baseline: nn.Module) -> str:
 
 def _counts(models: Sequence[nn.Module]) -> list[float] | str:
     """Return how many blocks each block stands for, in both arms, or why that is unknown."""
-    counts = slice_depth.stands_for(models[0])
+    counts = slice_depth.stands_for(models[0], slice_depth.alone(models[1]))
     if isinstance(counts, str):
         return counts
     if any(getattr(model, "weights_in_memory_bytes", None) is not None for model in models):

@@ -5,6 +5,7 @@ loaded from disk, have them too. Knows nothing of time or memory.
 """
 
 from collections import Counter
+from collections.abc import Collection
 
 from accelerate import init_empty_weights
 from torch import nn
@@ -14,6 +15,7 @@ from lib.models.structure.anatomy import anatomy
 from lib.models.structure.architecture import auto_class
 
 NAME = "whole_blocks"  # of the text configuration
+ALONE = "stands_alone"  # of a decoder block that an optimization treats as no other of the full model
 
 
 def kinds(model: nn.Module) -> list[str]:
@@ -35,14 +37,27 @@ def whole(model: nn.Module) -> list[str] | None:
     return getattr(anatomy(model).config, NAME, None)
 
 
-def stands_for(model: nn.Module) -> list[float] | str:
+def alone(model: nn.Module) -> frozenset[int]:
+    """Return the indices of the blocks that no other block of the full model is like: they are marked by ALONE."""
+    return frozenset(block.index for block in anatomy(model).blocks if getattr(block.module, ALONE, False))
+
+
+def stands_for(model: nn.Module, once: Collection[int] = ()) -> list[float] | str:
     """Return for each block of a slice how many blocks of the full model it represents.
 
-    The blocks of the full model are divided evenly among the slice's blocks of the same kind. Returns the reason, in
-    words, if the slice has no block of a kind.
+    The blocks of the full model are divided evenly among the slice's blocks of the same kind. Those with an index in
+    `once` represent themselves alone, unless the slice has no other block of their kind. Returns the reason, in words,
+    if the slice has no block of a kind.
     """
     whole_counts, slice_kinds = Counter(whole(model) or []), kinds(model)
     if lacking := sorted(set(whole_counts) - set(slice_kinds)):
         return f"the slice has no block of kind {lacking[0]}, of which the whole model has {whole_counts[lacking[0]]}"
+    others = Counter(kind for index, kind in enumerate(slice_kinds) if index not in once)
+    single = Counter(kind for index, kind in enumerate(slice_kinds) if index in once and others[kind])
     slice_counts = Counter(slice_kinds)
-    return [whole_counts[kind] / slice_counts[kind] for kind in slice_kinds]
+    return [
+        1.0
+        if index in once and others[kind]
+        else (whole_counts[kind] - single[kind]) / (slice_counts[kind] - single[kind])
+        for index, kind in enumerate(slice_kinds)
+    ]

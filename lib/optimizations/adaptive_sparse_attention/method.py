@@ -18,7 +18,7 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.models.decoding import mla_absorption
-from lib.models.structure import beyond_files
+from lib.models.structure import beyond_files, slice_depth
 from lib.models.structure.anatomy import anatomy
 from lib.models.structure.sharing import sharing
 from lib.optimizations.adaptive_sparse_attention import block_pattern as blocks
@@ -98,6 +98,7 @@ def apply(
     knobs = (tau, block_size, stride, max_density, full_last)
     for block in view.blocks:
         module, read = block.attention.module, 0 if block.index < dense_blocks else pages
+        setattr(block.module, slice_depth.ALONE, read != pages)  # there are no more of them in a deeper model
         module.sparsity = Sparsity(block.index, *knobs, read, page_size, page_choice, pattern, seed)
         if block.attention.kind == "latent" and isinstance(module.kv_b_proj, nn.Linear):
             module.expand_kv = types.MethodType(expand_or_not, module)
@@ -114,6 +115,7 @@ def revert(model: nn.Module) -> nn.Module:
     for block in view.blocks:
         for name in ("sparsity", "expand_kv"):
             block.attention.module.__dict__.pop(name, None)
+        block.module.__dict__.pop(slice_depth.ALONE, None)
     if hook := view.decoder.__dict__.pop("sparse_hook", None):
         view.decoder._forward_pre_hooks.pop(hook.id, None)
         view.decoder._forward_pre_hooks_with_kwargs.pop(hook.id, None)

@@ -85,6 +85,22 @@ def test_every_tick_of_a_block_counts_as_often_as_it_stands_for(tiny, monkeypatc
     assert rate.processes == 3 and rate.ci == pytest.approx((math.exp(low), math.exp(high)))
 
 
+def test_blocks_that_no_other_is_like_stand_for_themselves(tiny):
+    """The first blocks of a model may be treated otherwise, and a deeper one has no more of them."""
+    model = as_slice(tiny("qwen3-4b-instruct-2507"), ["dense"] * 36)
+    assert slice_depth.stands_for(model) == [9.0] * 4 and not slice_depth.alone(model)
+    assert slice_depth.stands_for(model, {0, 1}) == [1.0, 1.0, 17.0, 17.0]
+    assert slice_depth.stands_for(model, {0, 1, 2, 3}) == [9.0] * 4, "or nothing would stand for the others"
+    latent = as_slice(tiny("glm-4.7-flash"), ["dense"] + ["experts"] * 46)
+    assert slice_depth.stands_for(latent, {0, 1}) == [1.0, 1.0, 22.5, 22.5]
+    optimized = copy.deepcopy(model)
+    for block in anatomy(optimized).blocks[:2]:
+        setattr(block.module, slice_depth.ALONE, True)
+    assert slice_depth.alone(optimized) == {0, 1} and full_depth._counts((model, optimized)) == [1.0, 1.0, 17.0, 17.0]
+    every = {m.metric: m.optimized for m in full_depth.sizes((model, model))}
+    assert {m.metric: m.optimized for m in full_depth.sizes((model, optimized))} == every
+
+
 def test_hooks_are_taken_away_again(tiny, name):
     model = as_slice(tiny(name), ["dense"] * 9)
     before = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]

@@ -8,6 +8,7 @@ from lib.errors import NotApplicable, UserError
 from lib.models.checkpoints import io
 from lib.models.decoding import batch_cache, cache_names
 from lib.models.decoding.attention_inputs import watch
+from lib.models.structure import slice_depth
 from lib.models.structure.replacements import no_op
 from lib.optimizations.adaptive_sparse_attention import method as sparse
 
@@ -76,6 +77,9 @@ def test_the_first_blocks_read_all_pages(tiny, prompts):
     _steps(model, {**prompts, "attention_mask": torch.ones_like(prompts["attention_mask"])})
     read = [state.read_tokens / state.cached_tokens for state in sparse.sparsities(model)]
     assert read[:3] == [1.0, 1.0, 1.0] and read[3] < 0.5
+    assert slice_depth.alone(model) == {0, 1, 2}, "of a slice they stand for no others"
+    assert not slice_depth.alone(sparse.apply(model, tau=1.0, pages=0, **SMALL | {"dense_blocks": 3}))
+    assert not slice_depth.alone(sparse.revert(model))
 
 
 @torch.inference_mode()
