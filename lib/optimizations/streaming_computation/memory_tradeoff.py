@@ -164,4 +164,7 @@ def reading(rows: Sequence[Mapping[str, Any]], offload: Mapping[str, Measurement
         from_disk = "every byte from the disk" if share == 1 else f"nearly every byte ({source})"
         how = from_disk if share >= FROM_DISK else f"the page cache dropped ({source})"
         first = f"{first[:-1]}; with {how}, {longer['drop']:.2f} times."
-    return first + f" It decodes {offload['disk'].ratio:.1f} times as fast as accelerate's offloading to {where}."
+    rival = offload["disk"]
+    if rival.ratio is None:
+        return first + f" Against accelerate's offloading it was not timed: {rival.reason}."
+    return first + f" It decodes {rival.ratio:.1f} times as fast as accelerate's offloading to {where}."

@@ -6,6 +6,7 @@ cost. Knows nothing of how streaming works.
 """
 
 import gc
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -18,11 +19,13 @@ from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.pairs import Pairs
 from lib.measure.timing import interleaved, workloads
 from lib.measure.timing.workloads import Workload
-from lib.models.checkpoints import io
+from lib.models.checkpoints import io, placement
 from lib.models.decoding import mla_absorption
 from lib.models.structure.anatomy import anatomy
+from lib.optimizations.streaming_computation import read_bound
 from lib.optimizations.streaming_computation.limited import children
 
+METRIC = "decode_tokens_per_second"
 BLOCKS = 6
 KINDS = ("disk", "cpu")
 
@@ -57,16 +60,31 @@ def compare(
 ) -> tuple[dict[str, Measurement], bool]:
     """Return decoding of a streamed `model` against each kind of offloading, and whether all tokens are equal.
 
-    The baseline of each measurement is accelerate's offloading of the checkpoint in `folder`.
+    The baseline of each measurement is accelerate's offloading of the checkpoint in `folder`. Unavailable, with the
+    reason, where there is no room for it.
     """
+    names = {kind: f"decode, against accelerate, {kind}" for kind in KINDS}
+    if reason := no_room(read_bound.stream_of(model).plan.total_bytes):
+        return {kind: measurement.unavailable(METRIC, name, reason) for kind, name in names.items()}, True
     work, dtype = workloads.steps(model, prompt_BT, steps), next(model.parameters()).dtype
     measurements, all_same = {}, True
     for kind in KINDS:
         pairs, same = pairs_with(work, folder, kind, dtype, prompt_BT)
-        name = f"decode, against accelerate, {kind}"
-        measurements[kind] = measurement.from_pairs("decode_tokens_per_second", name, pairs, work.new_tokens, None)
+        measurements[kind] = measurement.from_pairs(METRIC, names[kind], pairs, work.new_tokens, None)
         all_same &= same
     return measurements, all_same
+
+
+def no_room(total: int) -> str:
+    """Return why weights of `total` bytes cannot be offloaded: they are loaded whole before, beside whatever else is in
+    memory, and written to the temporary disk; empty where they can.
+    """
+    free, place = placement.free_bytes("cpu"), tempfile.gettempdir()
+    if total > placement.WEIGHTS_SHARE * free:
+        return f"accelerate loads the whole model first: {total / 1e9:.1f} GB do not fit into {free / 1e9:.1f} GB free"
+    if total > (disk := shutil.disk_usage(place).free):
+        return f"another {total / 1e9:.1f} GB of weights do not fit into the {disk / 1e9:.1f} GB free in {place}"
+    return ""
 
 
 def pairs_with(

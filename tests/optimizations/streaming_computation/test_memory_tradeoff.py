@@ -1,6 +1,7 @@
 """Decoding at several allowances and against accelerate's offloading, on tiny models: what each arm really is."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,6 +71,24 @@ def test_that_bytes_come_from_the_disk_is_said_where_they_were_seen_to(monkeypat
     assert "the rest read from its file (what came from the disk is unknown), a token" in unknown
     nearly = memory_tradeoff.reading([_row("keep", 0.0, ""), _row("drop", 0.96, "96 % from the disk")], offload, 0.35)
     assert "with nearly every byte (96 % from the disk), 2.00 times" in nearly
+
+
+@pytest.mark.parametrize("short", ["memory", "disk"])
+def test_where_a_second_whole_model_has_no_room_accelerate_is_not_timed(folder, monkeypatch, short):
+    streamed = method.open_folder(folder, memory_ratio=1.0)
+    total = read_bound.stream_of(streamed).plan.total_bytes
+    if short == "memory":
+        monkeypatch.setattr(offload_baseline.placement, "free_bytes", lambda _: total)  # but for what else is needed
+    else:
+        monkeypatch.setattr(offload_baseline.shutil, "disk_usage", lambda _: SimpleNamespace(free=total - 1))
+    monkeypatch.setattr(offload_baseline.io, "load_folder", None)
+    offload, same = offload_baseline.compare(streamed, folder, PROMPT, 2)
+    assert same and {m.verdict for m in offload.values()} == {"unavailable"} and set(offload) == {"disk", "cpu"}
+    said = "loads the whole model first" if short == "memory" else "GB of weights do not fit into"
+    text = memory_tradeoff.reading([_row("keep", 0.0, "")], offload, 0.35)
+    assert said in offload["disk"].reason and f"it was not timed: {offload['disk'].reason}." in text
+    assert list(memory_tradeoff.points([_row("keep", 0.0, "")], offload)["arm"]) == ["streamed", memory_tradeoff.BOUND]
+    read_bound.stream_of(streamed).close()
 
 
 def test_the_table_has_units_and_intervals():
