@@ -116,6 +116,7 @@ def _compared(
         timed = interleaved.rounds(turns, blocks, seed=seed, disturbance=watch)
         groups = {name: child.group for name, child in arm.items() if child.group is not None}
         cached = {name: group.cached_bytes() for name, group in groups.items()}
+        require_counted(cached.get("baseline", allowance), allowance)
         own = {name: group.private_bytes() for name, group in groups.items()}
         read = {name: child.answers[-1]["disk_bytes"] for name, child in arm.items()}
         private = {name: child.private_bytes for name, child in arm.items()}
@@ -156,6 +157,17 @@ def require_binding(total: int, allowance: int) -> None:
         raise UserError(
             f"of weights of {total / 1e6:.0f} MB so little lies beyond the allowance that a limit would not bind: a "
             f"process's own memory scatters by {SLACK / 1e6:.0f} MB"
+        )
+
+
+def require_counted(cached: int, allowance: int) -> None:
+    """Raise UserError where the group of the plain mapping holds next to nothing of the weights that it decodes with,
+    in bytes: then their pages are counted elsewhere, and the limit does not hold for them.
+    """
+    if cached < min(SLACK, allowance // 2):
+        raise UserError(
+            f"the pages of mapped weights are counted in no control group here ({cached / 1e6:.1f} MB in that of their "
+            "process), so that a limit does not hold for them; set TMPDIR to a folder on another disk"
         )
 
 

@@ -75,11 +75,11 @@ def test_both_arms_decode_the_same_tokens_under_one_limit(tmp_path):
 class _Process:
     """A child that decodes at once, with a number of its own."""
 
-    count = 0
+    count, group = 0, None
 
     def __init__(self):
         _Process.count += 1
-        self.number, self.group, self.private_bytes = _Process.count, None, 0
+        self.number, self.private_bytes = _Process.count, 0
         self.answers = [{"disk_bytes": 0, "tokens": [1]}]
 
     def __call__(self):
@@ -120,6 +120,17 @@ def test_the_control_is_a_process_of_its_own(tmp_path, monkeypatch):
     (control,) = limited.control
     assert (control.workload, control.n) == (decoding.WORKLOAD, decoding.BLOCKS)
     assert limited.control_is == limited.details["control"] == decoding.SECOND_PROCESS
+
+
+@pytest.mark.parametrize("cached", [0, 4 * children.SLACK])
+def test_a_limit_that_does_not_hold_for_the_page_cache_is_none(tmp_path, monkeypatch, cached):
+    """Planted: pages that the system counts in another group, as on disks that cannot drop what was copied."""
+    _planted(monkeypatch, tmp_path, [], {})
+    group = SimpleNamespace(cached_bytes=lambda: cached, private_bytes=lambda: 0)
+    monkeypatch.setattr(_Process, "group", group)
+    limited = decoding.compare(tmp_path, torch.ones(1, 4, dtype=torch.long), 2, 0.5, {"absorbed": False})
+    assert (limited.rate.ratio is None) == (cached == 0)
+    assert ("counted in no control group" in (limited.rate.reason or "")) == (cached == 0)
 
 
 @pytest.mark.parametrize("short", ["disk", "memory"])
