@@ -259,8 +259,10 @@ def density(by_tokens: Mapping[int, float]) -> Judged:
     points = sorted(by_tokens.items())
     if len(points) < 2:
         return _judged("density", None, "fewer than two lengths were measured")
-    falls = [after <= before for (_, before), (_, after) in pairwise(points)]
-    held = True if all(falls) else False if points[-1][1] >= points[0][1] else None
+    if points[0][1] >= 1 and points[-1][1] >= 1:
+        return _judged("density", None, f"all blocks were kept at {points[0][0]:,} and at {points[-1][0]:,} tokens")
+    rises = any(after > before for (_, before), (_, after) in pairwise(points))
+    held = False if points[-1][1] >= points[0][1] else None if rises else True
     return _judged("density", held, ", ".join(f"{tokens:,} tokens {share:.2f}" for tokens, share in points))
 
 

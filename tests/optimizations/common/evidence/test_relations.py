@@ -98,6 +98,9 @@ def test_accuracy_moves_little_while_perplexity_worsens():
 def test_density_and_short_inputs_and_kernels():
     assert relations.density({4096: 0.5, 1024: 0.8, 16384: 0.3}).held
     assert relations.density({1024: 0.3, 4096: 0.5}).held is False
+    assert relations.density({1024: 0.5, 4096: 0.5}).held is False, "what stays does not fall"
+    everything = relations.density({1024: 1.0, 2048: 1.0})
+    assert everything.held is None and everything.evidence == "all blocks were kept at 1,024 and at 2,048 tokens"
     assert (
         relations.density({1024: 0.5, 2048: 0.6, 4096: 0.4}).held is None and relations.density({8: 1.0}).held is None
     )
