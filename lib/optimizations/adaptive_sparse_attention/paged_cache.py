@@ -241,7 +241,7 @@ def mass_read(
 ) -> torch.Tensor:
     """Return the exact share of attention mass [B, H] that the chosen pages and the last one hold.
 
-    From full probabilities over the whole cache. `weight_HEL`: see `decode_latent`; nothing is padded.
+    From full probabilities over the whole cache, in single precision. `weight_HEL`: see `decode_latent`; nothing is padded.
     """
     key_BGCD, value_BGCV = layer.cached()
     groups = key_BGCD.shape[1]
@@ -251,7 +251,7 @@ def mass_read(
         query_BHD = torch.cat([latent_BHL, query_BHD[..., nope:]], dim=-1)
         key_BGCD = torch.cat([key_BGCD, value_BGCV], dim=-1)
     query_BGRD = query_BHD.unflatten(1, (groups, -1))
-    share_BGRC = ((query_BGRD @ key_BGCD.transpose(-1, -2)).float() * scaling).softmax(-1)
+    share_BGRC = ((query_BGRD.float() @ key_BGCD.float().transpose(-1, -2)) * scaling).softmax(-1)
     if not pages or layer.full_pages <= pages:
         return torch.ones_like(query_BHD[..., 0], dtype=torch.float32)
     page_BGN = best_pages(query_BGRD, layer, pages, rank=rank)

@@ -144,6 +144,20 @@ def test_exact_mass_is_that_of_full_probabilities():
     torch.testing.assert_close(mass.sum(-1), torch.ones(4, 3))
 
 
+def test_exact_mass_of_heads_in_half_precision_is_that_of_their_numbers():
+    """Logits of some tens, as heads have that look for one key: rounded to half precision they are off by tenths."""
+    query, key, _ = (4 * part.bfloat16() for part in _heads(tokens=40, queries=40))
+    expected = blocks.exact_mass(query.float(), key.float(), 0.3, BLOCK)
+    torch.testing.assert_close(blocks.exact_mass(query, key, 0.3, BLOCK), expected, atol=1e-5, rtol=1e-4)
+    layer = PagedLayer(4)
+    layer.update(key[None], key[None])
+    logits = query.float()[:, -1:] @ key.float().repeat_interleave(2, 0).transpose(1, 2) * 0.3
+    read = best_pages(query[None, :, -1].unflatten(1, (2, 2)), layer, 3)
+    held = logits.softmax(-1).unflatten(-1, (10, 4)).sum(-1)[:, 0]  # [H, pages]
+    expected = held.gather(1, read[0].repeat_interleave(2, 0)).sum(-1) + held[:, 9]
+    torch.testing.assert_close(mass_read(query[None, :, -1], layer, 0.3, 3)[0], expected, atol=1e-5, rtol=1e-4)
+
+
 def test_planted_mass_is_found_and_random_mass_is_not_sparse():
     noise = Heads(0, *_heads(tokens=1024, width=32, value_width=32), 32**-0.5)
     sparse = attended_mass.planted(noise, BLOCK)
