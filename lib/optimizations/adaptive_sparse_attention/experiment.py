@@ -81,10 +81,11 @@ class PromptLengths:
         return self.curves[-1]
 
 
-def lengths_of(effort: str, scale: str, longest: int = 0) -> PromptLengths:
+def lengths_of(effort: str, scale: str, longest: int = 0, model: nn.Module | None = None) -> PromptLengths:
     """Return the lengths of a run by effort and scale; `longest`, where not 0, is the longest prompt.
 
-    Raises UserError for one that is too short to ask anything about.
+    Where nobody asked for a length, none exceeds the positions of `model`, which what comes behind the timed prompt
+    needs too. Raises UserError for a length that is too short to ask anything about.
     """
     if 0 < longest < LEAST_CONTEXT:
         raise UserError(
@@ -93,7 +94,12 @@ def lengths_of(effort: str, scale: str, longest: int = 0) -> PromptLengths:
         )
     curves = contexts(effort, scale, longest)
     timed = longest or min(curves[-1], max(curves[0], TIMED_PROMPT.get(effort, 8192)))
-    return PromptLengths(curves, timed, max(settings.read(effort, scale).new_tokens, KEY + VALUE))
+    behind = max(settings.read(effort, scale).new_tokens, KEY + VALUE)
+    most = kernels.most_positions(model) if model is not None and not longest else 0
+    if most - behind >= LEAST_CONTEXT:  # else `facts` says what is missing
+        timed = min(timed, most - behind)
+        curves = [tokens for tokens in curves if tokens <= most] or [timed]
+    return PromptLengths(curves, timed, behind)
 
 
 def contexts(effort: str, scale: str, longest: int = 0) -> list[int]:

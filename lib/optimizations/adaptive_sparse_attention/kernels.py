@@ -63,8 +63,7 @@ def check_context(model: nn.Module | object, tokens: int, behind: int = 0) -> No
     """Raise NotApplicable where `tokens` of context, and as many as `behind` more after them, are more than the model,
     or its configuration, allows.
     """
-    config = anatomy(model).config if isinstance(model, nn.Module) else model
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = most_positions(model)
     if longest and tokens + behind > longest:
         after = f" with {behind} behind it" if behind else ""
         limit = f"{longest - behind}, the model's {longest} less these {behind}" if behind else longest
@@ -72,6 +71,12 @@ def check_context(model: nn.Module | object, tokens: int, behind: int = 0) -> No
             f"adaptive_sparse_attention: a context of {tokens} tokens{after} is longer than this model allows; "
             f"expected at most {limit} (max_position_embeddings)"
         )
+
+
+def most_positions(model: nn.Module | object) -> int:
+    """Return the longest context that the model, or its configuration, allows; 0 where it names none."""
+    config = anatomy(model).config if isinstance(model, nn.Module) else model
+    return getattr(config, "max_position_embeddings", None) or 0
 
 
 def mask(

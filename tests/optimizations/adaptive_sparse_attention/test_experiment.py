@@ -11,6 +11,7 @@ from lib.measure.metrics import measurement
 from lib.measure.roofline import cost_model
 from lib.measure.trackers import memory
 from lib.models.decoding import cache_names
+from lib.models.structure.anatomy import anatomy
 from lib.models.structure.replacements import no_op
 from lib.optimizations.adaptive_sparse_attention import attention_timing, experiment, method
 
@@ -39,6 +40,18 @@ def test_lengths_follow_effort_and_scale():
     assert experiment.lengths_of("quick", "proxy") == experiment.PromptLengths([1024, 2048], 2048)
     assert experiment.lengths_of("standard", "slice") == experiment.PromptLengths([4096, 8192], 4096)
     assert experiment.lengths_of("quick", "proxy", 3000) == experiment.PromptLengths([1024, 2048, 3000], 3000)
+
+
+def test_lengths_by_effort_fit_into_the_positions_of_the_model(tiny):
+    """SmolLM2 has 8,192 positions, where a thorough run would read 16,384 tokens, and decode behind 8,192 of them."""
+    model = tiny("qwen3-4b-instruct-2507")
+    assert experiment.lengths_of("quick", "proxy", 0, model) == experiment.PromptLengths([496], 496)
+    anatomy(model).config.max_position_embeddings = 8192
+    fitted = experiment.lengths_of("thorough", "full", 0, model)
+    assert fitted.curves == [4096, 8192] and fitted.timed + fitted.behind == 8192
+    assert experiment.lengths_of("thorough", "full", 9000, model).timed == 9000  # asked for: refused, not changed
+    anatomy(model).config.max_position_embeddings = 40
+    assert experiment.lengths_of("quick", "proxy", 0, model).timed == 2048  # too few for anything: `facts` refuses
 
 
 def test_a_context_too_short_to_ask_anything_about_is_refused():

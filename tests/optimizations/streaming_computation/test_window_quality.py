@@ -77,9 +77,7 @@ def test_texts_of_one_document_are_one_draw(tiny, monkeypatch):
 
 
 def test_values_behind_one_document_are_one_draw(tiny, monkeypatch):
-    monkeypatch.setattr(
-        window_quality.task_list, "filler_sources", lambda loaded, distance, count, *_: np.zeros(count)
-    )
+    monkeypatch.setattr(window_quality.task_list, "filler_sources", lambda loaded, distance, count, *_: np.zeros(count))
     loaded = _loaded(tiny, 200)
     with window_quality.reading_in_chunks(loaded.model) as model:
         answers = window_quality.retrieve(loaded, model, 16, 4, lambda: None)
