@@ -259,8 +259,8 @@ def decode_apart(
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Return name, purpose and measurements of what decoding gains beside sparsity: the paged cache and its kernel,
-    these and sparsity together, and for latent attention what is gained over the stock path, which expands its cache at every
-    token.
+    these and sparsity together, and for latent attention what is gained over the stock path, which expands its cache
+    at every token.
 
     A name is "… against …": the arm that it names first is the optimized one, the other the baseline. Empty where the
     output is `invalid`. Works of `timed` are used again where they are as long; the long prompt is read once for each

@@ -241,7 +241,8 @@ def mass_read(
 ) -> torch.Tensor:
     """Return the exact share of attention mass [B, H] that the chosen pages and the last one hold.
 
-    From full probabilities over the whole cache, in single precision. `weight_HEL`: see `decode_latent`; nothing is padded.
+    From full probabilities over the whole cache, in single precision. Nothing is padded. `weight_HEL`: see
+    `decode_latent`.
     """
     key_BGCD, value_BGCV = layer.cached()
     groups = key_BGCD.shape[1]

@@ -55,7 +55,7 @@ def test_lengths_by_effort_fit_into_the_positions_of_the_model(tiny):
 
 
 def test_a_context_too_short_to_ask_anything_about_is_refused():
-    with pytest.raises(UserError, match="context 40: expected 0 .by effort. or at least 64 tokens"):
+    with pytest.raises(UserError, match=r"context 40: expected 0 .by effort. or at least 64 tokens"):
         experiment.lengths_of("quick", "proxy", 40)
 
 
@@ -63,7 +63,7 @@ def test_a_prompt_that_fills_all_positions_is_refused_before_anything_is_read(ti
     """Of 512 positions it leaves none for the tokens that are decoded and the questions that are asked behind it."""
     loaded = SimpleNamespace(model=tiny("qwen3-4b-instruct-2507"), scale="proxy", dtype="float32")
     loaded.parameters = SimpleNamespace(name="tiny")
-    with pytest.raises(NotApplicable, match="512 tokens with 16 behind it .* at most 496, the model's 512 less these"):
+    with pytest.raises(NotApplicable, match=r"512 tokens with 16 behind it .* at most 496, the model's 512 less these"):
         experiment.facts(loaded, experiment.lengths_of("quick", "proxy", 512))
     with pytest.raises(NotApplicable, match="a context of 600 tokens is longer"):
         experiment.facts(loaded, experiment.lengths_of("quick", "proxy", 600))

@@ -86,9 +86,8 @@ def test_results_come_over_the_wire_whole_and_a_worker_whose_files_differ_is_ref
     with cluster(tmp_path / "dask", there) as running:
         ended = _run(root, running.address)
         assert ended.returncode == 1, ended.stdout + ended.stderr
-        assert (
-            "2 of 4 finished, 2 failed" in ended.stdout and "(notebook: executed/proxy/failed/raises--" in ended.stdout
-        )
+        assert "2 of 4 finished, 2 failed" in ended.stdout
+        assert "(notebook: executed/proxy/failed/raises--" in ended.stdout
         records = [workbench.record(root, f"well--{model}") for model in workbench.MODELS]
         assert all(record["process"]["jobs_side_by_side"] == 2 for record in records)
         assert all(len(record["process"]["pinned_to"]) == os.cpu_count() // 2 for record in records)
