@@ -26,6 +26,7 @@ MARKDOWN_PRIORITY = ["text/markdown", "image/png", "image/jpeg", "text/plain"]
 EXTERNAL = re.compile(r"^\s*(?:[a-z][a-z0-9+.-]*:)?//", re.IGNORECASE)
 ADDRESSES = ("src", "href", "srcset", "poster", "action", "formaction", "background", "xlink:href")
 RUNS = re.compile(r"^\s*(?:java|vb)script:", re.IGNORECASE)
+IGNORED = re.compile(r"[\x00-\x20]+")  # a browser leaves these out where it looks for the scheme of an address
 EXTERNAL_STYLE = re.compile(r"""url\(\s*['"]?\s*(?:https?:)?//[^)]*\)|@import[^;]*;?""", re.IGNORECASE)
 
 
@@ -154,16 +155,24 @@ def seal(soup: Any, deepen: bool = False) -> None:
         for name in list(element.attrs):
             value = element.attrs[name]
             value = " ".join(value) if isinstance(value, list) else value
-            runs = name.startswith("on") or (name in ADDRESSES and RUNS.match(value))
+            addresses = _addresses(name, value)
+            runs = name.startswith("on") or any(map(RUNS.match, addresses))
             if runs or (name == "style" and EXTERNAL_STYLE.search(value)):
                 del element.attrs[name]
-            elif name in ADDRESSES and EXTERNAL.match(value):
+            elif any(map(EXTERNAL.match, addresses)):
                 _replace(element, value)
                 break
     if deepen and (body := soup.select_one("div.notebook")):
         for level in (5, 4, 3, 2, 1):
             for heading in body.find_all(f"h{level}"):
                 heading.name = f"h{level + 1}"
+
+
+def _addresses(name: str, value: str) -> list[str]:
+    """Return the addresses in an attribute as a browser reads them; those of `srcset` are several."""
+    if name not in ADDRESSES:
+        return []
+    return [IGNORED.sub("", part) for part in (value.split(",") if name == "srcset" else [value])]
 
 
 def fold(soup: Any, level: int) -> None:

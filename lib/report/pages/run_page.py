@@ -57,6 +57,7 @@ def view(record: Record, neighbours: Iterable[Neighbour] = (), out: Path = Path(
         "decisions_table": rows.markdown(
             ["goal", "decision", "why"], [[d["goal"], d["decision"], d["reason"]] for d in first["decisions"]]
         ),
+        "deciding": _deciding(first["decisions"]),
         "measurements": _present(rows.groups(judged)),
         "described": _present(rows.groups(described)),
         "described_count": len(described),
@@ -78,6 +79,15 @@ def view(record: Record, neighbours: Iterable[Neighbour] = (), out: Path = Path(
         "nav": navigation(neighbours, record.optimization, record.model),
         "footer": f"Record {record.stem}.json, schema {record.schema_version}. This page needs no network.",
     }
+
+
+def _deciding(decisions: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return each command that would decide once: what for, about how long it takes, and the command."""
+    goals: dict[tuple[str, str], list[str]] = {}
+    for item in decisions:
+        if item["command"]:
+            goals.setdefault((item["command"], item["took"]), []).append(item["goal"])
+    return [{"goals": ", ".join(names), "took": took, "command": line} for (line, took), names in goals.items()]
 
 
 def _carried(record: Record, dimension: str) -> str:

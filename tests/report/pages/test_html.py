@@ -5,7 +5,7 @@ import re
 import nbformat
 import pytest
 
-from lib.report.pages import html, index, result_tables
+from lib.report.pages import html, index, result_tables, run_page
 from lib.report.pages.suites import suite_files
 from lib.report.records import record
 from tests.report import samples
@@ -325,8 +325,9 @@ def test_commands_of_a_page_lead_to_the_results_that_it_is_made_of(tmp_path):
     page, markdown = html.render(None, run, (), folder)
     listed = commands_of(index.write(folder, ["continuous_nas"], [run.model])) + commands_of(page)
     assert len(listed) > 4 and all(text.endswith(f"--out '{out}'") for text in listed)
-    [again] = [line for line in markdown.read_text().splitlines() if line.startswith("python build.py")]
+    *deciding, again = [line for line in markdown.read_text().splitlines() if line.startswith("python build.py")]
     assert again == listed[-1] and " --force --out " in again
+    assert deciding and all(line in listed for line in deciding)
     suite_files.write("coverage", folder, ["continuous_nas"], [run.model])
     report = (folder / suite_files.FILES["coverage"][-1]).read_text()
     assert f"```sh\npython build.py coverage --out '{out}'\n```" in report
@@ -375,3 +376,35 @@ def test_text_is_readable_in_light_and_dark():
     pairs += [(name, f"{name}-shade") for name in ("good", "bad", "open", "mixed")]
     for theme in themes:
         assert all(_contrast(theme[text], theme[ground]) >= 4.5 for text, ground in pairs)
+
+
+def test_markdown_names_the_command_that_decides_too(tmp_path):
+    run = samples.whole("structured_pruning", samples.MODELS[1])
+    _, markdown = html.render(None, run, (), tmp_path)
+    text, decisions = markdown.read_text(), run_page.view(run, (), tmp_path)["decisions"]
+    commands = {item["command"]: item["goal"] for item in decisions if item["command"]}
+    assert len(commands) == 1 and all(f"```sh\n{command}\n```" in text for command in commands)
+    assert "What decides on energy, about " in text
+    assert text.index("| energy | undecided |") < text.index("What decides on energy")
+
+
+@pytest.mark.parametrize(
+    "element",
+    [
+        '<a href="java&#9;script:alert(1)">runs</a>',
+        '<a href="&#1;javascript:alert(1)">runs</a>',
+        '<img alt="seen" srcset="a.png 1x, https://example.org/b.png 2x">',
+        '<img alt="seen" src="ht&#10;tps://example.org/y.png">',
+    ],
+)
+def test_no_address_is_hidden_from_the_seal(element):
+    """A browser leaves tabs, newlines and control characters out of an address before it looks for its scheme."""
+    from bs4 import BeautifulSoup
+
+    soup = BeautifulSoup(f"<main>{element}</main>", "html.parser")
+    html.seal(soup)
+    assert not [name for tag in soup.find_all(True) for name in tag.attrs if name in html.ADDRESSES]
+    inside = '<img src="a picture.png" srcset="a.png 1x, b.png 2x"><a href="index.html#x">x</a>'
+    own = BeautifulSoup(inside, "html.parser")
+    html.seal(own)
+    assert own.img["src"] == "a picture.png" and own.img["srcset"] and own.a["href"] == "index.html#x"
