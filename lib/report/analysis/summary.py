@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from lib.measure.metrics.busy import why_busy
 from lib.measure.metrics.catalogue import DIMENSIONS
+from lib.measure.metrics.decision import BUSY
 from lib.measure.metrics.measurement import Measurement
 from lib.report.analysis import advice, headlines
 from lib.report.analysis.advice import Advice
@@ -160,11 +161,19 @@ def machine(record: Record) -> list[tuple[str, str]]:
     rows += [("Copy of the baseline", ", ".join(f"{subject(m)} {brief.number(m)}" for m in rates))]
     load = record.environment.get("load_at_start")
     rows += [("Load at start", figures(float(load), 2) if isinstance(load, (int, float)) else "")]
-    disturbed = sum(m.disturbed or 0 for m in record.measurements)
+    disturbed = _disturbed(record.measurements)
     rows += [("Disturbed pairs", str(disturbed) if disturbed else "")]
     if record.process and record.process.jobs_side_by_side:
         rows += [("Jobs side by side", str(record.process.jobs_side_by_side))]
     return [(name, value) for name, value in rows if value]
+
+
+def _disturbed(measurements: Sequence[Measurement]) -> int:
+    """Return how many pairs were disturbed and kept; what was timed together (a rate and its latency) counts once."""
+    by_workload: dict[str, int] = {}
+    for m in measurements:
+        by_workload[m.workload] = max(by_workload.get(m.workload, 0), m.disturbed or 0)
+    return sum(by_workload.values())
 
 
 def _three(measurements: Sequence[Measurement], declared: str) -> list[Measurement]:
@@ -179,7 +188,7 @@ def busy(record: Record) -> str:
     """
     reason = why_busy(record.measurements)
     label = f"{short_or_busy(record)}, nothing timed is judged".capitalize()
-    return in_words.without_result(label, reason) if reason else ""
+    return in_words.without_result(label, reason.removeprefix(f"{BUSY}: ")) if reason else ""
 
 
 def short_or_busy(record: Record) -> str:

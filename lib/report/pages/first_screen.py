@@ -68,11 +68,17 @@ def setting(record: Record) -> list[tuple[str, str]]:
         ("Setting", one_line(shown, 160)),
         ("Stack", one_line(stack.in_words(record), 240)),
         ("Scale, effort", f"{record.scale}, {record.effort}"),
+        ("Weights", "random: times and bytes are real, answers mean nothing" if _random_weights(record) else ""),
         ("Machine", facts.machine(record.environment)),
         ("Measured", facts.day(record.started)),
         ("Took", duration(record.seconds) if record.seconds else ""),
     ]
     return [(name, value) for name, value in rows if value]
+
+
+def _random_weights(record: Record) -> bool:
+    """Return whether the real model was built without its weights; of a slice or a proxy model the page says it."""
+    return record.scale == "full" and bool(record.parameters.get("random_weights"))
 
 
 def forest(record: Record) -> str:
@@ -96,8 +102,8 @@ def _line(measurement: Measurement, name: str = "") -> ForestLine | None:
 
 
 def trade_off(record: Record, near: Sequence[Record]) -> dict[str, Any] | None:
-    """Return the chart of quality against speed on this model with this run's point, and its legend; None where this
-    run has no point.
+    """Return the chart of quality against speed on this model with this run's point, and its legend: which number is
+    which run. None where this run has no point.
     """
     known = sorted({r.optimization: r for r in [*near, record]}.items())
     marks = {name: str(number) for number, (name, _) in enumerate(known, 1)}
@@ -106,14 +112,14 @@ def trade_off(record: Record, near: Sequence[Record]) -> dict[str, Any] | None:
         return None
     margin = 100 * (METRICS[views.QUALITY].margin or 0)
     svg = trade_off_svg.trade_off(points, f"Quality against speed, {record.model}", margin)
-    return {"svg": svg, "own": marks[record.optimization]}
+    return {"svg": svg, "own": marks[record.optimization], "legend": ", ".join(f"{p.mark} {p.name}" for p in points)}
 
 
 def _of_model(out: Path, record: Record) -> list[Record]:
-    """Return the other measured runs of a model at the same scale."""
+    """Return the other measured runs of a model at the same scale and effort: no chart holds two efforts together."""
     others = [path for path in sorted(out.glob(f"*--{record.model}.json")) if path.name != f"{record.stem}.json"]
     runs = [run for path in others if path.is_file() and (run := _read(path, path.stat().st_mtime_ns))]
-    return [run for run in runs if run.status == "ok" and run.scale == record.scale]
+    return [r for r in runs if r.status == "ok" and (r.scale, r.effort) == (record.scale, record.effort)]
 
 
 @lru_cache(maxsize=256)

@@ -175,3 +175,36 @@ def test_labels_of_the_forest_plot_stand_apart(value):
     places = sorted(float(text.get("x", "nan")) for text in ticks)
     widest = forest_svg.LETTER * max(len(text.text or "") for text in ticks) + 4  # and a gap
     assert len(places) > 1 and all(after - before >= widest for before, after in itertools.pairwise(places))
+
+
+def test_the_trade_off_holds_one_effort_and_says_which_number_is_which_run(folder):
+    other = samples.whole(samples.OPTIMIZATIONS[1], samples.MODELS[0]).model_copy(update={"effort": "preview"})
+    record.write(other, folder / f"{other.stem}.json")
+    run = samples.whole(samples.OPTIMIZATIONS[0], samples.MODELS[0], 1.2)
+    view = first_screen.of(run, folder)["trade_off"]
+    assert view["svg"].count('class="kept"') == 2
+    assert view["legend"] == "1 Adaptive batch sizes, 2 Structured pruning" and view["own"] == "2"
+    page, _ = html.render(None, run, (), folder)
+    assert f"{view['legend']}. This run is 2." in page.read_text()
+
+
+def test_random_weights_of_a_real_model_are_said_in_its_setting():
+    run = samples.run().model_copy(update={"parameters": {"random_weights": True}})
+    assert dict(first_screen.setting(run.model_copy(update={"scale": "full"})))["Weights"].startswith("random")
+    assert "Weights" not in dict(first_screen.setting(run.model_copy(update={"scale": "slice"})))
+    assert "Weights" not in dict(first_screen.setting(samples.run().model_copy(update={"scale": "full"})))
+
+
+def test_what_was_disturbed_is_counted_once_and_said_once():
+    reason = "the machine was busy: our threads waited for a core 22% of the time, in 1 of 6 pairs; measure again"
+    reason += " on a quiet machine"
+    run = samples.run()
+    pairs = {"prefill_tokens_per_second": 1, "time_to_first_token_ms": 1, "decode_tokens_per_second": 2}
+    disturbed = [
+        m.model_copy(update={"disturbed": pairs[m.metric], "reason": reason}) if m.metric in pairs else m
+        for m in run.measurements
+    ]
+    again = run.model_copy(update={"measurements": disturbed})
+    assert dict(summary.machine(again))["Disturbed pairs"] == "3"  # a rate and its latency are of the same pairs
+    shown = "Busy machine, nothing timed is judged: our threads waited for a core 22% of the time, in 1 of 6 pairs …"
+    assert summary.busy(again) == shown
