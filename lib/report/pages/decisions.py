@@ -104,7 +104,11 @@ def _row(
         "href": page if (folder / page).is_file() else f"#{record.stem}",
         "effort": record.effort,
         "busy": summary.short_or_busy(record),
-        "flips": [shown_flip(name, *change, now[name]) for name, change in changed.items()],
+        "flips": [
+            shown_flip(name, before, day, now[name])
+            for name, (before, day) in changed.items()
+            if before != now[name]  # a new word that the whole set withholds has not changed what the page says
+        ],
         "status": words(record.status) if record.status != "ok" else "",
         "cells": [_cell(name, _measured(record, metrics)) for name, metrics in COLUMNS.items()],
         "decisions": decided,

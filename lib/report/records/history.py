@@ -32,6 +32,7 @@ CREATE TABLE IF NOT EXISTS builds (id INTEGER PRIMARY KEY, ended TEXT, scale TEX
 CREATE TABLE IF NOT EXISTS kept (build INTEGER, started TEXT, key TEXT, PRIMARY KEY (build, started, key));
 """
 COMMIT = re.compile(r"[0-9a-f]{4,40}")
+PLACES = ("checkpoints", "history", "studies", "stacks")  # parameters that say where files lie, not what is measured
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,8 @@ def records(path: Path, build: Build) -> list[Record]:
 
 def words_before(path: Path, records: Sequence[Record]) -> dict[str, tuple[str, dict[str, str]]]:
     """Return stem → (start, dimension → word) of the newest earlier run of the same optimization, model, scale and
-    effort that a build ended with; runs without one are left out.
+    effort that a build ended with. Left out are runs without one, and those whose earlier run was made with another
+    value of a parameter: what such a run says is another result, not another word for the same.
     """
     if not path.is_file():
         return {}
@@ -157,11 +159,19 @@ def words_before(path: Path, records: Sequence[Record]) -> dict[str, tuple[str, 
                 earlier[record.stem] = (started, key)
         query = "SELECT record FROM runs WHERE started = ? AND key = ?"
         packed = {stem: connection.execute(query, identity).fetchone()[0] for stem, identity in earlier.items()}
-    verdicts = {stem: json.loads(zlib.decompress(blob)).get("verdict") or {} for stem, blob in packed.items()}
+    stored = {stem: json.loads(zlib.decompress(blob)) for stem, blob in packed.items()}
+    set_to = {record.stem: record.parameters for record in by_name.values()}
+    alike = {stem: run for stem, run in stored.items() if _set_alike(run.get("parameters") or {}, set_to[stem])}
+    verdicts = {stem: run.get("verdict") or {} for stem, run in alike.items()}
     return {
         stem: (earlier[stem][0], {name: words[name] for name in DIMENSIONS if name in words})
         for stem, words in verdicts.items()
     }
+
+
+def _set_alike(earlier: dict, now: dict) -> bool:
+    """Return whether every parameter that both runs have has the same value in both."""
+    return all(earlier[name] == now[name] for name in earlier.keys() & now.keys() if name not in PLACES)
 
 
 def over_time(path: Path, scale: str) -> list[dict]:

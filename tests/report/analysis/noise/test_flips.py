@@ -46,3 +46,24 @@ def test_a_flip_is_marked_on_the_index_and_on_the_page(folder):
     page = index.write(folder).read_text(encoding="utf-8")
     assert f'class="flip contradicts">changed: {text}' in page
     assert [flip["text"] for flip in run_page.view(now, (), folder)["flips"]] == [text]
+
+
+def test_a_word_that_the_whole_set_withholds_has_not_changed_on_the_index(folder):
+    before = _with_word("inconclusive", "2026-01-30T12:00:00+00:00")
+    history.keep(folder.parent / history.NAME, [before], "proxy", "run")
+    rate = samples.timed("prefill_tokens_per_second", 1.05, 0.06)  # better by its record, by chance in the set
+    now = _with_word("better", "2026-01-31T10:00:00+00:00")
+    now = now.model_copy(update={"measurements": [rate if m.metric == rate.metric else m for m in now.measurements]})
+    record.write(now, folder / f"{now.stem}.json")
+    [flip] = run_page.view(now, (), folder)["flips"]
+    assert flip["text"] == "performance was inconclusive on 2026-01-30, now better"
+    page = index.write(folder).read_text(encoding="utf-8")
+    assert "over the 1 primaries of performance" in page and "changed: performance" not in page
+
+
+def test_a_run_with_another_value_of_a_parameter_has_not_flipped(folder):
+    now = _with_word("worse", "2026-01-31T10:00:00+00:00")
+    other = now.model_copy(update={"parameters": now.parameters | {"seed": 1}})
+    assert flips.since_last(folder, [other]) == {}
+    more = now.model_copy(update={"parameters": now.parameters | {"added": 1, "studies": "/elsewhere"}})
+    assert flips.since_last(folder, [more]) == {now.stem: {"performance": ("better", "2026-01-30")}}
