@@ -22,7 +22,7 @@ from lib.report.pages import decisions, views
 from lib.report.records.record import Record
 from lib.report.records.setting import facts, reproduce, stand_in
 from lib.report.text import brief, commands, sentence
-from lib.report.text.quantities import duration
+from lib.report.text.quantities import counted, duration
 from lib.report.text.wording import one_line, signed, title
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"  # beside `html`, which loads nbformat for seconds
@@ -205,7 +205,7 @@ def _facts(records: Sequence[Record]) -> list[tuple[str, str]]:
         ("Measured", span),
         ("Effort", _distinct(r.effort for r in records)),
         ("Run time in total", duration(took) if took else ""),
-        ("On a busy machine", f"{busy} runs: none of their timings is judged" if busy else ""),
+        ("On a busy machine", f"{counted(busy, 'run')}: nothing timed is judged" if busy else ""),
     ]
     return [(name, value) for name, value in rows if value]
 

@@ -127,3 +127,11 @@ def test_only_models_with_results_are_offered(tmp_path):
     offered = [option.text for option in soup.select_one("select[name=model]").select("option")]
     assert offered[0] == sorted(samples.MODELS)[0] and "a-model-without-results" not in offered
     assert "a-model-without-results" in soup.select_one("#matrix").text
+
+
+def test_one_run_on_a_busy_machine_is_one_run(tmp_path):
+    run = samples.whole("structured_pruning", samples.MODELS[0])
+    busy = [m.model_copy(update={"noise_floor": 0.2, "reason": "the copies differ by 20 %"}) if m.metric.endswith(
+        "tokens_per_second") else m for m in run.measurements]  # fmt: skip
+    record.write(run.model_copy(update={"measurements": busy}), tmp_path / f"{run.stem}.json")
+    assert "<dd>1 run: nothing timed is judged</dd>" in index.write(tmp_path).read_text()
