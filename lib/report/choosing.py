@@ -30,6 +30,13 @@ def person_present() -> bool:
     return bool(os.environ.get("JPY_SESSION_NAME"))
 
 
+def measured(records: Sequence[Record]) -> list[Record]:
+    """Return the records with a result, with the words that hold for the whole set: what is read off a figure then
+    agrees with the figure.
+    """
+    return [run for run in discoveries.settled(records) if run.status == "ok"]
+
+
 def forest(records: Sequence[Record], name: str) -> None:
     """Display the metric `name` of all records with its intervals; let a person choose model and metric below. What is
     called better holds for the whole set.

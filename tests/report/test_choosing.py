@@ -111,3 +111,12 @@ def test_what_a_figure_calls_better_holds_for_the_whole_set(displayed):
         "prefill rate: 1 of 1 measurement; 1 of all are better.",
         "prefill rate: 21 of 21 measurements; 0 of all are better.",
     ]
+
+
+def test_what_is_read_off_a_figure_holds_for_the_whole_set_as_well():
+    rate = samples.timed("prefill_tokens_per_second", 1.05, 0.06)  # better by its record, by chance in the set
+    run = samples.run(measurements=[rate, *(m for m in samples.measurements() if m.workload != "prefill")])
+    failed = samples.without_result("failed", "no memory", "automl_components")
+    assert run.verdict.performance == "better"
+    frame = choosing.tables.across(choosing.measured([run, failed]), rate.metric)
+    assert frame["verdict"].tolist() == ["inconclusive"]
