@@ -21,6 +21,7 @@ from lib.errors import UserError
 from lib.measure.compare import saved, speed
 from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement, paired_stats, settings
+from lib.measure.metrics.busy import why_busy
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
 from lib.measure.quality import sanity
@@ -313,8 +314,9 @@ def replications(
     """Return the published relations on sparse attention, judged by this run. `times`: rows of `attention_alone`.
 
     The gain of the kernel is that at the length whose prompt is timed as a whole. Where a model's mass lies says
-    nothing with random weights.
+    nothing with random weights, and a time nothing where the machine was too busy to judge one.
     """
+    busy = why_busy(prefill.measurements)
     density = attended_mass.by_length(survey).set_index("length")["density"].to_dict()
     own = [row for row in times if row["heads"] == "of the model" and row["gain_ci"]]
     gains = {row["length"]: Interval(row["gain"], *(1 / end for end in reversed(row["gain_ci"]))) for row in own}
@@ -323,9 +325,9 @@ def replications(
     whole = None if rate is None or rate.ratio is None or rate.ci is None else Interval(rate.ratio, *rate.ci)
     return [
         relations.with_weights(relations.density(density), loaded.random_weights),
-        relations.short(gains),
+        relations.on_a_busy_machine(relations.short(gains), busy),
         relations.with_weights(relations.layers(list(pages.by_block["in chosen pages"])), loaded.random_weights),
-        relations.kernel(gains.get(lengths.timed), whole),
+        relations.on_a_busy_machine(relations.kernel(gains.get(lengths.timed), whole), busy),
     ]
 
 

@@ -71,3 +71,12 @@ def test_attention_alone_is_not_judged_where_decoding_was_too_noisy():
     assert {m.verdict for m in timed} == {"inconclusive"} and timed[-1].reason == noisy.reason
     quiet = [parts[0], SimpleNamespace(measurements=[]), parts[2]]
     assert attention_timing.all_timed(*quiet)[-1].verdict == "worse"
+
+
+def test_no_relation_between_times_holds_where_the_machine_was_busy():
+    reason = "the machine was busy: our threads waited for a core 22% of the time"
+    busy = [m.model_copy(update={"disturbed": 1, "reason": reason}) for m in _prefill(1.2)]
+    density, short, layers, kernel = _judged([_row(1024, 0.8), _row(4096, 1.9)], busy)
+    assert density.held and layers.held, "no time"
+    assert short.held is kernel.held is None
+    assert short.evidence.startswith("1,024 tokens: 0.8") and short.evidence.endswith(reason)

@@ -104,6 +104,11 @@ def with_weights(judged: Judged, random: bool) -> Judged:
     return judged._replace(held=None, evidence=f"random weights; {judged.evidence}") if random else judged
 
 
+def on_a_busy_machine(judged: Judged, reason: str | None) -> Judged:
+    """Return a relation between times as it was judged, or undecided where nothing timed is judged, for a `reason`."""
+    return judged._replace(held=None, evidence=f"{judged.evidence}; {reason}") if reason else judged
+
+
 def below(low: Interval, high: Interval, ties: bool = False) -> bool | None:
     """Return whether one value lies below another: None where the intervals overlap, or True there where `ties` do."""
     if low.high < high.low:
