@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from lib.errors import UserError, suggest
 from lib.models import yaml_file
 from lib.report.text import commands
-from lib.suite.plan import declared
+from lib.suite.plan import declared, plan
 from lib.suite.store import result_folder
 
 if TYPE_CHECKING:
     from lib.report.analysis.advice import Advice
+    from lib.report.records.record import Record
 
 RECOMMENDED = ("use", "use if")
 ALONE = "each of these was measured alone; a stack of several has a line of its own where one was measured"
@@ -73,7 +74,22 @@ def advise(
                     print(f"    {line}")
             if sum(row.decision in RECOMMENDED and not _stacked(row) for row in of_goal) > 1:
                 print(f"    {ALONE}")
+        for line in _never_run(model, [record for record in records if record.model == model], out):
+            print(f"  {line}")
     return 0
+
+
+def _never_run(model: str, records: Sequence["Record"], out: str | None) -> list[str]:
+    """Return which optimizations have no record of a model, so that nothing is said of them, and what would change it:
+    two lines, or none.
+    """
+    from lib.report.records.setting import reproduce
+
+    names = [name for name in plan.optimizations() if name not in {record.optimization for record in records}]
+    if not names:
+        return []
+    command = reproduce.of_set(f"run {' '.join(names)} --model {model}", records[0].scale)
+    return [f"no record: {', '.join(names)}", f"  to have one: {commands.leading_to(command, out)}"]
 
 
 def as_plain(row: "Advice", folder: Path, out: str | None = None) -> dict[str, Any]:
