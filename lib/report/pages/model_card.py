@@ -7,7 +7,7 @@ from typing import Any
 
 from lib.errors import UserError
 from lib.report.records import record
-from lib.report.records.setting import facts, reproduce
+from lib.report.records.setting import facts, reproduce, stand_in
 from lib.report.text import commands
 from lib.report.text.wording import title
 
@@ -18,9 +18,11 @@ def text(job: Any, stack: str | None, saved: Mapping[str, Any], folder: str, res
     `chosen_for` and `unfit`, `folder` is the checkpoint's name, `results` the result folder of the record that is
     quoted, and `key` the one that a run of `job` has now.
     """
+    about = _about(job)
     lines = [
-        f"# {job.model}: {title(job.optimization)}",
+        f"# {_name(job)}: {title(job.optimization)}",
         "",
+        *([about, ""] if about else []),
         f"Made from `{job.model}` at scale `{job.scale}`, effort `{job.effort}`, by {_done(job, stack, saved)}. "
         f"The weights are stored as they were applied, in `{saved['dtype']}`.",
         "",
@@ -40,6 +42,19 @@ def text(job: Any, stack: str | None, saved: Mapping[str, Any], folder: str, res
         *(f"- `{key}`: `{value}`" for key, value in job.parameters.items() if key not in reproduce.OPTIONS),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _name(job: Any) -> str:
+    """Return the model's name, which says so for a stand-in and for the first blocks."""
+    name = stand_in.on(job.scale, job.model, None)
+    return name if name == job.model else f"{name[:1].upper()}{name[1:]}"
+
+
+def _about(job: Any) -> str:
+    """Return what the checkpoint is where it is not the model that it is named after; empty where it is."""
+    random = bool(job.parameters.get("random_weights"))
+    bare = "Its weights are random: shapes and bytes are the model's, and its answers mean nothing." if random else ""
+    return stand_in.of_model(job.scale, job.model, None) or bare
 
 
 def usage(folder: str, plain: str | None, tokenizer: bool, latent: bool) -> str:

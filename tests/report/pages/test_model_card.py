@@ -26,8 +26,9 @@ def card(folder, run=None, stack=None, made=MADE, effort="quick", key=KEY, **par
     values = {"model": MODEL, "scale": "proxy", "effort": effort, "ratio": 0.3, "seed": 0, **parameters}
     stem = f"structured_pruning--{MODEL}"
     job = SimpleNamespace(
-        model=MODEL, optimization="structured_pruning", scale="proxy", effort=effort, parameters=values, stem=stem
-    )
+        model=MODEL, optimization="structured_pruning", scale=values["scale"], effort=effort, parameters=values,
+        stem=stem,
+    )  # fmt: skip
     if run is not None:
         record.write(run, folder / f"{stem}.json")
     return model_card.text(job, stack, made, "small", folder, key)
@@ -120,3 +121,12 @@ def test_a_record_that_cannot_be_read_is_not_said_to_be_missing(tmp_path):
     assert "Nothing was measured yet" not in text and "not a record: not JSON" in text
     assert "nothing is claimed of this checkpoint" in text
     assert f"--effort quick --out {tmp_path / 'mine'}` measures it" in text  # where the next card looks for it
+
+
+def test_a_card_says_first_what_is_not_the_model_that_it_is_named_after(tmp_path):
+    text = card(tmp_path)
+    assert text.startswith("# A stand-in for Qwen3-4B-Instruct-2507: Structured pruning\n\nA stand-in with Qwen3-4B")
+    assert "not Qwen3-4B-Instruct-2507" in text.split("Made from")[0]
+    real = card(tmp_path, scale="full")
+    assert real.startswith(f"# {MODEL}: Structured pruning\n\nMade from")
+    assert "Its weights are random" in card(tmp_path, scale="full", random_weights=True).split("Made from")[0]
