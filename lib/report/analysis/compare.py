@@ -22,6 +22,7 @@ from typing import Any
 from lib.measure.metrics import significance
 from lib.measure.metrics.busy import why_busy
 from lib.measure.metrics.catalogue import METRICS
+from lib.measure.metrics.decision import BUSY
 from lib.measure.metrics.digits import signed
 from lib.measure.metrics.measurement import Measurement, unavailable
 from lib.report.analysis.noise import gains
@@ -114,7 +115,7 @@ def _by_name(record: Record | None) -> dict[tuple[str, str], Measurement]:
     timed = [m for m in members if m.noise_floor is not None and m.dimension in ("performance", "efficiency")]
     by_name = {(m.metric, m.workload): m for m in members}
     if busy:
-        why = f"the machine was busy: {busy}"
+        why = busy if busy.startswith(BUSY) else f"{BUSY}: {busy}"
         by_name |= {(m.metric, m.workload): unavailable(m.metric, m.workload, why) for m in timed}
     return by_name
 

@@ -340,3 +340,12 @@ def test_what_neither_record_judges_is_shown_and_makes_no_regression():
     for old, new, regression in ((*spent, True), (shown[0], spent[1], True), (*shown, False)):
         change = _sets(_with(_whole(), old), _with(_whole(1), new))[key]
         assert change.verdict == "worse" and change.regression == regression
+
+
+def test_a_busy_machine_is_named_once():
+    run = samples.whole("structured_pruning", samples.MODELS[0])
+    about = {"disturbed": 1, "reason": "the machine was busy: our threads waited for a core"}
+    busy = [m.model_copy(update=about) if m.metric == "prefill_tokens_per_second" else m for m in run.measurements]
+    later = run.model_copy(update={"measurements": busy, "started": "2026-02-01T14:05:00+00:00"})
+    [change] = [c for c in compare.compare([run], [later]) if c.metric == "prefill_tokens_per_second"]
+    assert change.verdict == "not comparable" and change.reason.count("the machine was busy") == 1
