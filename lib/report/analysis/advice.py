@@ -65,7 +65,7 @@ class Advice:
     seconds that it may take.
 
     `goal` is the goal in words, with its limit. "use if" is a gain with kept quality beside which something else was
-    lost: `reason` names what.
+    lost: `reason` names what, and then the gain.
     """
 
     optimization: str
@@ -160,12 +160,12 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
     if goal.limit_bytes is not None and (beyond := _beyond(record, goal)):
         return result("do not use", beyond, **about)
     beside = _beside(record, goal, served) + _not_measured(record)
+    gained = in_words.phrase(served, record.measurements)
     if paid := _paid(record, served):
         more = f" (and {len(paid) - 2} more)" if len(paid) > 2 else ""
         named = [in_words.phrase(m, record.measurements) for m in paid[:2]]
         price = f"{' and '.join(named)} {'is' if len(paid) == 1 else 'are'} acceptable{more}"
-        return result("use if", price + beside, **about)
-    gained = in_words.phrase(served, record.measurements)
+        return result("use if", f"{price}: {gained}{beside}", **about)
     return result("use", f"{gained}, and quality is kept{beside}", **about)
 
 

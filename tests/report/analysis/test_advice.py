@@ -126,7 +126,8 @@ def test_a_gain_beside_which_something_was_lost_has_a_price():
         run.optimization, MODEL, "proxy", "quick", {}, [*run.measurements, lost], environment=samples.ENVIRONMENT
     )
     row = advised(again)
-    assert row.decision == "use if" and "latency p99" in row.reason and "longer is acceptable" in row.reason
+    assert row.decision == "use if" and "latency p99" in row.reason and "longer is acceptable: decode " in row.reason
+    assert row.reason.endswith(" % faster"), "what is had for the price"
     assert row.command is None
 
 
@@ -535,7 +536,8 @@ def test_workloads_that_disagree_have_a_price_whatever_their_order(drafted):
     served = samples.timed("goodput_requests_per_second", 1.02, verdict="inconclusive", workload="serve")
     row = advised(_drafting(*drafted, served=[served], primaries=goodput), "throughput")
     assert row.decision == "use if" and row.evidence.measurement.workload == "n-gram"
-    assert row.reason == "generation 20 % slower (speculative) is acceptable; goodput undecided"
+    price, gained = "generation 20 % slower (speculative) is acceptable", "generation 30 % faster (n-gram)"
+    assert row.reason == f"{price}: {gained}; goodput undecided"
 
 
 def test_the_workload_that_was_declared_decides_and_a_gain_elsewhere_is_said():
