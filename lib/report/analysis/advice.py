@@ -24,6 +24,7 @@ from lib.report.records.verdicts import in_words, primary
 from lib.report.text import brief
 from lib.report.text.quantities import quantity
 from lib.report.text.sentence import gain, subject, why
+from lib.report.text.wording import label
 
 __all__ = [
     "GOALS",
@@ -154,7 +155,7 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
     if open_question:
         return (undecided if asked(record, "accuracy") else not_asked)(open_question, **about)
     if goal.limit_bytes is not None and taken(record, goal.name) is None:
-        missing = " or ".join(LIMITED[goal.name])
+        missing = " or ".join(map(label, LIMITED[goal.name]))
         # Its dimension was asked for, since something of it serves the goal: more effort would measure it no better.
         return result("undecided", f"{missing} was not measured, so the limit cannot be held against it", **about)
     if goal.limit_bytes is not None and (beyond := _beyond(record, goal)):

@@ -4,10 +4,11 @@ Markdown from the templates and from the records of a result folder; what was ne
 """
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 
 from lib.errors import UserError
 from lib.files import write_atomically
@@ -59,16 +60,23 @@ def entries(jobs: Sequence[Job]) -> list[ListedNotebook]:
 
 def write(listed: Sequence[ListedNotebook], results: Path, folder: Path) -> Path:
     """Write the page of these entries into `folder`; return its path. `results` holds a result folder per scale."""
-    known = {scale: read_folder(results / scale)[0] for scale in {entry.scale for entry in listed}}
-    return write_atomically(folder / NAME, text(listed, {scale: discoveries.settled(r) for scale, r in known.items()}))
+    known = {scale: read_folder(results / scale) for scale in {entry.scale for entry in listed}}
+    records = {scale: discoveries.settled(read) for scale, (read, _) in known.items()}
+    return write_atomically(folder / NAME, text(listed, records, {scale: bad for scale, (_, bad) in known.items()}))
 
 
-def text(listed: Sequence[ListedNotebook], records: dict[str, list[Record]]) -> str:
-    """Return the page as Markdown; `records` by scale, with the words that hold for the set."""
+def text(
+    listed: Sequence[ListedNotebook],
+    records: dict[str, list[Record]],
+    damaged: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
+) -> str:
+    """Return the page as Markdown; `records` by scale, with the words that hold for the set; `damaged`, by scale, is
+    stem → what is wrong with a record that cannot be read.
+    """
     parts = [INTRODUCTION]
     for scale, model in dict.fromkeys((entry.scale, entry.model) for entry in listed):
         own = [entry for entry in listed if (entry.scale, entry.model) == (scale, model)]
-        parts += _section(own, records.get(scale, []), scale, model)
+        parts += _section(own, records.get(scale, []), damaged.get(scale, {}), scale, model)
     others = [name for name in plan.models() if name not in {entry.model for entry in listed}]
     parts.append(
         "## Another model\n\n`python build.py lab --model M` makes copies that are set to it: "
@@ -83,13 +91,15 @@ def text(listed: Sequence[ListedNotebook], records: dict[str, list[Record]]) -> 
     return "\n\n".join(parts) + "\n"
 
 
-def _section(listed: Sequence[ListedNotebook], records: Sequence[Record], scale: str, model: str) -> list[str]:
+def _section(
+    listed: Sequence[ListedNotebook], records: Sequence[Record], damaged: Mapping[str, str], scale: str, model: str
+) -> list[str]:
     sizes = stand_in.sizes(record for record in records if record.model == model)
     about = stand_in.of_model(scale, model, sizes.get(model))
     lines = ["| notebook | what it does | takes | last result |", "| --- | --- | --- | --- |"]
     for entry in listed:
         name = f"[{title(entry.template.stem)}]({entry.file})"
-        cells = (name, what_it_does(entry.template), _takes(entry, records), _last(entry, records))
+        cells = (name, what_it_does(entry.template), _takes(entry, records), _last(entry, records, damaged))
         lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
     return [f"## {model}, scale {scale}", *([f"> {untagged(about)}"] if about else []), "\n".join(lines)]
 
@@ -123,7 +133,9 @@ def _minutes(seconds: float) -> str:
     return f"{minutes:.1f} min" if minutes < 10 else f"{minutes:.0f} min"
 
 
-def _last(entry: ListedNotebook, records: Iterable[Record]) -> str:
+def _last(entry: ListedNotebook, records: Iterable[Record], damaged: Mapping[str, str]) -> str:
+    if fault := damaged.get(f"{entry.template.stem}--{entry.model}"):
+        return one_line(fault, LONGEST)
     run = next((r for r in records if (r.optimization, r.model) == (entry.template.stem, entry.model)), None)
     if run is None:
         return "not run yet"

@@ -195,7 +195,7 @@ def test_a_limit_that_nothing_was_measured_against_leaves_the_question_open():
     row = advised(run, "memory<=8GiB")
     assert row.decision == "undecided" and row.evidence.measurement.metric == "peak_tensor_bytes"
     assert row.command is None, "with more effort there is no child process either"
-    assert row.reason == "peak_memory_bytes was not measured, so the limit cannot be held against it"
+    assert row.reason == "peak memory was not measured, so the limit cannot be held against it"
 
 
 @pytest.mark.parametrize("text", ["speed", "latency<=3ms", "memory<=8stones", "memory>=8GiB", ""])

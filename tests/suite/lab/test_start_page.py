@@ -46,6 +46,14 @@ def test_without_a_record_it_is_a_page_all_the_same(tmp_path):
     assert all(row[2] == "not run yet" for row in _rows(page).values())
 
 
+def test_a_record_that_cannot_be_read_is_not_said_to_be_missing(tmp_path):
+    (tmp_path / "proxy").mkdir()
+    (tmp_path / "proxy" / f"continuous_nas--{MODEL}.json").write_text("{half")
+    page = start_page.write(start_page.entries([]), tmp_path, tmp_path / ".lab").read_text(encoding="utf-8")
+    last = _rows(page)["[Continuous NAS](continuous_nas.ipynb)"][2]
+    assert last.startswith(f"continuous_nas--{MODEL}.json: not a record") and "build it again" in last
+
+
 def test_what_it_does_is_the_first_sentence(tmp_path):
     path = workbench.notebook(tmp_path / "a.ipynb", [])
     assert start_page.what_it_does(templates.read(path)) == ""
