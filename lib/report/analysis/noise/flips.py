@@ -1,7 +1,7 @@
 """Which verdicts of a run differ from those of the build before: one that flipped deserves a second look.
 
-Compares what the records themselves say, of runs with the same optimization, model, scale and effort; the verdicts
-within a whole set (`lib.report.analysis.noise.discoveries`) depend on its other runs.
+Compares what the records themselves say, of runs with the same optimization, model, scale, effort and parameters; the
+verdicts within a whole set (`lib.report.analysis.noise.discoveries`) depend on its other runs.
 """
 
 from collections.abc import Sequence
