@@ -29,7 +29,7 @@ SIGNS = {
     "held": "✓",
     "not_held": "✗",
 }
-_SPELLED = {"nas": "NAS", "automl": "AutoML", "glm": "GLM", "vl": "VL", "qwen3": "Qwen3"}
+_SPELLED = {"nas": "NAS", "automl": "AutoML", "glm": "GLM", "vl": "VL", "qwen3": "Qwen3", "smollm2": "SmolLM2"}
 _LABELS = {
     "f1_macro": "F1 (macro)",
     "precision_macro": "precision (macro)",

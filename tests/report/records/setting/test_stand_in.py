@@ -74,3 +74,7 @@ def test_every_page_says_it_before_any_number(tmp_path):
     assert view["stand_in"].startswith("A stand-in of 3.62 M parameters")
     real = results.records[0].model_copy(update={"scale": "full"})
     assert run_page.view(real)["stand_in"] == "" and run_page.view(real)["title"].endswith("on glm-4.7-flash")
+
+
+def test_a_real_model_of_which_blocks_are_measured_is_written_as_it_is_called():
+    assert "first blocks of SmolLM2-135M-Instruct" in stand_in.of_model("slice", "smollm2-135m-instruct", None)
