@@ -232,6 +232,12 @@ def _deeper(source: str) -> str:
     return "\n".join(lines)
 
 
+def fenced(text: str, language: str) -> str:
+    """Return text as a block of code, in a fence that nothing within it closes: a model may have written one."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
 def _markdown(notebook: nbformat.NotebookNode, view: dict[str, Any], folder: str) -> tuple[str, dict[str, bytes]]:
     from nbconvert.exporters import MarkdownExporter
     from traitlets.config import Config
@@ -241,6 +247,7 @@ def _markdown(notebook: nbformat.NotebookNode, view: dict[str, Any], folder: str
         config=config, template_name="workbench_markdown", extra_template_basedirs=[str(TEMPLATES)]
     )
     exporter.register_filter("untagged", untagged)
+    exporter.register_filter("fenced", fenced)
     exporter.register_filter("deeper", lambda source: _deeper(source) if view["record"] else source)
     resources: dict[str, Any] = {"page": view, "output_files_dir": folder, "unique_key": "figure"}
     text, resources = exporter.from_notebook_node(_without_reprs(notebook), resources=resources)

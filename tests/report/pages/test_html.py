@@ -408,3 +408,16 @@ def test_no_address_is_hidden_from_the_seal(element):
     own = BeautifulSoup(inside, "html.parser")
     html.seal(own)
     assert own.img["src"] == "a picture.png" and own.img["srcset"] and own.a["href"] == "index.html#x"
+
+
+def test_a_fence_that_was_printed_does_not_close_the_block(tmp_path):
+    """What a model writes may hold one; the rest of the page would be read as code, and the code as a page."""
+    v = nbformat.v4
+    written = "```python\n<img src=x onerror=alert(1)>\n```"
+    outputs = [v.new_output("stream", name="stdout", text=f"{written}\n")]
+    outputs += [v.new_output("execute_result", data={"text/plain": written})]
+    nbformat.write(v.new_notebook(cells=[v.new_code_cell("print(text)", outputs=outputs)]), tmp_path / "in.ipynb")
+    run = samples.run().model_copy(update={"log": written})
+    _, text = html.render(tmp_path / "in.ipynb", run, (), tmp_path)
+    assert text.read_text().count(f"````text\n{written}\n````") == 3
+    assert "```python\nprint(text)\n```" in text.read_text()
