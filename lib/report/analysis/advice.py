@@ -163,11 +163,16 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
     beside = _beside(record, goal, served) + _not_measured(record)
     gained = in_words.phrase(served, record.measurements)
     if paid := _paid(record, served):
-        more = f" (and {len(paid) - 2} more)" if len(paid) > 2 else ""
-        named = [in_words.phrase(m, record.measurements) for m in paid[:2]]
-        price = f"{' and '.join(named)} {'is' if len(paid) == 1 else 'are'} acceptable{more}"
-        return result("use if", f"{price}: {gained}{beside}", **about)
+        reasons = [f"{_price(paid, record, most)}: {gained}{beside}" for most in (2, 1)]
+        return result("use if", next((r for r in reasons if brief.count(r) <= brief.MOST_WORDS), reasons[-1]), **about)
     return result("use", f"{gained}, and quality is kept{beside}", **about)
+
+
+def _price(paid: Sequence[Measurement], record: Record, most: int) -> str:
+    """Return what has to be acceptable for a gain; `most` losses are named, the others counted."""
+    named = [in_words.phrase(m, record.measurements) for m in paid[:most]]
+    more = f" (and {len(paid) - most} more)" if len(paid) > most else ""
+    return f"{' and '.join(named)}{more} {'is' if len(paid) == 1 else 'are'} acceptable"
 
 
 def _not_measured(record: Record) -> str:

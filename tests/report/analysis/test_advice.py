@@ -453,7 +453,18 @@ def test_two_losses_are_acceptable_together():
     again = record.build(
         run.optimization, MODEL, "proxy", "quick", {}, [*run.measurements, *lost], environment=samples.ENVIRONMENT
     )
-    assert "longer are acceptable" in advised(again).reason
+    assert "longer are acceptable: decode " in advised(again).reason
+
+
+def test_the_gain_is_named_however_much_it_costs():
+    run = samples.whole("structured_pruning", MODEL, gain=1.4)
+    workloads = [f"serve, real model, {load} capacity, chats and documents in turn" for load in ("within", "beyond")]
+    lost = [samples.paired("latency_p99_ms", 0.7, workload=workload) for workload in workloads]
+    again = record.build(
+        run.optimization, MODEL, "proxy", "quick", {}, [*run.measurements, *lost], environment=samples.ENVIRONMENT
+    )
+    reason = advised(again).reason
+    assert "(and 1 more) are acceptable: decode " in reason and reason.endswith(" % faster")
 
 
 def test_a_score_that_decides_is_told_from_another_of_its_name(tmp_path, capsys):
