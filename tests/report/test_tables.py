@@ -184,3 +184,13 @@ def test_a_figure_of_many_models_draws_the_first_and_says_so():
     shown, note = tables.few(frame, "model")
     assert shown["model"].nunique() == tables.MOST_PANELS and "12 of 40" in note
     assert tables.few(frame[:8], "model")[1] == "" and len(tables.few(frame[:8], "model")[0]) == 8
+
+
+@pytest.mark.parametrize(
+    ("ci", "shown"),
+    [((0.0318, 0.036), "0.0318–0.0360"), ((1.01e-5, 1.2e-5), "0.000010–0.000012"), ((0.0, 0.0), "0–0"), (None, "–")],
+)
+def test_an_interval_of_a_value_has_the_digits_that_it_deserves(ci, shown):
+    """As `1.01e-05–1.2e-05` its dash looked like another minus."""
+    divergence = measurement.informative("kl_divergence_nats", "prefill", 0.0, 0.03, "32 windows", ci=ci, n=32)
+    assert rows.row(divergence)["95 % interval"] == shown

@@ -6,7 +6,7 @@ Knows measurements and how to write their numbers; knows no pandas and no HTML.
 from collections.abc import Iterable, Sequence
 
 from lib.measure.metrics.catalogue import DIMENSIONS
-from lib.measure.metrics.digits import DASH, interval
+from lib.measure.metrics.digits import DASH, interval, with_ends
 from lib.measure.metrics.measurement import Measurement
 from lib.report.text import sentence
 from lib.report.text.quantities import quantity, share, times
@@ -23,7 +23,7 @@ def row(measurement: Measurement) -> dict[str, str]:
     low, high = sentence.ends(measurement)
     ratio, ends = sentence.ratio(measurement.ratio, low, high)
     if measurement.ratio is None:  # then the interval is of the optimized value
-        ends = interval(low, high, form=".3g") if measurement.ci else ""
+        ends = interval(low, high, form=".3g") if low == high else with_ends(0.0, low, high)[1]
     return {
         "dimension": measurement.dimension,
         "metric": label(measurement.metric),

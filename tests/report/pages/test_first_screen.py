@@ -209,3 +209,11 @@ def test_what_was_disturbed_is_counted_once_and_said_once():
     assert dict(summary.machine(again))["Disturbed pairs"] == "3"  # a rate and its latency are of the same pairs
     shown = "Busy machine, nothing timed is judged: our threads waited for a core 22% of the time, in 1 of 6 pairs …"
     assert summary.busy(again) == shown
+
+
+def test_the_noise_floor_of_the_machine_is_the_one_that_may_withhold():
+    rates = [samples.timed("generate_tokens_per_second", 1.4, workload=name) for name in ("own", "other")]
+    rates[1] = rates[1].model_copy(update={"noise_floor": 0.16, "reason": "the noise floor of 16 % is above 10 %"})
+    run = _served(*rates)
+    assert summary.busy(run).endswith(": the noise floor of 16 % is above 10 %.")
+    assert dict(summary.machine(run))["Noise floor"] == "goodput 1.2 %, generation 16 %"
