@@ -566,11 +566,11 @@ def test_what_has_no_record_and_what_cannot_be_read_is_said(tmp_path, capsys):
     samples.good(folder, samples.OPTIMIZATIONS[:1])
     (folder / f"continuous_nas--{MODEL}.json").write_text("{")
     command.advise(folder, [MODEL], ["latency"], 0.02, out="elsewhere")
-    said = capsys.readouterr()
-    assert f"Left out of this advice: continuous_nas--{MODEL}.json: not a record" in said.err
-    assert "  no record: adaptive_batch_sizes, adaptive_sparse_attention, " in said.out
-    assert "structured_pruning" not in said.out.partition("no record")[2]
-    assert said.out.rstrip().endswith(f"--model {MODEL} --out elsewhere")
+    captured = capsys.readouterr()
+    assert f"1 record left out: continuous_nas--{MODEL}.json: not a record" in captured.err
+    assert "  no record: adaptive_batch_sizes, adaptive_sparse_attention, " in captured.out
+    assert "structured_pruning" not in captured.out.partition("no record")[2]
+    assert captured.out.rstrip().endswith(f"--model {MODEL} --out elsewhere")
     samples.good(tmp_path / "whole" / "proxy")
     command.advise(tmp_path / "whole" / "proxy", [MODEL], ["latency"], 0.02)
     assert "no record" not in capsys.readouterr().out
