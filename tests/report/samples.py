@@ -2,7 +2,7 @@
 
 import random
 
-from lib.measure.metrics import measurement
+from lib.measure.metrics import measurement, paired_samples
 from lib.measure.metrics.catalogue import METRICS
 from lib.measure.metrics.measurement import Measurement
 from lib.report.records import record, refutation
@@ -150,7 +150,7 @@ def paired(metric: str, gain: float, spread: float = 0.01, workload: str = "pref
     turned = gain if METRICS[metric].higher_is_better else 1 / gain
     baseline = [800 * chance.lognormvariate(0, 0.05) for _ in range(12)]
     optimized = [value * turned * chance.lognormvariate(0, spread) for value in baseline]
-    return measurement.from_samples(
+    return paired_samples.from_samples(
         metric, workload, baseline, optimized, source="12 balanced AB/BA blocks, perf_counter", floor=0.008,
         process_sigma=0.0,
     )  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lib.measure.compare import replication
-from lib.measure.metrics import measurement, paired_stats, process_variance, settings
+from lib.measure.metrics import measurement, paired_samples, paired_stats, process_variance, settings
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.pairs import Pairs
 from lib.measure.metrics.settings import Effort
@@ -97,7 +97,7 @@ class Compared:
             floor = paired_stats.NORMAL * others.sigma / math.sqrt(several) if several else 0.0
             for metric in METRICS_OF[name]:
                 quantity = _quantity(metric, timed.baseline)
-                measurements.append(measurement.from_pairs(metric, name, timed.control, quantity, floor))
+                measurements.append(paired_samples.from_pairs(metric, name, timed.control, quantity, floor))
         return measurements
 
 
@@ -247,7 +247,7 @@ def _explained(name: str, timed: Timed, hints: Mapping[str, Any], peaks: Ceiling
     """Return the workload's rates and latencies against their bound, and the utilisations."""
     rates = []
     for metric in METRICS_OF[name]:
-        rate = measurement.from_pairs(metric, name, timed.pairs, _quantity(metric, timed.baseline), timed.control)
+        rate = paired_samples.from_pairs(metric, name, timed.pairs, _quantity(metric, timed.baseline), timed.control)
         rates.append(ceilings.explain(rate, timed.costs, timed.seconds, peaks, **hints))
     rates += _processor_time(name, timed)
     return rates + ceilings.utilisation(name, timed.costs, timed.seconds, peaks)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lib.measure.metrics import measurement
+from lib.measure.metrics import measurement, paired_samples
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.roofline import cost_model
 from lib.measure.timing.workloads import Workload
@@ -70,7 +70,7 @@ def speed(
     if alone := slice_depth.alone(models[1]):
         source += f"; of these {len(alone)} blocks once, as no other is treated so"
     options: dict[str, Any] = {"provenance": "derived", "samples": False, "process": process}
-    return [measurement.from_samples(METRIC_OF[name], name, base, opt, source=source, floor=None, **options)]
+    return [paired_samples.from_samples(METRIC_OF[name], name, base, opt, source=source, floor=None, **options)]
 
 
 def times_longer(work: Callable[[], object], model: nn.Module, counts: Sequence[float]) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from lib.errors import UserError
-from lib.measure.metrics import measurement, paired_stats
+from lib.measure.metrics import measurement, paired_samples, paired_stats
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.roofline import cost_model
 from lib.measure.serving import slo, step_timing
@@ -276,7 +276,7 @@ def goodput_of(
         means = [float(np.mean(values)) for values in arms]
         return measurement.informative(metric, workload, means[0], means[1], source, "estimated", n=len(again))
     floor = paired_stats.noise_floor(paired_stats.differences(arms[0], again))
-    return measurement.from_samples(
+    return paired_samples.from_samples(
         metric,
         workload,
         arms[0],

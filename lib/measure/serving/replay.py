@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lib.measure.metrics import measurement, paired_stats
+from lib.measure.metrics import measurement, paired_samples, paired_stats
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.serving import slo
 from lib.measure.serving.engine import ModelEngine
@@ -230,7 +230,7 @@ def _judged(metric: str, workload: str, arms: Sequence[Sequence[float]], source:
         reason = "a replay has none, so there is no ratio of every round"
         return measurement.informative(metric, workload, first, second, source, n=len(arms[0]), reason=reason)
     floor = paired_stats.noise_floor(paired_stats.differences(arms[0], arms[2]))
-    return measurement.from_samples(metric, workload, arms[0], arms[1], source=source, floor=floor, **options)
+    return paired_samples.from_samples(metric, workload, arms[0], arms[1], source=source, floor=floor, **options)
 
 
 def latencies(

@@ -68,7 +68,7 @@ class Rounds:
         return [order.index(first) < order.index(second) for order in self.orders]
 
     def pairs(self, baseline: str, optimized: str) -> Pairs:
-        """Return two of the arms as paired blocks, for `lib.measure.metrics.measurement.from_pairs`."""
+        """Return two of the arms as paired blocks, for `lib.measure.metrics.paired_samples.from_pairs`."""
         order = [BASELINE_FIRST if first else OPTIMIZED_FIRST for first in self.before(baseline, optimized)]
         repeated = [(seconds[baseline], seconds[optimized], reason) for seconds, reason in self.set_aside]
         clock = self.clock if len(self.seconds) == 2 else f"{self.clock}, {len(self.seconds)} arms a round"

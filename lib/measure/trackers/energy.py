@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
-from lib.measure.metrics import measurement, paired_stats
+from lib.measure.metrics import measurement, paired_samples, paired_stats
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.pairs import Pairs
 from lib.measure.timing.interleaved import Watch, balanced_orders
@@ -150,7 +150,7 @@ def cpu_seconds(
     if min(*baseline, *optimized, *control) <= 0:
         return measurement.unavailable(CPU, workload, "the processor's clock did not move within a window", how)
     floor = paired_stats.noise_floor(paired_stats.differences(baseline, control), process)
-    judged = measurement.from_samples(CPU, workload, baseline, optimized, source=how, floor=floor, process=process)
+    judged = paired_samples.from_samples(CPU, workload, baseline, optimized, source=how, floor=floor, process=process)
     return measurement.unjudged(judged, COUNTED) if counted else judged
 
 
@@ -209,7 +209,7 @@ def _joules(
         floor = paired_stats.noise_floor(paired_stats.differences(values["baseline"], values["control"]), process)
         options: dict[str, Any] = {"source": how, "floor": floor, "provenance": source.provenance, "samples": samples}
         options |= {"process": process, "disturbed": disturbed}
-        judged = measurement.from_samples(metric, workload, values["baseline"], values["optimized"], **options)
+        judged = paired_samples.from_samples(metric, workload, values["baseline"], values["optimized"], **options)
         if source.provenance == "estimated":
             return measurement.unjudged(judged, f"{ESTIMATED}; no counter: {source.missing or 'not asked for'}")
         return measurement.unjudged(judged, f"the inverse of {GROSS}, which is judged") if metric == INVERSE else judged

@@ -191,7 +191,7 @@ def _process(
     """Return a peak of the process; informative with the reason `shown`, where there is one, or where it was read
     once.
     """
-    from lib.measure.metrics import measurement
+    from lib.measure.metrics import measurement, paired_samples
 
     base, opt = baseline.values(name), optimized.values(name)
     source = _source(optimized)
@@ -204,7 +204,7 @@ def _process(
     if count < 2 or min(*base, *opt) <= 0:
         reason = shown or ("read once: no interval" if count < 2 else "a child held no more than before it loaded")
         return measurement.informative(metric, workload, median(base), median(opt), source, n=count, reason=reason)
-    judged = measurement.from_samples(
+    judged = paired_samples.from_samples(
         metric, workload, base, opt, source=source, floor=_floor(base), process=range(count)
     )
     return measurement.unjudged(judged, shown) if shown else judged

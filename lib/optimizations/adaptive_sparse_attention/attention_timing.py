@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lib.measure.compare import speed
 from lib.measure.compare.speed import Compared
-from lib.measure.metrics import measurement
+from lib.measure.metrics import paired_samples
 from lib.measure.metrics.busy import withhold_if_busy
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.pairs import Pairs
@@ -105,13 +105,13 @@ def attention_alone(
     for length, share in shares.items():
         own, workload = heads.first(length), f"attention of one block, {length} tokens"
         pairs, floor = time_attention(own, find, count if length < LONG_PROMPT else FEW_BLOCKS, seed)
-        timed = measurement.from_pairs("attention_ms", workload, pairs, 1, floor, **options)
+        timed = paired_samples.from_pairs("attention_ms", workload, pairs, 1, floor, **options)
         measurements.append(timed)
         rows.append(_row("of the model", length, share["density"], share["recall"], timed))
     planted = attended_mass.planted(own, find.block, seed=seed)
     pairs, floor = time_attention(planted, find, FEW_BLOCKS, seed, control=False)
     pattern = attended_mass.attended(planted, find(planted), find.block)
-    extra = measurement.from_pairs("attention_ms", f"{workload}, planted heads", pairs, 1, floor, **options)
+    extra = paired_samples.from_pairs("attention_ms", f"{workload}, planted heads", pairs, 1, floor, **options)
     rows.append(_row("planted", own.tokens, pattern.density, pattern.recall, extra))
     return AttentionTimes(measurements, extra, rows)
 
@@ -289,7 +289,7 @@ def decode_apart(
             if arm not in works:
                 works[arm] = workloads.steps(arms[arm](), context_1T, count)
         pairs = time_calls(works[first], works[second], FEW_BLOCKS, seed=seed)
-        rate = measurement.from_pairs("decode_tokens_per_second", f"decode, {name}", pairs, count, None)
+        rate = paired_samples.from_pairs("decode_tokens_per_second", f"decode, {name}", pairs, count, None)
         parts.append({"name": name, "purpose": purpose, "measurements": [rate]})
     return parts
 

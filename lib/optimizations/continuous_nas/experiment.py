@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lib.measure.compare.speed import Compared
-from lib.measure.metrics import measurement
+from lib.measure.metrics import paired_samples
 from lib.measure.metrics.settings import Effort
 from lib.measure.timing import interleaved, workloads
 from lib.measure.timing.control import fresh_copy
@@ -255,7 +255,7 @@ def times_add_up(setup: SearchSetup, costs: RequestCosts, judged: Sequence[Choic
         whole, arm = (workloads.generate(fresh_copy(model), prompt_BP, new_tokens) for model in models)
         options: dict[str, Any] = {"fewest": rivals.PREVIEW_PAIRS, "warmup": 1, "seed": setup.seed}
         pairs = interleaved.paired(whole, arm, blocks=rivals.pairs(setup.effort, PAIRS), **options)
-        speed = measurement.from_pairs("generate_tokens_per_second", "generate", pairs, arm.tokens, None)
+        speed = paired_samples.from_pairs("generate_tokens_per_second", "generate", pairs, arm.tokens, None)
         assert speed.ratio is not None
         row: dict[str, Any] = {"predicted": costs.share(evaluation.choice, costs.time), "measured": 1 / speed.ratio}
         low, high = speed.ci or (None, None)  # two pairs have no interval

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lib.measure.metrics import measurement, paired_stats
+from lib.measure.metrics import measurement, paired_samples, paired_stats
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.paired_stats import NORMAL
 from lib.measure.metrics.settings import Effort
@@ -72,7 +72,7 @@ def race(judged: nn.Module, prompt_BP: torch.Tensor, profile: RequestProfile, se
         arms = (workloads.generate(fresh_copy(arm), prompt_BP, profile.new_tokens) for arm in (rival, judged))
         pairs = interleaved.paired(*arms, blocks=blocks, fewest=PREVIEW_PAIRS, seed=seed)
         tokens = profile.batch * profile.new_tokens
-        return measurement.from_pairs("generate_tokens_per_second", "generate", pairs, tokens, None)
+        return paired_samples.from_pairs("generate_tokens_per_second", "generate", pairs, tokens, None)
 
     return against
 

@@ -16,7 +16,7 @@ from torch import nn
 from lib.errors import NotApplicable, UserError
 from lib.measure.compare import speed
 from lib.measure.compare.speed import Compared
-from lib.measure.metrics import measurement
+from lib.measure.metrics import measurement, paired_samples
 from lib.measure.metrics.busy import withhold_if_busy
 from lib.measure.metrics.measurement import Measurement
 from lib.models.checkpoints import io
@@ -138,7 +138,7 @@ def overhead(setup: PartsSetup, identity: nn.Module, prompt_BT: torch.Tensor) ->
     names = ("prefill",) if setup.effort.preview else ("prefill", "decode")
     unchanged = speed.compare(*arms, names=names, with_energy=False, seed=setup.seed)
     rates = [
-        measurement.from_pairs(
+        paired_samples.from_pairs(
             speed.METRICS_OF[name][0], name, timed.pairs, timed.baseline.tokens, timed.control, margin=OVERHEAD_MARGIN
         )
         for name, timed in unchanged.timed.items()

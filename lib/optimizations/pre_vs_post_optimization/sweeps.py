@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lib.measure.metrics import measurement, paired_stats
+from lib.measure.metrics import paired_samples, paired_stats
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
 from lib.measure.quality import answer_comparison, evaluate
@@ -60,7 +60,7 @@ def sweep(
 def _rate(metric: str, name: str, arms: list, **options: Any) -> Measurement:
     warm_up(*arms)
     pairs, copied = with_control(*arms, disturbance=disturbance.watch, **options)
-    return measurement.from_pairs(metric, name, pairs, arms[0].tokens, copied)
+    return paired_samples.from_pairs(metric, name, pairs, arms[0].tokens, copied)
 
 
 def points_known(measurements: Sequence[Measurement], prompt_tokens: int, batch: int) -> list[Measurement]:

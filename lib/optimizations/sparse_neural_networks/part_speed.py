@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lib.measure.metrics import measurement, settings
+from lib.measure.metrics import measurement, paired_samples, settings
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.pairs import Pairs
 from lib.measure.metrics.process_variance import PART_SIGMA
@@ -108,7 +108,7 @@ def compare(
     seconds = float(np.median(pairs.baseline_seconds)), float(np.median(pairs.optimized_seconds))
     peaks = ceilings.measure(dense.work.x_1TH.device.type, dense.dtype)
     options: dict[str, Any] = {"samples": False, "process_sigma": PART_SIGMA}
-    timed = measurement.from_pairs("feed_forward_ms", name, pairs, 1, dense.control, **options)
+    timed = paired_samples.from_pairs("feed_forward_ms", name, pairs, 1, dense.control, **options)
     return [
         ceilings.explain(
             timed, costs, seconds, peaks, zero_share=zero_share, fallback=fallback, working_set_bytes=sizes[1]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from lib.measure.metrics import measurement
+from lib.measure.metrics import paired_samples
 from lib.measure.metrics.pairs import Pairs
 from lib.measure.roofline import cost_model, full_depth
 from lib.measure.timing import interleaved
@@ -77,7 +77,7 @@ def compare(loaded: Loaded, prefill_chunk: int, latent_context: int, seed: int =
     chunked.chunk_prefill(model, prefill_chunk)
     pairs, same, gains = absorbed_against_stock(model, ids_1T, context, steps, seed=seed)
     chunked.whole_prefill(model)
-    step = measurement.from_pairs("decode_tokens_per_second", f"decode, {context} cached", pairs, steps, None)
+    step = paired_samples.from_pairs("decode_tokens_per_second", f"decode, {context} cached", pairs, steps, None)
     row: dict[str, object] = {"context": context, "same_tokens": same, "gain": step.ratio, "ci": step.ci}
     row |= {f"gain, {name}": gain for name, gain in gains.items()}
     return row | {"stock_tokens_per_second": step.baseline}

@@ -14,7 +14,7 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from torch import nn
 
-from lib.measure.metrics import measurement
+from lib.measure.metrics import paired_samples
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.pairs import Pairs
 from lib.measure.timing import interleaved, workloads
@@ -70,7 +70,7 @@ def compare(
     measurements, all_same = {}, True
     for kind in KINDS:
         pairs, same = pairs_with(work, folder, kind, dtype, prompt_BT)
-        measurements[kind] = measurement.from_pairs(METRIC, names[kind], pairs, work.new_tokens, None)
+        measurements[kind] = paired_samples.from_pairs(METRIC, names[kind], pairs, work.new_tokens, None)
         all_same &= same
     return measurements, all_same
 

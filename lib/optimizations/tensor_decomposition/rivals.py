@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lib.errors import UserError
-from lib.measure.metrics import measurement, paired_stats
+from lib.measure.metrics import paired_samples, paired_stats
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.quality import evaluate
 from lib.measure.quality.answers import Text
@@ -191,7 +191,7 @@ def _prefill_rate(setup: FactoringSetup, model: nn.Module, prompt_BT: torch.Tens
     arms = [workloads.prefill(arm, prompt_BT[:, :tokens]) for arm in (setup.baseline, model)]
     iterations = interleaved.iterations_for(arms[0], interleaved.TURN_SECONDS if setup.effort.preview else TURN_SECONDS)
     pairs = interleaved.paired(*arms, blocks=SPEED_BLOCKS, iterations=iterations, warmup=1, seed=setup.seed)
-    return measurement.from_pairs("prefill_tokens_per_second", "prefill", pairs, arms[0].tokens, None)
+    return paired_samples.from_pairs("prefill_tokens_per_second", "prefill", pairs, arms[0].tokens, None)
 
 
 def _row(arm: ThirdArm, strength: float, removed: float, rate: Measurement) -> dict[str, object]:

@@ -7,7 +7,8 @@ import math
 
 from lib.measure.metrics.catalogue import METRICS
 from lib.measure.metrics.digits import places, signed, with_ends
-from lib.measure.metrics.measurement import Measurement, judge_again
+from lib.measure.metrics.measurement import Measurement
+from lib.measure.metrics.paired_samples import judge_again
 from lib.measure.quality.noninferiority import SAME
 from lib.report.text.quantities import figures, times
 from lib.report.text.wording import label, one_line

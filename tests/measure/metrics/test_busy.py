@@ -2,7 +2,7 @@
 
 import pytest
 
-from lib.measure.metrics import busy, measurement
+from lib.measure.metrics import busy, measurement, paired_samples
 
 LOADED = ("other processes took 50% of our cores",)
 
@@ -10,7 +10,7 @@ LOADED = ("other processes took 50% of our cores",)
 def timed(metric: str = "prefill_tokens_per_second", floor: float = 0.01, disturbed=(), workload: str = "prefill"):
     """A measurement whose optimized arm is a fifth faster."""
     values = [1.2 * (1 + 0.001 * (number % 3)) for number in range(12)]
-    return measurement.from_samples(
+    return paired_samples.from_samples(
         metric, workload, [1.0] * 12, values, source="test", floor=floor, process_sigma=0.0, disturbed=disturbed
     )
 
@@ -37,7 +37,7 @@ def test_what_disturbed_rounds_without_a_verdict_is_the_reason_that_withholds_th
     machine."""
     count, floor = missing.get("count", 12), missing.get("floor", 0.01)
     rounds = [1.0] * count, [1.2] * count
-    few = measurement.from_samples(
+    few = paired_samples.from_samples(
         "goodput_requests_per_second", "serve", *rounds, source="test", floor=floor, disturbed=LOADED
     )
     assert few.verdict == "informative" and few.disturbed == 1

@@ -1,97 +1,22 @@
-"""Every number is labelled, listed and judged in the right direction."""
+"""Every number is labelled and listed; what is counted is judged in the right direction."""
 
 import json
 import math
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 from pydantic import ValidationError
 
 from lib.errors import UserError
-from lib.measure.metrics import busy, measurement, process_variance, settings
+from lib.measure.metrics import busy, measurement, paired_samples, settings
 from lib.measure.metrics.catalogue import DIMENSIONS, METRICS, metric
-from lib.measure.metrics.pairs import Pairs, join
-
-
-@pytest.fixture(autouse=True)
-def one_process_is_like_another(monkeypatch):
-    """What processes differ by is the matter of `test_process_variance.py`."""
-    monkeypatch.setattr(process_variance, "PRIOR_SIGMA", 0.0)
-    monkeypatch.delenv(process_variance.VARIABLE, raising=False)
-
-
-def pairs(ratio: float, blocks: int = 12) -> Pairs:
-    """Blocks in which the optimized arm takes `ratio` times as long, with a little unevenness."""
-    base = [0.1 * (1 + 0.001 * i) for i in range(blocks)]
-    uneven = [ratio * (1 + 0.001 * (i % 3 - 1)) for i in range(blocks)]
-    return Pairs(base, [t * u for t, u in zip(base, uneven)], ["AB", "BA"] * (blocks // 2), [None] * blocks, 1)
-
-
-def test_rates_and_latencies_are_two_sides_of_the_same_times():
-    rate = measurement.from_pairs("prefill_tokens_per_second", "prefill", pairs(0.8), 256, 0.01)
-    time = measurement.from_pairs("time_to_first_token_ms", "prefill", pairs(0.8), 1, 0.01)
-    assert rate.verdict == time.verdict == "better"
-    assert rate.ratio == pytest.approx(1.25, rel=1e-3) and time.ratio == pytest.approx(0.8, rel=1e-3)
-    assert time.baseline == pytest.approx(100, rel=0.01) and rate.baseline == pytest.approx(2560, rel=0.01)
-    assert rate.ci[0] < rate.ratio < rate.ci[1] and rate.n == 12 and rate.provenance == "measured"
-    per_token = measurement.from_pairs("time_per_output_token_ms", "decode", pairs(1.5), 10, pairs(1.0))
-    assert per_token.verdict == "worse" and per_token.baseline == pytest.approx(10, rel=0.01)
-
-
-def test_the_source_says_how_many_calls_a_turn_was_in_all_processes():
-    parts = [replace(pairs(0.8, 2), iterations=calls) for calls in (4, 3, 6)]
-    assert join(parts).describe().startswith("6 balanced AB/BA blocks in 3 fresh processes, 3 to 6 calls each")
-    assert ", 4 calls each" in join(parts[:1] * 3).describe()
-
-
-def test_the_noise_floor_and_the_margin_both_hold_a_verdict_back():
-    assert measurement.from_pairs("load_seconds", "load", pairs(0.5), 1, 0.01).verdict == "informative"
-    small = measurement.from_pairs("time_to_first_token_ms", "prefill", pairs(0.99), 1, 0.001)
-    assert small.verdict == "equivalent"
-    noisy = measurement.from_pairs("time_to_first_token_ms", "prefill", pairs(0.9), 1, 0.2)
-    assert noisy.verdict == "inconclusive"
-    uncontrolled = measurement.from_pairs("time_to_first_token_ms", "prefill", pairs(0.9), 1, None)
-    assert uncontrolled.verdict == "informative" and "A/A" in uncontrolled.reason
-
-
-def test_above_a_floor_of_ten_percent_nothing_is_claimed_of_speed():
-    busy = measurement.from_pairs("decode_tokens_per_second", "decode", pairs(0.4), 1, 0.48)
-    assert busy.verdict == "inconclusive" and busy.ratio == pytest.approx(2.5, rel=0.01)
-    assert "48 %" in busy.reason and "above 10 %" in busy.reason and "load " in busy.reason
-    quiet = measurement.from_pairs("decode_tokens_per_second", "decode", pairs(0.4), 1, 0.09)
-    assert quiet.verdict == "better" and quiet.reason is None
-
-
-def test_a_few_processes_that_disagree_by_a_factor_carry_no_verdict_however_many_blocks_they_time():
-    process = [number // 12 for number in range(36)]
-    seconds = [0.1] * 36
-    wild = [0.1 / (2.0, 2.6, 1.7)[number] for number in process]
-    copy = Pairs(seconds, [0.1 * (1 + 0.001 * (i % 3)) for i in range(36)], ["AB"] * 36, [None] * 36, 1,
-                 process=process)  # fmt: skip
-    timed = Pairs(seconds, wild, ["AB"] * 36, [None] * 36, 1, process=process)
-    rate = measurement.from_pairs("decode_tokens_per_second", "decode", timed, 1, copy)
-    assert rate.ci[0] > 1 and rate.ci[1] > 2 * rate.ci[0] and rate.processes == 3
-    assert rate.verdict == "inconclusive" and "3 processes" in rate.reason
-    assert measurement.judge_again(rate).verdict == "inconclusive"
-
-
-def test_too_few_pairs_of_a_control_give_no_floor_and_no_verdict():
-    few = pairs(1.0, 4)
-    for floor in (few, few.floor(0.0)):
-        rate = measurement.from_pairs("decode_tokens_per_second", "decode", pairs(0.5), 1, floor)
-        assert rate.verdict == "informative" and rate.noise_floor is None
-        assert "the control's pairs are too few" in rate.reason
-    short = measurement.from_pairs("decode_tokens_per_second", "decode", few, 1, few)
-    assert short.verdict == "informative" and short.ci is None and "4 pairs are too few" in short.reason
 
 
 def test_what_is_not_judged_still_says_that_the_machine_was_busy():
     seen = "other processes took 40% of our cores"
-    loaded = measurement.from_samples(
-        "goodput_requests_per_second", "serve", [1.0] * 6, [2.0] * 6, source="test", floor=0.0, disturbed=[seen]
-    )
+    options = {"source": "test", "floor": 0.0, "process_sigma": 0.0, "disturbed": [seen]}
+    loaded = paired_samples.from_samples("goodput_requests_per_second", "serve", [1.0] * 6, [2.0] * 6, **options)
     shown = measurement.unjudged(loaded, "few requests")
     assert shown.verdict == "informative" and seen in shown.reason and shown.reason.endswith("few requests")
     assert seen in busy.why_busy([shown])
@@ -137,32 +62,8 @@ def test_lint_names_what_is_not_labelled():
 
 
 def test_what_reports_import_does_not_import_torch():
-    modules = ("metrics.catalogue", "metrics.measurement", "metrics.settings", "metrics.paired_stats")
-    modules += ("timing.interleaved", "timing.disturbance", "quality.noninferiority")
+    modules = ("metrics.catalogue", "metrics.measurement", "metrics.paired_samples", "metrics.settings")
+    modules += ("metrics.paired_stats", "timing.interleaved", "timing.disturbance", "quality.noninferiority")
     imports = ", ".join(f"lib.measure.{name}" for name in modules)
     code = f"import sys; import {imports}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-def test_a_record_keeps_means_of_neighbours_of_many_samples_as_many_of_every_process():
-    count = 3 * 40
-    seconds = [1.0 + 0.001 * (i % 7) for i in range(count)]
-    pairs = Pairs(
-        seconds, seconds, ["AB", "BA"] * (count // 2), [None] * count, 1, process=[i // 40 for i in range(count)]
-    )
-    kept = measurement.from_pairs("time_to_first_token_ms", "prefill", pairs, 1, pairs)
-    assert kept.n == count and len(kept.samples["baseline"]) == 60
-    assert kept.samples["baseline"][0] == pytest.approx(1000 * (seconds[0] + seconds[1]) / 2)
-    few = measurement.from_pairs(
-        "time_to_first_token_ms", "prefill", Pairs([1.0] * 6, [1.0] * 6, ["AB"] * 6, [None] * 6, 1), 1, 0.0
-    )
-    assert len(few.samples["baseline"]) == 6
-
-
-@pytest.mark.parametrize("count", [71, 79, 121])
-def test_a_number_of_samples_that_nothing_divides_is_kept_in_groups_too(count):
-    base = [1.0 + 0.01 * (at % 7) for at in range(count)]
-    made = measurement.from_samples("prefill_tokens_per_second", "prefill", base, base, source="test", floor=0.01)
-    kept = made.samples["baseline"]
-    assert measurement.MOST_SAMPLES // 2 < len(kept) <= measurement.MOST_SAMPLES
-    assert sum(kept) / len(kept) == pytest.approx(sum(base) / count, rel=0.005)

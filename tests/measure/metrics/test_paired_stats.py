@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, bootstrap
 
-from lib.measure.metrics import measurement, paired_stats, process_variance, settings
+from lib.measure.metrics import paired_samples, paired_stats, process_variance, settings
 from lib.measure.timing import interleaved
 
 TRIALS = 400
@@ -46,7 +46,7 @@ class Machine:
         base, other = self.arm(1.0), self.arm(1.0 + slower)
         pairs = interleaved.paired(base, other, blocks=blocks, clock=self.clock, seed=seed)
         control = interleaved.paired(base, self.arm(1.0), blocks=blocks, clock=self.clock, seed=seed + 1)
-        latency = measurement.from_pairs("time_to_first_token_ms", "prefill", pairs, 1, control)
+        latency = paired_samples.from_pairs("time_to_first_token_ms", "prefill", pairs, 1, control)
         return latency.verdict, paired_stats.effect(pairs.differences)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from lib.measure.metrics import measurement, paired_stats, process_variance
+from lib.measure.metrics import paired_samples, paired_stats, process_variance
 from lib.measure.metrics.process_variance import Draw
 
 TRIALS = 400
@@ -89,7 +89,7 @@ def test_between_processes_a_single_process_invents_effects_unless_the_pool_is_c
             shift = tau * random.normal()
             other = np.exp(shift + 0.02 * random.normal(size=12))
             words.append(
-                measurement.from_samples(
+                paired_samples.from_samples(
                     "prefill_tokens_per_second", "prefill", [1.0] * 12, other, source="test", floor=0.01,
                     process_sigma=process_sigma,
                 ).verdict
@@ -141,11 +141,11 @@ def test_the_level_of_an_arm_is_as_uncertain_as_processes_differ():
 def test_a_stored_measurement_is_judged_again_from_its_own_fields():
     for ratio, disturbed in ((1.2, ()), (1.001, ()), (0.8, ()), (1.2, ("other processes took 40% of our cores",))):
         values = [ratio * (1 + 0.002 * (number % 3 - 1)) for number in range(12)]
-        judged = measurement.from_samples(
+        judged = paired_samples.from_samples(
             "prefill_tokens_per_second", "prefill", [1.0] * 12, values, source="test", floor=0.004,
             process_sigma=0.002, disturbed=disturbed,
         )  # fmt: skip
-        assert measurement.judge_again(judged).verdict == judged.verdict
+        assert paired_samples.judge_again(judged).verdict == judged.verdict
         turned = judged.model_copy(update={"verdict": "better" if judged.verdict != "better" else "worse"})
-        assert measurement.judge_again(turned).verdict != turned.verdict
+        assert paired_samples.judge_again(turned).verdict != turned.verdict
     assert judged.verdict == "inconclusive" and judged.disturbed == 1

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lib.measure.metrics import measurement
+from lib.measure.metrics import measurement, paired_samples
 from lib.measure.serving import traffic, validation
 from lib.measure.serving.protocol import RequestOutcome, Served
 from lib.measure.serving.slo import Objectives
@@ -28,7 +28,7 @@ def run(seconds, count=40):
 def measured(gain, spread=0.01, floor=0.005):
     baseline = [10 * (1 + spread * step) for step in (-3, -2, -1, 1, 2, 3, 0, 0)]
     optimized = [value * gain * (1 + spread / 2 * sign) for value, sign in zip(baseline, (1, -1, 1, -1, 1, -1, 1, -1))]
-    return measurement.from_samples(
+    return paired_samples.from_samples(
         "goodput_requests_per_second",
         "serve",
         baseline,

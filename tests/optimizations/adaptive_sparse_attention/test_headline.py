@@ -80,7 +80,7 @@ def test_the_first_named_arm_is_the_optimized_one(tiny, monkeypatch):
     monkeypatch.setattr(attention_timing, "every_page", lambda *_: "all pages")
     monkeypatch.setattr(attention_timing.absorbed_baseline, "absorbed_baseline", lambda _: "the stock cache")
     monkeypatch.setattr(attention_timing, "time_calls", lambda first, second, *_, **__: arms.append((first, second)))
-    monkeypatch.setattr(attention_timing.measurement, "from_pairs", lambda *_: None)
+    monkeypatch.setattr(attention_timing.paired_samples, "from_pairs", lambda *_: None)
     parts = attention_timing.decode_apart(baseline, optimized, KNOBS, PROMPT, SimpleNamespace(timed={}), 2)
     words = {"all pages": "all pages", "the stock cache": "the stock cache"}
     called = lambda arm: "the stock path" if arm is baseline else "chosen pages" if arm is optimized else words[arm]  # noqa: E731

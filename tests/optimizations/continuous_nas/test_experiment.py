@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lib.measure.metrics import measurement, settings
+from lib.measure.metrics import measurement, paired_samples, settings
 from lib.measure.metrics.pairs import Pairs
 from lib.measure.quality.answers import Text
 from lib.optimizations.continuous_nas import drift, experiment, rivals
@@ -79,7 +79,7 @@ def _speed(gain: float, spread: float = 0.0) -> measurement.Measurement:
     seconds = [1.0, 1.01, 0.99, 1.0, 1.02, 0.98]
     slower = [gain * time * (1 + spread * sign) for time, sign in zip(seconds, (1, -1, 1, -1, 1, -1))]
     pairs = Pairs(slower, seconds, ["AB", "BA"] * 3, [None] * 6, 1)
-    return measurement.from_pairs("generate_tokens_per_second", "generate", pairs, 8, 0.0)
+    return paired_samples.from_pairs("generate_tokens_per_second", "generate", pairs, 8, 0.0)
 
 
 def _comparison(own: float, *rivals: tuple[float, float], spread: float = 0.0) -> RivalComparison:

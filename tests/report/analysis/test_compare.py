@@ -5,7 +5,7 @@ import math
 import pytest
 from scipy import stats
 
-from lib.measure.metrics import measurement
+from lib.measure.metrics import measurement, paired_samples
 from lib.report.analysis import compare
 from lib.report.analysis.noise import gains
 from lib.report.records import record
@@ -98,7 +98,7 @@ def test_an_interval_over_processes_has_their_degrees_of_freedom_without_samples
         base = [100.0 + 0.01 * pair for pair in range(72)]
         process = [pair // 12 for pair in range(72)]
         opt = [value * ratio * (1 + 0.012 * (number - 2.5)) for value, number in zip(base, process)]
-        made = measurement.from_samples(
+        made = paired_samples.from_samples(
             "energy_joules_per_token", "decode", base, opt, source="6 fresh processes", floor=0.001, samples=False,
             process=process,
         )  # fmt: skip
@@ -310,7 +310,7 @@ def test_the_ratio_shown_is_that_of_the_records_where_these_are_over_processes()
         process = [number for number in range(6) for _ in range(4)]
         base = [100.0 + 0.1 * (at % 4) for at in range(24)]
         opt = [value * (slow if number == 5 else 1.0) for value, number in zip(base, process)]
-        return measurement.from_samples(
+        return paired_samples.from_samples(
             "prefill_tokens_per_second", "prefill", base, opt, source="6 fresh processes", floor=0.01, process=process
         )
 

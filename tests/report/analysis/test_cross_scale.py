@@ -1,11 +1,11 @@
 """Quality of one scale beside speed of another: never mixed up, never made from one scale alone."""
 
-from lib.measure.metrics import measurement
+from lib.measure.metrics import measurement, paired_samples
 from lib.report.analysis import cross_scale
 from lib.report.records import record
 from tests.report import samples
 
-DEEP = measurement.from_samples(
+DEEP = paired_samples.from_samples(
     "full_depth_prefill_tokens_per_second", "prefill", [10.0] * 6, [12.0] * 6, source="blocks", floor=None,
     provenance="derived",
 )  # fmt: skip

@@ -9,13 +9,14 @@ Shapes: T prompt tokens, N new tokens.
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
-from lib.measure.metrics import measurement, paired_stats
+from lib.measure.metrics import measurement, paired_samples, paired_stats
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.timing.interleaved import balanced_orders
 from lib.models.loading import Loaded
@@ -123,7 +124,8 @@ def measurements(
     rates = [drafted[name].rates()[chosen] for name in (plain, law, again)]
     floor = paired_stats.noise_floor(paired_stats.differences(rates[0], rates[2]))
     source = f"{len(rates[0])} answers under each law in turn, perf_counter"
-    results = [measurement.from_samples("generate_tokens_per_second", workload, *rates[:2], source=source, floor=floor)]
+    options: dict[str, Any] = {"source": source, "floor": floor}
+    results = [paired_samples.from_samples("generate_tokens_per_second", workload, *rates[:2], **options)]
     rounds = [r for answer in drafted[law].rounds[chosen] for r in answer if r.drafted]
     tried = sum(r.drafted for r in rounds)
     outputs = drafted[law].output[chosen], drafted[plain].output[chosen]

@@ -19,7 +19,7 @@ import torch
 
 from lib import memory_limits
 from lib.errors import UserError
-from lib.measure.metrics import measurement, settings
+from lib.measure.metrics import measurement, paired_samples, settings
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.timing import interleaved
 from lib.models.checkpoints.folder import weight_files
@@ -122,14 +122,14 @@ def _compared(
         private = {name: child.private_bytes for name, child in arm.items()}
         same = arm["baseline"].answers[-1]["tokens"] == arm["optimized"].answers[-1]["tokens"]
     control = timed.pairs("baseline", AGAIN)
-    rate = measurement.from_pairs(METRIC, WORKLOAD, timed.pairs("baseline", "optimized"), steps, control)
+    rate = paired_samples.from_pairs(METRIC, WORKLOAD, timed.pairs("baseline", "optimized"), steps, control)
     details = {"weights_bytes": total, "allowance_bytes": allowance, "limit_bytes": limits}
     details |= {"weights_in_private_memory_bytes": private, "page_cache_bytes": cached}
     details["private_memory_bytes"] = own
     details |= {"disk_bytes_of_a_call": read, "baseline": "plain mapping"}
     control_is = f"the process of the plain mapping, timed a second time: {short}" if short else SECOND_PROCESS
     details |= {"control": control_is}
-    repeated = [measurement.from_pairs(METRIC, WORKLOAD, control, steps, 0.0)]
+    repeated = [paired_samples.from_pairs(METRIC, WORKLOAD, control, steps, 0.0)]
     return LimitedDecoding(rate, details, same, repeated, control_is)
 
 

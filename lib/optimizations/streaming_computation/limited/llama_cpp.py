@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lib.errors import UserError
-from lib.measure.metrics import measurement, paired_stats, settings
+from lib.measure.metrics import measurement, paired_samples, paired_stats, settings
 from lib.measure.metrics.measurement import Measurement
 from lib.models.loading import Loaded
 from lib.models.sources import fetch
@@ -154,13 +154,13 @@ def _measurements(condition: Condition, steps: int, bits: Mapping[str, float], a
         f"not judged: llama.cpp computes with the file's quantized weights, {bits['baseline']:.1f} bits each, the "
         f"streamed model with dequantized ones, {bits['optimized']:.1f} bits each"
     )
-    timed = measurement.from_pairs(METRIC, workload, condition.pairs(), steps, None)
+    timed = paired_samples.from_pairs(METRIC, workload, condition.pairs(), steps, None)
     rows = [timed.model_copy(update={"source": f"{about}, {THREADS} thread; {timed.source}"})]
     theirs, ours = (condition.held(arm, "peak") for arm in ARMS)
     if theirs and ours:
         source = f"{about}; VmHWM of the whole process, reset under this limit, {len(ours)} fresh processes per arm"
         settled: dict[str, Any] = {"source": source, "floor": None, "process": range(len(ours))}
-        rows.append(measurement.from_samples("peak_memory_bytes", workload, theirs, ours, **settled))
+        rows.append(paired_samples.from_samples("peak_memory_bytes", workload, theirs, ours, **settled))
     return [measurement.unjudged(row, note) for row in rows]
 
 

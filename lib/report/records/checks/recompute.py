@@ -8,7 +8,8 @@ from collections.abc import Iterable
 
 from lib.measure.metrics.busy import says_busy, withhold_if_busy
 from lib.measure.metrics.catalogue import METRICS
-from lib.measure.metrics.measurement import Measurement, judge_again
+from lib.measure.metrics.measurement import Measurement
+from lib.measure.metrics.paired_samples import judge_again
 from lib.measure.quality import noninferiority
 
 SILENT = ("unavailable", "invalid", "informative", "not_exercised")

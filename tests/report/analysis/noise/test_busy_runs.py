@@ -1,6 +1,6 @@
 """Runs on a busy machine are named with the reason; previews are not, for their few rounds scatter on any machine."""
 
-from lib.measure.metrics import measurement
+from lib.measure.metrics import paired_samples
 from lib.report.analysis.noise import busy_runs
 from lib.report.records import record
 from tests.report import samples
@@ -9,7 +9,7 @@ SEEN = "other processes took 50% of our cores"
 
 
 def _timed(**unsettling):
-    return measurement.from_samples(
+    return paired_samples.from_samples(
         "prefill_tokens_per_second", "prefill", [1.0] * 12, [1.2, 1.21, 1.22] * 4, source="test", process_sigma=0.0,
         **({"floor": 0.01} | unsettling),
     )  # fmt: skip

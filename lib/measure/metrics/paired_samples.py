@@ -1,0 +1,194 @@
+"""Measurements from samples of both arms that were taken in pairs, with the verdict by interval, noise floor and margin.
+
+Knows how to judge samples, not how they were taken. The fields are described in `lib.measure.metrics.measurement`.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from lib.measure.metrics import measurement, paired_stats, process_variance
+from lib.measure.metrics.catalogue import metric as metric_named
+from lib.measure.metrics.decision import BUSY, BUSY_FLOOR, Ruling, decide, detectable
+from lib.measure.metrics.measurement import Measurement, Provenance, Verdict
+from lib.measure.metrics.pairs import Pairs
+from lib.measure.metrics.process_variance import Pooled
+
+MOST_SAMPLES = 60  # that a record keeps of a measurement
+
+
+def from_pairs(
+    metric: str,
+    workload: str,
+    pairs: Pairs,
+    quantity: float,
+    floor: Pairs | float | None,
+    margin: float | None = None,
+    samples: bool = True,
+    process_sigma: float | None = None,
+) -> Measurement:
+    """Return a rate or a latency from timed pairs.
+
+    `quantity` is what one call does, in the metric's terms: tokens (or requests) for a rate, tokens or calls to divide
+    by for a latency. `floor` is the A/A control, as its Pairs or as a number. `margin` replaces the metric's practical
+    margin; `process_sigma` as in `from_samples`.
+    """
+    unit = metric_named(metric).unit
+    if unit.endswith("/s"):
+        convert = lambda seconds: quantity / seconds  # noqa: E731
+    elif unit in ("ms", "s"):
+        convert = lambda seconds: seconds * (1000 if unit == "ms" else 1) / quantity  # noqa: E731
+    else:
+        raise ValueError(f"{metric} is in {unit}: times make only rates and latencies")
+    return from_samples(
+        metric,
+        workload,
+        [convert(t) for t in pairs.baseline_seconds],
+        [convert(t) for t in pairs.optimized_seconds],
+        source=pairs.describe(),
+        floor=floor,
+        margin=margin,
+        samples=samples,
+        process=pairs.process,
+        process_sigma=process_sigma,
+        disturbed=[reason for reason in pairs.disturbed if reason],
+    )
+
+
+def from_samples(
+    metric: str,
+    workload: str,
+    baseline: Sequence[float],
+    optimized: Sequence[float],
+    *,
+    source: str,
+    floor: Pairs | float | None,
+    provenance: Provenance = "measured",
+    margin: float | None = None,
+    samples: bool = True,
+    process: Sequence[int] | None = None,
+    process_sigma: float | None = None,
+    disturbed: Sequence[str] = (),
+) -> Measurement:
+    """Return a measurement from samples of both arms that were taken in pairs, in the metric's unit.
+
+    `floor` is the A/A control, as its Pairs or as the half-width of its interval within the process. `process[i]` is
+    the process of pair i: with several, the interval is over processes. With one, what the process hides is added in
+    quadrature to interval and floor: `process_sigma`, by default that of other runs for this workload
+    (`lib.measure.metrics.process_variance`), or 0 for an estimate and for resources, of which times tell nothing.
+    `disturbed` holds what was seen in the pairs that could not be repeated: nothing is decided then.
+
+    Without a `floor` (no A/A control ran), or with too few pairs or a control of too few for an interval, or for a
+    metric without a margin, the verdict is informative. Above a floor of BUSY_FLOOR it is inconclusive, whatever the
+    interval: the same model differs from itself by more than most optimizations gain.
+    """
+    listed = metric_named(metric)
+    margin = listed.margin if margin is None else margin
+    d_N = paired_stats.differences(baseline, optimized)
+    several = process is not None and len(set(process)) >= paired_stats.MINIMUM_PROCESSES
+    of_times = listed.dimension in ("performance", "efficiency")
+    between = None if several else _between(workload, provenance if of_times else None, process_sigma)
+    sigma = between.sigma if between else 0.0
+    effect = paired_stats.effect(d_N, process, sigma)
+    if isinstance(floor, Pairs):
+        floor = floor.floor(sigma)
+    elif floor is not None:
+        floor = math.hypot(floor, paired_stats.NORMAL * sigma)
+    reason, mde = None, None
+    fewest = paired_stats.MINIMUM_PROCESSES if several else paired_stats.MINIMUM_BLOCKS
+    busy = f"{disturbed[-1]}, in {len(disturbed)} of {effect.n} pairs" if disturbed else None
+    if floor is None or math.isinf(floor) or effect.n < fewest or margin is None:
+        verdict: Verdict = "informative"
+        if margin is not None:
+            few = f"{effect.n} pairs" if effect.n < fewest else "the control's pairs"
+            reason = "no A/A control ran" if floor is None else f"{few} are too few for an interval"
+            reason = f"{BUSY}: {busy}; {reason}" if busy else reason  # which withholds what else was timed
+    else:
+        decision = decide(
+            effect.median,
+            effect.low,
+            effect.high,
+            n=effect.n,
+            floor=floor,
+            margin=margin,
+            higher_is_better=listed.higher_is_better,
+            busy=busy,
+            processes=effect.processes if several else None,
+        )
+        verdict, reason = decision.verdict, decision.reason
+        if floor > BUSY_FLOOR:
+            reason = f"{reason}{_load()}"
+        mde = detectable(effect.half_width, effect.scatter, floor=floor, margin=margin)
+    return measurement.judged(
+        metric,
+        workload,
+        baseline=float(np.median(baseline)),
+        optimized=float(np.median(optimized)),
+        ratio=math.exp(effect.median),
+        ci=(math.exp(effect.low), math.exp(effect.high)) if math.isfinite(effect.low) else None,
+        n=effect.n,
+        noise_floor=floor if floor is not None and math.isfinite(floor) else None,
+        mde=mde if mde is not None and math.isfinite(mde) else None,
+        margin=None if verdict == "informative" else margin,
+        verdict=verdict,
+        provenance=provenance,
+        source=f"{source}; {between.source}" if between and between.sigma else source,
+        reason=reason,
+        samples={"baseline": _grouped(baseline, process), "optimized": _grouped(optimized, process)}
+        if samples
+        else None,
+        process_sigma=sigma if between else effect.scatter * math.sqrt(effect.processes),
+        processes=effect.processes,
+        disturbed=len(disturbed) or None,
+    )
+
+
+def _grouped(values: Sequence[float], process: Sequence[int] | None) -> list[float]:
+    """Return the samples; of more than MOST_SAMPLES the means of neighbours, as many of every process."""
+    if len(values) <= MOST_SAMPLES:
+        return [float(value) for value in values]
+    processes = len(set(process or [0]))
+    each = len(values) // processes
+    if each * processes != len(values):
+        return [float(value) for value in values]
+    most = min(each, max(2, MOST_SAMPLES // processes))
+    groups = next((n for n in range(most, most // 2, -1) if each % n == 0), most)  # of one size, where that leaves many
+    by_process = np.asarray(values, dtype=float).reshape(processes, each)
+    return [float(part.mean()) for row in by_process for part in np.array_split(row, groups)]
+
+
+def _load() -> str:
+    """Return the machine's load as a clause, or nothing on a system that does not say."""
+    if not hasattr(os, "getloadavg"):
+        return ""
+    return f"; load {os.getloadavg()[0]:.1f} on {os.cpu_count() or 1} cores"
+
+
+def _between(workload: str, provenance: Provenance | None, process_sigma: float | None) -> Pooled:
+    """Return τ of the times that a number of this `provenance` is made of (None: it is made of none)."""
+    if process_sigma is not None:
+        return Pooled(process_sigma, 0)
+    timed = provenance in ("measured", "derived")  # an estimate is made of something else
+    return process_variance.between_processes(workload) if timed else Pooled(0.0, 0)
+
+
+def judge_again(stored: Measurement) -> Ruling | None:
+    """Return the ruling on a stored measurement from its fields, by the rule of paired samples; None where its verdict
+    does not come from that rule (counted, informative, quality).
+    """
+    if stored.verdict not in ("better", "worse", "equivalent", "inconclusive") or stored.dimension == "accuracy":
+        return None
+    if stored.ci is None or stored.ratio is None or stored.noise_floor is None or stored.margin is None:
+        return None
+    return decide(
+        math.log(stored.ratio),
+        *(math.log(end) for end in stored.ci),
+        n=stored.n or 0,
+        floor=stored.noise_floor,
+        margin=stored.margin,
+        higher_is_better=stored.higher_is_better,
+        busy=stored.reason if stored.disturbed else None,
+        processes=stored.processes if (stored.processes or 0) >= paired_stats.MINIMUM_PROCESSES else None,
+    )
