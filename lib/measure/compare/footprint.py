@@ -1,6 +1,6 @@
 """What two models take on disk and at their peak in memory: both are saved, then loaded and run in fresh processes.
 
-Complements `lib.measure.compare.speed.resources`, which counts. Knows nothing of how the models differ.
+Complements `lib.measure.compare.costs.resources`, which counts. Knows nothing of how the models differ.
 """
 
 from dataclasses import replace

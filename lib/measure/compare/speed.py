@@ -3,9 +3,8 @@ fresh processes where saved files hold each model completely, compares the times
 use and energy. Knows no optimization.
 """
 
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -314,81 +313,3 @@ def _details(timed: dict[str, Timed], peaks: Ceilings) -> dict[str, object]:
         source = "perf_counter around every decoding step, warm-up and controls included"
         details["step_milliseconds"] = {"value": steps, "provenance": "measured", "source": source}
     return details
-
-
-def resources(
-    baseline: nn.Module,
-    optimized: nn.Module,
-    *,
-    tokens: int,
-    costs: Mapping[str, Any] | None = None,
-    baseline_costs: Mapping[str, Any] | None = None,
-) -> list[Measurement]:
-    """Return the counted and derived resources: parameters, weights, cache, FLOPs and bytes per token at `tokens` of
-    context.
-
-    `costs` are the options of the optimized model (absorbed, overhead, skip_zeros, density, stride, attended),
-    `baseline_costs` those of the baseline.
-    """
-
-    arms = ((baseline, baseline_costs or {}), (optimized, costs or {}))
-
-    def of(formula: Callable[..., float], *arguments: int, options: Sequence[str] = ()) -> tuple[float, float]:
-        names = ("skip_zeros", *options)
-        base, opt = (
-            formula(model, *arguments, **{n: chosen[n] for n in names if n in chosen}) for model, chosen in arms
-        )
-        return base, opt
-
-    def plain(count: Callable[[nn.Module], float]) -> tuple[float, float]:
-        return count(baseline), count(optimized)
-
-    prefill = of(functools.partial(cost_model.prefill_flops, logits=1), tokens, options=("density", "stride"))
-    rows = {
-        "parameters": ("load", plain(cost_model.parameters), "counted, tied ones once"),
-        "active_parameters": (
-            "decode",
-            of(cost_model.active_parameters),
-            "matrix elements that one token of text uses, uniform routing",
-        ),
-        "weights_bytes": ("load", plain(cost_model.weights_bytes), "parameters and buffers as stored"),
-        "kv_cache_bytes_per_token": (
-            "decode",
-            plain(lambda model: cost_model.kv_cache_bytes_per_token(model, tokens)),
-            "by formula from the cache's shapes",
-        ),
-        "prefill_flops_per_token": (
-            "prefill",
-            (prefill[0] / tokens, prefill[1] / tokens),
-            f"formula, prompt of {tokens} tokens, the head for the last alone, as timed",
-        ),
-        "decode_flops_per_token": (
-            "decode",
-            of(cost_model.decode_flops, tokens, options=("absorbed", "attended")),
-            f"formula, context of {tokens} tokens",
-        ),
-        "decode_bytes_per_token": (
-            "decode",
-            of(cost_model.step_bytes, 1, tokens, options=("overhead", "attended")),
-            f"formula, one sequence, context of {tokens} tokens, uniform routing",
-        ),
-    }
-    counted = [measurement.counted(metric, work, *values, source) for metric, (work, values, source) in rows.items()]
-    return counted + full_depth.sizes((baseline, optimized))
-
-
-def break_even(apply_seconds: float, rate: Measurement, workload: str = "apply") -> list[Measurement]:
-    """Return the time it took to apply an optimization, and the tokens after which the time saved equals it.
-
-    `rate` is in tokens per second, of both arms; unless it is better, the number of tokens is unavailable.
-    """
-    applied = measurement.informative("apply_seconds", workload, 0.0, apply_seconds, "perf_counter, once", ratio=None)
-    if rate.verdict != "better" or not rate.baseline or not rate.ratio:
-        reason = f"no gain in {rate.metric} was shown ({rate.verdict})"
-        return [applied, measurement.unavailable("break_even_tokens", workload, reason)]
-    saved = (1 - 1 / rate.ratio) / rate.baseline  # by the judged ratio, which is not quite that of the two medians
-    source = f"time to apply over seconds saved per token of {rate.metric}"
-    tokens = measurement.informative(
-        "break_even_tokens", workload, None, apply_seconds / saved, source, "derived", reason="the baseline needs none"
-    )
-    return [applied, tokens]

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lib.measure.compare import saved, speed
+from lib.measure.compare import saved
+from lib.measure.compare.costs import resources
 from lib.measure.metrics import measurement, paired_stats
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
@@ -140,7 +141,7 @@ def costs(
     Raises AssertionError where the cache does not hold what the formula gives.
     """
     model = loaded.model
-    results = [item for item in speed.resources(model, model, tokens=effort.prompt_tokens) if "weights" in item.metric]
+    results = [item for item in resources(model, model, tokens=effort.prompt_tokens) if "weights" in item.metric]
     per_token = cost_model.kv_cache_bytes_per_token(model)
     assert abs(per_token - study.setup.times.bytes_per_token) < 1, "the cache does not hold what the formula gives"
     by = "by formula from the cache's shapes"

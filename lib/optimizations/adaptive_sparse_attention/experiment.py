@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from lib.errors import UserError
-from lib.measure.compare import saved, speed
+from lib.measure.compare import saved
+from lib.measure.compare.costs import break_even, resources
 from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement, paired_stats, settings
 from lib.measure.metrics.busy import why_busy
@@ -276,10 +277,10 @@ def costs(
     full_peak, sparse_peak = memory.peaks(full, sparse)
     peaks = memory.measurements(full_peak, sparse_peak)
     options = {name: dict(values) for name, values in formula.items()}
-    resources = speed.resources(baseline, optimized, tokens=tokens, **options)
-    counted = [_with_bounds(each, baseline, knobs, tokens) for each in resources]
+    without_bounds = resources(baseline, optimized, tokens=tokens, **options)
+    counted = [_with_bounds(each, baseline, knobs, tokens) for each in without_bounds]
     rate = next(m for m in timings if m.metric == "prefill_tokens_per_second")
-    return [*timings, *peaks, *counted, *speed.break_even(apply_seconds, rate)]
+    return [*timings, *peaks, *counted, *break_even(apply_seconds, rate)]
 
 
 def shares(

@@ -51,7 +51,7 @@ CELL = f"""import sys
 
 sys.path.insert(0, "..")
 
-from lib.measure.compare import speed
+from lib.measure.compare import costs, speed
 from lib.models import loading
 from lib.models.tasks import tasks
 from lib.optimizations import {STEM}
@@ -61,7 +61,7 @@ loaded = loading.load(model, scale, device=device, random_weights=random_weights
 optimized = {STEM}.apply(loaded.model, None, bits=bits)
 prompt = tasks.text_windows(loaded, "final", 1, 64, seed)
 compared = speed.compare(loaded.model, optimized, prompt, effort, names=("prefill",), seed=seed)
-resources = speed.resources(loaded.model, optimized, tokens=64)
+resources = costs.resources(loaded.model, optimized, tokens=64)
 record.glue(record.build("{STEM}", model, scale, effort, {{"bits": bits}}, [*compared.measurements, *resources]))"""
 PARAMETERS = """model: str = "qwen3-4b-instruct-2507"  # a file in parameters/
 scale: str = "proxy"  # one of proxy|slice|full

@@ -21,6 +21,7 @@ from torch import nn
 
 from lib.errors import NotApplicable, UserError
 from lib.measure.compare import speed
+from lib.measure.compare.costs import break_even, resources
 from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement, settings
 from lib.measure.metrics.measurement import Measurement
@@ -241,14 +242,14 @@ def compared(
 
 def paid(apply_seconds: float, costs: list[Measurement]) -> list[Measurement]:
     """Return what opening the file took, and after how many prompt tokens it has paid."""
-    return speed.break_even(apply_seconds, next(m for m in costs if m.metric.startswith("prefill")))
+    return break_even(apply_seconds, next(m for m in costs if m.metric.startswith("prefill")))
 
 
 def counted(baseline: nn.Module, optimized: nn.Module, effort: Effort, absorbed: bool) -> list[Measurement]:
-    """Return what is counted of both models, see `speed.resources`; and that weights which stream take as many bytes of
+    """Return what is counted of both models, see `costs.resources`; and that weights which stream take as many bytes of
     their file as before: less memory is no smaller checkpoint.
     """
-    rows = speed.resources(baseline, optimized, tokens=effort.prompt_tokens, **_formulas(baseline, absorbed))
+    rows = resources(baseline, optimized, tokens=effort.prompt_tokens, **_formulas(baseline, absorbed))
     stream = streamer.streamer(optimized)
     if stream is None:
         return rows

@@ -11,7 +11,7 @@ from lib.errors import UserError
 from lib.measure.compare import replication, saved, speed
 from lib.measure.compare.footprint import footprint
 from lib.measure.metrics import measurement, settings
-from lib.measure.roofline import ceilings, cost_model
+from lib.measure.roofline import ceilings
 from lib.measure.timing import interleaved, workloads
 from lib.measure.trackers import energy, energy_source, memory
 
@@ -93,25 +93,6 @@ def test_cost_options_reach_the_prediction(tiny):
     assert rate.predicted > 1.3
 
 
-def test_resources_are_counted_and_derived(tiny, name):
-    base, other = tiny(name), tiny(name)
-    other.lm_head.weight.data[:48] = 0
-    counted = {m.metric: m for m in speed.resources(base, other, tokens=16)}
-    assert {m.provenance for m in counted.values()} == {"derived"} and measurement.lint(counted.values()) == []
-    assert {m.verdict for m in counted.values()} == {"equivalent"}
-    skipped = {m.metric: m for m in speed.resources(base, other, tokens=16, costs={"skip_zeros": True})}
-    assert skipped["decode_flops_per_token"].verdict == "better"
-    assert counted["prefill_flops_per_token"].verdict == skipped["prefill_flops_per_token"].verdict == "equivalent"
-    timed = cost_model.of(base, workloads.prefill(base, workloads.random_prompt(base, 1, 16)))
-    assert counted["prefill_flops_per_token"].baseline == timed.flops / 16  # of the head one position, as is timed
-    assert counted["parameters"].baseline == cost_model.parameters(base)
-    if name == "glm-4.7-flash":
-        options = {"tokens": 16, "costs": {"absorbed": True}}
-        alone = {m.metric: m.ratio for m in speed.resources(base, other, **options)}
-        both = {m.metric: m.ratio for m in speed.resources(base, other, **options, baseline_costs={"absorbed": True})}
-        assert alone["decode_flops_per_token"] < 1 == both["decode_flops_per_token"]
-
-
 def test_the_copy_decodes_at_the_same_place_of_the_answer_as_the_others(tiny, monkeypatch):
     model = tiny("qwen3-4b-instruct-2507")
     prompt_BT = workloads.random_prompt(model, 1, 16)
@@ -184,18 +165,6 @@ def test_a_copy_that_answers_otherwise_is_not_timed(tiny):
     assert speed._on_copy("decode", work, other, prompt_BT, QUICK) is work
     again = speed._on_copy("decode", work, tiny("qwen3-4b-instruct-2507"), prompt_BT, QUICK)
     assert again is not work and again.output_BN.equal(work.output_BN)
-
-
-def test_break_even_needs_a_gain():
-    better = measurement.informative("prefill_tokens_per_second", "prefill", 100, 200, "blocks")
-    better = better.model_copy(update={"verdict": "better"})
-    applied, tokens = speed.break_even(2.0, better)
-    assert applied.optimized == 2.0 and tokens.optimized == pytest.approx(400) and tokens.baseline is None
-    # The pairs say a tenth faster, the two medians, of different pairs, the opposite: the judged ratio counts.
-    crossed = better.model_copy(update={"ratio": 1.1, "optimized": 99.0})
-    assert speed.break_even(2.0, crossed)[1].optimized == pytest.approx(2.0 * 100 / (1 - 1 / 1.1))
-    none = speed.break_even(2.0, better.model_copy(update={"verdict": "inconclusive"}))[1]
-    assert none.verdict == "unavailable" and "no gain" in none.reason
 
 
 def test_a_footprint_is_of_saved_models(tiny, monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lib.errors import UserError
-from lib.measure.compare import speed
+from lib.measure.compare import costs, speed
 from lib.measure.metrics import settings
 from lib.measure.metrics.catalogue import DIMENSIONS
 from lib.measure.quality import answer_comparison, evaluate
@@ -92,7 +92,7 @@ def test_nothing_is_timed_where_no_time_was_asked_for(tiny, monkeypatch):
         and {m.verdict for m in measurements} == {"unavailable"}
         and "accuracy and resources" in measurements[0].reason
     )
-    assert speed.break_even(1.0, measurements[0])[1].verdict == "unavailable"
+    assert costs.break_even(1.0, measurements[0])[1].verdict == "unavailable"
 
 
 def test_no_question_is_asked_where_no_answer_was_asked_for(monkeypatch):
