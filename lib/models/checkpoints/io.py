@@ -26,9 +26,10 @@ from lib.models.checkpoints import finite, quantization, tying, weight_file
 from lib.models.checkpoints.folder import ALIGNMENT, MANIFEST
 from lib.models.checkpoints.random_weights import Tiled
 from lib.models.structure import manifest
-from lib.models.structure.anatomy import anatomy, synchronise
+from lib.models.structure.anatomy import anatomy
 from lib.models.structure.architecture import auto_class, ready, with_generation
 from lib.models.structure.replacements import factored, no_op, sparse
+from lib.models.structure.surgery import synchronise
 
 transformers_logging.disable_progress_bar()
 

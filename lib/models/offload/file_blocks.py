@@ -27,8 +27,9 @@ from lib.models.checkpoints.folder import INDEX, MANIFEST, weight_files
 from lib.models.offload.layout import layout
 from lib.models.sources.store import RECEIPT
 from lib.models.structure import manifest
-from lib.models.structure.anatomy import Block, anatomy, synchronise
+from lib.models.structure.anatomy import Block, anatomy
 from lib.models.structure.replacements import factored, sparse
+from lib.models.structure.surgery import synchronise
 
 REST = "model-rest.safetensors"  # what is no decoder block
 BEHIND = ("*.json", "*.jinja", "*.txt", "*.model")  # files of tokenizers and processors that the target takes over

@@ -27,8 +27,9 @@ from lib.models.checkpoints.folder import MANIFEST
 from lib.models.checkpoints.weight_file import TensorPlace, WeightFile, aligned
 from lib.models.offload import expert_cache
 from lib.models.structure import architecture
-from lib.models.structure.anatomy import Anatomy, Experts, anatomy, synchronise
+from lib.models.structure.anatomy import Anatomy, Experts, anatomy
 from lib.models.structure.replacements import factored, no_op
+from lib.models.structure.surgery import synchronise
 
 SINGLE = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")  # matrices of an expert that is stored alone
 HEAD_BYTES = 2**25  # rows of the head are read in pieces of about this size, or of the largest block's if smaller

@@ -3,8 +3,7 @@ vision.
 
 Parts are recognised by structure (an attention with `kv_b_proj` is latent, a feed-forward part with `experts` routes),
 never by the name of a model, so that an optimization is written once against this view. The view holds references into
-the model, no copies: take it anew after a structural change, and call `synchronise`, which makes the counts that
-modules store beside their tensors (widths, numbers of heads and experts) agree with the shapes of the tensors.
+the model, no copies: take it anew after a structural change (`lib.models.structure.surgery`).
 
 Modules of transformers are typed Any: their attributes differ from architecture to architecture. Knows nothing of
 measuring, of tokenizers or of where weights come from.
@@ -18,12 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lib.errors import NotApplicable, UserError
-
 SHARED = ("shared_experts", "shared_expert")  # what architectures call experts that every token passes through
-POSITION = "block_position"  # of a decoder block: where it stood when the configuration was last written
-# Lists of the configuration with an entry for every block.
-BY_BLOCK = ("layer_types", "no_rope_layers")
 
 
 @dataclass(frozen=True)
@@ -277,103 +271,3 @@ def carry_rope_deltas(source: nn.Module, target: nn.Module) -> None:
     theirs: Any = getattr(target, "model", None)
     if hasattr(ours, "rope_deltas") and hasattr(theirs, "rope_deltas"):
         theirs.rope_deltas = ours.rope_deltas
-
-
-def resize_linear(linear: nn.Linear, weight: torch.Tensor) -> None:
-    """Replace the weight of `linear` by another [out, in]; its bias must already fit.
-
-    Raises UserError for a matrix that is not stored dense.
-    """
-    if not isinstance(linear, nn.Linear):
-        raise UserError(
-            f"{type(linear).__name__}: its matrix is stored as factors and cannot lose rows or columns; "
-            "remove parts before matrices are factored"
-        )
-    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=linear.weight.requires_grad)
-    linear.out_features, linear.in_features = weight.shape
-
-
-def synchronise(model: nn.Module) -> nn.Module:
-    """Make the counts stored in modules and configuration agree with the shapes of the tensors; return the model.
-
-    Where widths differ between blocks, the configuration states the largest; `lib.models.checkpoints.io.save` writes
-    each block's own into its manifest. Blocks that remain keep their entries in lists of the configuration. Raises
-    NotApplicable where blocks without attention would shift the kinds of the others' caches.
-    """
-    view = anatomy(model)
-    _keep_entries(view)
-    with_attention = 0  # only these fill a layer of the cache
-    for block in view.blocks:
-        if block.attention.kind != "none":
-            block.attention.module.layer_idx = with_attention
-            with_attention += 1
-        for linear in (module for module in block.module.modules() if isinstance(module, nn.Linear)):
-            linear.out_features, linear.in_features = linear.weight.shape
-        _synchronise_block(block)
-    _state_in_config(view)
-    return model
-
-
-def _keep_entries(view: Anatomy) -> None:
-    """Cut the configuration's lists of blocks to those that are left, each with its own entry."""
-    positions = []
-    for block in view.blocks:
-        usual = getattr(block.attention.module, "layer_idx", block.index)
-        positions.append(getattr(block.module, POSITION, usual))
-        setattr(block.module, POSITION, block.index)
-    for name in BY_BLOCK:
-        entries = getattr(view.config, name, None)
-        if entries:
-            setattr(view.config, name, [entries[min(position, len(entries) - 1)] for position in positions])
-    kinds = getattr(view.config, "layer_types", None) or []
-    filled = [kind for kind, block in zip(kinds, view.blocks) if block.attention.kind != "none"]
-    if filled != kinds[: len(filled)]:  # a cache's layers have the kinds of as many first blocks
-        raise NotApplicable("its blocks attend in different ways (sliding, full): a block's attention cannot go alone")
-
-
-def _synchronise_block(block: Block) -> None:
-    view = attention(block.attention.module)
-    module = view.module
-    if view.kind != "none":
-        module.num_key_value_groups = view.heads // view.key_value_heads
-    counts = {"num_heads": view.heads, "num_attention_heads": view.heads, "num_key_value_heads": view.key_value_heads}
-    for name in counts.keys() & vars(module).keys():
-        setattr(module, name, counts[name])
-    dense, experts = block.feed_forward.dense, block.feed_forward.experts
-    if dense is not None:
-        dense.intermediate_size = block.feed_forward.channels
-    if experts is not None:
-        experts.module.num_experts = experts.router.num_experts = experts.count
-        experts.module.intermediate_dim = experts.channels
-
-
-def _state_in_config(view: Anatomy) -> None:
-    """Write the decoder's dimensions into its configuration."""
-    config, blocks = view.config, anatomy(view.model).blocks
-    config.num_hidden_layers = len(blocks)
-    config.num_attention_heads = max(block.attention.heads for block in blocks)
-    config.num_key_value_heads = max(block.attention.key_value_heads for block in blocks)
-    sizes = {block.attention.head_dim for block in blocks if block.attention.kind == "grouped_query"}
-    if sizes:  # otherwise it would follow from the number of heads
-        config.head_dim = max(sizes)
-    dense = [block.feed_forward for block in blocks if block.feed_forward.kind == "dense"]
-    if dense:
-        config.intermediate_size = max(part.channels for part in dense)
-    routed = [block.feed_forward.experts for block in blocks if block.feed_forward.experts]
-    if routed:
-        name = "n_routed_experts" if hasattr(config, "n_routed_experts") else "num_experts"
-        setattr(config, name, max(part.count for part in routed))
-        width = "moe_intermediate_size" if hasattr(config, "moe_intermediate_size") else "intermediate_size"
-        setattr(config, width, max(part.channels for part in routed))
-        shared = [block.feed_forward.channels for block in blocks if block.feed_forward.experts]
-        if hasattr(config, "shared_expert_intermediate_size") and any(shared):
-            config.shared_expert_intermediate_size = max(shared)
-    if getattr(config, "mlp_layer_types", None) is not None:
-        config.mlp_layer_types = ["sparse" if block.feed_forward.kind == "experts" else "dense" for block in blocks]
-    if hasattr(config, "first_k_dense_replace"):
-        config.first_k_dense_replace = next(
-            (block.index for block in blocks if block.feed_forward.experts), len(blocks)
-        )
-    if hasattr(config, "mlp_only_layers"):
-        config.mlp_only_layers = [block.index for block in blocks if block.feed_forward.kind != "experts"]
-        config.decoder_sparse_step = 1  # the list alone says which blocks are dense

@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from lib.errors import UserError
-from lib.models.structure.anatomy import Block, anatomy, synchronise
+from lib.models.structure.anatomy import Block, anatomy
 from lib.models.structure.anatomy import attention as view_attention
 from lib.models.structure.anatomy import feed_forward as view_feed_forward
 from lib.models.structure.replacements.no_op import NoAttention, NoFeedForward, place
-from lib.models.structure.surgery import best_experts, keep_experts
+from lib.models.structure.surgery import best_experts, keep_experts, synchronise
 from lib.optimizations.continuous_nas import prefix_views
 
 WHOLE = "whole"

@@ -13,13 +13,15 @@ from torch import nn
 from lib.models.calibration.distillation import split
 from lib.models.calibration.second_moments import Matrix, Moments, matrices, moments_apart
 from lib.models.calibration.walk import Walk, require_finite
-from lib.models.structure.anatomy import Block, anatomy, resize_linear, synchronise
+from lib.models.structure.anatomy import Block, anatomy
 from lib.models.structure.surgery import (
     best_experts,
     keep_channels,
     keep_expert_channels,
     keep_experts,
     keep_groups,
+    resize_linear,
+    synchronise,
 )
 from lib.optimizations.structured_pruning.compensation import fitted
 from lib.optimizations.structured_pruning.saliency import Scores

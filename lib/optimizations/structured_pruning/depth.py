@@ -11,8 +11,9 @@ from torch import nn
 
 from lib.models.calibration.distillation import divergence
 from lib.models.calibration.walk import Walk
-from lib.models.structure.anatomy import anatomy, synchronise
+from lib.models.structure.anatomy import anatomy
 from lib.models.structure.sharing import sharing
+from lib.models.structure.surgery import synchronise
 
 CRITERIA = ("influence", "divergence", "span")
 CANDIDATES = 8  # blocks of least influence that a greedy step tries: more would make it quadratic in depth

@@ -28,10 +28,10 @@ from torch import nn
 from lib.errors import NotApplicable
 from lib.models.calibration.activations import Observation, observe
 from lib.models.calibration.distillation import Lessons, can_split, distil
-from lib.models.structure.anatomy import Anatomy, anatomy, synchronise
+from lib.models.structure.anatomy import Anatomy, anatomy
 from lib.models.structure.replacements.sparse import stored
 from lib.models.structure.sharing import sharing
-from lib.models.structure.surgery import head_projections
+from lib.models.structure.surgery import head_projections, synchronise
 from lib.optimizations.common.compression import options
 from lib.optimizations.common.compression.budgets import BUDGETS, OUTLIER, by_outliers
 from lib.optimizations.structured_pruning import cutting, depth

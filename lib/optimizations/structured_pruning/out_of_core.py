@@ -17,7 +17,8 @@ from lib.models.calibration.activations import block_statistics
 from lib.models.calibration.distillation import can_split, split
 from lib.models.calibration.walk import Walk
 from lib.models.offload.file_blocks import FileBlocks, require_free, rewrite
-from lib.models.structure.anatomy import Block, synchronise
+from lib.models.structure.anatomy import Block
+from lib.models.structure.surgery import synchronise
 from lib.optimizations.structured_pruning import cutting
 from lib.optimizations.structured_pruning.method import NAME, check, plan
 from lib.optimizations.structured_pruning.saliency import Scores, saliency_scores

@@ -15,7 +15,8 @@ from lib.models.checkpoints import io
 from lib.models.offload import file_blocks
 from lib.models.offload.file_blocks import FileBlocks
 from lib.models.structure import surgery
-from lib.models.structure.anatomy import anatomy, synchronise
+from lib.models.structure.anatomy import anatomy
+from lib.models.structure.surgery import synchronise
 from lib.optimizations.sparse_neural_networks import method as sparse
 from lib.optimizations.sparse_neural_networks.out_of_core import apply_to_file as sparsify
 from lib.optimizations.structured_pruning import method as pruning

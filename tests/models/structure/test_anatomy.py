@@ -1,14 +1,12 @@
 """The view against the architectures: counts, shapes, and that nothing is skipped."""
 
-import copy
-
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from lib.models import parameters
 from lib.models.decoding import cache_names
-from lib.models.structure.anatomy import anatomy, synchronise
+from lib.models.structure.anatomy import anatomy
 
 COUNTS = {
     "glm-4.7-flash": 29_943_390_976,
@@ -76,14 +74,6 @@ def test_cache_elements_match_the_real_cache(tiny, name, batch):
     cache = cache_names.of(model(input_ids=batch["input_ids"], use_cache=True))
     stored = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) / batch["input_ids"].numel()
     assert stored == sum(block.attention.cache_elements_per_token for block in anatomy(model).blocks)
-
-
-def test_synchronise_changes_nothing_on_a_whole_model(tiny, name, batch):
-    model = tiny(name)
-    before, config = model(**batch).logits, copy.deepcopy(anatomy(model).config.to_dict())
-    synchronise(model)
-    assert torch.equal(model(**batch).logits, before)
-    assert anatomy(model).config.to_dict() == config
 
 
 def test_another_structure_is_refused():

@@ -16,8 +16,9 @@ from lib.models.checkpoints import io, validate
 from lib.models.decoding import cache_names
 from lib.models.offload import streamer
 from lib.models.structure import support, surgery
-from lib.models.structure.anatomy import anatomy, synchronise
+from lib.models.structure.anatomy import anatomy
 from lib.models.structure.replacements import no_op
+from lib.models.structure.surgery import synchronise
 from lib.optimizations.adaptive_sparse_attention import method as sparse_attention
 from lib.optimizations.structured_pruning import depth
 from lib.optimizations.structured_pruning import method as pruning

@@ -9,9 +9,9 @@ from lib.errors import UserError
 from lib.models.calibration.activations import observe
 from lib.models.calibration.distillation import divergence as whole_divergence
 from lib.models.checkpoints import io
-from lib.models.structure.anatomy import anatomy, synchronise
+from lib.models.structure.anatomy import anatomy
 from lib.models.structure.replacements import no_op
-from lib.models.structure.surgery import keep_groups
+from lib.models.structure.surgery import keep_groups, synchronise
 from lib.optimizations.continuous_nas import replacement_library
 from lib.optimizations.continuous_nas.costs import subblock_costs
 from lib.optimizations.continuous_nas.scoring import divergence, probe

@@ -47,7 +47,7 @@ def test_weights_that_stream_take_as_much_of_the_disk_as_before(monkeypatch):
     tensors = {name: SimpleNamespace(nbytes=bytes_of) for name, bytes_of in (("a", 600), ("b", 400))}
     streamed = SimpleNamespace(lm_head=SimpleNamespace(streamer=SimpleNamespace(file=SimpleNamespace(places=tensors))))
     held = measurement.counted("weights_bytes", "load", 1000, 350, "planted")
-    monkeypatch.setattr(experiment.speed, "resources", lambda *_, **__: [held])
+    monkeypatch.setattr(experiment, "resources", lambda *_, **__: [held])
     monkeypatch.setattr(experiment, "_formulas", lambda *_: {})
     in_memory, on_disk = experiment.counted(None, streamed, settings.read("quick"), True)
     assert in_memory is held and on_disk.metric == "checkpoint_bytes"

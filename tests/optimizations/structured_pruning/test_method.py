@@ -9,7 +9,8 @@ import torch
 from lib.errors import NotApplicable, UserError
 from lib.models.checkpoints import io
 from lib.models.structure import surgery
-from lib.models.structure.anatomy import anatomy, synchronise
+from lib.models.structure.anatomy import anatomy
+from lib.models.structure.surgery import synchronise
 from lib.optimizations.structured_pruning import depth
 from lib.optimizations.structured_pruning import method as pruning
 

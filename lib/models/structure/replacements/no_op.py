@@ -1,7 +1,7 @@
 """Blocks without attention or feed-forward part: the part returns zeros, so that only the residual stream passes.
 
 A decoder reads the length of the text from the first layer of its cache, so a block without attention must not have a
-layer there: `lib.models.structure.anatomy.synchronise` numbers the others. Knows nothing of which part is worth
+layer there: `lib.models.structure.surgery.synchronise` numbers the others. Knows nothing of which part is worth
 removing.
 
 Shapes: B batch, T tokens, H hidden.
@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from lib.errors import UserError
-from lib.models.structure.anatomy import anatomy, synchronise
+from lib.models.structure.anatomy import anatomy
+from lib.models.structure.surgery import synchronise
 
 PARTS = ("attention", "feed_forward")
 

@@ -10,8 +10,9 @@ from lib.measure.roofline import cost_model
 from lib.models.calibration.activations import observe
 from lib.models.calibration.second_moments import matrices
 from lib.models.checkpoints import io
-from lib.models.structure.anatomy import anatomy, resize_linear
+from lib.models.structure.anatomy import anatomy
 from lib.models.structure.replacements import factored as factors
+from lib.models.structure.surgery import resize_linear
 from tests.measure.roofline import counted_flops
 
 
