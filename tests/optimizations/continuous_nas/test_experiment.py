@@ -11,7 +11,7 @@ import torch
 from lib.measure.metrics import measurement, paired_samples, settings
 from lib.measure.metrics.pairs import Pairs
 from lib.measure.quality.answers import Text
-from lib.optimizations.continuous_nas import drift, experiment, rivals
+from lib.optimizations.continuous_nas import drift, outcome, rivals
 from lib.optimizations.continuous_nas.additivity import Additivity
 from lib.optimizations.continuous_nas.costs.request_costs import PROFILES
 from lib.optimizations.continuous_nas.drift import Adaptation, Drifts
@@ -38,11 +38,11 @@ def _sentences(text: str) -> None:
     assert reading.two(f"{first}.", second) == text
 
 
-@pytest.mark.parametrize(("search", "outcome"), [(0.2, False), (0.9, True), (0.5, None)])
-def test_random_choices_are_as_good_only_where_the_search_is_not_above_all_of_them(search, outcome):
+@pytest.mark.parametrize(("search", "expected"), [(0.2, False), (0.9, True), (0.5, None)])
+def test_random_choices_are_as_good_only_where_the_search_is_not_above_all_of_them(search, expected):
     equal = _effort(search, 0.4, 0.5, 0.7)
     refuted, evidence = equal.refuted()
-    assert refuted is outcome and f"{_area(search):.4f}" in evidence and "3 draws" in evidence
+    assert refuted is expected and f"{_area(search):.4f}" in evidence and "3 draws" in evidence
     assert equal.gain == pytest.approx((1 - search) ** 2 / np.mean([0.36, 0.25, 0.09]))
     _sentences(equal.reading())
     assert ("below greedy choice" in equal.reading()) is (search > 0.7), "a simpler choice that found more is named"
@@ -63,16 +63,16 @@ def test_every_control_says_how_many_evaluations_it_had():
     assert purposes["random 1"] == "as many evaluations" and purposes["uniform"].startswith("fewer evaluations")
     drifted = Drifts([_adaptation([1.0], [1.0])], [{"solved again, s": 0.1}])
     added = Additivity([None] * 9, pd.DataFrame(), 0.9)
-    kept = experiment.details(equal, added, [], drifted, pd.DataFrame())
+    kept = outcome.details(equal, added, [], drifted, pd.DataFrame())
     assert "search 7, programme 4, greedy 3, uniform 5, random 1 7;" in kept["hypervolumes"][2]
 
 
 @pytest.mark.parametrize(
-    ("rank", "count", "outcome"), [(0.95, 40, False), (-0.2, 40, True), (0.6, 8, None), (0.9, 4, None)]
+    ("rank", "count", "expected"), [(0.95, 40, False), (-0.2, 40, True), (0.6, 8, None), (0.9, 4, None)]
 )
-def test_a_rank_correlation_is_judged_by_its_interval(rank, count, outcome):
+def test_a_rank_correlation_is_judged_by_its_interval(rank, count, expected):
     refuted, evidence = Additivity([None] * count, pd.DataFrame(), rank).refuted()
-    assert refuted is outcome and str(count) in evidence
+    assert refuted is expected and str(count) in evidence
 
 
 def _speed(gain: float, spread: float = 0.0) -> measurement.Measurement:
@@ -101,7 +101,7 @@ def test_all_blocks_alike_are_judged_at_equal_speed():
     assert RivalComparison([_speed(1.0)], [], []).refuted()[0] is None
     assert evidence.startswith("divergence of the rival nearest in speed, 1.25 times as fast, ÷ the search's: ")
     drifted = Drifts([_adaptation([1.0], [1.0])], [{"solved again, s": 0.1}])
-    reached = experiment.targets(_effort(0.2, 0.4), faster, drifted).iloc[2]
+    reached = outcome.targets(_effort(0.2, 0.4), faster, drifted).iloc[2]
     assert pd.isna(reached["value"]) and not reached["reached"], "nothing is closer at a speed that no rival has"
     slower = _comparison(0.1, (1.3, 0.05), (1.2, 0.06))
     refuted, evidence = slower.refuted()
@@ -179,17 +179,17 @@ def test_a_choice_that_is_the_whole_model_and_a_drift_without_a_front_decide_not
     _sentences(drifted.reading())
     assert "stand at – and 0.600 (–: no cheaper choice is within 0.1 nats per token)" in drifted.reading()
     assert Drifts([flat], []).refuted()[0] is None and drifted.refuted()[0] is None
-    reached = experiment.targets(_effort(0.2, 0.4), whole, drifted)
+    reached = outcome.targets(_effort(0.2, 0.4), whole, drifted)
     assert not reached.reached.iloc[[2, 4]].any() and reached.value.iloc[[2, 4]].isna().all()
 
 
 def test_every_claim_has_its_answer():
     drifted = Drifts([_adaptation([1.0], [1.0])], [{"solved again, s": 0.1}])
     comparison, added = _comparison(0.1, (1.1, 0.3), (0.9, 0.5)), Additivity([None] * 9, pd.DataFrame(), 0.9)
-    answers = experiment.refutations(_effort(0.2, 0.4), comparison, added, drifted)
-    assert [claim for claim, _, _ in answers] == list(experiment.CLAIMS)
+    answers = outcome.refutations(_effort(0.2, 0.4), comparison, added, drifted)
+    assert [claim for claim, _, _ in answers] == list(outcome.CLAIMS)
     assert all(evidence for _, _, evidence in answers)
-    reached = experiment.targets(_effort(0.2, 0.4), comparison, drifted)
+    reached = outcome.targets(_effort(0.2, 0.4), comparison, drifted)
     assert len(reached) == 5 and reached.reached.all() and drift.LEVEL == 0.95
 
 
@@ -197,10 +197,10 @@ def test_a_search_that_dominates_nothing_reaches_no_target_of_area():
     drifted = Drifts([_adaptation([1.0], [1.0])], [{"solved again, s": 0.1}])
     points = {arm: [(1.0, 1.0)] for arm in ("search", "programme", "greedy", "uniform", "random 1")}
     nothing = EqualEffort(points, [], 9, None, None)
-    reached = experiment.targets(nothing, _comparison(0.1, (1.1, 0.3), (0.9, 0.5)), drifted)
+    reached = outcome.targets(nothing, _comparison(0.1, (1.1, 0.3), (0.9, 0.5)), drifted)
     assert nothing.gain is None and not reached.reached[:2].any() and reached.value[:2].isna().all()
     alone = EqualEffort(points | {"search": [(0.5, 0.01)]}, [], 9, None, None)
-    assert experiment.targets(alone, _comparison(0.1, (1.1, 0.3), (0.9, 0.5)), drifted).reached[:2].all()
+    assert outcome.targets(alone, _comparison(0.1, (1.1, 0.3), (0.9, 0.5)), drifted).reached[:2].all()
 
 
 def test_only_a_preview_is_searched_and_timed_on_less():
