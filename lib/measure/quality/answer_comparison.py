@@ -12,7 +12,7 @@ import numpy as np
 
 from lib.measure.metrics import measurement, paired_stats
 from lib.measure.metrics.measurement import Measurement
-from lib.measure.quality import benchmarks, evaluate, noninferiority
+from lib.measure.quality import benchmarks, evaluate, noninferiority, score_bounds
 from lib.measure.quality.answers import Answers, Classified, Retrieved, Text
 
 SCORES = ("f1_macro", "precision_macro", "recall_macro")
@@ -76,11 +76,11 @@ def compare_classified(
     if baseline.ids != optimized.ids or baseline.task != optimized.task:
         raise ValueError("the arms answered different items")
     truth_N, labels = baseline.truth_N, len(baseline.labels)
-    replicates = noninferiority.resampled_scores(
+    replicates = score_bounds.resampled_scores(
         truth_N, baseline.chosen_N, optimized.chosen_N, labels, resamples, seed, baseline.source_N
     )
     same = bool((baseline.chosen_N == optimized.chosen_N).all())
-    counts = noninferiority.class_counts(truth_N, baseline.chosen_N, labels)
+    counts = score_bounds.class_counts(truth_N, baseline.chosen_N, labels)
     identical = bool(np.abs(baseline.scores_NL - optimized.scores_NL).max() < 1e-4)
     to_wrong = int((baseline.right_N & ~optimized.right_N).sum())
     to_right = int((~baseline.right_N & optimized.right_N).sum())
@@ -138,7 +138,7 @@ def compare_retrieved(
     n = len(baseline.right_N)
     base_N, opt_N = baseline.right_N.astype(int), optimized.right_N.astype(int)
     truth_N = np.ones(n, dtype=int)
-    replicates = noninferiority.resampled_scores(truth_N, base_N, opt_N, 2, resamples, seed, baseline.source_N)
+    replicates = score_bounds.resampled_scores(truth_N, base_N, opt_N, 2, resamples, seed, baseline.source_N)
     return noninferiority.score(
         "retrieval_exact_match",
         "generate",

@@ -17,7 +17,7 @@ from scipy.stats import binom
 
 from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
-from lib.measure.quality import answer_cache, noninferiority
+from lib.measure.quality import answer_cache, noninferiority, score_bounds
 from lib.measure.quality.answers import Classified, Rolled
 from lib.models.decoding import continuations
 from lib.models.loading import Loaded
@@ -96,7 +96,7 @@ def compare(
     identical = bool(baseline.scores_NL.any() and np.abs(baseline.scores_NL - optimized.scores_NL).max() < 1e-4)
     day = f"; the baseline's answers of {baseline.answered}" if baseline.answered else ""
     source = f"{baseline.about or baseline.task}, {n} items, asked as lm-evaluation-harness does{day}"
-    replicates = noninferiority.resampled_scores(np.ones(n, dtype=int), old_N, new_N, 2, resamples, seed)["accuracy"]
+    replicates = score_bounds.resampled_scores(np.ones(n, dtype=int), old_N, new_N, 2, resamples, seed)["accuracy"]
     judged = noninferiority.score(
         baseline.metric,
         baseline.task,

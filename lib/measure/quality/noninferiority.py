@@ -12,7 +12,7 @@ its interval is a point). Below five flips of a kind the interval is at least as
 combined as in Newcombe (1998, Interval estimation for the difference between independent proportions). Exact bounds
 take items as independent, also those of one document: flips that did not occur do not tell how they would cluster. A
 macro mean weighs the flip of a rare class more than a share does: its allowance is widened by what an unseen flip can
-cost, given each class's own count (`unseen_loss`).
+cost, given each class's own count (`score_bounds.unseen_loss`).
 """
 
 import math
@@ -20,13 +20,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import beta
 
 from lib.measure.metrics import measurement, paired_stats
 from lib.measure.metrics.catalogue import metric as metric_named
 from lib.measure.metrics.measurement import Measurement
+from lib.measure.quality import score_bounds
 
-FEW_FLIPS = 5
 ONE_SIDED = 0.05
 MINIMUM_WINDOWS = 6
 LARGEST_LOSS = 100.0  # nats; guessing takes a dozen
@@ -34,95 +33,6 @@ LARGEST_CHANGE = 700.0  # nats, of an interval's end: e to the power of 710 is n
 MDE_FACTOR = 2.80  # (1.96 + 0.84): two-sided 5 % level, 80 % power
 NORMAL = 1.96
 SAME = "same answers"  # how the source of a score begins where no answer differs
-
-
-def resampled_scores(
-    truth_N: np.ndarray,
-    baseline_N: np.ndarray,
-    optimized_N: np.ndarray,
-    labels: int,
-    resamples: int,
-    seed: int = 0,
-    source_N: np.ndarray | None = None,
-) -> dict[str, np.ndarray]:
-    """Return (optimized − baseline) of macro F1, precision, recall and accuracy, [R] each, in R paired resamples of the
-    items, or of their sources.
-
-    Items with the same truth and answers are exchangeable, so resampling items is drawing the counts of these kinds of
-    items from a multinomial distribution. `source_N` numbers the source of each item; of a single one nothing is known,
-    and any difference may be the true one. An undefined precision, recall or F1 of a label counts as 0.
-    """
-    kinds_K3, kind_N, counts_K = np.unique(
-        np.stack([truth_N, baseline_N, optimized_N], 1), axis=0, return_inverse=True, return_counts=True
-    )
-    chance, n = np.random.default_rng(seed), len(truth_N)
-    sources = n if source_N is None else len(np.unique(source_N))
-    if sources < 2:
-        return {name: np.array([-1.0, 1.0]) for name in ("f1_macro", "precision_macro", "recall_macro", "accuracy")}
-    if source_N is None or sources == n:
-        draws_RK: np.ndarray = chance.multinomial(n, counts_K / n, size=resamples)
-    else:
-        _, source_N = np.unique(source_N, return_inverse=True)
-        held_SK = np.zeros((sources, len(kinds_K3)))
-        np.add.at(held_SK, (source_N.ravel(), kind_N.ravel()), 1)
-        draws_RK = chance.multinomial(sources, np.full(sources, 1 / sources), size=resamples) @ held_SK
-    base, opt = (_macro(kinds_K3[:, 0], kinds_K3[:, arm], draws_RK, labels) for arm in (1, 2))
-    widened = paired_stats.small_sample(sources)
-    drawn = {name: opt[name] - base[name] for name in base}
-    return {name: values.mean() + (values - values.mean()) * widened for name, values in drawn.items()}
-
-
-def _macro(truth_K: np.ndarray, chosen_K: np.ndarray, draws_RK: np.ndarray, labels: int) -> dict[str, np.ndarray]:
-    true_KL, chosen_KL = np.eye(labels)[truth_K], np.eye(labels)[chosen_K]
-    hits_RL, support_RL, chosen_RL = draws_RK @ (true_KL * chosen_KL), draws_RK @ true_KL, draws_RK @ chosen_KL
-
-    def share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-        return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0).mean(1)
-
-    return {
-        "f1_macro": share(2 * hits_RL, support_RL + chosen_RL),
-        "precision_macro": share(hits_RL, chosen_RL),
-        "recall_macro": share(hits_RL, support_RL),
-        "accuracy": hits_RL.sum(1) / draws_RK.sum(1),
-    }
-
-
-def class_counts(truth_N: np.ndarray, chosen_N: np.ndarray, labels: int) -> list[int]:
-    """Return for each class that occurs how many items its score rests on: those that are of it, or those that were
-    given its label, whichever are fewer. An unseen flip in it costs about one in that many.
-    """
-    true_L, chosen_L = (np.bincount(values_N, minlength=labels) for values_N in (truth_N, chosen_N))
-    return [int(min(true, chosen or true)) for true, chosen in zip(true_L, chosen_L) if true]
-
-
-def unseen_loss(counts: Sequence[int], level: float) -> float:
-    """Return the largest loss of a mean over classes that no flip in any of their `counts` items rules out at `level`.
-
-    That is the largest mean of q_c under ∏(1 − q_c)^n_c ≥ level: 1 − q_c is proportional to n_c where that is below 1.
-    With one class it is Clopper and Pearson's bound of a share seen never, 1 − level^(1/n).
-    """
-    n_C = np.asarray(counts, dtype=float)
-    low, high = 0.0, 1.0 / n_C.min()
-    for _ in range(80):
-        middle = (low + high) / 2
-        within = float((n_C * np.log(np.minimum(1.0, middle * n_C))).sum()) >= math.log(level)
-        low, high = (low, middle) if within else (middle, high)
-    return float((1 - np.minimum(1.0, high * n_C)).mean())
-
-
-def _allowance(to_wrong: int, to_right: int, n: int, level: float, rarity: float) -> tuple[float, float]:
-    """Return how far below and above the difference seen the true one may lie, by the exact limits of both shares at
-    one-sided `level` and their square-and-add combination. `rarity` widens those of a few flips.
-    """
-
-    def gaps(count: int) -> tuple[float, float]:
-        low = float(beta.ppf(level, count, n - count + 1)) if count else 0.0
-        high = float(beta.ppf(1 - level, count + 1, n - count)) if count < n else 1.0
-        scale = rarity if count < FEW_FLIPS else 1.0
-        return scale * (count / n - low), scale * (high - count / n)
-
-    (wrong_low, wrong_high), (right_low, right_high) = gaps(to_wrong), gaps(to_right)
-    return math.hypot(right_low, wrong_high), math.hypot(right_high, wrong_low)
 
 
 def score(
@@ -145,14 +55,14 @@ def score(
     """Return the verdict on a score in [0, 1] from resampled differences.
 
     `to_wrong`, `to_right`: items whose right answer became wrong, whose wrong one became right. `counts`: of a macro
-    mean, how many items each class's score rests on (`class_counts`); None for a share. `same`: both arms gave the same
-    answers. `identical`: the arms' scores differ on no item, so that they are the same model and any number of items
-    suffices. `source_N`: as in `resampled_scores`. Not judged where it is kept because there is nothing to lose
-    (`_unless_nothing_to_lose`).
+    mean, how many items each class's score rests on (`score_bounds.class_counts`); None for a share. `same`: both arms
+    gave the same answers. `identical`: the arms' scores differ on no item, so that they are the same model and any
+    number of items suffices. `source_N`: as in `score_bounds.resampled_scores`. Not judged where it is kept because
+    there is nothing to lose (`_unless_nothing_to_lose`).
     """
     margin = metric_named(metric).margin if margin is None else margin
     assert margin is not None, f"{metric} has no margin"
-    rarity = unseen_loss(counts, ONE_SIDED) / unseen_loss([n], ONE_SIDED) if counts else 1.0
+    rarity = score_bounds.unseen_loss(counts, ONE_SIDED) / score_bounds.unseen_loss([n], ONE_SIDED) if counts else 1.0
     common: dict[str, Any] = {
         "baseline": baseline,
         "optimized": optimized,
@@ -168,10 +78,10 @@ def score(
     low = float(np.quantile(replicates_R, ONE_SIDED))
     wide_low, wide_high = (float(end) for end in np.quantile(replicates_R, [ONE_SIDED / 2, 1 - ONE_SIDED / 2]))
     how = "paired bootstrap"
-    if min(to_wrong, to_right) < FEW_FLIPS:
+    if min(to_wrong, to_right) < score_bounds.FEW_FLIPS:
         how += f" and exact limits of few flips, {_independent(common['documents'])}"
-        below, _ = _allowance(to_wrong, to_right, n, ONE_SIDED, rarity)
-        wide_below, wide_above = _allowance(to_wrong, to_right, n, ONE_SIDED / 2, rarity)
+        below, _ = score_bounds.allowance(to_wrong, to_right, n, ONE_SIDED, rarity)
+        wide_below, wide_above = score_bounds.allowance(to_wrong, to_right, n, ONE_SIDED / 2, rarity)
         low = min(low, difference - below)
         wide_low, wide_high = min(wide_low, difference - wide_below), max(wide_high, difference + wide_above)
     half = max(difference - wide_low, wide_high - difference)
@@ -208,14 +118,14 @@ def _same(metric: str, workload: str, common: dict[str, Any], rarity: float, sou
     """Return the verdict on two arms that gave the same answers: no interval, and the exact bound of a loss that was
     not seen."""
     n, margin = common["n"], common["margin"]
-    bound = -rarity * unseen_loss([n], ONE_SIDED)
+    bound = -rarity * score_bounds.unseen_loss([n], ONE_SIDED)
     maintained = bound > -margin
     needed = math.ceil(rarity * math.log(ONE_SIDED) / math.log1p(-margin))
     return measurement.judged(
         metric,
         workload,
         **common,
-        mde=detectable(rarity * unseen_loss([n], ONE_SIDED / 2), margin),
+        mde=detectable(rarity * score_bounds.unseen_loss([n], ONE_SIDED / 2), margin),
         bound=bound,
         verdict="maintained" if maintained else "inconclusive",
         source=f"{source}; exact one-sided 95 % bound of an unseen loss {bound:+.4f}, "

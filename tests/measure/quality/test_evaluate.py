@@ -11,7 +11,7 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 
 from lib.errors import UserError
 from lib.measure.metrics.catalogue import METRICS
-from lib.measure.quality import answer_comparison, evaluate, noninferiority
+from lib.measure.quality import answer_comparison, evaluate, noninferiority, score_bounds
 from lib.measure.quality.answers import Classified, Retrieved
 from lib.models.loading import Loaded
 from lib.models.parameters import read as read_parameters
@@ -38,7 +38,7 @@ def by_name(measurements) -> dict:
 def test_resampled_scores_are_scikit_learns_on_resampled_items():
     random = np.random.default_rng(1)
     truth_N, base_N, opt_N = random.integers(0, 4, (3, 60))
-    drawn = noninferiority.resampled_scores(truth_N, base_N, opt_N, 4, 20000)
+    drawn = score_bounds.resampled_scores(truth_N, base_N, opt_N, 4, 20000)
     slow = []
     for _ in range(300):
         pick = random.integers(0, 60, 60)
@@ -47,7 +47,7 @@ def test_resampled_scores_are_scikit_learns_on_resampled_items():
         slow.append(pair[1] - pair[0])
     assert drawn["f1_macro"].mean() == pytest.approx(np.mean(slow), abs=0.015)
     assert drawn["f1_macro"].std() == pytest.approx(np.std(slow), rel=0.15)
-    whole = noninferiority._macro(truth_N, base_N, np.ones((1, 60)), 4)
+    whole = score_bounds._macro(truth_N, base_N, np.ones((1, 60)), 4)
     options = {"labels": range(4), "average": "macro", "zero_division": 0}
     assert whole["precision_macro"][0] == pytest.approx(precision_score(truth_N, base_N, **options))
     assert whole["recall_macro"][0] == pytest.approx(recall_score(truth_N, base_N, **options))
@@ -92,7 +92,7 @@ def test_non_inferiority_errs_as_rarely_as_it_says():
         opt_N = np.where(random.random(1200) < 0.03, (truth_N + 1) % 8, base_N)
         opt_N = np.where((random.random(1200) < 0.17), np.where(base_N != truth_N, truth_N, opt_N), opt_N)
         true_loss = 0.95 * 0.03 * 0.83 + 0.95 * 0.03 * 0.17 - 0.05 * 0.17
-        drawn = noninferiority.resampled_scores(truth_N, base_N, opt_N, 8, 500, trial)["accuracy"]
+        drawn = score_bounds.resampled_scores(truth_N, base_N, opt_N, 8, 500, trial)["accuracy"]
         score = noninferiority.score(
             "accuracy",
             "classify",

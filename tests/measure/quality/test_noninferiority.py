@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import beta
 
 from lib.measure.metrics import paired_stats
-from lib.measure.quality import answer_comparison, noninferiority
+from lib.measure.quality import answer_comparison, noninferiority, score_bounds
 from lib.measure.quality.answers import Answers, Retrieved
 from tests.measure.quality.test_evaluate import by_name, classified
 
@@ -19,19 +19,19 @@ def _exact(count: int, n: int, level: float) -> float:
 
 @pytest.mark.parametrize("n", [16, 48, 149, 400])
 def test_an_unseen_loss_of_one_class_is_clopper_and_pearsons(n):
-    assert noninferiority.unseen_loss([n], 0.05) == pytest.approx(_exact(0, n, 0.05), abs=1e-9)
-    equal = noninferiority.unseen_loss([n] * 8, 0.05)  # classes of equal size are one share
+    assert score_bounds.unseen_loss([n], 0.05) == pytest.approx(_exact(0, n, 0.05), abs=1e-9)
+    equal = score_bounds.unseen_loss([n] * 8, 0.05)  # classes of equal size are one share
     assert equal == pytest.approx(_exact(0, 8 * n, 0.05), abs=1e-9)
 
 
 def test_an_unseen_loss_is_the_worst_that_no_flip_rules_out():
     """Against a search: no shares of flips that leave 5 % for seeing none cost more than the bound, some as much."""
     counts, level = np.array([3, 40, 60]), 0.05
-    bound = noninferiority.unseen_loss(counts.tolist(), level)
+    bound = score_bounds.unseen_loss(counts.tolist(), level)
     drawn_RC = np.random.default_rng(0).dirichlet(np.ones(3), 20000) * -math.log(level)
     losses = (1 - np.exp(-drawn_RC / counts)).mean(1)
     assert losses.max() <= bound + 1e-9 and losses.max() == pytest.approx(bound, rel=0.02)
-    assert bound > 3 * noninferiority.unseen_loss([103], level)  # the rare class weighs more than a share would
+    assert bound > 3 * score_bounds.unseen_loss([103], level)  # the rare class weighs more than a share would
 
 
 def test_a_rare_class_keeps_a_macro_mean_open_where_a_share_is_maintained():
@@ -131,7 +131,7 @@ def test_items_of_one_source_are_drawn_together():
     for trial in range(200):
         truth_N, base_N, opt_N, source_N = _shared(chance, 40, 20, 0.2)
         for kind, of in (("items", None), ("sources", source_N)):
-            drawn = noninferiority.resampled_scores(truth_N, base_N, opt_N, 2, 400, trial, of)["accuracy"]
+            drawn = score_bounds.resampled_scores(truth_N, base_N, opt_N, 2, 400, trial, of)["accuracy"]
             to_wrong = int((opt_N != truth_N).sum())
             score = noninferiority.score(
                 "accuracy", "classify", 1.0, 1 - to_wrong / len(truth_N), drawn, n=len(truth_N), to_wrong=to_wrong,
@@ -195,7 +195,7 @@ def test_so_many_items_show_a_loss_four_times_out_of_five():
         draw_N = np.random.default_rng(seed).random(n)
         wrong_N = draw_N < (discordance + loss) / 2
         right_N = ~wrong_N & (draw_N < discordance)
-        drawn = noninferiority.resampled_scores(
+        drawn = score_bounds.resampled_scores(
             np.ones(n, dtype=int), 1 - right_N.astype(int), 1 - wrong_N.astype(int), 2, 400, seed
         )["accuracy"]
         counts = {"to_wrong": int(wrong_N.sum()), "to_right": int(right_N.sum())}
