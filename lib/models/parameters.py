@@ -331,6 +331,6 @@ def _explain(error: ValidationError) -> str:
         return f'unknown key "{key}"{section}; expected one of {", ".join(fields)}.{suggest(key, fields)}'
     if fault["type"] == "missing":
         return f'missing key "{key}"{section}'
-    given = repr(fault["input"])
-    given = given if len(given) <= MOST_SHOWN else f"{given[:MOST_SHOWN]}…"
-    return f'key "{key}"{section}: {fault["msg"].lower()}, got {given}'
+    value = repr(fault["input"])
+    value = value if len(value) <= MOST_SHOWN else f"{value[:MOST_SHOWN]}…"
+    return f'key "{key}"{section}: {fault["msg"].lower()}, got {value}'

@@ -140,11 +140,11 @@ def block_seconds(effort: Effort) -> float:
 
 def shortened() -> dict[str, object]:
     """Return, for a record's details, that the variable sets the seconds of a block; nothing where it does not."""
-    given = os.environ.get(VARIABLE)
-    if given is None:
+    seconds = os.environ.get(VARIABLE)
+    if seconds is None:
         return {}
     source = f"the variable {VARIABLE}: seconds of a block, for tests of cells"
-    return {"timed briefly": {"value": float(given), "provenance": "derived", "source": source}}
+    return {"timed briefly": {"value": float(seconds), "provenance": "derived", "source": source}}
 
 
 def rounds(effort: Effort) -> int:

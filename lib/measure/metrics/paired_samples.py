@@ -1,4 +1,4 @@
-"""Measurements from samples of both arms that were taken in pairs, with the verdict by interval, noise floor and margin.
+"""Measurements from samples of both arms that were taken in pairs, judged by interval, noise floor and margin.
 
 Knows how to judge samples, not how they were taken. The fields are described in `lib.measure.metrics.measurement`.
 """

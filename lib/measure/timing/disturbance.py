@@ -68,8 +68,8 @@ def watch(read: Callable[[], Reading | None] | None = None) -> Callable[[], str 
     return close
 
 
-def judge(before: Reading, after: Reading, core_count: int, given: int | None = None) -> str | None:
-    """Return what disturbed the time between two readings on `core_count` cores, or None. `given`: as many of them as
+def judge(before: Reading, after: Reading, core_count: int, usable: int | None = None) -> str | None:
+    """Return what disturbed the time between two readings on `core_count` cores, or None. `usable`: as many of them as
     this process has time for (None: all), of which its threads' waiting is a share.
     """
     wall = max(after.wall - before.wall, 1e-9)
@@ -81,7 +81,7 @@ def judge(before: Reading, after: Reading, core_count: int, given: int | None = 
     if stolen > max(STOLEN * available, least):
         return f"{stolen / available:.0%} of the time was stolen by the hypervisor"
     waited = after.waited - before.waited
-    own = wall * (given or core_count)
+    own = wall * (usable or core_count)
     if waited > WAITED * own:
         return f"our threads waited for a core {waited / own:.0%} of the time"
     foreign = (after.busy - before.busy) - (after.own - before.own)

@@ -137,8 +137,8 @@ def _under_first_names(model: nn.Module, places: Mapping[str, TensorPlace]) -> d
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    found = {first: next((other for other in others if other in places), first) for first, *others in names.values()}
-    return {**places, **{name: places[at] for name, at in found.items() if name not in places and at in places}}
+    stored = {first: next((other for other in others if other in places), first) for first, *others in names.values()}
+    return {**places, **{name: places[at] for name, at in stored.items() if name not in places and at in places}}
 
 
 def _usual_dtype(places: Iterable[TensorPlace]) -> torch.dtype:

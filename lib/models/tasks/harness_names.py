@@ -73,9 +73,9 @@ def described(path: Path, task: str) -> dict[str, Any]:
 def listed(described: dict[str, Any]) -> set[str]:
     """Return the names of the tasks and groups that the description of a group lists."""
     items = described.get("task")
-    members = items if isinstance(items, list) else []
-    found = (item.get("task", item.get("group")) if isinstance(item, dict) else item for item in members)
-    return {name for name in found if isinstance(name, str)}
+    listed_items = items if isinstance(items, list) else []
+    members = (item.get("task", item.get("group")) if isinstance(item, dict) else item for item in listed_items)
+    return {name for name in members if isinstance(name, str)}
 
 
 @functools.cache

@@ -88,7 +88,7 @@ def apply(
     of `pattern` other than "antidiagonal", and of `page_choice` other than "bounds", are controls with as many blocks
     in every row, or as many pages, chosen in other ways. Raises UserError for a knob out of range.
     """
-    given = {name: value for name, value in locals().items() if name not in ("model", "calibration")}
+    arguments = {name: value for name, value in locals().items() if name not in ("model", "calibration")}
     check(tau, block_size, stride, max_density, full_last, pages, page_size, pattern, dense_blocks, page_choice)
     options.applies(WHERE, model, applies_to)
     sparse: Any = sharing(revert(model) if is_sparse(model) else model)  # Any: a model of transformers
@@ -105,7 +105,7 @@ def apply(
     view.decoder.stock_attention = view.config._attn_implementation
     view.decoder.sparse_hook = view.decoder.register_forward_pre_hook(page_the_cache, with_kwargs=True)
     sparse.set_attn_implementation(NAME)
-    return beyond_files.note(sparse, APPLYING, **given)
+    return beyond_files.note(sparse, APPLYING, **arguments)
 
 
 def revert(model: nn.Module) -> nn.Module:

@@ -152,7 +152,7 @@ def beside(chosen: ThirdArm | None, arms: Sequence[ThirdArm]) -> str:
     """
     if chosen is None or (own := claims.interval([chosen], [chosen.name])) is None:
         return "Without text nothing is judged, so which is nearer to the baseline is not known."
-    said, weights = [], _weights(chosen)
+    sentences, weights = [], _weights(chosen)
     for arm in _yardsticks(arms):
         known = claims.interval([arm], [arm.name])
         if known is None:
@@ -164,8 +164,8 @@ def beside(chosen: ThirdArm | None, arms: Sequence[ThirdArm]) -> str:
         joined = "and" if nearer is smaller else "but"
         word = "nearer to the baseline" if nearer else "further from the baseline"
         word = f"{joined} {word}" if nearer is not None else "and not told apart in its distance from the baseline"
-        said.append(f"{arm.name} is {size} {word} (KL {known.value:.3g} against {own.value:.3g}).")
-    return " ".join(said) or "No yardstick was judged."
+        sentences.append(f"{arm.name} is {size} {word} (KL {known.value:.3g} against {own.value:.3g}).")
+    return " ".join(sentences) or "No yardstick was judged."
 
 
 def raced(measurements: Sequence[Measurement], arms: Sequence[ThirdArm]) -> str:

@@ -199,7 +199,7 @@ def _guarded(scenario: Scenario, played: Played) -> Ran:
     """
     late = [second - scenario.broken for second in played.rollbacks if second >= scenario.broken]
     arrivals = [request.arrival for request in scenario.trace.requests]
-    wrong = sum(index == 1 and arrivals[one] >= scenario.broken for one, index in played.profile_of.items())
+    wrong = sum(index == 1 and arrivals[request] >= scenario.broken for request, index in played.profile_of.items())
     return {
         "rollbacks": float(len(played.rollbacks)),
         "rolled back after s": late[0] if late else None,

@@ -128,7 +128,7 @@ def study(setup: TwoProfileSetup, setpoint: float, effort: str, seed: int) -> Di
     seeds = range(seed + 100, seed + 100 + SEEDS[effort])
     others = range(seed + 5000, seed + 5000 + CHOOSING)
     scripts, choosing = (tuple(disturbance_comparison.scripts(setup, each)) for each in (seeds, others))
-    each = [] if setup.alone else [[one for one in scripts if one.trace.seed == number] for number in seeds]
+    each = [] if setup.alone else [[script for script in scripts if script.trace.seed == number] for number in seeds]
     return DisturbanceStudy(setup, setpoint, scripts, choosing, tuple(map(scenarios.secretly_broken, each)))
 
 

@@ -162,7 +162,7 @@ def play(
     def read(requests: Sequence[ServingRequest]) -> tuple[float, list[float]]:
         tokens = max(request.prompt_tokens + request.new_tokens for request in requests)
         pools = [losses[request.arrival >= scenario.broken] for request in requests]
-        drawn = [random.Random(f"loss {seed} {one.id}").choice(pool) for one, pool in zip(requests, pools)]
+        drawn = [random.Random(f"loss {seed} {request.id}").choice(pool) for request, pool in zip(requests, pools)]
         return each[0].prefill(len(requests), tokens) * scenario.factor(clock.now()), drawn
 
     shadow = None

@@ -224,10 +224,10 @@ def _together(stack: Weakened) -> tuple[bool | None, str]:
     """Return whether fewer than two parts keep the margins together, and the stack; None where there are two only with
     parts that change no answer: these keep any margin.
     """
-    said, able = f"the stack is {named(stack)}", len(stack.can_lose)
+    evidence, able = f"the stack is {named(stack)}", len(stack.can_lose)
     if len(stack.steps) < 2 or able > 1:
-        return len(stack.steps) < 2, said
-    return None, f"{said}, of which {able} can lose anything"
+        return len(stack.steps) < 2, evidence
+    return None, f"{evidence}, of which {able} can lose anything"
 
 
 def named(stack: Weakened) -> str:

@@ -252,4 +252,4 @@ def _put_back(model: nn.Module, kept: Mapping[str, torch.Tensor]) -> None:
 
 
 def _equal(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    return all(torch.equal(ours, theirs) for ours, theirs in zip(first, second, strict=True))

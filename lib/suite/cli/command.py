@@ -90,9 +90,9 @@ def _request(options: argparse.Namespace, optimizations: Sequence[str]) -> plan.
     parameters = plan.assignments(options.parameters)
     models = [file for name in options.model or plan.models(options.scale) if (file := plan.described(name))]
     loaded = options.scale == "full" and not options.checkpoints and not options.random_weights
-    asked = parameters.get("tasks") or " ".join(task for file in models for task in file.tasks)
+    tasks = parameters.get("tasks") or " ".join(task for file in models for task in file.tasks)
     online = loaded and any(file.source.kind == "hub" for file in models)
-    online |= HARNESS in asked  # its data sets come from the hub
+    online |= HARNESS in tasks  # its data sets come from the hub
     if not online:  # what is on disk is enough; nothing may go to the network unasked
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     return plan.Request(

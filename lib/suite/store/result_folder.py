@@ -257,8 +257,8 @@ def stacks(folder: Folder) -> dict[str, str]:
     return {path.name: path.read_bytes().decode("utf-8", "replace") for path in paths if path.is_file()}
 
 
-def lay_out(folder: Folder, given: Mapping[str, str]) -> None:
+def lay_out(folder: Folder, contents: Mapping[str, str]) -> None:
     """Write stacks as `stacks` returned them, where the folder's runs look for them. Raises OSError."""
     folder.stacks.mkdir(parents=True, exist_ok=True)
-    for name, content in given.items():
+    for name, content in contents.items():
         (folder.stacks / name).write_bytes(content.encode())

@@ -83,7 +83,10 @@ def test_the_first_named_arm_is_the_optimized_one(tiny, monkeypatch):
     monkeypatch.setattr(attention_timing.paired_samples, "from_pairs", lambda *_: None)
     parts = attention_timing.decode_apart(baseline, optimized, KNOBS, PROMPT, SimpleNamespace(timed={}), 2)
     words = {"all pages": "all pages", "the stock cache": "the stock cache"}
-    called = lambda arm: "the stock path" if arm is baseline else "chosen pages" if arm is optimized else words[arm]  # noqa: E731
+
+    def called(arm):
+        return "the stock path" if arm is baseline else "chosen pages" if arm is optimized else words[arm]
+
     assert [part["name"] for part in parts] == [f"{called(second)} against {called(first)}" for first, second in arms]
     assert len(arms) == 3 and parts[-1]["name"].endswith("the stock path")
 
