@@ -248,11 +248,11 @@ def _explained(name: str, timed: Timed, hints: Mapping[str, Any], peaks: Ceiling
     for metric in METRICS_OF[name]:
         rate = paired_samples.from_pairs(metric, name, timed.pairs, _quantity(metric, timed.baseline), timed.control)
         rates.append(ceilings.explain(rate, timed.costs, timed.seconds, peaks, **hints))
-    rates += _processor_time(name, timed)
+    rates += _cpu_time(name, timed)
     return rates + ceilings.utilisation(name, timed.costs, timed.seconds, peaks)
 
 
-def _processor_time(name: str, timed: Timed) -> list[Measurement]:
+def _cpu_time(name: str, timed: Timed) -> list[Measurement]:
     """Return processor seconds per token, from the same turns as the wall time; not judged where a GPU with a counter
     does the work.
     """

@@ -73,8 +73,8 @@ class Rounds:
         repeated = [(seconds[baseline], seconds[optimized], reason) for seconds, reason in self.set_aside]
         clock = self.clock if len(self.seconds) == 2 else f"{self.clock}, {len(self.seconds)} arms a round"
         arms = self.seconds[baseline], self.seconds[optimized]
-        processor = (self.cpu_seconds[baseline], self.cpu_seconds[optimized]) if self.cpu_seconds else None
-        options: dict[str, Any] = {"process": self.process, "cpu_seconds": processor}
+        cpu_seconds = (self.cpu_seconds[baseline], self.cpu_seconds[optimized]) if self.cpu_seconds else None
+        options: dict[str, Any] = {"process": self.process, "cpu_seconds": cpu_seconds}
         return Pairs(*arms, order, self.disturbed, self.iterations, repeated, clock, **options)
 
 

@@ -153,6 +153,7 @@ def params_of(stack: Sequence[RecipeStep], parts: Sequence[Component]) -> dict[s
 
 
 def rounded(value: Any) -> Any:
+    """Return a knob's value as it is stored and written into commands: a float with four decimals."""
     return round(value, 4) if isinstance(value, float) else value
 
 

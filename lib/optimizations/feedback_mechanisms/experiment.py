@@ -210,6 +210,7 @@ def _name(size: int) -> str:
 
 
 def static(size: int) -> PolicyFactory:
+    """Return what makes the policy with `size` rows at most, the same for every trace."""
     return lambda _: Static(size)
 
 

@@ -80,6 +80,7 @@ def _out(parser: argparse.ArgumentParser, verb: str = "lie in") -> None:
 
 
 def run_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of commands that run notebooks."""
     _request_options(parser)
     parser.add_argument("--jobs", type=_positive, metavar="N", help="runs side by side, each on its own cores")
     parser.add_argument("--cluster", metavar="URL", help="run on the workers of the Dask scheduler at tcp://HOST:PORT")

@@ -279,13 +279,9 @@ def test_uniform_ranks_take_the_same_share_of_each_matrix(tiny, text):
     model = tiny("qwen3-vl-2b")
     spectra = td.analyse(model, text)
     ranks = allocation.allocate(model, spectra.curves(), 0.3, "uniform")
-    assert (
-        1
-        - allocation.decoder_bytes(td.apply(model, text, method="whitened", spectra=spectra, ranks=ranks))
-        / allocation.decoder_bytes(model)
-        >= 0.3
-    )
-    assert td.apply(model, text, compression=0.3, budget="uniform") is not None
+    least = 0.7 * allocation.decoder_bytes(model)
+    assert allocation.decoder_bytes(td.apply(model, text, method="whitened", spectra=spectra, ranks=ranks)) <= least
+    assert allocation.decoder_bytes(td.apply(model, text, compression=0.3, budget="uniform")) <= least
 
 
 def test_a_factored_model_is_not_factored_again(tiny, text):
