@@ -112,7 +112,7 @@ METRICS: dict[str, Metric] = {
     # Efficiency.
     "energy_joules_per_token": _efficiency("J/token", False, ENERGY_MARGIN),
     "energy_above_idle_joules_per_token": _efficiency("J/token", False, ENERGY_MARGIN),
-    # What carries efficiency where no counter can be read: measured, user and system time.
+    # Decides efficiency where no counter of energy can be read: measured, user and system time.
     "cpu_seconds_per_token": _efficiency("s/token", False),
     "tokens_per_joule": _efficiency("tokens/J", True, ENERGY_MARGIN),
     "model_flops_utilisation": _efficiency("share of measured peak", True, None),

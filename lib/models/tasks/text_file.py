@@ -23,7 +23,7 @@ EXPECTED = "expected a text file in UTF-8"
 def read(path: str | Path) -> str:
     """Return the text of a file. Raises UserError where there is none, it is a pipe or a device, or not UTF-8."""
     try:
-        if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):  # a pipe would be waited for
+        if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):  # reading from a pipe would wait
             raise UserError(f"{path}: no ordinary file; {EXPECTED}, which is read several times")
         return Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -30,7 +30,7 @@ from lib.optimizations.adaptive_sparse_attention import block_pattern as blocks
 from lib.optimizations.adaptive_sparse_attention.attended_mass import Finder
 from lib.optimizations.common import absorbed_baseline
 
-LONG_PROMPT = 4096  # tokens from which on FEW_BLOCKS timed blocks have to do
+LONG_PROMPT = 4096  # tokens; from so many on, FEW_BLOCKS blocks are timed
 FEW_BLOCKS = 6
 FEW_STEPS = 4  # decoded tokens of one call
 

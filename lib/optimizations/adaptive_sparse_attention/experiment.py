@@ -47,7 +47,7 @@ CLAIMS = (
     "Finding the pattern costs what it saves.",
     "Values in the middle of a prompt are lost.",
 )
-# What carries the word of each dimension: one measurement, declared before any is taken.
+# The measurement that decides the verdict of each dimension, declared before any is taken.
 PRIMARIES = {
     "performance": ("prefill_tokens_per_second", "prefill"),
     "accuracy": ("retrieval_exact_match", "generate"),

@@ -56,8 +56,8 @@ COMPOSES = {
 
 
 def applies_to(model: nn.Module) -> str | None:
-    """Return None, or why not: blocks that attend to a sliding window are sparse already; and scores that a model caps
-    or shifts before their softmax (Gemma 2, for which transformers has no sdpa) are none that the kernels here compute.
+    """Return None, or why not: blocks that attend to a sliding window are sparse already, and the kernels here cannot
+    cap or shift scores before their softmax, as Gemma 2 does (transformers has no sdpa for it).
     """
     if any(block.attention.window is not None for block in anatomy(model).blocks):
         return "its blocks attend to a sliding window already"

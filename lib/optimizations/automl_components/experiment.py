@@ -34,7 +34,7 @@ from lib.optimizations.common.recipe import Recipe, RecipeStep
 from lib.optimizations.common.search import search_quality, study
 from lib.optimizations.common.search.study import Study
 
-# What carries the word of each dimension: one measurement, declared before any is taken.
+# The measurement that decides the verdict of each dimension, declared before any is taken.
 PRIMARIES = {
     "performance": ("prefill_tokens_per_second", "prefill"),
     "accuracy": ("perplexity", "prefill"),

@@ -36,7 +36,7 @@ from lib.optimizations.continuous_nas.method import ChoiceEvaluation, Search, Se
 from lib.optimizations.continuous_nas.replacement_library import Library
 from lib.optimizations.structured_pruning import method as pruning
 
-# What carries the word of each dimension: one measurement, declared before any is taken.
+# The measurement that decides the verdict of each dimension, declared before any is taken.
 PRIMARIES = {
     "performance": ("prefill_tokens_per_second", "prefill"),
     "accuracy": ("perplexity", "prefill"),

@@ -298,7 +298,7 @@ def _proposal(search: Search, costs: RequestCosts, space: Mapping[str, Sequence[
     )
     number = len(search.evaluations)
     for attempt in range(3):
-        own = (search.seed * 1_000_003 + number * 17 + attempt) % 2**32  # no more are there
+        own = (search.seed * 1_000_003 + number * 17 + attempt) % 2**32  # the sampler takes no larger seed
         memory.sampler = optuna.samplers.TPESampler(seed=own, multivariate=True, n_startup_trials=1)
         choice = dict(memory.ask(distributions).params)
         if not search.evaluated(choice):

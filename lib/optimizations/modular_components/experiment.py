@@ -38,7 +38,7 @@ CLAIMS = (
     "A reverted model differs in a single bit.",
     "Fewer than two parts keep the margins together.",
 )
-# What carries the word of each dimension: one measurement, declared before any is taken.
+# The measurement that decides the verdict of each dimension, declared before any is taken.
 PRIMARIES = {
     "performance": ("prefill_tokens_per_second", "prefill"),
     "accuracy": ("perplexity", "prefill"),

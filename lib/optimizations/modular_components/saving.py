@@ -187,7 +187,7 @@ def _plain(place: Path, dtype: torch.dtype, ids_BT: torch.Tensor, expected: torc
     if {"factors", "sparse"} & set(described):
         return None  # no class of transformers has such matrices
     loud = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # what does not fit is the answer here, no fault to be told of
+    transformers_logging.set_verbosity_error()  # a misfit is the answer here, not a fault to report
     try:
         kind = auto_class(AutoConfig.from_pretrained(place))
         model, report = kind.from_pretrained(place, dtype=dtype, output_loading_info=True)

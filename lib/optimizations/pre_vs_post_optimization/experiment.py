@@ -35,7 +35,7 @@ from lib.optimizations.modular_components import traits
 from lib.optimizations.pre_vs_post_optimization import attribution, method, sweeps
 from lib.optimizations.pre_vs_post_optimization.method import AppliedStack, ChosenStack
 
-# What carries the word of each dimension: one measurement, declared before any is taken.
+# The measurement that decides the verdict of each dimension, declared before any is taken.
 PRIMARIES = {
     "performance": ("generate_tokens_per_second", "generate"),
     "accuracy": ("perplexity", "prefill"),

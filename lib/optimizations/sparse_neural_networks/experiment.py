@@ -28,7 +28,7 @@ from lib.optimizations.sparse_neural_networks import method as sparse
 from lib.optimizations.sparse_neural_networks.masks import HALVES, METHODS, block_shape, keep, score, sparsegpt
 from lib.optimizations.sparse_neural_networks.matrix_pruning import short_of_tokens, without_tokens
 
-# What carries the word of each dimension: one measurement, declared before any is taken.
+# The measurement that decides the verdict of each dimension, declared before any is taken.
 PRIMARIES = {
     "performance": ("prefill_tokens_per_second", "prefill"),
     "accuracy": ("perplexity", "prefill"),

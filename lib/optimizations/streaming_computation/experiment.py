@@ -43,7 +43,7 @@ from lib.optimizations.streaming_computation import method, read_bound
 from lib.optimizations.streaming_computation.limited import decoding as limited_decoding
 from lib.optimizations.streaming_computation.limited.decoding import LimitedDecoding
 
-# What carries the word of each dimension: one measurement, declared before any is taken.
+# The measurement that decides the verdict of each dimension, declared before any is taken.
 PRIMARIES = {
     "performance": ("decode_tokens_per_second", limited_decoding.WORKLOAD),
     "accuracy": ("perplexity", "prefill"),

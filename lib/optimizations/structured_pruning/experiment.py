@@ -26,7 +26,7 @@ from lib.optimizations.structured_pruning import method
 from lib.optimizations.structured_pruning.cutting import FITTED
 from lib.optimizations.structured_pruning.saliency import SALIENCIES
 
-# What carries the word of each dimension: one measurement, declared before any is taken.
+# The measurement that decides the verdict of each dimension, declared before any is taken.
 PRIMARIES = {
     "performance": ("prefill_tokens_per_second", "prefill"),
     "accuracy": ("perplexity", "prefill"),

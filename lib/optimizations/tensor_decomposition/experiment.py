@@ -23,7 +23,7 @@ from lib.optimizations.tensor_decomposition import method as decomposition
 from lib.optimizations.tensor_decomposition.analysis import Spectra, matrices
 from lib.optimizations.tensor_decomposition.low_rank import FactorableMatrix, spectrum_of
 
-# What carries the word of each dimension: one measurement, declared before any is taken.
+# The measurement that decides the verdict of each dimension, declared before any is taken.
 PRIMARIES = {
     "performance": ("prefill_tokens_per_second", "prefill"),
     "accuracy": ("perplexity", "prefill"),

@@ -58,7 +58,7 @@ def _connected(address: str) -> Iterator[Any]:
 
     for name in ["distributed", *logging.root.manager.loggerDict]:
         if name.startswith("distributed"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # what is lost, this module tells
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # this module reports what is lost
     try:
         client = distributed.Client(address, timeout=patience(), set_as_default=False)
     except (OSError, TimeoutError, ValueError, RuntimeError) as error:

@@ -51,7 +51,7 @@ def entries(jobs: Sequence[Job]) -> list[ListedNotebook]:
         return [ListedNotebook(f"{job.stem}.ipynb", job.template, job.model, job.scale, job.effort) for job in jobs]
     listed = []
     for stem in plan.optimizations():
-        with contextlib.suppress(UserError, KeyError):  # one that is being written is no notebook yet
+        with contextlib.suppress(UserError, KeyError):  # a file that is still being written is no notebook yet
             template = templates.read(plan.NOTEBOOKS / f"{stem}.ipynb")
             model, scale, effort = (str(template.parameters[name].default) for name in ("model", "scale", "effort"))
             listed.append(ListedNotebook(template.path.name, template, model, scale, effort))

@@ -124,7 +124,7 @@ def _forget(path: Path) -> None:
 def state(folder: Folder, stem: str, parts: Mapping[str, Mapping[str, str]]) -> State:
     """Return what is known of the run `stem`, whose job has the key parts `parts`."""
     path = folder.of(stem, ".json")
-    if path.exists() and not path.is_file():  # a pipe would be waited for
+    if path.exists() and not path.is_file():  # reading from a pipe would wait
         return State("damaged", f"{path.name} is no ordinary file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -21,7 +21,7 @@ from lib.models.tasks.registry import classifies
 KEPT_SCORES = ("f1_macro", "retrieval_exact_match")
 SEED_STEP = 1000  # to the seed of what is chosen on, from that of what judges
 RESAMPLES = 200
-ITEMS, VALUES, WINDOWS = 96, 64, 16  # the fewest of which one that is lost costs less than a margin: not at preview
+ITEMS, VALUES, WINDOWS = 96, 64, 16  # so many that a single one lost costs less than a margin; fewer at preview
 VALUES_AT_REAL_SIZE = 16  # where a value takes seconds: one that is lost excludes
 
 
