@@ -1,6 +1,5 @@
-"""What is read from the machine: disturbance, processor, the environment card."""
+"""What disturbed a measurement is read from the machine, named, and nothing else is called a disturbance."""
 
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,7 +7,6 @@ import pytest
 
 from lib.measure.timing import disturbance
 from lib.measure.timing.disturbance import Reading
-from lib.measure.trackers import cpu, environment
 
 QUIET = Reading(wall=0.0, own=0.0, busy=0.0, stolen=0.0, waited=0.0, throttled=0)
 # One second later on two cores of which we used both.
@@ -74,27 +72,6 @@ def test_a_system_without_counters_marks_nothing():
     assert disturbance.watch(lambda: None)() is None
     readings = iter([QUIET, replace(AFTER, throttled=3)])
     assert disturbance.watch(lambda: next(readings))() == "throttled"
-
-
-def test_processor_use_is_a_share_of_the_cores_given():
-    used = cpu.use(lambda: sum(range(100_000)), seconds=0.05)
-    assert used.cores == disturbance.cores_given() and used.wall_seconds >= 0.05
-    assert 0 < used.utilisation <= 1.2 and str(used.cores) in used.source
-
-
-def test_the_card_is_plain_json_and_complete(tiny, monkeypatch):
-    monkeypatch.setenv("WORKBENCH_JOBS", "2")
-    card = environment.card(tiny("qwen3-coder-30b"), weights_hash="w", data_hash="d")
-    assert json.loads(json.dumps(card)) == card
-    for name in ("cpu", "cores_given", "memory_bytes", "operating_system", "python", "threads", "commit"):
-        assert card[name], name
-    assert 0 < card["memory_given_bytes"] <= card["memory_bytes"]
-    assert (card["weights_hash"], card["data_hash"], card["jobs_beside"]) == ("w", "d", 1)
-    assert card["parameters"] == sum(p.numel() for p in tiny("qwen3-coder-30b").parameters())
-    assert set(card["energy"]) == {"counter", "missing"} and bool(
-        card["energy"]["counter"] or card["energy"]["missing"]
-    )
-    assert card["dtype"] == "float32" and card["packages"]["torch"] and card["experts_backend"]
 
 
 @pytest.mark.parametrize(("columns", "busy", "stolen"), [("10 5 20 900 7 1 2 4 0 0", 38, 4), ("10 5 20 900", 35, 0)])
