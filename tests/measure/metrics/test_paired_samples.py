@@ -4,15 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from lib.measure.metrics import paired_samples, process_variance
+from lib.measure.metrics import paired_samples
 from lib.measure.metrics.pairs import Pairs, join
 
-
-@pytest.fixture(autouse=True)
-def one_process_is_like_another(monkeypatch):
-    """What processes differ by is the matter of `test_process_variance.py`."""
-    monkeypatch.setattr(process_variance, "PRIOR_SIGMA", 0.0)
-    monkeypatch.delenv(process_variance.VARIABLE, raising=False)
+pytestmark = pytest.mark.usefixtures("one_process_is_like_another")
 
 
 def pairs(ratio: float, blocks: int = 12) -> Pairs:

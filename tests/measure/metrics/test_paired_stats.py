@@ -6,20 +6,15 @@ import numpy as np
 import pytest
 from scipy.stats import binom, bootstrap
 
-from lib.measure.metrics import paired_samples, paired_stats, process_variance, settings
+from lib.measure.metrics import paired_samples, paired_stats, settings
 from lib.measure.timing import interleaved
+
+pytestmark = pytest.mark.usefixtures("one_process_is_like_another")
 
 TRIALS = 400
 # The most hits among 400 that an honest 5 % gives in 99 of 100 cases.
 ALLOWED = int(binom.ppf(0.99, TRIALS, 0.05))
 STANDARD = settings.read("standard").blocks
-
-
-@pytest.fixture(autouse=True)
-def one_process_is_like_another(monkeypatch):
-    """The simulated machine has no variance between processes; `test_process_variance.py` is about that."""
-    monkeypatch.setattr(process_variance, "PRIOR_SIGMA", 0.0)
-    monkeypatch.delenv(process_variance.VARIABLE, raising=False)
 
 
 class Machine:

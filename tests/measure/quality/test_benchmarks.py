@@ -13,6 +13,7 @@ from lib.models import loading
 from lib.models.tasks import benchmarks as files
 from lib.models.tasks import encoding
 from lib.models.tasks.benchmarks import Question
+from tests.measure.quality.test_evaluate import by_name
 
 NAME = "qwen3-4b-instruct-2507"
 
@@ -90,10 +91,6 @@ def test_a_passage_is_right_where_it_would_be_given(loaded, monkeypatch):
     monkeypatch.setattr(files, "questions", lambda _: tuple(passages))
     answers = evaluate.classify(loaded, "lambada", "final", 99)
     assert answers.right_N.tolist() == [int(identity.split("-")[1]) % 2 == 0 for identity in answers.ids]
-
-
-def by_name(measurements):
-    return {m.metric: m for m in measurements}
 
 
 def test_a_loss_is_judged_by_the_score_usually_stated_and_the_task_names_the_workload():
