@@ -1,16 +1,12 @@
-"""A checkpoint that need not fit into memory, changed block by block, from file to file.
+"""A checkpoint that need not fit into memory, of which one block is in memory at a time: read from the source, or from
+a shard where it has been changed, and written to one. Embeddings, head, norms and a vision tower stay in memory.
 
-`rewrite` walks calibration text through the blocks (`lib.models.calibration.walk`); each is read from the source when
-its turn comes, changed, used to carry the text on, written to a shard of the target, and leaves memory. Embeddings,
-head, norms and a vision tower stay in memory. Shards are written into a folder beside the target, which becomes the
-target when all are there and were read again: an interrupted run leaves no half checkpoint, and the next one resumes
-after the last shard. Knows nothing of what is changed.
+`lib.models.offload.rewriting` changes all blocks in turn. Knows nothing of what is changed.
 """
 
-import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -21,19 +17,18 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.files import write_atomically
-from lib.models.calibration.walk import NO_NUMBERS, Walk
 from lib.models.checkpoints import finite, io, weight_file
-from lib.models.checkpoints.folder import INDEX, MANIFEST, weight_files
+from lib.models.checkpoints.folder import INDEX, MANIFEST
 from lib.models.offload.layout import layout
 from lib.models.sources.store import RECEIPT
 from lib.models.structure import manifest
-from lib.models.structure.anatomy import Block, anatomy
+from lib.models.structure.anatomy import anatomy
 from lib.models.structure.replacements import factored, sparse
 from lib.models.structure.surgery import synchronise
 
 REST = "model-rest.safetensors"  # what is no decoder block
 BEHIND = ("*.json", "*.jinja", "*.txt", "*.model")  # files of tokenizers and processors that the target takes over
-Change = Callable[[nn.Module, Walk, Block], None]
+ABOUT = "rewriting.json"  # what the shards of an unfinished run were made by
 
 
 class FileBlocks:
@@ -226,138 +221,3 @@ class _Shard:
 
     def close(self) -> None:
         self._file.__exit__(None, None, None)
-
-
-ABOUT = "rewriting.json"  # what the shards of an unfinished run were made by
-
-
-def rewrite(
-    source: Path | str,
-    target: Path | str,
-    calibration: Sequence[dict[str, torch.Tensor]],
-    change: Change,
-    *,
-    about: dict[str, Any],
-    device: str = "cpu",
-    shards: Path | None = None,
-) -> Path:
-    """Write the checkpoint in `source`, changed, to the new folder `target`; return it.
-
-    `change(model, walk, block)` changes in place the block in front of which the walk stands. `about` says what is
-    changed, as plain JSON: an unfinished run of the same change, on the same text and source, resumes after its last
-    block; a different one is refused. `shards`: the folder of an unfinished run, on the disk of `target` (default:
-    beside it, `.part` behind its name). Raises UserError as `require_free` does, for a block that cannot be read, for
-    answers that are not finite, and for a disk that is full. However it ends early, the blocks before are kept, and
-    without one nothing is.
-    """
-    source, target = Path(source), Path(target)
-    shards = require_free(source, target, calibration, about=about, shards=shards)
-    _begin(shards, _made_by(source, calibration, about))
-    try:
-        with closing(FileBlocks(source, shards, device)) as store:
-            _change_blocks(store, calibration, change)
-        del store  # and what it holds in memory
-        with closing(FileBlocks(source, shards, device)) as written:
-            _require_answers(written, calibration[:1])
-            return written.finish(target)
-    except BaseException as error:
-        begun = any(shards.glob("block-*.json"))
-        if not begun:
-            shutil.rmtree(shards, ignore_errors=True)
-        if not isinstance(error, (UserError, OSError)):
-            raise
-        what = str(error) if isinstance(error, UserError) else _not_written(error, shards)
-        if begun and isinstance(error, _Unusable):
-            what += f"; delete {shards}"
-        elif begun:
-            what += f"; {shards} keeps the blocks before it, and the same command resumes there"
-        raise UserError(what) from None
-
-
-class _Unusable(UserError):
-    """What was written is of no use, so that resuming would end in the same way."""
-
-
-def require_free(
-    source: Path | str,
-    target: Path | str,
-    calibration: Sequence[dict[str, torch.Tensor]],
-    *,
-    about: dict[str, Any],
-    shards: Path | None = None,
-) -> Path:
-    """Return the folder of shards of a `rewrite` with these arguments, for callers with long work ahead of it.
-
-    Raises UserError for an existing target, shards on another disk, and a folder that holds another unfinished run.
-    """
-    target = Path(target)
-    if target.exists():
-        raise UserError(f"{target}: exists already; name a new folder")
-    shards = Path(shards) if shards else target.with_name(f"{target.name}.part")
-    if _disk(shards) != _disk(target):
-        raise UserError(f"{shards}: lies on another disk than {target}; name a folder on the same one")
-    if shards.is_dir() and any(shards.iterdir()):
-        about_path = shards / ABOUT
-        expected = _made_by(Path(source), calibration, about)
-        if not about_path.is_file() or about_path.read_text(encoding="utf-8") != expected:
-            raise UserError(f"{shards}: holds an unfinished run of something else; delete it")
-    return shards
-
-
-def _disk(path: Path) -> int:
-    """Return the number of the disk on which a path lies, or would lie."""
-    return next(folder for folder in (path, *path.absolute().parents) if folder.exists()).stat().st_dev
-
-
-def _not_written(error: OSError, shards: Path) -> str:
-    return f"{error.filename or shards}: cannot be written ({error.strerror or error})"
-
-
-def _change_blocks(store: FileBlocks, calibration: Sequence[dict[str, torch.Tensor]], change: Change) -> None:
-    walk = Walk(store.model, calibration, store=store)
-    for block in walk:
-        if not store.done(block.index):
-            change(store.model, walk, block)
-
-
-def _begin(shards: Path, made_by: str) -> None:
-    """Make the folder of shards, or resume in it."""
-    try:
-        shards.mkdir(parents=True, exist_ok=True)
-        write_atomically(shards / ABOUT, made_by)
-    except OSError as error:
-        raise UserError(_not_written(error, shards)) from None
-
-
-def _made_by(source: Path, calibration: Sequence[dict[str, torch.Tensor]], about: dict[str, Any]) -> str:
-    """Return as JSON what tells one run from another."""
-    made_by = {"about": about, "text": _digest(calibration), "source": _identity(source)}
-    return json.dumps(made_by, sort_keys=True)
-
-
-def _digest(calibration: Sequence[dict[str, torch.Tensor]]) -> str:
-    """Return a hash of calibration text."""
-    whole = hashlib.sha256()
-    for batch in calibration:
-        for name, tensor in sorted(batch.items()):
-            whole.update(f"{name} {tuple(tensor.shape)}".encode())
-            whole.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return whole.hexdigest()
-
-
-def _identity(source: Path) -> list[list[Any]]:
-    """Return what tells one state of a checkpoint from another: its path, and size and time of every weight file."""
-    files = sorted(weight_files(source.resolve()))
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
-def _require_answers(written: FileBlocks, text: Sequence[dict[str, torch.Tensor]]) -> None:
-    """Raise UserError unless the blocks that were written, read again one by one, give finite states."""
-    walk = Walk(written.model, text, store=written)
-    last = len(written.prefixes) - 1
-    try:
-        for block in walk:
-            if block.index == last and not all(bool(states.isfinite().all()) for states in walk.outputs()):
-                raise UserError(f"block {last}: its outputs {NO_NUMBERS}")
-    except UserError as error:
-        raise _Unusable(f"what was written cannot be used: {error}") from None

@@ -19,12 +19,12 @@ from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.modular_components import traits
 from lib.optimizations.modular_components.method import compose, described, module_of, refusal
 
-STATES = ("works", "refused", "invalid", "crashed", "not tried")
-
 
 @dataclass(frozen=True)
 class Attempt:
-    """What became of an attempt to apply `steps`: one of STATES, why, and the model where it works."""
+    """What became of an attempt to apply `steps`: "works", "refused", "invalid", "crashed" or "not tried", why, and the
+    model where it works.
+    """
 
     steps: list[RecipeStep]
     state: str

@@ -27,7 +27,7 @@ def is_streamed(loaded: Loaded) -> bool:
 
 
 def writer(loaded: Loaded, stem: str, parameters: Mapping[str, Any]) -> Callable[..., Path]:
-    """Return a function of a folder's `target` (and `shards`, see `file_blocks.rewrite`) that writes the checkpoint of
+    """Return a function of a folder's `target` (and `shards`, see `rewriting.rewrite`) that writes the checkpoint of
     `loaded`, changed by an optimization; it needs the streamed weights no longer, which are closed.
 
     `parameters` are those of a run. Raises UserError for an optimization or a parameter that needs the whole model in

@@ -10,7 +10,7 @@ from torch import nn
 from lib.errors import UserError
 from lib.models.calibration.second_moments import block_moments, matrices
 from lib.models.calibration.walk import Walk
-from lib.models.offload.file_blocks import rewrite
+from lib.models.offload.rewriting import rewrite
 from lib.models.structure.anatomy import Block
 from lib.optimizations.common.compression import options as checks
 from lib.optimizations.sparse_neural_networks.blocks import (
@@ -43,7 +43,7 @@ def apply_to_file(
     """Write the checkpoint in `source` with `sparsity` of its matrices' weights zero to the new folder `target`.
 
     Options, result and warnings as of `method.apply`, blocks pruned in order. Returns the target. Raises UserError as
-    `method.apply` and `file_blocks.rewrite` do.
+    `method.apply` and `rewriting.rewrite` do.
     """
     checks.one_of(NAME, "execute", execute, EXECUTE)
     options: dict[str, Any] = {"sparsity": sparsity, "method": method, "pattern": pattern, "within": within}

@@ -16,7 +16,8 @@ from lib.errors import UserError
 from lib.models.calibration.activations import block_statistics
 from lib.models.calibration.distillation import can_split, split
 from lib.models.calibration.walk import Walk
-from lib.models.offload.file_blocks import FileBlocks, require_free, rewrite
+from lib.models.offload.file_blocks import FileBlocks
+from lib.models.offload.rewriting import require_free, rewrite
 from lib.models.structure.anatomy import Block
 from lib.models.structure.surgery import synchronise
 from lib.optimizations.structured_pruning import cutting
@@ -39,7 +40,7 @@ def apply_to_file(
 ) -> Path:
     """Write the checkpoint in `source` without its least salient parts to the new folder `target`; return it.
 
-    Options and result as of `method.apply`. Raises UserError as that and `file_blocks.rewrite` do, and for granularity
+    Options and result as of `method.apply`. Raises UserError as that and `rewriting.rewrite` do, and for granularity
     "depth": which blocks go is known at the end.
     """
     check(ratio, granularity, saliency)

@@ -16,7 +16,8 @@ from lib.errors import UserError
 from lib.models.calibration import blockwise
 from lib.models.calibration.distillation import split
 from lib.models.calibration.walk import Walk
-from lib.models.offload.file_blocks import FileBlocks, require_free, rewrite
+from lib.models.offload.file_blocks import FileBlocks
+from lib.models.offload.rewriting import require_free, rewrite
 from lib.models.structure.anatomy import Block
 from lib.optimizations.common.compression import options as checks
 from lib.optimizations.tensor_decomposition.allocation import allocate, room_for
@@ -41,7 +42,7 @@ def apply_to_file(
     """Write the checkpoint in `source` with factors, "whitened" or "refitted", to the new folder `target`; return it.
 
     The factors are those of `method.apply` with the same options on matrices that are worth the same: the divergence
-    that weighs them needs the whole model. Raises UserError as `method.apply` and `file_blocks.rewrite` do.
+    that weighs them needs the whole model. Raises UserError as `method.apply` and `rewriting.rewrite` do.
     """
     checks.in_range(NAME, "compression", compression, 0, 1, closed="neither")
     checks.choices(NAME, {"method": (method, METHODS), "budget": (budget, ("global", "uniform"))})

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lib.errors import UserError
 from lib.models.checkpoints import io
-from lib.models.offload import file_blocks
+from lib.models.offload import file_blocks, rewriting
 from lib.models.offload.file_blocks import FileBlocks
 from lib.models.structure import surgery
 from lib.models.structure.anatomy import anatomy
@@ -95,7 +95,7 @@ def test_one_block_is_in_memory_at_a_time(folder, text):
 
     assert resident() == []
     seen = []
-    for block in file_blocks.Walk(store.model, text, store=store):
+    for block in rewriting.Walk(store.model, text, store=store):
         gc.collect()
         seen.append((block.index, resident()))
     assert seen == [(index, [index]) for index in range(4)] and resident() == []
@@ -230,7 +230,7 @@ def test_heads_of_which_the_width_is_no_multiple(text, tmp_path):
         surgery.keep_groups(block.attention, torch.tensor([0, 2, 3]))
         synchronise(model)
 
-    written = load(file_blocks.rewrite(tmp_path / "whole", tmp_path / "cut", text, change, about={}))
+    written = load(rewriting.rewrite(tmp_path / "whole", tmp_path / "cut", text, change, about={}))
     expected = load(tmp_path / "whole")
     for block in anatomy(expected).blocks:
         change(expected, None, block)
@@ -272,7 +272,7 @@ def test_what_cannot_be_written_is_refused_before_a_block_is_read(folder, text, 
     (tmp_path / "made.part" / "model-00000.safetensors").write_bytes(b"of another run")
     with pytest.raises(UserError, match="unfinished run of something else"):
         WRITERS[kind](folder, target, text)
-    monkeypatch.setattr(file_blocks, "_disk", lambda path: len(str(path)))
+    monkeypatch.setattr(rewriting, "_disk", lambda path: len(str(path)))
     with pytest.raises(UserError, match=r"made\.part: lies on another disk than .*made; name a folder on the same one"):
         WRITERS[kind](folder, target, text)
     assert read == [] and not target.exists()
@@ -327,7 +327,7 @@ def test_blocks_that_answer_with_no_numbers_are_not_to_be_resumed(folder, text, 
             block.feed_forward.down.weight.fill_(3e38)
 
     with pytest.raises(UserError, match=r"what was written cannot be used: block 3.* not finite") as why:
-        file_blocks.rewrite(folder, tmp_path / "made", text, change, about={})
+        rewriting.rewrite(folder, tmp_path / "made", text, change, about={})
     assert str(why.value).endswith(f"; delete {tmp_path / 'made.part'}") and "resumes" not in str(why.value)
     assert not (tmp_path / "made").exists()
 
