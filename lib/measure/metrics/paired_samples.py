@@ -13,6 +13,7 @@ from lib.measure.metrics import measurement, paired_stats, process_variance
 from lib.measure.metrics.catalogue import metric as metric_named
 from lib.measure.metrics.decision import BUSY, BUSY_FLOOR, Ruling, decide, detectable
 from lib.measure.metrics.measurement import Measurement, Provenance, Verdict
+from lib.measure.metrics.paired_stats import Effect
 from lib.measure.metrics.pairs import Pairs
 from lib.measure.metrics.process_variance import Pooled
 
@@ -96,31 +97,7 @@ def from_samples(
         floor = floor.floor(sigma)
     elif floor is not None:
         floor = math.hypot(floor, paired_stats.NORMAL * sigma)
-    reason, mde = None, None
-    fewest = paired_stats.MINIMUM_PROCESSES if several else paired_stats.MINIMUM_BLOCKS
-    busy = f"{disturbed[-1]}, in {len(disturbed)} of {effect.n} pairs" if disturbed else None
-    if floor is None or math.isinf(floor) or effect.n < fewest or margin is None:
-        verdict: Verdict = "informative"
-        if margin is not None:
-            few = f"{effect.n} pairs" if effect.n < fewest else "the control's pairs"
-            reason = "no A/A control ran" if floor is None else f"{few} are too few for an interval"
-            reason = f"{BUSY}: {busy}; {reason}" if busy else reason  # which withholds what else was timed
-    else:
-        decision = decide(
-            effect.median,
-            effect.low,
-            effect.high,
-            n=effect.n,
-            floor=floor,
-            margin=margin,
-            higher_is_better=listed.higher_is_better,
-            busy=busy,
-            processes=effect.processes if several else None,
-        )
-        verdict, reason = decision.verdict, decision.reason
-        if floor > BUSY_FLOOR:
-            reason = f"{reason}{_load()}"
-        mde = detectable(effect.half_width, effect.scatter, floor=floor, margin=margin)
+    verdict, reason, mde = _ruling(effect, floor, margin, listed.higher_is_better, several, disturbed)
     return measurement.judged(
         metric,
         workload,
@@ -143,6 +120,41 @@ def from_samples(
         processes=effect.processes,
         disturbed=len(disturbed) or None,
     )
+
+
+def _ruling(
+    effect: Effect,
+    floor: float | None,
+    margin: float | None,
+    higher_is_better: bool,
+    several: bool,
+    disturbed: Sequence[str],
+) -> tuple[Verdict, str | None, float | None]:
+    """Return the verdict on an effect, its reason, and the smallest effect that would be found (None: not judged); see
+    `from_samples`.
+    """
+    fewest = paired_stats.MINIMUM_PROCESSES if several else paired_stats.MINIMUM_BLOCKS
+    busy = f"{disturbed[-1]}, in {len(disturbed)} of {effect.n} pairs" if disturbed else None
+    if margin is None:
+        return "informative", None, None
+    if floor is None or math.isinf(floor) or effect.n < fewest:
+        few = f"{effect.n} pairs" if effect.n < fewest else "the control's pairs"
+        reason = "no A/A control ran" if floor is None else f"{few} are too few for an interval"
+        # A busy machine withholds what else was timed.
+        return "informative", f"{BUSY}: {busy}; {reason}" if busy else reason, None
+    decision = decide(
+        effect.median,
+        effect.low,
+        effect.high,
+        n=effect.n,
+        floor=floor,
+        margin=margin,
+        higher_is_better=higher_is_better,
+        busy=busy,
+        processes=effect.processes if several else None,
+    )
+    reason = f"{decision.reason}{_load()}" if floor > BUSY_FLOOR else decision.reason
+    return decision.verdict, reason, detectable(effect.half_width, effect.scatter, floor=floor, margin=margin)
 
 
 def _grouped(values: Sequence[float], process: Sequence[int] | None) -> list[float]:
