@@ -160,7 +160,7 @@ def order(arms: SparseRivals | None) -> list[ThirdArm]:
 
 
 def order_name(method: str, within: str) -> str:
-    """Return the name of the arm that prunes all matrices by `method`, where scores compete `within` a row or matrix."""
+    """Return the name of the arm that prunes all matrices by `method`: scores compete `within` a row or a matrix."""
     return f"{method}{'' if method == 'sparsegpt' else f', per {within}'}, all matrices"
 
 

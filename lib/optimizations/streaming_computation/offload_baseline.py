@@ -14,7 +14,7 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from torch import nn
 
-from lib.measure.metrics import paired_samples
+from lib.measure.metrics import measurement, paired_samples
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.pairs import Pairs
 from lib.measure.timing import interleaved, workloads
