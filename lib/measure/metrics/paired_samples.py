@@ -139,9 +139,9 @@ def _ruling(
         return "informative", None, None
     if floor is None or math.isinf(floor) or effect.n < fewest:
         few = f"{effect.n} pairs" if effect.n < fewest else "the control's pairs"
-        reason = "no A/A control ran" if floor is None else f"{few} are too few for an interval"
+        why = "no A/A control ran" if floor is None else f"{few} are too few for an interval"
         # A busy machine withholds what else was timed.
-        return "informative", f"{BUSY}: {busy}; {reason}" if busy else reason, None
+        return "informative", f"{BUSY}: {busy}; {why}" if busy else why, None
     decision = decide(
         effect.median,
         effect.low,

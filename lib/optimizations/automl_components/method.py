@@ -241,8 +241,8 @@ def _fits(step: RecipeStep, part: Component) -> bool:
     def right(value: Any, knob: Mapping) -> bool:
         if "choices" in knob:
             return value in knob["choices"]
-        kinds: tuple[type, ...] = (int,) if knob["type"] == "int" else (int, float)
-        return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, int) or (isinstance(value, float) and knob["type"] != "int")
+        return number and not isinstance(value, bool) and math.isfinite(value)
 
     return all(name in part.knobs and right(value, part.knobs[name]) for name, value in step.knobs.items())
 
