@@ -29,6 +29,7 @@ from lib.optimizations.automl_components.controls import EqualSeconds, SmallGrid
 from lib.optimizations.automl_components.finalists import Finalist
 from lib.optimizations.automl_components.method import Component
 from lib.optimizations.automl_components.successive_filtering import Bench, JudgedStack
+from lib.optimizations.common.compression import calibration_text
 from lib.optimizations.common.judgement import Judgement
 from lib.optimizations.common.recipe import Recipe, RecipeStep
 from lib.optimizations.common.search import search_quality, study
@@ -109,7 +110,7 @@ def prepare(
     rungs = [evaluate.read(loaded.model, ids_NT) for ids_NT in texts]
     prompt_BT = tasks.text_windows(loaded, "search", 1, request.prompt_tokens, seed).repeat(request.batch, 1)
     limits: dict[str, Any] = {"memory_budget": memory_budget, "new_tokens": request.new_tokens}
-    limits["pairs"] = PAIRS[level]
+    limits |= {"pairs": PAIRS[level], "seed": seed}
     if effort.preview and loaded.scale == "proxy":
         limits["largest_store"] = PREVIEW_STORE
     bench = Bench(loaded.model, few, rungs, prompt_BT, method.modules(parts), **limits)
@@ -250,11 +251,10 @@ def stored(
 
 
 def applied(setup: SearchBench, stack: Sequence[RecipeStep]) -> tuple[nn.Module, float]:
-    """Return the model with a stack applied, with all of the effort's calibration text, and the seconds it took; a copy
-    where the stack is empty.
+    """Return the model with a stack applied, with all of the effort's calibration text (more where the width needs it),
+    and the seconds it took; a copy where the stack is empty. It is what `apply` saves.
     """
-    sequences, length = setup.effort.calibration_sequences, setup.effort.calibration_tokens
-    calibration = tasks.calibration(setup.loaded, sequences, length, setup.seed)
+    calibration = calibration_text.batches(setup.loaded, setup.effort, setup.seed)
     start = time.perf_counter()
     optimized = replace(setup.bench, calibration=calibration, applied={}).apply(stack)
     seconds = time.perf_counter() - start

@@ -6,6 +6,7 @@ Knows nothing of how a stack was thought of, nor of what its optimizations do.
 Shapes: B batch, T prompt tokens.
 """
 
+import inspect
 import json
 import math
 import time
@@ -73,6 +74,7 @@ class Bench:
     pairs: int = 6
     applied: dict[str, nn.Module] = field(default_factory=dict)
     largest_store: int = 6
+    seed: int = 0
 
     def apply(self, stack: Sequence[RecipeStep]) -> nn.Module:
         """Return the model with a stack applied. Raises UserError where a step does not apply or is refused."""
@@ -80,9 +82,11 @@ class Bench:
         for at, step in enumerate(stack):
             key = json.dumps([step.model_dump() for step in stack[: at + 1]])
             if key not in self.applied:
-                if reason := self.modules[step.optimization].applies_to(model):
+                module = self.modules[step.optimization]
+                if reason := module.applies_to(model):
                     raise UserError(f"{step.optimization} does not apply: {reason}")
-                changed = self.modules[step.optimization].apply(model, self.calibration, **step.knobs)
+                seeded = {"seed": self.seed} if "seed" in inspect.signature(module.apply).parameters else {}
+                changed = module.apply(model, self.calibration, **(seeded | step.knobs))
                 while len(self.applied) >= self.largest_store:
                     self.applied.pop(next(iter(self.applied)))
                 self.applied[key] = changed

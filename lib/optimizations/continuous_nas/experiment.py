@@ -26,6 +26,7 @@ from lib.models.checkpoints import io, placement
 from lib.models.loading import Loaded
 from lib.models.tasks import corpus, tasks
 from lib.optimizations.common import finetuning
+from lib.optimizations.common.compression import calibration_text
 from lib.optimizations.common.search import pareto, study
 from lib.optimizations.common.search.study import Study
 from lib.optimizations.continuous_nas import equal_effort, method, prefix_views, replacement_library, rivals, scoring
@@ -143,7 +144,7 @@ def prepare(loaded: Loaded, effort: Effort, seed: int, *, short: bool) -> Search
     memory has no room for the search and what follows it.
     """
     placement.require_room(loaded.model, COPIES, "a search over replacements")
-    calibration = tasks.calibration(loaded, effort.calibration_sequences, effort.calibration_tokens, seed)
+    calibration = calibration_text.batches(loaded, effort, seed)
     rows, length = (2, 128) if short else (effort.calibration_sequences // 8, effort.calibration_tokens)
     rows = (
         1 if effort.preview or (loaded.scale == "full" and effort.brief) else rows

@@ -3,7 +3,7 @@
 Parts are found in the folder of optimizations; none is named here.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -15,6 +15,7 @@ from lib.measure.metrics.settings import Effort
 from lib.models.checkpoints import io, placement
 from lib.models.loading import Loaded
 from lib.models.tasks import tasks
+from lib.optimizations.common.compression import calibration_text
 from lib.optimizations.modular_components import method, traits
 from lib.optimizations.modular_components.strength import AppliedStep
 
@@ -86,8 +87,8 @@ def prepare(loaded: Loaded, effort: Effort, seed: int) -> PartsSetup:
     placement.require_room(loaded.model, PAIR_COPIES, "measuring one pair of parts in both orders")
     weights = io.weights_hash(loaded.model)
     share = 2 if effort.preview else 1
-    length = quick.calibration_tokens // share
-    calibration = tasks.calibration(loaded, quick.calibration_sequences, length, seed)
+    shorter = replace(quick, calibration_tokens=quick.calibration_tokens // share)
+    calibration = calibration_text.of_stack(loaded, shorter, seed)
     sample_BT = tasks.text_windows(loaded, "search", 4 // share, 128 // share, seed)
     try:
         placement.require_room(loaded.model, PAIR_COPIES + len(fitting), "keeping every part")

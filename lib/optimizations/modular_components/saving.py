@@ -3,8 +3,9 @@
 By the project's own loader always, by plain transformers where it can read the folder; a model that does not fit into
 memory is written, read again and compared block by block. Measures nothing. As a program
 (`python -m lib.optimizations.modular_components.saving`) it reads the request as JSON from standard input and answers
-with the fields of `SavedModel`, `steps` (stems), `chosen_for` ([model, scale] of a stack's recipe, else null) and
-`unfit` (why that recipe is not to be trusted with these weights, else null), or with {"refused": why}.
+with the fields of `SavedModel`, `steps` (stems), `chosen_for` ([model, scale] of a stack's recipe, else null),
+`effort` (at which the recipe was chosen; empty where none is stated) and `unfit` (why that recipe is not to be trusted
+with these weights, else null), or with {"refused": why}.
 """
 
 import gc
@@ -32,6 +33,7 @@ from lib.models.structure.architecture import auto_class
 from lib.models.structure.signature import signature
 from lib.models.tasks import tasks
 from lib.optimizations.common import absorbed_baseline, discovery, recipe
+from lib.optimizations.common.compression import calibration_text
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.modular_components import larger_than_memory
 from lib.optimizations.modular_components import method as composing
@@ -65,12 +67,16 @@ def save(
     parameters: Mapping[str, Any],
     place: Path,
     unfinished: Path | None = None,
+    *,
+    chosen_at: str = "",
 ) -> SavedModel:
     """Apply `optimization`, or the steps of `stack` in its place, to `model` and save it in the folder `place`.
 
     `parameters` are those of a run: scale, effort, device and so on; without a stack the model is the one that a run
-    with them measures. `unfinished`: the folder in which a model that does not fit into memory is written block by
-    block. Raises UserError where no weights change, a step is refused, or the model is more than a checkpoint can hold.
+    with them measures. `chosen_at`: the effort at which the stack was chosen; on its calibration text it was judged,
+    and is applied here too (`calibration_text.of_stack`). `unfinished`: the folder in which a model that does not fit
+    into memory is written block by block. Raises UserError where no weights change, a step is refused, or the model is
+    more than a checkpoint can hold.
     """
     stems = [optimization] if stack is None else [step.optimization for step in stack]
     if not stems:
@@ -98,7 +104,9 @@ def save(
         gc.collect()  # models refer to themselves
         write(place, shards=unfinished)
         return SavedModel(None, True, dtype, None, by_blocks=True, latent=latent)
-    optimized = _composed(loaded, stack, parameters) if stack is not None else _alone(loaded, optimization, parameters)
+    optimized = (
+        _alone(loaded, optimization, parameters) if stack is None else _composed(loaded, stack, parameters, chosen_at)
+    )
     weights_hash = io.weights_hash(optimized)
     if signature(optimized) == signature(loaded.model) and weights_hash == io.weights_hash(loaded.model):
         raise UserError(
@@ -128,16 +136,11 @@ def _part(stem: str, model: str, scale: str) -> ModuleType:
     return parts[stem]
 
 
-def _composed(loaded: Loaded, steps: Sequence[RecipeStep], parameters: Mapping[str, Any]) -> nn.Module:
-    options: dict[str, Any] = {"arrange": False, "seed": int(parameters.get("seed", 0))}
-    steps = composing.kept_order(steps, loaded.model)
-    return composing.compose(loaded.model, _calibration(loaded, parameters), steps, **options).model
-
-
-def _calibration(loaded: Loaded, parameters: Mapping[str, Any]) -> list[dict[str, torch.Tensor]]:
+def _composed(loaded: Loaded, steps: Sequence[RecipeStep], parameters: Mapping[str, Any], chosen_at: str) -> nn.Module:
+    steps, seed = composing.kept_order(steps, loaded.model), int(parameters.get("seed", 0))
     size = settings.read(parameters["effort"], loaded.scale)
-    seed = int(parameters.get("seed", 0))
-    return tasks.calibration(loaded, size.calibration_sequences, size.calibration_tokens, seed)
+    text = calibration_text.of_stack(loaded, size, seed, chosen_at=chosen_at)
+    return composing.compose(loaded.model, text, steps, arrange=False, seed=seed).model
 
 
 def _alone(loaded: Loaded, stem: str, parameters: Mapping[str, Any]) -> nn.Module:
@@ -145,11 +148,12 @@ def _alone(loaded: Loaded, stem: str, parameters: Mapping[str, Any]) -> nn.Modul
     module = composing.module_of(stem)
     if reason := module.applies_to(loaded.model):
         raise UserError(f"{stem}: {reason}")
+    size = settings.read(parameters["effort"], loaded.scale)
     optimize = getattr(discovery.beside_method(stem, "experiment"), "optimize", None)
     if optimize is not None:
-        size = settings.read(parameters["effort"], loaded.scale)
         return optimize(loaded, size, **_accepted(optimize, parameters))
-    return module.apply(loaded.model, _calibration(loaded, parameters), **_accepted(module.apply, parameters))
+    text = calibration_text.batches(loaded, size, int(parameters.get("seed", 0)))
+    return module.apply(loaded.model, text, **_accepted(module.apply, parameters))
 
 
 def _accepted(function: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,11 +219,13 @@ def main() -> None:
         chosen = recipe.read(request["stack"]) if request["stack"] else None
         steps = chosen.stack if chosen else None
         place, unfinished = Path(request["place"]), Path(request["unfinished"])
-        saved = save(request["model"], request["optimization"], steps, request["parameters"], place, unfinished)
+        asked = request["model"], request["optimization"], steps, request["parameters"], place, unfinished
+        saved = save(*asked, chosen_at=chosen.effort if chosen else "")
         answer: dict[str, Any] = {
             **saved._asdict(),
             "steps": [step.optimization for step in steps or [RecipeStep(optimization=request["optimization"])]],
             "chosen_for": [chosen.model, chosen.scale] if chosen else None,
+            "effort": chosen.effort if chosen else "",
             "unfit": recipe.unfit(chosen, saved.before or "") if chosen else None,
         }
     except UserError as error:

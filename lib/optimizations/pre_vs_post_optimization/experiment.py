@@ -27,6 +27,7 @@ from lib.models.loading import Loaded
 from lib.models.structure.anatomy import anatomy
 from lib.models.tasks import tasks
 from lib.optimizations.common import judgement
+from lib.optimizations.common.compression import calibration_text
 from lib.optimizations.common.evidence import interactions
 from lib.optimizations.common.judgement import Judgement
 from lib.optimizations.common.recipe import RecipeStep
@@ -82,12 +83,17 @@ class StackSetup:
 
 
 def prepare(loaded: Loaded, effort: Effort, seed: int, perplexity_margin: float) -> StackSetup:
-    """Return the setup, with the stored stack or the one that the default rule chooses; see `method.chosen`."""
+    """Return the setup, with the stored stack or the one that the default rule chooses; see `method.chosen`.
+
+    A stored stack is calibrated as it was when it was judged, and as `apply` saves it.
+    """
     quick = effort if effort.brief else settings.read("quick", loaded.scale)
     weights = io.weights_hash(loaded.model)
-    calibration = tasks.calibration(loaded, quick.calibration_sequences, quick.calibration_tokens, seed)
+    calibration = calibration_text.of_stack(loaded, quick, seed)
     options: dict[str, Any] = {"weights": weights, "perplexity_margin": perplexity_margin, "seed": seed}
     stack = method.chosen(loaded, calibration, effort=quick, **options)
+    if stack.effort:
+        calibration = calibration_text.of_stack(loaded, quick, seed, chosen_at=stack.effort)
     return StackSetup(loaded, effort, quick, seed, calibration, stack, weights)
 
 

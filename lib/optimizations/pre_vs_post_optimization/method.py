@@ -43,13 +43,15 @@ MOST_SECONDS = 20.0  # after which no further rounds are begun
 class ChosenStack:
     """A stack in pipeline order (empty: nothing pays), who chose it, a row per step that was considered, kept or
     rejected (none for a stored stack), and the hash of the stored stack's file by its place in the project (empty where
-    there was none): where it is no longer that, the choice is another.
+    there was none): where it is no longer that, the choice is another. `effort`: that at which a stored stack was
+    judged; empty where it states none, and for a stack of the default rule.
     """
 
     steps: list[RecipeStep]
     origin: str
     considered: list[dict] = field(default_factory=list)
     inputs: dict[str, str] = field(default_factory=dict)
+    effort: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def chosen(
             refused = str(error)
         if not refused:
             origin = f"{stored.chosen_by}, effort {stored.effort or 'not stated'}"
-            return ChosenStack(steps, origin, inputs=inputs)
+            return ChosenStack(steps, origin, inputs=inputs, effort=stored.effort)
     options: dict[str, Any] = {"effort": effort, "perplexity_margin": perplexity_margin, "seed": seed}
     default = default_stack(loaded, calibration, **options)
     gc.collect()  # models refer to themselves: those that were tried are given back now, not some time

@@ -15,20 +15,22 @@ from lib.report.text.wording import title
 def text(job: Any, stack: str | None, saved: Mapping[str, Any], folder: str, results: Path, key: str) -> str:
     """Return the card as Markdown. `job` names model, scale, effort and parameters, `stack` is the recipe's path where
     there is one, `saved` tells `steps`, `loads`, `tokenizer`, `dtype`, `weights_hash`, `by_blocks`, `latent`,
-    `chosen_for` and `unfit`, `folder` is the checkpoint's name, `results` the result folder of the record that is
-    quoted, and `key` the one that a run of `job` has now.
+    `chosen_for`, `effort` (that of a recipe, in place of the job's) and `unfit`, `folder` is the checkpoint's name,
+    `results` the result folder of the record that is quoted, and `key` the one that a run of `job` has now.
     """
     about = _about(job)
+    effort = saved.get("effort") or job.effort
+    measured = _by_blocks() if saved.get("by_blocks") else _measured(job, effort, stack, saved, results, key)
     lines = [
         f"# {_name(job)}: {title(job.optimization)}",
         "",
         *([about, ""] if about else []),
-        f"Made from `{job.model}` at scale `{job.scale}`, effort `{job.effort}`, by {_done(job, stack, saved)}. "
+        f"Made from `{job.model}` at scale `{job.scale}`, effort `{effort}`, by {_done(job, stack, saved)}. "
         f"The weights are stored as they were applied, in `{saved['dtype']}`.",
         "",
         "## What was measured",
         "",
-        *(_by_blocks() if saved.get("by_blocks") else _measured(job, stack, saved["weights_hash"], results, key)),
+        *measured,
         "",
         "## How to load it",
         "",
@@ -96,10 +98,10 @@ def _by_blocks() -> list[str]:
     ]
 
 
-def _measured(job: Any, stack: str | None, weights_hash: str, results: Path, key: str) -> list[str]:
+def _measured(job: Any, effort: str, stack: str | None, saved: Mapping[str, Any], results: Path, key: str) -> list[str]:
     """Return what the record of the same run says of these weights, or how to make one."""
     path = results / f"{job.stem}.json"
-    options = f"--model {job.model} --scale {job.scale} --effort {job.effort}"
+    options = f"--model {job.model} --scale {job.scale} --effort {effort}"
     options += " --random-weights" if job.parameters.get("random_weights") else ""
     command = f"`{commands.at(f'python build.py run {job.optimization} {options}', results)}`"
     if not path.exists():
@@ -110,14 +112,14 @@ def _measured(job: Any, stack: str | None, weights_hash: str, results: Path, key
         return [f"{error} Until then nothing is claimed of this checkpoint; {command} measures it."]
     where = f"{facts.machine(stored.environment)}, {facts.day(stored.started)}, effort {stored.effort}"
     quoted = [f"> {stored.verdict.sentence}", "", f"Record: `{path.name}`, {where}."]
-    if stored.environment.get("weights_hash") == weights_hash:
+    if stored.environment.get("weights_hash") == saved["weights_hash"]:
         return [*quoted, "These are the weights that it measured: their hashes are equal."]
     differing = sorted(
         name
         for name, value in job.parameters.items()
         if name not in reproduce.OPTIONS and name in stored.parameters and stored.parameters[name] != value
     )
-    differing += ["effort"] if stored.effort != job.effort else []
+    differing += ["effort"] if stored.effort != effort else []
     if differing:
         how = f"was made with other parameters ({', '.join(differing)})"
     elif stack:

@@ -11,7 +11,8 @@ import torch
 from lib.measure.metrics import measurement, paired_samples, settings
 from lib.measure.metrics.pairs import Pairs
 from lib.measure.quality.answers import Text
-from lib.optimizations.continuous_nas import drift, outcome, rivals
+from lib.optimizations.common.compression import calibration_text
+from lib.optimizations.continuous_nas import drift, experiment, outcome, rivals
 from lib.optimizations.continuous_nas.additivity import Additivity
 from lib.optimizations.continuous_nas.costs.request_costs import PROFILES
 from lib.optimizations.continuous_nas.drift import Adaptation, Drifts
@@ -210,3 +211,21 @@ def test_only_a_preview_is_searched_and_timed_on_less():
     assert limits.within(preview) == SearchLimits(0.8, 1.0, 6, 5)
     assert profile.within(preview).in_words == "64 tokens read, 8 written, batch of 2; scarce is memory"
     assert PROFILES["prefill_heavy"].within(preview).batch == 1
+
+
+def test_saliency_is_observed_on_as_much_text_as_the_width_needs(tiny, monkeypatch):
+    class Observed(Exception):
+        pass
+
+    def observe(model, text):
+        raise Observed(text)
+
+    monkeypatch.setattr(calibration_text, "TOKENS_PER_INPUT", 256)
+    monkeypatch.setattr(calibration_text.tasks, "calibration", lambda loaded, sequences, *_, **__: sequences)
+    monkeypatch.setattr(experiment, "observe", observe)
+    effort = settings.read("quick")
+    loaded = SimpleNamespace(model=tiny("qwen3-4b-instruct-2507"), scale="full", random_weights=False)
+    with pytest.raises(Observed) as observed:
+        experiment.prepare(loaded, effort, 0, short=True)
+    (count,) = observed.value.args
+    assert count == calibration_text.sequences(loaded.model, effort) > effort.calibration_sequences

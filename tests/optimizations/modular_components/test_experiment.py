@@ -13,6 +13,7 @@ from torch import nn
 from lib.errors import NotApplicable, UserError
 from lib.measure.metrics import measurement, settings
 from lib.models.checkpoints import io
+from lib.optimizations.common.compression import calibration_text
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.common.search.search_quality import NOTHING_LOST
 from lib.optimizations.modular_components import experiment, method, parts_setup, strength
@@ -265,3 +266,14 @@ def test_steps_that_cannot_be_taken_here_are_a_result_and_not_a_fault(tiny, batc
     )
     with pytest.raises(NotApplicable, match="first needs channels, which second takes away; put first first"):
         experiment.arranged(setup, "second+first")
+
+
+def test_parts_are_tried_on_as_much_text_as_the_width_needs(tiny, monkeypatch):
+    """At effort preview too, where windows are shorter."""
+    monkeypatch.setattr(calibration_text, "TOKENS_PER_INPUT", 256)
+    monkeypatch.setattr(calibration_text.tasks, "calibration", lambda loaded, *size: size)
+    monkeypatch.setattr(parts_setup.tasks, "text_windows", lambda *_: None)
+    loaded = types.SimpleNamespace(model=tiny("qwen3-4b-instruct-2507"), scale="full", random_weights=False)
+    for name, sequences, length in (("standard", 64, 256), ("quick", 64, 256), ("preview", 128, 128)):
+        setup = parts_setup.prepare(loaded, settings.read(name), 5)
+        assert setup.calibration == (sequences, length, 5), name

@@ -3,6 +3,7 @@
 import io as io_text
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,12 @@ from lib.models import loading, parameters
 from lib.models.checkpoints import io, validate
 from lib.models.structure.anatomy import anatomy
 from lib.models.structure.architecture import auto_class
+from lib.optimizations.automl_components import experiment as searching
+from lib.optimizations.automl_components.successive_filtering import Bench
 from lib.optimizations.common import recipe
+from lib.optimizations.common.compression import calibration_text
 from lib.optimizations.common.recipe import RecipeStep
+from lib.optimizations.modular_components import method as composing
 from lib.optimizations.modular_components import saving
 from lib.optimizations.structured_pruning import experiment as pruning
 from tests.models import architectures
@@ -139,6 +144,35 @@ def test_a_stack_is_one_checkpoint(checkpoint, tmp_path):
     assert saved.loads is None and anatomy(again).blocks[0].feed_forward.channels < 96
 
 
+@pytest.mark.parametrize("tokens_per_input", [2, 8])
+def test_a_stack_is_saved_as_it_was_judged(checkpoint, tmp_path, monkeypatch, tokens_per_input):
+    """At another effort than that of `apply`, on as much text as the width needs, and with the same seed."""
+    monkeypatch.setattr(calibration_text, "TOKENS_PER_INPUT", tokens_per_input)
+    read = settings.read
+    longer = {"standard": {"calibration_sequences": 6}}
+    monkeypatch.setattr(settings, "read", lambda name, *rest: replace(read(name, *rest), **longer.get(name, {})))
+    seen, calibration = [], calibration_text.tasks.calibration
+
+    def watched(loaded, sequences, length, seed):
+        seen.append((sequences, length, seed))
+        return calibration(loaded, sequences, length, seed)
+
+    monkeypatch.setattr(calibration_text.tasks, "calibration", watched)
+    model = checkpoint("qwen2")
+    stack = [
+        RecipeStep(optimization="structured_pruning", knobs={"ratio": 0.2, "saliency": "random"}),
+        RecipeStep(optimization="tensor_decomposition", knobs={"method": "whitened"}),
+    ]
+    loaded = loading.load(model, "full", device="cpu", seed=3)
+    bench = Bench(loaded.model, [], [], architectures.prompt(), composing.parts(), seed=3)
+    setup = SimpleNamespace(loaded=loaded, effort=settings.read("standard", "full"), seed=3, bench=bench)
+    judged, _ = searching.applied(setup, stack)
+    place, options = tmp_path / "saved", {"chosen_at": "standard"}
+    saved = saving.save(model, "automl_components", stack, COMMON | {"seed": 3}, place, **options)
+    assert seen[0] == seen[1] and (seen[0][0] > 6) is (tokens_per_input == 8)
+    assert saved.weights_hash == io.weights_hash(judged)
+
+
 @pytest.mark.parametrize(
     ("optimization", "stack", "message"),
     [
@@ -166,10 +200,13 @@ def test_a_recipe_of_other_weights_or_one_that_lost_is_said(tmp_path, monkeypatc
     about = {"model": "m", "scale": "proxy", "stack": steps, "chosen_by": "automl_components", "effort": "quick"}
     path = recipe.write(recipe.Recipe(**about, weights=weights, accuracy=accuracy), tmp_path)
     saved = saving.SavedModel(None, True, "float32", "c" * 64, before="a" * 64)
-    monkeypatch.setattr(saving, "save", lambda *_: saved)
+    asked = {}
+    monkeypatch.setattr(saving, "save", lambda *_, **options: asked.update(options) or saved)
     request = {"model": "m", "optimization": "automl_components", "stack": str(path), "parameters": {}}
     request |= {"place": str(tmp_path / "place"), "unfinished": str(tmp_path / "part")}
     monkeypatch.setattr("sys.stdin", io_text.StringIO(json.dumps(request)))
     saving.main()
-    unfit = json.loads(capsys.readouterr().out)["unfit"]
+    answer = json.loads(capsys.readouterr().out)
+    assert asked == {"chosen_at": "quick"} and answer["effort"] == "quick", "it is applied as it was judged"
+    unfit = answer["unfit"]
     assert unfit is None if says is None else says in unfit

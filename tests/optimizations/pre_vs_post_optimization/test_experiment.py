@@ -14,6 +14,7 @@ from lib.measure.metrics import measurement, settings
 from lib.measure.metrics.pairs import Pairs
 from lib.measure.quality import sanity
 from lib.optimizations.common import judgement
+from lib.optimizations.common.compression import calibration_text
 from lib.optimizations.common.evidence import interactions
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.pre_vs_post_optimization import attribution, experiment, method, outcome, returns
@@ -70,6 +71,19 @@ def test_shares_are_read_from_the_largest():
 def _setup(*steps: str, considered=()) -> experiment.StackSetup:
     stack = method.ChosenStack([RecipeStep(optimization=step) for step in steps], "the default rule", [*considered])
     return experiment.StackSetup(None, None, None, 0, [], stack, "")
+
+
+def test_a_stored_stack_is_calibrated_as_it_was_judged(tiny, monkeypatch):
+    """At effort quick a stack that was chosen at standard was applied on a quarter of the text on which it won."""
+    asked, model = [], tiny("qwen3-4b-instruct-2507")
+    loaded = types.SimpleNamespace(model=model, scale="proxy", random_weights=False)
+    monkeypatch.setattr(calibration_text.tasks, "calibration", lambda loaded, *size: asked.append(size[0]) or size)
+    for chosen_at in ("", "standard"):
+        stack = method.ChosenStack([], "a search", effort=chosen_at)
+        monkeypatch.setattr(method, "chosen", lambda loaded, text, stack=stack, **options: stack)
+        setup = experiment.prepare(loaded, settings.read("quick"), 0, 0.03)
+        assert setup.calibration[0] == asked[-1]
+    assert asked == [settings.read(name).calibration_sequences for name in ("quick", "quick", "standard")]
 
 
 def test_nothing_pays_is_an_answer():

@@ -93,6 +93,8 @@ def test_a_stack_says_for_which_model_it_was_chosen(tmp_path):
     assert f"of `a.yaml` ({judged})" in card(tmp_path, None, "stacks/a.yaml", saved | {"unfit": judged})
     text = card(tmp_path, None, "stacks/a.yaml", saved | {"chosen_for": ["other", "full"]})
     assert "of `a.yaml`, which was chosen for other at scale full." in text
+    text = card(tmp_path, None, "stacks/a.yaml", saved | {"effort": "standard"})
+    assert "effort `standard`, by the stack" in text, "on its text it was applied, whatever effort the command has"
 
 
 def test_without_a_record_the_command_stands_there(tmp_path):

@@ -1,6 +1,7 @@
 """Calibration text grows with the width of a model, so that sums over it have an inverse."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,11 +17,16 @@ from tests.conftest import TINY
 QUICK = settings.read("quick")
 
 
-@pytest.mark.parametrize("width", [64, 4096, 9728])
-def test_there_are_more_tokens_than_inputs_at_every_width(width):
+def _wide(width: int):
+    """A model without data whose feed-forward parts are `width` channels wide."""
     described = read("qwen3-4b-instruct-2507")
     config = merge(described.full, TINY["qwen3-4b-instruct-2507"] | {"intermediate_size": width})
-    model = io.build(config, described.architecture, device="meta")
+    return io.build(config, described.architecture, device="meta")
+
+
+@pytest.mark.parametrize("width", [64, 4096, 9728])
+def test_there_are_more_tokens_than_inputs_at_every_width(width):
+    model = _wide(width)
     for effort in (QUICK, replace(QUICK, calibration_tokens=2048)):
         count = calibration_text.sequences(model, effort)
         assert count * effort.calibration_tokens >= calibration_text.TOKENS_PER_INPUT * width
@@ -40,3 +46,29 @@ def test_what_was_counted_is_what_is_summed(tiny, batch):
         assert (first[name].tokens + rest[name].tokens == sums.tokens).all()
         assert (2 * first[name].tokens == rest[name].tokens).all()
         assert (first[name].gram + rest[name].gram - sums.gram).norm() <= 1e-5 * sums.gram.norm()
+
+
+@pytest.mark.parametrize("width", [576, 1536, 9728])
+def test_the_text_of_a_stack_grows_with_the_width_as_that_of_one_optimization(width, monkeypatch):
+    """Widths of proxy models and of SmolLM2-135M need no more than effort quick has; Qwen3-4B's has the full rank."""
+    asked = []
+    monkeypatch.setattr(calibration_text.tasks, "calibration", lambda loaded, *size: asked.append(size) or [])
+    loaded = SimpleNamespace(model=_wide(width), scale="full", random_weights=False)
+    calibration_text.of_stack(loaded, QUICK, 3)
+    calibration_text.batches(loaded, QUICK, 3)
+    count, length, _ = asked[0]
+    assert asked[0] == asked[1] == (calibration_text.sequences(loaded.model, QUICK), length, 3)
+    assert count == QUICK.calibration_sequences if width < 2000 else count * length >= 2 * width
+    loaded.random_weights = True
+    calibration_text.of_stack(loaded, QUICK, 3)
+    assert asked[2][0] == QUICK.calibration_sequences, "nothing is learned from random weights"
+
+
+def test_a_stack_has_the_text_of_the_effort_at_which_it_was_chosen(monkeypatch):
+    asked = []
+    monkeypatch.setattr(calibration_text.tasks, "calibration", lambda loaded, *size: asked.append(size[0]) or [])
+    loaded = SimpleNamespace(model=_wide(64), scale="full", random_weights=False)
+    for effort, chosen_at in (("standard", ""), ("quick", "standard"), ("preview", ""), ("standard", "preview")):
+        calibration_text.of_stack(loaded, settings.read(effort), chosen_at=chosen_at)
+    expected = [settings.read(name).calibration_sequences for name in ("quick", "standard", "preview", "preview")]
+    assert asked == expected, "that of its recipe; else that of the run, quick at most"
