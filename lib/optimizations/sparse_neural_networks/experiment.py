@@ -122,7 +122,7 @@ def set_up(loaded: Loaded, effort: Effort, method: str, options: dict[str, Any],
     share = share_of_zeros(options.get("sparsity", -1), options["pattern"], loaded.scale)
     options = options | {"sparsity": share}
     chosen = "magnitude" if loaded.random_weights else method
-    sparse.check(loaded.model, method=chosen, **options)
+    sparse.check(loaded.model, method=method, **options)
     sparse.check_executed(loaded.model, options["pattern"], options["parts"])
     count = calibration_text.sequences(loaded.model, effort, MOST_SEQUENCES)
     calibration = prompts.calibration(loaded, count, effort.calibration_tokens, seed)

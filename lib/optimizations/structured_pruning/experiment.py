@@ -80,11 +80,13 @@ class PruningSetup:
         )
 
 
-def set_up(loaded: Loaded, effort: Effort, seed: int) -> PruningSetup:
-    """Return the model with its calibration text, observed in one pass. Raises NotApplicable where its weights stream
-    from a file.
+def set_up(loaded: Loaded, effort: Effort, ratio: float, granularity: str, seed: int) -> PruningSetup:
+    """Return the model with its calibration text, observed in one pass. Raises UserError, before any text is read, for
+    what `method.apply` refuses at this ratio and granularity; NotApplicable too where its weights stream from a file.
     """
-    checks.changeable(loaded.model)
+    checks.applies(method.NAME, loaded.model, method.applies_to)
+    method.check(ratio, granularity, SALIENCIES[0])
+    method.plan(loaded.model, ratio, granularity)
     length = effort.calibration_tokens
     calibration = prompts.calibration(loaded, calibration_text.sequences(loaded.model, effort), length, seed)
     lessons = finetuning.sequences(effort)
@@ -213,9 +215,8 @@ def optimize(
     """Return the model that a run with these parameters measures. Raises UserError, before any text is read, for what
     `method.apply` refuses.
     """
-    method.check(ratio, granularity, SALIENCIES[0])
-    method.plan(loaded.model, ratio, granularity)
-    return cut(set_up(loaded, effort, seed), ratio, granularity, steps_of(loaded, finetune_steps, effort)).optimized
+    setup = set_up(loaded, effort, ratio, granularity, seed)
+    return cut(setup, ratio, granularity, steps_of(loaded, finetune_steps, effort)).optimized
 
 
 def shapes(baseline: nn.Module, optimized: nn.Module, index: int) -> pd.DataFrame:

@@ -95,16 +95,22 @@ class FactoringSetup:
         )
 
 
-def set_up(loaded: Loaded, effort: Effort, method: str, budget: str, refine_steps: int, seed: int) -> FactoringSetup:
+def set_up(
+    loaded: Loaded, effort: Effort, compression: float, method: str, budget: str, refine_steps: int, seed: int
+) -> FactoringSetup:
     """Return the model with its calibration text and the spectra that the arms need, each read once; `seconds` are
     those of the method's own, not of its control's.
 
-    method: one of those of the optimization, or AUTO. Raises UserError for another one, and for an unknown budget,
-    NotApplicable where the weights of the model stream from a file.
+    method: one of those of the optimization, or AUTO. Raises UserError, before any text is read, for another one, for
+    an unknown budget, and for a compression out of range or out of reach; NotApplicable too where the weights of the
+    model stream from a file.
     """
     checks.changeable(loaded.model)
+    checks.in_range(decomposition.NAME, "compression", compression, 0, 1, closed="neither")
     valid = {"method": (method, (AUTO, *decomposition.METHODS)), "budget": (budget, decomposition.BUDGETS)}
     checks.choices(decomposition.NAME, valid)
+    if factorable := matrices(loaded.model):
+        allocation.room_for(loaded.model, factorable, compression)
     count = calibration_text.sequences(loaded.model, effort)
     calibration = prompts.calibration(loaded, count, effort.calibration_tokens, seed)
     finetune_batches = prompts.calibration(
@@ -288,10 +294,8 @@ def optimize(
     """Return the model that a run with these parameters measures. Raises UserError, before any text is read, for what
     `method.apply` refuses.
     """
-    checks.in_range(decomposition.NAME, "compression", compression, 0, 1, closed="neither")
-    if factorable := matrices(loaded.model):
-        allocation.room_for(loaded.model, factorable, compression)
-    return factor(set_up(loaded, effort, method, budget, refine_steps, seed), compression).optimized
+    setup = set_up(loaded, effort, compression, method, budget, refine_steps, seed)
+    return factor(setup, compression).optimized
 
 
 def removed_share(setup: FactoringSetup, model: nn.Module) -> float:

@@ -128,7 +128,7 @@ def test_it_is_the_model_that_a_run_measures(checkpoint, tmp_path):
     saved = saving.save(model, "structured_pruning", None, wanted, tmp_path / "saved")
     loaded = loading.load(model, "full")
     effort = settings.read("quick", "full")
-    setup = pruning.set_up(loaded, effort, 0)
+    setup = pruning.set_up(loaded, effort, 0.3, "auto", 0)
     cut = pruning.cut(setup, 0.3, "auto", pruning.steps_of(loaded, -1, effort))
     assert io.weights_hash(cut.optimized) == saved.weights_hash
 

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
+from lib.errors import UserError
 from lib.measure.metrics import measurement, settings
 from lib.measure.quality import evaluate
 from lib.models.calibration import second_moments
@@ -31,6 +32,26 @@ def setup(tiny):
     observed = sparse.observe(model, text, parts="feed_forward")
     seen = experiment.seen_tokens(observed, matrices)
     return experiment.SparsitySetup(loaded, EFFORT, "sparsegpt", options, text, text, observed, matrices, 0, *seen)
+
+
+@pytest.mark.parametrize("random_weights", [False, True], ids=["trained", "random weights"])
+@pytest.mark.parametrize(
+    ("method", "changed"),
+    [("wanda", {"sparsity": 1.5}), ("wanda", {"parts": "experts"}), ("wanda", {"within": "block"}), ("taylor", {})],
+    ids=str,
+)
+def test_what_cannot_be_pruned_is_refused_before_the_model_is_read(
+    setup, monkeypatch, random_weights, method, changed
+):
+    """A method that there is not was taken for magnitude where weights are random."""
+
+    def calibration(*_, **__):
+        raise AssertionError("text was asked for")
+
+    monkeypatch.setattr(experiment.prompts, "calibration", calibration)
+    setup.loaded.random_weights = random_weights
+    with pytest.raises(UserError):
+        experiment.set_up(setup.loaded, EFFORT, method, setup.options | changed, 0)
 
 
 def test_one_matrix_keeps_the_same_share_by_every_method(setup):

@@ -122,13 +122,15 @@ def _text(setup):
 
 @pytest.mark.parametrize("changed", [{"ratio": 0.89}, {"ratio": 2.0}, {"granularity": "rows"}], ids=str)
 def test_what_cannot_be_removed_is_refused_before_the_model_is_read(setup, monkeypatch, changed):
-    def read(*_):
-        raise AssertionError("the model was read")
+    def read(*_, **__):
+        raise AssertionError("text was asked for")
 
-    monkeypatch.setattr(experiment, "set_up", read)
-    options = {"ratio": 0.2, "granularity": "heads", "finetune_steps": 0, "seed": 0}
+    monkeypatch.setattr(experiment.prompts, "calibration", read)
+    options = {"ratio": 0.2, "granularity": "heads", "seed": 0}
     with pytest.raises(UserError, match=r"out of reach|out of range|expected one of"):
-        experiment.optimize(setup.loaded, EFFORT, **options | changed)
+        experiment.set_up(setup.loaded, EFFORT, **options | changed)
+    with pytest.raises(UserError, match=r"out of reach|out of range|expected one of"):
+        experiment.optimize(setup.loaded, EFFORT, finetune_steps=0, **options | changed)
 
 
 def test_what_one_sequence_cannot_fit_is_not_called_fitted(setup):

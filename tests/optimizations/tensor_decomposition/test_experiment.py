@@ -64,8 +64,9 @@ def test_the_analysis_of_a_control_is_no_part_of_the_price(tiny, monkeypatch, me
     monkeypatch.setattr(decomposition, "analyse", analyse)
     monkeypatch.setattr(experiment.calibration_text, "sequences", lambda *_: 2)
     monkeypatch.setattr(experiment.prompts, "calibration", lambda *_, **__: [])
+    monkeypatch.setattr(experiment, "matrices", lambda _: [])
     loaded = SimpleNamespace(model=None, random_weights=False, scale="proxy")
-    assert experiment.set_up(loaded, EFFORT, method, "global", 1, 0).seconds == expected
+    assert experiment.set_up(loaded, EFFORT, 0.2, method, "global", 1, 0).seconds == expected
 
 
 def test_what_cannot_be_is_refused_before_the_model_is_read(setup, monkeypatch):
@@ -82,6 +83,8 @@ def test_what_cannot_be_is_refused_before_the_model_is_read(setup, monkeypatch):
     ):
         with pytest.raises(UserError, match=message):
             experiment.optimize(setup.loaded, EFFORT, **options | changed)
+        with pytest.raises(UserError, match=message):
+            experiment.set_up(setup.loaded, EFFORT, **options | changed)
 
 
 def test_the_table_of_ranks_covers_the_block_shown(setup):
@@ -178,7 +181,7 @@ def test_random_weights_are_factored_at_random_and_only_timed(setup):
 def test_real_models_are_refitted_in_closed_form_and_not_trained(setup, scale, expected, monkeypatch):
     setup.loaded.scale = scale
     monkeypatch.setattr(experiment.prompts, "calibration", lambda *_, **__: setup.calibration)
-    prepared = experiment.set_up(setup.loaded, EFFORT, experiment.AUTO, "uniform", 1, 0)
+    prepared = experiment.set_up(setup.loaded, EFFORT, 0.2, experiment.AUTO, "uniform", 1, 0)
     assert prepared.method == expected and expected in prepared.spectra
 
 

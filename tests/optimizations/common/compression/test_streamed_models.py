@@ -16,8 +16,8 @@ from lib.optimizations.tensor_decomposition import experiment as decomposition
 EFFORT = settings.read("quick", "full")
 ZEROS = {"sparsity": 0.5, "pattern": "unstructured", "within": "row", "parts": "all"}
 SET_UPS = {
-    "structured_pruning": lambda loaded: pruning.set_up(loaded, EFFORT, 0),
-    "tensor_decomposition": lambda loaded: decomposition.set_up(loaded, EFFORT, "auto", "global", 1, 0),
+    "structured_pruning": lambda loaded: pruning.set_up(loaded, EFFORT, 0.2, "auto", 0),
+    "tensor_decomposition": lambda loaded: decomposition.set_up(loaded, EFFORT, 0.2, "auto", "global", 1, 0),
     "sparse_neural_networks": lambda loaded: sparsity.set_up(loaded, EFFORT, "wanda", ZEROS, 0),
     "stored at once": lambda loaded: sparse.apply(loaded.model, [], method="magnitude"),
 }
