@@ -29,7 +29,8 @@ from lib.optimizations.common.evidence.claims import ThirdArm
 TIMED = ("prefill", "decode")
 RATES = ("prefill_tokens_per_second", "decode_tokens_per_second")
 PREVIEW_WINDOWS, PREVIEW_TOKENS = 4, 128  # of held-out text, on which rivals are judged at effort preview
-EQUAL_BYTES = "as large as the yardstick"  # the purpose of an arm
+EQUAL_BYTES = "as large as the yardstick"  # the purpose of an arm, or its beginning
+LEFT_OUT = "left out"  # begins the last part of the purpose of an arm that could not be made
 UNTOLD = "not told apart"
 NO_KERNEL = "no kernel for"  # so many matrices: begins a part of a purpose
 
@@ -61,6 +62,16 @@ def judged(baseline: nn.Module, reference: Text | None, name: str, purpose: str,
     return ThirdArm(name, purpose, [*answer_comparison.compare_text(reference, text), bytes_])
 
 
+def left_out(name: str, purpose: str, reason: object) -> ThirdArm:
+    """Return an arm that could not be made: without measurements, and with the reason behind its purpose."""
+    return ThirdArm(name, f"{purpose}; {LEFT_OUT}: {reason}", [])
+
+
+def made(arms: Sequence[ThirdArm]) -> list[ThirdArm]:
+    """Return the arms that could be made."""
+    return [arm for arm in arms if arm.measurements]
+
+
 def size(baseline: nn.Module, model: nn.Module) -> Measurement:
     """Return the bytes of all weights of both models."""
     before, after = cost_model.weights_bytes(baseline), cost_model.weights_bytes(model)
@@ -77,15 +88,16 @@ def yardsticks(
     seed: int = 0,
 ) -> list[ThirdArm]:
     """Return weight-only int8 and int4 of the decoder's matrices in `part`: quality, bytes, and prefill and decode
-    timed against the baseline; at effort preview int8 alone is timed.
+    timed against the baseline; at effort preview the first that there is is timed alone.
 
-    A width that int4 cannot pack leaves that arm out.
+    An arm that cannot be made (a width that int4 cannot pack) is `left_out`, with the reason.
     """
     arms: list[ThirdArm] = []
     for bits, name in weight_only.NAMES.items():
         try:
             model = weight_only.weight_only(baseline, bits, part)
-        except UserError:
+        except UserError as reason:
+            arms.append(left_out(name, weight_only.PURPOSE, reason))
             continue
         missing = weight_only.without_kernel(baseline, bits, part)
         purpose = weight_only.PURPOSE + (
@@ -97,10 +109,11 @@ def yardsticks(
             purpose += f"; {groups}"
         if dense := weight_only.left_dense(baseline, part):
             purpose += f"; {dense} matrices that expand latents stay dense, as engines keep them restored"
-        if effort.preview and arms:
+        timed = not (effort.preview and made(arms))
+        if not timed:
             purpose += "; not timed at effort preview"
         arm = judged(baseline, reference, name, purpose, model)
-        if not (effort.preview and arms):
+        if timed:
             options: dict[str, Any] = {"names": TIMED, "with_energy": False, "fallback": bool(missing), "seed": seed}
             arm.measurements.extend(speed.compare(baseline, model, prompt_BT, effort, **options).measurements)
         arms.append(arm)
@@ -115,12 +128,12 @@ def by_gptq(
     part: str = "all",
 ) -> list[ThirdArm]:
     """Return int4 chosen by GPTQ: quality and bytes. Its speed is that of int4 rounded to nearest: the same kernel on
-    as many bytes. Nothing for a width that int4 cannot pack.
+    as many bytes. It is `left_out`, with the reason, where it cannot be made.
     """
     try:
         model = weight_only.weight_only(baseline, 4, part, calibration)
-    except UserError:
-        return []
+    except UserError as reason:
+        return [left_out(weight_only.BY_GPTQ, weight_only.GPTQ_PURPOSE, reason)]
     groups = weight_only.other_groups(baseline, part)
     purpose = "; ".join(filter(None, [weight_only.GPTQ_PURPOSE, groups]))
     return [judged(baseline, reference, weight_only.BY_GPTQ, purpose, model)]
@@ -134,14 +147,14 @@ def removed_bytes(arm: ThirdArm) -> float:
 
 def at_yardsticks(arms: list[ThirdArm]) -> list[ThirdArm]:
     """Return the yardsticks among some arms, and the arms of equal bytes."""
-    return [arm for arm in arms if arm.purpose == EQUAL_BYTES or arm.purpose.startswith("weight-only")]
+    return [arm for arm in arms if arm.purpose.startswith((EQUAL_BYTES, "weight-only"))]
 
 
 def table(arms: list[ThirdArm]) -> pd.DataFrame:
     """Return a row for each arm: weights and rates over the baseline's, divergence in nats per token, perplexity, and
     what it is, with what its rates lack.
 
-    What an arm was not measured for is None.
+    What an arm was not measured for is None; of one that was left out that is everything but the reason.
     """
     return pd.DataFrame([_line(arm) for arm in arms])
 

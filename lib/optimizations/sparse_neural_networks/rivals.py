@@ -107,11 +107,13 @@ def controls(
     by_block = [arms.cut(f"{name}, OWL", "shares by block", budget="owl")] if _has_shares(setup) else []
     rest = () if setup.loaded.scale == "full" and effort.brief else COMPARED  # published of each of them
     halves = [(other, pattern) for other in rest if other != name for pattern in patterns if pattern in HALVES]
-    at_equal_bytes = [
-        arms.cut(f"{name} {AT_BYTES[arm.name]}", rival_arms.EQUAL_BYTES, **unstructured, sparsity=share)
-        for arm in yardsticks
-        if 0 < (share := _share_at(setup, arm)) < 1
-    ]
+    at_equal_bytes = []
+    for arm in rival_arms.made(yardsticks):
+        share, as_large = _share_at(setup, arm), (f"{name} {AT_BYTES[arm.name]}", rival_arms.EQUAL_BYTES)
+        if 0 < share < 1:
+            at_equal_bytes.append(arms.cut(*as_large, **unstructured, sparsity=share))
+        else:
+            at_equal_bytes.append(rival_arms.left_out(*as_large, "as CSR no share of zeros takes as many bytes"))
     return [
         *(arms.cut(method, AT_ONCE, method=method) for method in METHODS),
         *(arms.cut(f"{name}, {pattern}", "a pattern", pattern=pattern) for pattern in patterns),

@@ -148,12 +148,14 @@ def yardsticks(
     """Return weight-only int8 and int4, timed on `prompt_BT`, and a cut to the bytes of int8; or why there is none."""
     text = None if arms is None else arms.text
     measured = rival_arms.yardsticks(setup.baseline, text, prompt_BT, effort, seed=setup.seed)
-    if arms is None or not measured:
+    name, int8 = f"activation {AT_INT8_BYTES}", measured[0]
+    if arms is None:
         return measured, {}
-    name = f"activation {AT_INT8_BYTES}"
+    if not int8.measurements:
+        return measured, {name: f"{int8.name} could not be made"}
     decoder_bytes = sum(p.nbytes for block in anatomy(setup.baseline).blocks for p in block.module.parameters())
     try:
-        share = rival_arms.removed_bytes(measured[0]) / decoder_bytes
+        share = rival_arms.removed_bytes(int8) / decoder_bytes
         return [*measured, arms.cut(name, rival_arms.EQUAL_BYTES, ratio=share)], {}
     except UserError as reason:
         return measured, {name: str(reason)}

@@ -154,7 +154,7 @@ def _add_yardsticks(setup: FactoringSetup, reference: Text | None, prompt_BT: to
     arms = rival_arms.yardsticks(setup.baseline, reference, prompt_BT, setup.effort, seed=setup.seed)
     result.yardsticks = list(arms)
     decoder = allocation.decoder_bytes(setup.baseline)
-    for arm in arms if reference is not None else ():
+    for arm in rival_arms.made(arms) if reference is not None else ():
         removed, name = rival_arms.removed_bytes(arm), f"{FITTED} {AT_BYTES[arm.name]}"
         try:
             model = factors(setup, removed / decoder, FITTED, setup.budget)

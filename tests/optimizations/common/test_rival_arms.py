@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from lib.errors import UserError
 from lib.measure.metrics import measurement, settings
 from lib.measure.quality import answer_comparison, evaluate
 from lib.models.structure.anatomy import anatomy
@@ -136,3 +137,31 @@ def test_a_yardstick_says_where_its_judged_arithmetic_is_not_that_of_decoding(ti
     int8, int4 = rival_arms.yardsticks(model, None, torch.zeros(1, 8, dtype=torch.long), settings.read("quick"))
     said = "up to 32 tokens are multiplied in bfloat16, the judged text by restored matrices"
     assert (said in int8.purpose) is (dtype == torch.float32) and said not in int4.purpose
+
+
+@pytest.mark.parametrize("missing", [8, 4])
+def test_a_yardstick_that_cannot_be_made_is_named_with_its_reason(tiny, batch, monkeypatch, missing):
+    """It was dropped without a word: a reader could not tell whether anybody had tried."""
+    make = weight_only.weight_only
+
+    def refusing(model, bits, *rest):
+        if bits == missing:
+            raise UserError("block 0, w: width 33 is odd; expected pairs")
+        return make(model, bits, *rest)
+
+    monkeypatch.setattr(rival_arms.weight_only, "weight_only", refusing)
+    timed, nothing = [], SimpleNamespace(measurements=[])
+    monkeypatch.setattr(rival_arms.speed, "compare", lambda *_, **__: timed.append(1) or nothing)
+    model = tiny("qwen3-4b-instruct-2507")
+    read = evaluate.read(model, torch.randint(8, 90, (4, 16), generator=torch.Generator().manual_seed(0)))
+    preview, prompt = settings.read("preview"), torch.zeros(1, 8, dtype=torch.long)
+    arms = rival_arms.yardsticks(model, read, prompt, preview) + rival_arms.by_gptq(model, read, [batch])
+    assert [arm.name for arm in arms] == [*weight_only.NAMES.values(), weight_only.BY_GPTQ]
+    gone = [arm for arm in arms if not arm.measurements]
+    assert [arm.name for arm in gone] == {8: ["int8"], 4: ["int4, groups of 128", "int4, GPTQ"]}[missing]
+    assert all(arm.purpose.endswith("; left out: block 0, w: width 33 is odd; expected pairs") for arm in gone)
+    assert len(timed) == 1, "the first that there is is timed at effort preview"
+    shown = rival_arms.table(rival_arms.at_yardsticks(arms)).set_index("arm")
+    assert len(shown) == 3 and shown.loc[gone[0].name, "what it is"] == gone[0].purpose
+    assert shown.loc[gone[0].name].drop("what it is").isna().all()
+    assert gone[0].name not in rival_arms.beside(next(arm for arm in arms if arm.measurements), arms)
