@@ -1,17 +1,20 @@
 """Which whole blocks go, and taking them away: by influence, greedily by divergence, or one contiguous span.
 
 Knows nothing of parts inside a block.
+
+Shapes: R real tokens of a batch, H hidden, V vocabulary, C tokens of a chunk.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 
-from lib.models.calibration.distillation import divergence
 from lib.models.calibration.walk import Walk
 from lib.models.structure.anatomy import anatomy
+from lib.models.structure.logits import CHUNK_ELEMENTS, in_chunks
 from lib.models.structure.sharing import sharing
 from lib.models.structure.surgery import synchronise
 
@@ -37,23 +40,49 @@ def without_blocks(model: nn.Module, removed: Iterable[int]) -> nn.Module:
     return synchronise(student)
 
 
+@torch.no_grad()
 def greedy(
     model: nn.Module, calibration: Sequence[dict[str, torch.Tensor]], count: int, influence: torch.Tensor
 ) -> list[int]:
     """Return `count` blocks, chosen one after another: the one whose skipping diverges least (nats) from `model`.
 
-    Each step tries the CANDIDATES blocks of least influence that are left.
+    Each step tries the CANDIDATES blocks of least influence that are left; of one without which the outputs are no
+    numbers the divergence is infinite. Last states are kept, logits only of CHUNK_ELEMENTS at a time: with a real
+    vocabulary those of a batch take gigabytes.
     """
     view = anatomy(model)
+    expected = [_last_states(model, inputs) for inputs in calibration]
     removed: list[int] = []
     for _ in range(count):
         losses = {}
         left = [index for index in range(view.fixed_blocks, len(view.blocks)) if index not in removed]
         for index in sorted(left, key=lambda index: float(influence[index]))[:CANDIDATES]:
             student = without_blocks(model, [*removed, index])
-            losses[index] = sum(float(divergence(student, model, inputs)) for inputs in calibration)
+            each = (
+                _divergence(model, states_RH, student, _last_states(student, inputs))
+                for states_RH, inputs in zip(expected, calibration)
+            )
+            nats = sum(each)
+            losses[index] = nats if math.isfinite(nats) else math.inf
         removed.append(min(losses, key=losses.__getitem__))
     return sorted(removed)
+
+
+def _last_states(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return what the head reads of every real token of a batch, [R, H]."""
+    hidden_BTH = model.get_submodule("model")(**inputs, use_cache=False).last_hidden_state
+    mask_BT = inputs.get("attention_mask")
+    return hidden_BTH.flatten(0, 1) if mask_BT is None else hidden_BTH[mask_BT.bool().to(hidden_BTH.device)]
+
+
+def _divergence(model: nn.Module, states_RH: torch.Tensor, student: nn.Module, changed_RH: torch.Tensor) -> float:
+    """Return KL(model ‖ student), mean over the tokens whose last states these are, in nats."""
+    total = 0.0
+    logits = (in_chunks(*arm, CHUNK_ELEMENTS) for arm in ((model, states_RH), (student, changed_RH)))
+    for expected_CV, changed_CV in zip(*logits):
+        target_CV, predicted_CV = expected_CV.log_softmax(-1), changed_CV.log_softmax(-1)
+        total += float(nn.functional.kl_div(predicted_CV, target_CV, log_target=True, reduction="sum"))
+    return total / len(states_RH)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lib.errors import NotApplicable, UserError
+from lib.models.calibration.distillation import divergence
 from lib.models.checkpoints import io
 from lib.models.structure import surgery
 from lib.models.structure.anatomy import anatomy
@@ -181,6 +182,31 @@ def test_block_influence_finds_the_planted_idle_block(tiny, batch):
         assert close(pruned(**batch).logits, expected)
 
 
+@pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507", "glm-4.7-flash"])
+def test_divergences_of_blocks_hold_a_few_logits_at_a_time(tiny, batch, monkeypatch, name):
+    """Those of 4,096 tokens and a vocabulary of 150,000 take ten gigabytes; padding counts for nothing."""
+    model = tiny(name)
+    expected = {}
+    for index in range(anatomy(model).fixed_blocks, len(anatomy(model).blocks)):
+        expected[index] = float(divergence(depth.without_blocks(model, [index]), model, batch))
+    rows, yielded, measure = [], [], depth._divergence
+    monkeypatch.setattr(depth, "CHUNK_ELEMENTS", 7 * anatomy(model).vocabulary)
+    monkeypatch.setattr(depth, "_divergence", lambda *arms: yielded.append(measure(*arms)) or yielded[-1])
+    model.lm_head.register_forward_hook(lambda _, __, output: rows.append(output.shape[:-1].numel()))
+    influence = torch.arange(len(anatomy(model).blocks)).float()
+    chosen = depth.greedy(model, [batch], 1, influence)
+    assert max(rows) <= 7 and sum(rows) >= int(batch["attention_mask"].sum())
+    assert yielded == pytest.approx(list(expected.values()), rel=1e-3, abs=1e-6)
+    assert chosen == [min(expected, key=expected.get)]
+
+
+def test_a_block_without_which_nothing_is_a_number_stays(tiny, batch, monkeypatch):
+    model = tiny("qwen3-4b-instruct-2507")
+    found = iter([float("nan"), 0.5, 0.25, 0.75])
+    monkeypatch.setattr(depth, "_divergence", lambda *_: next(found))
+    assert depth.greedy(model, [batch], 1, torch.arange(4).float()) == [2]
+
+
 def test_vision_blocks_with_deepstack_stay(tiny, batch):
     model = tiny("qwen3-vl-2b")
     first = [id(layer) for layer in anatomy(model).decoder.layers][: anatomy(model).fixed_blocks]
@@ -189,8 +215,6 @@ def test_vision_blocks_with_deepstack_stay(tiny, batch):
 
 
 def test_recovery_lowers_the_divergence(tiny, batch):
-    from lib.models.calibration.distillation import divergence
-
     model = tiny("qwen3-coder-30b")
     plain = pruning.apply(model, [batch], ratio=0.3)
     recovered = pruning.apply(model, [batch], ratio=0.3, finetune_steps=20, recovery=[batch] * 4)
