@@ -4,14 +4,14 @@
 its turn comes, changed, used to carry the text on, written to a shard of the target, and leaves memory
 (`lib.models.offload.file_blocks`). Shards are written into a folder beside the target, which becomes the target when
 all are there and were read again: an interrupted run leaves no half checkpoint, and the next one resumes after the last
-shard. Knows nothing of what is changed.
+shard. One run at a time writes into it. Knows nothing of what is changed.
 """
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lib.errors import UserError
-from lib.files import write_atomically
+from lib.files import Held, locked, write_atomically
 from lib.models.calibration.walk import NO_NUMBERS, Walk
 from lib.models.checkpoints.folder import weight_files
 from lib.models.offload.file_blocks import ABOUT, FileBlocks
@@ -43,12 +43,28 @@ def rewrite(
     `change(model, walk, block)` changes in place the block in front of which the walk stands. `about` says what is
     changed, as plain JSON: an unfinished run of the same change, on the same text and source, resumes after its last
     block; a different one is refused. `shards`: the folder of an unfinished run, on the disk of `target` (default:
-    beside it, `.part` behind its name). Raises UserError as `require_free` does, for a block that cannot be read, for
-    answers that are not finite, and for a disk that is full. However it ends early, the blocks before are kept, and
-    without one nothing is.
+    beside it, `.part` behind its name). Raises UserError as `reserved` and `write_into` do.
+    """
+    with reserved(source, target, calibration, about=about, shards=shards) as free:
+        return write_into(free, source, target, calibration, change, about=about, device=device)
+
+
+def write_into(
+    shards: Path,
+    source: Path | str,
+    target: Path | str,
+    calibration: Sequence[dict[str, torch.Tensor]],
+    change: Change,
+    *,
+    about: dict[str, Any],
+    device: str = "cpu",
+) -> Path:
+    """As `rewrite`, into the folder of shards that the caller has `reserved` for the same arguments.
+
+    Raises UserError for a block that cannot be read, for answers that are not finite, and for a disk that is full.
+    However it ends early, the blocks before are kept, and without one nothing is.
     """
     source, target = Path(source), Path(target)
-    shards = require_free(source, target, calibration, about=about, shards=shards)
     _begin(shards, _made_by(source, calibration, about))
     try:
         with closing(FileBlocks(source, shards, device)) as store:
@@ -75,30 +91,54 @@ class _Unusable(UserError):
     """What was written is of no use, so that resuming would end in the same way."""
 
 
-def require_free(
+@contextmanager
+def reserved(
     source: Path | str,
     target: Path | str,
     calibration: Sequence[dict[str, torch.Tensor]],
     *,
     about: dict[str, Any],
     shards: Path | None = None,
-) -> Path:
-    """Return the folder of shards of a `rewrite` with these arguments, for callers with long work ahead of it.
+) -> Iterator[Path]:
+    """Yield the folder of shards of a `rewrite` with these arguments, held against other processes inside the block:
+    for callers with long work ahead of it.
 
-    Raises UserError for an existing target, shards on another disk, and a folder that holds another unfinished run.
+    Raises UserError where another run holds it, for an existing target, shards on another disk, and a folder that holds
+    another unfinished run. The lock's file lies beside the folder as long as that is there.
     """
     target = Path(target)
+    shards = Path(shards) if shards else target.with_name(f"{target.name}.part")
+    lock = shards.with_name(f".{shards.name}.lock")
+    with ExitStack() as stack:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(lock))
+        except Held as holder:
+            busy = f"another run writes into it ({holder}); wait for it, or name another folder"
+            raise UserError(f"{shards}: {busy}") from None
+        except OSError as error:
+            raise UserError(_not_written(error, shards)) from None
+        try:
+            _require_free(Path(source), target, shards, calibration, about)
+            yield shards
+        finally:
+            if not shards.exists():
+                for left in (lock, lock.with_name(f"{lock.name}.holder")):
+                    left.unlink(missing_ok=True)
+
+
+def _require_free(
+    source: Path, target: Path, shards: Path, calibration: Sequence[dict[str, torch.Tensor]], about: dict[str, Any]
+) -> None:
     if target.exists():
         raise UserError(f"{target}: exists already; name a new folder")
-    shards = Path(shards) if shards else target.with_name(f"{target.name}.part")
     if _disk(shards) != _disk(target):
         raise UserError(f"{shards}: lies on another disk than {target}; name a folder on the same one")
     if shards.is_dir() and any(shards.iterdir()):
         about_path = shards / ABOUT
-        expected = _made_by(Path(source), calibration, about)
+        expected = _made_by(source, calibration, about)
         if not about_path.is_file() or about_path.read_text(encoding="utf-8") != expected:
             raise UserError(f"{shards}: holds an unfinished run of something else; delete it")
-    return shards
 
 
 def _disk(path: Path) -> int:

@@ -5,7 +5,7 @@ so those of all blocks are held.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from lib.models.calibration.activations import block_statistics
 from lib.models.calibration.distillation import can_split, split
 from lib.models.calibration.walk import Walk
 from lib.models.offload.file_blocks import FileBlocks
-from lib.models.offload.rewriting import require_free, rewrite
+from lib.models.offload.rewriting import reserved, write_into
 from lib.models.structure.anatomy import Block
 from lib.models.structure.surgery import synchronise
 from lib.optimizations.structured_pruning import cutting
@@ -49,22 +49,24 @@ def apply_to_file(
     compensate = can_split(calibration) if compensate is None else compensate
     about: dict[str, Any] = {"optimization": NAME, "ratio": ratio, "granularity": granularity, "saliency": saliency}
     about |= {"compensate": compensate, "seed": seed}
-    with closing(FileBlocks(source, device=device)) as store:
-        shares = plan(store.model, ratio, granularity)
-        if not any(shares.values()):
-            raise UserError(f"{NAME}: ratio {ratio} removes nothing, so there is nothing to write")
-        fitted = compensate and any(shares[part] for part in cutting.FITTED)
-        taught, held_out = split(calibration) if fitted else ([*calibration], [])
-        text = [*taught, *held_out]
-        require_free(source, target, text, about=about, shards=shards)  # before the parts are ranked
-        scores = _scores(store, calibration, saliency, seed)
+    with ExitStack() as stack:
+        with closing(FileBlocks(source, device=device)) as store:
+            shares = plan(store.model, ratio, granularity)
+            if not any(shares.values()):
+                raise UserError(f"{NAME}: ratio {ratio} removes nothing, so there is nothing to write")
+            fitted = compensate and any(shares[part] for part in cutting.FITTED)
+            taught, held_out = split(calibration) if fitted else ([*calibration], [])
+            text = [*taught, *held_out]
+            # Before the parts are ranked.
+            free = stack.enter_context(reserved(source, target, text, about=about, shards=shards))
+            scores = _scores(store, calibration, saliency, seed)
 
-    def change(model: nn.Module, walk: Walk, block: Block) -> None:
-        readings = cutting.readings(walk, len(taught)) if fitted else None
-        cutting.prune_block(block, scores[block.index], shares, readings)
-        synchronise(model)
+        def change(model: nn.Module, walk: Walk, block: Block) -> None:
+            readings = cutting.readings(walk, len(taught)) if fitted else None
+            cutting.prune_block(block, scores[block.index], shares, readings)
+            synchronise(model)
 
-    return rewrite(source, target, text, change, about=about, device=device, shards=shards)
+        return write_into(free, source, target, text, change, about=about, device=device)
 
 
 def _scores(

@@ -17,7 +17,7 @@ from lib.models.calibration import blockwise
 from lib.models.calibration.distillation import split
 from lib.models.calibration.walk import Walk
 from lib.models.offload.file_blocks import FileBlocks
-from lib.models.offload.rewriting import require_free, rewrite
+from lib.models.offload.rewriting import reserved, write_into
 from lib.models.structure.anatomy import Block
 from lib.optimizations.common.compression import options as checks
 from lib.optimizations.tensor_decomposition.allocation import allocate, room_for
@@ -49,8 +49,8 @@ def apply_to_file(
     taught, held_out = split(calibration) if method == "refitted" else ([*calibration], [])
     text = [*taught, *held_out]
     about: dict[str, Any] = {"optimization": NAME, "compression": compression, "method": method, "budget": budget}
-    require_free(source, target, text, about=about, shards=shards)  # before the spectra are found
-    with closing(FileBlocks(source, device=device)) as store:
+    place = reserved(source, target, text, about=about, shards=shards)  # before the spectra are found
+    with place as free, closing(FileBlocks(source, device=device)) as store:
         spectra = Spectra(store.model, text, weighed=False, room=0, store=store)
         room_for(store.model, spectra.require_matrices(), compression)
         ranks = allocate(store.model, spectra.curves(), compression, budget)
@@ -65,7 +65,7 @@ def apply_to_file(
                 lessons = blockwise.lessons_of(original.walk, walk)
                 blockwise.refit_block(block, whole, original.walk, lessons, len(taught))
 
-        return rewrite(source, target, text, change, about=about, device=device, shards=shards)
+        return write_into(free, source, target, text, change, about=about, device=device)
 
 
 class _Original:

@@ -278,6 +278,33 @@ def test_what_cannot_be_written_is_refused_before_a_block_is_read(folder, text, 
     assert read == [] and not target.exists()
 
 
+@pytest.mark.parametrize("kind", sorted(WRITERS))
+@pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507"])
+def test_a_second_run_into_the_same_folder_is_refused_in_a_line(folder, text, tmp_path, monkeypatch, kind):
+    """Both wrote into one `.part`, and what became the checkpoint was of either; before a block is read."""
+    release, target = FileBlocks.release, tmp_path / "made"
+    refused, read = [], []
+
+    def beside(self, index):
+        if self.shards is not None and index == 1 and not refused:
+            monkeypatch.setattr(FileBlocks, "load", lambda *_: read.append(index))
+            for other in (text, text[:1]):  # the same run, and one of something else
+                with pytest.raises(UserError) as raised:
+                    WRITERS[kind](folder, target, other)
+                refused.append(str(raised.value))
+            monkeypatch.undo()
+        release(self, index)
+
+    monkeypatch.setattr(FileBlocks, "release", beside)
+    made = WRITERS[kind](folder, target, text)
+    assert len(refused) == 2 and read == []
+    for message in refused:
+        assert message.startswith(f"{tmp_path / 'made.part'}: another run writes into it (process ")
+        assert message.endswith("; wait for it, or name another folder") and "\n" not in message
+    assert load(made)(**text[0]).logits.isfinite().all()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "whole"], "no lock is left behind"
+
+
 @pytest.mark.parametrize(
     "options", [{"ratio": -0.1}, {"ratio": 0.95}, {"saliency": "largest"}, {"granularity": "rows"}], ids=str
 )
