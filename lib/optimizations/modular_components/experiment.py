@@ -21,6 +21,7 @@ from lib.measure.metrics.busy import withhold_if_busy
 from lib.measure.metrics.measurement import Measurement
 from lib.models.checkpoints import io
 from lib.models.structure.anatomy import anatomy
+from lib.optimizations.common.evidence import claims
 from lib.optimizations.common.evidence.claims import ClaimAnswer, ThirdArm
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.common.search import search_quality
@@ -205,7 +206,7 @@ def refutations(
     crashed, strict, count = study.named("crashed"), study.too_strict, study.count
     verdicts = {m.verdict for m in measured_overhead}
     slower = True if "worse" in verdicts else False if verdicts <= {"equivalent", "better"} else None
-    rates = ", ".join(f"{m.workload} at {m.ratio:.3f} of the rate, {m.verdict}" for m in measured_overhead)
+    rates = ", ".join(f"{m.workload} at {_share(m)} of the rate, {m.verdict}" for m in measured_overhead)
     answers = (
         (bool(crashed), f"{len(crashed)} of {count} ordered pairs crash"),
         (
@@ -218,6 +219,11 @@ def refutations(
         _together(stack),
     )
     return [(claim, *answer) for claim, answer in zip(CLAIMS, answers)]
+
+
+def _share(rate: Measurement) -> str:
+    """Return a rate over that of the model that was never composed, with its interval."""
+    return claims.ratio_in_words(rate, sign="")
 
 
 def _together(stack: Weakened) -> tuple[bool | None, str]:
@@ -287,6 +293,6 @@ def sentence(
     text += f"{works} of {study.count} ordered pairs work, {refused} refused with a reason, {crashed} crashed; "
     if measured_overhead:
         worst = max(measured_overhead, key=lambda m: abs((m.ratio or 1) - 1))
-        text += f"the identity pipeline runs at {worst.ratio:.3f} of the {worst.workload} rate, {worst.verdict}; "
+        text += f"the identity pipeline runs at {_share(worst)} of the {worst.workload} rate, {worst.verdict}; "
     text += f"after reverting: {exchanged.reverted}; "
     return text + f"interactions: {contrasts.refuted()[1]}."

@@ -60,17 +60,18 @@ def compare(
 ) -> tuple[dict[str, Measurement], bool]:
     """Return decoding of a streamed `model` against each kind of offloading, and whether all tokens are equal.
 
-    The baseline of each measurement is accelerate's offloading of the checkpoint in `folder`. Unavailable, with the
-    reason, where there is no room for it.
+    The baseline of each measurement is accelerate's offloading of the checkpoint in `folder`; its noise floor is that of
+    an A/A control, the streamed model against itself. Unavailable, with the reason, where there is no room for it.
     """
     names = {kind: f"decode, against accelerate, {kind}" for kind in KINDS}
     if reason := no_room(read_bound.stream_of(model).plan.total_bytes):
         return {kind: measurement.unavailable(METRIC, name, reason) for kind, name in names.items()}, True
     work, dtype = workloads.steps(model, prompt_BT, steps), next(model.parameters()).dtype
+    control = interleaved.paired(work, work, blocks=BLOCKS, warmup=1, synchronize=work.synchronize)
     measurements, all_same = {}, True
     for kind in KINDS:
         pairs, same = pairs_with(work, folder, kind, dtype, prompt_BT)
-        measurements[kind] = paired_samples.from_pairs(METRIC, names[kind], pairs, work.new_tokens, None)
+        measurements[kind] = paired_samples.from_pairs(METRIC, names[kind], pairs, work.new_tokens, control)
         all_same &= same
     return measurements, all_same
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lib.measure.compare.speed import Compared
+from lib.measure.metrics import digits
 from lib.measure.metrics.measurement import Measurement
 from lib.models.offload import streamer
 from lib.models.offload.residency import Plan
+from lib.optimizations.common.evidence import claims
 from lib.optimizations.streaming_computation import offload_baseline
 from lib.optimizations.streaming_computation.experiment import planned_bytes
 from lib.optimizations.streaming_computation.limited import llama_cpp
@@ -51,7 +53,9 @@ def _other_tokens(compared: Compared, exact: bool, same_top: float) -> tuple[boo
 
     None where nothing was timed, and where tokens differ in half precision (not `exact`), whose rounding decides ties.
     """
-    evidence = f"{100 * same_top:.1f} % of positions have the same most likely token"
+    percent = 100 * same_top  # of which nothing less than all is shown as all
+    share = "all" if percent == 100 else f"{percent:.{digits.places(percent, percent, 100.0)}f} % of the"
+    evidence = f"{share} positions have the same most likely token"
     decoded = [timed for name, timed in compared.timed.items() if name != "prefill"]
     if not decoded:
         return None, f"nothing was generated; {evidence}"
@@ -66,19 +70,21 @@ def _no_smaller_peak(peak: Measurement) -> tuple[bool | None, str]:
     """Return whether the peak of memory does not fall, and the evidence; None where it could not be read or judged."""
     if peak.ratio is None or peak.baseline is None or peak.optimized is None:
         return None, peak.reason or "no peak was read"
-    megabytes = f"{peak.baseline / 1e6:.1f} MB resident, {peak.optimized / 1e6:.1f} MB streamed"
+    megabytes = f"{peak.baseline / 1e6:.4g} MB resident, {peak.optimized / 1e6:.4g} MB streamed"
     undecided = peak.verdict in ("inconclusive", "informative")
-    return None if undecided else peak.verdict != "better", f"{megabytes}, in fresh processes"
+    found = f"streamed ÷ resident {claims.ratio_in_words(peak)}: {megabytes}, in fresh processes"
+    return None if undecided else peak.verdict != "better", found
 
 
 def _no_faster(offload: Measurement) -> tuple[bool | None, str]:
-    """Return whether decoding is no faster than the offloading, and the evidence; None where the interval has 1."""
+    """Return whether decoding is no faster than the offloading, and the evidence: by the verdict, which asks for more
+    than the practical margin and than the noise floor of the A/A control. None where it is undecided, with the reason.
+    """
     if offload.ci is None or offload.ratio is None:
         return None, offload.reason or "no interval"
-    low, high = offload.ci
-    refuted = True if high <= 1 else False if low > 1 else None
-    where = f", offloaded to {offload_baseline.place()}"
-    return refuted, f"streamed ÷ accelerate {offload.ratio:.2f} (95 % interval {low:.2f} to {high:.2f}){where}"
+    refuted = {"better": False, "worse": True, "equivalent": True}.get(offload.verdict)
+    evidence = f"streamed ÷ accelerate {claims.ratio_in_words(offload)}, offloaded to {offload_baseline.place()}"
+    return refuted, evidence if refuted is not None else f"{evidence}; {offload.reason or offload.verdict}"
 
 
 def controls(

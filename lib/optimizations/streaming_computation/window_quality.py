@@ -30,6 +30,7 @@ from lib.models.decoding import chunked, continuations
 from lib.models.loading import Loaded
 from lib.models.tasks import retrieval
 from lib.models.tasks import tasks as task_list
+from lib.optimizations.common.evidence.claims import Interval
 from lib.optimizations.streaming_computation import sink_window
 
 MakeCache = Callable[[], Cache]
@@ -199,7 +200,8 @@ def does_perplexity_climb(texts: LongTexts) -> tuple[bool | None, str]:
     limit = 1 + margin
     climbs = True if low > limit else False if high <= limit else None
     ratio = texts.late_over_early[WINDOWED]
-    return climbs, f"perplexity late ÷ early {ratio:.3f} (95 % interval {low:.3f} to {high:.3f}, limit {limit:.2f})"
+    found = Interval(ratio, low, high).in_words(neutral=limit)
+    return climbs, f"perplexity late ÷ early {found}; it climbs above {limit:g}"
 
 
 def retrieval_by_distance(

@@ -88,7 +88,7 @@ def _as_fast(claim: str, optimized: nn.Module, measurements: Sequence[Measuremen
         return claim, None, "nothing was timed"
     verdicts = {m.verdict for m in rates}
     refuted = True if verdicts & {"worse", "equivalent"} else False if verdicts == {"better"} else None
-    each = (f"{m.workload} {m.ratio:.3f}× ({m.ci[0]:.3f}–{m.ci[1]:.3f}), {m.verdict}" for m in rates if m.ci)
+    each = (f"{m.workload} {claims.ratio_in_words(m)}, {m.verdict}" for m in rates)
     return claim, refuted, "; ".join(each)
 
 

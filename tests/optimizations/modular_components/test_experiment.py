@@ -134,6 +134,9 @@ def test_every_claim_has_its_answer(verdict, forced, identical, outcomes):
     sentence = experiment.sentence(*findings)
     stack = "a → b, at 100% of the strength of each part that can be weakened"
     assert sentence.startswith(f"The stack that is judged: {stack}. ")
+    wide = findings[2][0].model_copy(update={"ratio": 0.98, "ci": (0.8, 1.2)})
+    rates = experiment.refutations(*findings[:2], [wide], *findings[3:])[3][2]
+    assert rates == f"prefill at 0.98 (0.80–1.20) of the rate, {verdict}", "no more digits than the interval deserves"
     assert "1 of 2 ordered pairs work" in sentence and "0 of 10 intervals exclude zero" in sentence
 
 

@@ -30,11 +30,18 @@ from lib.optimizations.streaming_computation.window_quality import LongTexts
 PEAK = "peak_memory_above_start_bytes"
 
 
+def _offload(low, high, floor=0.01):
+    """Rates of streaming over those of accelerate's offloading, spread from `low` to `high`, with an A/A control."""
+    rates = np.linspace(low, high, 6).tolist()
+    options = {"source": "timed", "floor": floor, "process_sigma": 0.0}
+    return measurement.from_samples("decode_tokens_per_second", "decode", [1.0] * 6, rates, **options)
+
+
 def _answers(optimized_tokens, peak=50.0, offload_ci=(1.5, 2.0), climb=(0.9, 1.0), exact=True):
     work = [SimpleNamespace(output_BN=torch.tensor([tokens])) for tokens in ([1, 2], optimized_tokens)]
     compared = Compared([], {"decode": SimpleNamespace(baseline=work[0], optimized=work[1])})
     peaks = [measurement.counted(PEAK, "generate", 100.0, peak, "counted", "measured")]
-    offload = measurement.informative("decode_tokens_per_second", "decode", 1.0, 1.7, "timed", ci=offload_ci)
+    offload = _offload(*offload_ci)
     texts = LongTexts(late_over_early={window_quality.WINDOWED: 1.0}, climb=climb)
     equal = {"all together": {"same_top": 1.0}}
     answers = outcome.refutations(compared, exact, equal, peaks, {"disk": offload}, texts)
@@ -61,6 +68,33 @@ def test_nothing_is_refuted_where_all_holds():
 
 def test_each_claim_can_be_refuted():
     assert _answers([1, 3], 100.0, (0.5, 0.8), (1.2, 1.5)) == [True, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("rates", "floor", "refuted", "says"),
+    [
+        ((1.5, 2.0), 0.01, False, "× ("),
+        ((1.005, 1.012), 0.005, True, "× ("),
+        ((1.07, 1.09), 0.09, None, "the effect lies within the noise floor of 9 %"),
+        ((1.5, 2.0), 0.2, None, "the noise floor of 20 % is above 10 %"),
+        ((1.5, 2.0), None, None, "no A/A control ran"),
+    ],
+)
+def test_faster_than_offloading_is_more_than_margin_and_floor(rates, floor, refuted, says):
+    """It was: an interval above 1, however little, whatever the machine did."""
+    answer, evidence = outcome._no_faster(_offload(*rates, floor))
+    assert answer is refuted and says in evidence and evidence.startswith("streamed ÷ accelerate 1.")
+
+
+def test_evidence_has_the_digits_that_its_interval_deserves():
+    far = _offload(1.5, 2.0).model_copy(update={"ratio": 17.3, "ci": (12.0, 22.0)})
+    assert "accelerate 17.3× (12.0–22.0)" in outcome._no_faster(far)[1]
+    texts = LongTexts(late_over_early={window_quality.WINDOWED: 1.02}, climb=(1.0, 1.02996))
+    climbs, evidence = window_quality.does_perplexity_climb(texts)
+    assert climbs is False and "–1.02996)" in evidence, "an end below the limit is not shown as the limit"
+    for share, said in ((0.99999, "99.999 % of the"), (1.0, "all")):
+        evidence = outcome._other_tokens(Compared([], {}), True, share)[1]
+        assert evidence.endswith(f"; {said} positions have the same most likely token")
 
 
 def test_what_cannot_be_told_is_left_open():

@@ -33,16 +33,26 @@ class Interval(NamedTuple):
     def __str__(self) -> str:
         return self.in_words()
 
-    def in_words(self, sign: str = "") -> str:
+    def in_words(self, sign: str = "", neutral: float | None = None) -> str:
         """Return the number, followed by `sign`, with its interval: in the digits that this deserves, or in three
-        figures where it has no width.
+        figures where it has no width. `neutral`: what an end that is not equal to it is not shown as; None: no change.
         """
         signs = self.low < 0
-        text, ends = digits.with_ends(*self, neutral=0.0 if signs else 1.0, signs=signs)
+        neutral = (0.0 if signs else 1.0) if neutral is None else neutral
+        text, ends = digits.with_ends(*self, neutral=neutral, signs=signs)
         if text is None or self.low == self.high:
             text, low, high = (f"{number:.3g}".replace("-", digits.MINUS) for number in self)
             ends = f"{low}{digits.DASH if self.low >= 0 else ' to '}{high}"
         return f"{text}{sign} ({ends})"
+
+
+def ratio_in_words(measured: Measurement, sign: str = "×") -> str:
+    """Return the ratio of a measurement with its interval, in the digits that this deserves: in three figures where
+    there is no interval, "not measured" where there is no ratio.
+    """
+    if measured.ratio is None:
+        return "not measured"
+    return Interval(measured.ratio, *measured.ci).in_words(sign) if measured.ci else f"{measured.ratio:.3g}{sign}"
 
 
 def interval(arms: Iterable[ThirdArm], names: Sequence[str], metric: str = "kl_divergence_nats") -> Interval | None:
@@ -93,7 +103,7 @@ def gain_drowns(claim: str, measurements: Iterable[Measurement]) -> ClaimAnswer:
     evidence = f"{rate.workload}: bound predicts {rate.predicted:.2f}×, detectable from {least:.2f}×"
     if rate.predicted is None or rate.ratio is None or rate.predicted <= least:
         return claim, None, evidence
-    evidence += f", measured {Interval(rate.ratio, *(rate.ci or (rate.ratio, rate.ratio))).in_words('×')}"
+    evidence += f", measured {ratio_in_words(rate)}"
     if _unusable(rate):
         return claim, None, f"{evidence}; {rate.reason or rate.verdict}"
     return claim, rate.verdict != "better", evidence
