@@ -1,7 +1,7 @@
 """Whether divergences of single parts add up to that of a whole choice, as the programme assumes. Knows no costs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -15,11 +15,14 @@ RANK_LIMIT = 0.5
 
 @dataclass(frozen=True)
 class Additivity:
-    """Predicted (x) against measured (y) divergence of the `evaluations` judged whole, and their rank correlation."""
+    """Predicted (x) against measured (y) divergence of the `evaluations` judged whole, and their rank correlation;
+    `left_out`: "slot: option" of what has no divergence to add up → the reason.
+    """
 
     evaluations: list[ChoiceEvaluation]
     pairs: pd.DataFrame
     rank: float
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def refuted(self) -> tuple[bool | None, str]:
         """Return whether the rank correlation lies below RANK_LIMIT with its 95 % interval (Bonett & Wright 2000)."""
@@ -34,10 +37,14 @@ class Additivity:
 
 
 def compare(search: Search, scores: Mapping[str, Mapping[str, float]]) -> Additivity:
-    """Compare the sums of divergences with the measured ones of every choice that was evaluated as a whole model."""
+    """Compare the sums of divergences with the measured ones of every choice that was evaluated as a whole model, and
+    gave numbers.
+    """
     table = CostTable("KL", scores)
-    judged = [evaluation for evaluation in search.evaluations if evaluation.phase != "library"]
+    whole = (e for e in search.evaluations if e.phase != "library" and search.open_to(e.choice))
+    judged = [evaluation for evaluation in whole if np.isfinite(evaluation.divergence)]
     pairs = pd.DataFrame({"x": [table.of(e.choice) for e in judged], "y": [e.divergence for e in judged]})
-    rank = float(spearmanr(pairs.x, pairs.y).statistic)
+    rank = float(spearmanr(pairs.x, pairs.y).statistic) if len(pairs) > 1 else float("nan")
     pairs["arm"] = [evaluation.phase.rpartition(": ")[2] for evaluation in judged]
-    return Additivity(judged, pairs, rank)
+    left_out = {f"{slot}: {option}": reason for (slot, option), reason in search.left_out.items()}
+    return Additivity(judged, pairs, rank, left_out)

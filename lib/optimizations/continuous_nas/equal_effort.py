@@ -141,7 +141,7 @@ def equal_effort(
     points["greedy"] = known["library"] + chosen.points(costs)
     for turn in range(random_seeds):
         drawn = search.afresh(seed + turn)
-        method.check(drawn, replacement_library.random_choices(search.library.space, count, seed + turn), "random")
+        method.check(drawn, replacement_library.random_choices(search.space, count, seed + turn), "random")
         points[f"random {turn + 1}"] = drawn.points(costs)
     alike = method.build(model, observation, alike_options, search.library.ordered)
     times = times_of(alike, alike_options)

@@ -179,7 +179,9 @@ def opened(setup: SearchSetup, folder: Path | str, name: str, settings: Sequence
 def options_of_middle_block(
     setup: SearchSetup, costs: RequestCosts, scores: Mapping[str, Mapping[str, float]]
 ) -> pd.DataFrame:
-    """Return a row per option of the middle block's slots: parameters, divergence alone, shares of time and memory."""
+    """Return a row per option of the middle block's slots: parameters, divergence alone, shares of time and memory; of
+    one that has no score, why it is left out.
+    """
     rows, block = [], len(setup.observation.blocks) // 2
     for slot, options in setup.library.modules.items():
         if replacement_library.locate(slot)[0] != block:
@@ -187,10 +189,11 @@ def options_of_middle_block(
         for option, module in options.items():
             parameters = sum(parameter.numel() for parameter in module.parameters())
             row = {"slot": slot, "option": option, "parameters": parameters}
-            row["KL alone, nats/token"] = scores[slot][option]
+            row["KL alone, nats/token"] = scores[slot].get(option)
             for table in (costs.time, costs.memory):
                 share = table.values[slot][option] / table.of(setup.library.whole)
                 row[f"{table.name}, % of the model"] = 100 * share
+            row |= {} if option in scores[slot] else {"left out": method.NO_NUMBER}
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -268,7 +271,9 @@ def against_uniform(
         (uniform_costs.share(evaluation.choice, uniform_costs.time), divergence)
         for evaluation, (_, divergence) in zip(uniform.evaluations, uniform.points(uniform_costs))
     ]
-    near = rivals.around(predicted, costs.share(winner.choice, costs.time), rivals.near(setup.effort))
+    finite = [at for at, (_, divergence) in enumerate(predicted) if np.isfinite(divergence)]
+    share, count = costs.share(winner.choice, costs.time), rivals.near(setup.effort)
+    near = [finite[at] for at in rivals.around([predicted[at] for at in finite], share, count)]
 
     def rival(at: int) -> nn.Module:
         return replacement_library.child(uniform.library, uniform.evaluations[at].choice)

@@ -6,6 +6,9 @@ memory. The best choices are then evaluated as whole models, and refined with Op
 stored in a study, so an interrupted search resumes. Nothing is loaded again: the library's modules stay in memory, so a
 swap back is exact.
 
+An option with which the model's outputs are no numbers is left out, with the reason; a whole choice like that has an
+infinite divergence, and is never the best.
+
 A choice maps each slot ("03.attention", "03.feed_forward") to an option. Knows nothing of how a final arm is judged.
 """
 
@@ -39,6 +42,7 @@ NEAR = 0.05  # two divergences that differ by less than this share are as good a
 PREVIEW_REFINEMENTS = 6  # at most, at effort preview
 REFERENCE = (1.0, 0.1)  # of hypervolumes: the whole model's cost, and a tenth of a nat per token
 LIBRARY = "library"  # the phase in which each replacement is scored alone
+NO_NUMBER = "with it alone the divergence is no finite number"  # why an option is left out
 
 SEARCH_SPACE = {
     "workload": {
@@ -116,7 +120,8 @@ class Search:
     `known` are divergences computed so far, `solved` the programme's solutions: controls share them, so that what is
     counted twice is computed once. `workload`: of what the study holds, only the scores of the library and what was
     evaluated under this profile are taken over, not the choices of drifts that a run before this one followed (None:
-    all); `taken_over` is what that took, in seconds.
+    all); `taken_over` is what that took, in seconds. `left_out`: (slot, option) of what is not to be chosen → the
+    reason, known once the library was scored.
     """
 
     library: Library
@@ -129,6 +134,7 @@ class Search:
     evaluations: list[ChoiceEvaluation] = field(default_factory=list)
     workload: str | None = None
     taken_over: float = field(default=0.0, init=False)
+    left_out: dict[tuple[str, str], str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         for trial in self._stored():
@@ -161,14 +167,26 @@ class Search:
         return any(evaluation.choice == choice for evaluation in self.evaluations)
 
     @property
+    def space(self) -> dict[str, tuple[str, ...]]:
+        """What may be chosen: the library's options by slot, but for those that are left out."""
+        return {
+            slot: tuple(option for option in options if (slot, option) not in self.left_out)
+            for slot, options in self.library.space.items()
+        }
+
+    def open_to(self, choice: Choice) -> bool:
+        """Whether a choice has no option that is left out."""
+        return self.left_out.keys().isdisjoint(choice.items())
+
+    @property
     def exhausted(self) -> bool:
         """Whether every choice that there is has been evaluated."""
-        different = {_key(evaluation.choice) for evaluation in self.evaluations}
-        return len(different) >= math.prod(len(options) for options in self.library.space.values())
+        different = {_key(evaluation.choice) for evaluation in self.evaluations if self.open_to(evaluation.choice)}
+        return len(different) >= math.prod(len(options) for options in self.space.values())
 
     def evaluate(self, choice: Choice, phase: str) -> float:
-        """Return the divergence of a choice, swapped into the model, and store it with the seconds that it took. Raises
-        SearchStopped.
+        """Return the divergence of a choice, swapped into the model, and store it with the seconds that it took; it is
+        infinite where it is no finite number. Raises SearchStopped.
         """
         if self.stop_after is not None and len(self.evaluations) >= self.stop_after:
             raise SearchStopped
@@ -176,7 +194,8 @@ class Search:
         if _key(choice) not in self.known:
             changed = [locate(slot)[0] for slot, option in choice.items() if option != WHOLE]
             model = swap(self.library, choice)
-            self.known[_key(choice)] = divergence(model, self.probe, min(changed, default=0))
+            nats = divergence(model, self.probe, min(changed, default=0))
+            self.known[_key(choice)] = nats if math.isfinite(nats) else math.inf
             swap(self.library, self.library.whole)
         nats = self.known[_key(choice)]
         if self.study:
@@ -208,7 +227,10 @@ def _distributions(space: Mapping[str, Sequence[str]]) -> dict:
 
 
 def score(search: Search) -> dict[str, dict[str, float]]:
-    """Return what each replacement costs alone, in nats per token: one evaluation each, unless it is stored already."""
+    """Return what each replacement costs alone, in nats per token: one evaluation each, unless it is stored already.
+
+    An option whose divergence is no finite number has no score, and stands in `search.left_out` with the reason.
+    """
     scores = {slot: {WHOLE: 0.0} for slot in search.library.modules}
     stored = {_key(e.choice): e.divergence for e in search.evaluations if e.phase == LIBRARY}
     for slot, options in search.library.space.items():
@@ -216,8 +238,10 @@ def score(search: Search) -> dict[str, dict[str, float]]:
             choice = search.library.whole | {slot: option}
             if option != WHOLE and _key(choice) not in stored:
                 stored[_key(choice)] = search.evaluate(choice, LIBRARY)
-            if option != WHOLE:
+            if option != WHOLE and math.isfinite(stored[_key(choice)]):
                 scores[slot][option] = stored[_key(choice)]
+            elif option != WHOLE:
+                search.left_out[slot, option] = NO_NUMBER
     return scores
 
 
@@ -256,7 +280,7 @@ def greedy(scores: Mapping[str, Mapping[str, float]], costs: RequestCosts, count
             ((scores[slot][option] - scores[slot][choice[slot]]) / saved, slot, option)
             for slot, options in table.items()
             for option in options
-            if (saved := table[slot][choice[slot]] - table[slot][option]) > 0
+            if option in scores[slot] and (saved := table[slot][choice[slot]] - table[slot][option]) > 0
         ]
         if not steps:
             break
@@ -281,7 +305,7 @@ def refine(search: Search, costs: RequestCosts, phase: str, count: int) -> None:
     Each proposal follows from the seed and the evaluations before it alone: a resumed search proposes the same.
     """
     done = sum(evaluation.phase == phase for evaluation in search.evaluations)
-    space = search.library.space
+    space = search.space
     for _ in range(done, count):
         if search.exhausted:
             break
@@ -295,6 +319,7 @@ def _proposal(search: Search, costs: RequestCosts, space: Mapping[str, Sequence[
     memory.add_trials(
         optuna.trial.create_trial(params=evaluation.choice, distributions=distributions, values=point)
         for evaluation, point in zip(search.evaluations, search.points(costs))
+        if math.isfinite(evaluation.divergence) and search.open_to(evaluation.choice)
     )
     number = len(search.evaluations)
     for attempt in range(3):
@@ -318,7 +343,9 @@ def best(search: Search, costs: RequestCosts, time_share: float = 1.0, memory_sh
     """
     budgets = costs.budgets(time_share, memory_share)
     within = [
-        evaluation for evaluation in search.evaluations if all(budget.held_by(evaluation.choice) for budget in budgets)
+        evaluation
+        for evaluation in search.evaluations
+        if math.isfinite(evaluation.divergence) and all(budget.held_by(evaluation.choice) for budget in budgets)
     ]
     if not within:
         raise NotApplicable("continuous_nas: nothing that was evaluated is within the budgets")

@@ -60,7 +60,8 @@ def details(
     """Return what a record keeps beside measurements: name → (value, provenance, source)."""
     counts = ", ".join(f"{arm} {len(points)}" for arm, points in equal.points.items())
     each, judged = f"evaluations: {counts}; reference {method.REFERENCE}", len(added.evaluations)
-    return {
+    left_out = {"left_out": (added.left_out, "measured", "KL on search text, each option alone")}
+    return (left_out if added.left_out else {}) | {
         "targets": (reached.to_dict("records"), "measured", "computed from this record's numbers"),
         "hypervolumes": (equal.volumes, "measured", each),
         "credits": (equal.credits, "measured", "hypervolume after each part of the search, and of greedy choice"),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lib.errors import UserError
 from lib.models.calibration.blockwise import Stream, streams
 from lib.models.structure.anatomy import anatomy
 from lib.models.structure.logits import logits_of
@@ -32,10 +33,14 @@ class Probe:
 
 @torch.no_grad()
 def probe(model: nn.Module, batches: Sequence[dict[str, torch.Tensor]]) -> Probe:
-    """Run `model` on `batches` (keyword arguments, batch by batch) and keep what passes through its blocks."""
+    """Run `model` on `batches` (keyword arguments, batch by batch) and keep what passes through its blocks. Raises
+    UserError where its own outputs are no numbers: no divergence from them is one.
+    """
     passed = streams(model, batches)
     last = len(anatomy(model).blocks) - 1
     expected = [_log_probabilities(model, stream.outputs[last], stream) for stream in passed]
+    if any(bool(log_RV.isnan().any()) for log_RV in expected):
+        raise UserError("the model's own outputs on the search text are no numbers; repair its checkpoint")
     return Probe(passed, expected)
 
 

@@ -2,20 +2,22 @@
 
 import gc
 import itertools
+import math
 import time
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from lib.errors import NotApplicable
+from lib.errors import NotApplicable, UserError
 from lib.measure.metrics import settings
 from lib.models.calibration.activations import observe
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.common.search import study
-from lib.optimizations.continuous_nas import drift, experiment, replacement_library, rivals
+from lib.optimizations.continuous_nas import additivity, drift, experiment, replacement_library, rivals
 from lib.optimizations.continuous_nas import method as nas
 from lib.optimizations.continuous_nas.costs import cost_processes, request_costs
 from lib.optimizations.continuous_nas.costs.subblock_costs import BlockTimes
@@ -51,6 +53,44 @@ def test_planted_idle_parts_are_what_the_search_gives_up(tiny, batch):
     idle = search.library.whole | {"02.attention": "none", "01.feed_forward": "none"}
     best = nas.run(search, costs, time_share=costs.share(idle) + 1e-9, memory_share=1.0, refinements=3)
     assert best.choice == idle and best.divergence < 1e-6
+
+
+def test_an_option_with_which_nothing_is_a_number_is_left_out_with_its_reason(tiny, batch, tmp_path, monkeypatch):
+    """One NaN ended the run: no study stores it. Planted in one option, and in two that are finite each alone."""
+    model, present, swap, measure = tiny("qwen3-4b-instruct-2507"), {}, nas.swap, nas.divergence
+
+    def planted(*arguments):
+        both = present["00.feed_forward"] == present["01.feed_forward"] == "none"
+        return float("nan") if present["02.attention"] == "none" or both else measure(*arguments)
+
+    monkeypatch.setattr(nas, "swap", lambda library, choice: present.update(choice) or swap(library, choice))
+    monkeypatch.setattr(nas, "divergence", planted)
+    options = {"time_share": 0.7, "memory_share": 1.0, "refinements": 12}
+    ends = []
+    for _ in range(2):
+        with study.opened(tmp_path / "s.db", "s", {}, 1) as stored:
+            search, costs = _begin(model, batch, study=stored)
+            scores = nas.score(search)
+            ends.append((nas.run(search, costs, **options), len(stored.trials)))
+    assert ends[0] == ends[1], "what was stored resumes"
+    best = ends[0][0]
+    assert math.isfinite(best.divergence) and search.open_to(best.choice)
+    assert search.left_out == {("02.attention", "none"): nas.NO_NUMBER} and "none" not in scores["02.attention"]
+    assert [e.phase for e in search.evaluations if not search.open_to(e.choice)] == ["library"], "it is tried once"
+    assert all(search.open_to(choice) for choice in nas.greedy(scores, costs, 1000))
+    added = additivity.compare(search, scores)
+    assert added.left_out == {"02.attention: none": nas.NO_NUMBER}
+    assert np.isfinite(added.pairs[["x", "y"]].to_numpy()).all()
+    setup = SimpleNamespace(observation=SimpleNamespace(blocks=[None] * 4), library=search.library)
+    shown = experiment.options_of_middle_block(setup, costs, scores).set_index(["slot", "option"])["left out"].dropna()
+    assert shown.to_dict() == {("02.attention", "none"): nas.NO_NUMBER}
+
+
+def test_a_model_whose_own_outputs_are_no_numbers_is_named(tiny, batch):
+    model = tiny("qwen3-4b-instruct-2507")
+    model.lm_head.weight = torch.nn.Parameter(torch.full_like(model.lm_head.weight, math.nan), requires_grad=False)
+    with pytest.raises(UserError, match="the model's own outputs on the search text are no numbers"):
+        probe(model, [batch])
 
 
 def test_any_seed_proposes(tiny, batch):
