@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,8 @@ def reserved(
         finally:
             if not shards.exists():
                 for left in (lock, lock.with_name(f"{lock.name}.holder")):
-                    left.unlink(missing_ok=True)
+                    with suppress(OSError):  # where a file that is open cannot be removed it stays
+                        left.unlink(missing_ok=True)
 
 
 def _require_free(

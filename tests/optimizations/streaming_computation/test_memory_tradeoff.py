@@ -42,7 +42,8 @@ def test_every_rival_of_streaming_decodes_latents_absorbed(tiny, folder, monkeyp
     resident = tiny(LATENT)
     memory_tradeoff.by_allowance(resident, PROMPT, 2, folder, [1.0])
     streamed = method.open_folder(folder, memory_ratio=1.0)
-    _, same = offload_baseline.compare(streamed, folder, PROMPT, 2)
+    offload, same = offload_baseline.compare(streamed, folder, PROMPT, 2)
+    assert all(rate.noise_floor is not None for rate in offload.values()), "an A/A control stands beside them"
     assert same and len(seen) == 2 * 3 + 1 + 2 and all(seen)
     assert not mla_absorption.is_absorbed(resident), "the caller's model is as it was"
 
