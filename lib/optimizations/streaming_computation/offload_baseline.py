@@ -60,8 +60,8 @@ def compare(
 ) -> tuple[dict[str, Measurement], bool]:
     """Return decoding of a streamed `model` against each kind of offloading, and whether all tokens are equal.
 
-    The baseline of each measurement is accelerate's offloading of the checkpoint in `folder`; its noise floor is that of
-    an A/A control, the streamed model against itself. Unavailable, with the reason, where there is no room for it.
+    The baseline of each measurement is accelerate's offloading of the checkpoint in `folder`; its noise floor is that
+    of an A/A control, the streamed model against itself. Unavailable, with the reason, where there is no room for it.
     """
     names = {kind: f"decode, against accelerate, {kind}" for kind in KINDS}
     if reason := no_room(read_bound.stream_of(model).plan.total_bytes):

@@ -40,9 +40,7 @@ def setup(tiny):
     [("wanda", {"sparsity": 1.5}), ("wanda", {"parts": "experts"}), ("wanda", {"within": "block"}), ("taylor", {})],
     ids=str,
 )
-def test_what_cannot_be_pruned_is_refused_before_the_model_is_read(
-    setup, monkeypatch, random_weights, method, changed
-):
+def test_what_cannot_be_pruned_is_refused_before_the_model_is_read(setup, monkeypatch, random_weights, method, changed):
     """A method that there is not was taken for magnitude where weights are random."""
 
     def calibration(*_, **__):

@@ -10,7 +10,7 @@ import torch
 
 from lib.errors import NotApplicable, UserError
 from lib.measure.compare.speed import Compared
-from lib.measure.metrics import measurement, settings
+from lib.measure.metrics import measurement, paired_samples, settings
 from lib.measure.timing import child
 from lib.measure.trackers import memory
 from lib.models.checkpoints import io
@@ -34,7 +34,7 @@ def _offload(low, high, floor=0.01):
     """Rates of streaming over those of accelerate's offloading, spread from `low` to `high`, with an A/A control."""
     rates = np.linspace(low, high, 6).tolist()
     options = {"source": "timed", "floor": floor, "process_sigma": 0.0}
-    return measurement.from_samples("decode_tokens_per_second", "decode", [1.0] * 6, rates, **options)
+    return paired_samples.from_samples("decode_tokens_per_second", "decode", [1.0] * 6, rates, **options)
 
 
 def _answers(optimized_tokens, peak=50.0, offload_ci=(1.5, 2.0), climb=(0.9, 1.0), exact=True):
