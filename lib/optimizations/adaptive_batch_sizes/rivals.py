@@ -2,8 +2,8 @@
 
 - `FixedSize`: admit up to a size at once; the baseline is the best such size, chosen on other traffic.
 - `Timeout`: gather a group first, but let no request wait longer than a delay (NVIDIA Triton's dynamic batcher).
-- `AimdSize`: one row more while batches keep the objective, a tenth fewer after one that did not (Crankshaw et al.
-  2017, Clipper, NSDI, section 4.3.1).
+- `AimdSize`: one row more for a batch that keeps the objective, a tenth fewer after one that did not (Crankshaw et al.
+  2017, Clipper, NSDI, section 4.3.1), with a slow start.
 - `Chunked`: admit every request that fits (the default of vLLM), or up to a size, and read prompts in parts that share
   steps with decoding, up to a number of tokens a step (Agrawal et al. 2024, Sarathi-Serve, OSDI).
 - `Scheduled`: sizes by the clock; with sizes found in hindsight it is the oracle.
@@ -58,18 +58,21 @@ class Timeout(FixedSize):
 
 
 class AimdSize(FixedSize):
-    """One row more after rows that left in time, a tenth fewer after rows that did not, batch by batch.
+    """One row more after a batch that left in time, a tenth fewer after rows that did not.
 
-    A batch is the rows that leave together. The size grows only while it is what keeps requests waiting, or it would
-    wind up in calm hours. Rows that were admitted before the size was last reduced say nothing of the present one: in
-    Clipper a batch runs at one size, and here the rows of one size leave one by one, so that each would reduce it once
-    more.
+    A batch is as many rows as the size: in Clipper it leaves at once, and here its rows leave one by one, so that each
+    adds its share of a row. Until the first miss every group of rows that leave in time adds a whole one, or it would
+    not arrive within a phase (slow start: Jacobson 1988, *Congestion avoidance and control*, SIGCOMM). Later that would
+    raise the size by as many rows as it has within one batch, against a tenth that a miss takes off. The size grows
+    only while it is what keeps requests waiting, or it would wind up in calm hours. Rows that were admitted before the
+    size was last reduced say nothing of the present one, or each of them would reduce it once more.
     """
 
     def __init__(self, objectives: Objectives, most: int = MOST_ROWS):
         super().__init__(min(START, most), "AIMD")
         self.objectives, self.most, self.exact, self.bound = objectives, most, float(self.size), False
         self.since = -math.inf  # the second at which it was last reduced
+        self.starting = True  # no miss yet
 
     def decide(self, view: View) -> Decision:
         self.bound |= self.size - view.rows < len(view.waiting)
@@ -81,8 +84,10 @@ class AimdSize(FixedSize):
             return
         if any((outcome.token_seconds or 0.0) > self.objectives.token_seconds for outcome in fresh):
             self.exact, self.since = max(1.0, self.exact * BACKOFF), step.start + step.seconds
+            self.starting = False
         elif self.bound:
-            self.exact = min(float(self.most), self.exact + 1)
+            more = 1.0 if self.starting else len(fresh) / self.size
+            self.exact = min(float(self.most), self.exact + more)
         self.size, self.bound = math.floor(self.exact), False
 
 

@@ -265,10 +265,15 @@ def test_aimd_arrives_batch_by_batch_and_backs_off_after_a_miss():
     assert policy.size == start + 10
     policy.observe(step, [good, bad])
     assert policy.size == int(0.9 * (start + 10))
+    later = protocol.RequestOutcome(ServingRequest(0, 5.0, 4, 3), 5.0, 5.1, 5.2, 3)
     for _ in range(10):  # nobody waits: the size is not what holds them back
         policy.decide(View(0.0, waiting[:1], [], 40, 0, "iteration"))
-        policy.observe(step, [good])
+        policy.observe(step, [later])
     assert policy.size == int(0.9 * (start + 10))
+    for _ in range(policy.size):  # since the first miss a whole batch adds a row
+        policy.decide(View(0.0, waiting, [], 40, 0, "iteration"))
+        policy.observe(step, [later])
+    assert policy.exact == pytest.approx(0.9 * (start + 10) + 1, abs=0.1)
 
 
 def test_aimd_backs_off_once_for_the_rows_of_one_size():
@@ -288,6 +293,15 @@ def test_aimd_comes_near_the_best_fixed_size_at_a_constant_rate(setup):
     traces = policy_comparison.traces(setup, "constant 0.9", 150, (100, 101))
     best = max(goodput_of(setup, traces, lambda size=size: rivals.FixedSize(size)) for size in (8, 12, 16))
     assert goodput_of(setup, traces, lambda: rivals.AimdSize(setup.objective)) > 0.85 * best
+
+
+def test_aimd_does_not_grow_beyond_what_a_saturated_server_can_keep(setup):
+    """Each row that left in time added a whole one: in overload it went far beyond what kept the objective between any
+    two misses, and served little more than half of what a fixed size did.
+    """
+    traces = policy_comparison.traces(setup, "constant 1.1", 120, (100, 101))
+    fixed = goodput_of(setup, traces, lambda: rivals.FixedSize(16))
+    assert goodput_of(setup, traces, lambda: rivals.AimdSize(setup.objective)) > 0.8 * fixed
 
 
 def test_an_objective_that_no_size_can_meet_is_said_so_and_serving_goes_on(setup):
