@@ -56,7 +56,7 @@ PRESSED, EASY = 0.2, 0.1  # waits, as shares of the first-token objective, at wh
 HOLD, MOST_HOLD = 32.0, 128.0  # first-token objectives that the fast profile stays at least, at most before a try
 FULL, FAST = 0, 1  # profiles
 START_ROWS, LEAST_ROWS = 16.0, 1.0  # limit of rows to begin with, and the least
-RESERVED = 1  # rows that requests which are lost already do not take
+LOST_SHARE = 0.25  # of the limit: beyond so many rows no request joins that is lost already
 FALSE_ALARM = 0.01  # of the guard, per watch
 CLEAN_START, LATER = 50, 0.2  # answers read of a watch before less is read; share of the share that is read then
 
@@ -164,9 +164,10 @@ class LatencyLoop:
         return self.switch.profile if self.switch else FULL
 
     def decide(self, view: View) -> Decision:
-        """Admit as many requests as the limit and the server's memory have room for; those that are lost already, which
-        a server shows where no others wait, leave RESERVED rows to those that can still be met (trunk reservation:
-        Kelly 1991, *Loss networks*, The Annals of Applied Probability 1).
+        """Admit as many requests as the limit and the server's memory have room for. Those that are lost already, which
+        a server shows where no others wait, join only while a LOST_SHARE of the limit is not taken: the other rows are
+        kept for those that can still be met (trunk reservation: Kelly 1991, *Loss networks*, The Annals of Applied
+        Probability 1). Else what a rush has left behind fills the server, and the calm after it is missed too.
 
         The switch is shown the wait of the first in the queue only where some must go on waiting, and where it can
         still be met: one that is admitted now needs no faster profile, and one that is lost gains nothing by it.
@@ -175,10 +176,10 @@ class LatencyLoop:
         held = min(free, view.room) < len(view.waiting)
         self.bound |= free < len(view.waiting)
         wait = view.now - view.waiting[0].arrival
-        lost = wait > self.patience
-        self.wait = wait if held and not lost else 0.0
+        self.wait = wait if held and wait <= self.patience else 0.0
         self._look(view.now)
-        free -= min(RESERVED, self.size - 1) if lost else 0
+        if view.now - view.waiting[-1].arrival > self.patience:  # of one queue for all, the newest can still be met
+            free = max(1, int(LOST_SHARE * self.size)) - len(view.running)
         return Decision(max(0, min(free, view.room)))
 
     def observe(self, step: ServerStep, finished: Sequence[RequestOutcome]) -> None:

@@ -297,7 +297,7 @@ def test_aimd_comes_near_the_best_fixed_size_at_a_constant_rate(setup):
 
 def test_aimd_does_not_grow_beyond_what_a_saturated_server_can_keep(setup):
     """Each row that left in time added a whole one: in overload it went far beyond what kept the objective between any
-    two misses, and served little more than half of what a fixed size did.
+    two misses, and served seven tenths of what a fixed size did.
     """
     traces = policy_comparison.traces(setup, "constant 1.1", 120, (100, 101))
     fixed = goodput_of(setup, traces, lambda: rivals.FixedSize(16))

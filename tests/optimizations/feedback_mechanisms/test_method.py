@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lib.errors import UserError
+from lib.measure.serving import slo
 from lib.measure.serving.protocol import Limits, RequestOutcome, ServerStep, View
 from lib.measure.serving.simulator import SimulatedEngine
 from lib.measure.serving.slo import Objectives
@@ -404,15 +405,54 @@ def test_the_switch_is_pressed_by_requests_that_must_wait_and_can_still_be_met(w
 
 
 @pytest.mark.parametrize(
-    "wait, running, limit, admitted", [(0.1, 3, 8.0, 5), (9.0, 3, 8.0, 4), (9.0, 7, 8.0, 0), (9.0, 0, 1.0, 1)]
+    "wait, running, limit, admitted",
+    [(0.1, 3, 8.0, 5), (9.0, 0, 8.0, 2), (9.0, 1, 8.0, 1), (9.0, 2, 8.0, 0), (9.0, 7, 8.0, 0), (9.0, 0, 1.0, 1)],
 )
-def test_requests_that_are_lost_leave_a_row_to_those_that_can_still_be_met(wait, running, limit, admitted):
+def test_requests_that_are_lost_leave_most_rows_to_those_that_can_still_be_met(wait, running, limit, admitted):
     """After a rush every row was taken by requests of the rush, and who came in time had to wait for one to end."""
     loop = feedback.LatencyLoop(feedback.Aimd(), OBJECTIVES)
     loop.limit = limit
     waiting = [ServingRequest(i, 100.0 - wait, 16, 4) for i in range(40)]
     rows = [RequestOutcome(ServingRequest(50 + i, 99.0, 16, 4)) for i in range(running)]
     assert loop.decide(View(100.0, waiting, rows, 32, 20, "iteration")).admit == admitted
+
+
+def test_one_queue_for_all_is_not_throttled_for_the_lost_at_its_head():
+    """Where a server does not serve the lost last, whoever holds them back holds back everyone behind them."""
+    loop = feedback.LatencyLoop(feedback.Aimd(), OBJECTIVES)
+    loop.limit = 8.0
+    waiting = [ServingRequest(i, 100.0 - wait, 16, 4) for i, wait in enumerate((9.0, 5.0, 0.1))]
+    assert loop.decide(View(100.0, waiting, [], 32, 20, "iteration")).admit == 8
+
+
+def hurried():
+    """The machine of these tests with the prompts, objectives and patience of a small model's server."""
+    jitter = (0.8, 0.9, 1.0, 1.1, 1.2)
+    table = tuple((0.0062 + 0.00055 * rows,) * (4096 // COLUMN_STEP) for rows in range(1, 33))
+    steps = StepTimes(table, (0.004, 0.00021, 0.0), (0.0002, 0.0), jitter, jitter, 1.0, 1)
+    return steps, Objectives(0.115, 0.020), Limits(rows=32, patience_seconds=0.1)
+
+
+@pytest.mark.parametrize("name", ["load step", "longer prompts"])
+def test_what_a_rush_left_behind_does_not_take_the_calm_after_it(name):
+    """Beyond capacity no limit of rows keeps nine in ten in time, and what the limit held back filled the server
+    afterwards: the loop missed more seconds than a server without a limit, although it met more requests.
+    """
+    steps, objectives, limits = hurried()
+    afterwards, missed, met = [], [], []
+    for seed in (900, 901, 902):
+        every = scenarios.script(steps, objectives, Lengths(48, 16), 12.0, seed)
+        chosen = next(scenario for scenario in every if scenario.name == name)
+        loop = feedback.LatencyLoop(feedback.Aimd(), objectives, patience_seconds=limits.patience_seconds)
+        runs = [scenarios.play(chosen, policy, steps, limits, seed).served for policy in (rivals.Static(32), loop)]
+        assert all(outcome.finished is not None for outcome in runs[1].outcomes)  # the lost are served too
+        bad = [start for start, _, good in scenarios.windows(runs[1], objectives) if good is not None and good < 0.9]
+        afterwards.append(sum(start > chosen.thirds[2] - 1e-6 for start in bad))
+        missed.append([scenarios.seconds_beyond(run, objectives) for run in runs])
+        met.append([slo.goodput(run, objectives) for run in runs])
+    assert np.mean(afterwards) <= 1
+    static, ours = np.mean(missed, 0)
+    assert ours <= static and np.mean(met, 0)[1] > 1.1 * np.mean(met, 0)[0]
 
 
 @pytest.mark.parametrize("patience, profile", [(None, feedback.FAST), (0.35, feedback.FULL)])
