@@ -36,6 +36,7 @@ KEYS = (
     "missed s", "goodput", "goodput share", "fast share", "shadow s", "settled s", "overshoot", "swing", "reversals",
     "moves", "changes", "rollbacks", "rolled back after s", "broken answers",
 )  # fmt: skip
+MOST_IN_TIME = "in time at most, full profile"  # at a scenario's worst, share of the requests
 
 PolicyFactory = Callable[[Scenario], Policy]
 Row = dict[str, object]
@@ -80,15 +81,17 @@ class TwoProfileSetup:
 
     def savings(self, scenario: str) -> dict[str, float | None]:
         """Return the net saving that a scenario requires of a fast profile at its worst, so that the server keeps up,
-        and the one that was measured at the lengths of its requests then (`net_saving`).
+        the one that was measured at the lengths of its requests then, and the share of them that the full profile alone
+        can keep in time at most (`net_saving`).
         """
         demands = scenarios.demands(self.times[0], self.objective, LENGTHS)
         if scenario not in demands:
             return {}
         lengths, rate, slowness = demands[scenario]
-        needed = net_saving.required(self.times[0], lengths, rate, self.objective.token_seconds, slowness)
+        worst = self.times[0], lengths, rate, self.objective.token_seconds, slowness
         net = self.nets.get(scenario, self.net)
-        return {"required net saving": needed, "net saving measured": net.middle if net else None}
+        saved = {"required net saving": net_saving.required(*worst), "net saving measured": net.middle if net else None}
+        return saved | {MOST_IN_TIME: net_saving.most_in_time(*worst)}
 
     @property
     def samples(self) -> int:
@@ -216,7 +219,7 @@ def compare(setup: TwoProfileSetup, every: Sequence[Scenario], settings: Mapping
     decision late in the disturbance; `rolled back after s`: from the second at which the fast profile breaks, of those
     in which it was taken back (`taken back`, their share of those in which it answered at all); `broken answers`: share
     of a broken profile's; `required net saving`: how many times as fast a profile must be, guard charged, for the
-    server to keep up at the scenario's worst.
+    server to keep up at the scenario's worst, and MOST_IN_TIME what can be kept in time then without one.
     """
     rows = []
     for name in dict.fromkeys(scenario.name for scenario in every):

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import pandas as pd
 
 from lib.optimizations.feedback_mechanisms import disturbance_comparison
-from lib.optimizations.feedback_mechanisms.disturbance_comparison import Row
+from lib.optimizations.feedback_mechanisms.disturbance_comparison import MOST_IN_TIME, Row
 from lib.optimizations.feedback_mechanisms.guarding.net_saving import NetSaving
 from lib.optimizations.feedback_mechanisms.profiles import NO_FAST
+from lib.optimizations.feedback_mechanisms.scenarios import GOOD_SHARE
 
 LOOP, PI_LOOP, LIMIT_ALONE = "AIMD loop", "PI loop", "AIMD, limit alone"
 ORACLE, FAST_ALONE, ROUTED = "oracle", "fast alone", "routed, the loop's share"
@@ -85,6 +86,14 @@ class ScenarioTable:
             lacking.append((factor / net.middle if net else factor, net, factor))
         return max(lacking, key=lambda each: each[0])[1:] if lacking else (self.net, None)
 
+    @property
+    def beyond(self) -> dict[str, float]:
+        """Scenario → share of the requests that the full profile can keep in time at its worst, where that is less than
+        must be: there no limit of rows saves a second, only a faster profile.
+        """
+        most = {str(row["scenario"]): float(str(row[MOST_IN_TIME])) for row in self.rows if MOST_IN_TIME in row}
+        return {name: share for name, share in most.items() if share < GOOD_SHARE}
+
     def share(self, scenario: str) -> float:
         """Return the share of the answers that the loop gave with the fast profile in one scenario."""
         row = next(row for row in self.rows if row["setting"] == LOOP and row["scenario"] == scenario)
@@ -99,7 +108,11 @@ class ScenarioTable:
             by = {LOOP: f"the loop, which has the limit alone ({NO_FAST})", PI_LOOP: "the PI loop"}
         shares = {who: self.missed_ratio(name) for name, who in by.items()}
         parts = [f"{'unknown' if share is None else f'{share:.2f}'} by {who}" for who, share in shares.items()]
-        return f"Seconds missed against the static limit: {', '.join(parts)}."
+        text = f"Seconds missed against the static limit: {', '.join(parts)}."
+        sums = self.sums
+        static = sums[self.static]["goodput share"]
+        more = f"{sums[LOOP]['goodput share'] / static:.2f}" if static else "unknown"
+        return f"{text} Requests in time against it: {more} by the loop."
 
     @property
     def ratio(self) -> float | None:
@@ -128,8 +141,15 @@ class ScenarioTable:
                 f"The loop misses {loop['missed s']:.2f} s of a script, the PI loop {sums[PI_LOOP]['missed s']:.2f} s "
                 f"and the static limit {static['missed s']:.2f} s, all with the full profile."
             )
-            second = f"{NO_FAST.capitalize()}, so whatever the loop gains or loses comes from its limit."
-            return first, second
+            second = (
+                f"{NO_FAST.capitalize()}, so whatever the loop gains or loses comes from its limit: "
+                f"{loop['goodput share']:.0%} of the requests are in time, and {static['goodput share']:.0%} with the "
+                f"static one"
+            )
+            if self.beyond:
+                worst = ", ".join(f"{name} (at most {share:.0%})" for name, share in self.beyond.items())
+                second += f"; no limit of rows keeps {GOOD_SHARE:.0%} of them in time at the worst of: {worst}"
+            return first, f"{second}."
         routed, alone = sums[ROUTED], sums[LIMIT_ALONE]
         first = (
             f"The loop misses {loop['missed s']:.2f} s of a script with {loop['fast share']:.0%} of the answers by "

@@ -279,6 +279,11 @@ def test_without_a_fast_profile_nothing_is_claimed_of_one(alone, monkeypatch):
     reading.two(*texts[:2])
     assert "from its limit" in texts[1] and not any("routing" in text or "oracle" in text.lower() for text in texts)
     assert all("by the fast profile" not in text for text in texts)
+    # What no limit of rows can keep in time is said, or the missed target would read as the loop's failure.
+    assert set(compared.beyond) == {"load step", "longer prompts", "stolen core"}
+    assert compared.beyond["load step"] == pytest.approx(1 / scenarios.BUSY)
+    assert "no limit of rows keeps 90% of them in time at the worst of: load step (at most 87%)" in texts[1]
+    assert "Requests in time against it: " in compared.finding
     assert NO_FAST in compared.caption and profile_candidates.read_curves(alone.setup) == f"One curve: {NO_FAST}."
     assert set(profile_candidates.step_curves(alone.setup).arm) == {"full", "objective"}
 
