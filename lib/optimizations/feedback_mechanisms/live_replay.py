@@ -1,8 +1,8 @@
 """Two profiles of the real model serve traces in real time while another process takes a share of the cores in the
 middle third, settings in turn.
 
-How much slower the machine was then is read from the static runs, so that the simulation gets the same slowdown and can
-be compared with both settings. Policies come in as functions; this module knows none.
+How much slower the machine was then is read from the replays, so that the simulation gets the same slowdown and can be
+compared with both settings. Policies come in as functions; this module knows none.
 """
 
 import time
@@ -250,7 +250,7 @@ def compare(
     seed: int,
 ) -> LiveTrial:
     """Replay calm traces with a stolen core under both settings in turn, and simulate the same with the slowness that
-    the static run of each round had. `size` is that of the static setting, named in the workload.
+    each replay had (`simulations`). `size` is that of the static setting, named in the workload.
     """
     live = traces(setup.rate, seconds, effort, seed)
     models = (loaded.model,) if setup.alone else (loaded.model, fast)
@@ -263,15 +263,7 @@ def compare(
             policy = makers[name](Scenario(each))
             policies += [policy] if name == LOOP else []
             runs[name].append(serve_stolen(models, each, policy, setup, prompt_of, counter))
-    factors = [slowness(run, setup.times[0]) for run in runs[STATIC]]
-    again = [Scenario(each, slow) for each, slow in zip(live, factors)]
-    simulated = {
-        name: [
-            [setup.play(scenario, makers[name](scenario), jitter).served for scenario in again]
-            for jitter in range(JITTERS)
-        ]
-        for name in (STATIC, LOOP)
-    }
+    factors, simulated = simulations(setup, live, runs, makers)
     replayed = {name: [run.replayed for run in each] for name, each in runs.items()}
     rounds = ServingRounds(tuple(live), replayed, counter, planned=True, calibration=setup.times[0].disturbed)
     rows = validation.compare(simulated, {name: rounds.served(name) for name in (STATIC, LOOP)}, setup.objective)
@@ -292,6 +284,27 @@ def compare(
     missed = means[0], means[1]
     back = sum(run.rollbacks for run in runs[LOOP])
     return LiveTrial(rounds, policies[0], owners, factors[0], rows, error, missed, headline, measurements, back)
+
+
+def simulations(
+    setup: TwoProfileSetup,
+    live: Sequence[Trace],
+    runs: Mapping[str, Sequence[Stolen]],
+    makers: Mapping[str, PolicyFactory],
+) -> tuple[list[tuple[tuple[float, float], ...]], dict[str, list[list[Served]]]]:
+    """Return the slowness of each static replay, and the simulations of both settings: per jitter, a run per trace.
+
+    Each replay met the machine at another moment, so each is simulated with the slowness that it had itself. Where rows
+    of two profiles are under way a step's tabled time is not known, and the static replay of the round has to do.
+    """
+    timed = {STATIC: runs[STATIC], LOOP: runs[LOOP if setup.alone else STATIC]}
+    factors = {name: [slowness(run, setup.times[0]) for run in each] for name, each in timed.items()}
+    again = {name: [Scenario(*pair) for pair in zip(live, slow)] for name, slow in factors.items()}
+    simulated = {
+        name: [[setup.play(each, makers[name](each), jitter).served for each in every] for jitter in range(JITTERS)]
+        for name, every in again.items()
+    }
+    return factors[STATIC], simulated
 
 
 def read_timeline(live: LiveTrial, objective: Objectives) -> tuple[str, str]:

@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 import torch
 
-from lib.measure.serving import replay
+from lib.measure.serving import replay, validation
 from lib.measure.serving.protocol import Limits
+from lib.measure.serving.replaying.rounds import Replayed
 from lib.measure.serving.slo import Objectives
 from lib.measure.serving.step_times import COLUMN_STEP, Calls, StepTimes, assembled
 from lib.measure.serving.validation import SimulationError
@@ -82,6 +83,27 @@ def test_neither_setting_is_replayed_before_the_other_more_often(monkeypatch):
     loop = {seed: at for at, (seed, policy) in enumerate(served) if policy == "loop"}
     assert len(served) == 18 and len(loop) == 6
     assert sum(at < loop[served[at][0]] for at in static) == 3
+
+
+def test_each_replay_is_simulated_with_the_slowness_that_it_had_itself():
+    """Replays in real time meet the machine one after the other. With the static replay's slowness a loop that did
+    nothing at all strayed by a fifth from a machine that was slower in its turn, and nothing simulated was judged.
+    """
+    same = times()
+    setup = TwoProfileSetup((same, same), OBJECTIVES, Limits(32, patience_seconds=0.3), 12.0)
+    live = live_replay.traces(setup.rate, 2.0, "quick", 0)
+    makers = {name: experiment.static(16) for name in (live_replay.STATIC, live_replay.LOOP)}
+    runs = {}
+    for name, slow in ((live_replay.STATIC, 1.0), (live_replay.LOOP, 1.6)):
+        played = [setup.play(scenarios.Scenario(each, ((0.0, slow),)), makers[name](None)).served for each in live]
+        runs[name] = [live_replay.Stolen(Replayed(served, {}, 1.0, None), {}) for served in played]
+    factors, simulated = live_replay.simulations(setup, live, runs, makers)
+    assert all(factor == pytest.approx(1.0, abs=0.05) for each in factors for _, factor in each)
+    real = {name: [run.served for run in each] for name, each in runs.items()}
+    rows = {(row["policy"], row["quantity"]): row for row in validation.compare(simulated, real, OBJECTIVES)}
+    for name in real:
+        assert rows[name, "time per output token"]["error"] < 0.05, name
+        assert rows[name, "latency p50"]["error"] < 0.05, name
 
 
 def test_the_draw_of_arrivals_does_not_decide_whether_a_stretched_replay_is_judged():
