@@ -11,7 +11,7 @@ Shapes: T prompt tokens, N new tokens, K drafted tokens.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -30,6 +30,7 @@ class Round:
     """One round: how many tokens were drafted and how many of them the model accepted, and the seconds of each half.
 
     `catch_up_seconds`: what the drafter took to read what it had missed, the prompt at first; not in `draft_seconds`.
+    `law_seconds`: what it took to decide how many tokens to draft.
     """
 
     drafted: int
@@ -37,11 +38,12 @@ class Round:
     draft_seconds: float
     check_seconds: float
     catch_up_seconds: float = 0.0
+    law_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:
         """Seconds of the whole round."""
-        return self.catch_up_seconds + self.draft_seconds + self.check_seconds
+        return self.law_seconds + self.catch_up_seconds + self.draft_seconds + self.check_seconds
 
 
 class Drafter(Protocol):
@@ -146,9 +148,11 @@ def generate(
     rounds: list[Round] = []
     while len(ids_T) - len(prompt_T) < new_tokens:
         remaining = new_tokens - (len(ids_T) - len(prompt_T))
+        start = time.perf_counter()
         count = max(0, min(int(length(rounds)), remaining - 1))
+        thought = time.perf_counter() - start
         ids_T, done = _round(model, drafter, ids_T, count, cache)
-        rounds.append(done)
+        rounds.append(replace(done, law_seconds=thought))
     return ids_T[len(prompt_T) :][:new_tokens], rounds
 
 

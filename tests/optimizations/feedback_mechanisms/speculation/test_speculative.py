@@ -1,6 +1,7 @@
 """Speculative decoding against plain greedy decoding, with good drafts, bad drafts and lengths that change."""
 
 import copy
+import time
 
 import pytest
 import torch
@@ -78,6 +79,18 @@ def test_ngrams_take_the_longest_and_latest_place_and_nothing_where_there_is_non
     assert propose(ids([4]), 2)[0].tolist() == []
     with pytest.raises(UserError, match="n-gram of 0 tokens"):
         speculative.Ngram(0)
+
+
+def test_what_a_law_takes_to_decide_is_part_of_its_round(tiny, prompt_T):
+    """A law that thinks long would else look as fast as one that does not."""
+    model = tiny("qwen3-4b-instruct-2507")
+
+    def slow(rounds):
+        time.sleep(0.05)
+        return 0
+
+    _, rounds = speculative.generate(model, model, prompt_T, 4, slow)
+    assert len(rounds) == 3 and all(done.seconds > done.law_seconds >= 0.05 for done in rounds)
 
 
 def test_another_vocabulary_is_refused(tiny, prompt_T):
