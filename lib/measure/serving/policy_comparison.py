@@ -35,7 +35,6 @@ CHAT, DOCUMENTS = Lengths(32, 48), Lengths(384, 16)
 AT_REAL_SIZE: dict[str, Any] = {"rows_measured": (1, 2, 4, 8, 16, 32), "prompt_tokens": 512}
 AT_A_PREVIEW: dict[str, Any] = {"rows_measured": step_timing.FEW_ROWS, "prompt_tokens": 512, "again": 0}
 CONSTANT_SHARES = (0.4, 0.7, 0.9, 1.1)  # of capacity; the last one lies beyond it
-WITHIN_CAPACITY = CONSTANT_SHARES[:-1]
 BEYOND, WITHIN = (0.5, 1.2, 1.2, 0.5), (0.4, 0.8, 0.8, 0.4)  # of capacity, phase by phase
 WARM_UP_SHARE, LEAST_WARM_UP = 0.25, 8  # of a phase's requests that come first and do not count; at least so many
 NEW_JITTER = 7919  # that of the A/A control: the same trace with other jitter

@@ -174,8 +174,7 @@ def peaks(loaded: Loaded, study: TrafficStudy, trial: RealModelTrial) -> list[Me
 
 def targets(rows: Sequence[Row], trial: RealModelTrial) -> list[Row]:
     """Return a row per target: what was measured, and whether it was reached."""
-    within = [f"constant {share:g}" for share in policy_comparison.WITHIN_CAPACITY] + ["constant documents"]
-    constant = [row["adaptive ÷ best fixed"] for row in rows if row["traffic"] in within]
+    constant = [row["adaptive ÷ best fixed"] for row in rows if row["traffic"] in policy_comparison.CONSTANT]
     least = min((value for value in constant if value is not None), default=None)
     changing = next((row["adaptive ÷ best rival"] for row in rows if row["traffic"] == "changing"), None)
     goals = (

@@ -216,6 +216,18 @@ def test_targets_without_a_number_are_unknown():
     assert pd.DataFrame(experiment.targets(rows, trial)).reached.iloc[-1] == "unknown"
 
 
+def test_a_constant_rate_beyond_capacity_counts_like_every_other():
+    """It was left out of the target, and counted in the claim beside it."""
+    headline = SimpleNamespace(ratio=1.3, ci=(1.2, 1.4), verdict="better", reason=None)
+    trial = SimpleNamespace(
+        headline=headline, rivals=SimpleNamespace(rounds=None), strays=SimulationError(0.05, "planted")
+    )
+    rows = [{"traffic": name, "adaptive ÷ best fixed": 1.0} for name in policy_comparison.CONSTANT]
+    rows[policy_comparison.CONSTANT.index("constant 1.1")]["adaptive ÷ best fixed"] = 0.9
+    [target] = [row for row in experiment.targets(rows, trial) if "constant rates" in row["figure"]]
+    assert target["measured"] == 0.9 and target["reached"] is False
+
+
 @pytest.mark.parametrize(
     "verdict, ci, reached",
     [
