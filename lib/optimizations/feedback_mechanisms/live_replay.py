@@ -185,7 +185,7 @@ class LiveTrial:
     static and loop missed (means), and which profile answered each request of the loop's runs.
 
     slowness: (second, factor) of warm-up and thirds, read from the first static run. rollbacks: of the fast profile, in
-    all runs of the loop.
+    all runs of the loop. acted: in how many of them the loop moved its limit or changed the profile.
     """
 
     rounds: ServingRounds
@@ -198,6 +198,7 @@ class LiveTrial:
     headline: Measurement
     measurements: list[Measurement]
     rollbacks: int = 0
+    acted: int = 0
 
     @property
     def replays(self) -> tuple[list[Replayed], list[Replayed]]:
@@ -221,10 +222,13 @@ class LiveTrial:
 
     @property
     def conditions(self) -> str:
-        """Slowness of each phase, what else disturbed the machine, and the seconds missed, as one line."""
+        """Slowness of each phase, what else disturbed the machine, the seconds missed, and in how many replays the loop
+        did anything that could tell it from a static limit, as one line.
+        """
         factors = ", ".join(f"{factor:.2f}" for _, factor in self.slowness)
         missed = f"seconds missed: {self.missed[0]:.2f} static, {self.missed[1]:.2f} loop"
         missed += f"; rollbacks by the guard: {self.rollbacks}"
+        missed += f"; the loop moved a setting in {self.acted} of {len(self.rounds.traces)} replays"
         return f"Slowed by {factors} (warm-up and thirds); disturbed beside that by: {self.rounds.disturbed}; {missed}"
 
     @property
@@ -283,7 +287,16 @@ def compare(
     owners = [run.profile_of for run in runs[LOOP]]
     missed = means[0], means[1]
     back = sum(run.rollbacks for run in runs[LOOP])
-    return LiveTrial(rounds, policies[0], owners, factors[0], rows, error, missed, headline, measurements, back)
+    acted = sum(map(moved, policies))
+    return LiveTrial(rounds, policies[0], owners, factors[0], rows, error, missed, headline, measurements, back, acted)
+
+
+def moved(policy: Policy) -> bool:
+    """Return whether a loop moved its limit or changed the profile; where it did neither, what its replay differs by
+    from that of a static limit is not its doing.
+    """
+    limits = {limit for _, limit, _ in getattr(policy, "course", [])}
+    return len(limits) > 1 or bool(getattr(policy, "changes", []))
 
 
 def simulations(

@@ -85,6 +85,15 @@ def test_neither_setting_is_replayed_before_the_other_more_often(monkeypatch):
     assert sum(at < loop[served[at][0]] for at in static) == 3
 
 
+def test_a_loop_that_moved_nothing_is_told_from_one_that_did():
+    """In short replays the limit often stands still throughout: the arms then differ by chance."""
+    second = [(float(at), 16.0, 0.01) for at in range(4)]
+    still = SimpleNamespace(course=second, changes=[])
+    assert not live_replay.moved(still) and not live_replay.moved(SimpleNamespace())
+    assert live_replay.moved(SimpleNamespace(course=[*second, (4.0, 12.0, 0.02)], changes=[]))
+    assert live_replay.moved(SimpleNamespace(course=second, changes=[(1.0, 1)]))
+
+
 def test_each_replay_is_simulated_with_the_slowness_that_it_had_itself():
     """Replays in real time meet the machine one after the other. With the static replay's slowness a loop that did
     nothing at all strayed by a fifth from a machine that was slower in its turn, and nothing simulated was judged.
