@@ -22,7 +22,7 @@ from lib.models.structure.anatomy import anatomy
 from lib.models.tasks import tasks
 from lib.optimizations.common import finetuning
 from lib.optimizations.common.compression import weight_only
-from lib.optimizations.feedback_mechanisms import disturbance_comparison, profiles, shadow
+from lib.optimizations.feedback_mechanisms import disturbance_comparison, experiment, profiles, shadow
 from lib.optimizations.feedback_mechanisms.disturbance_comparison import LENGTHS, TwoProfileSetup
 from lib.optimizations.feedback_mechanisms.profiles import NO_FAST, Candidate
 
@@ -111,9 +111,12 @@ def fast_profiles(
         if view.config.hidden_size >= WIDE:
             yield "int8 weights", weight_only.weight_only(loaded.model, 8)
 
-    saving = (lambda model: measure(model).net) if measure else None
+    timed: dict[str, Any] = {}
+    if measure:
+        timed["saving"] = lambda model: measure(model).net
+        timed["worth"] = lambda model: experiment.not_worth_it(measure(model), effort, seed)
     amounts = READ.get(effort, {})
-    return draft, profiles.first_admitted(loaded, candidates(), bound, PROMPTS[effort], seed, saving=saving, **amounts)
+    return draft, profiles.first_admitted(loaded, candidates(), bound, PROMPTS[effort], seed, **timed, **amounts)
 
 
 def candidate_rows(candidates: Sequence[Candidate]) -> list[dict[str, object]]:
@@ -154,23 +157,32 @@ def prepare(
     loaded: Loaded, candidates: Sequence[Candidate], effort: str, measure: Measure, seed: int = 0
 ) -> tuple[TwoProfileSetup, list[Candidate]]:
     """Return the setup that all settings share, and the candidates. The last one is refused where it was not timed yet
-    and is not shown to be faster; then the full profile itself follows. Where none of those that were timed is faster,
+    and is not shown to be faster, or where the loop is not shown to miss fewer seconds with it
+    (`experiment.not_worth_it`); then the full profile itself follows. Where none of those that were timed is faster,
     the setup is that of the one that saves most. The losses of the answers of the admitted one, and of a broken copy's,
     are those that the guard meets in the scripts.
     """
     last = candidates[-1]
     timed = [(candidate.net.middle, candidate.model) for candidate in candidates if candidate.net]
     if last.model is loaded.model and timed:
-        return measure(max(timed, key=lambda pair: pair[0])[1]), list(candidates)
+        return _without(measure(max(timed, key=lambda pair: pair[0])[1])), list(candidates)
     setup = measure(last.model)
+    reason = setup.net.refused if setup.net else None
+    if not setup.alone and (reason := experiment.not_worth_it(setup, effort, seed)):
+        setup = _without(setup)
     if not setup.alone:
         broken = shadow.broken(last.model, shadow.STRENGTHS[-1], seed)
         losses = profiles.losses_of(loaded, broken, PROMPTS[effort], seed)
         setup = replace(setup, losses=(last.losses, losses))
-    if setup.net is None or setup.net.refused is None:
+    if reason is None:
         return setup, list(candidates)
-    refused = replace(last, refused=setup.net.refused, net=setup.net)
+    refused = replace(last, refused=reason, net=setup.net)
     return setup, [*candidates[:-1], refused, profiles.itself(loaded)]
+
+
+def _without(setup: TwoProfileSetup) -> TwoProfileSetup:
+    """Return the setup without its fast profile: the same times stand for both."""
+    return setup if setup.alone else replace(setup, times=(setup.times[0], setup.times[0]), kept={})
 
 
 def step_curves(setup: TwoProfileSetup) -> pd.DataFrame:
@@ -191,7 +203,7 @@ def read_curves(setup: TwoProfileSetup) -> str:
     if setup.net:
         paid = f"Net saving, guard charged: {setup.net}"
         return (
-            f"{paid}. One curve: {NO_FAST}, since it is not shown to be faster."
+            f"{paid}. One curve: {NO_FAST}."
             if setup.alone
             else (f"The full profile takes {setup.saving:.2f}× as long as the fast. {paid}.")
         )

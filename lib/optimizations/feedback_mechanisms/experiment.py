@@ -7,12 +7,14 @@ profile), `live_replay` (the real model, a core stolen), `speculation`, `guard_s
 seeds, and every scenario is a separate measurement: different scenarios are not samples of one quantity.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
+from scipy import stats
 from torch import nn
 
 from lib.measure.metrics import catalogue
@@ -25,7 +27,7 @@ from lib.optimizations.feedback_mechanisms import disturbance_comparison, live_r
 from lib.optimizations.feedback_mechanisms.control.laws import PI, Aimd
 from lib.optimizations.feedback_mechanisms.disturbance_comparison import PolicyFactory, Row, TwoProfileSetup
 from lib.optimizations.feedback_mechanisms.live_replay import LiveTrial
-from lib.optimizations.feedback_mechanisms.method import LatencyLoop, Switch
+from lib.optimizations.feedback_mechanisms.method import SEARCH_SPACE, LatencyLoop, Switch
 from lib.optimizations.feedback_mechanisms.profiles import NO_FAST
 from lib.optimizations.feedback_mechanisms.rivals import Routed, Static
 from lib.optimizations.feedback_mechanisms.scenario_table import (
@@ -40,7 +42,9 @@ from lib.optimizations.feedback_mechanisms.scenario_table import (
 from lib.optimizations.feedback_mechanisms.scenarios import Played, Scenario
 
 SEEDS = {"preview": 6, "quick": 6, "standard": 6, "thorough": 12}  # of each scenario: the fewest that give an interval
-CHOOSING = 4  # seeds of the scripts on which the static limit is chosen
+CHOOSING = 4  # seeds of the scripts on which the static limit is chosen, and whether a fast profile is worth it
+LEVEL = 0.95  # at which it has to be shown that it is
+SETPOINT = SEARCH_SPACE["setpoint"]["default"]
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # static limits that are tried: from the least a loop may reach
 ROUTED_RUNS = (0.0, 0.05)  # of a script's requests: by so many routing may be ahead of its share or behind it
 OTHERS = (LIMIT_ALONE, PI_LOOP, ROUTED, FAST_ALONE)  # controls beside the loop
@@ -130,6 +134,27 @@ def study(setup: TwoProfileSetup, setpoint: float, effort: str, seed: int) -> Di
     scripts, choosing = (tuple(disturbance_comparison.scripts(setup, each)) for each in (seeds, others))
     each = [] if setup.alone else [[script for script in scripts if script.trace.seed == number] for number in seeds]
     return DisturbanceStudy(setup, setpoint, scripts, choosing, tuple(map(scenarios.secretly_broken, each)))
+
+
+def not_worth_it(setup: TwoProfileSetup, effort: str, seed: int, setpoint: float = SETPOINT) -> str | None:
+    """Return why the fast profile is none for the loop; None where, on the scripts for choosing, the loop is shown to
+    miss fewer seconds with it than by its limit alone.
+
+    To be faster once it is in charge is not enough. Until the rows of both profiles have ended a step of each is made,
+    its answers are read again while requests wait, and a small saving is lost to that.
+    """
+    disturbances = study(setup, setpoint, effort, seed)
+    saved: dict[int, list[float]] = {}
+    for script in disturbances.choosing:
+        loops = ((name, partial(disturbances._loop, Aimd, both)) for name, both in ((LIMIT_ALONE, False), (LOOP, True)))
+        alone, two = (float(setup.ran(script, *loop)["missed s"] or 0.0) for loop in loops)
+        saved.setdefault(script.trace.seed, []).append(alone - two)
+    means = [float(np.mean(each)) for each in saved.values()]
+    error = float(np.std(means, ddof=1)) / math.sqrt(len(means)) * float(stats.t.ppf(LEVEL, len(means) - 1))
+    if np.mean(means) > error:
+        return None
+    told = f"{np.mean(means):.2f} s of a script, ± {error:.2f}"
+    return f"the loop is not shown to miss fewer seconds with it than without, scripts of other seeds: {told}"
 
 
 def one_run(disturbances: DisturbanceStudy) -> tuple[LatencyLoop, Played, float]:

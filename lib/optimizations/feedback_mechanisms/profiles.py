@@ -105,12 +105,13 @@ def first_admitted(
     prompts: int,
     seed: int = 0,
     saving: Callable[[nn.Module], NetSaving | None] | None = None,
+    worth: Callable[[nn.Module], str | None] | None = None,
     **amounts: int,
 ) -> list[Candidate]:
     """Return the candidates that were considered, the admitted one last; they come in order, the one with the fewest
     parameters first. `saving` times one and says what it saves: where that refuses it, the next one is tried, since
-    fewer parameters need not be faster. None is timed that does not keep the margins. `amounts` of text and items as in
-    `judge`.
+    fewer parameters need not be faster; and so where `worth` says why a faster one is of no use to the loop. None is
+    timed that does not keep the margins. `amounts` of text and items as in `judge`.
 
     Where none is admitted the full model itself comes last: then there is nothing to switch to.
     """
@@ -119,6 +120,8 @@ def first_admitted(
         candidate = judge(loaded, name, model, bound, prompts, seed, **amounts)
         if candidate.refused is None and saving and (net := saving(model)):
             candidate = replace(candidate, net=net, refused=net.refused)
+            if candidate.refused is None and worth:
+                candidate = replace(candidate, refused=worth(model))
         seen.append(candidate)
         if candidate.refused is None:
             return seen

@@ -425,8 +425,32 @@ def test_where_no_candidate_is_faster_the_one_that_saves_most_is_told():
     nets = {slow: NetSaving(0.9, 1.0, 1.1), slower: NetSaving(0.7, 0.8, 0.9)}
     known = [Candidate("a", each, 0.0, 1.0, 0.0, nets[each].refused, net=nets[each]) for each in (slow, slower)]
     known.append(profiles.itself(SimpleNamespace(model=full)))
-    setup, candidates = profile_candidates.prepare(SimpleNamespace(model=full), known, "preview", {slow: "of slow"}.get)
-    assert setup == "of slow" and candidates == known
+    of_slow = SimpleNamespace(alone=True)
+    setup, candidates = profile_candidates.prepare(SimpleNamespace(model=full), known, "preview", {slow: of_slow}.get)
+    assert setup is of_slow and candidates == known
+
+
+@pytest.mark.parametrize("saving, worth", [(1.8, True), (1.2, False)])
+def test_a_faster_profile_that_saves_the_loop_no_second_is_none(saving, worth, monkeypatch):
+    """Shown to be faster once in charge, it cost more than it saved: a step of both profiles while rows of both were
+    under way, and answers read again while requests waited.
+    """
+    net = NetSaving(1.1, 1.15, 1.2)
+    objectives, limits = Objectives(0.0232, 0.0135), Limits(32, patience_seconds=0.0203)
+    setup = TwoProfileSetup((times(), times(saving)), objectives, limits, 2.25, 0.25, net)
+    reason = experiment.not_worth_it(setup, "preview", 0)
+    assert (reason is None) is worth
+    full, fast = object(), object()
+    monkeypatch.setattr(profiles, "losses_of", lambda *_: [1.0])
+    monkeypatch.setattr(experiment.shadow, "broken", lambda *_: None)
+    loaded, known = SimpleNamespace(model=full), [Candidate("channels", fast, 0.0, 1.0, 0.0, None, net=net)]
+    told, candidates = profile_candidates.prepare(loaded, known, "preview", lambda _: setup)
+    assert told.alone is not worth and (candidates[-1].model is fast) is worth
+    if not worth:
+        assert candidates[0].refused == reason and "scripts of other seeds: -" in reason
+        assert profile_candidates.read_curves(told) == f"Net saving, guard charged: {net}. One curve: {NO_FAST}."
+        again, _ = profile_candidates.prepare(loaded, candidates, "preview", lambda _: setup)
+        assert again.alone, "one that was timed before gives no fast profile either"
 
 
 def test_every_profile_is_timed_once(monkeypatch):

@@ -636,6 +636,8 @@ def test_a_candidate_that_is_not_faster_gives_way_to_the_next(tiny):
     assert [candidate.name for candidate in seen] == ["broken", "slow", "quick"] and broken not in timed
     assert seen[0].net is None and "not shown to be faster" in seen[1].refused
     assert seen[2].refused is None and [candidate.net for candidate in seen[1:]] == [slow, quick]
+    useless = profiles.first_admitted(loaded, every[1:3], 0.1, 6, saving=lambda _: quick, worth=lambda _: "of no use")
+    assert [candidate.refused for candidate in useless] == ["of no use", "of no use", None]
     none = profiles.first_admitted(loaded, every[1:2], 0.1, 6, saving=lambda _: slow)
     assert none[-1] == profiles.itself(loaded) and none[0].net is slow
 
