@@ -67,9 +67,7 @@ def measured(full: StepTimes, fast: StepTimes, lengths: Lengths, share: float, r
     return NetSaving(*(float(middle * (end / middle) ** wider) for end in (low, middle, high)))
 
 
-def most_in_time(
-    full: StepTimes, lengths: Lengths, rate: float, token_seconds: float, slowness: float = 1.0
-) -> float:
+def most_in_time(full: StepTimes, lengths: Lengths, rate: float, token_seconds: float, slowness: float = 1.0) -> float:
     """Return the share of `rate` requests per second that the full profile can keep within the objective per token in
     the long run, whatever its limit of rows, on a machine that is `slowness` times slower; 1 where there are none.
     """
