@@ -128,25 +128,25 @@ def _together(
     served = turns.run({name: server(name) for name in engines}, in_turn_of)
     disturbed = close()
     return {
-        name: _replayed(served[name], engines[name].output, timed[name], charged[name], disturbed, counter)
+        name: replayed(served[name], engines[name].output, timed[name], charged[name], disturbed, counter)
         for name in engines
     }
 
 
-def _replayed(
+def replayed(
     served: Served,
     output: dict[int, list[int]],
     engine: turns.EngineInTurn,
     policy: turns.ChargedPolicy,
     disturbed: str | None,
-    counter: Counter,
+    counter: Counter | None,
 ) -> Replayed:
     """Return the replay of one arm. What its policy's thinking took is part of its seconds, and of its joules where
     these are an estimate from seconds: a counter moves too seldom to tell it.
     """
     wall, busy = (getattr(engine, name) + getattr(policy, name) for name in ("wall_seconds", "cpu_seconds"))
     joules = engine.joules
-    if joules is not None and counter.of_times:
+    if joules is not None and counter and counter.of_times:
         joules += counter.of_times(policy.wall_seconds, policy.cpu_seconds)
     share = busy / max(wall * disturbance.cores_given(), 1e-9)
     return Replayed(served, output, share, disturbed, busy, joules)

@@ -1,5 +1,5 @@
 """One server loop: a queue, a batch under way, and a policy that decides who joins it. Clock and engine are injected,
-so the same loop serves a real model in real time, a simulation, and the tests.
+so the same loop serves a real model, a simulation, and the tests.
 
 The loop alone keeps the memory bound: a request is admitted only if the cache fits even when every row under way
 reaches its full length, so no policy can run out of memory. A prompt is read at once, while the rows stand still, or,
@@ -9,7 +9,6 @@ counts as saturated. Knows nothing of how a policy decides, nor of tokens.
 """
 
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -46,22 +45,6 @@ class VirtualClock:
 
     def wait_until(self, second: float) -> None:
         self.time = max(self.time, second)
-
-
-class RealClock:
-    """The wall clock from the moment it is made. Work has already taken its time when it is reported."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-
-    def now(self) -> float:
-        return time.perf_counter() - self.start
-
-    def advance(self, seconds: float) -> None:
-        pass
-
-    def wait_until(self, second: float) -> None:
-        time.sleep(max(0.0, second - self.now()))
 
 
 def serve(

@@ -240,7 +240,7 @@ def static(size: int) -> PolicyFactory:
 
 
 def replayed_policies(disturbances: DisturbanceStudy, compared: ScenarioTable) -> dict[str, Any]:
-    """Return the policies of the replays in real time, and the size of the static one."""
+    """Return the policies of the replays, and the size of the static one."""
     loop = disturbances.settings(compared.best)[LOOP]
     return {"static": static(compared.best), "loop": loop, "size": compared.best}
 

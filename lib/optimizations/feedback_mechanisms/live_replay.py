@@ -1,13 +1,16 @@
-"""Two profiles of the real model serve traces in real time while another process takes a share of the cores in the
-middle third, settings in turn.
+"""Two profiles of the real model serve traces while another process takes a share of the cores in the middle third,
+all settings in turn, step by step (`lib.measure.serving.replaying.turns`): what slows the machine down at some moment
+of a trace falls on all of them there. Waiting is left out.
 
 How much slower the machine was then is read from the replays, so that the simulation gets the same slowdown and can be
 compared with both settings. Policies come in as functions; this module knows none.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,21 +18,22 @@ import torch
 from torch import nn
 
 from lib.measure.metrics.measurement import Measurement
-from lib.measure.serving import engine, replay, validation
+from lib.measure.serving import engine, replay, step_timing, validation
 from lib.measure.serving.engine import ModelEngine
-from lib.measure.serving.protocol import Policy, Served
+from lib.measure.serving.protocol import Clock, Policy, Served
 from lib.measure.serving.replay import PromptOf
+from lib.measure.serving.replaying import turns
 from lib.measure.serving.replaying.rounds import Replayed, ServingRounds
-from lib.measure.serving.server import RealClock, serve
+from lib.measure.serving.server import VirtualClock, serve
 from lib.measure.serving.slo import Objectives
 from lib.measure.serving.step_times import StepTimes
 from lib.measure.serving.traffic import Lengths, Phase, ServingRequest, Trace, make
 from lib.measure.serving.validation import SimulationError
 from lib.measure.timing import disturbance
-from lib.measure.timing.interleaved import balanced_orders
 from lib.measure.trackers import energy_source
 from lib.measure.trackers.energy_source import Counter
 from lib.models.loading import Loaded
+from lib.models.tasks import tasks
 from lib.optimizations.feedback_mechanisms import scenarios, shadow
 from lib.optimizations.feedback_mechanisms.disturbance_comparison import (
     CONTEXTS,
@@ -43,7 +47,8 @@ from lib.optimizations.feedback_mechanisms.scenarios import CALM, WARM_UP, Scena
 
 JITTERS = 5  # simulations beside every replay
 ROUNDS = {"preview": 2, "quick": 6, "standard": 6, "thorough": 12}  # six pairs are the fewest that give an interval
-LONGER = {"preview": 0.15, "quick": 1, "standard": 2, "thorough": 5}  # times the seconds of a quick replay
+# Times the seconds of a quick replay: within two seconds a limit hardly moves.
+LONGER = {"preview": 0.15, "quick": 1, "standard": 4, "thorough": 8}
 PHASES = ("warm-up", "calm", "stolen core", "calm")
 # In a third, on average: arrivals are drawn, so that five gave `replay.LEAST_COUNTED` in every second build. And times
 # that a replay is made longer for them, at most.
@@ -66,9 +71,11 @@ class Stolen:
 
 
 class Stealing:
-    """An engine that starts `spinner` at its first call after second `start`, and stops it at the first after `end`."""
+    """An engine that has `spinner` run in its calls from second `start` to second `end` of its clock, and in no other.
+    Servers in turn share it: their clocks are never far apart.
+    """
 
-    def __init__(self, engine: Profiles, spinner: Spinner, clock: RealClock, start: float, end: float):
+    def __init__(self, engine: Profiles, spinner: Spinner, clock: Clock, start: float, end: float):
         self.engine, self.spinner, self.clock, self.span = engine, spinner, clock, (start, end)
 
     def _look(self) -> None:
@@ -113,24 +120,51 @@ def traces(rate: float, seconds: float, effort: str, seed: int = 0) -> list[Trac
     return [trace(rate, seconds, LENGTHS, seed + 1000 + at) for at in range(ROUNDS[effort])]
 
 
+@dataclass(frozen=True)
+class _Arm:
+    """A server with its own profiles, in turn with the others."""
+
+    engines: list[ModelEngine]
+    profiles: Profiles
+    timed: turns.EngineInTurn
+    policy: turns.ChargedPolicy
+    serve: Callable[[], Served]
+
+
 def serve_stolen(
     models: Sequence[nn.Module],
     trace: Trace,
-    policy: Policy,
+    policies: Mapping[str, Policy],
     setup: TwoProfileSetup,
     prompt_of: PromptOf,
     counter: Counter | None = None,
-) -> Stolen:
-    """Serve `trace` with the real models in real time; a busy process shares the cores in its middle third.
+    slower: float = 1.0,
+) -> dict[str, Stolen]:
+    """Serve `trace` with the real models under every policy, in turns; a busy process shares the cores in its middle
+    third. Seconds are divided by how much `slower` the machine was when the trace began.
 
     The share of the fast profile's answers that the setup says is read again by the full one, in the server's time, for
     a guard that takes it back where they lose too much.
     """
-    engines = [ModelEngine(model, prompt_of) for model in models]
+    in_turn = turns.Turns({name: VirtualClock() for name in policies})
+    with Spinner() as spinner:
+        arms = {
+            name: _arm(name, policy, models, trace, setup, prompt_of, spinner, in_turn, counter, slower)
+            for name, policy in policies.items()
+        }
+        close = disturbance.watch()
+        served = turns.run({name: arm.serve for name, arm in arms.items()}, in_turn)
+        disturbed = close()
+    return {name: _stolen(arm, served[name], disturbed, counter) for name, arm in arms.items()}
+
+
+def _arm(
+    name: str, policy: Policy, models: Sequence[nn.Module], trace: Trace, setup: TwoProfileSetup, prompt_of: PromptOf,
+    spinner: Spinner, in_turn: turns.Turns, counter: Counter | None, slower: float,
+) -> _Arm:  # fmt: skip
+    clock, engines = in_turn.clocks[name], [ModelEngine(model, prompt_of) for model in models]
     for profile in engines:
         replay.warm_up(profile, trace)
-
-    clock = RealClock()  # replaced as the trace begins
 
     def read(requests: Sequence[ServingRequest]) -> tuple[float, list[float]]:
         start = time.perf_counter()
@@ -141,21 +175,24 @@ def serve_stolen(
     reads = None
     if setup.shadow_share and len(models) > 1:
         guard = scenarios.guard(setup.bound, setup.shadow_share, trace, trace.seed)
-        reads = ShadowReads(guard, read, lambda: clock.now(), trace.seed)
+        reads = ShadowReads(guard, read, clock.now, trace.seed)
     profiles = Profiles(engines, lambda: getattr(policy, "profile", 0), reads)
-    with Spinner() as spinner:
-        close, joules = disturbance.watch(), counter.joules() if counter else None
-        busy, start = time.process_time(), time.perf_counter()
-        clock, span = RealClock(), trace.starts[2:4]  # the trace begins now
-        stealing = Stealing(profiles, spinner, clock, *span)
-        served = serve(trace, policy, stealing, clock, setup.limits, aside=profiles.aside)
-        wall, busy = time.perf_counter() - start, time.process_time() - busy
-        spent = counter.joules() - joules if counter and joules is not None else None
-        disturbed = close()
-    output = {request: ids for profile in engines for request, ids in profile.output.items()}
-    share = busy / (wall * disturbance.cores_given())
+    stealing = Stealing(profiles, spinner, clock, *trace.starts[2:4])
+    timed = turns.EngineInTurn(stealing, in_turn, name, counter.joules if counter else None, slower)
+    charged = turns.ChargedPolicy(policy, clock, slower)
+    aside = partial(timed.beside, profiles.aside) if reads else None
+    limits = setup.limits
+    return _Arm(
+        engines, profiles, timed, charged, lambda: serve(trace, charged, timed, clock, limits, aside=aside)
+    )  # fmt: skip
+
+
+def _stolen(arm: _Arm, served: Served, disturbed: str | None, counter: Counter | None) -> Stolen:
+    output = {request: ids for profile in arm.engines for request, ids in profile.output.items()}
+    reads = arm.profiles.shadow
     back = sum(what == "rolled back" for _, what in reads.guard.events) if reads else 0
-    return Stolen(Replayed(served, output, share, disturbed, busy, spent), dict(profiles.owner), back)
+    run = replay.replayed(served, output, arm.timed, arm.policy, disturbed, counter)
+    return Stolen(run, dict(arm.profiles.owner), back)
 
 
 def workload(size: int) -> str:
@@ -262,14 +299,20 @@ def compare(
     makers: Mapping[str, PolicyFactory] = {STATIC: static, AGAIN: static, LOOP: loop}
     runs: dict[str, list[Stolen]] = {name: [] for name in makers}
     policies: list[Policy] = []
-    for each, order in zip(live, balanced_orders(list(makers), len(live), seed)):
-        for name in order:
-            policy = makers[name](Scenario(each))
-            policies += [policy] if name == LOOP else []
-            runs[name].append(serve_stolen(models, each, policy, setup, prompt_of, counter))
+    slower: list[float] = []
+    text_T = tasks.text_windows(loaded, "final", 4, CONTEXTS[-1], seed).flatten()
+    repeats = 1 if effort == "preview" or loaded.scale != "proxy" else 3
+    slowness_now = partial(step_timing.slowness, loaded.model, text_T, setup.times[0], repeats=repeats)
+    for each in live:
+        chosen = {name: make(Scenario(each)) for name, make in makers.items()}
+        policies.append(chosen[LOOP])
+        slower.append(slowness_now())
+        for name, run in serve_stolen(models, each, chosen, setup, prompt_of, counter, slower[-1]).items():
+            runs[name].append(run)
     factors, simulated = simulations(setup, live, runs, makers)
     replayed = {name: [run.replayed for run in each] for name, each in runs.items()}
-    rounds = ServingRounds(tuple(live), replayed, counter, planned=True, calibration=setup.times[0].disturbed)
+    told: dict[str, Any] = {"planned": True, "stepwise": True, "calibration": setup.times[0].disturbed}
+    rounds = ServingRounds(tuple(live), replayed, counter, slowness=tuple(slower), **told)
     rows = validation.compare(simulated, {name: rounds.served(name) for name in (STATIC, LOOP)}, setup.objective)
     error = validation.simulation_error(rows, f"simulation against {rounds.source}")
     headline = replay.goodput(rounds, setup.objective, STATIC, AGAIN, LOOP, workload(size))
@@ -307,8 +350,8 @@ def simulations(
 ) -> tuple[list[tuple[tuple[float, float], ...]], dict[str, list[list[Served]]]]:
     """Return the slowness of each static replay, and the simulations of both settings: per jitter, a run per trace.
 
-    Each replay met the machine at another moment, so each is simulated with the slowness that it had itself. Where rows
-    of two profiles are under way a step's tabled time is not known, and the static replay of the round has to do.
+    Of a shared core each gets its own slices, so each is simulated with the slowness that it had itself. Where rows of
+    two profiles are under way a step's tabled time is not known, and the static replay of the round has to do.
     """
     timed = {STATIC: runs[STATIC], LOOP: runs[LOOP if setup.alone else STATIC]}
     factors = {name: [slowness(run, setup.times[0]) for run in each] for name, each in timed.items()}

@@ -181,7 +181,7 @@ def details(
         "scripts": ([script.trace.describe() for script in disturbances.scripts], "derived", "seeds and phases"),
         "settings": (compared.shown, "estimated", by),
         "static_limits": (compared.tried, "estimated", f"{by}, scripts of other seeds"),
-        "simulation": (live.rows, "measured", "against the replays in real time"),
+        "simulation": (live.rows, "measured", "against the replays"),
         "slowness": ([list(pair) for pair in live.slowness], "measured", "first static replay, decode steps by table"),
         "live_missed_seconds": (list(live.missed), "measured", "static, loop; real model, means of the rounds"),
         "speculation": (drafts.laws.to_dict("records"), "measured", in_turn),

@@ -42,7 +42,7 @@ def test_what_a_policy_thinks_is_part_of_what_its_replay_took(kind, joules):
     of_times = (lambda seconds, busy: 2.0 * seconds + 5.0 * busy) if kind == "estimate" else None
     counter = Counter(kind, "estimated", "test", 0.1, None, lambda: 0.0, of_times=of_times)
     engine, policy = (SimpleNamespace(wall_seconds=w, cpu_seconds=c, joules=10.0) for w, c in ((4.0, 3.0), (0.5, 0.2)))
-    run = replay._replayed(None, {0: [1, 2]}, engine, policy, None, counter)
+    run = replay.replayed(None, {0: [1, 2]}, engine, policy, None, counter)
     assert run.cpu_seconds == pytest.approx(3.2) and run.joules == pytest.approx(joules)
     assert run.utilisation == pytest.approx(3.2 / (4.5 * replay.disturbance.cores_given()))
 

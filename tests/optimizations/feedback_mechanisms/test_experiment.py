@@ -2,6 +2,7 @@
 sentences.
 """
 
+import contextlib
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,9 +11,10 @@ import pandas as pd
 import pytest
 import torch
 
-from lib.measure.serving import replay, validation
+from lib.measure.serving import replay, slo, validation
 from lib.measure.serving.protocol import Limits
 from lib.measure.serving.replaying.rounds import Replayed
+from lib.measure.serving.simulator import SimulatedEngine
 from lib.measure.serving.slo import Objectives
 from lib.measure.serving.step_times import COLUMN_STEP, Calls, StepTimes, assembled
 from lib.measure.serving.validation import SimulationError
@@ -56,33 +58,41 @@ def live():
     return SimpleNamespace(carried=lambda measurement: measurement, headline=headline)
 
 
-def test_neither_setting_is_replayed_before_the_other_more_often(monkeypatch):
-    """In real time what ran before matters: by turns alone the static setting came first in two rounds of six."""
-    served, static = [], []
+class Wandering(SimulatedEngine):
+    """Serves on a machine that wanders: what it takes depends on how much work was done before, whoever did it."""
 
-    class Done(Exception):
-        pass
+    work = 0
 
-    def slowness(run, times):
-        static.append(run)
-        if len(static) == live_replay.ROUNDS["quick"]:
-            raise Done
+    def __init__(self, *_):
+        super().__init__(times(), jitter=False)
+        self.output = {}
 
-    def serve(models, trace, policy, *rest):
-        served.append((trace.seed, policy))
-        return len(served) - 1
+    def _wandered(self, seconds):
+        Wandering.work += 1
+        return seconds * (1.8 if Wandering.work // 400 % 2 else 1.0)
 
-    monkeypatch.setattr(live_replay, "serve_stolen", serve)
-    monkeypatch.setattr(live_replay, "slowness", slowness)
-    monkeypatch.setattr(live_replay.engine, "prompts", lambda *arguments: None)
-    monkeypatch.setattr(live_replay.energy_source, "counter", lambda device: None)
-    setup, loaded = SimpleNamespace(alone=True, rate=1.0, times=(None,)), SimpleNamespace(model=None, device="cpu")
-    policies = (lambda scenario: "static"), (lambda scenario: "loop")
-    with pytest.raises(Done):
-        live_replay.compare(loaded, None, setup, *policies, size=8, effort="quick", seconds=9.0, seed=0)
-    loop = {seed: at for at, (seed, policy) in enumerate(served) if policy == "loop"}
-    assert len(served) == 18 and len(loop) == 6
-    assert sum(at < loop[served[at][0]] for at in static) == 3
+    def prefill(self, requests):
+        self.output |= {request.id: [0] for request in requests}
+        return self._wandered(super().prefill(requests))
+
+    def decode(self):
+        return self._wandered(super().decode())
+
+
+def test_a_slow_spell_falls_on_all_settings_of_a_round(monkeypatch):
+    """Replayed one after the other, two runs of one setting differed by a fifth and more: no verdict was left."""
+    monkeypatch.setattr(live_replay, "ModelEngine", Wandering)
+    monkeypatch.setattr(live_replay.replay, "warm_up", lambda *_: None)
+    idle = SimpleNamespace(start=lambda: None, stop=lambda: None)
+    monkeypatch.setattr(live_replay, "Spinner", lambda: contextlib.nullcontext(idle))
+    same = times()
+    setup = TwoProfileSetup((same, same), OBJECTIVES, Limits(32, patience_seconds=0.3), 12.0)
+    for trace in live_replay.traces(setup.rate, 4.0, "quick", 0)[:3]:
+        policies = {name: experiment.static(16)(None) for name in (live_replay.STATIC, live_replay.AGAIN)}
+        runs = live_replay.serve_stolen((None,), trace, policies, setup, None)
+        shares = [slo.goodput_share(run.served, OBJECTIVES) for run in runs.values()]
+        steps = [sum(step.seconds for step in run.served.steps) for run in runs.values()]
+        assert abs(shares[0] - shares[1]) < 0.05 and steps[0] == pytest.approx(steps[1], rel=0.05)
 
 
 def test_a_loop_that_moved_nothing_is_told_from_one_that_did():

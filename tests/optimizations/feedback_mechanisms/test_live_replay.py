@@ -1,4 +1,4 @@
-"""Two real profiles in real time: what the guard reads there is real, and so is what follows from it."""
+"""Two real profiles in turns: what the guard reads there is real, and so is what follows from it."""
 
 from types import SimpleNamespace
 
@@ -20,13 +20,13 @@ def test_a_broken_profile_is_taken_back_in_a_real_replay(tiny, strength):
     fast = shadow.broken(full, strength) if strength else full
     trace = live_replay.trace(80.0, 1.2, Lengths(12, 6), seed=1)
     setup = SimpleNamespace(shadow_share=1.0, bound=0.1, limits=Limits(8))
-    run = live_replay.serve_stolen(
-        [full, fast],
-        trace,
-        rivals.Static(8, always=FAST),
-        setup,
-        lambda one: TEXT_T[one.id : one.id + one.prompt_tokens],
+    policies = {"fast": rivals.Static(8, always=FAST), "full": rivals.Static(8)}
+    runs = live_replay.serve_stolen(
+        [full, fast], trace, policies, setup, lambda one: TEXT_T[one.id : one.id + one.prompt_tokens]
     )
+    run = runs["fast"]
+    assert set(runs["full"].profile_of.values()) == {FULL} and not runs["full"].rollbacks
+    assert all(each.replayed.output.keys() == each.profile_of.keys() for each in runs.values())
     aside = [step for step in run.served.steps if step.kind == "aside"]
     assert aside and all(step.seconds > 0 for step in aside)
     assert (run.rollbacks > 0) is (strength > 0)
