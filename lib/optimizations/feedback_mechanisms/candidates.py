@@ -115,7 +115,7 @@ def fast_profiles(
     if measure:
         timed["saving"] = lambda model: measure(model).net
         timed["worth"] = lambda model: experiment.not_worth_it(measure(model), effort, seed)
-    amounts = READ.get(effort, {})
+    amounts: dict[str, Any] = READ.get(effort, {})
     return draft, profiles.first_admitted(loaded, candidates(), bound, PROMPTS[effort], seed, **timed, **amounts)
 
 
