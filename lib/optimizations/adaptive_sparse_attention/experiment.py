@@ -83,10 +83,10 @@ class PromptLengths:
         return self.curves[-1]
 
 
-def lengths_of(effort: str, scale: str, longest: int = 0, model: nn.Module | None = None) -> PromptLengths:
+def lengths_of(loaded: Loaded, effort: str, longest: int = 0) -> PromptLengths:
     """Return the lengths of a run by effort and scale; `longest`, where not 0, is the longest prompt.
 
-    Where nobody asked for a length, none exceeds the positions of `model`, which what comes behind the timed prompt
+    Where nobody asked for a length, none exceeds the positions of the model, which what comes behind the timed prompt
     needs too. Raises UserError for a length that is too short to ask anything about.
     """
     if 0 < longest < LEAST_CONTEXT:
@@ -94,10 +94,10 @@ def lengths_of(effort: str, scale: str, longest: int = 0, model: nn.Module | Non
             f"{method.WHERE}: context {longest}: expected 0 (by effort) or at least {LEAST_CONTEXT} tokens, which hold "
             "a few keys and values"
         )
-    curves = contexts(effort, scale, longest)
+    curves = contexts(effort, loaded.scale, longest)
     timed = longest or min(curves[-1], max(curves[0], TIMED_PROMPT.get(effort, 8192)))
-    behind = max(settings.read(effort, scale).new_tokens, KEY + VALUE)
-    most = kernels.most_positions(model) if model is not None and not longest else 0
+    behind = max(settings.read(effort, loaded.scale).new_tokens, KEY + VALUE)
+    most = 0 if longest else kernels.most_positions(loaded.model)
     if most - behind >= LEAST_CONTEXT:  # else `facts` says what is missing
         timed = min(timed, most - behind)
         curves = [tokens for tokens in curves if tokens <= most] or [timed]

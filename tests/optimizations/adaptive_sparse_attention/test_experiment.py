@@ -36,38 +36,45 @@ def test_nothing_is_told_of_random_weights_or_where_all_is_kept():
     assert experiment.others_hold_as_much(TRAINED, _survey(0.0, 0.0, density=1.0))[1] is None
 
 
-def test_lengths_follow_effort_and_scale():
-    assert experiment.lengths_of("quick", "proxy") == experiment.PromptLengths([1024, 2048], 2048)
-    assert experiment.lengths_of("standard", "slice") == experiment.PromptLengths([4096, 8192], 4096)
-    assert experiment.lengths_of("quick", "proxy", 3000) == experiment.PromptLengths([1024, 2048, 3000], 3000)
+def _loaded(model, scale):
+    return SimpleNamespace(model=model, scale=scale, dtype="float32", parameters=SimpleNamespace(name="tiny"))
+
+
+def test_lengths_follow_effort_and_scale(tiny):
+    model = tiny("qwen3-4b-instruct-2507")
+    anatomy(model).config.max_position_embeddings = 32768
+    proxy, blocks = _loaded(model, "proxy"), _loaded(model, "slice")
+    assert experiment.lengths_of(proxy, "quick") == experiment.PromptLengths([1024, 2048], 2048)
+    assert experiment.lengths_of(blocks, "standard") == experiment.PromptLengths([4096, 8192], 4096)
+    assert experiment.lengths_of(proxy, "quick", 3000) == experiment.PromptLengths([1024, 2048, 3000], 3000)
 
 
 def test_lengths_by_effort_fit_into_the_positions_of_the_model(tiny):
     """SmolLM2 has 8,192 positions, where a thorough run would read 16,384 tokens, and decode behind 8,192 of them."""
     model = tiny("qwen3-4b-instruct-2507")
-    assert experiment.lengths_of("quick", "proxy", 0, model) == experiment.PromptLengths([496], 496)
+    assert experiment.lengths_of(_loaded(model, "proxy"), "quick") == experiment.PromptLengths([496], 496)
+    real = _loaded(model, "full")
     anatomy(model).config.max_position_embeddings = 8192
-    fitted = experiment.lengths_of("thorough", "full", 0, model)
+    fitted = experiment.lengths_of(real, "thorough")
     assert fitted.curves == [4096, 8192] and fitted.timed + fitted.behind == 8192
-    assert experiment.lengths_of("thorough", "full", 9000, model).timed == 9000  # asked for: refused, not changed
+    assert experiment.lengths_of(real, "thorough", 9000).timed == 9000  # asked for: refused, not changed
     anatomy(model).config.max_position_embeddings = 40
-    assert experiment.lengths_of("quick", "proxy", 0, model).timed == 2048  # too few for anything: `facts` refuses
+    assert experiment.lengths_of(real, "quick").timed == 2048  # too few for anything: `facts` refuses
 
 
-def test_a_context_too_short_to_ask_anything_about_is_refused():
+def test_a_context_too_short_to_ask_anything_about_is_refused(tiny):
     with pytest.raises(UserError, match=r"context 40: expected 0 .by effort. or at least 64 tokens"):
-        experiment.lengths_of("quick", "proxy", 40)
+        experiment.lengths_of(_loaded(tiny("qwen3-4b-instruct-2507"), "proxy"), "quick", 40)
 
 
 def test_a_prompt_that_fills_all_positions_is_refused_before_anything_is_read(tiny):
     """Of 512 positions it leaves none for the tokens that are decoded and the questions that are asked behind it."""
-    loaded = SimpleNamespace(model=tiny("qwen3-4b-instruct-2507"), scale="proxy", dtype="float32")
-    loaded.parameters = SimpleNamespace(name="tiny")
+    loaded = _loaded(tiny("qwen3-4b-instruct-2507"), "proxy")
     with pytest.raises(NotApplicable, match=r"512 tokens with 16 behind it .* at most 496, the model's 512 less these"):
-        experiment.facts(loaded, experiment.lengths_of("quick", "proxy", 512))
+        experiment.facts(loaded, experiment.lengths_of(loaded, "quick", 512))
     with pytest.raises(NotApplicable, match="a context of 600 tokens is longer"):
-        experiment.facts(loaded, experiment.lengths_of("quick", "proxy", 600))
-    assert "[496]" in set(experiment.facts(loaded, experiment.lengths_of("quick", "proxy", 496))["value"])
+        experiment.facts(loaded, experiment.lengths_of(loaded, "quick", 600))
+    assert "[496]" in set(experiment.facts(loaded, experiment.lengths_of(loaded, "quick", 496))["value"])
 
 
 def test_a_prompt_too_short_for_a_pattern_is_priced_without_a_search(tiny):
