@@ -101,7 +101,7 @@ def test_arms_beside_the_headline_decode_as_many_tokens_in_a_call(tiny, monkeypa
     headline = SimpleNamespace(timed={"decode": SimpleNamespace(baseline=every, optimized=sparse)})
     calls = []
     monkeypatch.setattr(attention_timing, "time_calls", lambda first, second, *_, **__: calls.append((first, second)))
-    monkeypatch.setattr(attention_timing.measurement, "from_pairs", lambda *arguments: arguments[3])
+    monkeypatch.setattr(attention_timing.paired_samples, "from_pairs", lambda *arguments: arguments[3])
     parts = attention_timing.decode_apart(baseline, optimized, KNOBS, PROMPT, headline, new_tokens)
     assert [[work.new_tokens for work in pair] for pair in calls] == [[new_tokens] * 2] * 2
     assert [part["measurements"] for part in parts] == [[new_tokens]] * 2

@@ -81,7 +81,7 @@ def test_two_thin_products_are_judged_in_prefill_and_in_decoding(prefill, decode
     thin = FactoredLinear(nn.Linear(8, 2, bias=False), nn.Linear(2, 8))
     *_, (_, answer, evidence) = outcome.refutations([], thin, rates)
     assert answer is refuted
-    assert evidence == f"prefill 1.050× (1.039–1.061), {prefill}; decode 0.980× (0.970–0.990), {decode}"
+    assert evidence == f"prefill 1.050× (1.039–1.061), {prefill}; decode 0.9800× (0.9702–0.9898), {decode}"
     wide = rates[1].model_copy(update={"ratio": 2.5, "ci": (1.9, 3.1)})
     *_, (_, _, evidence) = outcome.refutations([], thin, [rates[0], wide])
     assert "decode 2.5× (1.9–3.1)" in evidence, "no more digits than the interval deserves"
