@@ -8,9 +8,11 @@ import workbench
 
 from lib.errors import UserError
 from lib.models import parameters
+from lib.report.records import record
 from lib.suite.cli import command
 from lib.suite.cli import options as command_line
 from lib.suite.plan import cache_key, named_files, plan
+from tests.report import samples
 
 
 @pytest.fixture
@@ -113,7 +115,8 @@ def test_advice_is_asked_for_by_name_or_checkpoint(own, tmp_path):
     folder = workbench.checkpoint(tmp_path / "Tiny Model", "llama")
     place = root / "executed" / "full"
     place.mkdir(parents=True)
-    (place / "well--other.json").write_text("{}")
+    run = samples.whole("structured_pruning", "other")
+    record.write(run, place / f"{run.stem}.json")
     assert f'no record of "{folder}" in ' in line(call("advise", "--model", str(folder), "--scale", "full"))
     assert call("list", "--model", str(folder)).returncode == 0  # which gives it a name
     for model in (str(folder), "tiny-model"):
