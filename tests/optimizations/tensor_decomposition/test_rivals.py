@@ -84,7 +84,7 @@ def test_two_thin_products_are_judged_in_prefill_and_in_decoding(prefill, decode
     assert evidence == f"prefill 1.050× (1.039–1.061), {prefill}; decode 0.9800× (0.9702–0.9898), {decode}"
     wide = rates[1].model_copy(update={"ratio": 2.5, "ci": (1.9, 3.1)})
     *_, (_, _, evidence) = outcome.refutations([], thin, [rates[0], wide])
-    assert "decode 2.5× (1.9–3.1)" in evidence, "no more digits than the interval deserves"
+    assert "decode 2.50× (1.90–3.10)" in evidence, "no more digits than the interval deserves"
     barely = rates[1].model_copy(update={"ci": (0.979, 1.0038)})
     *_, (_, _, evidence) = outcome.refutations([], thin, [rates[0], barely])
     assert "(0.979–1.004)" in evidence, "an end that lies above 1 is not shown as 1"

@@ -71,6 +71,10 @@ def disagreements(page: str, full: str) -> list[str]:
             *gains, quality = cell.replace(", ", " ").split(" ")
             if quality != runs[run]["accuracy"][0] or len(gains) != len(metrics):
                 faults.append(f"{run}: {cell}, quality {runs[run]['accuracy']}")
+            if metrics == ["–"]:  # no speed was judged, as where both arms have the same weights
+                values = [value for column, value in speed[run].items() if column not in ("optimization", "model")]
+                faults += [f"{run}: {value} is judged" for value in values if value[0] not in "·–"]
+                continue
             for metric, gain in zip(metrics, gains):
                 wanted = speed[run][metric].split(" ")
                 bold = f"**{wanted[1]}**" if wanted[0] in "▲▼" else wanted[1] if len(wanted) > 1 else "–"
