@@ -114,34 +114,35 @@ def test_the_copy_decodes_at_the_same_place_of_the_answer_as_the_others(tiny, mo
     assert seen == [True, True, True]
 
 
-def test_in_one_process_every_arm_is_a_copy_made_just_before(tiny, monkeypatch):
-    base, other = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507", seed=1)
-    ran, originals = set(), {id(base), id(other)}
-    for model in (base, other):
+def _watched(tiny, monkeypatch):
+    """Return two models that are timed in one process, their arms, the prompt, and the identities of what has run."""
+    models = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507", seed=1)
+    ran = set()
+    for model in models:
         model.register_forward_hook(lambda module, *_: ran.add(id(module)))
     monkeypatch.setattr(speed.replication, "in_processes", lambda *a, **b: ({}, "planted"))
-    prompt_BT = workloads.random_prompt(base, 1, 16)
-    arms = {"prefill": tuple(workloads.standard("prefill", model, prompt_BT, 2, 1) for model in (base, other))}
+    prompt_BT = workloads.random_prompt(models[0], 1, 16)
+    arms = {"prefill": tuple(workloads.standard("prefill", model, prompt_BT, 2, 1) for model in models)}
+    return models, arms, prompt_BT, ran
+
+
+def test_in_one_process_every_arm_is_a_copy_made_just_before(tiny, monkeypatch):
+    models, arms, prompt_BT, ran = _watched(tiny, monkeypatch)
+    originals = {id(model) for model in models}
     for work in arms["prefill"]:
         work()
     assert ran == originals
     ran.clear()
-    speed._pairs((base, other), arms, prompt_BT, QUICK, 0, ())
+    speed._pairs(models, arms, prompt_BT, QUICK, 0, ())
     assert len(ran) == 3 and not ran & originals
 
 
 def test_where_one_arm_cannot_be_copied_neither_is(tiny, monkeypatch):
     """A copy of the baseline beside an optimized model that was loaded long before: the difference was its age."""
-    base, other = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507", seed=1)
-    other.lock = threading.Lock()  # which cannot be copied
-    ran, originals = set(), {id(base), id(other)}
-    for model in (base, other):
-        model.register_forward_hook(lambda module, *_: ran.add(id(module)))
-    monkeypatch.setattr(speed.replication, "in_processes", lambda *a, **b: ({}, "planted"))
-    prompt_BT = workloads.random_prompt(base, 1, 16)
-    arms = {"prefill": tuple(workloads.standard("prefill", model, prompt_BT, 2, 1) for model in (base, other))}
-    _, details = speed._pairs((base, other), arms, prompt_BT, QUICK, 0, ())
-    assert originals < ran and len(ran) == 3, "the control is a copy, still"
+    models, arms, prompt_BT, ran = _watched(tiny, monkeypatch)
+    models[1].lock = threading.Lock()  # which cannot be copied
+    _, details = speed._pairs(models, arms, prompt_BT, QUICK, 0, ())
+    assert {id(model) for model in models} < ran and len(ran) == 3, "the control is a copy, still"
     assert details["age of the arms"].startswith("no copy of the optimized model")
 
 

@@ -123,11 +123,17 @@ def test_advice_is_asked_for_by_name_or_checkpoint(own, tmp_path):
         assert 'no record of "tiny-model" in ' in line(call("advise", "--model", model))  # at the scale that it has
 
 
-def test_weights_and_files_are_part_of_the_key_by_content(own, tmp_path, monkeypatch):
+def _planned_here(own, tmp_path, monkeypatch):
+    """Let this process plan the runs of the project; return its root."""
     root, _ = own
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(plan, "NOTEBOOKS", root / "notebooks")
     monkeypatch.setattr(parameters, "PARAMETERS", root / "parameters")
+    return root
+
+
+def test_weights_and_files_are_part_of_the_key_by_content(own, tmp_path, monkeypatch):
+    root = _planned_here(own, tmp_path, monkeypatch)
     folder = workbench.checkpoint(root / "parameters" / "weights", "llama")
     workbench.notebook(
         root / "notebooks" / "well.ipynb", [], workbench.COMMON + "\ntasks: list[str] = []\ntext: str = ''"
@@ -155,10 +161,7 @@ def test_weights_and_files_are_part_of_the_key_by_content(own, tmp_path, monkeyp
 
 def test_results_in_a_models_own_folder_are_no_part_of_the_model(own, tmp_path, monkeypatch):
     """A run whose `--out` lay there changed its own key: it was never finished."""
-    root, _ = own
-    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(plan, "NOTEBOOKS", root / "notebooks")
-    monkeypatch.setattr(parameters, "PARAMETERS", root / "parameters")
+    root = _planned_here(own, tmp_path, monkeypatch)
     folder = workbench.checkpoint(root / "parameters" / "weights", "llama")
     workbench.checkpoint(tmp_path / "all" / "gamma", "llama")
 
