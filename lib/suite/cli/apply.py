@@ -6,6 +6,7 @@ is written block by block, an interrupted run leaves DIR.part, and the same comm
 notebook and measures nothing.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from typing import Any
 
 from lib.errors import UserError
 from lib.files import expanded
-from lib.suite.plan import cache_key, plan
+from lib.suite.plan import cache_key, declared, plan
 from lib.suite.plan.plan import Job, Request
 from lib.suite.run.stop import BuildStopped, stoppable
 from lib.suite.store.result_folder import Folder, require_place
@@ -46,11 +47,14 @@ def apply(request: Request, stack: str | None, out: str | None, results: Path) -
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--out {out}: exists already; give a folder that does not")
     require_place(target)
+    if stack is None and (reason := declared.why_not_savable(request.optimizations[0])):
+        raise UserError(reason)  # before the model is fetched
     (job,) = plan.plan(replace(request, dimensions=()))
     key = cache_key.of(cache_key.parts(job, cache_key.Hashes(Folder(results).hashes)))
     from lib.report.pages import model_card
 
     unfinished = target.with_name(f"{target.name}.part")
+    made = [place for place in target.parents if not place.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with stoppable(), tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
@@ -67,6 +71,10 @@ def apply(request: Request, stack: str | None, out: str | None, results: Path) -
         kept = f"; {unfinished} is kept, and the same command resumes" if unfinished.exists() else ""
         print(f"\nbuild.py: stopped{kept}", file=sys.stderr)
         return stopped.exit_code
+    finally:
+        for place in made:
+            with contextlib.suppress(OSError):  # it holds something: the checkpoint, or what a stop has kept
+                place.rmdir()
     again = "written and read again block by block" if answer["by_blocks"] else "saved, loaded again"
     print(f"{out}: {again}, and equal to what was applied")
     if answer.get("unfit"):

@@ -3,6 +3,7 @@
 import ast
 from pathlib import Path
 
+from lib.suite.plan import plan
 from lib.suite.plan.plan import ROOT
 
 OPTIMIZATIONS = ROOT / "lib" / "optimizations"
@@ -20,6 +21,23 @@ def touches(stem: str, folder: Path = OPTIMIZATIONS) -> tuple[str, ...]:
 def savable(stem: str, folder: Path = OPTIMIZATIONS) -> bool:
     """Return whether `apply` can make a checkpoint of an optimization by itself."""
     return bool(HELD & set(touches(stem, folder)))
+
+
+def why_not_savable(stem: str) -> str | None:
+    """Return why `apply` can make no checkpoint of an optimization by itself; None where it can, or is none of ours.
+
+    What a run's model or parameters refuse in addition shows only when it is applied.
+    """
+    touched = touches(stem)
+    if HELD & set(touched) or stem not in plan.optimizations():
+        return None
+    others = ", ".join(name for name in plan.optimizations() if savable(name))
+    if touched:
+        return f"{stem}: changes how a model computes, which no checkpoint holds; these change weights: {others}"
+    return (
+        f"{stem}: makes no checkpoint by itself, as it changes a server or is applied through others; give one of "
+        f"these ({others}), or with --stack the recipe that a search wrote"
+    )
 
 
 def _touches(source: str) -> tuple[str, ...]:

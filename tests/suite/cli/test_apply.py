@@ -56,12 +56,26 @@ def test_the_checkpoint_is_the_optimized_model(optimization, model, tmp_path, ca
     assert mla_absorption.is_absorbed(names["model"]) == absorbed_baseline.has_latents(whole)
 
 
+@pytest.mark.parametrize(
+    ("optimization", "why"),
+    [
+        (
+            "adaptive_sparse_attention",
+            "changes how a model computes, which no checkpoint holds; these change weights: ",
+        ),
+        ("adaptive_batch_sizes", "makes no checkpoint by itself, as it changes a server or is applied through others"),
+    ],
+)
+def test_what_no_checkpoint_holds_is_refused_before_anything_is_fetched(optimization, why, tmp_path, monkeypatch):
+    monkeypatch.setattr(command.plan, "plan", lambda *_, **__: pytest.fail("planned, so fetched"))
+    with pytest.raises(UserError, match=why) as refusal:
+        applied(tmp_path / "made", optimization)
+    assert "structured_pruning" in str(refusal.value) and not list(tmp_path.iterdir())
+
+
 def test_what_changes_no_weights_is_refused_and_nothing_is_left(tmp_path):
-    for optimization in ("adaptive_sparse_attention",):
-        with pytest.raises(UserError, match="checkpoint"):
-            applied(tmp_path / "made", optimization)
     with pytest.raises(UserError, match="changes no weights"):
-        applied(tmp_path / "made", "structured_pruning", ratio="0")
+        applied(tmp_path / "new" / "folders" / "made", "structured_pruning", ratio="0")
     assert not list(tmp_path.iterdir())
 
 
@@ -154,4 +168,4 @@ def test_a_stop_ends_the_process_that_saves_and_leaves_nothing(tmp_path, monkeyp
     request = plan.Request(("structured_pruning",), (MODEL,), effort="quick")
     assert command.apply(request, None, str(tmp_path / "out" / "made"), tmp_path / "results") == 128 + signal.SIGTERM
     assert [process.returncode for process in processes] == [-signal.SIGKILL]
-    assert not list((tmp_path / "out").iterdir()) and "build.py: stopped" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and "build.py: stopped" in capsys.readouterr().err
