@@ -108,7 +108,8 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
 
     def undecided(reason: str, **fields) -> Advice:
         command, seconds = _again(record)
-        return result("undecided", reason, command=command, seconds=seconds, **fields)
+        most = "" if command else f"; nothing asks for more than effort {record.effort}"
+        return result("undecided", f"{reason}{most}", command=command, seconds=seconds, **fields)
 
     def not_asked(reason: str, **fields) -> Advice:
         whole = record.model_copy(update={"dimensions": None})
@@ -266,16 +267,20 @@ def _paid(record: Record, served: Measurement) -> list[Measurement]:
     return [m for at, m in enumerate(lost) if m is not served and all(m is not other for other in lost[:at])]
 
 
-def _again(record: Record) -> tuple[str, float | None]:
+def _again(record: Record) -> tuple[str | None, float | None]:
     """Return the one command that would tell more, the same run with more effort, and about how many seconds it takes:
     this run's, times the geometric mean of how many more blocks and items the effort asks for. What was measured on a
     busy machine is measured again as it was, but for a preview, whose few rounds scatter on any machine. A run of some
     dimensions only becomes a whole one, which takes an unknown time longer: one that lacks quality decides nothing.
+    None where a whole run on a quiet machine was at the largest effort: the same again would only draw once more.
     """
+    whole = not record.dimensions
     if record.dimensions:
         record = record.model_copy(update={"dimensions": None, "seconds": None})
     if why_busy(record.measurements) and record.effort != "preview":
         return reproduce.command(record), record.seconds
+    if whole and record.effort == "thorough":
+        return None, None
     more = {"standard": "thorough", "thorough": "thorough"}.get(record.effort, "standard")
     small, large = settings.EFFORTS[record.effort], settings.EFFORTS[more]
     factor = math.sqrt(large.blocks / small.blocks * large.items / small.items)

@@ -60,6 +60,9 @@ def advise(
     if as_json:
         plain = {model: [as_plain(row, folder, out) for row in rows] for model, rows in advice_by_model.items()}
         print(json.dumps(plain, indent=1))
+        for model in advice_by_model:
+            for line in _never_run(model, [record for record in records if record.model == model], out):
+                print(f"{model}: {line.strip()}", file=sys.stderr)  # beside the JSON, which holds what was measured
         return 0
     if about := stand_in.of_records(r for r in records if r.model in advice_by_model):
         print(about)

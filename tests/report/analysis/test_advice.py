@@ -163,6 +163,21 @@ def test_a_question_that_no_effort_answers_has_no_command(effort, optimized, dec
     assert row.reason.startswith("no effort asks enough items: F1: 400 items are too few") != decides
 
 
+@pytest.mark.parametrize(("effort", "decides"), [("standard", True), ("thorough", False)])
+def test_a_speed_that_the_largest_effort_left_open_has_no_command(effort, decides):
+    """It was sent to the same effort again, without end."""
+    run = samples.whole("structured_pruning", MODEL, gain=1.4)
+    open_speed = [
+        m.model_copy(update={"verdict": "inconclusive", "reason": "the interval reaches 1"})
+        if m.dimension == "performance"
+        else m
+        for m in run.measurements
+    ]
+    row = advised(run.model_copy(update={"measurements": open_speed, "effort": effort}))
+    assert row.decision == "undecided" and (row.command is not None) == decides
+    assert ("nothing asks for more than effort thorough" in row.reason) != decides
+
+
 def test_the_score_that_no_effort_decides_is_the_one_that_is_named():
     run = samples.whole("structured_pruning", MODEL, gain=1.4)
     asked = [m for m in run.measurements if m.dimension != "accuracy"]
@@ -336,14 +351,32 @@ def test_an_empty_stack_says_first_that_nothing_pays():
         row = advised(run, goal)
         assert row.decision == "do not use" and row.command is None
         assert row.reason.startswith("nothing pays here: of 5 candidates none")
-    assert summary.sentence(run).startswith("Nothing pays here: of 5 candidates none is within the margins")
+    assert summary.sentence(run).startswith("Nothing pays here: of 5 candidates none is surely within the margins")
     assert summary.decision(run).startswith("Do not use for latency")
+
+
+def test_what_could_not_be_applied_is_no_candidate_that_was_tried():
+    """One page said of the same run "of 9 candidates" and "of 12": three of them were refused."""
+    states = ("works", "invalid", "refused", "crashed")
+    run = samples.whole("pre_vs_post_optimization", MODEL, gain=1.0)
+
+    def sentence_of(rows: list[dict]) -> str:
+        details = {
+            "stack": record.labelled([], "derived", "chosen by the rule"),
+            "considered": record.labelled(rows, "measured", "search text"),
+        }
+        return summary.sentence(run.model_copy(update={"details": run.details | details}))
+
+    rows = [{"step": state, "state": state} for state in states]
+    assert sentence_of(rows).startswith("Nothing pays here: of 2 candidates none is surely within")
+    assert sentence_of(rows[:1]).startswith("Nothing pays here: of 1 candidate none is surely within")
+    assert sentence_of(rows[2:]).startswith("Nothing pays here: no candidate could be applied. ")
 
 
 def test_an_empty_stack_of_a_search_says_nothing_of_smaller_ones():
     run = samples.whole("automl_components", MODEL, gain=1.0)
     run = run.model_copy(update={"details": run.details | {"stack": record.labelled([], "derived", "searched")}})
-    assert advised(run, "size").reason.startswith("nothing pays here: no candidate is within the margins and faster")
+    assert advised(run, "size").reason.startswith("nothing pays here: no candidate is surely within the margins")
     assert "smaller" not in advised(run, "size").reason
 
 
@@ -571,6 +604,10 @@ def test_what_has_no_record_and_what_cannot_be_read_is_said(tmp_path, capsys):
     assert "  no record: adaptive_batch_sizes, adaptive_sparse_attention, " in captured.out
     assert "structured_pruning" not in captured.out.partition("no record")[2]
     assert captured.out.rstrip().endswith(f"--model {MODEL} --out elsewhere")
+    command.advise(folder, [MODEL], ["latency"], 0.02, as_json=True)
+    captured = capsys.readouterr()
+    assert list(json.loads(captured.out)) == [MODEL]
+    assert f"{MODEL}: no record: adaptive_batch_sizes, " in captured.err
     samples.good(tmp_path / "whole" / "proxy")
     command.advise(tmp_path / "whole" / "proxy", [MODEL], ["latency"], 0.02)
     assert "no record" not in capsys.readouterr().out
