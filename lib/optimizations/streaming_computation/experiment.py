@@ -204,13 +204,21 @@ def quality(
 def within_allowance(
     folder: Path, prompt_1T: torch.Tensor, steps: int, memory_ratio: float, options: Mapping[str, Any], exact: bool
 ) -> LimitedDecoding:
-    """Return decoding in control groups that hold the allowance; see `limited.decoding.compare`.
+    """Return decoding in control groups that hold the allowance, beside a plain mapping and accelerate's offloading:
+    see `limited.decoding`.
 
-    Asserts that both arms decode the same tokens, where the model is `exact`.
+    Asserts that all arms decode the same tokens, where the model is `exact`.
     """
-    limited = limited_decoding.compare(folder, prompt_1T, steps, memory_ratio, options)
+    job = folder, prompt_1T, steps, memory_ratio, options
+    limited = limited_decoding.compare(*job)
     assert limited.same_tokens is not False or not exact, "streamed and mapped weights decode different tokens"
-    return limited
+    if limited.rate.ratio is None:
+        reason = limited.rate.reason or "nothing was decoded under the limit"
+        missing = measurement.unavailable(limited_decoding.METRIC, limited_decoding.OFFLOADING, reason)
+        return replace(limited, offloading=[missing])
+    offloading, about = limited_decoding.against_offloading(*job)
+    assert about.get("same_tokens", True) or not exact, "streamed and offloaded weights decode different tokens"
+    return replace(limited, offloading=[offloading], details={**limited.details, "accelerate": about})
 
 
 def _formulas(baseline: nn.Module, absorbed: bool) -> dict[str, dict[str, bool]]:

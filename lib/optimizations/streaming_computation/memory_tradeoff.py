@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lib.measure.metrics import paired_stats, settings
+from lib.measure.metrics.digits import percent
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.pairs import Pairs
 from lib.measure.roofline import ceilings, cost_model
@@ -152,19 +153,32 @@ def reading(rows: Sequence[Mapping[str, Any]], offload: Mapping[str, Measurement
     """
     timed = {row["page_cache"]: row for row in rows if row["ratio"] == memory_ratio}
     longer = {cache: row["ms_per_token"] / row["resident_ms_per_token"] for cache, row in timed.items()}
-    kept, where = timed["keep"], offload_baseline.place()
-    cached = kept["disk_share"] is not None and kept["disk_share"] <= 1 - FROM_DISK
-    rest = "the rest in the page cache" if cached else f"the rest read from its file ({kept['read_from']})"
-    first = (
-        f"With {100 * kept['memory_share']:.0f} % of its weights in memory and {rest}, a token takes "
-        f"{longer['keep']:.2f} times as long as in the resident model."
-    )
+    held, rest = percent(timed["keep"]["memory_share"]), _rest(timed["keep"]["disk_share"])
+    first = f"With {held} of the weights in memory, {rest}, a token takes {longer['keep']:.2f} times the resident time."
+    rival, where, dropped = offload["disk"], offload_baseline.place(), ""
     if "drop" in timed:
-        share, source = timed["drop"]["disk_share"] or 0.0, timed["drop"]["read_from"]
-        from_disk = "every byte from the disk" if share == 1 else f"nearly every byte ({source})"
-        how = from_disk if share >= FROM_DISK else f"the page cache dropped ({source})"
-        first = f"{first[:-1]}; with {how}, {longer['drop']:.2f} times."
-    rival = offload["disk"]
+        dropped = f"with {_dropped(timed['drop']['disk_share'])} a token takes {longer['drop']:.2f} times"
     if rival.ratio is None:
-        return first + f" Against accelerate's offloading it was not timed: {rival.reason}."
-    return first + f" It decodes {rival.ratio:.1f} times as fast as accelerate's offloading to {where}."
+        parts = [dropped, f"against accelerate's offloading it was not timed: {rival.reason}"]
+    else:
+        parts = [f"it decodes {rival.ratio:.1f} times as fast as accelerate's offloading to {where}", dropped]
+    second = "; ".join(filter(None, parts))
+    return f"{first} {second[:1].upper()}{second[1:]}."
+
+
+def _rest(disk_share: float | None) -> str:
+    """Return where the weights that are not in memory come from, of which a share is read from the disk."""
+    if disk_share is None:
+        return "the rest from disk or page cache"
+    if disk_share <= 1 - FROM_DISK:
+        return "the rest in the page cache"
+    return f"{percent(disk_share)} of the rest from the disk"
+
+
+def _dropped(disk_share: float | None) -> str:
+    """Return how the arm reads that drops its pages: from the disk only where that was seen."""
+    if disk_share is None:
+        return "the page cache dropped"
+    if disk_share < FROM_DISK:
+        return f"the page cache dropped (disk: {percent(disk_share)})"
+    return "every byte from the disk" if disk_share == 1 else "nearly every byte from the disk"

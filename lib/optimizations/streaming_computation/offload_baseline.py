@@ -9,6 +9,7 @@ import gc
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import cpu_offload, disk_offload
@@ -17,7 +18,7 @@ from torch import nn
 from lib.measure.metrics import measurement, paired_samples
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.pairs import Pairs
-from lib.measure.timing import interleaved, workloads
+from lib.measure.timing import disturbance, interleaved, workloads
 from lib.measure.timing.workloads import Workload
 from lib.models.checkpoints import io, placement
 from lib.models.decoding import mla_absorption
@@ -61,16 +62,16 @@ def compare(
     """Return decoding of a streamed `model` against each kind of offloading, and whether all tokens are equal.
 
     The baseline of each measurement is accelerate's offloading of the checkpoint in `folder`; its noise floor is that
-    of an A/A control, the streamed model against itself. Unavailable, with the reason, where there is no room for it.
+    of an A/A control, the streamed model against itself in the same rounds. Unavailable, with the reason, where there
+    is no room for it.
     """
     names = {kind: f"decode, against accelerate, {kind}" for kind in KINDS}
     if reason := no_room(read_bound.stream_of(model).plan.total_bytes):
         return {kind: measurement.unavailable(METRIC, name, reason) for kind, name in names.items()}, True
     work, dtype = workloads.steps(model, prompt_BT, steps), next(model.parameters()).dtype
-    control = interleaved.paired(work, work, blocks=BLOCKS, warmup=1, synchronize=work.synchronize)
     measurements, all_same = {}, True
     for kind in KINDS:
-        pairs, same = pairs_with(work, folder, kind, dtype, prompt_BT)
+        pairs, control, same = pairs_with(work, folder, kind, dtype, prompt_BT)
         measurements[kind] = paired_samples.from_pairs(METRIC, names[kind], pairs, work.new_tokens, control)
         all_same &= same
     return measurements, all_same
@@ -90,9 +91,9 @@ def no_room(total: int) -> str:
 
 def pairs_with(
     work: Workload, folder: Path | str, kind: str, dtype: torch.dtype, prompt_BT: torch.Tensor, blocks: int = BLOCKS
-) -> tuple[Pairs, bool]:
+) -> tuple[Pairs, Pairs, bool]:
     """Return the pairs (accelerate's offloading of the checkpoint in `folder`, which decodes latents absorbed, and
-    `work`), and whether tokens are equal.
+    `work`), those of `work` against itself in the same rounds, and whether tokens are equal.
 
     `kind`: "disk" or "cpu". Offloading to the disk takes another copy of the weights there for as long.
     """
@@ -101,9 +102,11 @@ def pairs_with(
     with tempfile.TemporaryDirectory(prefix="offloaded-") as place:
         model = disk(model, place, device) if kind == "disk" else cpu(model, device)
         offloaded = workloads.steps(model, prompt_BT, work.new_tokens)
-        pairs = interleaved.paired(offloaded, work, blocks=blocks, warmup=1, synchronize=work.synchronize)
+        arms = {"offloaded": offloaded, "streamed": work, "again": work}
+        watched: dict[str, Any] = {"repeats": blocks, "disturbance": disturbance.watch}
+        timed = interleaved.rounds(arms, blocks, synchronize=work.synchronize, **watched)
     outputs = [arm.output_BN.cpu() for arm in (offloaded, work) if arm.output_BN is not None]
     same = len(outputs) == 2 and torch.equal(*outputs)
     del model, offloaded
     gc.collect()  # models refer to themselves
-    return pairs, same
+    return timed.pairs("offloaded", "streamed"), timed.pairs("streamed", "again"), same

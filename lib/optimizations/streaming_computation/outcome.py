@@ -100,6 +100,8 @@ def controls(
     windowed = {**texts.perplexity, **retrieved}
     rows: list[tuple[str, str, list[Measurement]]] = [("prompt in chunks", "weights resident", in_chunks)]
     rows += [(name, "cache of constant size against the whole cache", [m]) for name, m in windowed.items()]
+    if limited.offloading:
+        rows += [("accelerate, disk, limited", "offloading otherwise, where page cache counts", limited.offloading)]
     rows += [(f"accelerate, {kind}", "offloading otherwise", [m]) for kind, m in offload.items()]
     rows += [(llama_cpp.NAME, "another program on the quantized file, not judged", rival.measurements)]
     rows += [("A/A", "a copy of the baseline", compared.control())]

@@ -13,6 +13,7 @@ from lib.models.decoding import mla_absorption
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.streaming_computation import experiment, memory_tradeoff, method, offload_baseline, read_bound
 from lib.optimizations.streaming_computation.limited import children
+from lib.report.text import brief
 
 LATENT, OTHER = "glm-4.7-flash", "qwen3-4b-instruct-2507"
 PROMPT = torch.arange(8, 24)[None]
@@ -60,18 +61,20 @@ def test_that_bytes_come_from_the_disk_is_said_where_they_were_seen_to(monkeypat
     offload = {"disk": measurement.informative("decode_tokens_per_second", "decode", 1.0, 1.7, "timed", ci=(1.5, 2.0))}
     rows = [_row("keep", 0.0, "cached"), _row("drop", share, "as the system says")]
     text = memory_tradeoff.reading(rows, offload, 0.35)
-    assert ("every byte from the disk" in text) == said == ("as the system says" not in text)
+    assert ("every byte from the disk" in text) == said == ("page cache dropped" not in text)
     assert "the rest in the page cache, a token takes 2.00 times" in text and text.count(". ") == 1
     assert memory_tradeoff.points(rows, {})["arm"].iloc[-1] == "streamed, page cache dropped"
     monkeypatch.setattr(children, "in_memory", lambda place: True)
     assert "from the disk" not in memory_tradeoff.reading([_row("keep", 0.0, ""), _row("drop", 0.0, "")], offload, 0.35)
     assert "offloading to files in memory" in memory_tradeoff.reading(rows, offload, 0.35)
     read = memory_tradeoff.reading([_row("keep", 0.6, "60 % from the disk")], offload, 0.35)
-    assert "the rest read from its file (60 % from the disk)" in read
+    assert "in memory, 60 % of the rest from the disk, a token takes 2.00 times" in read
     unknown = memory_tradeoff.reading([_row("keep", None, "what came from the disk is unknown")], offload, 0.35)
-    assert "the rest read from its file (what came from the disk is unknown), a token" in unknown
+    assert "in memory, the rest from disk or page cache, a token" in unknown
     nearly = memory_tradeoff.reading([_row("keep", 0.0, ""), _row("drop", 0.96, "96 % from the disk")], offload, 0.35)
-    assert "with nearly every byte (96 % from the disk), 2.00 times" in nearly
+    assert nearly.endswith("; with nearly every byte from the disk a token takes 2.00 times.")
+    sentences = [part for each in (text, read, unknown, nearly) for part in brief.split(each)]
+    assert len(sentences) == 8 and all(brief.count(part) <= brief.MOST_WORDS for part in sentences)
 
 
 @pytest.mark.parametrize("short", ["memory", "disk"])

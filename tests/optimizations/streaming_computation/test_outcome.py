@@ -14,7 +14,7 @@ from tests.report import samples
 def _controls(copy, limited):
     nothing = SimpleNamespace(measurements=[])
     compared = SimpleNamespace(control=lambda: copy)
-    under_a_limit = SimpleNamespace(control=limited, control_is=decoding.SECOND_PROCESS)
+    under_a_limit = SimpleNamespace(control=limited, control_is=decoding.SECOND_PROCESS, offloading=[])
     return outcome.controls([], LongTexts(), {}, {}, nothing, compared, under_a_limit)
 
 

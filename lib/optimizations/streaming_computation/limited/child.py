@@ -1,14 +1,24 @@
-"""The program that decodes a checkpoint, streamed or plainly mapped, in a child process of `children`."""
+"""The program that decodes a checkpoint, streamed, plainly mapped, or offloaded to the disk by accelerate, in a child
+process of `children`.
+"""
 
+import multiprocessing
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from lib.errors import UserError
 from lib.optimizations.streaming_computation.limited.serving import Decode, Decoded, serve
+
+OFFLOADED = "offloaded"  # an option, and the folder of accelerate's files beside the checkpoint
 
 
 def opened(request: Mapping[str, Any]) -> tuple[Decode, int]:
     """Open the checkpoint and read the prompt; return what decodes, and the bytes of weights in private memory."""
+    folder = Path(request["path"])
+    if request["options"].get(OFFLOADED):
+        _offload(folder)
     import torch  # from here on everything belongs to the group
 
     from lib.measure.timing import workloads
@@ -17,7 +27,9 @@ def opened(request: Mapping[str, Any]) -> tuple[Decode, int]:
 
     torch.set_num_threads(request["threads"])
     options = dict(request["options"])
-    if options.pop("mapped", False):
+    if options.pop(OFFLOADED, False):
+        model, private_bytes = _open_offloaded(folder, options)
+    elif options.pop("mapped", False):
         model, private_bytes = plain_mapping.open_mapped(request["path"])
         method.attach(model, **options)
     else:
@@ -33,6 +45,44 @@ def opened(request: Mapping[str, Any]) -> tuple[Decode, int]:
 
     decode()
     return decode, private_bytes
+
+
+def _offload(folder: Path) -> None:
+    """Write the weights of a checkpoint as accelerate offloads them, in a process that ends: it loads the model whole,
+    and what it held must not count as what decoding needs. Raises UserError where that process fails.
+    """
+    writing = multiprocessing.get_context("fork").Process(target=_write, args=(folder,))
+    writing.start()
+    writing.join()
+    if writing.exitcode:
+        raise UserError(f"accelerate could not offload the weights: its process ended with {writing.exitcode}")
+
+
+def _write(folder: Path) -> None:
+    from accelerate.utils import offload_state_dict
+
+    from lib.models.checkpoints import io
+
+    offload_state_dict(str(folder.with_name(OFFLOADED)), io.load_folder(folder).state_dict())
+
+
+def _open_offloaded(folder: Path, options: Mapping[str, Any]) -> tuple[Any, int]:
+    """Return the model whose weights `_offload` wrote, empty until each module is called, and the bytes of its stored
+    buffers, which stay in memory.
+    """
+    from accelerate.utils import OffloadedWeightsLoader
+
+    from lib.models.offload.layout import layout
+    from lib.models.structure.architecture import ready
+    from lib.optimizations.streaming_computation import method, offload_baseline
+
+    place = folder.with_name(OFFLOADED)
+    model, stored = ready(layout(folder, False, "cpu").model), OffloadedWeightsLoader(save_folder=str(place))
+    buffers = [(buffer, stored[name]) for name, buffer in model.named_buffers() if name in stored]
+    for buffer, value in buffers:
+        buffer.copy_(value)
+    method.attach(model, **options)
+    return offload_baseline.disk(model, place), sum(buffer.nbytes for buffer, _ in buffers)
 
 
 if __name__ == "__main__":

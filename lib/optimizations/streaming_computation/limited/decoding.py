@@ -1,6 +1,6 @@
-"""Decoding where memory is really limited: streamed weights and a plain mapping of the same file, each in a separate
-process whose control group may hold what it needs without weights, plus the allowance of weights, whether in its own
-memory or in the page cache.
+"""Decoding where memory is really limited: streamed weights, a plain mapping of the same file, and accelerate's
+offloading, each in a separate process whose control group may hold what it needs without weights, plus the allowance of
+weights, whether in its own memory or in the page cache.
 
 With a warm page cache the machine holds the model whatever a process is allowed; here it does not. Knows nothing of how
 weights are streamed.
@@ -24,10 +24,13 @@ from lib.measure.metrics.measurement import Measurement
 from lib.measure.timing import interleaved
 from lib.models.checkpoints.folder import weight_files
 from lib.optimizations.streaming_computation.limited import children, control_group
+from lib.optimizations.streaming_computation.limited.child import OFFLOADED
 from lib.optimizations.streaming_computation.limited.children import SLACK, Child
 
 METRIC, WORKLOAD = "decode_tokens_per_second", "decode within the allowance, page cache included"
+OFFLOADING = "decode within the allowance, against accelerate, disk"
 BLOCKS = 6
+ANSWERED = "tokens", "disk_bytes"
 AGAIN = "again"  # the arm that does what the baseline does: where it fits, in a process and on a copy of its own
 SECOND_PROCESS = "a second process of the plain mapping"
 LEFT_OUT = ("memory_ratio", "page_cache", "device")  # each arm has its own memory, on a CPU
@@ -37,7 +40,8 @@ LEFT_OUT = ("memory_ratio", "page_cache", "device")  # each arm has its own memo
 class LimitedDecoding:
     """Streamed against plainly mapped weights under one limit; `reason` says why there is none of it. `details` hold
     the limits and what came from the disk, `control` the A/A control, and `control_is` what that is: a second process
-    of the plain mapping, or where there is no room for one its only process once more.
+    of the plain mapping, or where there is no room for one its only process once more. `offloading`: streamed against
+    accelerate's offloading to the disk under the same limit, a row for each arm that was asked for.
     """
 
     rate: Measurement
@@ -45,6 +49,7 @@ class LimitedDecoding:
     same_tokens: bool | None = None
     control: list[Measurement] = field(default_factory=list)
     control_is: str = SECOND_PROCESS
+    offloading: list[Measurement] = field(default_factory=list)
 
     def reading(self) -> str:
         """Return two sentences: the rates under the limit, or why there are none."""
@@ -54,8 +59,12 @@ class LimitedDecoding:
         return (
             f"Where page cache counts, and {share:.0f} % of the weights fit, streaming decodes "
             f"{self.rate.optimized:.3g} tokens a second. A plain mapping of the same file decodes "
-            f"{self.rate.baseline:.3g}."
+            f"{self.rate.baseline:.3g}{self._offloaded()}."
         )
+
+    def _offloaded(self) -> str:
+        rates = [row.baseline for row in self.offloading if row.baseline is not None]
+        return f", accelerate's offloading {rates[0]:.3g}" if rates else ""
 
 
 def compare(
@@ -131,6 +140,47 @@ def _compared(
     details |= {"control": control_is}
     repeated = [paired_samples.from_pairs(METRIC, WORKLOAD, control, steps, 0.0)]
     return LimitedDecoding(rate, details, same, repeated, control_is)
+
+
+def against_offloading(
+    folder: Path,
+    prompt_1T: torch.Tensor,
+    steps: int,
+    memory_ratio: float,
+    options: Mapping[str, Any],
+    *,
+    blocks: int = BLOCKS,
+    seed: int = 0,
+) -> tuple[Measurement, dict[str, Any]]:
+    """Return decoding of `steps` tokens streamed (optimized) against accelerate's offloading to the disk (baseline)
+    under the limit of `compare`, in turns, and its details. The noise floor is that of the streamed process against
+    itself in the same rounds. Unavailable, with the reason, where there is no room for it or no group can be made.
+    """
+    options = {name: value for name, value in options.items() if name not in LEFT_OUT}
+    total = weights_bytes(folder)
+    allowance = round(memory_ratio * total)
+    arms = {
+        "baseline": {**options, "absorbed": True, OFFLOADED: True},
+        "optimized": {**options, "memory_ratio": memory_ratio},
+    }
+    try:
+        require_binding(total, allowance)
+        if short := no_room(3, total, total):  # its files beside the checkpoint; before, it loads the model whole
+            raise UserError(short)
+        with ExitStack() as stack:
+            arm = {name: stack.enter_context(_child(folder, prompt_1T, steps, own)) for name, own in arms.items()}
+            limits = {name: child.limit(allowance) for name, child in arm.items()}
+            turns, watch = {**arm, AGAIN: arm["optimized"]}, partial(children.watch, [*arm.values()])
+            timed = interleaved.rounds(turns, blocks, seed=seed, repeats=blocks, disturbance=watch)
+            if (group := arm["baseline"].group) is not None:
+                require_counted(group.cached_bytes(), allowance)
+            tokens, read = ({name: each.answers[-1][key] for name, each in arm.items()} for key in ANSWERED)
+    except UserError as error:
+        return measurement.unavailable(METRIC, OFFLOADING, str(error)), {"reason": str(error)}
+    control = timed.pairs("optimized", AGAIN)
+    rate = paired_samples.from_pairs(METRIC, OFFLOADING, timed.pairs("baseline", "optimized"), steps, control)
+    same = tokens["baseline"] == tokens["optimized"]
+    return rate, {"limit_bytes": limits, "disk_bytes_of_a_call": read, "same_tokens": same}
 
 
 def no_room(copies: int, total: int, allowance: int) -> str:

@@ -87,7 +87,7 @@ def test_the_work_of_the_processes_themselves_disturbs_nothing(monkeypatch):
     seconds = iter([0.0, 0.9])
     child = SimpleNamespace(cpu_seconds=lambda: next(seconds))
     assert children.watch([child])() is None
-    assert "other processes took 90%" in children.watch([])()
+    assert "other processes took 90 %" in children.watch([])()
 
 
 def test_a_copy_is_whole_and_what_cannot_be_copied_is_said(tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from lib.errors import UserError
+from lib.measure.metrics import measurement
 from lib.measure.timing import interleaved
 from lib.models import parameters
 from lib.models.checkpoints import io
@@ -70,6 +72,65 @@ def test_both_arms_decode_the_same_tokens_under_one_limit(tmp_path):
     assert details["disk_bytes_of_a_call"]["baseline"] > 0, "what does not fit is read again"
     assert limited.reading().count(". ") == 1
     assert not list(Path(control_group.candidates()[0][0]).glob(f"{control_group.NAME}-{os.getpid()}-*")), "left behind"
+
+
+def _no_groups(tmp_path: Path) -> str | None:
+    """Return why nothing can be limited here, or None."""
+    try:
+        with control_group.group():
+            return "the temporary folder lies in memory" if children.in_memory(str(tmp_path)) else None
+    except UserError as reason:
+        return str(reason)
+
+
+@pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507", "glm-4.7-flash"])
+def test_what_accelerate_offloads_decodes_the_same_tokens_in_a_child(tiny, tmp_path, name):
+    """Without a limit, so on any Linux: absorbed decoding, and buffers that the checkpoint holds, included."""
+    if not Path("/proc").is_dir():
+        pytest.skip("children are forked on Linux")
+    folder = io.save(tiny(name), tmp_path / "checkpoint")
+    request = {"path": str(folder), "steps": 6, "prompt": [list(range(8, 24))], "threads": 1}
+    said = []
+    for options in ({"offloaded": True, "absorbed": True}, {"mapped": True, "absorbed": True}):
+        with children.started(children.module("child"), {**request, "options": options}) as child:
+            child()
+            said.append(child.answers[-1]["tokens"])
+    assert said[0] == said[1] and len(said[0]) >= 6
+    assert (tmp_path / "offloaded" / "index.json").is_file()
+
+
+def test_accelerate_decodes_under_the_same_limit(tmp_path):
+    if reason := _no_groups(tmp_path):
+        pytest.skip(reason)
+    described = parameters.read("qwen3-4b-instruct-2507")
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 1024, "num_hidden_layers": 12}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 512}
+    config = parameters.merge(described.full, sizes)
+    folder = io.save(io.build(config, described.architecture), tmp_path / "model")
+    rate, details = decoding.against_offloading(folder, torch.arange(8, 24)[None], 1, 0.3, {"prefill_chunk": 64})
+    assert rate.ratio is not None, rate.reason
+    assert details["same_tokens"] and rate.n == decoding.BLOCKS and rate.noise_floor is not None
+    assert details["disk_bytes_of_a_call"]["baseline"] > 0, "what does not fit is read again"
+
+
+def test_offloading_that_has_no_room_or_no_group_says_why(monkeypatch, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(bytes(10 * children.SLACK))
+    job = tmp_path, torch.ones(1, 4, dtype=torch.long), 2, 0.5, {}
+    monkeypatch.setattr(control_group, "candidates", lambda: [])
+    rate, details = decoding.against_offloading(*job)
+    assert rate.verdict == "unavailable" and "Delegate=yes" in rate.reason == details["reason"]
+    monkeypatch.setattr(decoding.shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
+    assert "copies of 0.1 GB do not fit" in decoding.against_offloading(*job)[0].reason
+
+
+def test_the_reading_names_what_accelerate_decodes():
+    rate = measurement.informative(decoding.METRIC, decoding.WORKLOAD, 3.0, 4.0, "timed")
+    limited = decoding.LimitedDecoding(rate, {"allowance_bytes": 35, "weights_bytes": 100})
+    assert limited.reading().endswith("A plain mapping of the same file decodes 3.")
+    rival = measurement.informative(decoding.METRIC, decoding.OFFLOADING, 1.5, 4.0, "timed")
+    beside = replace(limited, offloading=[rival]).reading()
+    assert beside.endswith("decodes 3, accelerate's offloading 1.5.")
+    assert all(len(sentence.split()) <= 25 for sentence in beside.split(". "))
 
 
 class _Process:
