@@ -34,6 +34,19 @@ def test_what_two_builds_would_share_follows_from_the_intervals():
     assert count == 1 and everything == timed and 0.4 < timed < 0.6
 
 
+def test_a_regression_between_two_builds_of_one_commit_does_not_hold():
+    """Both call the gain better, so that no verdict differs: it is a sixth smaller in one of them."""
+    one, other, alike = (
+        {"a": samples.whole("structured_pruning", "qwen3-vl-2b", gain=gain, seed=seed)}
+        for seed, gain in enumerate((1.4, 1.2, 1.4))
+    )
+    lines, holds = twins.compare(one, other)
+    assert not holds and any(line.startswith("  REGRESSION structured_pruning--qwen3-vl-2b prefill") for line in lines)
+    assert twins.regressions(one, other) == twins.regressions(other, one) != [], "whichever of them is the old one"
+    lines, holds = twins.compare(one, alike)
+    assert holds and lines[-1] == "regressions called in either order: 0"
+
+
 def test_folders_without_records_do_not_hold(tmp_path, capsys):
     assert twins.main([str(tmp_path), str(tmp_path)]) == 2
     assert "nothing can be compared" in capsys.readouterr().out

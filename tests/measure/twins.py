@@ -5,8 +5,9 @@
 
 Prints, for every build, how many A/A controls were called better or worse (at most one in twenty may be), and what
 share would agree with another build of the same commit if every interval is right and nothing else differs: effects
-near a threshold fall on either side of it. For any two builds: the share that agrees, by metric and by notebook, and
-every contradiction. Exit code 1 where one of these does not hold.
+near a threshold fall on either side of it. For any two builds: the share that agrees, by metric and by notebook, every
+contradiction, and every regression that `build.py compare` calls, whichever of the two is the old one. Exit code 1
+where one of these does not hold.
 """
 
 import math
@@ -23,7 +24,8 @@ sys.path.insert(0, str(ROOT))
 
 from lib.measure.metrics.catalogue import DIMENSIONS  # noqa: E402
 from lib.measure.metrics.decision import decide  # noqa: E402
-from lib.measure.metrics.paired_stats import NORMAL  # noqa: E402
+from lib.measure.metrics.paired_stats import MINIMUM_PROCESSES, NORMAL  # noqa: E402
+from lib.report.analysis import compare as comparison  # noqa: E402
 from lib.report.records import record  # noqa: E402
 from lib.report.records.record import Record  # noqa: E402
 
@@ -90,7 +92,16 @@ def compare(one: Mapping[str, Record], other: Mapping[str, Record]) -> tuple[lis
         lines += [f"  CONTRADICTION {' '.join(key)}: {pair[0]} / {pair[1]}" for key, pair in opposite.items()]
         keys = [key for key in first.keys() & second.keys() if {first[key], second[key]} - NOT_JUDGED]
         lines += table(differing, keys, 1) + (table(differing, keys, 0) if what == "measurements" else [])
-    return lines, holds
+    called = regressions(one, other)
+    return [*lines, f"regressions called in either order: {len(called)}", *called], holds and not called
+
+
+def regressions(one: Mapping[str, Record], other: Mapping[str, Record]) -> list[str]:
+    """Return a line for every regression that `build.py compare` calls between two builds, in either order."""
+    changes = [c for old, new in ((one, other), (other, one)) for c in comparison.compare(old.values(), new.values())]
+    return [
+        f"  REGRESSION {c.optimization}--{c.model} {c.metric} {c.workload}: {c.how}" for c in changes if c.regression
+    ]
 
 
 def controls(records: Mapping[str, Record]) -> tuple[list[str], bool]:
@@ -121,7 +132,8 @@ def expected(records: Mapping[str, Record], draws: int = 40, seed: int = 0) -> t
             others += 1
             continue
         low, high = (math.log(end) for end in measured.ci)
-        fields = {"n": measured.n or 0, "processes": measured.processes, "higher_is_better": measured.higher_is_better}
+        several = measured.processes if (measured.processes or 0) >= MINIMUM_PROCESSES else None
+        fields = {"n": measured.n or 0, "processes": several, "higher_is_better": measured.higher_is_better}
 
         def drawn(low=low, high=high, m=measured, fields=fields) -> str:
             by = random.normal(0, (high - low) / 2 / NORMAL)

@@ -1,0 +1,64 @@
+"""The planted experiments can fail: what they were shown here is not what they expect."""
+
+import math
+
+import pytest
+
+from tests.measure import planted
+
+
+def _row(metric: str, optimized: float | None, verdict: str) -> dict:
+    """Return a measurement of a peak as JSON, of a baseline of 100 MB."""
+    baseline = None if optimized is None else 100.0 * 2**20
+    return {"metric": metric, "baseline": baseline, "optimized": optimized, "verdict": verdict, "reason": "planted"}
+
+
+@pytest.mark.parametrize(
+    ("added", "verdict", "holds"),
+    [
+        (0.0, "equivalent", True),
+        (0.0, "informative", True),
+        (0.0, "inconclusive", False),
+        (0.0, "worse", False),
+        (1.5, "equivalent", False),
+        (None, "unavailable", False),
+    ],
+)
+def test_no_memory_held_is_equivalent_and_a_missing_peak_is_no_success(monkeypatch, added, verdict, holds):
+    def repeat(arm, times, *, megabytes, **options):
+        optimized = None if added is None else (100.0 + megabytes + added) * 2**20
+        return [[_row("peak_memory_bytes", optimized, verdict), _row("load_seconds", 1.0, "informative")]]
+
+    monkeypatch.setattr(planted, "repeat", repeat)
+    findings = planted.held_memory(planted.SHORT, "a model")
+    assert len(findings) == 4 and findings[0].planted == "0 MB, peak_memory_bytes"
+    assert findings[0].holds == holds
+
+
+def test_quality_that_was_not_measured_is_not_identical(monkeypatch):
+    row = {"metric": "accuracy", "dimension": "accuracy", "baseline": None, "optimized": None, "verdict": "unavailable"}
+    monkeypatch.setattr(planted, "repeat", lambda *_, **__: [[row]])
+    assert not planted.nothing_removed(planted.SHORT, "a model")[-1].holds
+    monkeypatch.setattr(planted, "repeat", lambda *_, **__: [[row | {"baseline": 0.5, "optimized": 0.5}]])
+    assert planted.nothing_removed(planted.SHORT, "a model")[-1].holds
+
+
+@pytest.mark.parametrize(("bias", "holds"), [(0.0, True), (0.004, True), (0.02, False), (-0.02, False)])
+def test_a_bias_of_all_repetitions_is_found_where_nothing_is_planted(monkeypatch, bias, holds):
+    """Every interval held the mean of all, which is what was taken for the truth: a common bias was in no line."""
+
+    def repeat(arm, times, **options):
+        if arm == "work_for":
+            return [[]]
+        return [[_rate(name, bias + 0.001 * (at % 3 - 1)) for name in ("prefill", "decode")] for at in range(times)]
+
+    monkeypatch.setattr(planted, "repeat", repeat)
+    found = [finding for finding in planted.more_work(planted.LONG, "a model") if "mean of all" in finding.planted]
+    assert len(found) == 4 and {finding.holds for finding in found} == {holds}
+
+
+def _rate(workload: str, effect: float) -> dict:
+    """Return a measurement of a rate as JSON, `effect` a logarithm."""
+    ends = [math.exp(effect - 0.01), math.exp(effect + 0.01)]
+    about = {"workload": workload, "unit": "tokens/s", "verdict": "inconclusive"}
+    return about | {"ratio": math.exp(effect), "ci": ends}
