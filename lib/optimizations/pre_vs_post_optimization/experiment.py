@@ -18,6 +18,7 @@ from lib.errors import UserError
 from lib.measure.compare import speed
 from lib.measure.compare.speed import Compared
 from lib.measure.metrics import settings
+from lib.measure.metrics.digits import signed
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
 from lib.measure.quality import answer_comparison, evaluate
@@ -246,7 +247,8 @@ class Attribution:
 
     def alt(self, rows: pd.DataFrame) -> str:
         """Return shares in words."""
-        return f"Shapley values: {'; '.join(f'{row.arm} {row.value:+.3f}' for row in rows.itertuples())}."
+        shares = (f"{arm} {signed(value, '.3f')}" for arm, value in zip(rows["arm"], rows["value"]))
+        return f"Shapley values: {'; '.join(shares)}."
 
     def reading(self) -> str:
         """Return two sentences: the whole gain in prefill, and the part with the largest share, which is most of it
@@ -260,15 +262,16 @@ class Attribution:
         whole = rows[rows["part"] == attribution.WHOLE].iloc[0]
         parts = rows[rows["part"] != attribution.WHOLE]
         first = (
-            f"In prefill the whole stack {'gains' if whole.value > 0 else 'changes by'} {whole.value:+.3f} of "
-            f"log-speed ({whole.low:+.3f} to {whole.high:+.3f})."
+            f"In prefill the whole stack {'gains' if whole.value > 0 else 'changes by'} {signed(whole.value, '.3f')} "
+            f"of log-speed ({signed(whole.low, '.3f')} to {signed(whole.high, '.3f')})."
         )
         if len(parts) == 1:
             return f"{first} All of it is owed to {parts.iloc[0].part}, its only part."
         best = parts.loc[parts["value"].idxmax()]
         most = whole.value > 0 and best.value > whole.value / 2
         owed = "Most of it is owed to" if most else "The largest share is that of"
-        return f"{first} {owed} {best.part}, {best.value:+.3f} ({best.low:+.3f} to {best.high:+.3f})."
+        value, low, high = (signed(number, ".3f") for number in (best.value, best.low, best.high))
+        return f"{first} {owed} {best.part}, {value} ({low} to {high})."
 
 
 def attributed(

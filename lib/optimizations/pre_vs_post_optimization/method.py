@@ -22,6 +22,7 @@ from lib.measure.metrics.catalogue import PERPLEXITY_MARGIN, SIZE_MARGIN, SPEED_
 from lib.measure.metrics.measurement import Provenance
 from lib.measure.metrics.settings import Effort
 from lib.measure.roofline import cost_model
+from lib.measure.timing import workloads
 from lib.measure.trackers import energy
 from lib.models.loading import Loaded
 from lib.models.tasks.tasks import text_windows
@@ -189,10 +190,17 @@ def _faster(before: nn.Module, after: nn.Module, prompt_BT: torch.Tensor, most: 
 def apply_stack(
     model: nn.Module, calibration: Sequence[dict[str, torch.Tensor]], steps: Sequence[RecipeStep], *, seed: int = 0
 ) -> AppliedStack:
-    """Apply the steps to a copy, in the order given, and return it with the seconds and the joules that this took."""
+    """Apply the steps to a copy, in the order given, and return it with the seconds and the joules that this took; what
+    a device still does is waited for at both ends.
+    """
     counter = energy.counter(next(model.parameters()).device.type)
+    synchronize = workloads.barrier(model)
+    if synchronize:
+        synchronize()
     start, before = time.perf_counter(), counter.joules()
     composed = composing.compose(model, calibration, steps, arrange=False, seed=seed)
+    if synchronize:
+        synchronize()
     joules = counter.joules() - before
     seconds = time.perf_counter() - start
     return AppliedStack(

@@ -27,12 +27,13 @@ def biased(control: Sequence[Measurement]) -> list[str]:
 
 
 def refutations(
-    control: Sequence[Measurement], quality: Sequence[Measurement], changes: int, regressions: Sequence[str]
+    control: Sequence[Measurement], quality: Sequence[Measurement], decided: int, regressions: Sequence[str]
 ) -> list[ClaimAnswer]:
     """Return (claim, whether it is refuted, evidence) for each of CLAIMS.
 
-    `changes` counts what could be judged against an earlier build, `regressions` names what got worse since. The
-    identity transform has to come out equivalent: what is undecided does not show that there is no bias.
+    `decided` counts the primary metrics that could be told from an earlier build's or shown to be as then,
+    `regressions` names those that got worse since; others may have, too. The identity transform has to come out
+    equivalent: what is undecided does not show that there is no bias.
     """
     judged = [m for m in control if m.verdict not in ("informative", "unavailable", "invalid")]
     differing, names = biased(judged), ", ".join(regressions)
@@ -43,13 +44,11 @@ def refutations(
     unclear = [m for m in held if m.verdict in UNCLEAR]
     fallen = True if below else None if unclear or not held else False
     counts = f"{len(below)} of {len(held)} metrics below their margin, {len(unclear)} undecided"
+    earlier = f"{decided} primary metrics decided against an earlier build, {len(regressions)} of them worse"
     answers = (
         (True if differing else None if undecided or not judged else False, alike),
         (fallen, counts),
-        (
-            bool(regressions) if changes else None,
-            f"{len(regressions)} of {changes} judged metrics got worse{': ' + names if names else ''}",
-        ),
+        (bool(regressions) if decided else None, earlier + (f" ({names})" if names else "")),
     )
     return [(claim, *answer) for claim, answer in zip(CLAIMS, answers)]
 
@@ -68,9 +67,12 @@ def sentence(setup: StackSetup, verdict: str) -> str:
         return verdict
     tried = sum(row.get("state", "works") in APPLIED for row in setup.stack.considered)
     unfit = len(setup.stack.considered) - tried
-    apart = f" ({unfit} more could not be applied)" if unfit else ""
-    nothing = f"of {tried} candidates none is, as far as can be told, within the margins and faster or smaller{apart}"
-    return f"Nothing pays here: {nothing}. {verdict}"
+    if not tried:
+        return f"Nothing pays here{': no candidate could be applied' if unfit else ''}. {verdict}"
+    candidates = f"{tried} candidate{'' if tried == 1 else 's'}"
+    nothing = f"of {candidates} none is, as far as can be told, within the margins and faster or smaller."
+    apart = f" {unfit} more could not be applied." if unfit else ""
+    return f"Nothing pays here: {nothing}{apart} {verdict}"
 
 
 def details(setup: StackSetup, shared: Attribution, swept: GainSweep) -> dict[str, tuple[object, str, str]]:

@@ -36,6 +36,11 @@ class Earlier:
         ]
 
     @property
+    def decided(self) -> int:
+        """How many primary metrics could be told from the earlier run, or be shown to be as then."""
+        return sum(change.primary and change.verdict in ("better", "worse", "equivalent") for change in self.changes)
+
+    @property
     def regressions(self) -> list[Change]:
         return [change for change in self.changes if change.regression]
 

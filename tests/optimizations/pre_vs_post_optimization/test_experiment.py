@@ -19,7 +19,8 @@ from lib.optimizations.common.evidence import interactions
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.pre_vs_post_optimization import attribution, experiment, method, outcome, returns
 from lib.optimizations.pre_vs_post_optimization.experiment import Attribution, GainSweep
-from lib.report.text import reading
+from lib.report.records.setting import stack as recorded_stack
+from lib.report.text import brief, reading
 
 
 def _verdict(verdict: str, margin: float | None = 0.02) -> measurement.Measurement:
@@ -44,6 +45,10 @@ def test_every_claim_has_its_answer(control, quality, changes, worse, outcomes):
     )
     assert [claim for claim, _, _ in answers] == list(outcome.CLAIMS)
     assert [refuted for _, refuted, _ in answers] == outcomes and all(evidence for _, _, evidence in answers)
+    # A guard that got worse is no regression: "0 judged metrics got worse" stood beside a table of those that did.
+    named = f" ({', '.join(worse)})" if worse else ""
+    counted = f"{changes} primary metrics decided against an earlier build, {len(worse)} of them worse"
+    assert answers[2][2] == counted + named
 
 
 def test_shares_are_read_from_the_largest():
@@ -58,7 +63,7 @@ def test_shares_are_read_from_the_largest():
     assert reading.two(f"{first}.", second) and "owed to b, +0.300" in second
     even = {"a": 0.1, "b": 0.12, "c": 0.1, attribution.WHOLE: 0.32}
     slower = {"a": -0.3, "b": 0.1, attribution.WHOLE: -0.2}
-    for shares, begun in ((even, "gains +0.320"), (slower, "changes by -0.200")):
+    for shares, begun in ((even, "gains +0.320"), (slower, "changes by −0.200")):
         rows_of = [{"what": "prefill", "part": part, "value": value} for part, value in shares.items()]
         frame = pd.DataFrame([row | {"low": row["value"] - 0.1, "high": row["value"] + 0.1} for row in rows_of])
         text = Attribution(frame, "planted").reading()
@@ -91,12 +96,16 @@ def test_nothing_pays_is_an_answer():
     nothing = _setup(considered=[{"step": "a", "kept": False, "why": "perplexity grows"}])
     assert not nothing.pays and "nothing pays here" in nothing.in_words and list(nothing.table()["why"])
     text = outcome.sentence(nothing, "Prefill speed equivalent.")
-    assert text.startswith("Nothing pays here: of 1 candidates") and text.endswith("Prefill speed equivalent.")
+    assert text.startswith("Nothing pays here: of 1 candidate none") and text.endswith("Prefill speed equivalent.")
     assert outcome.sentence(_setup("a"), "Faster.") == "Faster."
     undecided = {"state": "works", "kept": False, "why": "neither faster, nor smaller, as far as can be told"}
     refused = [{"state": state, "kept": False, "why": "no"} for state in ("refused", "crashed")]
     text = outcome.sentence(_setup(considered=[undecided, *refused]), "")
-    assert "of 1 candidates none is, as far as can be told," in text and "(2 more could not be applied)" in text
+    assert "of 1 candidate none is, as far as can be told," in text and ". 2 more could not be applied. " in text
+    assert all(brief.count(part) <= brief.MOST_WORDS for part in text.split(". ")), text
+    assert outcome.sentence(_setup(considered=refused), "") == "Nothing pays here: no candidate could be applied. "
+    assert outcome.sentence(_setup(), "") == "Nothing pays here. ", "a search chose so"
+    assert outcome.APPLIED == recorded_stack.APPLIED, "the page counts the same candidates"
     degenerate = {"state": "invalid", "kept": False, "why": "it repeats one token"}
     text = outcome.sentence(_setup(considered=[undecided, degenerate]), "")
     assert "of 2 candidates" in text and "could not be applied" not in text, "it was applied, and broke the model"

@@ -321,6 +321,16 @@ def test_applying_is_timed_and_its_joules_are_labelled(tiny, batch, monkeypatch)
     assert io.weights_hash(model) == before != io.weights_hash(applied.model)
 
 
+def test_a_device_is_waited_for_before_its_counter_is_read(tiny, batch, monkeypatch):
+    """What it does when the call returns was in no reading, and what it did before was in the first one."""
+    done: list[str] = []
+    meter = energy.Counter("nvml", "measured", "a counter", 2.0, None, lambda: done.append("read") or float(len(done)))
+    monkeypatch.setattr(comparing.energy, "counter", lambda device: meter)
+    monkeypatch.setattr(comparing.workloads, "barrier", lambda model: lambda: done.append("waited"))
+    comparing.apply_stack(tiny("qwen3-coder-30b"), [batch], STEPS[:1])
+    assert done[:2] == ["waited", "read"] == done[-2:] and done.count("read") == 2
+
+
 def _rate(verdict: str, baseline: float, optimized: float, metric: str = "prefill_tokens_per_second"):
     return measurement.judged(
         metric, metric.split("_")[0], baseline=baseline, optimized=optimized, ratio=optimized / baseline,

@@ -1,5 +1,7 @@
 """A record against earlier builds: compared with the newest comparable run, and where there is none, why."""
 
+from dataclasses import replace
+
 import pytest
 
 from lib.errors import UserError
@@ -31,6 +33,16 @@ def test_the_newest_comparable_run_is_taken_and_the_others_are_named(path):
     assert "aaaa1111" in earlier.against and len(earlier.builds) == 2
     assert "1 newer ones are not comparable (different environment: cpu" in earlier.summary
     assert earlier.rows() and all(row["verdict"] != "not comparable" for row in earlier.rows())
+
+
+def test_what_is_decided_are_primary_metrics_with_an_answer(path):
+    """All that was compared counted, so that with nothing but open comparisons a claim was called not refuted."""
+    history.keep(path, [_record(started="2026-01-01T00:00:00", key="a")], "proxy", "run")
+    earlier = regression.against(_record(started="2026-01-03T00:00:00", key="c"), path)
+    primaries = [change for change in earlier.changes if change.primary and change.verdict != "not comparable"]
+    assert 0 < earlier.decided <= len(primaries) < len(earlier.rows())
+    opened = [replace(change, verdict="inconclusive") for change in earlier.changes]
+    assert replace(earlier, changes=opened).decided == 0
 
 
 def test_another_scale_effort_or_machine_is_not_compared(path):
