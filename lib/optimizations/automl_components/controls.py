@@ -15,6 +15,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from lib.errors import UserError
 from lib.measure.metrics import measurement
+from lib.measure.metrics.digits import percent
 from lib.optimizations.automl_components.method import (
     INNER,
     PROPOSALS,
@@ -38,7 +39,7 @@ from lib.optimizations.common.search import pareto
 OPTIMUM_SHARE = 0.95  # that a quarter of a grid's evaluations are to find
 VOLUME_MARGIN = 0.05  # of a hypervolume: what stacks that are timed again move it by, so less is not "better"
 SCATTER = "no gain in time among these is sure, so the areas may be what few timings scatter"
-AS_GOOD = f"at most {VOLUME_MARGIN:.0%} more is as good"
+AS_GOOD = f"at most {percent(VOLUME_MARGIN)} more is as good"
 
 
 def at_random(
@@ -197,7 +198,7 @@ class EqualSeconds:
         points = [
             {"x": 100 * judged.point[0], "y": judged.point[1], "arm": arm}
             for arm, judged in self._each
-            if judged.reason is None and arm != "defaults"
+            if judged.reason is None and judged.stack and arm != "defaults"
         ]
         return pd.DataFrame(points)
 
@@ -224,12 +225,11 @@ class EqualSeconds:
         """Return two sentences on the configurations: what was timed, and what each arm's front dominates."""
         own, timed = self.volumes["search"], len(self.points())
         others = ", ".join(f"{volume:.4g}" for volume in self.random_volumes)
-        doubt = f"; {SCATTER}" if self.unsure else ""
-        return (
-            f"{timed} configurations were timed, and those of the search dominate {own:.4g} of time × divergence. "
-            f"Random ones from the same start in the same seconds dominate {others}, the defaults "
-            f"{self.volumes['defaults']:.4g}{doubt}."
-        )
+        defaults = f"the defaults {self.volumes['defaults']:.4g}"
+        first = f"{timed} configurations were timed, and those of the search dominate {own:.4g} of time × divergence"
+        if self.unsure:
+            return f"{first}, random ones {others}, {defaults}. {SCATTER[:1].upper()}{SCATTER[1:]}."
+        return f"{first}. Random ones from the same start in the same seconds dominate {others}, {defaults}."
 
     def described(self) -> str:
         """Return the alternative text of a figure of `points`."""

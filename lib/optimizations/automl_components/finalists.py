@@ -21,6 +21,7 @@ from torch import nn
 from lib.errors import NotApplicable
 from lib.measure.metrics import paired_stats
 from lib.measure.metrics.catalogue import PERPLEXITY_MARGIN, SPEED_MARGIN
+from lib.measure.metrics.digits import percent
 from lib.measure.timing import disturbance, interleaved, workloads
 from lib.measure.timing.control import fresh_copies
 from lib.measure.timing.interleaved import Rounds
@@ -142,7 +143,8 @@ def choose(
         nearest = min((finalist.lost for finalist in finalists), key=_how_far)
         raise NotApplicable(
             f"{WHERE}: within the memory budget of {memory_budget:g} no stack loses at most {margin:.3g} of any score "
-            f"and {perplexity_margin:.1%} of perplexity; of the nearest {nearest.why_not(margin, perplexity_margin)}"
+            f"and {percent(perplexity_margin, 1)} of perplexity; of the nearest "
+            f"{nearest.why_not(margin, perplexity_margin)}"
         )
     saving = [finalist for finalist in fit if finalist.outcome.stack and finalist.saves]
     idle = [finalist for finalist in fit if not finalist.outcome.stack]

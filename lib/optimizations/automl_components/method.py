@@ -24,7 +24,7 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.measure.metrics.catalogue import METRICS
-from lib.optimizations.automl_components.successive_filtering import Bench, JudgedStack, utility
+from lib.optimizations.automl_components.successive_filtering import Bench, JudgedStack, unchanged, utility
 from lib.optimizations.common import discovery, recipe
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.common.search.study import Study
@@ -267,9 +267,7 @@ def _rank(judged: JudgedStack) -> tuple[bool, float]:
 
 def nothing(bench: Bench) -> JudgedStack:
     """Return the outcome of the empty stack: the baseline itself, cut where its memory is over budget."""
-    if bench.memory_budget < 1:
-        return JudgedStack([], 1.0, 0.0, 1.0, "the baseline's own memory is over the budget", 0.0)
-    return JudgedStack([], 1.0, 0.0, 1.0, None, 0.0)
+    return unchanged(bench.memory_budget)
 
 
 def automation(parts: Sequence[Component], personal: Sequence[str]) -> float:

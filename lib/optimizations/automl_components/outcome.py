@@ -6,11 +6,12 @@ Everything is computed from what `experiment` and the controls have measured.
 import pandas as pd
 
 from lib.measure.compare.speed import Compared
+from lib.measure.metrics.digits import percent
 from lib.optimizations.automl_components import controls
 from lib.optimizations.automl_components.controls import OPTIMUM_SHARE, EqualSeconds, SmallGrid, seconds
 from lib.optimizations.automl_components.experiment import PAIRS, SearchStudy
 from lib.optimizations.common.evidence.claims import ClaimAnswer, ThirdArm
-from lib.optimizations.common.recipe import Recipe
+from lib.optimizations.common.recipe import LOSING, Recipe
 
 CLAIMS = (
     "Random configurations are as good in the same time.",
@@ -21,11 +22,12 @@ CLAIMS = (
 
 def targets(equal: EqualSeconds, grid: SmallGrid, recipe: Recipe) -> pd.DataFrame:
     """Return each target, the value reached, and whether it suffices; targets were fixed before the first run. Areas of
-    which no gain in time is sure reach none.
+    which no gain in time is sure reach none, and a stack that was judged to lose is not better than nothing.
     """
+    found = bool(recipe.stack) and recipe.accuracy not in LOSING
     gain, own, defaults = equal.gain, equal.volumes["search"], equal.volumes["defaults"]
     above, least = own / defaults if defaults else None, 1 + controls.VOLUME_MARGIN
-    share = f"{OPTIMUM_SHARE:.0%} of the grid's optimum in a quarter of its evaluations".replace("%", " %")
+    share = f"{percent(OPTIMUM_SHARE)} of the grid's optimum in a quarter of its evaluations"
     lines = [
         (
             f"hypervolume more than {least:.2f} of random's in equal time",
@@ -34,7 +36,7 @@ def targets(equal: EqualSeconds, grid: SmallGrid, recipe: Recipe) -> pd.DataFram
         ),
         (f"hypervolume more than {least:.2f} of the defaults'", above, not equal.unsure and own > least * defaults),
         (share, grid.reached, grid.sure is not False and grid.reached >= OPTIMUM_SHARE),
-        ("something better than nothing was found", float(len(recipe.stack)), bool(recipe.stack)),
+        ("something better than nothing was found", float(len(recipe.stack)), found),
     ]
     return pd.DataFrame(lines, columns=["target", "value", "reached"])
 

@@ -55,6 +55,14 @@ class JudgedStack:
         return self.time_share, self.divergence
 
 
+def unchanged(memory_budget: float) -> JudgedStack:
+    """Return the outcome of the empty stack: the baseline itself, cut where its memory is over budget. It is known, and
+    not timed: by what the baseline differs from its own copy it would dominate an area.
+    """
+    reason = "the baseline's own memory is over the budget" if memory_budget < 1 else None
+    return JudgedStack([], 1.0, 0.0, 1.0, reason, 0.0)
+
+
 @dataclass
 class Bench:
     """What stacks are judged with: a baseline, text to calibrate on, text to judge on, prompts [B, T] of the request
@@ -94,7 +102,11 @@ class Bench:
         return model
 
     def judge(self, stack: Sequence[RecipeStep]) -> JudgedStack:
-        """Return the stack judged on the lowest rungs: bytes, divergence on little text, time of a request."""
+        """Return the stack judged on the lowest rungs: bytes, divergence on little text, time of a request; the empty
+        one as what it is (`unchanged`).
+        """
+        if not stack:
+            return unchanged(self.memory_budget)
         start = time.perf_counter()
         shares: dict[str, float | None] = {"time_share": None, "time_high": None}
         shares |= {"divergence": None, "memory_share": None}

@@ -14,7 +14,7 @@ from lib.optimizations.automl_components.successive_filtering import REFERENCE, 
 from lib.optimizations.common import recipe
 from lib.optimizations.common.judgement import Judgement
 from lib.optimizations.common.recipe import Recipe, RecipeStep
-from lib.report.text import reading
+from lib.report.text import brief, reading
 
 
 def _judged(level: float, reason: str | None = None) -> JudgedStack:
@@ -50,9 +50,9 @@ def test_chance_is_judged_by_several_draws(search, others, outcome):
 def test_less_than_the_margin_is_a_tie():
     """Times that are read again move an area by more than this: the search is not better by a thousandth."""
     refuted, evidence = _equal(0.4999, 0.5, 0.5, defaults=0.5).random_refuted()
-    assert refuted is True and evidence.endswith("at most 5% more is as good"), "why a larger area is no better is said"
+    assert refuted is True and evidence.endswith("at most 5 % more is as good"), "why a larger area is no better"
     assert _equal(0.4999, defaults=0.5).defaults_refuted() == (
-        True, "hypervolume 0.02501, defaults 0.025; at most 5% more is as good"
+        True, "hypervolume 0.02501, defaults 0.025; at most 5 % more is as good"
     )  # fmt: skip
     assert not outcome.targets(
         _equal(0.4999, 0.5, 0.5, defaults=0.5), SmallGrid("a × b", np.ones((3, 3)), 2, [[1.0]], 0.7),
@@ -70,6 +70,7 @@ def test_areas_of_which_no_gain_is_sure_decide_nothing():
         assert refuted is None and evidence.endswith("so the areas may be what few timings scatter")
     first, second = doubtful.reading().split(". ", 1)
     assert reading.two(f"{first}.", second) and second.endswith("scatter.")
+    assert max(map(brief.count, brief.split(doubtful.reading()))) <= brief.MOST_WORDS
     grid = SmallGrid("a × b", np.ones((3, 3)), 2, [[1.0]], 0.7, False)
     assert grid.refuted()[0] is None and replace(grid, sure=True).refuted()[0] is False
     chosen = Recipe(model="m", scale="proxy", stack=[], chosen_by="a search")
@@ -110,6 +111,17 @@ def test_a_search_beside_which_chance_dominates_nothing_is_no_multiple_of_it():
     assert (
         outcome.targets(alone, grid, chosen).reached[0] and not outcome.targets(nothing, grid, chosen).reached[:2].any()
     )
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "better"),
+    [("maintained", True), ("inconclusive", True), ("", True), ("not_maintained", False), ("invalid", False)],
+)
+def test_a_stack_that_was_judged_to_lose_is_not_better_than_nothing(accuracy, better):
+    """The target was reached by any stack, beside the verdict that it does not keep the scores."""
+    grid, step = SmallGrid("a × b", np.ones((3, 3)), 2, [[1.0]], 0.7), RecipeStep(optimization="one")
+    chosen = Recipe(model="m", scale="proxy", stack=[step], chosen_by="a search", accuracy=accuracy)
+    assert bool(outcome.targets(_equal(0.2, 0.4), grid, chosen).reached.iloc[3]) is better
 
 
 def test_a_grid_is_judged_by_all_its_seeds():

@@ -158,6 +158,19 @@ def test_the_infeasible_is_cut_before_it_is_timed(tiny, monkeypatch):
     assert "memory of 1.000 is over the budget of 0.500" in bench.judge([RecipeStep(optimization="good")]).reason
 
 
+def test_what_changes_nothing_is_not_timed_and_dominates_nothing(tiny, monkeypatch):
+    """A configuration that switches every component off was timed against its own copy: where that happened to be the
+    slower one, the empty stack dominated an area, in the search's arm and in those of chance.
+    """
+    bench = _bench(tiny("qwen3-4b-instruct-2507"), [_fake("one", _scale, share=SHARE)])
+    monkeypatch.setattr(bench_module.interleaved, "rounds", lambda *_, **__: pytest.fail("timed"))
+    judged = bench.judge([])
+    assert (judged.point, judged.reason, judged.memory_share) == ((1.0, 0.0), None, 1.0)
+    assert bench_module.utility(judged) == 0.0 and judged == automl.nothing(bench)
+    bench.memory_budget = 0.5
+    assert "over the budget" in bench.judge([]).reason and bench.judge([]).point == bench_module.INFEASIBLE_POINT
+
+
 def test_each_sequence_of_a_batch_holds_its_own_new_tokens(tiny):
     bench = _bench(tiny("qwen3-4b-instruct-2507"), [])
     one = bench._cache(bench.model)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from lib.measure.metrics.catalogue import PERPLEXITY_MARGIN, SCORE_MARGIN
+from lib.measure.metrics.digits import percent
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
 from lib.measure.quality import answer_comparison, evaluate
@@ -48,7 +49,7 @@ class QualityLoss:
         if not math.isfinite(self.perplexity):
             reasons.append("perplexity is no number")
         elif not self.bound <= perplexity_margin:
-            reasons.append(f"perplexity grows {self.perplexity:.1%} (up to {self.bound:.1%})".replace("%", " %"))
+            reasons.append(f"perplexity grows {percent(self.perplexity, 1)} (up to {percent(self.bound, 1)})")
         return ", ".join(reasons)
 
 
