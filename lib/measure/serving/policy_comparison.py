@@ -256,6 +256,13 @@ def averaged(rows: Sequence[Mapping[str, float | None]], keys: Sequence[str]) ->
     return {key: float(np.mean(values)) if values else None for key, values in known.items()}
 
 
+def in_every(rows: Sequence[Mapping[str, float | None]], key: str) -> float | None:
+    """Return the mean of a key over the rows; None where one of them has no value, as of a percentile that is infinite
+    there: the mean of the others would be that of the runs that went well.
+    """
+    return averaged(rows, (key,))[key] if all(row[key] is not None for row in rows) else None
+
+
 def goodput_of(
     goodputs: Callable[[Factory, int], Sequence[float]],
     baseline: Factory,

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lib.measure.metrics import measurement, paired_samples, paired_stats
+from lib.measure.metrics.decision import BUSY
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.serving import slo
 from lib.measure.serving.engine import ModelEngine
@@ -82,6 +83,7 @@ def in_turn(
     runs: dict[str, list[Replayed]] = {name: [] for name in arms}
     slower: list[float] = []
     repeated = 0
+    others = counter.beside() if counter.beside else None
 
     def round_of(trace: Trace, names: Sequence[str]) -> tuple[dict[str, Replayed], float]:
         by = slowness() if slowness else 1.0
@@ -99,7 +101,8 @@ def in_turn(
         slower += [by] if slowness else []
         for name, run in served.items():
             runs[name].append(run)
-    return ServingRounds(tuple(traces), runs, counter, stepwise=True, slowness=tuple(slower), repeated=repeated)
+    told: dict[str, Any] = {"slowness": tuple(slower), "repeated": repeated, "shared": others() if others else None}
+    return ServingRounds(tuple(traces), runs, counter, stepwise=True, **told)
 
 
 def _together(
@@ -174,10 +177,10 @@ def control(
     rounds: ServingRounds, objective: Objectives, baseline: str, again: str, workload: str = WORKLOAD
 ) -> Measurement:
     """Return the goodput of two arms that are the same, judged by the variance between processes that other runs
-    showed, not by its own deviation, so that it can fail.
+    showed, not by its own deviation, so that it can fail; on a busy machine it is judged as little as the arms are.
     """
     arms = [[slo.goodput(run, objective) for run in rounds.served(name)] for name in (baseline, again, baseline)]
-    return _judged("goodput_requests_per_second", workload, arms, rounds.source)
+    return _judged("goodput_requests_per_second", workload, arms, rounds.source, disturbed=rounds.busy)
 
 
 def costs(
@@ -205,6 +208,8 @@ def _joules(rounds: ServingRounds, names: Sequence[str], workload: str) -> Measu
         return measurement.unjudged(joules, energy.ESTIMATED)
     if rounds.planned and not on_gpu:
         return measurement.unjudged(joules, SHARED)
+    if rounds.shared:
+        return measurement.unjudged(joules, energy.counted_too(rounds.shared))
     return measurement.unjudged(joules, BLURRED) if rounds.stepwise and on_gpu else joules
 
 
@@ -224,11 +229,17 @@ def _per_token(amount: float | None, run: Replayed) -> float | None:
 
 
 def _judged(metric: str, workload: str, arms: Sequence[Sequence[float]], source: str, **options: Any) -> Measurement:
-    """Return a measurement from (baseline, optimized, baseline again), round by round; not judged where one is 0."""
+    """Return a measurement from (baseline, optimized, baseline again), round by round; not judged where one is 0: what
+    disturbed the rounds is said all the same, since it withholds what else was timed in them.
+    """
     if min(map(min, arms), default=0.0) <= 0:
         first, second = (float(np.mean(arm)) for arm in arms[:2])
         reason = "a replay has none, so there is no ratio of every round"
-        return measurement.informative(metric, workload, first, second, source, n=len(arms[0]), reason=reason)
+        fields: dict[str, Any] = {"n": len(arms[0]), "reason": reason}
+        if busy := options.get("disturbed"):
+            reason = f"{BUSY}: {busy[-1]}, in {len(busy)} of {len(arms[0])} rounds; {reason}"
+            fields |= {"reason": reason, "disturbed": len(busy)}
+        return measurement.informative(metric, workload, first, second, source, **fields)
     floor = paired_stats.noise_floor(paired_stats.differences(arms[0], arms[2]))
     return paired_samples.from_samples(metric, workload, arms[0], arms[1], source=source, floor=floor, **options)
 
@@ -237,13 +248,13 @@ def latencies(
     rounds: ServingRounds, objective: Objectives, baseline: str, again: str, optimized: str, workload: str = WORKLOAD
 ) -> list[Measurement]:
     """Return the latencies of two arms, round by round; `again` is the baseline replayed a second time in every round,
-    the noise floor. Not judged where a request of a replay did not finish: it has no latency, and an arm that leaves
-    out its slow requests would look fast.
+    the noise floor. Not judged where a request of a replay did not finish: what it would have taken per token is not
+    known, and an arm that leaves out its slow requests would look fast.
     """
     names = (baseline, optimized, again)
     arms = [[slo.summary(run, objective) for run in rounds.served(name)] for name in names]
     unfinished = [sum(int(row["unfinished"] or 0) for row in arm) for arm in arms]
-    source = f"{rounds.source}; unfinished, and in no latency: {unfinished[0]} and {unfinished[1]} requests"
+    source = f"{rounds.source}; unfinished, and of infinite latency: {unfinished[0]} and {unfinished[1]} requests"
     source += f", {unfinished[2]} of the second replay of the baseline"
     results = []
     for metric, key in LATENCIES.items():
@@ -252,7 +263,7 @@ def latencies(
             results.append(measurement.unavailable(metric, workload, "too few requests finished", source))
             continue
         judged = _judged(metric, workload, values, source, disturbed=rounds.busy)
-        missing = f"{sum(unfinished)} requests of the three replays did not finish, and are in no latency"
+        missing = f"{sum(unfinished)} requests of the three replays did not finish"
         results.append(measurement.unjudged(judged, missing) if any(unfinished) else judged)
     return results
 

@@ -3,10 +3,11 @@
 Both objectives (time to first token, time per output token) are stated in milliseconds or as multiples of what one
 request takes alone, and fixed before anything is served. Goodput counts the requests that meet both (Zhong et al. 2024,
 DistServe, OSDI, section 2): a mean would hide the tail. Requests of the warm-up are not counted. One that was refused
-or never finished does not count as good; it has no latency and enters no mean, and is counted as `unfinished`. Knows no
-policy.
+or never finished does not count as good; in percentiles its latency is infinite, it enters no mean, and it is counted
+as `unfinished`. Knows no policy.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -120,17 +121,16 @@ def goodput_share(served: Served, objective: Objectives) -> float | None:
 def summary(served: Served, objective: Objectives) -> Summary:
     """Return counts, goodput and latencies of a run (seconds); None for a quantity without enough requests.
 
-    Latencies are of finished requests: read them beside `unfinished`, which holds the refused too. `late` are shares of
-    the requests whose time was known when the run ended: those that got so far, and those that waited longer than the
-    objective without getting there.
+    Latencies and times to the first token are of all requests, infinite where a request did not get so far: a server
+    that drops its slow requests is no faster for it. `unfinished` holds the refused too, and `time per output token` is
+    of the finished. `late` are shares of the requests whose time was known when the run ended: those that got so far,
+    and those that waited longer than the objective without getting there.
     """
     counted = served.counted
     finished = [outcome for outcome in counted if outcome.finished is not None]
-    latencies = [outcome.latency_seconds for outcome in finished if outcome.latency_seconds is not None]
-    first_tokens = [outcome.first_token_seconds for outcome in counted if outcome.first_token_seconds is not None]
     token_times = [outcome.token_seconds for outcome in finished if outcome.token_seconds is not None]
-    whole = paired_stats.percentiles(latencies) if finished else {}
-    first = paired_stats.percentiles(first_tokens) if first_tokens else {}
+    whole = percentiles([outcome.latency_seconds for outcome in counted])
+    first = percentiles([outcome.first_token_seconds for outcome in counted])
     between = paired_stats.percentiles(served.gaps) if served.gaps else {}
     # A finished row that keeps its place is stepped on with the others; nobody receives these tokens.
     tokens = sum(min(outcome.produced, outcome.request.new_tokens) for outcome in served.outcomes)
@@ -153,6 +153,19 @@ def summary(served: Served, objective: Objectives) -> Summary:
         "largest batch": max((step.batch for step in decoding), default=0),
         "cache bytes": served.peak_bytes,
     }
+
+
+def percentiles(seconds: Sequence[float | None]) -> dict[str, float | None]:
+    """Return p50, p95 and p99 of times of which None is infinite; None for a percentile that is infinite itself, and
+    where there are too few.
+    """
+    known = [value for value in seconds if value is not None]
+    if not known:
+        return {}
+    stood_in_for = [max(known)] * (len(seconds) - len(known))  # which no finite percentile reaches
+    found = paired_stats.percentiles([*known, *stood_in_for])
+    ranks = {name: math.ceil((len(seconds) - 1) * int(name[1:]) / 100) for name in found}
+    return {name: value if ranks[name] < len(known) else None for name, value in found.items()}
 
 
 def _late(served: Served, name: str, most: float) -> float | None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lib.measure.metrics import decision, measurement, paired_stats
+from lib.measure.metrics.digits import percent
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.serving import slo
 from lib.measure.serving.protocol import Served
@@ -37,7 +38,7 @@ class SimulationError(NamedTuple):
         if self.share is None:
             return f"{WHAT} is unknown"
         if self.share > MOST_ERROR:
-            return f"{WHAT} is {self.share:.1%} ({self.of}), the limit {MOST_ERROR:.0%}"
+            return f"{WHAT} is {percent(self.share, 1)} ({self.of}), the limit {percent(MOST_ERROR)}"
         return None
 
     def widened(self, middle: float, low: float, high: float) -> tuple[float, float]:
@@ -146,7 +147,7 @@ def with_error(simulated: Measurement, error: SimulationError) -> Measurement:
         update={
             "verdict": ruling.verdict,
             "reason": ruling.reason,
-            "source": f"{simulated.source}; the interval holds {WHAT}, {error.share:.1%} ({error.of})",
+            "source": f"{simulated.source}; the interval holds {WHAT}, {percent(error.share or 0.0, 1)} ({error.of})",
             "mde": decision.detectable(half, half / paired_stats.NORMAL, **rule),
         }
     )

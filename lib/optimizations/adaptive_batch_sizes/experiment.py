@@ -14,6 +14,7 @@ import pandas as pd
 from lib.measure.compare import saved
 from lib.measure.compare.costs import resources
 from lib.measure.metrics import measurement, paired_stats
+from lib.measure.metrics.digits import percent
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
 from lib.measure.roofline import cost_model
@@ -69,7 +70,7 @@ def conditions(setup: ServingSetup) -> str:
 
 def finding(what: str, served: Served, objective: Objectives) -> str:
     """Return what a timeline shows as one line: the share of the counted requests within both objectives."""
-    return f"{what}; within both objectives: {slo.goodput_share(served, objective) or 0:.0%}."
+    return f"{what}; within both objectives: {percent(slo.goodput_share(served, objective) or 0)}."
 
 
 def step_curves(setup: ServingSetup, learned: Adaptive) -> pd.DataFrame:
@@ -191,6 +192,8 @@ def targets(rows: Sequence[Row], trial: RealModelTrial) -> list[Row]:
         for name, value, how, goal in goals
     ]
     reached[0]["reached"] = _reached(trial.headline)
+    if trial.rivals.rounds:
+        reached[1]["reached"] = trial.rivals.reaches(LEAST_AT_CHANGING_RATE)
     return reached
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lib.measure.metrics import settings
+from lib.measure.metrics.digits import percent
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.serving import engine, policy_comparison, replay, slo, validation
 from lib.measure.serving.policy_comparison import PolicyFactory
@@ -165,7 +166,7 @@ def read_timeline(served: Served, objective: slo.Objectives) -> tuple[str, str]:
     late, slow = numbers["first token late"] or 0.0, numbers["tokens late"] or 0.0
     cause = "the queue cost more than the batch" if late > slow else "the batch cost more than the queue"
     cause = "neither cost more than the other" if late == slow else cause
-    return first, f"The first token was late for {late:.0%} and the tokens after it for {slow:.0%}: {cause}."
+    return first, f"The first token was late for {percent(late)} and the tokens after it for {percent(slow)}: {cause}."
 
 
 def simulation_refuted(trial: RealModelTrial) -> tuple[bool | None, str]:

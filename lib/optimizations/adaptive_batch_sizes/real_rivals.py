@@ -5,20 +5,22 @@ It takes several times as long as the headline, which needs the fixed size alone
 where rounds are asked for. Knows no figure.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from torch import nn
 
+from lib.measure.metrics import paired_stats, process_variance
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.serving import policy_comparison, replay, slo
 from lib.measure.serving.replaying.rounds import ServingRounds
 from lib.measure.serving.slo import Objectives
 from lib.measure.serving.traffic import Trace
-from lib.optimizations.adaptive_batch_sizes.simulated import SHOWN
+from lib.optimizations.adaptive_batch_sizes.simulated import SHOWN, TAIL
 from lib.optimizations.adaptive_batch_sizes.study import ADAPTIVE, BLIND, TrafficStudy
 
 ROUNDS = {"preview": 0, "quick": 0, "standard": 0, "thorough": 6}  # by effort, where none are asked for
@@ -61,6 +63,7 @@ class RivalReplays:
             summaries = [slo.summary(run, self.objective) for run in self.rounds.served(name)]
             fixed = self.goodput(self.fixed)
             row: dict[str, Any] = {"policy": name} | policy_comparison.averaged(summaries, SHOWN)
+            row[TAIL] = policy_comparison.in_every(summaries, TAIL)
             rows.append(row | {"÷ fixed": self.goodput(name) / fixed if fixed else None})
         return rows
 
@@ -69,10 +72,37 @@ class RivalReplays:
         return pd.DataFrame(self.rows() or [{"policy": "none was replayed"}])
 
     @property
+    def best(self) -> str | None:
+        """The rival that serves most in time, the fixed size among them; None where nothing was replayed."""
+        rivals = [name for name in self.policies if name not in (ADAPTIVE, BLIND)]
+        return max(rivals, key=self.goodput, default=None)
+
+    @property
     def gain(self) -> float | None:
-        """Goodput of the adaptive policy ÷ that of the best rival, the fixed size among them; None without a number."""
-        best = max((self.goodput(name) for name in self.policies if name not in (ADAPTIVE, BLIND)), default=0.0)
+        """Goodput of the adaptive policy ÷ that of the best rival; None without a number."""
+        best = self.goodput(self.best) if self.best else 0.0
         return self.goodput(ADAPTIVE) / best if best else None
+
+    def reaches(self, least: float) -> bool | str:
+        """Return whether the adaptive policy serves at least `least` times as much in time as the best rival: told by
+        the interval of the rounds' ratios, and not where the machine was disturbed, a replay served nothing in time, or
+        so few requests were counted that the headline is not judged either.
+        """
+        if self.rounds is None or self.best is None:
+            return "unknown"
+        if self.rounds.busy:
+            return f"not judged: {self.rounds.busy[-1]}"
+        runs = [self.rounds.served(name) for name in (self.best, ADAPTIVE)]
+        counted = float(np.mean([len(run.counted) for run in runs[0]]))
+        if counted < replay.LEAST_COUNTED:
+            return f"not judged: {counted:.1f} requests counted in a replay, fewer than {replay.LEAST_COUNTED}"
+        theirs, ours = ([slo.goodput(run, self.objective) for run in arm] for arm in runs)
+        if min(*theirs, *ours) <= 0:
+            return "not judged: a replay served no request in time"
+        sigma = process_variance.between_processes(self.workload).sigma
+        effect = paired_stats.effect(paired_stats.differences(theirs, ours), process_sigma=sigma)
+        low, high = math.exp(effect.low), math.exp(effect.high)
+        return "cannot tell" if low < least <= high else low >= least
 
     def controls(self) -> list[tuple[str, str, list[Measurement]]]:
         """Return (name, purpose, measurements): each policy but ours against the fixed size, on the same replays."""
@@ -116,4 +146,5 @@ def replayed(
     options: dict[str, Any] = {"batching": setup.batching, "device": device, "seed": study.seeds[0]}
     options |= {"slowness": slowness}
     rounds = replay.in_turn(model, traces, arms, setup.limits, prompt_of, **options)
+    rounds = replace(rounds, calibration=setup.times.disturbed)
     return RivalReplays(rounds, setup.objective, fixed, workload)

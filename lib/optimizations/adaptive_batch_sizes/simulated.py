@@ -20,9 +20,9 @@ from lib.optimizations.adaptive_batch_sizes.rivals import MARGIN, FixedSize, bes
 from lib.optimizations.adaptive_batch_sizes.study import ADAPTIVE, BLIND, CHOOSING, VARIANTS, TrafficStudy, mean_goodput
 
 ORACLE_SIZES = (1, 2, 4, 8, 16, 32)
+TAIL = "latency p95"
 SHOWN = (
-    "goodput", "goodput share", "first token late", "tokens late", "latency p95", "between tokens p99", "batch",
-    "unfinished",
+    "goodput", "goodput share", "first token late", "tokens late", TAIL, "between tokens p99", "batch", "unfinished",
 )  # fmt: skip
 FEW = 3  # seeds of the kinds of traffic that are not judged
 
@@ -36,7 +36,8 @@ def compare(study: TrafficStudy, traffic: str, policies: Mapping[str, PolicyFact
     for name, make in policies.items():
         runs = study.served(traffic, name, make, **options)
         row: Row = {"trace": traffic, "policy": name}
-        row |= averaged([slo.summary(run, study.setup.objective) for run in runs], SHOWN)
+        summaries = [slo.summary(run, study.setup.objective) for run in runs]
+        row |= averaged(summaries, SHOWN) | {TAIL: policy_comparison.in_every(summaries, TAIL)}
         rows.append(row | {"saturated": sum(run.saturated for run in runs)})
     return rows
 
@@ -240,9 +241,11 @@ def comparison(study: TrafficStudy, size: int, attained: Mapping[str, float | No
 
 
 def _tails(study: TrafficStudy, size: int) -> list[Measurement]:
-    """Return tail latencies of both arms on the changing traces, not judged."""
+    """Return tail latencies of both arms on the changing traces, not judged; none of an arm where it is infinite on one
+    of them.
+    """
     names = {
-        "latency_p95_ms": "latency p95",
+        "latency_p95_ms": TAIL,
         "latency_p99_ms": "latency p99",
         "time_between_tokens_p99_ms": "between tokens p99",
     }
@@ -250,14 +253,14 @@ def _tails(study: TrafficStudy, size: int) -> list[Measurement]:
     runs = [study.served("changing", *policy) for policy in policies]
     arms = [[slo.summary(run, study.setup.objective) for run in each] for each in runs]
     unfinished = [int(sum(row["unfinished"] or 0 for row in arm)) for arm in arms]
-    source = f"simulated: mean of {len(study.seeds)} seeds; unfinished, and in no latency: {unfinished[0]} and "
+    source = f"simulated: mean of {len(study.seeds)} seeds; unfinished, and of infinite latency: {unfinished[0]} and "
     source += f"{unfinished[1]} requests"
     workload = f"serve, simulated, fixed {size}"
     return [
         policy_comparison.mean_measurement(
             metric,
             workload,
-            [[None if row[key] is None else 1000 * float(row[key] or 0) for row in arm] for arm in arms],
+            [[_milliseconds(policy_comparison.in_every(arm, key))] for arm in arms],
             source,
             ("too few requests finished", "too few requests of one arm finished"),
             n=len(study.seeds),
@@ -266,15 +269,22 @@ def _tails(study: TrafficStudy, size: int) -> list[Measurement]:
     ]
 
 
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else 1000 * seconds
+
+
 def _settling(study: TrafficStudy, size: int) -> Measurement:
-    """Return the seconds from the load step until requests are served well for good; means of the seeds that settle."""
+    """Return the seconds from the load step until requests are served well for good: medians over the seeds, in which
+    one that never settles takes for ever.
+    """
     policies = ((f"fixed {size}", partial(FixedSize, size)), (ADAPTIVE, study.adaptive))
     arms = [[_settled(study, run) for run in study.served("load step", *policy)] for policy in policies]
     unsettled = [sum(value is None for value in arm) for arm in arms]
-    count = len(study.seeds)
-    source = f"simulated: {count} seeds of the load step; never settled: {unsettled[0]} and {unsettled[1]} of them"
-    reasons = "no run settled", "one arm never settled"
-    return policy_comparison.mean_measurement("settling_seconds", "serve, load step", arms, source, reasons, n=count)
+    count, medians = len(study.seeds), [[slo.percentiles(arm).get("p50")] for arm in arms]
+    source = f"simulated: median of {count} seeds of the load step; never settled: {unsettled[0]} and {unsettled[1]} "
+    source += "of them, which count as infinite"
+    reasons = "no arm settled in half of the seeds", "one arm did not settle in half of the seeds"
+    return policy_comparison.mean_measurement("settling_seconds", "serve, load step", medians, source, reasons, n=count)
 
 
 def _settled(study: TrafficStudy, served: Served) -> float | None:

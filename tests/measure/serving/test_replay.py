@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lib.measure.metrics import busy as busy_machine
 from lib.measure.serving import replay
 from lib.measure.serving.engine import ModelEngine
 from lib.measure.serving.traffic import Lengths, Phase, ServingRequest, make
@@ -102,6 +103,18 @@ def test_a_replay_in_real_time_says_so_and_judges_no_energy_that_another_process
     assert blurred.verdict == "informative" and "energy is judged" not in blurred.reason
 
 
+def test_energy_that_others_took_on_other_cores_is_not_judged(rounds):
+    """A neighbouring run of the build, on cores of its own, disturbs no round, and the counter of the socket counts
+    it."""
+    rapl = Counter("rapl", "measured", "rapl", 2.0, None, lambda: 0.0)
+    others = "other programs kept the processor busy 1.1 times as long as this one"
+    shared = replace(rounds, counter=rapl, shared=others)
+    measured = {item.metric: item for item in replay.costs(shared, "fixed", "again", "adaptive")}
+    joules = measured["energy_joules_per_token"]
+    assert joules.verdict == "informative" and joules.ratio == 0.5 and "--jobs 1" in joules.reason
+    assert measured["cpu_seconds_per_token"].verdict == "better"
+
+
 def test_rates_set_on_a_disturbed_machine_give_no_verdict(rounds):
     assert rounds.busy == []
     calibrated = replace(rounds, calibration="other processes took 60% of our cores", planned=True)
@@ -109,14 +122,14 @@ def test_rates_set_on_a_disturbed_machine_give_no_verdict(rounds):
 
 
 def test_what_the_replay_plans_is_no_disturbance_and_alike_ones_are_one_phrase(rounds):
-    reasons = [f"our threads waited for a core {share}% of the time" for share in (15, 17, 16)]
-    reasons += ["2% of the time was stolen by the hypervisor", None, None]
+    reasons = [f"our threads waited for a core {share} % of the time" for share in (15, 17, 16)]
+    reasons += ["2 % of the time was stolen by the hypervisor", None, None]
     runs = {
         name: [replace(run, disturbed=why) for run, why in zip(each, reasons)] for name, each in rounds.runs.items()
     }
     busy = replace(rounds, runs=runs)
-    stolen = "2% of the time was stolen by the hypervisor"
-    assert busy.disturbed == f"{stolen}; our threads waited for a core 15% to 17% of the time"
+    stolen = "2 % of the time was stolen by the hypervisor"
+    assert busy.disturbed == f"{stolen}; our threads waited for a core 15 % to 17 % of the time"
     assert "12 of 18 replays disturbed" in busy.source
     planned = replace(busy, planned=True)
     assert planned.disturbed == stolen and rounds.disturbed == "nothing"
@@ -145,3 +158,13 @@ def test_what_nobody_planned_withholds_the_verdict_beside_what_was_planned(round
     }
     assert judged(shared).verdict == "better"
     assert judged(served).verdict == "inconclusive" and why in judged(served).reason
+    # Nor is the control: called "worse" on a busy machine, it would speak against runs that it says nothing of.
+    own = replay.control(replace(rounds, runs=served, planned=True), None, "fixed", "again")
+    assert own.verdict == "inconclusive" and own.disturbed == 6 and why in own.reason
+    # Without a ratio of every round the others are withheld for it too.
+    monkeypatch.setattr(replay.slo, "goodput", lambda run, _: run.value if run.value > 1 else 0.0)
+    none = judged(served)
+    seconds = next(item for item in replay.costs(rounds, "fixed", "again", "adaptive") if "cpu" in item.metric)
+    assert none.verdict == "informative" and none.ratio is None and seconds.verdict == "better"
+    withheld = busy_machine.withhold_if_busy([none, seconds])[1]
+    assert withheld.verdict == "inconclusive" and withheld.reason == none.reason and why in none.reason

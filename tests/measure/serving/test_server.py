@@ -215,15 +215,28 @@ def test_the_warm_up_is_served_and_not_counted():
     assert slo.goodput(served, objective) == 15 / 15 and len(served.gaps) == 15
 
 
-def test_unfinished_requests_are_counted_as_such_and_have_no_latency():
+def test_unfinished_requests_are_counted_as_such_and_their_latency_is_infinite():
+    """Left out, the slow ones made a server look fast: of two answers to five requests the median was that of two."""
     # One row at a time, ten seconds each; the run ends at 25 s: two are done, the third is under way, two wait.
     requests = [(float(second), 4, 10) for second in range(4)] + [(19.0, 4, 10)]
     served = simulate(trace_of(*requests, seconds=20.0), Greedy(1), stub_times(), Limits(), drain_seconds=5)
     numbers = slo.summary(served, Objectives(12.0, 2.0))
-    assert numbers["unfinished"] == 3 and numbers["latency p50"] is not None and numbers["latency p50"] < 25
+    assert numbers["unfinished"] == 3 and numbers["latency p50"] is None
+    # Three of five have a first token: the median is the latest of these, that of the third request.
+    assert numbers["first token p50"] == pytest.approx(19.5 - 2.0)
     # Of the last one nobody knows yet: it has waited for less than the objective.
     assert numbers["first token late"] == pytest.approx(2 / 4)
     assert numbers["goodput share"] == pytest.approx(2 / 5)
+
+
+@pytest.mark.parametrize(("unfinished", "p95"), [(0, 94.05), (4, 94.05), (5, None), (60, None)])
+def test_a_percentile_is_infinite_where_so_many_requests_did_not_finish(unfinished, p95):
+    """A hundred requests that take 0 to 99 seconds; the slowest are the ones that did not finish."""
+    times = [float(second) if second < 100 - unfinished else None for second in range(100)]
+    found = slo.percentiles(times)
+    assert found["p95"] == (None if p95 is None else pytest.approx(p95))
+    assert found["p50"] == (pytest.approx(49.5) if unfinished < 50 else None)
+    assert (found["p99"] is None) is (unfinished > 0) and slo.percentiles([None, None]) == {}
 
 
 def test_the_highest_rate_with_nine_in_ten_in_time():

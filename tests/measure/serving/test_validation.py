@@ -88,7 +88,7 @@ def test_the_error_adds_in_quadrature_to_the_interval():
     carried = validation.with_error(plain, SimulationError(0.05, "planted"))
     half = math.log(carried.ci[1] / carried.ratio)
     assert half == pytest.approx(math.hypot(math.log(plain.ci[1] / plain.ratio), 0.05))
-    assert carried.verdict == plain.verdict == "better" and "5.0%" in carried.source
+    assert carried.verdict == plain.verdict == "better" and "5.0 %" in carried.source
     assert validation.with_error(plain, SimulationError(0.0, "planted")).ci == pytest.approx(plain.ci)
 
 
@@ -104,7 +104,7 @@ def test_an_error_as_large_as_the_effect_leaves_it_open():
 
 def test_beyond_a_tenth_nothing_is_judged_and_the_reason_is_said():
     carried = validation.with_error(measured(1.5), SimulationError(0.12, "planted"))
-    assert carried.verdict == "informative" and "12.0% (planted)" in carried.reason and "limit 10%" in carried.reason
+    assert carried.verdict == "informative" and "12.0 % (planted)" in carried.reason and "limit 10 %" in carried.reason
     assert carried.ci[0] < measured(1.5).ci[0]
 
 
@@ -118,7 +118,7 @@ def test_the_error_that_forbids_a_verdict_is_named():
     ]
     worst = validation.error_of(error, rows)
     assert worst == (0.13, f"{validation.GOODPUT}, loop")
-    assert worst.forbids == f"{validation.WHAT} is 13.0% (goodput share, loop), the limit 10%"
+    assert worst.forbids == f"{validation.WHAT} is 13.0 % (goodput share, loop), the limit 10 %"
     assert validation.error_of(error, rows[:2]) == (0.08, "mean of all quantities, static")
     assert SimulationError(0.1, "planted").forbids is None and "unknown" in SimulationError(None).forbids
 

@@ -117,6 +117,29 @@ def test_simulated_measurements_name_the_fixed_size_and_carry_the_error(traffic)
     assert again is traffic.served("changing", "adaptive", traffic.adaptive)
 
 
+@pytest.mark.parametrize(("fixed", "unsettled"), [([0.2] * 2 + [None] * 4, 4), ([0.2] * 4 + [9.0, None], 1)])
+def test_a_run_that_never_settles_is_not_left_out(traffic, monkeypatch, fixed, unsettled):
+    """Of the seeds that settled the fixed size took less time: it was the mean of two of six."""
+    seconds = iter([*fixed, *[0.5] * 6])
+    monkeypatch.setattr(simulated, "_settled", lambda study, run: next(seconds))
+    measured = simulated._settling(traffic, 8)
+    assert measured.optimized == 0.5 and f"never settled: {unsettled} and 0 of them" in measured.source
+    if unsettled > 3:
+        assert measured.baseline is measured.ratio is None and "did not settle in half" in measured.reason
+    else:
+        assert measured.baseline == 0.2 and measured.ratio == pytest.approx(2.5)
+
+
+def test_a_tail_that_is_infinite_on_one_trace_has_no_mean(traffic, monkeypatch):
+    """The mean of the other traces would be that of those on which the policy did well."""
+    tails = iter([1.0, None, 1.0, 1.0])
+    others = dict.fromkeys(simulated.SHOWN, 1.0)
+    monkeypatch.setattr(slo, "summary", lambda run, objective: others | {simulated.TAIL: next(tails)})
+    policies = {name: lambda: FixedSize(8) for name in ("now and then", "always")}
+    rows = simulated.compare(traffic, "constant 0.4", policies, count=2)
+    assert [row[simulated.TAIL] for row in rows] == [None, 1.0] and [row["goodput"] for row in rows] == [1.0, 1.0]
+
+
 def test_a_run_is_read_in_two_sentences(traffic):
     served = traffic.setup.run(traffic.traces("changing", 1)[0], traffic.adaptive())
     reading.two(*real_model.read_timeline(served, traffic.setup.objective))
@@ -143,7 +166,7 @@ def test_a_single_constant_traffic_that_falls_short_refutes_and_is_named(traffic
     # The simulation's error widens each interval, and above a tenth nothing is told.
     assert constant_rates(traffic, monkeypatch, alike | {"constant 0.9": 0.93}, 0.06)[0] is None
     refuted, evidence = constant_rates(traffic, monkeypatch, alike | {"constant documents": 0.77}, 0.13)
-    assert refuted is None and evidence.startswith("not judged: ") and "13.0% (planted)" in evidence
+    assert refuted is None and evidence.startswith("not judged: ") and "13.0 % (planted)" in evidence
 
 
 def test_a_constant_traffic_without_an_interval_upholds_nothing(traffic, monkeypatch):
@@ -204,12 +227,12 @@ def test_targets_without_a_number_are_unknown():
     rows.append({"traffic": "changing", "adaptive ÷ best rival": 1.2, "adaptive ÷ best fixed": 1.3})
     frame = pd.DataFrame(experiment.targets(rows, trial))
     assert list(frame.reached) == [False, True, True, True]
-    trial.rivals = SimpleNamespace(rounds="some", gain=1.2)
+    trial.rivals = SimpleNamespace(rounds="some", gain=1.2, reaches=lambda least: least == 1.15)
     frame = pd.DataFrame(experiment.targets(rows, trial))
     assert list(frame.reached) == [False, True, True, True, True] and "best rival" in frame.figure[1]
     trial.strays = SimulationError(0.13, "planted")
     reached = dict(pd.DataFrame(experiment.targets(rows, trial))[["figure", "reached"]].values)
-    assert all("13.0% (planted)" in str(value) for name, value in reached.items() if ", simulated:" in name)
+    assert all("13.0 % (planted)" in str(value) for name, value in reached.items() if ", simulated:" in name)
     assert reached["changing trace, real model: adaptive ÷ best fixed"] is False
     assert reached["simulation error"] is False
     trial.strays = SimulationError(None)

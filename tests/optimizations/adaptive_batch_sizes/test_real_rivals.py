@@ -1,6 +1,7 @@
 """Every rival replays the same traces on a real model, all in turn; nothing is replayed where no rounds are given."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ import torch
 from lib.measure.serving import policy_comparison, slo
 from lib.measure.serving.policy_comparison import ServingSetup
 from lib.measure.serving.protocol import Limits
+from lib.measure.serving.replaying.rounds import ServingRounds
 from lib.measure.serving.slo import Objectives, Single
 from lib.measure.serving.step_times import StepTimes
 from lib.measure.serving.traffic import Lengths
 from lib.optimizations.adaptive_batch_sizes import real_rivals, study
+from lib.optimizations.adaptive_batch_sizes.study import ADAPTIVE
 from tests.models import architectures
 
 WORKLOAD = "serve, real model, fixed 2"
@@ -77,6 +80,47 @@ def test_rivals_are_controls_against_the_fixed_size(replayed):
     for _, _, (measured,) in controls:
         assert measured.workload == WORKLOAD and measured.provenance == "measured"
         assert measured.verdict in ("informative", "inconclusive", "equivalent")  # two rounds give no interval
+
+
+def _planted(ours, rivals, counted=50):
+    """Rounds by hand: goodput of the adaptive policy and of the fixed size, round by round; AIMD is always worse."""
+    goodputs = {"fixed 2": rivals, "AIMD": [0.5 * value for value in rivals], ADAPTIVE: ours}
+    runs = {
+        name: [SimpleNamespace(served=SimpleNamespace(value=v, counted=range(counted)), disturbed=None) for v in values]
+        for name, values in goodputs.items()
+    }
+    return real_rivals.RivalReplays(ServingRounds(tuple(range(len(ours))), runs, None), None, "fixed 2", WORKLOAD)
+
+
+@pytest.mark.parametrize(
+    ("gains", "reached"),
+    [
+        ([1.5, 1.52, 1.49, 1.5, 1.51, 1.5], True),
+        ([1.0, 1.01, 0.99, 1.0, 1.0, 1.0], False),
+        ([0.8, 1.9, 1.0, 1.6, 0.9, 1.5], "cannot tell"),  # 1.28 times as much on average
+        ([1.5, 1.5], "cannot tell"),  # two rounds give no interval
+        ([1.5, 1.5, 1.5, 1.5, 1.5, 0.0], "not judged: a replay served no request in time"),
+    ],
+)
+def test_the_best_rival_is_beaten_by_an_interval_and_not_by_a_mean(monkeypatch, gains, reached):
+    """The target was reached by the ratio of two means, whatever the rounds said."""
+    monkeypatch.setattr(slo, "goodput", lambda served, _: served.value)
+    rivals = _planted([10.0 * gain for gain in gains], [10.0] * len(gains))
+    assert rivals.best == "fixed 2" and rivals.reaches(1.15) == reached
+    assert rivals.gain == pytest.approx(sum(gains) / len(gains))
+    few = _planted([10.0 * gain for gain in gains], [10.0] * len(gains), counted=9)
+    assert few.reaches(1.15) == "not judged: 9.0 requests counted in a replay, fewer than 15"
+
+
+def test_rates_set_on_a_disturbed_machine_judge_no_rival_either(traffic, monkeypatch):
+    monkeypatch.setattr(slo, "goodput", lambda served, _: served.value)
+    why = "other processes took 60% of our cores"
+    planted = _planted([15.0] * 6, [10.0] * 6).rounds
+    monkeypatch.setattr(real_rivals.replay, "in_turn", lambda *_, **__: planted)
+    setup = replace(traffic.setup, times=replace(traffic.setup.times, disturbed=why))
+    rivals = real_rivals.replayed(None, replace(traffic, setup=setup), 2, [None], None, workload=WORKLOAD)
+    assert rivals.rounds.calibration == why and len(rivals.rounds.busy) == 6
+    assert rivals.reaches(1.15).startswith("not judged: ") and why in rivals.reaches(1.15)
 
 
 def test_no_rounds_no_replay(traffic):

@@ -36,7 +36,8 @@ class ServingRounds:
     read from, in every step of an arm (`stepwise`) or around its whole replay; `planned`: the machine is disturbed on
     purpose; `calibration`: what disturbed it when step times were measured, from which rates and objectives follow;
     `slowness`: by how much the machine was slower than then at the beginning of each round, empty where nobody looked;
-    `repeated`: rounds that were disturbed and served again.
+    `repeated`: rounds that were disturbed and served again; `shared`: whose work the counter counted too
+    (`Counter.beside`).
     """
 
     traces: tuple[Trace, ...]
@@ -47,6 +48,7 @@ class ServingRounds:
     calibration: str | None = None
     slowness: tuple[float, ...] = ()
     repeated: int = 0
+    shared: str | None = None
 
     @property
     def busy(self) -> list[str]:
