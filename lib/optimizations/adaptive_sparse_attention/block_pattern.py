@@ -15,6 +15,7 @@ head sizes, N and M blocks of queries and keys, P pairs of a head and a block of
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -56,6 +57,10 @@ def scores(query_HTD: torch.Tensor, key_GKD: torch.Tensor, scaling: float, block
     heads, tokens, width = query_HTD.shape
     groups, length, _ = key_GKD.shape
     small, offset = block // stride, (length - tokens) // stride
+    shrunk = 1.0
+    if query_HTD.dtype == torch.float16:  # which ends at 65,504: sums over a stride may be more
+        shrunk = 2.0 ** math.floor(math.log2(scaling / stride))  # a power of two takes no digit
+        query_HTD = query_HTD * shrunk
     query_HTS = query_HTD.reshape(heads, tokens // stride, stride * width)
     key_GKS = key_GKD.reshape(groups, length // stride, stride, width).flip(2).reshape(groups, -1, stride * width)
     query_GRTS = query_HTS.view(groups, heads // groups, -1, stride * width)
@@ -68,7 +73,7 @@ def scores(query_HTD: torch.Tensor, key_GKD: torch.Tensor, scaling: float, block
         logits_HTK = (rows_GXS @ key_GKS[:, :visible].transpose(1, 2)).view(heads, last - first, visible).float()
         own = torch.ones(last - first, last - first, dtype=torch.bool, device=logits_HTK.device).triu(1)
         logits_HTK[:, :, offset + first :].masked_fill_(own, float("-inf"))
-        share_HTK = torch.softmax(logits_HTK * (scaling / stride), dim=-1)
+        share_HTK = torch.softmax(logits_HTK * (scaling / stride / shrunk), dim=-1)
         share_HTK[:, max(0, real_rows - first) :] = 0.0
         share_HNM = share_HTK.view(heads, (last - first) // small, small, visible // small, small).sum((2, 4))
         share_HNM /= (real_rows - torch.arange(first, last, small, device=share_HNM.device)).clamp(1, small)[:, None]

@@ -23,6 +23,7 @@ from lib.measure.compare.costs import break_even, resources
 from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement, paired_stats, settings
 from lib.measure.metrics.busy import why_busy
+from lib.measure.metrics.digits import signed
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
 from lib.measure.quality import sanity
@@ -370,7 +371,8 @@ def others_hold_as_much(
     rows = [row for row in survey if row["length"] == survey[-1]["length"]]
     lead_B = np.array([row["recall"] - max(row["window"], row["random"]) for row in rows])
     low, high = paired_stats.bootstrap_interval(lead_B, seed=seed)
-    evidence = f"recall of mass less that of the better control {lead_B.mean():+.4f} ({low:+.4f} to {high:+.4f})"
+    lead, *ends = (signed(number, ".4f") for number in (float(lead_B.mean()), low, high))
+    evidence = f"recall of mass less that of the better control {lead} ({' to '.join(ends)})"
     evidence += f", {len(rows)} blocks of the model at {survey[-1]['length']} tokens"
     if loaded.random_weights:
         return CLAIMS[0], None, f"random weights; {evidence}"

@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicLayer
 from lib.models.decoding import latent_products
 
 ROOM_TOKENS = 256  # least room left behind the tokens when a buffer grows
+SHRUNK = 2.0**-8  # of queries of float16, whose products with the bounds of a page would overflow
 Rank = Callable[[torch.Tensor, "PagedLayer"], torch.Tensor]  # queries and cache → scores of the full pages
 
 
@@ -137,8 +138,11 @@ def page_scores(query_BGRD: torch.Tensor, bounds_BGPE: torch.Tensor) -> torch.Te
 
 
 def by_bounds(query_BGRD: torch.Tensor, layer: PagedLayer) -> torch.Tensor:
-    """Return the scores of every full page, [B, G, R, P], by the bounds of their keys."""
-    return page_scores(query_BGRD, layer.bounds())
+    """Return the scores of every full page, [B, G, R, P], by the bounds of their keys; in float16 a fixed share of
+    each, since a bound may be beyond its largest number where no score is.
+    """
+    shrunk = query_BGRD * SHRUNK if query_BGRD.dtype == torch.float16 else query_BGRD
+    return page_scores(shrunk, layer.bounds())
 
 
 def best_pages(

@@ -221,14 +221,15 @@ def question_inside(
 
 
 def read_inside(inside: Sequence[Mapping[str, Any]]) -> str:
-    """Return one sentence on `question_inside`: the shares repeated, and whether so few answers tell the two apart."""
+    """Return two sentences on `question_inside`: the shares repeated, and whether so few answers tell the two apart."""
     if not inside:
         return "No question was asked inside a prompt."
     every, sparse = (value["measurements"][0] for value in inside)
     sentence = f"Full attention repeats {every.baseline:.3f} of {every.n} values, the sparse arm {every.optimized:.3f}"
     sentence += f" where the question attends to all and {sparse.optimized:.3f} where it does not"
     same = every.optimized == sparse.optimized
-    return f"{sentence}: {'between the last two no difference is shown' if same else 'too few for a verdict'}."
+    conclusion = "Between the last two no difference is shown." if same else "These are too few for a verdict."
+    return f"{sentence}. {conclusion}"
 
 
 def lost_in_the_middle(claim: str, judged: Quality) -> tuple[str, bool | None, str]:

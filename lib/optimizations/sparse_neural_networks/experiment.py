@@ -200,7 +200,7 @@ class MatrixMasks:
             return None
         lost_1OI = self.weight_1OI - pruned_1OI
         lost, whole = (torch.einsum("eoi,eij,eoj->", x, self.gram_1II, x) for x in (lost_1OI, self.weight_1OI))
-        return float(lost / whole) ** 0.5
+        return max(0.0, float(lost / whole)) ** 0.5  # a sum of squares, but for the rounding of the Gram matrix
 
 
 def one_matrix(setup: SparsitySetup) -> MatrixMasks:

@@ -5,6 +5,8 @@ Works on single matrices and on stacks of experts. Knows nothing of the rest of 
 Shapes: E experts (1 for a single matrix), O outputs, I inputs.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,8 @@ from lib.optimizations.sparse_neural_networks.masks import block_shape, keep, sc
 
 MOST_FACTORS = 2**26  # elements of inverses that are held at a time
 LEAST_ROWS = 8  # groups of fewer rows are executed as CSR: their dense products would be too thin
+INDEX_BYTES = 4  # of a column, and of where a row begins
+KEPT_IN_A_BYTE = 4  # the tensor cores' format notes in two bits which of four neighbours a kept weight is
 
 
 @dataclass(frozen=True)
@@ -79,12 +83,41 @@ def stored_sparse(matrix: Matrix, mask: torch.Tensor, pattern: str) -> torch.Ten
     On a CPU 2:4 has no kernel of its own and becomes CSR. Raises NotApplicable where the tensor cores' format does not
     fit.
     """
-    rows, _ = block_shape(pattern)
-    layout = "columns" if rows >= LEAST_ROWS else "csr"
-    if on_tensor_cores(matrix, pattern):
+    layout = layout_for(matrix, pattern)
+    if layout == "semi_structured":
         check_tensor_cores(matrix)
-        layout = "semi_structured"
-    return compress(matrix.weight.data, mask, layout, rows)
+    return compress(matrix.weight.data, mask, layout, block_shape(pattern)[0])
+
+
+def layout_for(matrix: Matrix, pattern: str) -> str:
+    """Return the layout that executes `pattern`, one of those of `compress`."""
+    if on_tensor_cores(matrix, pattern):
+        return "semi_structured"
+    return "columns" if block_shape(pattern)[0] >= LEAST_ROWS else "csr"
+
+
+def stored_bytes(matrix: Matrix, mask: torch.Tensor, pattern: str) -> int:
+    """Return the bytes of what `stored_sparse` makes of a matrix, indices included, without making it."""
+    layout, kept, rows = layout_for(matrix, pattern), int(mask.sum()), block_shape(pattern)[0]
+    if layout == "semi_structured":
+        return kept * matrix.weight.element_size() + kept // KEPT_IN_A_BYTE
+    if layout == "columns":
+        starts = row_starts(mask.shape, rows)
+        return kept * matrix.weight.element_size() + INDEX_BYTES * (kept // rows + starts)
+    return kept * csr_bytes(matrix.weight) + INDEX_BYTES * row_starts(mask.shape)
+
+
+def csr_bytes(weight: torch.Tensor) -> int:
+    """Return the bytes of each weight that CSR stores of a matrix: on a CPU its value is float32 whatever it was."""
+    return INDEX_BYTES + (weight.element_size() if weight.is_cuda else 4)
+
+
+def row_starts(shape: Sequence[int], rows: int = 1) -> int:
+    """Return how many places CSR, or groups of `rows` rows, note of where a row begins: one more than there are, of
+    each matrix of a stack.
+    """
+    *stack, outputs, _ = shape
+    return math.prod(stack) * (outputs // rows + 1)
 
 
 def on_tensor_cores(matrix: Matrix, pattern: str) -> bool:

@@ -26,6 +26,7 @@ from lib.optimizations.common.evidence.claims import ThirdArm
 from lib.optimizations.sparse_neural_networks import method as sparse
 from lib.optimizations.sparse_neural_networks.experiment import SparseModel, SparsitySetup
 from lib.optimizations.sparse_neural_networks.masks import HALVES, METHODS, WITHIN
+from lib.optimizations.sparse_neural_networks.matrix_pruning import INDEX_BYTES, csr_bytes, row_starts, stored_bytes
 
 COMPARED = ("sparsegpt", "wanda", "magnitude")
 WINDOWS, FEWEST_WINDOWS = 8, 4  # of held-out text, on which rivals are judged
@@ -35,7 +36,6 @@ YARDSTICKS = ("random", "magnitude", INT8, INT4)  # what a chosen mask has to do
 AT_BYTES = {INT8: "at int8's bytes", INT4: "at int4's bytes"}
 OTHER_PATTERNS = (*HALVES, "1x8")  # beside the run's own, where the matrices' sizes allow it
 AT_ONCE = "the same share, chosen at once"  # the purpose of the arms that differ from the run in the method alone
-COLUMN_BYTES = 4  # of a weight stored as CSR, beside its value
 
 
 @dataclass(frozen=True)
@@ -57,24 +57,19 @@ class SparseRivals:
         return self.judge_stored(name, purpose, pruned)
 
     def judge_stored(self, name: str, purpose: str, pruned: sparse.Pruned) -> ThirdArm:
-        """Return an arm of a model whose zeros are stored, with the bytes that it takes as CSR."""
+        """Return an arm of a model whose zeros are stored, with the bytes that it takes without them."""
         arm = self.judge(name, purpose, pruned.model)
         return arm._replace(measurements=[*arm.measurements[:-1], _size_if_stored(self.setup, pruned)])
 
 
 def _size_if_stored(setup: SparsitySetup, pruned: sparse.Pruned) -> Measurement:
-    """Return the bytes of all weights once the pruned matrices are stored as CSR."""
+    """Return the bytes of all weights once the pruned matrices are stored in the layout that executes their pattern."""
     before = cost_model.weights_bytes(setup.baseline)
-    nonzeros = sum(int(mask.sum()) for mask in pruned.masks.values())
-    rows = sum(mask.numel() // mask.shape[-1] + mask[..., 0, 0].numel() for mask in pruned.masks.values())
-    replaced = sum(matrix.weight.nbytes for matrix in matrices(setup.baseline) if matrix.name in pruned.masks)
-    after = before - replaced + csr_bytes(setup.matrices[0].weight) * nonzeros + 4 * rows
-    return measurement.counted("weights_bytes", "load", before, after, "pruned matrices as CSR, indices included")
-
-
-def csr_bytes(weight: torch.Tensor) -> int:
-    """Return the bytes of each weight that CSR stores of a matrix: on a CPU its value is float32 whatever it was."""
-    return COLUMN_BYTES + (weight.element_size() if weight.is_cuda else 4)
+    replaced = [matrix for matrix in matrices(setup.baseline) if matrix.name in pruned.masks]
+    stored = sum(stored_bytes(matrix, pruned.masks[matrix.name], pruned.pattern) for matrix in replaced)
+    after = before - sum(matrix.weight.nbytes for matrix in replaced) + stored
+    source = "pruned matrices in the layout that executes them, indices included"
+    return measurement.counted("weights_bytes", "load", before, after, source)
 
 
 def contest(setup: SparsitySetup, text: Text | None) -> SparseRivals | None:
@@ -142,8 +137,9 @@ def optimized_arm(setup: SparsitySetup, arms: Sequence[ThirdArm]) -> ThirdArm | 
 def _share_at(setup: SparsitySetup, yardstick: ThirdArm) -> float:
     """Return the share of zeros at which CSR saves as many bytes as the yardstick does."""
     dense = sum(matrix.weight.nbytes for matrix in setup.matrices)
+    starts = INDEX_BYTES * sum(row_starts(matrix.weight.shape) for matrix in setup.matrices)
     each = csr_bytes(setup.matrices[0].weight)
-    return 1 - (dense - rival_arms.removed_bytes(yardstick)) / (each * setup.weights)
+    return 1 - (dense - rival_arms.removed_bytes(yardstick) - starts) / (each * setup.weights)
 
 
 def order(arms: SparseRivals | None) -> list[ThirdArm]:

@@ -193,6 +193,27 @@ def test_the_paged_cache_holds_what_it_was_given_and_bounds_what_it_holds():
     assert not torch.equal(layer.bounds()[:, :, 6], before[:, :, 6])
 
 
+def test_sums_beyond_the_largest_number_of_float16_are_estimated_all_the_same():
+    """Sums over a stride were infinite, their shares no numbers, and the blocks kept were any blocks."""
+    query, key, _ = (128 * part.half() for part in _heads())
+    assert not (query @ key.repeat_interleave(2, 0).transpose(1, 2)).isfinite().all()
+    expected = blocks.scores(query.float(), key.float(), 1e-4, BLOCK, STRIDE)
+    torch.testing.assert_close(blocks.scores(query, key, 1e-4, BLOCK, STRIDE), expected, atol=2e-2, rtol=0)
+
+
+def test_bounds_beyond_the_largest_number_of_float16_still_rank_pages():
+    """Planted: the third page and the fifth have keys three times as large. The first one is always read."""
+    random = torch.Generator().manual_seed(0)
+    query, key = (200 * torch.randn(1, 2, size, 8, generator=random) for size in (3, 5 * 16 + 1))
+    for page in (2, 4):
+        key[:, :, 16 * page : 16 * (page + 1)] *= 3
+    layer = PagedLayer(16)
+    layer.update(key.half(), key.half())
+    assert not page_scores(query.half(), layer.bounds()).isfinite().all()
+    assert by_bounds(query.half(), layer).isfinite().all()
+    assert best_pages(query.half(), layer, 3).tolist() == [[[0, 2, 4]] * 2]
+
+
 def test_the_paged_cache_survives_reordering_and_growth():
     layer, key, value = _cached()
     layer.batch_repeat_interleave(2)

@@ -15,6 +15,7 @@ from lib.models import parameters
 from lib.models.structure.replacements import no_op
 from lib.optimizations.adaptive_sparse_attention import experiment, long_answers, method, quality_controls
 from lib.optimizations.common import absorbed_baseline
+from lib.report.text import brief
 
 SMALL = {"block_size": 16, "stride": 4, "page_size": 4, "full_last": 8}
 
@@ -197,8 +198,9 @@ def test_questions_inside_a_prompt_claim_no_effect_that_is_not_there():
     alike = quality_controls.read_inside([asked("all", 0.25), asked("sparse", 0.25)])
     assert alike == (
         "Full attention repeats 0.500 of 4 values, the sparse arm 0.250 where the question attends to all and 0.250 "
-        "where it does not: between the last two no difference is shown."
+        "where it does not. Between the last two no difference is shown."
     )
+    assert all(brief.count(part) <= brief.MOST_WORDS for part in brief.split(alike))
     assert quality_controls.read_inside([asked("all", 0.25), asked("sparse", 0.0)]).endswith("too few for a verdict.")
     assert "No question" in quality_controls.read_inside([])
 

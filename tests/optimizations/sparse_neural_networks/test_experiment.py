@@ -10,10 +10,11 @@ import torch
 from lib.errors import UserError
 from lib.measure.metrics import measurement, settings
 from lib.measure.quality import evaluate
+from lib.measure.roofline import cost_model
 from lib.models.calibration import second_moments
 from lib.models.structure import surgery
 from lib.models.structure.anatomy import anatomy
-from lib.optimizations.sparse_neural_networks import experiment, outcome, rivals, speed_sweep
+from lib.optimizations.sparse_neural_networks import experiment, matrix_pruning, outcome, rivals, speed_sweep
 from lib.optimizations.sparse_neural_networks import method as sparse
 from lib.optimizations.sparse_neural_networks.masks import METHODS
 from lib.optimizations.sparse_neural_networks.speed_sweep import PartPoint
@@ -62,6 +63,16 @@ def test_one_matrix_keeps_the_same_share_by_every_method(setup):
     assert errors["sparsegpt"] < errors["wanda"] < errors["random"]
     assert "sparsegpt" in experiment.read_masks(table)[1]
     assert all(corner.shape <= (experiment.CORNER, experiment.CORNER) for corner in matrix.corners().values())
+
+
+def test_a_variance_below_zero_by_rounding_is_no_error_of_the_output():
+    """Its root was a complex number, of which no least can be found."""
+    weight, pruned = torch.ones(1, 1, 2), torch.tensor([[[1.0, 0.0]]])
+    gram = torch.tensor([[[1.0, 0.0], [0.0, -1e-9]]])
+    masks = {name: pruned[0].bool() for name in ("sparsegpt", "wanda")}
+    matrix = experiment.MatrixMasks("w", weight, masks, dict.fromkeys(masks, pruned), gram)
+    assert matrix.table()["error of the output"].tolist() == [0.0, 0.0]
+    assert experiment.read_masks(matrix.table())[1] == "The output is nearest with sparsegpt, 0 off."
 
 
 def test_of_experts_one_that_saw_tokens_is_shown(setup, tiny):
@@ -224,6 +235,35 @@ def test_a_stored_weight_is_as_large_as_where_it_lies():
     half = torch.zeros(2, dtype=torch.bfloat16)
     assert rivals.csr_bytes(half) == 8, "float32 on a CPU"
     assert rivals.csr_bytes(SimpleNamespace(is_cuda=True, element_size=half.element_size)) == 6
+
+
+@pytest.mark.parametrize("model_name", ["qwen3-4b-instruct-2507", "qwen3-coder-30b"])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "1x8", "8x8", "16x1"])
+def test_bytes_of_masks_are_those_of_the_layout_that_executes_them(setup, tiny, model_name, pattern):
+    """Blocks of many rows were counted as CSR: nearly twice the bytes of the optimized model beside them."""
+    model = tiny(model_name)
+    loaded = SimpleNamespace(scale="proxy", model=model, random_weights=False)
+    pruned = sparse.prune(model, [], sparsity=0.5, method="magnitude", pattern=pattern, parts="feed_forward")
+    size = rivals._size_if_stored(replace(setup, loaded=loaded), pruned)
+    assert size.optimized == cost_model.weights_bytes(sparse.executed(pruned))
+
+
+def test_two_of_four_on_tensor_cores_takes_two_bits_beside_each_kept_weight():
+    """There a linear layer of 16 bits takes 9 of 16 of its bytes, not three halves of them as in CSR."""
+    weight = SimpleNamespace(is_cuda=True, element_size=lambda: 2)
+    linear, experts = (SimpleNamespace(weight=weight, part=part) for part in ("attention", "experts"))
+    mask = torch.zeros(64, 128, dtype=torch.bool)
+    mask[:, ::2] = True
+    assert matrix_pruning.stored_bytes(linear, mask, "2:4") == 64 * 128 * 2 * 9 // 16
+    assert matrix_pruning.stored_bytes(experts, mask, "2:4") == 64 * 64 * (2 + 4) + 65 * 4, "experts are CSR"
+
+
+def test_at_the_bytes_of_a_yardstick_the_places_where_rows_begin_count_too(setup):
+    dense = sum(matrix.weight.nbytes for matrix in setup.matrices)
+    size = measurement.counted("weights_bytes", "load", 1000 + dense, 1000 + dense / 4, "by hand")
+    share = rivals._share_at(setup, rivals.ThirdArm("int8", "weight-only", [size]))
+    starts = sum(matrix.weight.shape[0] + 1 for matrix in setup.matrices)
+    assert 8 * (1 - share) * setup.weights + 4 * starts == pytest.approx(dense / 4)
 
 
 def _point(strength: int, layout: str, ratio: float, verdict: str) -> PartPoint:
