@@ -245,10 +245,21 @@ class FactoredModel:
         return pd.DataFrame([{"module": name} | ranks for name, ranks in self.ranks.items()])
 
     @property
+    def stacks(self) -> str:
+        """How many stacks of experts became shared factors and cores; empty without experts."""
+        count = 2 * sum(block.feed_forward.experts is not None for block in anatomy(self.optimized).blocks)
+        ranks = [by_side for by_side in self.ranks.values() if "rank" not in by_side]
+        cut = sum(rank is not None for by_side in ranks for rank in by_side.values())
+        if not count or cut == count:
+            return f" All {count} stacks of experts are." if count else ""
+        rest = "the others" if cut else "them"
+        return f" Of {count} stacks of experts {cut or 'none'} are; the budget keeps {rest} whole."
+
+    @property
     def summary(self) -> str:
         """What was removed, in how many modules, and in how many factored blocks the factors that were taught stay."""
         share = f"{100 * self.removed:.1f} % of the decoder's bytes are removed"
-        removed = f"{share}; {len(self.ranks)} modules are factored."
+        removed = f"{share}; {len(self.ranks)} modules are factored.{self.stacks}"
         if not self.errors:
             return removed
         blocks = anatomy(self.optimized).blocks

@@ -230,9 +230,8 @@ def domains(setup: FactoringSetup, compression: float) -> tuple[pd.DataFrame, st
         ids_NT, documents[judged] = prompts.text_windows(source, *size), prompts.window_sources(source, *size)
         reference = evaluate.read(setup.baseline, ids_NT)
         for calibrated, source_spectra in spectra.items():
-            model = decomposition.apply(
-                setup.baseline, [], compression=compression, method=FITTED, spectra=source_spectra
-            )
+            chosen: dict[str, Any] = {"method": FITTED, "budget": setup.budget, "spectra": source_spectra}
+            model = decomposition.apply(setup.baseline, [], compression=compression, **chosen)
             lost[judged, calibrated] = evaluate.divergence(reference, evaluate.read(model, ids_NT))[0]
     removed = f"{100 * compression:g} % of the decoder's bytes removed"
     return domain_table(lost, seed, documents), f"Whitened factors, {removed}. {read_domains(lost, seed, documents)}"

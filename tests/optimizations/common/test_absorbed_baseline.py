@@ -104,11 +104,18 @@ CHANGES: dict[str, Callable] = {
     "grouped columns": lambda model, text: _grouped_columns(model),
     "sparse factors": lambda model, text: _sparse_factors(model),
 }
+
+
+def _int8_throughout(model: nn.Module) -> nn.Module:
+    """Return a copy of which the expansions are in int8 too."""
+    return mla_absorption.absorb(weight_only(mla_absorption.expand(sharing(model)), 8))
+
+
 PACKED: dict[str, Callable] = {
     "int8": lambda model, text: weight_only(model, 8),
     "int4": lambda model, text: weight_only(model, 4),
-    "factors in int8": lambda model, text: weight_only(_factored_expansion(model), 8),
-    "int8 throughout": lambda model, text: mla_absorption.absorb(weight_only(mla_absorption.expand(sharing(model)), 8)),
+    "factors in int8": lambda model, text: _int8_throughout(_factored_expansion(model)),
+    "int8 throughout": lambda model, text: _int8_throughout(model),
 }
 
 
@@ -149,6 +156,17 @@ def test_the_yardstick_expands_by_a_dense_matrix_as_engines_do(tiny, batch, bits
     assert left_dense(absorbed, "feed_forward") == left_dense(stock) == 0
     quantized = anatomy(weight_only(stock, bits)).blocks[0].attention.module.kv_b_proj
     assert isinstance(quantized, QuantizedLinear)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_yardstick_of_a_factored_checkpoint_expands_by_dense_factors(tiny, bits):
+    """Each of both factors was restored for each token; int4 of an odd rank could not even be made."""
+    absorbed = _factored_expansion(absorbed_baseline.absorbed_baseline(tiny("glm-4.7-flash")))
+    for block, before in zip(anatomy(weight_only(absorbed, bits)).blocks, anatomy(absorbed).blocks):
+        ours, theirs = (each.attention.module.kv_b_proj for each in (block, before))
+        assert ours.inner.weight is theirs.inner.weight and ours.outer.weight is theirs.outer.weight
+        assert isinstance(block.attention.module.o_proj, QuantizedLinear)
+    assert left_dense(absorbed) == 2 * len(anatomy(absorbed).blocks)
 
 
 @pytest.mark.parametrize("change", [name for name in CHANGES if name != "nothing"])

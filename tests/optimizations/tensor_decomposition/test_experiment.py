@@ -206,6 +206,24 @@ def test_factors_are_refitted_on_all_of_the_calibration_text_and_say_where_that_
     assert experiment.factor(setup, 0.2).summary.endswith(" modules are factored.")
 
 
+def test_how_many_stacks_of_experts_became_factors_is_said(tiny):
+    """Where the budget keeps all of them whole, nothing is factored as tensors, and a reader should know."""
+    model = tiny("qwen3-coder-30b")
+    spectra = decomposition.analyse(model, [], "plain")
+    stacks = [curve.matrix for curve in spectra.curves() if curve.matrix.side != "linear"]
+    said = []
+    for sides in ((), ("input",), ("input", "output")):
+        ranks = {matrix.name: 8 for matrix in stacks if matrix.side in sides}
+        optimized = decomposition.apply(model, [], method="plain", spectra=spectra, ranks=ranks)
+        said.append(experiment.FactoredModel(optimized, 0.2, 1.0).summary.partition("factored.")[2])
+    count = len(stacks)
+    assert said == [
+        f" Of {count} stacks of experts none are; the budget keeps them whole.",
+        f" Of {count} stacks of experts {count // 2} are; the budget keeps the others whole.",
+        f" All {count} stacks of experts are.",
+    ]
+
+
 def test_the_pruned_rival_sees_the_text_that_the_factors_see(setup):
     seen = []
 
@@ -253,3 +271,23 @@ def test_factors_for_another_domain_see_as_much_text(setup, monkeypatch):
     with pytest.raises(Asked) as asked:
         rivals.domains(setup, 0.2)
     assert asked.value.args == (["code_origin"], 77, EFFORT.calibration_tokens)
+
+
+def test_factors_for_another_domain_have_the_budget_of_the_run(setup, monkeypatch):
+    """Of a run of uniform ranks they had those of one budget, and were none of its other factors."""
+    ids_NT = torch.randint(8, 96, (3, 16), generator=torch.Generator().manual_seed(2))
+    texts = {"calibration": setup.calibration, "text_windows": ids_NT, "window_sources": None}
+    for name, text in texts.items():
+        monkeypatch.setattr(rivals.prompts, name, lambda *_, text=text: text)
+    setup.loaded.parameters = SimpleNamespace(tasks=["topic"], model_copy=lambda update: update["tasks"])
+    abroad = SimpleNamespace(replace=lambda _, parameters: SimpleNamespace(parameters=parameters))
+    monkeypatch.setattr(rivals, "dataclasses", abroad)
+    budgets, make = [], decomposition.apply
+
+    def apply(*args, **options):
+        budgets.append(options["budget"])
+        return make(*args, **options)
+
+    monkeypatch.setattr(rivals.decomposition, "apply", apply)
+    table, _ = rivals.domains(replace(setup, budget="uniform"), 0.2)
+    assert budgets == ["uniform"] * 4 and len(table) == 4

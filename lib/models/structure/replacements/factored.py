@@ -33,15 +33,15 @@ class FactoredLinear(nn.Module):
 
     @property
     def in_features(self) -> int:
-        return self.inner.weight.shape[1]
+        return self.inner.in_features  # not the shape of its weight, which may be packed
 
     @property
     def out_features(self) -> int:
-        return self.outer.weight.shape[0]
+        return self.outer.out_features
 
     @property
     def rank(self) -> int:
-        return self.inner.weight.shape[0]
+        return self.inner.out_features
 
     @property
     def bias(self) -> torch.Tensor | None:

@@ -112,6 +112,9 @@ def left_dense(model: nn.Module, part: str = "all") -> int:
 
 
 def _expansions(model: nn.Module) -> set[nn.Module]:
-    """Return the modules by which the latent attentions of `model` expand that decode absorbed."""
+    """Return the modules by which the latent attentions of `model` expand that decode absorbed; of a factored one its
+    factors too.
+    """
     attentions = [block.attention for block in anatomy(model).blocks if block.attention.kind == "latent"]
-    return {each.module.kv_b_proj for each in attentions if mla_absorption.decodes_absorbed(each.module)}
+    absorbed = [each.module for each in attentions if mla_absorption.decodes_absorbed(each.module)]
+    return {part for module in absorbed for part in module.kv_b_proj.modules()}

@@ -13,6 +13,7 @@ from lib.models.checkpoints import io
 from lib.models.structure.anatomy import anatomy
 from lib.models.structure.replacements import factored as factors
 from lib.models.structure.surgery import resize_linear
+from lib.optimizations.common.compression.weight_only import weight_only
 from tests.measure.roofline import counted_flops
 
 
@@ -131,6 +132,17 @@ def test_observation_sees_through_factors(tiny, name, batch):
         for field in ("channel_activation_C", "head_contribution_Q", "expert_contribution_E", "expert_tokens_E"):
             if (value := getattr(arm, field)) is not None:
                 assert torch.allclose(value, getattr(reference, field), rtol=1e-2, atol=1e-2), field
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_factors_leave_heads_and_channels_as_they_are(tiny, bits):
+    """Of int4, which lies two to a byte, half of them were counted."""
+    dense, model = tiny("qwen3-4b-instruct-2507"), factored(tiny("qwen3-4b-instruct-2507"))
+    for packed, reference in zip(anatomy(weight_only(model, bits)).blocks, anatomy(dense).blocks):
+        assert packed.feed_forward.channels == reference.feed_forward.channels
+        assert packed.attention.heads == reference.attention.heads
+        assert packed.attention.key_value_heads == reference.attention.key_value_heads
+        assert packed.attention.output.rank == 8
 
 
 def test_factors_refuse_to_lose_rows(tiny):
