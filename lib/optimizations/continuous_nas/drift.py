@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from lib.measure.metrics.digits import percent
 from lib.optimizations.common.search import pareto
 from lib.optimizations.common.search.study import Study
 from lib.optimizations.continuous_nas import method, replacement_library
@@ -101,8 +102,8 @@ class Drifts:
         if not all(a.cold[-1] for a in self.adaptations):
             begun += f" (–: no cheaper choice is within {method.REFERENCE[1]:g} nats per token)"
         return (
-            f"Before any new evaluation the warm searches stand at {begun} of the cold ones' final hypervolume "
-            f"({names}). To {LEVEL:.0%} of it they take {counts} evaluations, resumed against begun from nothing."
+            f"At the start the warm searches stand at {begun} of the cold ones' final hypervolume. To {percent(LEVEL)} "
+            f"of it they take {counts} evaluations ({names}), resumed against begun from nothing."
         )
 
     def refuted(self) -> tuple[bool | None, str]:
@@ -115,7 +116,7 @@ class Drifts:
             warm, cold = followed.evaluations_until(LEVEL), followed.cold_until(LEVEL)
             slower.append(warm is None or (cold is not None and cold <= warm) if followed.cold[-1] else None)
             counts.append(f"{followed.costs.profile.name} {_count(warm)} resumed, {_count(cold)} from nothing")
-        evidence = f"evaluations to {LEVEL:.0%} of the final hypervolume: {'; '.join(counts)}"
+        evidence = f"evaluations to {percent(LEVEL)} of the final hypervolume: {'; '.join(counts)}"
         if not all(followed.cold[-1] for followed in self.adaptations):
             evidence += (
                 f"; where no cheaper choice is within {method.REFERENCE[1]:g} nats per token there is no such level"

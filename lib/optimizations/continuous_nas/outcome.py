@@ -30,7 +30,7 @@ def targets(equal: EqualEffort, comparison: rivals.RivalComparison, drifted: Dri
     third = all(n is not None and n <= len(a.cold) / 3 for n, a in zip(counts, adaptations))
     slowest_follow = None if None in counts else max(n for n in counts if n is not None)
     closer = closer if comparison.has_rival_no_faster else None  # no rival to be closer than at equal speed
-    nearer = closer is not None and closer > 1
+    nearer = closer is not None and comparison.refuted()[0] is False  # by its interval, as the claim is answered
     rows = [
         ("hypervolume at least 1.1 of random's", equal.gain, own > 0 and (equal.gain is None or equal.gain >= 1.1)),
         ("hypervolume above that of all blocks alike", against_uniform, own > volumes["uniform"]),

@@ -16,6 +16,7 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.measure.metrics import settings as efforts
+from lib.measure.metrics.digits import percent
 from lib.measure.metrics.settings import BRIEF, Effort
 from lib.models.loading import Loaded
 from lib.models.structure.anatomy import anatomy
@@ -99,15 +100,15 @@ def fast_profiles(
     routed = any(block.feed_forward.experts for block in view.blocks)
 
     def candidates() -> Iterator[tuple[str, nn.Module]]:
-        yield f"{ratio:.0%} fewer parameters, whole blocks", draft
+        yield f"{percent(ratio)} fewer parameters, whole blocks", draft
         half = makers.shallower(loaded, ratio / 2, steps, effort, seed)
-        yield f"{ratio / 2:.0%} fewer parameters, whole blocks", half
+        yield f"{percent(ratio / 2)} fewer parameters, whole blocks", half
         for share in () if routed else sorted({max(ratio / 2, MILD), MILD}, reverse=True):
             try:
                 narrower = makers.narrower(loaded, share, effort, seed)
             except UserError:  # its channels are fewer than that
                 continue
-            yield f"{share:.0%} fewer parameters, channels", narrower
+            yield f"{percent(share)} fewer parameters, channels", narrower
         if view.config.hidden_size >= WIDE:
             yield "int8 weights", weight_only.weight_only(loaded.model, 8)
 

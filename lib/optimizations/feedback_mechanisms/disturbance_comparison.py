@@ -215,11 +215,12 @@ def compare(setup: TwoProfileSetup, every: Sequence[Scenario], settings: Mapping
 
     `missed s`: seconds in which too few of the requests arriving were served in time; `fast share`: of the answers,
     given by the fast profile; `shadow s`: the server's time for reading answers again; `settled s`: from the
-    disturbance until served well for good, of the seeds that settle; `swing`: how far the limit goes back and forth per
-    decision late in the disturbance; `rolled back after s`: from the second at which the fast profile breaks, of those
-    in which it was taken back (`taken back`, their share of those in which it answered at all); `broken answers`: share
-    of a broken profile's; `required net saving`: how many times as fast a profile must be, guard charged, for the
-    server to keep up at the scenario's worst, and MOST_IN_TIME what can be kept in time then without one.
+    disturbance until served well for good, the median, in which a seed that never settles takes for ever (None where
+    that is half of them); `swing`: how far the limit goes back and forth per decision late in the disturbance; `rolled
+    back after s`: from the second at which the fast profile breaks, of those in which it was taken back (`taken back`,
+    their share of those in which it answered at all); `broken answers`: share of a broken profile's; `required net
+    saving`: how many times as fast a profile must be, guard charged, for the server to keep up at the scenario's worst,
+    and MOST_IN_TIME what can be kept in time then without one.
     """
     rows = []
     for name in dict.fromkeys(scenario.name for scenario in every):
@@ -227,6 +228,7 @@ def compare(setup: TwoProfileSetup, every: Sequence[Scenario], settings: Mapping
         for setting, make_policy in settings.items():
             runs = [setup.ran(scenario, setting, make_policy) for scenario in chosen]
             row: Row = {"scenario": name, "setting": setting} | dict(policy_comparison.averaged(runs, KEYS))
+            row["settled s"] = slo.percentiles([run["settled s"] for run in runs]).get("p50")
             row |= setup.savings(name)
             if chosen[0].broken < chosen[0].trace.seconds:
                 broken = [run for run in runs if run["broken answers"]]  # elsewhere there was nothing to take back
@@ -271,7 +273,9 @@ def goodput(
 def measurements(
     setup: TwoProfileSetup, rows: Sequence[Row], baseline: str, optimized: str, workload: str
 ) -> list[Measurement]:
-    """Return the rows of `compare` for two settings as measurements, over all scenarios, not judged."""
+    """Return the rows of `compare` for two settings as measurements, not judged: means over all scenarios in which both
+    have such a number, since a mean over others would be one of other scenarios.
+    """
     names = {
         "objective_missed_seconds": "missed s",
         "goodput_share": "goodput share",
@@ -283,9 +287,12 @@ def measurements(
     results = []
     for metric, key in names.items():
         arms = [[_number(row[key]) for row in rows if row["setting"] == name] for name in (baseline, optimized)]
-        missing = sum(value is None for arm in arms for value in arm)
+        pairs = list(zip(*arms))
+        both = [pair for pair in pairs if None not in pair]
+        arms = [list(arm) for arm in zip(*both)] if both else arms
         source = f"simulated: mean of {len(arms[0])} scenarios, step times from {setup.samples} timed calls"
-        source += f"; {missing} of {2 * len(arms[0])} have no such number" if missing else ""
+        if left_out := len(pairs) - len(both):
+            source += f"; in {left_out} of {len(pairs)} scenarios a setting has no such number"
         results.append(policy_comparison.mean_measurement(metric, workload, arms, source, reasons))
     return results
 

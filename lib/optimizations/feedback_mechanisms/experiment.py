@@ -18,6 +18,7 @@ from scipy import stats
 from torch import nn
 
 from lib.measure.metrics import catalogue
+from lib.measure.metrics.digits import percent, signed
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
 from lib.measure.serving import policy_comparison, replay
@@ -316,9 +317,10 @@ def points_lost(compared: ScenarioTable, alone: Sequence[Measurement]) -> str:
     """
     if compared.alone:
         return f"All answers are the full profile's: {NO_FAST}"
-    shares = f"{compared.share('quiet'):.0%} by the fast profile, {compared.share('load step'):.0%} during a load step"
+    quiet, busy = (percent(compared.share(name)) for name in ("quiet", "load step"))
+    shares = f"{quiet} by the fast profile, {busy} during a load step"
     lost = [
-        f"{item.metric} {100 * (item.optimized - item.baseline) / 10:+.2f} points"
+        f"{item.metric} {signed(100 * (item.optimized - item.baseline) / 10, '.2f')} points"
         for item in alone
         if item.baseline is not None and item.optimized is not None and item.unit == "share"
     ]

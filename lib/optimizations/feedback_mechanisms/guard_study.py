@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lib.measure.metrics import measurement
+from lib.measure.metrics.digits import percent
 from lib.measure.metrics.measurement import Measurement
 from lib.models.loading import Loaded
 from lib.models.tasks import tasks
@@ -252,7 +253,7 @@ def measurements(study: GuardStudy) -> list[Measurement]:
     elif isinstance(answers := worst.get(AFTERWARDS), float) and answers:
         fast = 1.0 if study.fast_share is None else study.fast_share
         later = LATER * study.share
-        who = "all of them" if study.fast_share is None else f"{fast:.0%} of them"
+        who = "all of them" if study.fast_share is None else f"{percent(fast)} of them"
         source = f"{study.source}; {study.rate:.1f} answers/s, {who} by the fast profile, {later:g} of those read "
         source += f"after a clean start of {CLEAN_START}, {AT_ONCE} at a time; where requests wait, later"
         if isinstance(first := worst[FROM_START], float):

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from lib.measure.metrics.digits import percent
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.serving import engine, replay, step_timing, validation
 from lib.measure.serving.engine import ModelEngine
@@ -379,4 +380,5 @@ def read_timeline(live: LiveTrial, objective: Objectives) -> tuple[str, str]:
     share = sum(profile == 1 for profile in profiles) / max(1, len(profiles))
     if getattr(live.policy, "switch", None) is None:
         return first, f"The profile never changes, since {NO_FAST}: only the limit of rows does."
-    return first, f"Changes of the profile: {len(changes)}; in all rounds the fast one gave {share:.0%} of the answers."
+    answered = f"in all rounds the fast one gave {percent(share)} of the answers"
+    return first, f"Changes of the profile: {len(changes)}; {answered}."

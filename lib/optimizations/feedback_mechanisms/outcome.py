@@ -48,7 +48,7 @@ def targets(compared: ScenarioTable, live: LiveTrial, guards: GuardStudy, laws: 
         ("false rollbacks, share of quiet windows", false, "at most", MOST_FALSE),
         ("least share of drafted tokens equal to greedy", float(laws["same tokens"].min()), "at least", 1.0),
     )
-    untold = (_not_judged(live), None, NO_FAST if guards.alone else None, None)
+    untold = (_not_judged(live), _untold(guards, BROKEN), _untold(guards, SOUND), None)
     rows: list[Row] = [
         {"figure": name, "measured": value, "to reach": f"{how} {goal}", "reached": why or is_reached(value, how, goal)}
         for (name, value, how, goal), why in zip(goals, untold)
@@ -146,13 +146,25 @@ def _share(guards: GuardStudy, profile: str) -> Answer:
     """
     if guards.alone and profile == SOUND:
         return None, NO_FAST
-    rolled_back, excess = guards.alarms(profile), guards.excess(profile)
+    rolled_back = guards.alarms(profile)
     wrong = rolled_back if profile == SOUND else guards.windows - rolled_back
     low, high = stats.binomtest(wrong, guards.windows).proportion_ci(CONFIDENCE, "exact")
     evidence = f"{wrong} of {guards.windows} windows ({low:.4f} to {high:.4f})"
-    if (excess > 0) == (profile == SOUND):
-        return None, f"{evidence}, but this profile's loss lies {excess:+.3f} from the bound, so it is not {profile}"
+    if untold := _untold(guards, profile):
+        return None, f"{evidence}, but {untold}"
     return True if low > MOST_FALSE else False if high <= MOST_FALSE else None, evidence
+
+
+def _untold(guards: GuardStudy, profile: str) -> str | None:
+    """Return why windows of a profile tell nothing of the guard: there is no fast profile, or the sound one loses more
+    than is allowed, or the broken one does not. None where they do.
+    """
+    if guards.alone and profile == SOUND:
+        return NO_FAST
+    excess, word = guards.excess(profile), "sound" if profile == SOUND else "broken"
+    if (excess > 0) == (profile == SOUND):
+        return f"this profile's loss lies {excess:+.3f} from the bound, so it is not {word}"
+    return None
 
 
 def _differing(laws: pd.DataFrame) -> Answer:

@@ -17,6 +17,7 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.measure.metrics.catalogue import PERPLEXITY_MARGIN, SCORE_MARGIN
+from lib.measure.metrics.digits import percent, signed
 from lib.measure.quality import evaluate
 from lib.measure.serving.protocol import Engine
 from lib.measure.serving.traffic import ServingRequest
@@ -76,7 +77,7 @@ def judge(
     read = [float(np.mean(evaluate.read(each, text_NT).loss_N)) for each in (loaded.model, model)]
     perplexity = float(np.exp(read[1] - read[0]))
     if not perplexity <= 1 + PERPLEXITY_MARGIN:  # which is no number where the model gives none
-        reason = f"perplexity {perplexity - 1:+.1%}, margin {PERPLEXITY_MARGIN:.0%}"
+        reason = f"perplexity {signed(100 * (perplexity - 1))} %, margin {percent(PERPLEXITY_MARGIN)}"
         return Candidate(name, model, None, perplexity, None, reason)
     answered = losses_of(loaded, model, prompts, seed)
     disagreement = float(np.mean(answered))
@@ -88,7 +89,7 @@ def judge(
     if disagreement > ROOM * bound:
         reasons.append(f"disagreement {disagreement:.3f}, at most {ROOM * bound:.3f}")
     if flips > SCORE_MARGIN:
-        reasons.append(f"{flips:.1%} of the items flip, margin {SCORE_MARGIN:.0%}")
+        reasons.append(f"{percent(flips, 1)} of the items flip, margin {percent(SCORE_MARGIN)}")
     return Candidate(name, model, disagreement, perplexity, flips, "; ".join(reasons) or None, tuple(answered))
 
 

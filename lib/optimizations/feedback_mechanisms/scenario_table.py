@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
+from lib.measure.metrics.digits import percent
 from lib.optimizations.feedback_mechanisms import disturbance_comparison
 from lib.optimizations.feedback_mechanisms.disturbance_comparison import MOST_IN_TIME, Row
 from lib.optimizations.feedback_mechanisms.guarding.net_saving import NetSaving
@@ -108,7 +109,7 @@ class ScenarioTable:
             by = {LOOP: f"the loop, which has the limit alone ({NO_FAST})", PI_LOOP: "the PI loop"}
         shares = {who: self.missed_ratio(name) for name, who in by.items()}
         parts = [f"{'unknown' if share is None else f'{share:.2f}'} by {who}" for who, share in shares.items()]
-        text = f"Seconds missed against the static limit: {', '.join(parts)}."
+        text = f"Seconds missed ÷ static limit: {', '.join(parts)}."
         sums = self.sums
         static = sums[self.static]["goodput share"]
         more = f"{sums[LOOP]['goodput share'] / static:.2f}" if static else "unknown"
@@ -136,30 +137,24 @@ class ScenarioTable:
         """Return two sentences on how to read `points`; without a fast profile, what the limit alone does."""
         sums = self.sums
         loop, static = sums[LOOP], sums[self.static]
+        missed = {name: f"{means['missed s']:.2f} s" for name, means in sums.items()}
         if self.alone:
             first = (
-                f"The loop misses {loop['missed s']:.2f} s of a script, the PI loop {sums[PI_LOOP]['missed s']:.2f} s "
-                f"and the static limit {static['missed s']:.2f} s, all with the full profile."
+                f"{NO_FAST.capitalize()}: the loop misses {missed[LOOP]} of a script, the PI loop {missed[PI_LOOP]} "
+                f"and the static limit {missed[self.static]}."
             )
-            second = (
-                f"{NO_FAST.capitalize()}, so whatever the loop gains or loses comes from its limit: "
-                f"{loop['goodput share']:.0%} of the requests are in time, and {static['goodput share']:.0%} with the "
-                f"static one"
-            )
+            second = "Whatever differs comes from its limit"
             if self.beyond:
-                worst = ", ".join(f"{name} (at most {share:.0%})" for name, share in self.beyond.items())
-                second += f"; no limit of rows keeps {GOOD_SHARE:.0%} of them in time at the worst of: {worst}"
-            return first, f"{second}."
-        routed, alone = sums[ROUTED], sums[LIMIT_ALONE]
+                worst = ", ".join(f"{name} ({percent(share)})" for name, share in self.beyond.items())
+                return first, f"{second}; no limit keeps {percent(GOOD_SHARE)} in time at the worst of: {worst}."
+            served = f"{percent(loop['goodput share'])} of the requests are in time"
+            return first, f"{second}: {served}, and {percent(static['goodput share'])} with the static one."
         first = (
-            f"The loop misses {loop['missed s']:.2f} s of a script with {loop['fast share']:.0%} of the answers by "
-            f"the fast profile, the static limit {static['missed s']:.2f} s and the loop's limit alone "
-            f"{alone['missed s']:.2f} s with none, and routing the same share whatever happens "
-            f"{routed['missed s']:.2f} s."
+            f"The loop misses {missed[LOOP]} of a script with {percent(loop['fast share'])} of the answers by the fast "
+            f"profile, the static limit {missed[self.static]} with none."
         )
         second = (
-            f"The oracle, chosen in hindsight on each script, misses {sums[ORACLE]['missed s']:.2f} s for "
-            f"{sums[ORACLE]['fast share']:.0%}, and the fast profile alone {sums[FAST_ALONE]['missed s']:.2f} s for "
-            f"all of them."
+            f"The loop's limit alone misses {missed[LIMIT_ALONE]}, routing the same share {missed[ROUTED]}, the oracle "
+            f"{missed[ORACLE]} and the fast profile alone {missed[FAST_ALONE]}."
         )
         return first, second

@@ -18,6 +18,7 @@ from lib.measure.compare import speed
 from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement, paired_samples
 from lib.measure.metrics.busy import withhold_if_busy
+from lib.measure.metrics.digits import percent
 from lib.measure.metrics.measurement import Measurement
 from lib.models.checkpoints import io
 from lib.models.structure.anatomy import anatomy
@@ -285,14 +286,16 @@ def sentence(
     stack: Weakened,
 ) -> str:
     """Return the stack that is judged, and the results of the pairs, the identity pipeline, the exchanges and the
-    interactions, in two sentences.
+    interactions, a sentence each.
     """
     works, refused, crashed = (len(study.named(state)) for state in ("works", "refused", "crashed"))
-    at = f"{stack.level / strength.LEVELS:.0%} of the strength of each part that can be weakened"
-    text = f"The stack that is judged: {f'{named(stack)}, at {at}' if stack.steps else 'empty'}. "
-    text += f"{works} of {study.count} ordered pairs work, {refused} refused with a reason, {crashed} crashed; "
+    at = f"{percent(stack.level / strength.LEVELS)} of the strength of each part that can be weakened"
+    results = [
+        f"The stack that is judged: {f'{named(stack)}, at {at}' if stack.steps else 'empty'}",
+        f"{works} of {study.count} ordered pairs work, {refused} refused with a reason, {crashed} crashed",
+    ]
     if measured_overhead:
         worst = max(measured_overhead, key=lambda m: abs((m.ratio or 1) - 1))
-        text += f"the identity pipeline runs at {_share(worst)} of the {worst.workload} rate, {worst.verdict}; "
-    text += f"after reverting: {exchanged.reverted}; "
-    return text + f"interactions: {contrasts.refuted()[1]}."
+        results.append(f"The identity pipeline runs at {_share(worst)} of the {worst.workload} rate, {worst.verdict}")
+    results += [f"After reverting: {exchanged.reverted}", f"Interactions: {contrasts.refuted()[1]}"]
+    return " ".join(f"{result}." for result in results)

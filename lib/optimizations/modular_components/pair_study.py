@@ -10,6 +10,7 @@ import pandas as pd
 from scipy.stats import binom
 
 from lib.measure.metrics.catalogue import SPEED_MARGIN
+from lib.measure.metrics.digits import signed
 from lib.optimizations.common.evidence import interactions
 from lib.optimizations.modular_components import attempts, method
 from lib.optimizations.modular_components.attempts import Attempt
@@ -104,7 +105,10 @@ class Contrasts:
         name = next(iter(self.headings))
         largest = self.pairs.iloc[int(np.nanargmax(self.pairs[name].abs()))]
         pair = interactions.named(largest["first"], largest["second"])
-        shown = "{:+.4f}".format if name == "loss" else "{:+.1%}".format
+
+        def shown(value: float) -> str:
+            return signed(value, ".4f") if name == "loss" else f"{signed(100 * value)} %"
+
         unit = "nats per token" if name == "loss" else "of the baseline's time"
         low, high = largest[f"{name}_low"], largest[f"{name}_high"]
         span = "without an interval" if pd.isna(low) else f"95 % interval {shown(low)} to {shown(high)}"

@@ -19,7 +19,7 @@ from lib.optimizations.continuous_nas.drift import Adaptation, Drifts
 from lib.optimizations.continuous_nas.equal_effort import EqualEffort
 from lib.optimizations.continuous_nas.method import REFERENCE, SearchLimits
 from lib.optimizations.continuous_nas.rivals import RivalComparison
-from lib.report.text import reading
+from lib.report.text import brief, reading
 
 
 def _effort(search: float, *others: float) -> EqualEffort:
@@ -37,6 +37,7 @@ def _area(share: float) -> float:
 def _sentences(text: str) -> None:
     first, second = text.split(". ", 1)
     assert reading.two(f"{first}.", second) == text
+    assert all(brief.count(part) <= brief.MOST_WORDS for part in brief.split(text)), text
 
 
 @pytest.mark.parametrize(("search", "expected"), [(0.2, False), (0.9, True), (0.5, None)])
@@ -113,6 +114,9 @@ def test_all_blocks_alike_are_judged_at_equal_speed():
     sure, unsure = _comparison(0.16, *rivals), _comparison(0.16, *rivals, spread=0.05)
     assert sure.refuted()[0] is False and unsure.refuted()[0] is None, "it may be the slower rival that is as fast"
     assert unsure.interval()[0] < 1 < sure.interval()[0]
+    # The target was reached by the ratio alone, beside a claim that could not be told.
+    told = [outcome.targets(_effort(0.2, 0.4), each, drifted).iloc[2] for each in (sure, unsure)]
+    assert [bool(row["reached"]) for row in told] == [True, False] and told[1]["value"] > 1
 
 
 def test_windows_of_one_document_are_drawn_together():
@@ -149,7 +153,7 @@ def test_drifts_are_judged_by_evaluations():
     quick, slow = _adaptation([0.6, 0.9, 0.97], [0.1, 0.5, 0.6, 1.0]), _adaptation([0.1, 0.2, 0.3], [0.9, 1.0])
     assert (quick.evaluations_until(0.95), quick.cold_until(0.95), slow.evaluations_until(0.95)) == (2, 4, None)
     assert Drifts([quick], []).refuted() == (
-        False, "evaluations to 95% of the final hypervolume: decode_heavy 2 resumed, 4 from nothing",
+        False, "evaluations to 95 % of the final hypervolume: decode_heavy 2 resumed, 4 from nothing",
     )  # fmt: skip
     assert Drifts([slow], []).refuted()[0] is True and Drifts([quick, slow], []).refuted()[0] is None
     _sentences(Drifts([quick, slow], []).reading())

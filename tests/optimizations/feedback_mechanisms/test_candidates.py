@@ -35,10 +35,10 @@ def considered(tiny, monkeypatch):
 
 def test_mild_cuts_of_channels_come_after_whole_blocks(considered):
     names, cuts = considered("qwen3-4b-instruct-2507")
-    blocks = ["50% fewer parameters, whole blocks", "25% fewer parameters, whole blocks"]
-    assert names == [*blocks, "25% fewer parameters, channels", "10% fewer parameters, channels"]
+    blocks = ["50 % fewer parameters, whole blocks", "25 % fewer parameters, whole blocks"]
+    assert names == [*blocks, "25 % fewer parameters, channels", "10 % fewer parameters, channels"]
     assert cuts[2:] == [("channels", 0.25, True), ("channels", 0.1, True)]
-    assert considered("qwen3-4b-instruct-2507", ratio=0.2)[0][2:] == ["10% fewer parameters, channels"]
+    assert considered("qwen3-4b-instruct-2507", ratio=0.2)[0][2:] == ["10 % fewer parameters, channels"]
 
 
 @pytest.mark.parametrize("name", ["qwen3-coder-30b", "glm-4.7-flash"])
@@ -49,4 +49,4 @@ def test_experts_are_not_narrowed(considered, name):
 
 
 def test_a_cut_beyond_the_channels_is_no_candidate(considered):
-    assert considered("qwen3-4b-instruct-2507", most=0.2)[0][2:] == ["10% fewer parameters, channels"]
+    assert considered("qwen3-4b-instruct-2507", most=0.2)[0][2:] == ["10 % fewer parameters, channels"]

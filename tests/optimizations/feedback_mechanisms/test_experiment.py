@@ -36,7 +36,7 @@ from lib.optimizations.feedback_mechanisms.guarding import net_saving
 from lib.optimizations.feedback_mechanisms.guarding.net_saving import NetSaving
 from lib.optimizations.feedback_mechanisms.profiles import NO_FAST, Candidate
 from lib.optimizations.feedback_mechanisms.scenario_table import FAST_ALONE, LOOP, PI_LOOP, ROUTED, ScenarioTable
-from lib.report.text import reading
+from lib.report.text import brief, reading
 
 OBJECTIVES = Objectives(0.4, 0.012)
 
@@ -141,6 +141,7 @@ def test_the_loop_against_one_static_limit(disturbances, live, monkeypatch):
     assert compared.best in (8, 32)
     assert set(compared.sums) >= {compared.static, "oracle", LOOP, ROUTED, FAST_ALONE}
     reading.two(*compared.reading())
+    assert all(brief.count(text) <= brief.MOST_WORDS for text in compared.reading())
     refuted, evidence = outcome._missed(disturbances, compared, compared.static)
     assert refuted is not True and "stolen core" in evidence
     assert outcome._swinging(disturbances, compared)[0] is False
@@ -148,6 +149,7 @@ def test_the_loop_against_one_static_limit(disturbances, live, monkeypatch):
     assert [row["taken"] for row in compared.tried if row["static limit"] == compared.best] == ["yes"]
     assert {"seconds missed", "goodput share"} < set(compared.tried[0]) and len(compared.tried) == 2
     assert "limit alone" in compared.finding and not compared.alone
+    assert all(brief.count(part) <= brief.MOST_WORDS for part in brief.split(compared.finding)), compared.finding
     results = [
         item
         for item in experiment.comparison(disturbances, compared, live)
@@ -209,6 +211,33 @@ def test_a_broken_profile_that_answered_nothing_is_neither_taken_back_nor_kept(d
     assert compared.caught is None
 
 
+def test_settings_are_compared_where_both_have_a_number(disturbances):
+    """The loop settled in the hard scenario too, and its mean was that of two scenarios against the static one's easy
+    one: it looked slower for having settled.
+    """
+    static, loop = "static 8", "loop"
+    rows = [
+        {"scenario": scenario, "setting": setting, "settled s": value}
+        for scenario, values in (("easy", (2.0, 1.0)), ("hard", (None, 5.0)))
+        for setting, value in zip((static, loop), values)
+    ]
+    keys = ("missed s", "goodput share", "overshoot", "reversals")
+    rows = [dict.fromkeys(keys, 1.0) | row for row in rows]
+    found = disturbance_comparison.measurements(disturbances.setup, rows, static, loop, "serve")
+    [settling] = [item for item in found if item.metric == "settling_seconds"]
+    assert (settling.baseline, settling.optimized, settling.ratio) == (2.0, 1.0, 0.5)
+    assert "mean of 1 scenarios" in settling.source and "in 1 of 2 scenarios a setting has no such" in settling.source
+
+
+def test_a_seed_that_never_settles_is_not_left_out(disturbances, monkeypatch):
+    seconds = iter([0.1, 0.1, None, None, None, None])
+    keys = dict.fromkeys(disturbance_comparison.KEYS, 1.0)
+    monkeypatch.setattr(disturbance_comparison, "_ran", lambda *_: keys | {"settled s": next(seconds)})
+    scripts = disturbances.named("load step")
+    [row] = disturbance_comparison.compare(disturbances.setup, scripts, {"planted": lambda _: None})
+    assert row["settled s"] is None and (row["never settled"], row["seeds"]) == (4, 6)
+
+
 def test_choosing_and_judging_use_different_seeds(disturbances):
     seeds = [{script.trace.seed for script in part} for part in (disturbances.scripts, disturbances.choosing)]
     assert len(seeds[0]) == 6 and not seeds[0] & seeds[1]
@@ -265,7 +294,7 @@ def test_a_fault_shows_later_where_the_fast_profile_answers_less():
     study.rows.extend(guard_study._watch_windows(study))
     found = [guard_study.measurements(replace(study, fast_share=share))[-1] for share in (1.0, 0.5, 0.0)]
     assert {item.metric for item in found} == {"fault_detection_seconds"}
-    assert found[1].optimized == pytest.approx(2 * found[0].optimized) and "50% of them" in found[1].source
+    assert found[1].optimized == pytest.approx(2 * found[0].optimized) and "50 % of them" in found[1].source
     assert found[2].verdict == "unavailable" and "answers nothing" in found[2].reason
 
 
@@ -318,15 +347,31 @@ def test_without_a_fast_profile_nothing_is_claimed_of_one(alone, monkeypatch):
     assert rows["false rollbacks, share of quiet windows"] == (None, NO_FAST)
     texts = [*compared.reading(), compared.finding, experiment.points_lost(compared, [])]
     reading.two(*texts[:2])
+    assert all(brief.count(text) <= brief.MOST_WORDS for text in texts[:2])
     assert "from its limit" in texts[1] and not any("routing" in text or "oracle" in text.lower() for text in texts)
     assert all("by the fast profile" not in text for text in texts)
     # What no limit of rows can keep in time is said, or the missed target would read as the loop's failure.
     assert set(compared.beyond) == {"load step", "longer prompts", "stolen core"}
     assert compared.beyond["load step"] == pytest.approx(1 / scenarios.BUSY)
-    assert "no limit of rows keeps 90% of them in time at the worst of: load step (at most 87%)" in texts[1]
+    assert "comes from its limit; no limit keeps 90 % in time at the worst of: load step (87 %)" in texts[1]
     assert "Requests in time against it: " in compared.finding
     assert NO_FAST in compared.caption and profile_candidates.read_curves(alone.setup) == f"One curve: {NO_FAST}."
     assert set(profile_candidates.step_curves(alone.setup).arm) == {"full", "objective"}
+
+
+@pytest.mark.parametrize(("caught", "loss", "broken", "sound"), [(0.0, 0.1, None, True), (1.0, 0.5, True, None)])
+def test_a_target_of_the_guard_needs_a_profile_that_is_what_it_is_called(caught, loss, broken, sound):
+    """With a bound above what the broken profile loses, keeping it is right: the target was missed all the same, and
+    the claim beside it could not be told.
+    """
+    compared = SimpleNamespace(ratio=0.1, hardest=(None, None), caught=None, alone=True)
+    rows = {row["figure"]: row["reached"] for row in outcome.targets(compared, trial(), guards(caught, loss), LAWS)}
+    reached = rows["broken profile taken back, share of windows"], rows["false rollbacks, share of quiet windows"]
+    for told, expected, word in zip(reached, (broken, sound), ("broken", "sound")):
+        if expected is None:
+            assert told == f"this profile's loss lies {loss - 0.2:+.3f} from the bound, so it is not {word}"
+        else:
+            assert told is expected
 
 
 def test_a_guard_without_a_fast_profile_measures_no_sound_one():
@@ -344,7 +389,7 @@ def test_a_simulation_that_strays_too_far_answers_no_claim(disturbances, monkeyp
     compared = experiment.compare(disturbances)
     arguments = disturbances, compared, trial(0.13), guards(1.0, 0.5), LAWS
     for claim, refuted, evidence in outcome.refutations(*arguments)[:3]:
-        assert refuted is None and "13.0% (goodput share, loop)" in evidence and "limit 10%" in evidence, claim
+        assert refuted is None and "13.0 % (goodput share, loop)" in evidence and "limit 10 %" in evidence, claim
     [missed] = [
         row for row in outcome.targets(compared, trial(0.13), guards(1.0, 0.5), LAWS) if "missed" in row["figure"]
     ]

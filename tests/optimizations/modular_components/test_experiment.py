@@ -1,6 +1,7 @@
 """What the experiment concludes from attempts and contrasts that are planted."""
 
 import copy
+import re
 import types
 from dataclasses import replace
 
@@ -21,7 +22,7 @@ from lib.optimizations.modular_components.attempts import Attempt
 from lib.optimizations.modular_components.experiment import LiveExchange
 from lib.optimizations.modular_components.pair_study import Contrasts, PairStudy
 from lib.optimizations.modular_components.strength import Weakened
-from lib.report.text import reading
+from lib.report.text import brief, reading
 
 
 def _study(forced: str = "crashed", second: str = "refused") -> PairStudy:
@@ -67,10 +68,12 @@ def test_one_interval_cannot_show_that_interactions_are_rare():
 
 
 def test_the_largest_interaction_has_its_interval_or_says_that_there_is_none():
-    assert _contrasts((0.1, 0.2)).reading().endswith("+15.0% of the baseline's time (95 % interval +10.0% to +20.0%).")
+    expected = "+15.0 % of the baseline's time (95 % interval +10.0 % to +20.0 %)."
+    assert _contrasts((0.1, 0.2)).reading().endswith(expected)
+    assert "−15.0 % of" in _contrasts((-0.2, -0.1)).reading(), "a true minus sign"
     few = _contrasts((0.1, 0.2))
     few.pairs[["prefill_low", "prefill_high"]] = None
-    assert few.reading().endswith("+15.0% of the baseline's time (without an interval).")
+    assert few.reading().endswith("+15.0 % of the baseline's time (without an interval).")
     lost = _contrasts((0.1, 0.2))
     renamed = lost.pairs.rename(columns=lambda name: name.replace("prefill", "loss"))
     ends = "a → b, +0.1500 nats per token (95 % interval +0.1000 to +0.2000)."
@@ -132,7 +135,8 @@ def test_every_claim_has_its_answer(verdict, forced, identical, outcomes):
     assert [claim for claim, _, _ in answers] == list(experiment.CLAIMS)
     assert [refuted for _, refuted, _ in answers] == outcomes
     sentence = experiment.sentence(*findings)
-    stack = "a → b, at 100% of the strength of each part that can be weakened"
+    assert all(brief.count(part) <= brief.MOST_WORDS for part in re.split(r"\. (?=[A-Z0-9])", sentence)), sentence
+    stack = "a → b, at 100 % of the strength of each part that can be weakened"
     assert sentence.startswith(f"The stack that is judged: {stack}. ")
     wide = findings[2][0].model_copy(update={"ratio": 0.98, "ci": (0.8, 1.2)})
     rates = experiment.refutations(*findings[:2], [wide], *findings[3:])[3][2]

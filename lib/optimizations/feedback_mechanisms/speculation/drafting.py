@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lib.measure.metrics import measurement, paired_samples, paired_stats
+from lib.measure.metrics.digits import percent
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.timing.interleaved import balanced_orders
 from lib.models.loading import Loaded
@@ -199,7 +200,8 @@ class DraftingStudy:
         """How much answers repeat the text before them on each domain, as one line: what repeats is easily drafted."""
         shares = [repeated(*pair) for pair in zip(self.prompts, self.drafted[PLAIN].output)]
         own, characters = float(np.mean(shares[: self.change])), float(np.mean(shares[self.change :]))
-        text = f"The laws taking turns; {own:.0%} of an answer's tokens on the model's {OWN}, and {characters:.0%} on "
+        own_domain = f"{percent(own)} of an answer's tokens on the model's {OWN}"
+        text = f"The laws taking turns; {own_domain}, and {percent(characters)} on "
         return f"{text}{CHARACTERS}, repeat with the token before them a pair that stood earlier in the text"
 
     def curve(self) -> list[dict[str, object]]:

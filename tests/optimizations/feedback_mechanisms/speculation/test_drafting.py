@@ -53,7 +53,7 @@ def test_each_domain_is_a_measurement_of_its_own():
     assert gains["generate, n-gram, own domain"] == pytest.approx(1.0)
     assert gains["generate, n-gram, random characters"] == pytest.approx(4.0)
     assert next(iter(gains)) == "generate, speculative, own domain" and len(gains) == 4
-    assert "0% of an answer's tokens on the model's own domain, and 60% on random characters" in study.caption
+    assert "0 % of an answer's tokens on the model's own domain, and 60 % on random characters" in study.caption
     assert drafting.repeated(torch.tensor([3, 4, 5]), torch.tensor([3, 4, 9])) == pytest.approx(1 / 3)
     # Only answers in which something was drafted can differ for that reason; plain decoding is none of them.
     counts = {row["law"]: (row["drafted answers"], row["same answers"]) for row in table.to_dict("records")}
