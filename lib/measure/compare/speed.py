@@ -87,8 +87,10 @@ class Compared:
         """Return the A/A control as measurements: a copy of the baseline against it, through the same path.
 
         It is judged by the variance between processes that other runs showed, not by its own deviation, so it can fail.
+        One that is the baseline itself could not, and is not judged.
         """
         measurements = []
+        no_copy = self.details.get("control")
         for name, timed in self.timed.items():
             others = process_variance.between_processes(name)
             # With one process `from_pairs` adds this itself.
@@ -96,7 +98,8 @@ class Compared:
             floor = paired_stats.NORMAL * others.sigma / math.sqrt(several) if several else 0.0
             for metric in METRICS_OF[name]:
                 quantity = _quantity(metric, timed.baseline)
-                measurements.append(paired_samples.from_pairs(metric, name, timed.control, quantity, floor))
+                same = paired_samples.from_pairs(metric, name, timed.control, quantity, floor)
+                measurements.append(measurement.unjudged(same, str(no_copy)) if no_copy else same)
         return measurements
 
 
@@ -153,7 +156,7 @@ def compare(
         measurements += _cpu_use(name, timed[name], (base_use, opt_use))
     if with_energy and settings.wants("efficiency") and timed:
         name = "decode" if "decode" in timed else next(iter(timed))
-        joules = _energy(name, timed[name], effort, weight.device.type, seed)
+        joules = _energy(name, timed[name], models, prompt_BT, effort, seed)
         measurements = [*energy.judge_once(joules, measurements), *joules]
     return Compared(measurements, timed, _details(timed, peaks) | details | replication.shortened(), peaks)
 
@@ -269,16 +272,48 @@ def _cpu_time(name: str, timed: Timed) -> list[Measurement]:
     return [measurement.unjudged(seconds, energy.BESIDE_A_GPU)]
 
 
-def _energy(name: str, timed: Timed, effort: Effort, device: str, seed: int) -> list[Measurement]:
+def _energy(
+    name: str,
+    timed: Timed,
+    models: tuple[nn.Module, nn.Module],
+    prompt_BT: torch.Tensor,
+    effort: Effort,
+    seed: int,
+) -> list[Measurement]:
     """Return the joules of a workload: of a counter, which is read over windows of its own, or else estimated from the
     turns that were timed.
     """
+    device = next(models[0].parameters()).device.type
     source = energy.counter(device)
     if source.of_times and timed.pairs.cpu_seconds and timed.control.cpu_seconds:
         return energy.of_turns(timed.pairs, timed.control, timed.baseline.tokens, workload=name, source=source)
     options: dict[str, Any] = {"workload": name, "blocks": effort.blocks, "device": device, "seed": seed}
     options |= {"source": source, "with_cpu_seconds": False, "disturbance": disturbance.watch}
-    return energy.per_token(timed.baseline, timed.optimized, **options)
+    base, opt, copy = _of_one_age(name, (timed.baseline, timed.optimized), models, prompt_BT, effort, seed)
+    return energy.per_token(base, opt, control=copy, **options)
+
+
+def _of_one_age(
+    name: str,
+    works: tuple[Workload, Workload],
+    models: tuple[nn.Module, nn.Module],
+    prompt_BT: torch.Tensor,
+    effort: Effort,
+    seed: int,
+) -> tuple[Workload, Workload, Workload | None]:
+    """Return the work of both arms, and that of the baseline once more, on copies of their models that are made now: of
+    two models the older takes more for its age alone (`fresh_copies`). Of large models, and where a model cannot be
+    copied or its copy answers otherwise, both as they are, and None.
+    """
+    if not replication.are_small(models):
+        return *works, None
+    fresh = fresh_copies(dict(zip(("baseline", "optimized", "copy"), (*models, models[0]))), seed)
+    if fresh["baseline"][1] or fresh["optimized"][1]:
+        return *works, None
+    renewed = _on_copies(name, works, (fresh["baseline"][0], fresh["optimized"][0]), prompt_BT, effort)
+    if renewed[0] is works[0]:
+        return *works, None
+    return *renewed, _workload(name, fresh["copy"][0], prompt_BT, effort)
 
 
 def _cpu_use(name: str, arms: Timed, first: tuple[Use, Use]) -> list[Measurement]:

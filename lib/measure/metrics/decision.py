@@ -64,7 +64,7 @@ def decide(
 
 def _gate(effect: float, low: float, high: float, threshold: float, floor: float, margin: float) -> str:
     """Return which gate held; of an interval within the margin the floor alone, which reaches beyond it."""
-    noise, within = f"the noise floor of {100 * floor:.2g} %", f"the practical margin of {margin:.0%}"
+    noise, within = f"the noise floor of {100 * floor:.2g} %", f"the practical margin of {100 * margin:g} %"
     inside = low > -threshold and high < threshold
     if low <= 0 <= high:
         if inside:

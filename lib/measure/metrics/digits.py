@@ -16,6 +16,11 @@ def signed(value: float, form: str = ".1f") -> str:
     return text[1:] if float(text) == 0 else text.replace("-", MINUS)
 
 
+def percent(share: float, decimals: int = 0) -> str:
+    """Return a share in per cent with so many decimals: `12 %`, `−0.4 %`."""
+    return f"{100 * share:.{decimals}f} %".replace("-", MINUS)
+
+
 def interval(low: float | None, high: float | None, form: str = ".2f") -> str:
     """Return `1.27–1.35`; with a negative end `−5.6 to −2.6`, `−1 to +3`; a dash where there is no interval."""
     if low is None or high is None:

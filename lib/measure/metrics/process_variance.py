@@ -19,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from lib.files import write_atomically
+from lib.measure.metrics.digits import percent
 
 VARIABLE = "WORKBENCH_PROCESS_VARIANCE"
 NAME = "process-variance.json"
@@ -29,6 +30,8 @@ PRIOR_DRAWS = 6
 # of one commit such times differed by 3 to 5 %, of which 2.6 and 3.9 % were in no interval.
 PART_SIGMA = 0.03
 LEAST_SIGMA = 0.002  # a pool of lucky draws never claims less
+# How the reason ends why a control is no copy of the baseline: it shows nothing of what differs between two copies.
+SAME_OBJECT = "the control is the same object"
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,10 @@ class Pooled:
     def source(self) -> str:
         """Where it comes from, as a phrase."""
         if not self.draws:
-            return f"prior of {self.sigma:.1%} between processes"
+            return f"prior of {percent(self.sigma, 1)} between processes"
         return (
-            f"{self.sigma:.2%} between processes, pooled from {self.draws} controls of one process each in other runs"
+            f"{percent(self.sigma, 2)} between processes, pooled from {self.draws} controls of one process each in "
+            "other runs"
         )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from scipy.stats import binom
 
 from lib.measure.metrics import measurement
+from lib.measure.metrics.digits import percent
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.quality import answer_cache, noninferiority, score_bounds
 from lib.measure.quality.answers import Classified, Rolled
@@ -135,7 +136,8 @@ def at_chance(right_N: np.ndarray, chance: float | None) -> str | None:
     hits, n = int(right_N.sum()), len(right_N)
     if binom.sf(hits - 1, n, chance) <= AT_CHANCE:
         return None
-    return f"the baseline is right on {hits} of {n}, which guessing ({chance:.0%}) does too: nothing to lose or to keep"
+    guessing = f"guessing ({percent(chance)}) does too: nothing to lose or to keep"
+    return f"the baseline is right on {hits} of {n}, which {guessing}"
 
 
 def compare_rolled(

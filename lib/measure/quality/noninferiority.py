@@ -23,6 +23,7 @@ import numpy as np
 
 from lib.measure.metrics import measurement, paired_stats
 from lib.measure.metrics.catalogue import metric as metric_named
+from lib.measure.metrics.digits import signed
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.quality import score_bounds
 
@@ -172,7 +173,7 @@ def perplexity(
     wide_low, wide_high = _loss_interval(gain_N, 1 - ONE_SIDED, resamples, seed, source_N)
     shared = documents(source_N, n)
     units, unit = (n, unit) if shared is None else (shared, "documents")
-    held = f"upper bound {math.expm1(-low):+.2%}, margin {margin:.0%}"
+    held = f"upper bound {signed(100 * math.expm1(-low), '.2f')} %, margin {100 * margin:g} %"
     verdict = judge(gain, low, wide_low, wide_high, limit) if units >= MINIMUM_WINDOWS else "inconclusive"
     half = max(gain - wide_low, wide_high - gain)
     known = units >= MINIMUM_WINDOWS and math.isfinite(half)  # an interval over fewer is not worth showing

@@ -36,6 +36,14 @@ CLOSE = 0.1
 ZEROS, FALLBACK, BELOW_MDE = "zeros stored dense", "kernel fallback", "below MDE"
 CACHED, DISPATCH, UNEXPLAINED = "cache resident", "dispatch bound", "unexplained"
 REASONS = (ZEROS, FALLBACK, BELOW_MDE, CACHED, DISPATCH, UNEXPLAINED)  # that `explain` adds
+# Of NVIDIA's cards, as the driver names them: dense FLOP/s in 16 bits and bytes/s, as their data sheets state.
+DATA_SHEETS = {
+    "NVIDIA H200": (989e12, 4.8e12),
+    "NVIDIA H100 80GB HBM3": (989e12, 3.35e12),
+    "NVIDIA A100-SXM4-80GB": (312e12, 2.039e12),
+    "NVIDIA A100-SXM4-40GB": (312e12, 1.555e12),
+    "NVIDIA L40S": (362e12, 0.864e12),
+}
 _DISTURBED: dict[str, dict[str, Any]] = {}  # measured by this process while the machine was disturbed
 
 
@@ -126,15 +134,27 @@ def utilisation(
     ceilings: Ceilings,
 ) -> list[Measurement]:
     """Return model-FLOPs and memory-bandwidth utilisation of (baseline, optimized): costs and measured seconds of one
-    call.
+    call. What the vendor states stands beside them, where it is known.
     """
     flops = [cost.flops / time_ / ceilings.flops_per_second for cost, time_ in zip(costs, seconds)]
     traffic = [cost.bytes / time_ / ceilings.bytes_per_second for cost, time_ in zip(costs, seconds)]
-    source = f"FLOPs and bytes by formula over measured time, against {ceilings.source}"
+    source = f"FLOPs and bytes by formula over measured time, against {ceilings.source}{data_sheet(ceilings)}"
     return [
         measurement.informative("model_flops_utilisation", workload, flops[0], flops[1], source, "derived"),
         measurement.informative("memory_bandwidth_utilisation", workload, traffic[0], traffic[1], source, "derived"),
     ]
+
+
+def data_sheet(ceilings: Ceilings) -> str:
+    """Return the measured ceilings and those that the vendor states, as a clause; empty where these are not known."""
+    if not ceilings.device.startswith("cuda") or ceilings.dtype not in ("bfloat16", "float16"):
+        return ""
+    stated = DATA_SHEETS.get(torch.cuda.get_device_name(ceilings.device))
+    if stated is None:
+        return ""
+    reached = ceilings.flops_per_second, ceilings.bytes_per_second
+    flops, traffic, most_flops, most_traffic = (f"{number / 1e12:.3g}" for number in (*reached, *stated))
+    return f": {flops} TFLOP/s and {traffic} TB/s, of {most_flops} and {most_traffic} in its data sheet"
 
 
 def explain(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from lib.errors import UserError
+from lib.measure.metrics.process_variance import SAME_OBJECT
 from lib.models.checkpoints import placement
 
 ROOM = 2.0  # a copy is made where twice its bytes are free
@@ -20,12 +21,12 @@ def separate_copy(model: nn.Module) -> tuple[nn.Module, str | None]:
     """Return a copy of `model` with memory of its own, and None; or `model` itself, and why there is no copy."""
     needed = _bytes(model)
     if placement.free_bytes(str(next(model.parameters()).device)) < ROOM * needed:
-        return model, f"no room for a copy of the baseline ({needed / 2**30:.1f} GiB): the control is the same object"
+        return model, f"no room for a copy of the baseline ({needed / 2**30:.1f} GiB): {SAME_OBJECT}"
     try:
         return copy.deepcopy(model).eval(), None
     # Weights that are views of a file, or stream from it; hooks, threads and pointers that cannot be copied.
     except (RuntimeError, TypeError, ValueError, NotImplementedError, UserError) as error:
-        return model, f"the baseline cannot be copied ({error}): the control is the same object"
+        return model, f"the baseline cannot be copied ({error}): {SAME_OBJECT}"
 
 
 def fresh_copies(models: Mapping[str, nn.Module], seed: int = 0) -> dict[str, tuple[nn.Module, str | None]]:

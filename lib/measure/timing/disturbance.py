@@ -13,17 +13,20 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lib import cpu_limits
+from lib.measure.metrics.digits import percent
 
 # Shares of the block's time on this process's cores. The kernel counts busy and stolen time in ticks: a single tick
 # says nothing.
 STOLEN, WAITED, FOREIGN = 0.02, 0.10, 0.10
 TICKS = 2
 STAT = Path("/proc/stat")
-SHARE = re.compile(r"\d+%")
+CORE = re.compile(r"cpu\d+")
+SHARE = re.compile(r"\d+ %")
 TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 0.01
 
 
@@ -79,14 +82,14 @@ def judge(before: Reading, after: Reading, core_count: int, usable: int | None =
         return "throttled"
     stolen = after.stolen - before.stolen
     if stolen > max(STOLEN * available, least):
-        return f"{stolen / available:.0%} of the time was stolen by the hypervisor"
+        return f"{percent(stolen / available)} of the time was stolen by the hypervisor"
     waited = after.waited - before.waited
     own = wall * (usable or core_count)
     if waited > WAITED * own:
-        return f"our threads waited for a core {waited / own:.0%} of the time"
+        return f"our threads waited for a core {percent(waited / own)} of the time"
     foreign = (after.busy - before.busy) - (after.own - before.own)
     if foreign > max(FOREIGN * available, 2 * least):
-        return f"other processes took {foreign / available:.0%} of our cores"
+        return f"other processes took {percent(foreign / available)} of our cores"
     return None
 
 
@@ -103,17 +106,40 @@ def in_words(reasons: Iterable[str]) -> str:
     """
     shares: dict[str, list[int]] = {}
     for reason in sorted(set(reasons)):
-        numbers = [int(share[:-1]) for share in SHARE.findall(reason)]
+        numbers = [int(share.rstrip(" %")) for share in SHARE.findall(reason)]
         shares.setdefault(SHARE.sub("{}", reason), []).extend(numbers)
     phrases = []
     for phrase, numbers in shares.items():
         least, most = min(numbers, default=0), max(numbers, default=0)
-        phrases.append(phrase.format(f"{least}%" if least == most else f"{least}% to {most}%"))
+        phrases.append(phrase.format(f"{least} %" if least == most else f"{least} % to {most} %"))
     return "; ".join(phrases) or "nothing"
 
 
-def reading() -> Reading | None:
-    """Return the counters of this process and its cores; None on a system without them."""
+def beside(read: Callable[[], Reading | None] | None = None) -> Callable[[], str | None]:
+    """Open a watch of the whole machine, for a counter that does not tell its cores apart; return the function that
+    closes it and says how long other programs kept cores busy, whichever they are, beside this process; or None, where
+    that is little against this process's own time.
+    """
+    read = read or partial(reading, everywhere=True)
+    before = read()
+
+    def close() -> str | None:
+        after = read()
+        if before is None or after is None:
+            return None
+        own = after.own - before.own
+        others = after.busy - before.busy - own
+        if others <= max(FOREIGN * own, 2 * TICKS * TICK_SECONDS):
+            return None
+        return f"other programs kept the processor busy {others / max(own, TICK_SECONDS):.1f} times as long as this one"
+
+    return close
+
+
+def reading(everywhere: bool = False) -> Reading | None:
+    """Return the counters of this process and its cores (`everywhere`: of all that the machine has); None on a system
+    without them.
+    """
     try:
         lines = STAT.read_text().splitlines()
     except OSError:
@@ -122,7 +148,7 @@ def reading() -> Reading | None:
     busy = stolen = 0.0
     for line in lines:
         name, *ticks = line.split()
-        if name in own:
+        if name in own or (everywhere and CORE.fullmatch(name)):
             # Where Linux is emulated, the last columns are missing.
             seconds = [int(tick) * TICK_SECONDS for tick in ticks[:8]] + [0.0] * 8
             user, nice, system, _, _, irq, soft, steal = seconds[:8]

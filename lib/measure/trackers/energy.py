@@ -58,26 +58,30 @@ def per_token(
     source: Counter | None = None,
     with_cpu_seconds: bool = True,
     disturbance: Watch | None = None,
+    control: CountedArm | None = None,
 ) -> list[Measurement]:
     """Return gross joules per token, joules above idle per token, tokens per joule and, unless they are measured
     elsewhere (`with_cpu_seconds`), processor seconds per token of two workloads.
 
     In each of `blocks` blocks, in random but balanced order, each arm runs for one window (`seconds`; by default as
-    long as the counter needs), and the baseline a second time as A/A control; idle power is read before and after,
-    where it can be. `tokens` of an arm is what one call processes. Judged are the joules of a counter, or else the
-    processor seconds.
+    long as the counter needs), and with them the A/A control (`control`, the baseline's work on a copy of it; by
+    default the baseline a second time); idle power is read before and after, where it can be. `tokens` of an arm is
+    what one call processes. Judged are the joules of a counter, or else the processor seconds.
 
     `disturbance` opens a watch, as for `interleaved.rounds`: a block in which other programs took energy, too, is
-    repeated (at most as many as there are), and where that does not suffice nothing is decided.
+    repeated (at most as many as there are), and where that does not suffice nothing is decided. Joules are not judged
+    where the counter counted what others did on cores that this process does not use (`Counter.beside`).
     """
     source = source or counter(device)
     window = seconds or source.window_seconds
     before = source.idle() if source.idle else source.idle_watts
-    baseline(), optimized()
-    arms = {"baseline": baseline, "control": baseline, "optimized": optimized}
+    arms = {"baseline": baseline, "control": baseline if control is None else control, "optimized": optimized}
+    for arm in (baseline, optimized) if control is None else arms.values():
+        arm()
     windows: Windows = {name: [] for name in arms}
     disturbed: list[str] = []
     repeated = 0
+    others = source.beside() if source.beside else None
     for order in balanced_orders(list(arms), blocks, seed):
         taken, reason = _block(order, arms, source, window, disturbance)
         while reason and repeated < blocks:
@@ -86,11 +90,12 @@ def per_token(
         disturbed += [reason] if reason else []
         for name, used in taken.items():
             windows[name].append(used)
+    shared = others() if others else None
     after = source.idle() if source.idle else before
     source = replace(source, idle_watts=None if before is None or after is None else (before + after) / 2)
     how = f"{blocks} windows of {window:g} s per arm in random, balanced order"
     how += f", {repeated} blocks disturbed and repeated" if repeated else ""
-    measurements = _joules(windows, source, workload, f"{source.scope}, {how}", disturbed=disturbed)
+    measurements = _joules(windows, source, workload, f"{source.scope}, {how}", disturbed=disturbed, shared=shared)
     if with_cpu_seconds:
         samples = [[taken.cpu_seconds for taken in windows[arm]] for arm in ("baseline", "optimized", "control")]
         measurements.append(cpu_seconds(*samples, workload=workload, source=how, counted=is_judged(measurements)))
@@ -154,6 +159,11 @@ def cpu_seconds(
     return measurement.unjudged(judged, COUNTED) if counted else judged
 
 
+def counted_too(others: str) -> str:
+    """Return why joules are not judged whose counter counted what `others` did (`Counter.beside`), and what to do."""
+    return f"{others}, and the counter counts every core: energy is judged of a run that is alone (--jobs 1)"
+
+
 def is_judged(joules: Sequence[Measurement]) -> bool:
     """Whether the energy among these measurements has a verdict: from a counter that moved, over windows enough."""
     return any(m.metric == GROSS and m.margin is not None for m in joules)
@@ -198,6 +208,7 @@ def _joules(
     how: str,
     process: Sequence[int] | None = None,
     disturbed: Sequence[str] = (),
+    shared: str | None = None,
 ) -> list[Measurement]:
     gross = {arm: [taken.joules for taken in values] for arm, values in windows.items()}
     if min(min(values) for values in gross.values()) <= 0:
@@ -212,6 +223,8 @@ def _joules(
         judged = paired_samples.from_samples(metric, workload, values["baseline"], values["optimized"], **options)
         if source.provenance == "estimated":
             return measurement.unjudged(judged, f"{ESTIMATED}; no counter: {source.missing or 'not asked for'}")
+        if shared:
+            return measurement.unjudged(judged, counted_too(shared))
         return measurement.unjudged(judged, f"the inverse of {GROSS}, which is judged") if metric == INVERSE else judged
 
     inverse = {arm: [1 / joules for joules in values] for arm, values in gross.items()}

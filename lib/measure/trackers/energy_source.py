@@ -33,7 +33,8 @@ class Counter:
     """A source of joules: `kind` nvml, rapl or estimate; `provenance` and `scope` as a record states them. `missing`
     says of an estimate why no counter was read, and how reading is permitted where it was not; `of_times` is that
     estimate from seconds and processor seconds that were taken elsewhere. `idle_watts` were read when it was opened;
-    `idle` reads them again, which takes a second.
+    `idle` reads them again, which takes a second. `beside` opens a watch that tells whose work the counter counted too,
+    where it counts more than the device that this process has for itself (`disturbance.beside`).
     """
 
     kind: str
@@ -45,6 +46,7 @@ class Counter:
     missing: str | None = None
     of_times: Callable[[float, float], float] | None = None
     idle: Callable[[], float | None] | None = None
+    beside: Callable[[], Callable[[], str | None]] | None = None
 
 
 def counter(device: str = "cpu") -> Counter:
@@ -158,7 +160,9 @@ def _zeus_counter(device: str) -> tuple[Counter | None, str | None]:
         return None, error
     joules, kind, scope = opened
     idle = partial(_idle_watts, joules)
-    return Counter(kind, "measured", scope, COUNTER_WINDOW_SECONDS, idle(), joules, idle=idle), None
+    # RAPL counts every core, also those on which a build runs another notebook.
+    beside = disturbance.beside if kind == "rapl" else None
+    return Counter(kind, "measured", scope, COUNTER_WINDOW_SECONDS, idle(), joules, idle=idle, beside=beside), None
 
 
 def _idle_watts(joules: Callable[[], float]) -> float | None:

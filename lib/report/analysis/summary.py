@@ -6,6 +6,7 @@ Everything is taken from the record alone; verdicts within a whole set belong to
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lib.measure.metrics import process_variance
 from lib.measure.metrics.busy import why_busy
 from lib.measure.metrics.catalogue import DIMENSIONS
 from lib.measure.metrics.decision import BUSY
@@ -150,15 +151,17 @@ def state(measurement: Measurement) -> str:
 
 
 def machine(record: Record) -> list[tuple[str, str]]:
-    """Return the machine's noise and load: how far a copy of the baseline lay from it, the noise floors, the load, and
-    jobs side by side.
+    """Return the machine's noise and load: how far a copy of the baseline lay from it (or, where there was no room for
+    one, the baseline from itself), the noise floors, the load, and jobs side by side.
     """
     declared = record.primaries.get("performance", ("", ""))[0]
     floors = _three(_largest_floors(record.measurements), declared)
     rows = [("Noise floor", ", ".join(f"{subject(m)} {share(m.noise_floor)}" for m in floors))]
     copies = [m for c in record.controls if c.name == CONTROL for m in c.measurements if m.ratio]
     rates = _three([m for m in copies if m.metric.endswith("tokens_per_second")], declared)
-    rows += [("Copy of the baseline", ", ".join(f"{subject(m)} {brief.number(m)}" for m in rates))]
+    said = " ".join(filter(None, [str(record.details.get("control")), *(m.reason for m in rates)]))
+    what = "Baseline once more, no copy" if process_variance.SAME_OBJECT in said else "Copy of the baseline"
+    rows += [(what, ", ".join(f"{subject(m)} {brief.number(m)}" for m in rates))]
     load = record.environment.get("load_at_start")
     rows += [("Load at start", figures(float(load), 2) if isinstance(load, (int, float)) else "")]
     disturbed = _disturbed(record.measurements)

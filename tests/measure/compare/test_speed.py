@@ -10,7 +10,7 @@ import pytest
 from lib.errors import UserError
 from lib.measure.compare import replication, saved, speed
 from lib.measure.compare.footprint import footprint
-from lib.measure.metrics import measurement, settings
+from lib.measure.metrics import measurement, process_variance, settings
 from lib.measure.roofline import ceilings
 from lib.measure.timing import interleaved, workloads
 from lib.measure.trackers import energy, energy_source, memory
@@ -144,6 +144,46 @@ def test_where_one_arm_cannot_be_copied_neither_is(tiny, monkeypatch):
     _, details = speed._pairs(models, arms, prompt_BT, QUICK, 0, ())
     assert {id(model) for model in models} < ran and len(ran) == 3, "the control is a copy, still"
     assert details["age of the arms"].startswith("no copy of the optimized model")
+
+
+def test_a_control_that_is_the_baseline_itself_is_not_judged(tiny, monkeypatch):
+    """It cannot differ as two copies do, and was called equivalent."""
+    models = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507", seed=1)
+    models[0].lock = threading.Lock()  # which cannot be copied
+    monkeypatch.setattr(speed.replication, "in_processes", lambda *a, **b: ({}, "planted"))
+    options = {"names": ("prefill",), "with_energy": False}
+    compared = speed.compare(*models, workloads.random_prompt(models[0], 1, 16), QUICK, **options)
+    control = compared.control()
+    assert {m.verdict for m in control} == {"informative"} and all(m.noise_floor and m.ci for m in control)
+    assert all(process_variance.SAME_OBJECT in m.reason for m in control) and measurement.lint(control) == []
+
+
+def _counted(models, arms, prompt_BT, monkeypatch):
+    """Return the joules that a counter of energy tells of both arms."""
+    source = energy_source.Counter("rapl", "measured", "RAPL", 0.001, None, lambda: 10.0 * time.perf_counter())
+    monkeypatch.setattr(energy, "counter", lambda device="cpu": source)
+    timed = speed.Timed(*arms["prefill"], None, None, ())
+    return speed._energy("prefill", timed, models, prompt_BT, QUICK, 0)
+
+
+def test_energy_is_counted_of_copies_of_one_age(tiny, monkeypatch):
+    """Of two copies of one model the older one took more, for its age alone, and the margin of energy is less."""
+    models, arms, prompt_BT, ran = _watched(tiny, monkeypatch)
+    for work in arms["prefill"]:
+        work()
+    ran.clear()
+    gross = _counted(models, arms, prompt_BT, monkeypatch)[0]
+    assert gross.metric == "energy_joules_per_token" and gross.n == 6
+    assert len(ran) == 3 and not ran & {id(model) for model in models}
+
+
+def test_energy_is_counted_of_both_models_as_they_are_where_one_cannot_be_copied(tiny, monkeypatch):
+    models, arms, prompt_BT, ran = _watched(tiny, monkeypatch)
+    for work in arms["prefill"]:
+        work()
+    models[1].lock = threading.Lock()  # which cannot be copied
+    assert _counted(models, arms, prompt_BT, monkeypatch)[0].n == 6
+    assert ran == {id(model) for model in models}
 
 
 def test_where_the_copy_of_one_arm_answers_otherwise_neither_is_timed(tiny):

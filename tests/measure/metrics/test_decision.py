@@ -18,8 +18,8 @@ OPTIONS = {"n": 12, "floor": 0.01, "margin": 0.02, "higher_is_better": True}
         (-0.05, -0.07, -0.03, "worse", None),
         (0.05, -0.01, 0.11, "inconclusive", "zero difference"),
         (0.001, -0.005, 0.007, "equivalent", None),
-        (0.018, 0.01, 0.026, "inconclusive", "practical margin"),
-        (0.015, 0.012, 0.0195, "inconclusive", "practical margin"),
+        (0.018, 0.01, 0.026, "inconclusive", "practical margin of 2 %, but its interval"),
+        (0.015, 0.012, 0.0195, "inconclusive", "practical margin of 2 %, but with the noise floor of 1 % a larger"),
     ],
 )
 def test_each_gate_holds_a_verdict_back_and_is_named(effect, low, high, word, gate):

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from lib.measure.metrics.digits import interval, outward, places, with_ends
+from lib.measure.metrics.digits import interval, outward, percent, places, with_ends
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,7 @@ def test_what_is_printed_holds_the_interval_and_excludes_what_it_excludes(seed):
     if not low <= 1 <= high and digits < 6:
         assert 1.0 not in (below, above)
     assert math.isfinite(digits)
+
+
+def test_a_share_is_written_in_one_way_with_a_space_and_a_true_minus_sign():
+    assert [percent(0.125, 1), percent(0.954), percent(-0.004, 1)] == ["12.5 %", "95 %", "−0.4 %"]

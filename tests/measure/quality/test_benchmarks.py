@@ -108,7 +108,7 @@ def test_a_loss_is_judged_by_the_score_usually_stated_and_the_task_names_the_wor
 def test_a_baseline_at_chance_has_nothing_to_lose():
     guess, worse = answered(0.25), answered(0.2, seed=2)
     score = by_name(answer_comparison.compare_classified(guess, worse))["accuracy_norm"]
-    assert score.verdict == "informative" and "guessing (25%) does too" in score.reason
+    assert score.verdict == "informative" and "guessing (25 %) does too" in score.reason
     assert score.mde is None, "what is not judged detects nothing"
     assert (
         by_name(answer_comparison.compare_classified(replace(guess, chance=None), worse))["accuracy_norm"].verdict

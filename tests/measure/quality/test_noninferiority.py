@@ -247,7 +247,7 @@ def test_answers_of_a_baseline_that_guesses_are_not_said_to_be_kept():
     guess = classified(400, 1 / 8 - 0.02)
     other = replace(guess, scores_NL=guess.scores_NL + 0.1)
     for score in answer_comparison.compare_classified(guess, other)[:4]:
-        assert score.verdict == "informative" and "which guessing (12%) does too" in score.reason
+        assert score.verdict == "informative" and "which guessing (12 %) does too" in score.reason
     one_model = answer_comparison.compare_classified(guess, guess)[:4]
     assert {score.verdict for score in one_model} == {"maintained"}
     knows = classified(400, 0.5)

@@ -68,6 +68,23 @@ def test_nvml_is_asked_about_the_gpu_that_torch_uses(monkeypatch):
     assert disturbance.gpu_handle() == "number 0"
 
 
+@pytest.mark.parametrize(("others", "said"), [(0.1, None), (3.0, "1.5 times as long as this one")])
+def test_who_works_beside_us_is_told_on_whichever_cores(others, said):
+    """A counter of the whole socket counts a neighbour that disturbs none of our cores."""
+    readings = iter([QUIET, replace(AFTER, busy=AFTER.own + others)])
+    told = disturbance.beside(lambda: next(readings))()
+    assert told is None if said is None else told.endswith(said)
+    assert disturbance.beside(lambda: None)() is None
+
+
+def test_all_cores_of_the_machine_are_read_where_all_count(monkeypatch, tmp_path):
+    (tmp_path / "stat").write_text("cpu  9 9 9 9 9 9 9 9\ncpu0 10 0 0 0 0 0 0 0\ncpu1 30 0 0 0 0 0 0 0\nctxt 5\n")
+    monkeypatch.setattr(disturbance, "STAT", tmp_path / "stat")
+    monkeypatch.setattr(disturbance, "cores", lambda: [0])
+    read = [disturbance.reading(everywhere=every).busy / disturbance.TICK_SECONDS for every in (False, True)]
+    assert read == pytest.approx([10, 40])
+
+
 def test_a_system_without_counters_marks_nothing():
     assert disturbance.watch(lambda: None)() is None
     readings = iter([QUIET, replace(AFTER, throttled=3)])

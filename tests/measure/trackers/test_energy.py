@@ -232,6 +232,51 @@ def test_a_block_in_which_others_took_energy_is_repeated(disturbed_blocks, verdi
     assert (gross.disturbed, "50%" in (gross.reason or "")) == ((6, True) if disturbed_blocks == 100 else (None, False))
 
 
+@pytest.mark.parametrize("others", [None, "other programs kept the processor busy 1.1 times as long as this one"])
+def test_joules_that_others_took_on_other_cores_are_not_judged(others):
+    """A build runs two notebooks side by side, each on cores of its own: no block of either is disturbed, and the
+    counter of the socket adds them up."""
+    meter = [0.0]
+    source = replace(counter(meter), kind="rapl", beside=lambda: lambda: others)
+    arms = Arm(meter, 2.0), Arm(meter, 1.0)
+    *joules, cpu = energy.per_token(*arms, workload="decode", blocks=6, source=source)
+    assert joules[0].ratio == pytest.approx(0.5) and joules[0].ci and energy.is_judged(joules) == (others is None)
+    if others is None:
+        assert joules[0].verdict == "better" and cpu.reason == energy.COUNTED
+    else:
+        assert {m.verdict for m in joules} == {"informative"}
+        assert all(others in m.reason and "--jobs 1" in m.reason for m in joules)
+        assert cpu.reason != energy.COUNTED, "what was measured of this process alone is judged instead"
+    assert measurement.lint([*joules, cpu]) == []
+
+
+def test_the_counter_of_the_socket_tells_whom_it_counts(monkeypatch):
+    monkeypatch.setattr(energy_source, "_idle_watts", lambda joules: 1.0)
+    opened = {"cpu": (lambda: 1.0, "rapl", "RAPL"), "cuda": (lambda: 1.0, "nvml", "NVML")}
+    monkeypatch.setattr(energy_source, "_opened", lambda device: (opened[device], None))
+    energy_source._zeus_counter.cache_clear()
+    try:
+        assert energy.counter("cpu").beside is energy_source.disturbance.beside
+        assert energy.counter("cuda").beside is None
+    finally:
+        energy_source._zeus_counter.cache_clear()
+
+
+def test_a_control_of_its_own_has_a_window_in_every_block():
+    meter, calls = [0.0], []
+
+    class Copied(Arm):
+        def __call__(self):
+            calls.append(self)
+            return super().__call__()
+
+    arms = Arm(meter, 2.0), Arm(meter, 1.0)
+    options = {"workload": "decode", "blocks": 6, "seconds": 1e-9, "source": counter(meter)}
+    gross = energy.per_token(*arms, control=Copied(meter, 2.0), **options)[0]
+    assert len(calls) == 7, "called once before, then once in each of six windows"
+    assert gross.ratio == pytest.approx(0.5) and gross.verdict == "better"
+
+
 ARM = "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n\nprocessor\t: 1\nCPU part\t: 0xd4f\n"
 
 

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as xml
 
 import pytest
 
-from lib.measure.metrics import measurement
+from lib.measure.metrics import measurement, process_variance
 from lib.report.analysis import summary
 from lib.report.figures.inline import forest_svg
 from lib.report.figures.inline.forest_svg import ForestLine
@@ -31,6 +31,16 @@ def test_it_holds_what_a_reader_needs(folder):
     assert view["busy"] == "" and view["flips"] == []
     assert view["trade_off"]["svg"].count('class="own"') == 1 and "This run: 3" in view["trade_off"]["svg"]
     assert view["trade_off"]["svg"].count('class="kept"') == 3  # with the other two on this model
+
+
+def test_a_control_that_is_the_baseline_itself_is_not_called_a_copy():
+    run = samples.whole(samples.OPTIMIZATIONS[0], samples.MODELS[0])
+    (control,) = run.controls
+    reason = f"no room for a copy of the baseline (60.0 GiB): {process_variance.SAME_OBJECT}"
+    same = [measurement.unjudged(m, reason) for m in control.measurements]
+    run = run.model_copy(update={"controls": [control.model_copy(update={"measurements": same})]})
+    rows = dict(summary.machine(run))
+    assert "Copy of the baseline" not in rows and "prefill" in rows["Baseline once more, no copy"]
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -62,7 +62,11 @@ def _made_on(record: Record, machine: Mapping[str, Any]) -> bool:
 
 
 def draws(record: Record) -> Iterator[Draw]:
-    """Yield a draw for every process of every timed control of a record, unless the machine was seen to be busy."""
+    """Yield a draw for every process of every timed control of a record, unless the machine was seen to be busy. A
+    control that is the baseline itself is none: it never differs as two copies do, and would narrow what others claim.
+    """
+    if process_variance.SAME_OBJECT in str(record.details.get("control")):
+        return
     on_gpu = record.environment.get("gpu") and str(record.parameters.get("device")).startswith("cuda")
     device = "cuda" if on_gpu else "cpu"
     timed: Iterable[Measurement] = (
@@ -71,6 +75,7 @@ def draws(record: Record) -> Iterator[Draw]:
         if control.name == CONTROL
         for measurement in control.measurements
         if measurement.metric.endswith(SUFFIX) and measurement.provenance == "measured" and not measurement.disturbed
+        if process_variance.SAME_OBJECT not in (measurement.reason or "")
     )
     for measurement in timed:
         for effect, error in _effects(measurement):

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from lib.measure.metrics import process_variance
+from lib.measure.metrics import measurement, process_variance
 from lib.report.analysis.noise import process_draws
 from lib.report.records import history, record
 from tests.report import samples
@@ -53,3 +53,18 @@ def test_a_larger_machine_of_one_name_is_another_one(tmp_path, monkeypatch, core
     record.write(run, folder / f"{run.stem}.json")
     process_draws.publish(folder, tmp_path / history.NAME, "quick")
     assert (process_variance.VARIABLE in os.environ) == known
+
+
+@pytest.mark.parametrize("where", ["details", "measurement"])
+def test_a_control_that_is_the_baseline_itself_is_no_draw(where):
+    """It differs by nothing that a copy differs by: many of them made later intervals too narrow."""
+    run = samples.whole("structured_pruning", samples.MODELS[0])
+    assert [*process_draws.draws(run)]
+    reason = f"no room for a copy of the baseline (60.0 GiB): {process_variance.SAME_OBJECT}"
+    if where == "details":  # as records from before hold it
+        run = run.model_copy(update={"details": run.details | {"control": reason}})
+    else:
+        (control,) = run.controls
+        same = [measurement.unjudged(m, reason) for m in control.measurements]
+        run = run.model_copy(update={"controls": [control.model_copy(update={"measurements": same})]})
+    assert [*process_draws.draws(run)] == []
