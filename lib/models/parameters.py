@@ -19,7 +19,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lib.errors import NotApplicable, UserError, suggest
-from lib.files import cache_folder, expanded, write_atomically
+from lib.files import cache_folder, expanded, visible, write_atomically
+from lib.models import dimensions
 from lib.models.dimensions import cut, merge, per_block
 from lib.models.sources import fetch as sources
 from lib.models.sources import reference, store
@@ -127,7 +128,8 @@ def about_slice_parameters(description: ModelParameters) -> float:
 
     From the configuration alone, to within about a tenth; for deciding which jobs fit into memory together.
     """
-    config, vision = description.full.get("text_config", description.full), description.full.get("vision_config", {})
+    config = description.full.get("text_config") or description.full
+    vision = description.full.get("vision_config") or {}
 
     def count(*names: str) -> int:
         return next((config[name] for name in names if config.get(name)), 0)
@@ -148,7 +150,7 @@ def about_slice_parameters(description: ModelParameters) -> float:
 
 def names(folder: Path | None = None) -> list[str]:
     """Return the names of the models that have a parameter file, sorted: the stems of `*.yaml` in the folder."""
-    return sorted(path.stem for path in (folder or PARAMETERS).glob("*.yaml"))
+    return sorted(path.stem for path in visible(folder or PARAMETERS, "*.yaml"))
 
 
 def names_at(scale: str) -> list[str]:
@@ -292,9 +294,30 @@ def read(name: str, folder: Path | None = None) -> ModelParameters:
         raise UserError(f'{where}: missing key "{lacking}": the scales proxy and slice need full and architecture')
     if description.proxy and not description.full:
         raise UserError(f'{where}: missing key "full": the scale proxy changes some of its dimensions')
-    if description.full and description.architecture:
-        return completed(description, None)
-    return completed(description, sources.local(description.source))
+    if reason := _dimension_fault(description):
+        raise UserError(f"{where}: {reason}")
+    named = bool(description.full and description.architecture)
+    description = completed(description, None if named else sources.local(description.source))
+    if reason := _slice_fault(description):
+        raise UserError(f"{where}: {reason}")
+    return description
+
+
+def _dimension_fault(description: ModelParameters) -> str | None:
+    """Return None, or which dimension that a file states, of the model or of its proxy, can be none."""
+    sections = [(description.full, "full")]
+    if description.proxy is not None:
+        sections += [(config, "proxy.config") for config in (description.proxy.config, description.config("proxy"))]
+    return next((reason for config, name in sections if (reason := dimensions.fault(config, name))), None)
+
+
+def _slice_fault(description: ModelParameters) -> str | None:
+    """Return None, or why the first blocks of a model cannot be so many: it has fewer."""
+    whole = dimensions.blocks(description.full)
+    if description.slice is None or whole is None or description.slice.layers <= whole:
+        return None
+    beyond = f"expected at most the {whole} blocks of the model, got {description.slice.layers}"
+    return f'key "layers" in section "slice": {beyond}'
 
 
 def completed(description: ModelParameters, folder: Path | None) -> ModelParameters:

@@ -179,3 +179,49 @@ def test_the_size_of_a_slice_counts_experts_and_heads_that_are_named_otherwise()
     mixtral = parameters.ModelParameters(checkpoint="a/b", architecture="mixtral", full=full, slice={"layers": 2})
     attention, experts, ends = 2 * 40 * 128 * 4096, 8 * 3 * 14336 * 4096, 2 * 32000 * 4096
     assert parameters.about_slice_parameters(mixtral) == 2 * (attention + experts) + ends
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "says"),
+    [
+        ("full", {"hidden_size": "2560"}, 'key "hidden_size" in section "full": expected a number'),
+        ("full", {"rms_norm_eps": "1.0e-6"}, "got the text '1.0e-6'; leave out the quotation marks"),
+        ("full", {"tie_word_embeddings": "true"}, 'key "tie_word_embeddings" in section "full": expected a number'),
+        ("full", {"num_hidden_layers": 36.0}, "expected a whole number of at least 1, got 36.0"),
+        ("full", {"vocab_size": 0}, 'key "vocab_size" in section "full": expected a whole number of at least 1'),
+        ("full", {"layer_types": ["full_attention"] * 35}, "expected an entry for each of the 36 blocks, got 35"),
+        ("full", {"num_key_value_heads": 5}, "expected a divisor of num_attention_heads, which is 32, got 5"),
+        ("full", {"rope_parameters": {"rope_theta": "5000000"}}, 'key "rope_theta" in section "full.rope_parameters"'),
+        ("proxy", {"num_attention_heads": 6}, '"num_key_value_heads" in section "proxy.config": expected a divisor'),
+        ("proxy", {"hidden_size": "192"}, 'key "hidden_size" in section "proxy.config"'),
+        ("full", {"hidden_size": ..., "hiden_size": 2560}, 'key "hiden_size" in section "full": no dimension has this'),
+        ("proxy", {"vocab_size": ..., "vocabsize": 2048}, '"proxy.config": no dimension has this name; did you mean'),
+        ("slice", {"layers": 37}, 'key "layers" in section "slice": expected at most the 36 blocks of the model'),
+    ],
+)
+def test_what_can_be_no_dimension_is_refused_before_a_model_is_built(tmp_path, content, section, change, says):
+    """With random weights it was found out in the notebook, as a run that failed; a slice of 37 of 36 blocks ran, and a
+    dimension under another name was transformers' own.
+    """
+    changed = content["proxy"]["config"] if section == "proxy" else content[section]
+    changed |= change
+    for key in [key for key, value in changed.items() if value is ...]:
+        del changed[key]
+    assert says in refused(tmp_path, content)
+
+
+def test_a_slice_of_a_checkpoint_has_no_more_blocks_than_that(tmp_path, checkpoint):
+    assert "expected at most the 3 blocks" in refused(tmp_path, {"checkpoint": str(checkpoint), "slice": {"layers": 4}})
+    (tmp_path / "phi.yaml").write_text(yaml.safe_dump({"checkpoint": str(checkpoint), "slice": {"layers": 3}}))
+    assert parameters.read("phi", tmp_path).config("slice")["num_hidden_layers"] == 3
+
+
+def test_sections_that_are_null_are_none(tmp_path, checkpoint):
+    """As the configuration of a text model has them that was cut out of one with pictures."""
+    config = {"model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config |= {"intermediate_size": 128, "vocab_size": 96, "vision_config": None, "text_config": None}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    (tmp_path / "phi.yaml").write_text(yaml.safe_dump({"checkpoint": str(checkpoint), "slice": {"layers": 2}}))
+    described = parameters.read("phi", tmp_path)
+    assert described.config("slice")["num_hidden_layers"] == 2
+    assert parameters.about_slice_parameters(described) > 0

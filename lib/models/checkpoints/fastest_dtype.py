@@ -62,7 +62,7 @@ def reason(config: dict[str, Any], used: str = "") -> str | None:
 
 
 def _size(config: dict[str, Any]) -> tuple[int, int]:
-    config = config.get("text_config", config)
+    config = config.get("text_config") or config
     hidden = int(config.get("hidden_size") or 1024)
     return hidden, int(config.get("intermediate_size") or 4 * hidden)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import UserError, suggest
+from lib.files import json_object
 from lib.models import parameters
 from lib.models.checkpoints.folder import MANIFEST, tensor_places
 from lib.models.parameters import ROOT
@@ -22,6 +23,7 @@ from lib.models.sources import program
 from lib.models.structure.supported import SUPPORTED
 
 DESCRIBED = "--described"
+NO_TEXT = "transformers has no model of it that goes on with a text"
 GENERATION = "generation_config.json"
 IMAGE_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 # What of an image processor has to be as the vision tower says, and what its configuration calls that.
@@ -65,7 +67,7 @@ def described_fault(name: str, scale: str) -> str | None:
         model = io.build(description.config(scale), description.architecture, device="meta")
     except Exception as error:  # of a value that is none of the configuration's, too
         why = " ".join(str(error).split())[:160] or type(error).__name__
-        hint = suggest(description.architecture, SUPPORTED)
+        hint = suggest(description.architecture, SUPPORTED) or f" Supported are {', '.join(SUPPORTED)}."
         return f'{name}: transformers cannot build a model of architecture "{description.architecture}" ({why}).{hint}'
     return f"{name}: {reason}" if (reason := unsupported(model)) else None
 
@@ -76,12 +78,12 @@ def fault(folder: Path | str) -> str | None:
     Further tensors in the checkpoint (layers that predict further tokens) are no fault.
     """
     import torch
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     from lib.models.checkpoints import io, quantization
     from lib.models.checkpoints.weight_file import DTYPES
     from lib.models.structure.architecture import auto_class
-    from lib.models.structure.support import unsupported
+    from lib.models.structure.support import refusal, unsupported
 
     folder = Path(folder)
     places = tensor_places(folder)
@@ -103,12 +105,17 @@ def fault(folder: Path | str) -> str | None:
                 return f"{folder}: {misfit}"
             return _beside(folder, configuration)
         auto: Any = auto_class(configuration)
-        model_class = auto._model_mapping[type(configuration)]
+        try:
+            model_class = auto._model_mapping[type(configuration)]
+        except KeyError:
+            return f"{folder}: {refusal(configuration.model_type, NO_TEXT)}"
         options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "device_map": {"": "meta"}}
         model, report = model_class.from_pretrained(None, config=configuration, state_dict=stored, **options)
     except Exception as error:  # a configuration may ask for anything: packages, kernels, classes that are not here
         why = " ".join(str(error).split())[:200] or type(error).__name__
-        return f"{folder}: transformers cannot build its model ({why})"
+        unknown = json_object(folder / "config.json").get("model_type") not in CONFIG_MAPPING
+        among = f"; supported are {', '.join(SUPPORTED)}" if unknown else ""
+        return f"{folder}: transformers cannot build its model ({why}){among}"
     if reason := unsupported(model):
         return f"{folder}: {reason}"
     for name, shape, expected in sorted(report["mismatched_keys"]):

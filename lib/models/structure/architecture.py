@@ -15,7 +15,8 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 def auto_class(configuration: PreTrainedConfig) -> type[_BaseAutoModelClass]:
     """Return the transformers class that builds a model of this configuration."""
-    return AutoModelForImageTextToText if hasattr(configuration, "vision_config") else AutoModelForCausalLM
+    sees = getattr(configuration, "vision_config", None) is not None  # of a text model cut out of another it is null
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 def with_generation(model: Any, folder: Path) -> Any:

@@ -30,8 +30,12 @@ def unsupported(model: nn.Module) -> str | None:
     lacking = _lacking(model)
     if lacking is None:
         return None
-    name = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    return f'architecture "{name}" is not supported: {lacking}; supported are {", ".join(SUPPORTED)}'
+    return refusal(getattr(getattr(model, "config", None), "model_type", type(model).__name__), lacking)
+
+
+def refusal(architecture: str, lacking: str) -> str:
+    """Return in one line why an architecture cannot be worked on, and which ones can."""
+    return f'architecture "{architecture}" is not supported: {lacking}; supported are {", ".join(SUPPORTED)}'
 
 
 def _lacking(model: nn.Module) -> str | None:
@@ -41,10 +45,12 @@ def _lacking(model: nn.Module) -> str | None:
     missing = [name for name, kind in parts.items() if not isinstance(getattr(decoder, name, None), kind)]
     if missing or not isinstance(getattr(model, "lm_head", None), nn.Module):
         return f"no decoder with {(missing or ['lm_head'])[0]}"
-    if hasattr(getattr(model, "config", None), "vision_config") and not isinstance(
+    if getattr(getattr(model, "config", None), "vision_config", None) is not None and not isinstance(
         getattr(inner, "visual", None), nn.Module
     ):
         return "its pictures are read by no vision tower called visual"
+    if getattr(getattr(decoder, "config", None), "is_heterogeneous", False):
+        return "its blocks have configurations of their own (per_layer_config)"
     for index, layer in enumerate(decoder.layers):
         if reason := _unknown_attention(layer) or _unknown_feed_forward(layer) or _unknown_rest(layer):
             return f"block {index}: {reason}"
@@ -70,10 +76,22 @@ def _unknown_attention(layer: Any) -> str | None:
         return "attention with learned sinks"
     if weight := _beyond(module, LATENT if latent else GROUPED):
         return f"attention with a weight of an unknown kind ({weight})"
+    if not latent and _of_other_widths(module):
+        return "attention whose values are not as wide as its keys, or whose queries are not all that its output reads"
     file = sys.modules.get(type(module).__module__)
     if latent and not any(hasattr(file, name) for name in ROTATIONS):
         return f"latent attention that rotates by none of {', '.join(ROTATIONS)}"
     return None
+
+
+def _of_other_widths(module: Any) -> bool:
+    """Return whether grouped-query attention has other widths than the view derives: heads from the output's, key-value
+    heads from the keys'. MiMo's values are narrower than its keys, Qwen3-Next's queries carry a gate.
+    """
+    queries, keys, values = (getattr(getattr(module, name), "out_features", None) for name in GROUPED[:3])
+    read = getattr(module.o_proj, "in_features", None)
+    known = None not in (queries, keys, values, read)
+    return not known or (queries, keys) != (read, values) or bool(queries % module.head_dim or keys % module.head_dim)
 
 
 def _unknown_feed_forward(layer: Any) -> str | None:

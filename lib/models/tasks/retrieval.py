@@ -123,7 +123,7 @@ def random_ids(loaded: LoadedModel, shape: tuple[int, ...], random: torch.Genera
     if len(characters) >= FEWEST_CHARACTERS:
         return torch.tensor(characters)[torch.randint(len(characters), shape, generator=random)]
     config: Any = loaded.model.config
-    size, special = getattr(config, "text_config", config).vocab_size, set()
+    size, special = (getattr(config, "text_config", None) or config).vocab_size, set()
     if loaded.tokenizer is not None:
         size, special = min(size, len(loaded.tokenizer)), set(loaded.tokenizer.all_special_ids)
     ids_S = torch.tensor([token for token in range(size // 6, size) if token not in special])

@@ -468,6 +468,24 @@ def test_random_weights_of_what_is_not_known_are_refused_while_planning(architec
     assert called == [["--described", "full", "mine"]]
 
 
+@pytest.mark.parametrize("model_type", ["t5", "clip"])
+def test_an_architecture_that_goes_on_with_no_text_says_which_are_supported(folder, model_type):
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    reason = fault(folder)
+    assert f'architecture "{model_type}" is not supported: transformers has no model of it' in reason
+    assert "; supported are gemma2," in reason
+    edited(folder / "config.json", model_type="never_heard_of")
+    assert "`never_heard_of`" in fault(folder) and "; supported are gemma2," in fault(folder)
+
+
+def test_a_text_model_that_was_cut_out_of_one_with_pictures(folder):
+    """Its configuration keeps the section, empty: it was taken for a model with pictures, and refused."""
+    edited(folder / "config.json", vision_config=None)
+    assert validate.fault(check_checkpoint(parameters.register(str(folder)), folder)) is None
+    theirs, *ours = logits(folder)
+    assert all(torch.allclose(logits, theirs, atol=1e-4) for logits in ours)
+
+
 def test_code_that_lies_in_a_folder_is_neither_run_nor_asked_for(folder, monkeypatch):
     lines = [f"open({str(folder / 'ran')!r}, 'w')", "from transformers import LlamaConfig", "", ""]
     lines += ["class OwnConfig(LlamaConfig):", "    model_type = 'own'", ""]
@@ -506,6 +524,31 @@ def test_added_tokens_beyond_the_embeddings(folder):
     assert validate.fault(folder) is None, "no text ever holds it"
     edited(folder / "tokenizer_config.json", eos_token="<picture>")
     assert "turns a text into the id 313, its embeddings have 313 rows" in fault(folder)
+
+
+def test_padding_beyond_the_embeddings(folder):
+    """A token that was added for a training, without a row: shorter prompts of a batch were filled up with it."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    added = content["added_tokens"][0] | {"id": 313, "content": "[PAD]"}
+    path.write_text(json.dumps(content | {"added_tokens": [*content["added_tokens"], added]}))
+    edited(folder / "tokenizer_config.json", pad_token="[PAD]")
+    assert validate.fault(folder) is None
+    loaded = loading.load(parameters.register(str(folder)), "full")
+    assert loaded.tokenizer.pad_token == loaded.tokenizer.eos_token == "<|im_end|>"
+    inputs, last_B = next(tasks.batches(loaded, tasks.items("topic", "final", 3)))
+    assert len(set(last_B.tolist())) > 1 and inputs["input_ids"].max() < 313
+
+
+@pytest.mark.parametrize("end", [-1, 5000])
+def test_an_end_that_is_no_token_of_the_model(folder, end):
+    edited(folder / "tokenizer_config.json", eos_token=..., pad_token=...)
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    edited(folder / "generation_config.json", eos_token_id=...)
+    edited(folder / "config.json", eos_token_id=end)
+    loaded = loading.load(parameters.register(str(folder)), "full")
+    assert 0 <= loaded.tokenizer.eos_token_id < 313
+    assert tasks.text_windows(loaded, "final", 2, 64).shape == (2, 64)
 
 
 def test_no_end_and_no_padding_token(folder):

@@ -4,6 +4,7 @@ refused in one line that says what is supported.
 
 import copy
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -332,3 +333,20 @@ def test_a_vision_tower_that_the_view_does_not_know_is_refused(tiny):
     assert support.unsupported(model) is None
     model.model.vision_tower = model.model._modules.pop("visual")
     assert "no vision tower called visual; supported are" in support.unsupported(model)
+
+
+@pytest.mark.parametrize(("part", "width"), [("v_proj", 16), ("q_proj", 128), ("o_proj", 48)])
+def test_attention_of_other_widths_than_the_view_derives_is_refused(part, width):
+    """MiMo's values are narrower than its keys, Qwen3-Next's queries carry a gate: counted as heads they are wrong."""
+    model = build("qwen2")
+    attention = model.model.layers[1].self_attn
+    shape = (width, 64) if part == "o_proj" else (64, width)
+    setattr(attention, part, torch.nn.Linear(*shape))
+    assert "block 1: attention whose values are not as wide as its keys" in support.unsupported(model)
+
+
+def test_blocks_with_configurations_of_their_own_are_refused():
+    """Written after a cut, the one configuration of all would contradict them; read, it raises in the notebook."""
+    model = build("llama")
+    model.config.__dict__["_heterogeneity_spec"] = SimpleNamespace(per_layer_attributes=set())
+    assert "its blocks have configurations of their own (per_layer_config); supported" in support.unsupported(model)
