@@ -158,9 +158,9 @@ def _fits(folder: Path, dtype: str, device: str) -> bool:
 
 
 def _tokenizer(folder: Path, model: nn.Module) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a checkpoint, with an end of text where it names none itself."""
+    """Return the tokenizer of a checkpoint, with an end of text where it names none, and padding that the model has."""
     configurations = (getattr(model, "generation_config", None), anatomy(model).config)
-    return tokenizing.with_end(AutoTokenizer.from_pretrained(folder), *configurations)
+    return tokenizing.with_end(AutoTokenizer.from_pretrained(folder), anatomy(model).vocabulary, *configurations)
 
 
 def source(name: str, scale: str, checkpoints: str | Path | None = None) -> Path:

@@ -4,12 +4,15 @@ Knows tokenizers of transformers by what they do, never by their names; nothing 
 """
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lib.errors import UserError
 
-THINKING = {"<think>": "</think>", "[THINK]": "[/THINK]", "<thinking>": "</thinking>"}  # how it opens and closes
+# A tag that opens a thought and ends a prompt, in three parts: <think>, [THINK], <thought>, <|START_THINKING|>.
+OPENED = re.compile(r"([<\[◁]\|?)((?!end|no)[\w:.-]*(?:think|thought|reason)[\w:.-]*)(\|?[>\]▷])\s*$", re.IGNORECASE)
+BEGINS = re.compile("start|begin", re.IGNORECASE)
 TURNS = [
     {"role": "user", "content": "How many days has a week?"},
     {"role": "assistant", "content": "7"},
@@ -49,10 +52,16 @@ def render(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> str:
         if refused is not None:
             raise refused
         raise UserError("its chat template leaves out what the user says")
-    for opened, closed in THINKING.items():
-        if text.rfind(opened) > text.rfind(closed) and text.rstrip().endswith(opened):
-            text = f"{text.rstrip()}\n\n{closed}\n\n"
+    if opened := OPENED.search(text):
+        text = f"{text.rstrip()}\n\n{_closing(*opened.groups())}\n\n"
     return text
+
+
+def _closing(before: str, name: str, after: str) -> str:
+    """Return what closes what the three parts of a tag open: </think>, or <|END_THINKING|> of <|START_THINKING|>."""
+    if begins := BEGINS.match(name):
+        return f"{before}{'END' if begins[0].isupper() else 'end'}{name[begins.end() :]}{after}"
+    return f"{before}/{name}{after}"
 
 
 def _applied(tokenizer: Any, turns: Sequence[Mapping[str, Any]]) -> str:
@@ -65,12 +74,23 @@ def _applied(tokenizer: Any, turns: Sequence[Mapping[str, Any]]) -> str:
         raise UserError(f"its chat template refuses turns of a user and an assistant ({why})") from None
 
 
-def with_end(tokenizer: Any, *configurations: Any) -> Any:
-    """Return the tokenizer with an end of text: its own, else that of a configuration, else any special token."""
-    if getattr(tokenizer, "eos_token_id", 0) is not None:
-        return tokenizer
-    ends = (getattr(configuration, "eos_token_id", None) for configuration in configurations)
-    ids = [end[0] if isinstance(end, (list, tuple)) else end for end in ends if end not in (None, [])]
-    others = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, *tokenizer.all_special_ids, 0]
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(next(end for end in [*ids, *others] if end is not None))
+def with_end(tokenizer: Any, rows: int, *configurations: Any) -> Any:
+    """Return the tokenizer with an end of text: its own, else that of a configuration, else any special token; and with
+    a padding token that is one of the `rows` of the embeddings, where it has one beyond them (`[PAD]`, added late).
+    """
+    if getattr(tokenizer, "eos_token_id", 0) is None:
+        ends = (getattr(configuration, "eos_token_id", None) for configuration in configurations)
+        ids = [end[0] if isinstance(end, (list, tuple)) else end for end in ends if end not in (None, [])]
+        others = [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, *tokenizer.all_special_ids, 0]
+        tokens = (_token(tokenizer, end, rows) for end in [*ids, *others])
+        tokenizer.eos_token = next((token for token in tokens if token), None)
+    if (getattr(tokenizer, "pad_token_id", None) or 0) >= rows:
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _token(tokenizer: Any, identity: int | None, rows: int) -> str | None:
+    """Return the token of an id; None where there is none, or no row of the embeddings for it. Some configurations
+    write -1 for no token, or keep the id of another vocabulary.
+    """
+    return tokenizer.convert_ids_to_tokens(identity) if identity is not None and 0 <= identity < rows else None

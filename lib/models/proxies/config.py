@@ -1,9 +1,12 @@
 """How a proxy model is trained: the keys that `proxy.training` of a parameter file may hold."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from lib.errors import suggest
+
+AT_LEAST_ONE = ("steps", "text_every", "warmup_steps", "threads")
 # Former keys of `proxy.training`, still read, and the present ones.
 RENAMED = {
     "tokens": "text_tokens",
@@ -62,3 +65,35 @@ class TrainingConfig:
 def present_keys(section: Mapping[str, Any]) -> dict[str, Any]:
     """Return a section with its former keys replaced by the present ones."""
     return {RENAMED.get(key, key): value for key, value in section.items()}
+
+
+def fault(section: Mapping[str, Any], where: str = "section proxy.training") -> str | None:
+    """Return None, or in words which key of `proxy.training` is unknown, missing, or of another type. Those of the
+    second phase are looked at too: it begins minutes or hours after the first.
+    """
+    second = where.endswith(".refine")
+    kinds = {field.name: field.type for field in fields(TrainingConfig) if not (second and field.name == "refine")}
+    for key, value in present_keys(section).items():
+        if key not in kinds:
+            return f'{where}: unknown key "{key}"; expected one of {", ".join(kinds)}.{suggest(str(key), kinds)}'
+        if expected := _expected(key, kinds[key], value):
+            return f'{where}: key "{key}": expected {expected}, got {value!r}'
+    if not second and "steps" not in section:
+        return f'{where}: missing key "steps"'
+    return fault(section["refine"], f"{where}.refine") if section.get("refine") else None
+
+
+def _expected(key: str, kind: Any, value: Any) -> str | None:
+    """Return None, or in words what the value of a key has to be, and is not."""
+    if kind is int:
+        least = 1 if key in AT_LEAST_ONE else 0
+        return None if type(value) is int and value >= least else f"a whole number of at least {least}"
+    if kind is float:
+        return None if type(value) in (int, float) else "a number"
+    if kind is str:
+        return None if isinstance(value, str) else "the name of a model"
+    if key == "refine":
+        return None if value is None or isinstance(value, Mapping) else "a section of keys"
+    pairs = isinstance(value, (list, tuple)) and value and all(isinstance(pair, (list, tuple)) for pair in value)
+    right = pairs and all(len(pair) == 2 and all(type(n) in (int, float) for n in pair) for pair in value)
+    return None if right else "a list of pairs: a share of the steps, and a number of tokens"

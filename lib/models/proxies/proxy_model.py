@@ -11,7 +11,7 @@ from lib.errors import UserError
 from lib.models import parameters
 from lib.models.checkpoints import io
 from lib.models.proxies import tokenizer
-from lib.models.proxies.config import TrainingConfig, present_keys
+from lib.models.proxies.config import TrainingConfig, fault, present_keys
 from lib.models.structure.anatomy import anatomy
 from lib.models.tasks import tasks
 
@@ -47,11 +47,13 @@ def untrained_proxy(name: str) -> ProxyModel:
 
 
 def training_config(name: str) -> TrainingConfig:
-    """Return how model `name` is trained. Raises UserError for an unknown key of `proxy.training`."""
-    try:
-        return TrainingConfig(**present_keys(parameters.read(name).training()))
-    except TypeError as error:
-        raise UserError(f"parameters/{name}.yaml: section proxy.training: {error}") from None
+    """Return how model `name` is trained. Raises UserError for a key of `proxy.training`, or of its second phase, that
+    is unknown or of another type.
+    """
+    section = parameters.read(name).training()
+    if reason := fault(section):
+        raise UserError(f"parameters/{name}.yaml: {reason}")
+    return TrainingConfig(**present_keys(section))
 
 
 def scale_initial_weights(model: torch.nn.Module) -> torch.nn.Module:

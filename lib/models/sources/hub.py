@@ -17,6 +17,7 @@ SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 SHA256, SHA1 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")  # one of them, as tokenizer_check expects
 ADVICE = "give a folder with --checkpoints, or --random-weights"
+PLACES = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE", "XDG_CACHE_HOME")
 
 
 def cache() -> Path | None:
@@ -32,6 +33,16 @@ def cache() -> Path | None:
 
 def _expanded(path: str) -> str:
     return os.path.expandvars(os.path.expanduser(path))
+
+
+def make_places_absolute() -> None:
+    """Make what the variables of the hub's client say of places absolute, for the programs that are started: they work
+    in other folders, and would look for the cache there.
+    """
+    for name in PLACES:
+        place = _expanded(os.environ.get(name, ""))
+        if place and not place.startswith("~") and not os.path.isabs(place):
+            os.environ[name] = os.path.abspath(place)
 
 
 def revision(hub_id: str) -> str | None:

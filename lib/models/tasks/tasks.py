@@ -129,12 +129,16 @@ def label_ids(loaded: LoadedModel, task: str) -> list[list[int]]:
 def label_scores(loaded: LoadedModel, task: str, items: list[Item], batch_size: int = 32) -> torch.Tensor:
     """Return the log-likelihood of every label after every item's prompt, scores_NL in float32 on the CPU.
 
-    Items of similar length share a batch, so that little of it is padding. Where a label has several tokens, what the
-    prompts share is read once (`lib.models.decoding.continuations`); not so with pictures.
+    Items of similar length share a batch, so that little of it is padding. Where a label has several tokens, or a
+    prompt more than the model reads (its beginning goes, as in lm-evaluation-harness), what the prompts share is read
+    once (`lib.models.decoding.continuations`); not so with pictures.
     """
     labels = label_ids(loaded, task)
-    if any(len(label) > 1 for label in labels) and all(item.pixels is None for item in items):
+    several = any(len(label) > 1 for label in labels)
+    contexts: list[list[int]] = []
+    if (several or loaded.scale != "proxy") and all(item.pixels is None for item in items):
         contexts = [prompting.prompt_ids(loaded, prompting.shown(loaded, item)) for item in items]
+    if contexts and (several or max(map(len, contexts)) > continuations.positions(loaded.model)):
         pairs = [(context, label) for context in contexts for label in labels]
         scores_P = torch.tensor([score for score, _ in continuations.loglikelihoods(loaded.model, pairs)])
         return scores_P.view(len(items), len(labels))

@@ -342,6 +342,30 @@ def test_unknown_key_of_a_config_is_named(monkeypatch):
         train.training_config("glm-4.7-flash")
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"refine": {"steps": 2, "muonrate": 0.008}}, r'refine: unknown key "muonrate".*Did you mean "muon_rate"'),
+        ({"refine": {"steps": 2, "muon_rate": "8.0e-3"}}, r'training\.refine: key "muon_rate": expected a number, got'),
+        ({"refine": {"refine": {"steps": 1}}}, 'unknown key "refine"'),
+        ({"refine": 3}, 'key "refine": expected a section of keys, got 3'),
+        ({"steps": 900.0}, 'key "steps": expected a whole number of at least 1, got 900.0'),
+        ({"warm_up": 0}, 'key "warmup_steps": expected a whole number of at least 1, got 0'),
+        ({"row_lengths": [256, 2048]}, "expected a list of pairs: a share of the steps"),
+        ({"steps": ...}, 'missing key "steps"'),
+    ],
+)
+def test_both_phases_of_a_config_are_looked_at_before_the_first(changes, says, monkeypatch):
+    """A key of the second phase was found out after all steps of the first."""
+    described = parameters.read("glm-4.7-flash")
+    section = {key: value for key, value in (described.proxy.training | changes).items() if value is not ...}
+    wrong = described.model_copy(update={"proxy": described.proxy.model_copy(update={"training": section})})
+    monkeypatch.setattr(train.parameters, "read", lambda name: wrong)
+    with pytest.raises(UserError, match=r"^parameters/glm-4.7-flash.yaml: section proxy\.training") as caught:
+        train.training_config("glm-4.7-flash")
+    assert re.search(says, str(caught.value)) and "\n" not in str(caught.value)
+
+
 @pytest.fixture
 def stored(name):
     """A proxy model as stored in the repository, with the scores that its README states."""

@@ -79,3 +79,25 @@ def test_everything_that_shapes_a_prompt_is_in_the_fingerprint(plain, begun, cha
     else:
         changed.add_tokens(["zyxw"])
     assert encoding.fingerprint(changed) != before
+
+
+@pytest.mark.parametrize(
+    ("opened", "closed"),
+    [
+        ("<think>", "</think>"),
+        ("[THINK]\n", "[/THINK]"),
+        ("<thought>\n", "</thought>"),
+        ("<seed:think>", "</seed:think>"),
+        ("<|START_THINKING|>", "<|END_THINKING|>"),
+        ("<|begin_of_thought|>", "<|end_of_thought|>"),
+        ("◁think▷", "◁/think▷"),
+        ("<think>\n\n</think>\n\n", ""),
+        ("<|END_THINKING|>", ""),
+        ("<|no_think|>", ""),
+        ("<|assistant|>", ""),
+    ],
+)
+def test_a_thought_that_a_chat_opens_is_closed_whatever_it_is_called(opened, closed):
+    chat = SimpleNamespace(apply_chat_template=lambda turns, **_: f"{turns[-1]['content']}\n{opened}")
+    text = tokenizing.render(chat, tokenizing.TURNS)
+    assert text.endswith(f"\n{opened.rstrip()}\n\n{closed}\n\n" if closed else f"\n{opened}")

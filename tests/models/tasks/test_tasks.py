@@ -8,8 +8,9 @@ import torch
 
 from lib.errors import UserError
 from lib.models import parameters
+from lib.models.decoding import continuations
 from lib.models.proxies import proxy_model, tokenizer
-from lib.models.tasks import corpus, retrieval, tasks
+from lib.models.tasks import corpus, prompting, retrieval, tasks
 
 VOCABULARY = 2048
 
@@ -109,6 +110,20 @@ def test_labels_of_several_tokens_are_scored_as_continuations(loaded, monkeypatc
     scores = tasks.label_scores(loaded, task, chosen)
     assert torch.allclose(scores[:, 1:], expected[:, 1:], atol=1e-4)
     assert (scores[:, 0] < expected[:, 0]).all()
+
+
+@pytest.mark.parametrize("name", ["glm-4.7-flash", "qwen3-4b-instruct-2507"])
+def test_a_prompt_of_more_tokens_than_the_model_reads_loses_its_beginning(loaded, monkeypatch):
+    """Where every label is one token it was read beyond the model's positions, and scored there."""
+    loaded.scale = "full"
+    monkeypatch.setattr(continuations, "positions", lambda model: 64)
+    task = loaded.parameters.tasks[0]
+    chosen, labels = tasks.items(task, "search", 3), tasks.label_ids(loaded, task)
+    contexts = [prompting.prompt_ids(loaded, prompting.shown(loaded, item)) for item in chosen]
+    assert min(map(len, contexts)) > 64 and {len(label) for label in labels} == {1}
+    answers = [continuations.loglikelihoods(loaded.model, [(ids, label) for label in labels]) for ids in contexts]
+    expected = torch.tensor([[score for score, _ in row] for row in answers])
+    assert torch.allclose(tasks.label_scores(loaded, task, chosen), expected, atol=1e-4)
 
 
 def test_recall_prompts_hold_key_and_value_and_distance(loaded):
