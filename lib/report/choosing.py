@@ -16,11 +16,12 @@ from lib.report.analysis import advice
 from lib.report.analysis.noise import discoveries
 from lib.report.figures import small_multiples, style
 from lib.report.records.record import Record
+from lib.report.text import brief
 from lib.report.text.quantities import counted
 from lib.report.text.wording import label, title
 
 ALL = "all models"
-MOST_NAMED = 6  # runs in a sentence
+MOST_NAMED = 6  # runs
 
 
 def person_present() -> bool:
@@ -128,8 +129,9 @@ def within_margin(records: Iterable[Record], speed: str, quality: str, margin: f
     summary += f"lost: {lost}, cannot tell: {len(words) - maintained - lost}."
     if not better:
         return f"{summary} None that keeps it is better in {label(speed)}."
-    more = f" and {len(better) - MOST_NAMED} more" if len(better) > MOST_NAMED else ""
-    return f"{summary} Kept, and better in {label(speed)}: {', '.join(better[:MOST_NAMED])}{more}."
+    more = [f"{len(better) - MOST_NAMED} more"] if len(better) > MOST_NAMED else []
+    named = brief.joined([*better[:MOST_NAMED], *more], f"Kept, and better in {label(speed)}:")
+    return f"{summary} {named}"
 
 
 def first(run: Record, name: str) -> Measurement | None:

@@ -5,6 +5,7 @@ import pytest
 from lib.report import choosing, tables
 from lib.report.figures import style
 from lib.report.records import record
+from lib.report.text import brief
 from tests.report import samples
 
 
@@ -95,6 +96,14 @@ def test_a_tighter_margin_keeps_fewer():
     assert "Kept, and better in prefill rate: X on m." in choosing.within_margin(
         [slow], "prefill_tokens_per_second", "f1_macro", 5.0
     )
+
+
+def test_many_runs_are_named_in_sentences_that_can_be_read():
+    pairs = [(name, model) for name in samples.OPTIMIZATIONS[:4] for model in samples.MODELS[:2]]
+    runs = [record.build(name, model, "proxy", "quick", {}, samples.measurements()) for name, model in pairs]
+    text = choosing.within_margin(runs, "prefill_tokens_per_second", "f1_macro", 5.0)
+    assert "Kept, and better in prefill rate: Structured pruning on" in text and text.endswith("2 more.")
+    assert all(brief.count(part) <= brief.MOST_WORDS for part in brief.split(text)), text
 
 
 def test_what_a_figure_calls_better_holds_for_the_whole_set(displayed):

@@ -4,12 +4,14 @@ A control counts as well as the optimized model: weight-only int8 and int4, roun
 that lie in a file of full size and are held in memory in part are not compressed. Draws nothing.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
 from lib.measure.metrics.measurement import Measurement
 from lib.report.records.record import Record
+from lib.report.text import brief
+from lib.report.text.quantities import counted
 from lib.report.text.wording import title
 
 BYTES, FILE_BYTES, DIVERGENCE = "weights_bytes", "checkpoint_bytes", "kl_divergence_nats"
@@ -61,10 +63,19 @@ def read(frame: pd.DataFrame) -> tuple[str, str]:
         return "No record has both bytes and divergence.", "Nothing can be compared at equal bytes."
     best = [index for index, row in frame.iterrows() if not _beaten(row, frame[frame["label"] == row["label"]])]
     counts = frame.loc[best, "arm"].value_counts()
-    names = ", ".join(f"{count} {arm}" for arm, count in counts.items())
+    names = [f"{count} {arm}" for arm, count in counts.items()]
     yardsticks = int(sum(count for arm, count in counts.items() if arm in YARDSTICKS))
-    first = f"{len(best)} of {len(frame)} points have no other that is smaller and nearer to its baseline: {names}."
-    return first, f"{yardsticks} of them are weight-only quantization."
+    begun = f"{len(best)} of {len(frame)} points have no other that is smaller and nearer to its baseline"
+    return _named(begun, names), f"{yardsticks} of them are weight-only quantization."
+
+
+def _named(begun: str, names: Sequence[str]) -> str:
+    """Return a sentence that ends with the names, of which the last are only counted where it became too long."""
+    texts = [f"{begun}: {', '.join(names)}."]
+    for shown in range(len(names) - 1, -1, -1):
+        rest = counted(len(names) - shown, "other kind")
+        texts.append(f"{begun}: {', '.join([*names[:shown], rest])}.")
+    return next((text for text in texts if brief.count(text) <= brief.MOST_WORDS), texts[-1])
 
 
 def _beaten(row: pd.Series, others: pd.DataFrame) -> bool:

@@ -90,5 +90,7 @@ def _draws(members: Sequence[Measurement], chance: np.random.Generator) -> np.nd
 
 
 def geometric_mean(gains: Sequence[float]) -> float:
-    """Return the geometric mean of ratios."""
+    """Return the geometric mean of ratios; 0 where one of them is."""
+    if min(gains) <= 0:
+        return 0.0
     return math.exp(sum(map(math.log, gains)) / len(gains))

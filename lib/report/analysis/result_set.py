@@ -171,13 +171,17 @@ def _plain(value: Any) -> Any:
 def aggregate(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Return a line per optimization and metric: over how many models, the geometric mean gain, least, most, verdicts.
 
-    A gain is a ratio turned so that above 1 is better; where a metric stands for several workloads, each counts. What
-    is only estimated has a line of its own: it is averaged with nothing that was measured.
+    A gain is a ratio turned so that above 1 is better; where a metric stands for several workloads, each counts, but
+    for a score that was not exercised: it says nothing of the optimization, and would be averaged as unchanged. What is
+    only estimated has a line of its own: it is averaged with nothing that was measured.
     """
     groups: dict[tuple[str, str, bool], list] = {}
     for record in records:
-        for measurement in record.measurements:
-            if (gain := sentence.gain(measurement)[0]) is not None:
+        for measurement in (m for m in record.measurements if m.verdict != "not_exercised"):
+            gain = sentence.gain(measurement)[0]
+            if gain is None and measurement.ratio == 0 and measurement.higher_is_better:
+                gain = 0.0  # nothing is right any more: of all losses this one must not be left out
+            if gain is not None:
                 kind = (record.optimization, measurement.metric, measurement.provenance == "estimated")
                 groups.setdefault(kind, []).append((record.model, gain, measurement.verdict))
     order = list(METRICS)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 TAG = "$float"
+NOT_FINITE = ("nan", "inf", "-inf")  # what is tagged; anything else under the tag is damaged, and stays as it is
 
 
 def encode(value: Any, where: str = "value") -> Any:
@@ -61,7 +62,7 @@ def _key(key: Any) -> str:
 def decode(value: Any) -> Any:
     """Return `value` with the tagged floats of `encode` as floats again. Takes what a JSON text holds: dict, list."""
     if isinstance(value, dict):
-        if len(value) == 1 and TAG in value:
+        if len(value) == 1 and value.get(TAG) in NOT_FINITE:
             return float(value[TAG])
         return {key: decode(item) for key, item in value.items()}
     if isinstance(value, list):

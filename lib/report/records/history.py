@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lib.errors import UserError
 from lib.measure.metrics.catalogue import DIMENSIONS
@@ -135,8 +136,16 @@ def records(path: Path, build: Build) -> list[Record]:
     query = "SELECT record FROM runs JOIN kept USING (started, key) WHERE build = ?"
     with _open(path) as connection:
         rows = connection.execute(query, [build.id]).fetchall()
-    stored = [from_json(json.loads(zlib.decompress(packed)), path.name) for (packed,) in rows]
+    stored = [from_json(_unpacked(packed, path), path.name) for (packed,) in rows]
     return sorted(stored, key=lambda record: record.stem)
+
+
+def _unpacked(packed: bytes, path: Path) -> Any:
+    """Return the plain JSON of a stored run. Raises UserError where it is damaged, which SQLite does not see."""
+    try:
+        return json.loads(zlib.decompress(packed))
+    except (zlib.error, ValueError, TypeError) as error:
+        raise UserError(f"{path.name}: a run in the history of builds is damaged ({error}); move it away") from None
 
 
 def words_before(path: Path, records: Sequence[Record]) -> dict[str, tuple[str, dict[str, str]]]:
@@ -159,7 +168,7 @@ def words_before(path: Path, records: Sequence[Record]) -> dict[str, tuple[str, 
                 earlier[record.stem] = (started, key)
         query = "SELECT record FROM runs WHERE started = ? AND key = ?"
         packed = {stem: connection.execute(query, identity).fetchone()[0] for stem, identity in earlier.items()}
-    stored = {stem: json.loads(zlib.decompress(blob)) for stem, blob in packed.items()}
+    stored = {stem: _unpacked(blob, path) for stem, blob in packed.items()}
     set_to = {record.stem: record.parameters for record in by_name.values()}
     alike = {stem: run for stem, run in stored.items() if _set_alike(run.get("parameters") or {}, set_to[stem])}
     verdicts = {stem: run.get("verdict") or {} for stem, run in alike.items()}

@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lib.errors import UserError
-from lib.files import write_atomically
+from lib.files import visible, write_atomically
 from lib.measure.metrics import settings
 from lib.measure.metrics.busy import withhold_if_busy
 from lib.measure.metrics.catalogue import DIMENSIONS, METRICS
@@ -245,7 +245,7 @@ def read_folder(folder: Path, look: Callable[[str, Any], None] | None = None) ->
     """Return every record in `folder`, sorted by stem, and the damaged ones as stem → what is wrong."""
     records, damaged = [], {}
     with _uncollected():  # thousands of records are millions of objects
-        for path in sorted(Path(folder).glob("*--*.json")):
+        for path in visible(Path(folder), "*--*.json"):
             try:
                 records.append(read(path, look))
             except UserError as error:
@@ -299,7 +299,7 @@ def from_notebooks(folder: Path) -> tuple[list[Record], dict[str, str]]:
     wrong.
     """
     records, damaged = [], {}
-    for path in sorted(Path(folder).glob("*--*.ipynb")):
+    for path in visible(Path(folder), "*--*.ipynb"):
         try:
             record = from_notebook(path)
         except UserError as error:

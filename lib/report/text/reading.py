@@ -6,8 +6,10 @@ that the figure was drawn from. Knows no optimization; what only one of them dra
 
 import math
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lib.report.text.brief import MOST_WORDS, count
 from lib.report.text.quantities import counted, figures, times
 from lib.report.text.sentence import ratio
 
@@ -113,13 +115,23 @@ def curves(frame: "pd.DataFrame", x: str, *, lower_is_better: bool = True, stron
     at = max(known) if strongest == "largest" else min(known)
     points = [_near(ordered, arm, at).iloc[-1] for arm in arms]
     best, following, *rest = sorted(points, key=lambda point: point.value if lower_is_better else -point.value)
-    first = (
-        f"At {_figures(at)} ({x}), the {strongest} that all curves have, {best.arm} is best with {figures(best.value)}"
-    )
-    first += f" and {following.arm} next with {figures(following.value)}"
+    return two(_ranked(f"At {_figures(at)} ({x})", strongest, best, following, rest), _told_apart(best, following))
+
+
+def _ranked(
+    setting: str, strongest: str, best: "pd.Series", following: "pd.Series", rest: Sequence["pd.Series"]
+) -> str:
+    """Return a sentence on the best curve, the next and the worst at a setting. What would make it longer than
+    MOST_WORDS is left out: the worst first, then that this is the strongest setting which all have.
+    """
+    why = f", the {strongest} that all have,"
+    first = f"{best.arm} is best with {figures(best.value)}"
+    second = f"{following.arm} next with {figures(following.value)}"
+    texts = [f"{setting}{why} {first} and {second}.", f"{setting} {first} and {second}."]
     if rest:
-        first += f"; the worst is {rest[-1].arm} with {figures(rest[-1].value)}"
-    return two(f"{first}.", _told_apart(best, following))
+        last = f"{rest[-1].arm} last with {figures(rest[-1].value)}"
+        texts.insert(0, f"{setting}{why} {first}, {second} and {last}.")
+    return next((text for text in texts if count(text) <= MOST_WORDS), texts[-1])
 
 
 def _course(curve: "pd.DataFrame", x: str) -> str:

@@ -6,6 +6,7 @@ from lib.measure.metrics import measurement
 from lib.optimizations.common.compression import weight_only
 from lib.report.analysis import quality_over_bytes
 from lib.report.records.record import Control
+from lib.report.text import brief, reading
 from tests.report import samples
 
 INT8, INT4, BY_GPTQ = quality_over_bytes.YARDSTICKS
@@ -51,6 +52,16 @@ def test_what_another_point_beats_in_both_is_left_out_of_the_words(records):
     assert first.startswith("2 of 4 points have no other that is smaller and nearer")
     assert second == "2 of them are weight-only quantization."
     assert quality_over_bytes.read(quality_over_bytes.points([]))[0].startswith("No record")
+
+
+def test_many_kinds_of_arms_are_counted_where_a_sentence_cannot_name_them_all():
+    runs = [
+        _record(name, _arm(90 - at, 0.1 * (1 + at)), {INT4: _arm(20 + at, 5.0)})
+        for at, name in enumerate(samples.OPTIMIZATIONS[:6])
+    ]
+    first, second = quality_over_bytes.read(quality_over_bytes.points(runs))
+    assert first.startswith("7 of 7 points") and first.endswith(" other kinds.")
+    assert brief.count(first) <= brief.MOST_WORDS and reading.two(first, second)
 
 
 def test_int4_by_gptq_is_credited_to_no_optimization(records):

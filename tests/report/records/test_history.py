@@ -1,6 +1,7 @@
 """The history of builds: each run once, each build whole, named by date or commit."""
 
 import sqlite3
+import zlib
 
 import pytest
 
@@ -64,6 +65,19 @@ def test_a_file_that_is_no_history(tmp_path):
     path.write_text("not a database, but long enough to be taken for one" * 40)
     with pytest.raises(UserError, match=r"history\.sqlite: cannot be used .* move it away"):
         history.keep(path, _runs(), "proxy", "complete")
+
+
+def test_a_run_that_is_damaged_inside_the_file(tmp_path):
+    path = tmp_path / history.NAME
+    history.keep(path, _runs(), "proxy", "complete")
+    for blob in (b"half", zlib.compress(b"{"), None):
+        with sqlite3.connect(path) as connection:
+            connection.execute("UPDATE runs SET record = ?", [blob])
+        with pytest.raises(UserError, match=r"history\.sqlite: a run in the history of builds is damaged .* move it"):
+            history.records(path, history.builds(path, "proxy")[0])
+        later = [run.model_copy(update={"started": "2999-01-01T00:00:00"}) for run in _runs()]
+        with pytest.raises(UserError, match="is damaged"):
+            history.words_before(path, later)
 
 
 def test_a_build_that_dies_leaves_nothing(tmp_path, monkeypatch):

@@ -110,6 +110,11 @@ def test_a_notebook_without_a_record_has_none(tmp_path):
             '{"schema": 2, "optimization": "a", "model": "b", "scale": "proxy", "effort": "quick", "extra": 1}',
             '"extra"',
         ),
+        (
+            '{"schema": 3, "optimization": "a", "model": "b", "scale": "proxy", "effort": "quick", '
+            '"seconds": {"$float": "x"}}',
+            '"seconds"',
+        ),
         ("\udcff", "not JSON"),
     ],
 )
@@ -121,6 +126,15 @@ def test_a_damaged_record_gets_one_line(content, says, tmp_path):
     assert says in str(caught.value)
     assert str(caught.value).startswith("a--b.json: ")
     assert "\n" not in str(caught.value)
+
+
+def test_what_macos_leaves_beside_a_record_is_none(tmp_path):
+    run = samples.run()
+    record.write(run, tmp_path / f"{run.stem}.json")
+    (tmp_path / f"._{run.stem}.json").write_bytes(b"\0\5\26\7")
+    (tmp_path / f"._{run.stem}.ipynb").write_bytes(b"\0\5\26\7")
+    [back], damaged = record.gather(tmp_path)
+    assert back.stem == run.stem and not damaged
 
 
 def test_a_missing_record_gets_one_line(tmp_path):

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from lib.report import tables
-from lib.report.text import reading
+from lib.report.text import brief, reading
 from tests.report import samples
 
 
@@ -94,8 +94,8 @@ CURVES = pd.DataFrame(
 
 def test_curves_are_compared_where_all_of_them_have_a_point():
     assert reading.curves(CURVES, "bytes removed, %") == (
-        "At 40 (bytes removed, %), the largest that all curves have, pruned is best with 0.268 and whitened next with "
-        "0.310; the worst is plain with 1.50. "
+        "At 40 (bytes removed, %), the largest that all have, pruned is best with 0.268, whitened next with 0.310 and "
+        "plain last with 1.50. "
         "The intervals of pruned and whitened overlap, so this run does not tell these two apart."
     )
     told = reading.curves(CURVES[CURVES.arm != "whitened"], "bytes removed, %")
@@ -103,16 +103,25 @@ def test_curves_are_compared_where_all_of_them_have_a_point():
         "pruned is best with 0.268 and plain next with 1.50. The intervals of pruned and plain do not overlap."
     )
     faster = reading.curves(CURVES, "bytes removed, %", lower_is_better=False)
-    assert "plain is best with 1.50 and whitened next with 0.310; the worst is pruned" in faster
+    assert "plain is best with 1.50, whitened next with 0.310 and pruned last with 0.268." in faster
     bare = reading.curves(CURVES.drop(columns=["low", "high"]), "bytes removed, %")
     assert bare.endswith("Without intervals this run does not tell pruned and whitened apart.")
+
+
+@pytest.mark.parametrize("x", ["decoder bytes removed, %", "weights set to zero, %", "prompt, tokens"])
+@pytest.mark.parametrize("more", ["", ", least squares", ", least squares, on text"])
+def test_a_comparison_of_curves_leaves_out_what_makes_a_sentence_too_long(x, more):
+    text = reading.curves(CURVES.assign(arm=CURVES.arm + more), x)
+    assert all(brief.count(part) <= brief.MOST_WORDS for part in brief.split(text)), text
+    assert f"pruned{more} is best with 0.268" in text and f"whitened{more} next with 0.310" in text
+    assert ("plain last with 1.50" in text) is (not more)
 
 
 def test_the_end_of_the_axis_that_changes_most_may_be_the_smallest():
     rows = [(0.3547, 0.04, "found"), (0.749, 0.01, "found"), (0.3553, 0.07, "window"), (0.7488, 0.02, "window")]
     frame = pd.DataFrame(rows, columns=["strength", "value", "arm"])
     text = reading.curves(frame, "density", strongest="smallest")
-    assert "(density), the smallest that all curves have, found is best with 0.0400 and window next" in text
+    assert "(density), the smallest that all have, found is best with 0.0400 and window next" in text
     apart = frame.assign(strength=[0.2, 0.4, 0.5, 0.9])
     assert "no point in common" in reading.curves(apart, "density")
 

@@ -27,9 +27,9 @@ LEGEND = (
     "▲ better · ▼ worse · = equivalent · ✓ maintained · ✗ not maintained · ○ not exercised · ? inconclusive · "
     "· informative. "
     "The verdict is that of the dimension's primary measurement, which stands first; “but …”: another one got worse. "
-    "A change is called better or worse only where its interval excludes zero, the effect exceeds both the margin and "
-    "the noise floor that a copy of the baseline showed, and it survives the correction over all runs of the set (at "
-    "most one false call in twenty, Benjamini and Hochberg)."
+    "A change is called better or worse only where its interval excludes zero and the effect exceeds both the margin "
+    "and the noise floor. The floor is what a copy of the baseline showed. It also has to survive the correction over "
+    "all runs of the set: at most one false call in twenty (Benjamini and Hochberg)."
 )
 
 

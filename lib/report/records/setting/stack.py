@@ -8,7 +8,10 @@ from typing import Any
 
 from lib.report.records.record import Record
 from lib.report.records.verdicts.unchanged import stored, value_of
+from lib.report.text.quantities import counted
 from lib.report.text.wording import words
+
+APPLIED = ("works", "invalid")  # states of a candidate that could be applied, if only with a degenerate output
 
 
 def steps(record: Record) -> list[tuple[str, dict[str, Any]]]:
@@ -19,14 +22,19 @@ def steps(record: Record) -> list[tuple[str, dict[str, Any]]]:
 def nothing_pays(record: Record) -> str:
     """Return what is said of a run whose stack is empty, so that its optimized model is a copy; empty elsewhere.
 
-    A rule that names what it considered takes what is smaller, too; a search takes what is faster.
+    A rule that names what it considered takes what is smaller, too; a search takes what is faster. Candidates that
+    could not be applied are not counted; of the others it is only known that none is surely a gain.
     """
     if stored(record.details) != []:
         return ""
-    tried = value_of(record.details, "considered")
-    if isinstance(tried, list) and tried:
-        return f"nothing pays here: of {len(tried)} candidates none is within the margins and faster or smaller"
-    return "nothing pays here: no candidate is within the margins and faster"
+    considered = value_of(record.details, "considered")
+    if not isinstance(considered, list) or not considered:
+        return "nothing pays here: no candidate is surely within the margins and faster"
+    tried = sum(row.get("state", "works") in APPLIED for row in considered if isinstance(row, Mapping))
+    if not tried:
+        return "nothing pays here: no candidate could be applied"
+    of = counted(tried, "candidate")
+    return f"nothing pays here: of {of} none is surely within the margins and faster or smaller"
 
 
 def in_words(record: Record) -> str:

@@ -9,6 +9,7 @@ from lib.report.analysis import result_set, strength_curves
 from lib.report.pages import archive
 from lib.report.pages.suites import file_names, suite_files, suite_pages
 from lib.report.records import record, schema
+from lib.report.text import brief
 from lib.suite.store import site
 from lib.suite.store.result_folder import Folder
 from tests.report import samples
@@ -48,6 +49,11 @@ def test_the_complete_suite_leaves_the_eight_files(written):
         "comprehensive_optimization_benchmark_report_files",
         "enhanced_optimization_impact_benchmark_report_files",
     }
+
+
+def test_the_legend_has_no_long_sentence():
+    sentences = brief.split(suite_pages.LEGEND)
+    assert len(sentences) == 5 and all(brief.count(part) <= brief.MOST_WORDS for part in sentences), sentences
 
 
 def test_what_the_complete_suite_left_is_not_made_again(tmp_path):
@@ -151,6 +157,27 @@ def test_the_aggregate_is_the_geometric_mean():
     runs = [samples.run(model=model, ratio=ratio) for model, ratio in zip(samples.MODELS, (1.0, 2.0, 4.0, 0.5))]
     [line] = [row for row in result_set.aggregate(runs) if row["metric"] == "prefill_tokens_per_second"]
     assert line["geometric_mean_gain"] == pytest.approx(4 ** (1 / 4)) and (line["least"], line["most"]) == (0.5, 4.0)
+
+
+def test_a_model_that_answers_nothing_right_any_more_is_part_of_the_mean():
+    """It has no logarithm, and was left out: the mean was that of the models which answer still."""
+    scores = [samples.scored("retrieval_exact_match", 0.9, score, "not_maintained") for score in (0.0, 0.81)]
+    pairs = zip(samples.MODELS, scores)
+    runs = [samples.run("structured_pruning", model, measurements=[score]) for model, score in pairs]
+    [line] = [row for row in result_set.aggregate(runs) if row["metric"] == "retrieval_exact_match"]
+    assert (line["geometric_mean_gain"], line["least"]) == (0.0, 0.0) and line["most"] == pytest.approx(0.9)
+    assert line["verdicts"] == {"not_maintained": 2} and len(line["models"]) == 2
+
+
+def test_a_score_that_was_not_exercised_is_averaged_with_nothing():
+    """Three models on which a sparse attention never acted, and one that lost a fifth: the mean was a loss of 5 %."""
+    idle = samples.scored("f1_macro", 0.9, 0.9, "not_exercised").model_copy(update={"reason": "it never acted"})
+    lost = samples.scored("f1_macro", 0.9, 0.72, "not_maintained")
+    scores = zip(samples.MODELS, (idle, idle, idle, lost))
+    runs = [samples.run("adaptive_sparse_attention", model, measurements=[score]) for model, score in scores]
+    [line] = [row for row in result_set.aggregate(runs) if row["metric"] == "f1_macro"]
+    assert line["models"] == [samples.MODELS[3]] and line["geometric_mean_gain"] == pytest.approx(0.8)
+    assert line["verdicts"] == {"not_maintained": 1}
 
 
 def test_what_is_estimated_is_averaged_with_nothing_that_was_measured():
