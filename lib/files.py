@@ -39,6 +39,13 @@ def write_atomically(path: Path, text: str) -> Path:
     return path
 
 
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """Return what matches a pattern in a folder, sorted, but for names that begin with a dot: editors and macOS leave
+    such files beside others (`.#x.yaml`, `._x.yaml`), and they hold none of what their ending says.
+    """
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+
+
 def json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; an empty one where the file cannot be read or holds anything else."""
     try:

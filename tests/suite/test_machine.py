@@ -12,7 +12,8 @@ from lib import files
 from lib.errors import UserError
 from lib.report.records import record, rows
 from lib.report.text.wording import untagged
-from lib.suite.run import execute
+from lib.suite.run import execute, overview
+from lib.suite.store import build_history, result_folder, site
 
 
 @pytest.mark.parametrize("out", ["r{1}", "r{model} {"])
@@ -82,6 +83,21 @@ def test_a_record_that_is_a_pipe_is_damaged_and_not_waited_for(project):
     assert "damaged" in ended.stdout and "is no ordinary file" in ended.stdout
     for command in (["check"], ["compare", "executed/proxy", "executed/proxy"]):
         assert workbench.build(project, *command, timeout=60).returncode in (1, 2)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_what_is_no_file_among_the_records_is_neither_waited_for_nor_opened(tmp_path):
+    """A build waited for a pipe in the folder of another scale, and ended in a traceback at a link to nothing."""
+    path = workbench.notebook(tmp_path / "overview.ipynb", [])
+    folder = result_folder.Folder(tmp_path / "proxy")
+    for scale in ("proxy", "full"):
+        (tmp_path / scale).mkdir()
+    before = overview._key(folder, path), site.made_from(folder)
+    os.mkfifo(tmp_path / "full" / "well--alpha-1.5.json")
+    os.mkfifo(folder.of("well--alpha-1.5", ".json"))
+    folder.of("well--beta-2", ".json").symlink_to("nowhere.json")
+    assert (overview._key(folder, path), site.made_from(folder)) == before
+    assert build_history.keep(folder, "run") == [] and not build_history.store_of(folder.path).exists()
 
 
 def test_a_name_opens_no_tag_in_markdown():

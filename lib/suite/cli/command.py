@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lib.errors import UserError, suggest
 from lib.files import cache_folder, expanded
+from lib.models.sources import hub
 from lib.models.tasks.registry import HARNESS
 from lib.suite.cli.options import EPILOG, SUITES, Parser, parsed, parser, run_options
 from lib.suite.plan import plan
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if os.environ.get(CACHE):  # for the programs that are started, which work in other folders
             os.environ[CACHE] = str(cache_folder())
+        hub.make_places_absolute()
         return _main(list(arguments))
     except UserError as error:
         print(f"build.py: {error}", file=sys.stderr)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib.errors import UserError
+from lib.files import visible
 from lib.suite.bootstrap import python_path
 from lib.suite.cli.options import Parser, parsed
 from lib.suite.plan.plan import NOTEBOOKS, ROOT
@@ -60,7 +61,7 @@ def test(arguments: Sequence[str], description: str) -> int:
         "ruff format --check": _call(["ruff", "format", "--check", "--quiet", "."]),
     }
     chosen = [word for word in arguments if not word.startswith("-") and (ROOT / word.split("::")[0]).exists()]
-    templates = [str(path.relative_to(ROOT)) for path in sorted(NOTEBOOKS.glob("*.ipynb"))]
+    templates = [str(path.relative_to(ROOT)) for path in visible(NOTEBOOKS, "*.ipynb")]
     slow = [path for path in SLOW_TESTS if (ROOT / path).exists()]
     where = [] if chosen else [*templates, *slow, "tests"]
     with tempfile.TemporaryDirectory(prefix="workbench-") as folder:

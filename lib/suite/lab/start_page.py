@@ -124,6 +124,7 @@ def _takes(entry: ListedNotebook, records: Sequence[Record]) -> str:
     own = [r for r in same if r.model == entry.model] or same
     if not own:
         return f"no run yet; its limit is {_minutes(RUN_SECONDS[entry.effort])}"
+    own = [r for r in own if r.effort == own[0].effort]  # a median over two efforts would be of neither
     about = "" if own[0].model == entry.model else ", on other models"
     return f"{_minutes(median(r.seconds for r in own if r.seconds))} at {own[0].effort}{about}"
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from lib.files import aside, json_object, write_atomically
+from lib.files import aside, json_object, visible, write_atomically
 from lib.suite.plan import template as templates
 from lib.suite.plan.cache_key import digest
 from lib.suite.plan.plan import NOTEBOOKS, ROOT, Job
@@ -25,7 +25,7 @@ def refresh(templates_folder: Path = NOTEBOOKS, copies: Path = COPIES, jobs: Ite
     copies.mkdir(exist_ok=True)
     made_from: dict[str, str | None] = json_object(copies / MADE_FROM)
     lines = []
-    contents = {path.name: path.read_text(encoding="utf-8") for path in sorted(templates_folder.glob("*.ipynb"))}
+    contents = {path.name: path.read_text(encoding="utf-8") for path in visible(templates_folder, "*.ipynb")}
     for name, text in {**contents, **{f"{job.stem}.ipynb": _with_parameters(job) for job in jobs}}.items():
         copy, cells = copies / name, _cells(text)
         if copy.is_file() and made_from.get(name) == cells:

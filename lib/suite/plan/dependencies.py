@@ -45,7 +45,7 @@ def reached(template: Template) -> list[Path]:
 
 
 def _every() -> list[Path]:
-    return sorted(OPTIMIZATIONS.rglob("*.py"))
+    return sorted(path for path in OPTIMIZATIONS.rglob("*.py") if not path.name.startswith("."))  # `._x.py` of macOS
 
 
 @cache

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import UserError, suggest
-from lib.files import expanded
+from lib.files import expanded, visible
 from lib.models import parameters as parameter_files
 from lib.models.checkpoints import folder as checkpoint
 from lib.models.checkpoints import validate
+from lib.models.sources import fetch as sources
 from lib.models.sources import reference
 from lib.models.tasks import text_file
 from lib.models.tasks.benchmarks import BENCHMARKS
@@ -82,7 +83,7 @@ def at_effort(job: Job, effort: str) -> Job:
 
 def optimizations() -> list[str]:
     """Return the optimizations that have a template, sorted."""
-    return sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb") if path.stem != OVERVIEW)
+    return sorted(path.stem for path in visible(NOTEBOOKS, "*.ipynb") if path.stem != OVERVIEW)
 
 
 def models(scale: str | None = None) -> list[str]:
@@ -195,7 +196,8 @@ def _text_and_tasks(values: Mapping[str, Any], tasks: Sequence[str]) -> tuple[st
 
 
 def _bring_data(questions: Iterable[tuple[str, tuple[str, tuple[str, ...]]]], folders: Mapping[str, Path]) -> None:
-    """Check that a text of the user's own fills its windows for each model, and fetch the benchmarks that are asked.
+    """Check that a text of the user's own fills its windows for each model, and bring the benchmarks that are asked,
+    unchanged.
 
     `folders` holds the weights of the models that answer. Raises UserError.
     """
@@ -205,6 +207,8 @@ def _bring_data(questions: Iterable[tuple[str, tuple[str, tuple[str, ...]]]], fo
         for task in tasks if name in folders else ():
             if task in BENCHMARKS:
                 fetching.bring(BENCHMARKS[task].reference)
+                if fault := sources.verify(BENCHMARKS[task].reference):
+                    raise UserError(f"{task}: {fault}; build.py fetch {task} brings it again")
 
 
 def plan_each(request: Request) -> tuple[list[Job], list[str]]:

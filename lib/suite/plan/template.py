@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import UserError, suggest
+from lib.files import visible
 
 LINE = re.compile(r"^(?P<name>[A-Za-z_]\w*)\s*:\s*(?P<type>[^=#]+?)\s*=\s*(?P<rest>.+)$")
 NUMBER = r"[-+]?(?:inf|∞|\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)"
@@ -181,7 +182,7 @@ def check_divisors(values: Mapping[str, Any], template: Template) -> None:
 
 def check_stems(values: Mapping[str, Any], template: Template) -> None:
     """Raise UserError for a value that is declared to name optimizations, and names one that has no template."""
-    known = sorted(path.stem for path in template.path.parent.glob("*.ipynb"))
+    known = sorted(path.stem for path in visible(template.path.parent, "*.ipynb"))
     for name, parameter in template.parameters.items():
         if not STEMS.search(parameter.help) or values[name] == parameter.default:
             continue

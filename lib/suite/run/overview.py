@@ -44,7 +44,8 @@ def _key(folder: Folder, path: Path) -> str:
     # The folders of the other scales lie beside this one: the overview sets their records beside its own.
     paths = {path for scale in SCALES for path in (folder.path.parent / scale).glob("*--*.json")}
     paths |= set(folder.path.glob("*--*.json"))
-    records = {f"{path.parent.name}/{path.name}": hashes.of(path) for path in sorted(paths)}
+    there = (path for path in sorted(paths) if path.is_file())  # a pipe would be waited for, a link may lead nowhere
+    records = {f"{path.parent.name}/{path.name}": hashes.of(path) for path in there}
     return cache_key.digest([template.cells, reached, records])
 
 

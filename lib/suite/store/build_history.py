@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lib.errors import UserError
-from lib.files import expanded
+from lib.files import expanded, visible
 from lib.suite.plan import cache_key, plan
 from lib.suite.store.result_folder import Folder
 
 
 def keep(folder: Folder, command: str) -> list[str]:
     """Append the folder's records to the history beside it; return the faults. Fast if nothing is new."""
-    files = sorted(folder.path.glob("*--*.json"))
+    files = [path for path in visible(folder.path, "*--*.json") if path.is_file()]
     store = store_of(folder.path)
     mark = cache_key.digest([[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files])
     stamp = folder.path / ".cache" / "made" / "history.json"
@@ -64,7 +64,7 @@ def result_set(name: str, folder: Path) -> tuple[str, Sequence]:
 
     path = expanded(name)
     if path.is_dir():
-        inside = path if list(path.glob("*--*.json")) else path / folder.name
+        inside = path if visible(path, "*--*.json") else path / folder.name
         records, damaged = read_folder(inside)
         if not records:
             raise UserError(f"{name}: holds no record" + (f" ({next(iter(damaged.values()))})" if damaged else ""))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import UserError
-from lib.files import hash_of, json_object, write_atomically
+from lib.files import hash_of, json_object, visible, write_atomically
 from lib.report.text import commands
 from lib.suite.plan import cache_key as keys
 from lib.suite.plan.plan import ROOT
@@ -247,7 +247,7 @@ def require_records(path: Path) -> Folder:
 
 def present(folder: Folder) -> list[tuple[str, str]]:
     """Return the (optimization, model) pairs that have a record in the folder."""
-    stems = (path.name.removesuffix(".json") for path in sorted(folder.path.glob("*--*.json")))
+    stems = (path.name.removesuffix(".json") for path in visible(folder.path, "*--*.json"))
     return [(optimization, model) for optimization, _, model in (stem.partition("--") for stem in stems)]
 
 

@@ -52,7 +52,8 @@ def _others(folder: Folder) -> str:
 
 
 def _marks(files: Iterable[Path]) -> list:
-    return sorted([path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files)
+    there = (path for path in files if path.is_file())  # a link may lead nowhere
+    return sorted([path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in there)
 
 
 def _present(folder: Folder, kind: str) -> bool:

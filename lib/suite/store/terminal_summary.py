@@ -34,5 +34,6 @@ def lines(folder: Folder, stem: str, shown: Callable[[Path], Path]) -> list[str]
 
 
 def _number(number: Any) -> str:
-    phrase = number.change if number.change.startswith("answers") else f"{number.name} {number.change}"
+    # "16 answers unchanged" names what it is of.
+    phrase = number.change if "answers unchanged" in number.change else f"{number.name} {number.change}"
     return f"{phrase} ({number.spread})" if number.spread else phrase

@@ -8,6 +8,7 @@ import sys
 import pytest
 import workbench
 
+from lib.models.sources import hub
 from lib.report.records import record
 from lib.suite.cli import command, listing, tools
 from lib.suite.cli import options as command_line
@@ -159,6 +160,21 @@ def test_the_cache_is_the_same_for_every_program_that_is_started(named, place, t
     assert command.main(["list"]) == 0 and os.environ["WORKBENCH_CACHE"] == str(tmp_path / place)
     monkeypatch.setenv("WORKBENCH_CACHE", "~nobody-of-this-name/x")
     assert command.main(["list"]) == 2
+
+
+def test_the_hubs_cache_is_the_same_for_every_program_that_is_started(tmp_path, monkeypatch):
+    """Planned with it, a notebook looked for it in its own folder, and fetched the checkpoint once more."""
+    monkeypatch.chdir(tmp_path)
+    for name in hub.PLACES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", "./mine")
+    monkeypatch.setenv("HF_DATASETS_CACHE", "/elsewhere")
+    monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-of-this-name/x")
+    monkeypatch.setattr(command, "_main", lambda _: 0)
+    assert command.main(["list"]) == 0
+    assert os.environ["HF_HOME"] == str(tmp_path / "mine") and hub.cache() == tmp_path / "mine" / "hub"
+    assert os.environ["HF_DATASETS_CACHE"] == "/elsewhere" and "HF_HUB_CACHE" not in os.environ
+    assert os.environ["XDG_CACHE_HOME"] == "~nobody-of-this-name/x"
 
 
 def test_what_the_disk_refuses_is_one_line(monkeypatch, capsys):

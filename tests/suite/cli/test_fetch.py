@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from lib.errors import UserError
 from lib.models import parameters
 from lib.models.tasks import benchmarks
 from lib.suite.cli import command, fetch
+from lib.suite.plan import plan
 from tests.models.sources import indexes
 
 MODEL = "smollm2-135m-instruct"
@@ -65,6 +67,18 @@ def test_what_has_changed_is_fetched_again_and_nothing_else_is_lost(index, tmp_p
     assert "piqa (PIQA, validation): " in (output := capsys.readouterr().out) and "fetching it again" in output
     assert place.read_bytes() == whole and all(benchmarks.present(name) for name in ASKED)
     assert len(list((tmp_path / "cache").rglob("model.bin"))) == 1
+
+
+def test_a_benchmark_that_has_changed_here_is_refused_while_planning(index, tmp_path):
+    """The notebook found it out, as a run that failed."""
+    assert command.main(["fetch", "piqa"]) == 0
+    asked = [("mine", ("", ("piqa",)))]
+    plan._bring_data(asked, {"mine": tmp_path})
+    [place] = (tmp_path / "cache").rglob(f"piqa/{benchmarks.FILE}")
+    place.write_bytes(place.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"^piqa: .* has changed since it was fetched; build\.py fetch piqa brings it"):
+        plan._bring_data(asked, {"mine": tmp_path})
+    plan._bring_data(asked, {})  # random weights answer nothing
 
 
 def test_a_benchmark_is_fetched_by_its_own_name(index, capsys):

@@ -41,6 +41,16 @@ def test_a_row_for_every_optimization_with_its_last_result(tmp_path):
     assert "(overview.ipynb)" in page and "`smollm2-135m-instruct`" in page and f"`{MODEL}`" not in page
 
 
+def test_times_of_two_efforts_are_not_one(tmp_path):
+    """While previews are being replaced, what other models took was a median of both, called that of the first."""
+    for model, effort, seconds in ((samples.MODELS[0], "preview", 30.0), (samples.MODELS[2], "standard", 600.0)):
+        run = samples.run("tensor_decomposition", model).model_copy(update={"effort": effort, "seconds": seconds})
+        record.write(run, tmp_path / "proxy" / f"{run.stem}.json")
+    page = start_page.write(start_page.entries([]), tmp_path, tmp_path / ".lab").read_text(encoding="utf-8")
+    takes = _rows(page)["[Tensor decomposition](tensor_decomposition.ipynb)"][1]
+    assert takes == "0.5 min at preview, on other models"
+
+
 def test_without_a_record_it_is_a_page_all_the_same(tmp_path):
     page = start_page.write(start_page.entries([]), tmp_path / "none", tmp_path).read_text(encoding="utf-8")
     assert all(row[2] == "not run yet" for row in _rows(page).values())

@@ -51,6 +51,17 @@ def test_list_shows_scales_names_a_bad_file_and_shows_the_rest(own):
     assert "well--gamma" in ended.stdout and ended.returncode == 2
 
 
+def test_what_editors_and_macos_leave_beside_files_is_no_model_and_no_template(own):
+    """One of them, and a build of all models was refused."""
+    root, call = own
+    for path in (root / "parameters" / "._alpha-1.5.yaml", root / "notebooks" / "._well.ipynb"):
+        path.write_bytes(b"\0\5\26\7\xff")
+    (root / "parameters" / ".#beta-2.yaml").symlink_to("somebody@somewhere.1234")
+    ended = call("list")
+    assert ended.returncode == 0 and "well--alpha-1.5" in ended.stdout, ended.stderr
+    assert "._" not in ended.stdout + ended.stderr and ".#" not in ended.stdout + ended.stderr
+
+
 def test_full_is_implied_where_there_is_nothing_else(own):
     root, call = own
     assert "weights: no such folder or file; expected" in line(call("run", "well", "--model", "gamma"))

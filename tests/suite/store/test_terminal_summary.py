@@ -24,3 +24,12 @@ def test_a_run_without_a_result_is_told_in_fewer(tmp_path):
     assert _lines(tmp_path, skipped) == [f"{skipped.stem}: Not applicable: no experts.", f"  {skipped.stem}.html"]
     assert _lines(tmp_path, samples.without_result("failed", "no memory")) == []
     assert terminal_summary.lines(Folder(tmp_path), "nothing--here", str) == []
+
+
+def test_answers_that_a_few_items_left_unchanged_have_one_name(tmp_path):
+    """A score with too few items to conclude anything from was called "F1 16 answers unchanged"."""
+    same = {"source": "same answers, 16 items; topic", "n": 16, "ci": None, "bound": None, "verdict": "inconclusive"}
+    same |= {"optimized": 0.91, "ratio": 1.0}
+    scores = [m.model_copy(update=same) if m.metric == "f1_macro" else m for m in samples.measurements()]
+    _, numbers, _ = _lines(tmp_path, samples.run(measurements=scores))
+    assert "· 16 answers unchanged ·" in numbers and "F1" not in numbers
