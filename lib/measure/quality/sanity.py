@@ -21,8 +21,8 @@ def spread(length: int, most: int = LOOKED_AT) -> torch.Tensor:
 def check(model: nn.Module, ids_BT: torch.Tensor, *, new_tokens: int = 16, random_weights: bool = False) -> str | None:
     """Return why the output of `model` on held-out text `ids_BT` is degenerate, or None where it is sound.
 
-    Degenerate are logits that are not finite, one repeated token in answer to every prompt, and a perplexity beyond
-    that of guessing uniformly. Of a model with random weights only finite logits are required, in LOOKED_AT positions,
+    Degenerate are logits that are not finite, answers that all repeat one token, each its own or all the same, and a
+    perplexity beyond that of guessing uniformly. Of a model with random weights only finite logits are required, in LOOKED_AT positions,
     since at real dimensions the head would be most of the work.
     """
     model_ids_BT = ids_BT.to(next(model.parameters()).device)
@@ -40,6 +40,7 @@ def check(model: nn.Module, ids_BT: torch.Tensor, *, new_tokens: int = 16, rando
     work()
     output_BN = work.output_BN
     assert output_BN is not None  # every call sets it
-    if new_tokens > 1 and bool((output_BN == output_BN[0, 0]).all()):
-        return f"it answers every prompt with one repeated token ({int(output_BN[0, 0])})"
+    if new_tokens > 1 and bool((output_BN == output_BN[:, :1]).all()):
+        tokens = output_BN[:, 0].unique().tolist()
+        return f"it answers every prompt with one repeated token ({', '.join(map(str, tokens[:3]))})"
     return None

@@ -6,6 +6,7 @@ and runs the check as a process: `python -m lib.models.checkpoints.validate FOLD
 folder and exits with 1 if there is any; with `--described SCALE MODEL …` for each model that cannot be built.
 """
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -178,10 +179,11 @@ def main(folders: list[str]) -> int:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity(logging.CRITICAL)
-    if folders[:1] == [DESCRIBED]:
-        lines = [described_fault(name, folders[1]) for name in folders[2:]]
-    else:
-        lines = [fault(folder) for folder in folders]
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no fault
+        if folders[:1] == [DESCRIBED]:
+            lines = [described_fault(name, folders[1]) for name in folders[2:]]
+        else:
+            lines = [fault(folder) for folder in folders]
     faults = [line for line in lines if line]
     print("\n".join(faults))
     return 1 if faults else 0

@@ -12,6 +12,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -245,6 +246,18 @@ def expert_bytes(parts: Places) -> int:
     """Return the bytes of one expert in the cache."""
     *gate_up, down = next(iter(parts.values()))(0)
     return aligned(sum(place.nbytes for place in gate_up)) + aligned(down.nbytes)
+
+
+def require_equal(parts: Places, folder: Path | str) -> None:
+    """Raise NotApplicable where the experts of two blocks differ in shape: they take turns in slots of one size."""
+    shapes = {block: [place.shape for place in of_expert(0)] for block, of_expert in parts.items()}
+    first = next(iter(shapes), None)
+    for block, shape in shapes.items():
+        if first is not None and shape != shapes[first]:
+            raise NotApplicable(
+                f"{folder}: an expert of block {block} has the shapes {shape}, one of block {first} {shapes[first]}; "
+                "experts are streamed in slots of one size, so give each block experts of the same width"
+            )
 
 
 def attach(module: Any, cache: ExpertCache, block: int) -> None:

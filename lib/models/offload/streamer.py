@@ -48,6 +48,7 @@ def open_streamed(
     if page_cache not in PAGE_CACHE:
         raise UserError(f'page_cache "{page_cache}"; expected one of {", ".join(PAGE_CACHE)}')
     parts = layout(Path(folder), page_cache == "drop", device)
+    expert_cache.require_equal(parts.experts, folder)
     allowance = round(memory_ratio * parts.total) if allowance_bytes is None else allowance_bytes
     sizes, fixed = unit_bytes(parts.units), sum(parts.fixed.values())
     plan = residency.plan(sizes, fixed, parts.expert_size, parts.total, allowance)
@@ -69,6 +70,7 @@ def smallest(folder: Path | str) -> tuple[int, int]:
     """Return the smallest allowance for the checkpoint in `folder`, and the size of all its weights, both in bytes."""
     parts = layout(Path(folder), False, "cpu")
     parts.file.close()
+    expert_cache.require_equal(parts.experts, folder)
     return residency.smallest(unit_bytes(parts.units), sum(parts.fixed.values()), parts.expert_size), parts.total
 
 

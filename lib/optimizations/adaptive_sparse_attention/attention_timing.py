@@ -146,12 +146,12 @@ def reading(times: AttentionTimes) -> str:
     """Return two sentences on how to read the figure of `gains`, computed from its numbers."""
     own, planted = times.rows[-2:]
     first = (
-        f"At {times.longest} tokens attention with the search takes {1 / own['gain']:.2f} times as long as full "
-        f"attention on the model's heads (recall of mass {own['recall']:.3f})."
+        f"At {times.longest} tokens attention with the search has {own['gain']:.2f} times the speed of full attention "
+        f"on the model's heads (recall of mass {own['recall']:.3f})."
     )
     return first + (
-        f" On planted heads, where {planted['density']:.2f} of the blocks are kept, it takes "
-        f"{1 / planted['gain']:.2f} times as long: what the code gives where attention is sparse."
+        f" On planted heads, where {planted['density']:.2f} of the blocks are kept, it has "
+        f"{planted['gain']:.2f} times that speed: what the code gives where attention is sparse."
     )
 
 

@@ -96,24 +96,24 @@ class RivalComparison:
     @property
     def has_rival_no_faster(self) -> bool:
         """Whether at least one rival is not faster, within ALIKE."""
-        return max(_ratios(self.speeds)) >= 1 - ALIKE
+        return any(ratio >= 1 - ALIKE for ratio in _ratios(self.speeds))
 
     @property
     def has_rival_no_slower(self) -> bool:
         """Whether at least one rival is not slower, within ALIKE."""
-        return min(_ratios(self.speeds)) <= 1 + ALIKE
+        return any(ratio <= 1 + ALIKE for ratio in _ratios(self.speeds))
 
     @property
     def closer(self) -> float | None:
         """Divergence of the rivals at equal speed, or of the nearest in speed, ÷ that of the judged architecture; None
-        without text, and where an arm does not diverge on any window (the whole model, as a choice): no logarithm, and
-        it divides nothing.
+        without text or times, and where an arm does not diverge on any window (the whole model, as a choice): no
+        logarithm, and it divides nothing.
         """
         return self._closer([float(kl_N.mean()) for kl_N in self.kl_RN]) if self._diverging else None
 
     @property
     def _diverging(self) -> bool:
-        return bool(self.kl_RN) and all(kl_N.mean() > 0 for kl_N in self.kl_RN)
+        return bool(self.kl_RN and _ratios(self.speeds)) and all(kl_N.mean() > 0 for kl_N in self.kl_RN)
 
     def _closer(self, kl_R: Sequence[float], speeds_R: Sequence[float] | None = None) -> float:
         return at_equal_speed(speeds_R or _ratios(self.speeds), kl_R[1:]) / kl_R[0]
@@ -150,6 +150,8 @@ class RivalComparison:
         """
         if not self.kl_RN:
             return None, "no held-out text was read"
+        if not _ratios(self.speeds):
+            return None, "no rival was timed"
         if self.closer is None:
             arm = "a rival" if self.kl_RN[0].mean() > 0 else "the search's choice"
             return None, f"{arm} does not diverge from the baseline: no ratio of divergences"
@@ -177,7 +179,7 @@ class RivalComparison:
 
 def bracketed(ratios: Sequence[float]) -> bool:
     """Return whether speeds over those of rivals lie on both sides of 1, so that there is a value between them."""
-    return min(ratios) <= 1 <= max(ratios)
+    return bool(ratios) and min(ratios) <= 1 <= max(ratios)
 
 
 def compare(

@@ -26,12 +26,14 @@ from lib.measure.serving.protocol import Policy
 from lib.models.loading import Loaded
 from lib.optimizations.feedback_mechanisms import disturbance_comparison, live_replay, scenarios, shadow
 from lib.optimizations.feedback_mechanisms.control.laws import PI, Aimd
+from lib.optimizations.feedback_mechanisms.control.profile_bandit import ProfileBandit
 from lib.optimizations.feedback_mechanisms.disturbance_comparison import PolicyFactory, Row, TwoProfileSetup
 from lib.optimizations.feedback_mechanisms.live_replay import LiveTrial
 from lib.optimizations.feedback_mechanisms.method import SEARCH_SPACE, LatencyLoop, Switch
 from lib.optimizations.feedback_mechanisms.profiles import NO_FAST
 from lib.optimizations.feedback_mechanisms.rivals import Routed, Static
 from lib.optimizations.feedback_mechanisms.scenario_table import (
+    BANDIT_LOOP,
     FAST_ALONE,
     LIMIT_ALONE,
     LOOP,
@@ -48,7 +50,7 @@ LEVEL = 0.95  # at which it has to be shown that it is
 SETPOINT = SEARCH_SPACE["setpoint"]["default"]
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # static limits that are tried: from the least a loop may reach
 ROUTED_RUNS = (0.0, 0.05)  # of a script's requests: by so many routing may be ahead of its share or behind it
-OTHERS = (LIMIT_ALONE, PI_LOOP, ROUTED, FAST_ALONE)  # controls beside the loop
+OTHERS = (LIMIT_ALONE, PI_LOOP, BANDIT_LOOP, ROUTED, FAST_ALONE)  # controls beside the loop
 
 
 # --- the scripts ------------------------------------------------------------------------------------------------------
@@ -80,15 +82,18 @@ class DisturbanceStudy:
     def loop(self, law: type[PI] | type[Aimd] = Aimd, profiles: bool = True) -> LatencyLoop:
         """Return a new loop, with a switch between the profiles or by the limit alone."""
         two = profiles and not self.setup.alone
-        switch = Switch(self.setup.objective, self.setup.saving) if two else None
+        return self._with_switch(law, Switch(self.setup.objective, self.setup.saving) if two else None)
+
+    def _with_switch(self, law: type[PI] | type[Aimd], switch: Switch | ProfileBandit | None) -> LatencyLoop:
         patience = self.setup.limits.patience_seconds
         return LatencyLoop(
             law(), self.setup.objective, setpoint=self.setpoint, switch=switch, patience_seconds=patience
         )
 
     def settings(self, size: int) -> dict[str, PolicyFactory]:
-        """Return the settings beside the static limit: the oracle, routing, the fast profile alone, the loops. Without
-        a fast profile only the loops, which then have the limit alone: the others would be the static limit.
+        """Return the settings beside the static limit: the oracle, routing, the fast profile alone, the loops, of which
+        one has a bandit choose the profile. Without a fast profile only the loops, which then have the limit alone: the
+        others would be the static limit.
 
         The oracle is the best, in hindsight, of the full profile, the fast one, and the fast one in the disturbed third
         and a little beyond, each with `size` rows. Routing gives the fast profile the share that the loop gave it on
@@ -114,6 +119,7 @@ class DisturbanceStudy:
             return self._best(scenario, [partial(Routed, size, share, run) for run in runs])
 
         others: dict[str, PolicyFactory] = {ORACLE: oracle, FAST_ALONE: lambda _: Static(size, always=1)}
+        loops[BANDIT_LOOP] = lambda _: self._with_switch(Aimd, ProfileBandit(self.setup.objective))
         return others | loops | {LIMIT_ALONE: partial(self._loop, Aimd, False), ROUTED: routed}
 
     def _best(self, scenario: Scenario, makers: Sequence[Callable[[], Policy]]) -> Policy:
@@ -189,7 +195,7 @@ def _broken(disturbances: DisturbanceStudy, settings: Mapping[str, PolicyFactory
     """Return the rows of the scripts whose fast profile breaks, under the settings that use it and the static limit."""
     if not disturbances.broken:
         return []
-    chosen = {name: make for name, make in settings.items() if name not in (ORACLE, ROUTED, LIMIT_ALONE)}
+    chosen = {name: make for name, make in settings.items() if name not in (ORACLE, ROUTED, LIMIT_ALONE, BANDIT_LOOP)}
     return disturbance_comparison.compare(disturbances.setup, disturbances.broken, chosen)
 
 

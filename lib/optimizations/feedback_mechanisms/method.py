@@ -27,6 +27,7 @@ from lib.measure.serving.protocol import MOST_ROWS, Decision, RequestOutcome, Se
 from lib.measure.serving.slo import Objectives
 from lib.models.decoding import batch_cache
 from lib.optimizations.feedback_mechanisms.control.laws import BAND, MOST_CHANGE, PI, Aimd, Restraint
+from lib.optimizations.feedback_mechanisms.control.profile_bandit import ProfileBandit
 from lib.optimizations.feedback_mechanisms.guarding.betting_test import BreachTest
 
 SEARCH_SPACE: dict[str, dict[str, Any]] = {
@@ -135,7 +136,7 @@ class LatencyLoop:
         setpoint: float = 0.8,
         band: float = BAND,
         most: int = MOST_ROWS,
-        switch: Switch | None = None,
+        switch: Switch | ProfileBandit | None = None,
         patience_seconds: float | None = None,
     ):
         check(setpoint=setpoint)

@@ -11,6 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from lib.measure.metrics import paired_stats
+from lib.measure.metrics.digits import signed
 from lib.optimizations.common.evidence.targets import is_reached
 from lib.optimizations.feedback_mechanisms import candidates as profile_candidates
 from lib.optimizations.feedback_mechanisms import experiment
@@ -163,7 +164,7 @@ def _untold(guards: GuardStudy, profile: str) -> str | None:
         return NO_FAST
     excess, word = guards.excess(profile), "sound" if profile == SOUND else "broken"
     if (excess > 0) == (profile == SOUND):
-        return f"this profile's loss lies {excess:+.3f} from the bound, so it is not {word}"
+        return f"this profile's loss lies {signed(excess, '.3f')} from the bound, so it is not {word}"
     return None
 
 

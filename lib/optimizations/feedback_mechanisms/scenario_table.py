@@ -16,6 +16,7 @@ from lib.optimizations.feedback_mechanisms.profiles import NO_FAST
 from lib.optimizations.feedback_mechanisms.scenarios import GOOD_SHARE
 
 LOOP, PI_LOOP, LIMIT_ALONE = "AIMD loop", "PI loop", "AIMD, limit alone"
+BANDIT_LOOP = "AIMD, bandit over profiles"
 ORACLE, FAST_ALONE, ROUTED = "oracle", "fast alone", "routed, the loop's share"
 
 

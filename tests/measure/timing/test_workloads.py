@@ -107,6 +107,26 @@ def test_the_gate_sees_each_degeneration(tiny):
     assert "repeated token" in sanity.check(stuck, ids_BT)
 
 
+def test_answers_that_each_repeat_a_token_of_their_own_are_degenerate(tiny, monkeypatch):
+    """Only one token for all prompts was looked for: a model that repeats each prompt's last token passed."""
+    model = tiny("qwen3-4b-instruct-2507")
+    ids_BT = torch.arange(8, 40).view(2, 16)
+    monkeypatch.setattr(sanity.nn.functional, "cross_entropy", lambda *_: torch.tensor(0.0))
+
+    def generated(rows):
+        def generate(model, prompt_BT, new_tokens):
+            work = lambda: None  # noqa: E731
+            work.output_BN = torch.tensor(rows)
+            return work
+
+        return generate
+
+    monkeypatch.setattr(sanity.workloads, "generate", generated([[7, 7, 7], [9, 9, 9]]))
+    assert sanity.check(model, ids_BT) == "it answers every prompt with one repeated token (7, 9)"
+    monkeypatch.setattr(sanity.workloads, "generate", generated([[7, 7, 7], [9, 9, 8]]))
+    assert sanity.check(model, ids_BT) is None
+
+
 def test_a_picture_seen_before_does_not_move_a_text_prompt(tiny):
     model = tiny("qwen3-vl-2b")
     ids_BT = torch.randint(8, 96, (2, 12), generator=torch.Generator().manual_seed(0))

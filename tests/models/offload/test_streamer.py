@@ -17,6 +17,7 @@ from lib.models.checkpoints.weight_file import WeightFile, buffer, places
 from lib.models.decoding import cache_names
 from lib.models.offload import mapped_pages, residency, streamer
 from lib.models.offload.expert_cache import ExpertCache, MappedExperts
+from lib.models.structure import surgery
 from lib.models.structure.anatomy import anatomy
 from lib.models.structure.replacements import no_op
 
@@ -46,6 +47,17 @@ def test_places_are_where_safetensors_finds_the_tensors(saved):
             assert torch.equal(memory.view(tensor.dtype).view(tensor.shape), tensor), name
     assert file.bytes_read == sum(place.nbytes for place in by_name.values())
     assert tensor_places(folder).keys() == by_name.keys()
+
+
+@pytest.mark.parametrize("open_or_price", [streamer.smallest, lambda folder: streamer.open_streamed(folder)])
+def test_experts_whose_width_differs_from_block_to_block_are_refused(tiny, tmp_path, open_or_price):
+    """It ended in a RuntimeError of torch at the first token, or in a wrong count of bytes."""
+    model = tiny("qwen3-coder-30b")
+    experts = anatomy(model).blocks[1].feed_forward.experts
+    surgery.keep_expert_channels(experts, torch.arange(16).expand(experts.count, -1))
+    folder = io.save(surgery.synchronise(model), tmp_path / "uneven")
+    with pytest.raises(NotApplicable, match="block 1 has the shapes .* one of block 0 .* slots of one size"):
+        open_or_price(folder)
 
 
 def test_private_memory_holds_what_stays_and_what_is_copied(saved):

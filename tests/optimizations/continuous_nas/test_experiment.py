@@ -101,6 +101,9 @@ def test_all_blocks_alike_are_judged_at_equal_speed():
     refuted, evidence = faster.refuted()
     assert not faster.has_rival_no_faster and refuted is None and evidence.endswith("; every rival is faster")
     assert RivalComparison([_speed(1.0)], [], []).refuted()[0] is None
+    untimed = RivalComparison([], [np.ones(8), np.ones(8)], [])
+    assert untimed.refuted() == (None, "no rival was timed") and untimed.closer is None
+    assert not untimed.has_rival_no_faster and not untimed.has_rival_no_slower
     assert evidence.startswith("divergence of the rival nearest in speed, 1.25 times as fast, ÷ the search's: ")
     drifted = Drifts([_adaptation([1.0], [1.0])], [{"solved again, s": 0.1}])
     reached = outcome.targets(_effort(0.2, 0.4), faster, drifted).iloc[2]

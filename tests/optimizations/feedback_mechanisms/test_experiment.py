@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
+from lib.measure.metrics.digits import signed
 from lib.measure.serving import replay, slo, validation
 from lib.measure.serving.protocol import Limits
 from lib.measure.serving.replaying.rounds import Replayed
@@ -35,7 +36,14 @@ from lib.optimizations.feedback_mechanisms.guard_study import ANOTHER_DOMAIN, BR
 from lib.optimizations.feedback_mechanisms.guarding import net_saving
 from lib.optimizations.feedback_mechanisms.guarding.net_saving import NetSaving
 from lib.optimizations.feedback_mechanisms.profiles import NO_FAST, Candidate
-from lib.optimizations.feedback_mechanisms.scenario_table import FAST_ALONE, LOOP, PI_LOOP, ROUTED, ScenarioTable
+from lib.optimizations.feedback_mechanisms.scenario_table import (
+    BANDIT_LOOP,
+    FAST_ALONE,
+    LOOP,
+    PI_LOOP,
+    ROUTED,
+    ScenarioTable,
+)
 from lib.report.text import brief, reading
 
 OBJECTIVES = Objectives(0.4, 0.012)
@@ -139,7 +147,8 @@ def test_the_loop_against_one_static_limit(disturbances, live, monkeypatch):
     monkeypatch.setattr(experiment, "SIZES", (8, 32))
     compared = experiment.compare(disturbances)
     assert compared.best in (8, 32)
-    assert set(compared.sums) >= {compared.static, "oracle", LOOP, ROUTED, FAST_ALONE}
+    assert set(compared.sums) >= {compared.static, "oracle", LOOP, ROUTED, FAST_ALONE, BANDIT_LOOP}
+    assert 0 < compared.sums[BANDIT_LOOP]["fast share"] < 1, "it tries both profiles"
     reading.two(*compared.reading())
     assert all(brief.count(text) <= brief.MOST_WORDS for text in compared.reading())
     refuted, evidence = outcome._missed(disturbances, compared, compared.static)
@@ -369,7 +378,7 @@ def test_a_target_of_the_guard_needs_a_profile_that_is_what_it_is_called(caught,
     reached = rows["broken profile taken back, share of windows"], rows["false rollbacks, share of quiet windows"]
     for told, expected, word in zip(reached, (broken, sound), ("broken", "sound")):
         if expected is None:
-            assert told == f"this profile's loss lies {loss - 0.2:+.3f} from the bound, so it is not {word}"
+            assert told == f"this profile's loss lies {signed(loss - 0.2, '.3f')} from the bound, so it is not {word}"
         else:
             assert told is expected
 

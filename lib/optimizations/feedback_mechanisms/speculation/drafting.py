@@ -6,6 +6,7 @@ the rounds of the present answer and returns how many tokens to draft.
 Shapes: T prompt tokens, N new tokens.
 """
 
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torch import nn
 from lib.measure.metrics import measurement, paired_samples, paired_stats
 from lib.measure.metrics.digits import percent
 from lib.measure.metrics.measurement import Measurement
+from lib.measure.timing import disturbance
 from lib.measure.timing.interleaved import balanced_orders
 from lib.models.loading import Loaded
 from lib.models.tasks import retrieval, tasks
@@ -37,10 +39,11 @@ PLAIN, AGAIN, ADAPTIVE, NGRAM = "plain", "plain again", "measured acceptance", "
 
 @dataclass
 class Drafted:
-    """What one law did: per answer its ids [N] and its rounds."""
+    """What one law did: per answer its ids [N], its rounds, and what disturbed the turns of that answer, or None."""
 
     output: list[torch.Tensor] = field(default_factory=list)
     rounds: list[list[Round]] = field(default_factory=list)
+    disturbed: list[str | None] = field(default_factory=list)
 
     def rates(self) -> list[float]:
         """Return tokens per second of each answer, the first token (which belongs to the prompt) left out."""
@@ -62,17 +65,29 @@ def compare(
     new_tokens: int,
 ) -> dict[str, Drafted]:
     """Answer every prompt under every law with its drafter, in random order in which of any two laws each comes first
-    equally often.
+    equally often. Where the machine is disturbed a prompt is answered again, as often as there are prompts, by laws
+    that have learned nothing from it.
     """
-    drafted = {name: Drafted() for name in laws}
+    drafted, repeats = {name: Drafted() for name in laws}, len(prompts)
+    learned = {name: law for name, (_, law) in laws.items()}
     for drafter, _ in laws.values():
         speculative.generate(model, drafter, prompts[0], 4, lambda rounds: 1)
     for prompt_T, order in zip(prompts, balanced_orders(list(laws), len(prompts))):
-        for name in order:
-            drafter, law = laws[name]
-            ids_N, rounds = speculative.generate(model, drafter, prompt_T, new_tokens, law)
+        while True:
+            following = copy.deepcopy(learned)
+            close = disturbance.watch()
+            answers = {
+                name: speculative.generate(model, laws[name][0], prompt_T, new_tokens, following[name]) for name in order
+            }
+            disturbed = close()
+            if disturbed is None or not repeats:
+                break
+            repeats -= 1
+        learned = following
+        for name, (ids_N, rounds) in answers.items():
             drafted[name].output.append(ids_N.cpu())
             drafted[name].rounds.append(rounds)
+            drafted[name].disturbed.append(disturbed)
     return drafted
 
 
@@ -125,7 +140,8 @@ def measurements(
     rates = [drafted[name].rates()[chosen] for name in (plain, law, again)]
     floor = paired_stats.noise_floor(paired_stats.differences(rates[0], rates[2]))
     source = f"{len(rates[0])} answers under each law in turn, perf_counter"
-    options: dict[str, Any] = {"source": source, "floor": floor}
+    disturbed = [reason for reason in drafted[law].disturbed[chosen] if reason]
+    options: dict[str, Any] = {"source": source, "floor": floor, "disturbed": disturbed}
     results = [paired_samples.from_samples("generate_tokens_per_second", workload, *rates[:2], **options)]
     rounds = [r for answer in drafted[law].rounds[chosen] for r in answer if r.drafted]
     tried = sum(r.drafted for r in rounds)

@@ -33,6 +33,32 @@ def test_of_any_two_laws_each_answers_first_equally_often(count, monkeypatch):
         assert 2 * sum(first < second for first, second in zip(places[one], places[other])) == count
 
 
+@pytest.mark.parametrize(("spells", "kept"), [(3, 0), (9, 4)])
+def test_a_prompt_is_answered_again_where_the_machine_is_disturbed(spells, kept, monkeypatch):
+    """The first turns are disturbed, so often; of four prompts at most four are repeated, and laws learn nothing then."""
+    watches: list[int] = []
+
+    def watch():
+        watches.append(len(watches))
+        return lambda: "others" if watches[-1] < spells else None
+
+    class Law:
+        learned = 0
+
+    def generate(model, drafter, prompt_T, new_tokens, law):
+        if isinstance(law, Law):
+            law.learned += 1
+        return torch.full((new_tokens,), getattr(law, "learned", 0)), []
+
+    monkeypatch.setattr(drafting.disturbance, "watch", watch)
+    monkeypatch.setattr(drafting.speculative, "generate", generate)
+    prompts = [torch.tensor([number]) for number in range(4)]
+    drafted = drafting.compare(None, prompts, {"a": ("a", Law()), "b": ("b", Law())}, 3)["a"]
+    assert [int(ids_N[0]) for ids_N in drafted.output] == [1, 2, 3, 4]
+    assert len(watches) == 4 + min(spells, 4)
+    assert sum(reason is not None for reason in drafted.disturbed) == kept
+
+
 def planted(rates, drafted, ids):
     """A law whose answers have 5 tokens, at such rates, with so many tokens drafted per round."""
     rounds = [[Round(count, 0, 0.0, 4 / rate)] for rate, count in zip(rates, drafted)]
@@ -55,6 +81,9 @@ def test_each_domain_is_a_measurement_of_its_own():
     assert next(iter(gains)) == "generate, speculative, own domain" and len(gains) == 4
     assert "0 % of an answer's tokens on the model's own domain, and 60 % on random characters" in study.caption
     assert drafting.repeated(torch.tensor([3, 4, 5]), torch.tensor([3, 4, 9])) == pytest.approx(1 / 3)
+    laws[drafting.NGRAM].disturbed = ["others took a core", *[None] * 11]
+    busy = next(m for m in study.measurements if m.workload == "generate, n-gram, own domain" and m.ratio)
+    assert busy.verdict == "inconclusive" and busy.disturbed == 1 and "others took a core" in busy.reason
     # Only answers in which something was drafted can differ for that reason; plain decoding is none of them.
     counts = {row["law"]: (row["drafted answers"], row["same answers"]) for row in table.to_dict("records")}
     assert counts[drafting.PLAIN] == counts[drafting.AGAIN] == (0, 0)
