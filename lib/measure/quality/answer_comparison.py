@@ -105,7 +105,8 @@ def compare_classified(
         )
         for name in replicates
     ]
-    if not identical and (reason := benchmarks.at_chance(baseline.right_N, 1 / labels)):  # nothing to keep either
+    guessed = float(np.bincount(truth_N, minlength=labels).max()) / n  # by who always gives the most frequent label
+    if not identical and (reason := benchmarks.at_chance(baseline.right_N, guessed)):  # nothing to keep either
         scores = [measurement.unjudged(m, reason) if m.verdict == "maintained" else m for m in scores]
     source = f"{baseline.task}, {n} items: {to_wrong} right answers became wrong, {to_right} wrong ones right"
     flips = {"flips": to_wrong + to_right, "flips_to_wrong": to_wrong, "flips_to_right": to_right}
@@ -148,7 +149,7 @@ def compare_retrieved(
         n=n,
         to_wrong=int((baseline.right_N & ~optimized.right_N).sum()),
         to_right=int((~baseline.right_N & optimized.right_N).sum()),
-        same=bool((baseline.right_N == optimized.right_N).all()),
+        same=baseline.same_as(optimized),
         margin=margin,
         source_N=baseline.source_N,
         source=f"{n} generated values over {baseline.distance} tokens, greedy, exact match" + _before(baseline),

@@ -1,6 +1,6 @@
 """What one arm answered, item by item: choices, generated values, running text. Data only; knows no model.
 
-Shapes: N items or windows, T tokens, H hidden, L labels or choices.
+Shapes: N items or windows, T tokens, H hidden, L labels or choices, V tokens of a value.
 """
 
 from dataclasses import dataclass, field
@@ -73,13 +73,20 @@ class Text:
 @dataclass(frozen=True)
 class Retrieved:
     """Which values were repeated exactly over a distance in tokens; `answered` and `source_N`, the document of the text
-    between, as in `Classified`.
+    between, as in `Classified`. `given_NV`: the tokens that were generated, right or wrong, where they are kept.
     """
 
     distance: int
     right_N: np.ndarray
     answered: str | None = None
     source_N: np.ndarray | None = None
+    given_NV: np.ndarray | None = None
+
+    def same_as(self, other: "Retrieved") -> bool:
+        """Whether both gave the same answers; where wrong ones are not kept, whether the same ones were right."""
+        if self.given_NV is None or other.given_NV is None:
+            return bool((self.right_N == other.right_N).all())
+        return bool((self.given_NV == other.given_NV).all())
 
 
 @dataclass(frozen=True)

@@ -131,9 +131,27 @@ def classify(loaded: Loaded, task: str, split: str, limit: int, seed: int = 0) -
         loaded, question, lambda: {"scores_NL": task_list.label_scores(loaded, task, items, batch).numpy()}
     )
     scores_NL, truth_N = scores["scores_NL"], np.array([labels.index(item.label) for item in items])
+    return Classified(task, labels, ids, truth_N, scores_NL.argmax(1), scores_NL, answered, sources_of(items))
+
+
+def sources_of(items: Sequence[task_list.Item]) -> np.ndarray | None:
+    """Return the document of each item as a number, [N]; None where there is no item."""
     sources = [item.source or item.id for item in items]
-    source_N = np.unique(sources, return_inverse=True)[1] if items else None
-    return Classified(task, labels, ids, truth_N, scores_NL.argmax(1), scores_NL, answered, source_N)
+    return np.unique(sources, return_inverse=True)[1] if sources else None
+
+
+def classified_by_all(
+    arms: Sequence[Loaded], tasks: Sequence[str], split: str, limit: int, seed: int = 0
+) -> list[list[Classified]]:
+    """Return the answers of every arm to at most `limit` items of a split, task by task, of those of the `tasks` whose
+    items are right or wrong. One that measures perplexity says so only when it is asked: then the first arm alone is.
+    """
+    answered: list[list[Classified]] = []
+    for task in filter(classifies, tasks):
+        first = ask(arms[0], task, split, limit, seed)
+        if isinstance(first, Classified):
+            answered.append([first, *(classify(arm, task, split, limit, seed) for arm in arms[1:])])
+    return answered
 
 
 @torch.inference_mode()
@@ -166,19 +184,20 @@ def retrieval(
     ids_BT, target_BV = task_list.retrieval_prompts(loaded, distance, count, seed, lead, split)
 
     def ask() -> dict[str, np.ndarray]:
-        right = []
-        for prompt_BT, value_BV in zip(ids_BT.split(PROMPTS_AT_ONCE), target_BV.split(PROMPTS_AT_ONCE)):
-            work = workloads.generate(loaded.model, prompt_BT, value_BV.shape[1])
+        given = []
+        for prompt_BT in ids_BT.split(PROMPTS_AT_ONCE):
+            work = workloads.generate(loaded.model, prompt_BT, target_BV.shape[1])
             work()
             assert work.output_BN is not None  # every call sets it
-            right.append((work.output_BN.cpu() == value_BV.cpu()).all(1).numpy())
-        return {"right_N": np.concatenate(right)}
+            given.append(work.output_BN.cpu())
+        given_BV = torch.cat(given)
+        return {"right_N": (given_BV == target_BV.cpu()).all(1).numpy(), "given_NV": given_BV.numpy()}
 
     question: dict[str, object] = {"task": "retrieval", "distance": distance, "count": count, "seed": seed}
     question |= {"lead": lead, "split": split}
     answers, answered = answer_cache.known_or(loaded, question, ask)
     source_N = task_list.filler_sources(loaded, distance, count, seed, lead, split)
-    return Retrieved(distance, answers["right_N"], answered, source_N)
+    return Retrieved(distance, answers["right_N"], answered, source_N, answers["given_NV"])
 
 
 @torch.inference_mode()

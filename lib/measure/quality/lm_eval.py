@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import version
@@ -44,6 +45,7 @@ TOKENS = 256  # of an item, about
 SCORES = {"acc": "accuracy", "acc_norm": "accuracy_norm", "exact_match": "exact_match"}  # the harness's names and ours
 ROLLING = {"word_perplexity": ("word", 1.0), "byte_perplexity": ("byte", 1.0), "bits_per_byte": ("byte", 1.0)}
 CHOICES = "multiple_choice"
+UNCONDITIONAL = "acc_mutual_info"  # a score for which every choice is asked once more, without the question
 
 
 def answers(loaded: Loaded, task: str, split: str, limit: int, seed: int = 0) -> Classified | Rolled:
@@ -159,10 +161,22 @@ def _arrays(task: str, samples: dict[str, list[dict[str, Any]]]) -> dict[str, np
     if not right:
         raise UserError(f"{task}: none of its scores ({', '.join(metrics)}) says right or wrong item by item")
     choices = [_likelihoods(sample) for _, sample in every]
+    if UNCONDITIONAL in metrics:
+        choices = [row[: len(row) // 2] for row in choices]
     most = max(map(len, choices))
     scores_NL = np.array([row + [NO_CHOICE] * (most - len(row)) for row in choices])
-    chance = float(np.mean([1 / max(1, len(row)) for row in choices]))
+    chance = max(float(np.mean([1 / max(1, len(row)) for row in choices])), _most_frequent([one for _, one in every]))
     return {"ids_N": ids_N, "scores_NL": scores_NL, "chance": np.array(chance)} | right
+
+
+def _most_frequent(samples: list[dict[str, Any]]) -> float:
+    """Return the share of items on which who always gives one answer is right, where all have the same choices (of
+    yes and no one may be right more often); 0 where they have their own.
+    """
+    asked = {tuple(str(arguments[-1]) for arguments in sample.get("arguments", ())) for sample in samples}
+    if len(asked) > 1 or () in asked:
+        return 0.0
+    return max(Counter(str(sample.get("target")) for sample in samples).values()) / len(samples)
 
 
 def _binary(values: list[Any]) -> bool:

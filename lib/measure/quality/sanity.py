@@ -22,8 +22,8 @@ def check(model: nn.Module, ids_BT: torch.Tensor, *, new_tokens: int = 16, rando
     """Return why the output of `model` on held-out text `ids_BT` is degenerate, or None where it is sound.
 
     Degenerate are logits that are not finite, answers that all repeat one token, each its own or all the same, and a
-    perplexity beyond that of guessing uniformly. Of a model with random weights only finite logits are required, in LOOKED_AT positions,
-    since at real dimensions the head would be most of the work.
+    perplexity beyond that of guessing uniformly. Of a model with random weights only finite logits are required, in
+    LOOKED_AT positions, since at real dimensions the head would be most of the work.
     """
     model_ids_BT = ids_BT.to(next(model.parameters()).device)
     positions = spread(model_ids_BT.shape[1]).to(model_ids_BT.device) if random_weights else 0

@@ -58,18 +58,26 @@ def retrieved_among_chats(
     engine = ModelEngine(loaded.model, prompt_of, limits.cache_bytes)
     limits = replace(limits, patience_seconds=None)
     served = serve(trace, policy, engine, VirtualClock(), limits, drain_seconds=float("inf"))
-    right = [engine.output.get(2 * index) == target.tolist() for index, target in enumerate(target_BV)]
-    return Retrieved(effort.retrieval_distance, np.array(right)), served
+    given = [engine.output.get(2 * index, []) for index in range(len(target_BV))]
+    right = [output == target.tolist() for output, target in zip(given, target_BV)]
+    whole = all(len(output) == answer_tokens for output in given)
+    given_NV = np.array(given) if whole else None
+    return Retrieved(effort.retrieval_distance, np.array(right), given_NV=given_NV), served
 
 
 def classified(loaded: Loaded, effort: Effort, batch: int, seed: int = 0) -> list[Classified]:
-    """Return the answers to the model's classification tasks, `batch` prompts read together."""
+    """Return the answers to the model's classification tasks, `batch` prompts read together; of a real model, what
+    prompts share is read once and they share passes whatever `batch` is, so that one alone is asked alone.
+    """
     answers = []
     for task in (name for name in loaded.tasks if name in tasks.CLASSIFY):
         items, labels = tasks.items(task, "final", effort.items, seed), tasks.class_labels(task)
-        scores_NL = tasks.label_scores(loaded, task, items, batch).numpy()
+        groups = [[item] for item in items] if batch == 1 else [items]
+        scores_NL = torch.cat([tasks.label_scores(loaded, task, group, batch) for group in groups]).numpy()
         truth_N = np.array([labels.index(item.label) for item in items])
-        answers.append(Classified(task, labels, [item.id for item in items], truth_N, scores_NL.argmax(1), scores_NL))
+        ids, source_N = [item.id for item in items], evaluate.sources_of(items)
+        chosen_N = scores_NL.argmax(1)
+        answers.append(Classified(task, labels, ids, truth_N, chosen_N, scores_NL, source_N=source_N))
     return answers
 
 

@@ -23,7 +23,6 @@ from lib.measure.serving.protocol import Engine
 from lib.measure.serving.traffic import ServingRequest
 from lib.models.loading import Loaded
 from lib.models.tasks import tasks
-from lib.models.tasks.registry import classifies
 from lib.optimizations.feedback_mechanisms import shadow
 from lib.optimizations.feedback_mechanisms.guarding.net_saving import NetSaving
 from lib.optimizations.feedback_mechanisms.guarding.shadow_reads import ShadowReads
@@ -82,9 +81,8 @@ def judge(
     answered = losses_of(loaded, model, prompts, seed)
     disagreement = float(np.mean(answered))
     arms, flips = (loaded, replace(loaded, model=model)), 0.0
-    for task in filter(classifies, loaded.tasks):
-        full, fast = (evaluate.classify(arm, task, "search", items, seed).chosen_N for arm in arms)
-        flips = max(flips, float(np.mean(full != fast)))
+    for full, fast in evaluate.classified_by_all(arms, loaded.tasks, "search", items, seed):
+        flips = max(flips, float(np.mean(full.chosen_N != fast.chosen_N)))
     reasons = []
     if disagreement > ROOM * bound:
         reasons.append(f"disagreement {disagreement:.3f}, at most {ROOM * bound:.3f}")

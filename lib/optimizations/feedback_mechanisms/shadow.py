@@ -20,7 +20,6 @@ from lib.models.decoding import batch_cache
 from lib.models.loading import Loaded
 from lib.models.structure.anatomy import anatomy, reset_rope_deltas
 from lib.models.structure.sharing import sharing
-from lib.models.tasks.registry import classifies
 from lib.optimizations.feedback_mechanisms.guarding import net_saving
 from lib.optimizations.feedback_mechanisms.method import CLEAN_START, Guard
 
@@ -190,8 +189,7 @@ def blended(
         ]
     options = {"resamples": effort.resamples, "seed": seed}
     arms = loaded, replace(loaded, model=fast)
-    names = [task for task in loaded.tasks if classifies(task)]
-    classified = [[evaluate.classify(arm, task, "final", effort.items, seed) for arm in arms] for task in names]
+    classified = evaluate.classified_by_all(arms, loaded.tasks, "final", effort.items, seed)
     distance, prompts = effort.retrieval_distance, effort.retrieval_prompts
     all_full, all_quick = (evaluate.retrieval(arm, distance, prompts, seed) for arm in arms)
     compared: list[list[Measurement]] = []
@@ -206,5 +204,7 @@ def blended(
             )
         draw_N = random.random(len(all_full.right_N)) < share
         blend = replace(all_full, right_N=np.where(draw_N, all_quick.right_N, all_full.right_N))
+        if all_full.given_NV is not None and all_quick.given_NV is not None:
+            blend = replace(blend, given_NV=np.where(draw_N[:, None], all_quick.given_NV, all_full.given_NV))
         compared.append([*results, answer_comparison.compare_retrieved(all_full, blend, **options)])
     return compared

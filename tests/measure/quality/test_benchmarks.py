@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lib.measure.metrics.catalogue import METRICS
-from lib.measure.quality import answer_comparison, benchmarks, evaluate
+from lib.measure.quality import answer_comparison, benchmarks, evaluate, noninferiority
 from lib.measure.quality.answers import Classified, Rolled
 from lib.models import loading
 from lib.models.tasks import benchmarks as files
@@ -103,6 +103,20 @@ def test_a_loss_is_judged_by_the_score_usually_stated_and_the_task_names_the_wor
     assert compared["accuracy_norm"].verdict == "not_maintained" and compared["accuracy"].verdict == "informative"
     same = by_name(answer_comparison.compare_classified(good, good))
     assert same["accuracy_norm"].verdict == "maintained" and same["flips"].optimized == 0
+
+
+def test_another_wrong_choice_is_no_same_answer():
+    """No right answer became wrong, nor a wrong one right, and yet the answers were said to be the same."""
+    good = answered(0.7)
+    chosen_N = np.where(good.right_N, good.chosen_N, (good.truth_N + 2) % 4)
+    moved = replace(good, chosen_N=chosen_N, scores_NL=np.eye(4)[chosen_N] - 5)
+    compared = by_name(answer_comparison.compare_classified(good, moved))
+    score = compared["accuracy_norm"]
+    assert compared["flips"].optimized == 0 and score.verdict == "maintained" and score.ci is not None
+    assert "same answers" not in score.source and noninferiority.judge_again(score) == "maintained"
+    scored = replace(good, scores_NL=good.scores_NL + 0.1)
+    same = by_name(answer_comparison.compare_classified(good, scored))["accuracy_norm"]
+    assert same.source.startswith("same answers, 400 items") and same.ci is None
 
 
 def test_a_baseline_at_chance_has_nothing_to_lose():

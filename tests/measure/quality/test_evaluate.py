@@ -12,7 +12,7 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 from lib.errors import UserError
 from lib.measure.metrics.catalogue import METRICS
 from lib.measure.quality import answer_comparison, evaluate, noninferiority, score_bounds
-from lib.measure.quality.answers import Classified, Retrieved
+from lib.measure.quality.answers import Classified, Retrieved, Rolled
 from lib.models.loading import Loaded
 from lib.models.parameters import read as read_parameters
 
@@ -127,6 +127,17 @@ def test_a_lost_retrieval_is_seen():
     all_right, none_right = Retrieved(256, np.ones(64, bool)), Retrieved(256, np.zeros(64, bool))
     exact_match = answer_comparison.compare_retrieved(all_right, none_right)
     assert exact_match.verdict == "not_maintained" and exact_match.workload == "generate" and exact_match.optimized == 0
+
+
+def test_other_wrong_values_are_no_same_answers():
+    """Of 300 values the first half is right in both arms; of the others only that they are wrong was looked at."""
+    given_NV = np.arange(600).reshape(300, 2)
+    base = Retrieved(256, np.arange(300) < 150, given_NV=given_NV)
+    other = replace(base, given_NV=np.where(base.right_N[:, None], given_NV, given_NV + 1))
+    same, moved = (answer_comparison.compare_retrieved(base, arm) for arm in (replace(base), other))
+    assert same.source.startswith("same answers, 300 items") and same.ci is None
+    assert "same answers" not in moved.source and moved.ci is not None
+    assert same.verdict == moved.verdict == "maintained"
 
 
 @pytest.mark.parametrize(
@@ -246,3 +257,18 @@ def test_two_tasks_of_labels_are_two_workloads(monkeypatch):
     names = [(m.metric, m.workload) for m in measured]
     assert len(names) == len({*names}) == 14 and {workload for _, workload in names} == {"classify", "code_origin"}
     assert {m.verdict for m in measured if m.dimension == "accuracy"} == {"not_exercised", "informative"}
+
+
+def test_a_task_that_measures_perplexity_is_none_of_those_that_are_right_or_wrong(monkeypatch):
+    """Two profiles were compared on every task of a model: one of the harness that reads documents ended the run."""
+    asked = []
+
+    def answer(arm, task, *_):
+        asked.append((arm, task))
+        return Rolled(task, ["a"], np.ones(1), "word") if task == "lm_eval:wikitext" else classified(8, 0.5)
+
+    monkeypatch.setattr(evaluate.lm_eval, "answers", answer)
+    names = ["lm_eval:wikitext", "lm_eval:arc_easy", "retrieval"]
+    (both,) = evaluate.classified_by_all(["full", "fast"], names, "search", 8)
+    assert len(both) == 2 and all(isinstance(answers, Classified) for answers in both)
+    assert asked == [("full", "lm_eval:wikitext"), ("full", "lm_eval:arc_easy"), ("fast", "lm_eval:arc_easy")]

@@ -245,3 +245,25 @@ def test_a_file_that_is_none_of_a_task_is_refused_before_anything_runs(tmp_path)
     for text in ("task: x\ndoc_to_text: !function utils.shown\n", "group: x\ntask: [a]\n", "include: base.yaml\n"):
         path.write_text(text)
         assert harness_names.check(f"lm_eval:{path}") == f"lm_eval:{path}"
+
+
+def test_choices_that_are_asked_once_more_without_the_question_are_no_further_choices():
+    """Guessing one of three came out as one of six, so that a baseline that guesses had something to lose."""
+    asked = [(-3.0, False), (-1.0, True), (-2.0, False), (-9.0, False), (-8.0, False), (-7.0, False)]
+    sample = {"doc_id": 0, "metrics": ["acc", "acc_mutual_info"], "acc": 1.0, "filtered_resps": asked}
+    arrays = lm_eval._arrays("lm_eval:sums", {"sums": [sample, sample | {"doc_id": 1, "acc": 0.0}]})
+    assert float(arrays["chance"]) == pytest.approx(1 / 3)
+    assert arrays["scores_NL"].tolist() == [[-3.0, -1.0, -2.0]] * 2 and arrays["right:accuracy"].tolist() == [1.0, 0.0]
+    plain = lm_eval._arrays("lm_eval:sums", {"sums": [sample | {"metrics": ["acc"]}]})
+    assert float(plain["chance"]) == pytest.approx(1 / 6)
+
+
+def test_who_always_gives_the_more_frequent_of_two_answers_guesses():
+    """As in BoolQ, where yes is right on three items of five. Items with choices of their own have no such answer."""
+    answers = {"metrics": ["acc"], "acc": 1.0, "filtered_resps": [(-3.0, False), (-1.0, True)]}
+    same = [["Is it?", " no"], ["Is it?", " yes"]]
+    samples = [answers | {"doc_id": n, "target": int(n < 6), "arguments": same} for n in range(10)]
+    assert float(lm_eval._arrays("lm_eval:boolq", {"boolq": samples})["chance"]) == pytest.approx(0.6)
+    for sample in samples:
+        sample["arguments"] = [["Which?", f" {sample['doc_id']}"], ["Which?", " none"]]
+    assert float(lm_eval._arrays("lm_eval:boolq", {"boolq": samples})["chance"]) == pytest.approx(0.5)

@@ -255,6 +255,14 @@ def test_answers_of_a_baseline_that_guesses_are_not_said_to_be_kept():
     assert kept["accuracy"].verdict == "maintained"
 
 
+def test_who_always_gives_the_most_frequent_label_guesses():
+    """Of eight labels one is right on a fifth of the items, which is beyond an eighth, and known to nobody."""
+    truth_N = np.where(np.arange(400) < 80, 0, 1 + np.arange(400) % 7)
+    always = replace(classified(400, 1.0), truth_N=truth_N, chosen_N=np.zeros(400, dtype=int))
+    for score in answer_comparison.compare_classified(always, replace(always, scores_NL=always.scores_NL + 0.1))[:4]:
+        assert score.verdict == "informative" and "guessing (20 %) does too" in score.reason
+
+
 def test_one_window_that_blew_up_leaves_an_interval_that_is_a_number():
     """Seven windows as they were, one with 790 nats: the interval's end in nats is beyond what e can be raised to."""
     base_N = np.linspace(3.0, 4.0, 8)

@@ -22,3 +22,22 @@ def test_no_retrieval_is_refused_for_a_bound_that_was_made_for_other_requests(ti
     assert served.refused == [] and all(outcome.finished is not None for outcome in served.outcomes)
     assert len(served.outcomes) == 2 * 70 and len(retrieved.right_N) == 70
     assert max(step.batch for step in served.steps) >= answers.TOGETHER
+
+
+def test_items_of_one_document_are_drawn_together(monkeypatch):
+    """Their interval took each for a document of its own. And one at a time a real model was asked all at once."""
+    label, asked = answers.tasks.class_labels("topic")[0], []
+    items = [answers.tasks.Item(str(n), "topic", "", label, source=f"page {n // 3}") for n in range(12)]
+    labels = len(answers.tasks.class_labels("topic"))
+
+    def scores(loaded, task, group, batch):
+        asked.append((len(group), batch))
+        return torch.zeros(len(group), labels)
+
+    monkeypatch.setattr(answers.tasks, "items", lambda *_: items)
+    monkeypatch.setattr(answers.tasks, "label_scores", scores)
+    loaded, effort = SimpleNamespace(tasks=["topic", "retrieval"]), SimpleNamespace(items=12)
+    for batch in (1, 4):
+        (answered,) = answers.classified(loaded, effort, batch)
+        assert answered.source_N.tolist() == [n // 3 for n in range(12)] and answered.scores_NL.shape == (12, labels)
+    assert asked == [(1, 1)] * 12 + [(12, 4)]
