@@ -10,6 +10,7 @@ import torch
 
 from lib.measure.metrics import settings
 from lib.measure.quality import evaluate
+from lib.measure.quality.answers import Classified
 from lib.models import loading
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.common.search import search_quality
@@ -94,3 +95,22 @@ def test_only_a_preview_asks_fewer_than_one_loss_would_show_on(effort, sizes, mo
     loaded = SimpleNamespace(scale="proxy", model=None)
     size = search_quality.prepare(loaded, settings.read(effort), 0).size
     assert (size.items, size.windows, size.retrieval_prompts) == sizes
+
+
+def public(right: int, n: int = 96) -> Classified:
+    """Return answers to a public task of four choices, so many of them right."""
+    chosen_N = (np.arange(n) >= right).astype(int)
+    truth_N, scores_NL = np.zeros(n, dtype=int), np.eye(4)[chosen_N] - 5
+    ids = [f"arc_easy-{place}" for place in range(n)]
+    return Classified("arc_easy", list("0123"), ids, truth_N, chosen_N, scores_NL, metric="accuracy", chance=0.25)
+
+
+@pytest.mark.parametrize(("before", "after", "lost"), [(72, 60, 0.125), (72, 72, 0.0), (24, 12, 0.0)])
+def test_what_a_public_task_loses_counts_unless_the_baseline_guesses(quality, monkeypatch, before, after, lost):
+    """A real model was asked one for minutes, and the answers were not looked at: it has no F1."""
+    answers = replace(quality.baseline, classified=[public(before)], retrieved=None)
+    asked = replace(quality, baseline=answers)
+    monkeypatch.setattr(evaluate, "read_text", lambda *_: answers.text)
+    monkeypatch.setattr(search_quality, "_answers", lambda *_: replace(answers, classified=[public(after)]))
+    seen = asked.of(quality.loaded.model)
+    assert seen.lost == pytest.approx(lost) and seen.within() == (lost <= 0.02)
