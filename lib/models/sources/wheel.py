@@ -141,16 +141,17 @@ def _pip(command: str, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def _check(reference: Reference, ended: subprocess.CompletedProcess[str]) -> None:
-    """Raise UserError in one line where pip failed."""
+    """Raise UserError in one line where pip failed. A connection that it tried again is named in its warnings too."""
+    if not ended.returncode:
+        return
     output = ended.stdout + ended.stderr
     if NO_NETWORK.search(output):
         raise UserError(f"{_wanted(reference)}: cannot be fetched: no network, or the package index does not answer")
     if "No matching distribution" in output or "Could not find a version" in output:
         raise UserError(f"{_wanted(reference)}: the package index offers no such wheel (any more) for this Python")
-    if ended.returncode:
-        lines = [line.strip() for line in output.splitlines() if line.strip()] or ["it gives no reason"]
-        errors = [line for line in lines if "error" in line.lower()] or lines
-        raise UserError(f"{_wanted(reference)}: pip cannot fetch it: {errors[-1][:200]}")
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["it gives no reason"]
+    errors = [line for line in lines if "error" in line.lower()] or lines
+    raise UserError(f"{_wanted(reference)}: pip cannot fetch it: {errors[-1][:200]}")
 
 
 def _take(reference: Reference, wheel: Path, tell: Tell) -> None:

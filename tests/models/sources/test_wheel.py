@@ -4,6 +4,7 @@ in one line that leaves nothing half-written.
 
 import json
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -137,3 +138,11 @@ def test_a_receipt_is_written_last(index, tmp_path):
     assert list(json.loads(receipt.read_text())["taken"]) == ["data/one.txt"]
     receipt.unlink()
     assert fetch.local(reference.parse(ONE)) is None
+
+
+def test_a_connection_that_pip_tried_again_and_got_is_no_failure():
+    """It came through, and what it had fetched was thrown away for what it says of its first try."""
+    said = "WARNING: Retrying (Retry(total=4)) after connection broken by 'ReadTimeoutError(\"timed out\")': /simple/"
+    wheel._check(reference.parse(ONE), subprocess.CompletedProcess([], 0, "", said))
+    with pytest.raises(UserError, match="no network, or the package index does not answer"):
+        wheel._check(reference.parse(ONE), subprocess.CompletedProcess([], 1, "", said))
