@@ -321,7 +321,8 @@ def _cpu_use(name: str, arms: Timed, first: tuple[Use, Use]) -> list[Measurement
     these were long, else of further ones.
     """
     base, opt = first
-    if base.gpu is None and (busy := arms.pairs.cpu_seconds):
+    # Asked of the GPU itself: a call that is shorter than its sampling has no sample, though it ran there.
+    if disturbance.gpu_handle() is None and (busy := arms.pairs.cpu_seconds):
         wall = arms.pairs.baseline_seconds, arms.pairs.optimized_seconds
         base, opt = (Use(sum(seconds), sum(spent), base.cores) for seconds, spent in zip(wall, busy))
     elif min(base.wall_seconds, opt.wall_seconds) < LONG_SECONDS:
@@ -345,6 +346,7 @@ def _details(timed: dict[str, Timed], peaks: Ceilings) -> dict[str, object]:
         if arms.baseline.step_seconds and arms.optimized.step_seconds
     }
     if steps:
-        source = "perf_counter around every decoding step, warm-up and controls included"
+        clock = "events in the device's stream" if peaks.device.startswith("cuda") else "perf_counter"
+        source = f"{clock} around every decoding step, warm-up and controls included"
         details["step_milliseconds"] = {"value": steps, "provenance": "measured", "source": source}
     return details

@@ -127,7 +127,8 @@ def clocks(modules: Sequence[nn.Module]) -> Iterator[list[float]]:
 
 
 def _synchronize() -> None:
-    if torch.cuda.is_available():
+    """Wait for a GPU in use. One that a run on a CPU leaves alone is not initialized: records would then be of it."""
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 

@@ -112,13 +112,15 @@ def rounds(
     """Time every arm once (`iterations` calls) in each of `count` rounds and return every time.
 
     An arm's attribute `prepare`, where it has one, is called before each call of that arm and not timed. `synchronize`
-    is called before each reading of the clock; where none is given, an arm's own attribute of that name. `seed` and
+    is called before each reading of the clock; where none is given, the attribute of that name that an arm has, for all
+    arms: a plain function beside work on a device starts work there too, and would seem to end at once. `seed` and
     `mirrored` are those of `balanced_orders`. `disturbance` opens a watch and returns the function that closes it with
     a reason or None. At most `repeats` disturbed rounds are repeated (by default half of `count`); later ones are kept
     and marked. Raises UserError for fewer than `fewest` rounds: six, unless several processes are timed.
     """
     if count < fewest:
         raise UserError(f"{count} blocks are too few to tell noise from effect: give at least {fewest}")
+    synchronize = synchronize or _waiting(arms)
     for arm in {id(arm): arm for arm in arms.values()}.values():
         for _ in range(warmup):
             arm()
@@ -220,7 +222,8 @@ def rounds_for(
     Many short rounds are more informative than few long ones of the same total time: a machine's speed drifts within a
     second, and only what changes between neighbouring turns is noise.
     """
-    seconds = {name: _turn(arm, 1, clock)[0] for name, arm in arms.items()}
+    synchronize = _waiting(arms)
+    seconds = {name: _turn(arm, 1, clock, synchronize)[0] for name, arm in arms.items()}
     iterations = max(1, math.ceil(turn_seconds / max(min(seconds.values()), 1e-9)))
     count = math.ceil(total / max(iterations * sum(seconds.values()), 1e-9))
     return least if count <= least else min(STEP * math.ceil(count / STEP), MOST_ROUNDS), iterations
@@ -239,6 +242,11 @@ def iterations_for(arm: Arm, seconds: float = 0.03, *, warm: bool = False, clock
 def warm_up(*arms: Arm) -> float:
     """Call every arm once and return the seconds of the fastest."""
     return min(_turn(arm, 1, time.perf_counter)[0] for arm in arms)
+
+
+def _waiting(arms: Mapping[str, Arm]) -> Callable[[], object] | None:
+    """Return what the first arm on a device waits for it by, which waits for what every arm started there; or None."""
+    return next((wait for arm in arms.values() if (wait := getattr(arm, "synchronize", None))), None)
 
 
 def _turn(

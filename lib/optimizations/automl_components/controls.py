@@ -194,13 +194,15 @@ class EqualSeconds:
         return pd.DataFrame(lines)
 
     def points(self) -> pd.DataFrame:
-        """Return time (x, percent of the baseline) and divergence (y) of all that were timed, each once."""
+        """Return time (x, percent of the baseline) and divergence (y) of all that were timed, each once; no row where
+        every configuration was refused or cut.
+        """
         points = [
             {"x": 100 * judged.point[0], "y": judged.point[1], "arm": arm}
             for arm, judged in self._each
             if judged.reason is None and judged.stack and arm != "defaults"
         ]
-        return pd.DataFrame(points)
+        return pd.DataFrame(points, columns=["x", "y", "arm"])
 
     def impact(self) -> list[dict]:
         """Return hypervolume (value) over configurations judged (strength), per arm."""

@@ -49,6 +49,21 @@ def test_one_call_fills_performance_and_efficiency(tiny, name):
     assert measurement.lint(compared.control()) == [] and len(compared.control()) == 5
 
 
+@pytest.mark.parametrize("handle", [None, "a GPU"])
+def test_a_gpu_is_watched_for_longer_than_a_short_call(tiny, monkeypatch, handle):
+    """It is sampled twenty times a second: a call of a few milliseconds ends before the first sample."""
+    model = tiny("qwen3-4b-instruct-2507")
+    work = workloads.prefill(model, workloads.random_prompt(model, 1, 16))
+    pairs = interleaved.paired(work, work, blocks=6)
+    monkeypatch.setattr(speed.disturbance, "gpu_handle", lambda: handle)
+    monkeypatch.setattr(speed.cpu, "use", lambda arm, seconds: speed.Use(seconds, seconds, 1, 0.75))
+    short = speed.Use(0.004, 0.004, 1)
+    uses = speed._cpu_use("prefill", speed.Timed(work, work, pairs, pairs, (None, None)), (short, short))
+    shown = {use.metric: (use.baseline, use.optimized) for use in uses}
+    assert shown.get("gpu_utilisation") == ((0.75, 0.75) if handle else None)
+    assert shown["cpu_utilisation"][0] > 0
+
+
 def test_a_degenerate_model_is_not_timed(tiny):
     model = tiny("qwen3-4b-instruct-2507")
     prompt_BT = workloads.random_prompt(model, 1, 16)

@@ -116,6 +116,25 @@ def test_every_reading_of_the_clock_waits_for_the_device():
     assert interleaved.iterations_for(Arm(1.0), 5, clock=clock) == 5
 
 
+def test_an_arm_that_cannot_wait_for_the_device_is_waited_for_all_the_same():
+    """A plain function beside work on a device: what it has started there is its own time, not the next arm's."""
+    clock, queued = Clock(), []
+
+    class Arm:
+        def __call__(self):
+            queued.append(1.0)
+
+        def synchronize(self):
+            clock.now += sum(queued)
+            queued.clear()
+
+    copy = Arm()
+    arms = {"baseline": Arm(), "optimized": lambda: queued.append(2.0)}
+    timed = interleaved.rounds(arms, 6, clock=clock)
+    assert timed.seconds == {"baseline": [1.0] * 6, "optimized": [2.0] * 6}
+    assert interleaved.rounds_for({**arms, "copy": copy}, 400.0, 6, clock=clock) == (100, 1)
+
+
 def test_processor_time_is_measured_in_the_same_turns_and_leaves_out_what_waits():
     def busy():
         return sum(range(300_000))

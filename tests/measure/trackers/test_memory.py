@@ -8,9 +8,11 @@ from io import StringIO
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lib.errors import UserError
 from lib.measure.metrics import measurement
+from lib.measure.roofline import cost_model
 from lib.measure.timing import child, children
 from lib.measure.trackers import memory, memory_child
 from lib.measure.trackers.memory import Arm, Peak, Peaks
@@ -95,6 +97,25 @@ def test_peaks_on_a_gpu_are_read_as_often_as_an_interval_asks(monkeypatch):
     assert (peak.verdict, peak.n, peak.processes) == ("better", 3, 3)
     assert peak.ci == pytest.approx((0.9, 0.9)) and peak.noise_floor == pytest.approx(0.0, abs=1e-9)
     assert measured["peak_memory_after_load_bytes"].verdict == "equivalent"
+
+
+def test_what_libraries_allocate_once_is_paid_by_no_arm(tiny, monkeypatch):
+    """A workspace stays after the first call, whichever arm that is of."""
+    model = tiny("qwen3-4b-instruct-2507")
+    own = cost_model.weights_bytes(model)
+    allocator = {"held": own + 1000, "peak": 0}
+
+    def work():
+        if allocator["held"] == own + 1000:
+            allocator["held"] += 50  # the workspace
+        allocator["peak"] = max(allocator["peak"], allocator["held"] + 7)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: allocator["held"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: allocator.update(peak=allocator["held"]))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: allocator["peak"])
+    peaks = [memory.allocated(work, model, "no room").readings[0].peak_bytes for _ in range(2)]
+    assert peaks == [own + 7] * 2
 
 
 def test_what_a_hook_holds_is_found_to_the_byte_and_within_a_megabyte(arm):

@@ -14,6 +14,7 @@ from lib.optimizations.automl_components.successive_filtering import REFERENCE, 
 from lib.optimizations.common import recipe
 from lib.optimizations.common.judgement import Judgement
 from lib.optimizations.common.recipe import Recipe, RecipeStep
+from lib.report.figures import style
 from lib.report.text import brief, reading
 
 
@@ -88,6 +89,13 @@ def test_what_was_cut_dominates_nothing_and_is_counted():
     assert [row["strength"] for row in equal.impact()] == [1, 2, 3, 1]
     first, second = equal.reading().split(". ", 1)
     assert reading.two(f"{first}.", second)
+
+
+def test_where_every_configuration_was_cut_there_is_a_figure_all_the_same():
+    """Without a row the points had no columns, and the figure of a notebook raised KeyError for its arms."""
+    equal = EqualSeconds({arm: [_judged(0.9, "beyond the limit")] for arm in ("search", "random 1", "defaults")})
+    assert equal.points().empty and equal.described().startswith("0 configurations")
+    assert style.png(style.trade_off(equal.points(), x_label="time, %", y_label="KL", reference=(100, 0)))
 
 
 def test_what_the_arms_share_is_counted_once():

@@ -149,7 +149,7 @@ def _empty(cache: Any, index: int) -> Any:
 
 def _rounds(works: Mapping[tuple, Callable[[], object]], rounds: int, seed: int) -> dict[tuple, list[float]]:
     """Return seconds per call, `rounds` samples each, in shuffled order; a workload's own preparation is not timed."""
-    on_device = torch.cuda.is_available()
+    on_device = torch.cuda.is_initialized()  # waiting would initialize a GPU that a run on a CPU leaves alone
     samples: dict[tuple, list[float]] = {key: [] for key in works}
     order, shuffle = list(works), random.Random(seed)
     for turn in range(rounds + 1):

@@ -77,7 +77,8 @@ def compare(
             following = copy.deepcopy(learned)
             close = disturbance.watch()
             answers = {
-                name: speculative.generate(model, laws[name][0], prompt_T, new_tokens, following[name]) for name in order
+                name: speculative.generate(model, laws[name][0], prompt_T, new_tokens, following[name])
+                for name in order
             }
             disturbed = close()
             if disturbed is None or not repeats:

@@ -145,6 +145,7 @@ def generate(
     prompt_T = prompt_T.to(next(model.parameters()).device)
     cache = DynamicCache()
     ids_T = torch.cat([prompt_T, _read(model, prompt_T, cache)[-1:]])
+    _synchronize(ids_T)  # reading the prompt is no part of the first round
     rounds: list[Round] = []
     while len(ids_T) - len(prompt_T) < new_tokens:
         remaining = new_tokens - (len(ids_T) - len(prompt_T))
@@ -166,6 +167,7 @@ def _round(
     start = time.perf_counter()
     proposed_K, caught_up = drafter.propose(ids_T, count) if count else (ids_T[:0], 0.0)
     proposed_T = torch.cat([ids_T, proposed_K])
+    _synchronize(proposed_T)
     middle = time.perf_counter()
     greedy_K = _read(model, proposed_T[len(ids_T) - 1 :], cache, keep=len(proposed_K) + 1)
     agree_K = greedy_K[:-1] == proposed_K

@@ -35,7 +35,7 @@ def test_of_any_two_laws_each_answers_first_equally_often(count, monkeypatch):
 
 @pytest.mark.parametrize(("spells", "kept"), [(3, 0), (9, 4)])
 def test_a_prompt_is_answered_again_where_the_machine_is_disturbed(spells, kept, monkeypatch):
-    """The first turns are disturbed, so often; of four prompts at most four are repeated, and laws learn nothing then."""
+    """The first turns are disturbed, so often; of four prompts at most four are repeated; laws learn nothing then."""
     watches: list[int] = []
 
     def watch():

@@ -2,6 +2,7 @@
 
 import copy
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,6 +92,27 @@ def test_what_a_law_takes_to_decide_is_part_of_its_round(tiny, prompt_T):
 
     _, rounds = speculative.generate(model, model, prompt_T, 4, slow)
     assert len(rounds) == 3 and all(done.seconds > done.law_seconds >= 0.05 for done in rounds)
+
+
+def test_each_half_of_a_round_waits_for_what_it_started_on_a_device(tiny, prompt_T, monkeypatch):
+    """Calls return at once there: without waiting, drafting would take nothing and checking all of it."""
+    model, now, queued = tiny("qwen3-4b-instruct-2507"), [0.0], []
+    read = speculative._read
+
+    def started(reader, ids_T, cache, keep=1):
+        queued.append(len(ids_T))  # a second per token, once somebody waits
+        return read(reader, ids_T, cache, keep)
+
+    def wait(ids_T):
+        now[0] += sum(queued)
+        queued.clear()
+
+    monkeypatch.setattr(speculative, "_read", started)
+    monkeypatch.setattr(speculative, "_synchronize", wait)
+    monkeypatch.setattr(speculative, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    _, (first, *_) = speculative.generate(model, copy.deepcopy(model), prompt_T, 8, lambda rounds: 2)
+    assert first.catch_up_seconds == len(prompt_T) and first.draft_seconds == 2.0
+    assert now[0] >= 2 * len(prompt_T) + 2
 
 
 def test_another_vocabulary_is_refused(tiny, prompt_T):
