@@ -111,7 +111,7 @@ class Loop:
                 f'--cluster {self.address}: none of its {len(workers)} workers has a "{DEVICE}" token; start one with: '
                 f'dask worker {self.address} --nthreads 1 --resources "{DEVICE}=1"'
             )
-        self.crew.look(workers)
+        self._meet(workers)
         refusals: list[str] = []
         deadline = time.monotonic() + patience()
         while True:
@@ -135,7 +135,19 @@ class Loop:
                 raise OSError
             return self.client.sync(self.client.scheduler.identity, callback_timeout=patience())["workers"]
         except (OSError, TimeoutError, AttributeError, RuntimeError):
-            raise ClusterLost(f"the scheduler at {self.address} is gone") from None
+            raise self._gone() from None
+
+    def _meet(self, workers: Mapping[str, Mapping[str, Any]]) -> list[WorkerSlot]:
+        """Check new workers and return the slots of those that are gone. Raises ClusterLost, also where the scheduler
+        goes between the two questions that this takes: its lost connection is no file that cannot be written.
+        """
+        try:
+            return self.crew.look(workers)
+        except (OSError, TimeoutError, RuntimeError):
+            raise self._gone() from None
+
+    def _gone(self) -> ClusterLost:
+        return ClusterLost(f"the scheduler at {self.address} is gone")
 
     def store_progress(self, event: tuple[float, Mapping[str, str]]) -> None:
         """Store a worker's progress message for the progress table."""
@@ -160,7 +172,7 @@ class Loop:
         if now - self.looked < LOOK_SECONDS and self.client.status == "running":
             return
         self.looked = now
-        for slot in self.crew.look(self._workers()):
+        for slot in self._meet(self._workers()):
             if slot.entry is not None:
                 slot.future.cancel()
                 self._lose(slot, slot.entry, "it went away")
@@ -187,7 +199,10 @@ class Loop:
             "neighbours": list(self.build.neighbours),
             "stacks": result_folder.stacks(self.build.folder),
         }
-        slot.future = self.crew.submit(slot.address, request)
+        try:
+            slot.future = self.crew.submit(slot.address, request)
+        except OSError:
+            raise self._gone() from None
         where = slot.address.split("//")[-1]
         self.build.progress.start(entry.job.stem, lambda: f"{slot.doing} on {where}")
 

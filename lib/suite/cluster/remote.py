@@ -101,7 +101,9 @@ def _compared(
 
 
 def _hello(request: dict, tell: Callable[..., None]) -> dict:
-    """Return this machine's id, its cores and, if something differs from the build, the parts on this side."""
+    """Return this machine's id, its cores, the GPU that the jobs take (None: none) and, if something differs from the
+    build, the parts on this side.
+    """
     hashes, reached = cache_key.Hashes(), {}
     here = library(hashes)
     answer = {"host": _host(), "cores": cpu_affinity.available(), "machine": platform.node(), "parts": None}
@@ -110,6 +112,8 @@ def _hello(request: dict, tell: Callable[..., None]) -> dict:
     for described, expected_key in request["jobs"]:
         job = job_of(described)
         plan.check_device(job.parameters["device"])
+        if job.parameters["device"] == "cuda" and "gpu" not in answer:
+            answer["gpu"] = _gpu()
         if job.model not in (*plan.models(), *parameter_files.registered()):
             raise UserError(f"parameters/{job.model}.yaml: no such file")
         if job.optimization not in reached:
@@ -125,6 +129,23 @@ def _host() -> str:
         return BOOT.read_text(encoding="ascii").strip()
     except OSError:
         return platform.node()
+
+
+def _gpu() -> str:
+    """Return the id of the GPU that runs of this worker take: the first that CUDA_VISIBLE_DEVICES names, or the first
+    of all. Where a batch system hides the others, a number alone is the same for different GPUs. Raises UserError.
+    """
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
+    if not first.isdigit():
+        return first
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        uuid = pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(int(first)))
+    except pynvml.NVMLError as error:
+        raise UserError(f"CUDA_VISIBLE_DEVICES begins with {first}, which is no NVIDIA device here ({error})") from None
+    return uuid.decode() if isinstance(uuid, bytes) else str(uuid)
 
 
 class _ProgressReports:

@@ -2,8 +2,8 @@
 
 A worker is met when it appears, and again when it comes back under the same address. It is refused, in one line, where
 its Python, code, environment, weights or data differ from those of the build. Workers on one machine are given cores
-apart from each other; where they were started on cores of their own (`taskset`, Slurm), those are what they keep.
-Knows nothing of how a job runs, or ends.
+apart from each other; where they were started on cores of their own (`taskset`, Slurm), those are what they keep. No
+two of them run on one GPU. Knows nothing of how a job runs, or ends.
 """
 
 import sys
@@ -17,6 +17,7 @@ from lib.suite.plan import cache_key
 from lib.suite.plan.plan import Job
 
 DEVICE = "device"
+Claim = tuple[tuple[str, str], Mapping[str, Any]]  # a token: its worker's address and incarnation, and its answer
 
 
 class PickledByValue:
@@ -41,12 +42,15 @@ class PickledByValue:
 
 @dataclass
 class WorkerSlot:
-    """One `device` token of a worker, the cores that belong to it, and whatever the loop has running there."""
+    """One `device` token of a worker, the cores that belong to it, its GPU where runs take one, and whatever the loop
+    has running there.
+    """
 
     address: str
     incarnation: str
     host: str
     cores: tuple[int, ...]
+    gpu: str | None = None
     entry: Any = None
     future: Any = None
     doing: str = "starting"
@@ -125,15 +129,35 @@ class Crew:
                 self.refused[mark] = why
             else:
                 accepted[mark] = answer
-        claims = [(mark, answer) for mark, answer in accepted.items() for _ in range(self.tokens[mark])]
+        wanted = [(mark, answer) for mark, answer in accepted.items() for _ in range(self.tokens[mark])]
+        claims = self._with_own_gpus(wanted)
         for (mark, answer), mine in zip(claims, self._cores([answer for _, answer in claims]), strict=True):
             if mine:
-                self.slots.append(WorkerSlot(*mark, answer["host"], tuple(mine)))
+                self.slots.append(WorkerSlot(*mark, answer["host"], tuple(mine), answer.get("gpu")))
             else:
                 self.refused[mark] = f"every core of {answer['machine']} that it may use belongs to another worker"
         lines = [f"{address}: {why}" for (address, _), why in self.refused.items()]
         self.refused.clear()
         return lines
+
+    def _with_own_gpus(self, claims: Sequence[Claim]) -> list[Claim]:
+        """Return the claims without those to a GPU that another has, which are refused: the runs would time each other.
+
+        Claims that take no GPU are all kept.
+        """
+        in_use = {(slot.host, slot.gpu) for slot in self.slots}
+        kept = []
+        for mark, answer in claims:
+            place = answer["host"], answer.get("gpu")
+            if place[1] is not None and place in in_use:
+                self.refused[mark] = (
+                    f"{place[1]} of {answer['machine']} belongs to another {DEVICE} token; "
+                    f"start one worker for each GPU, with one {DEVICE} token and CUDA_VISIBLE_DEVICES of its own"
+                )
+            else:
+                in_use.add(place)
+                kept.append((mark, answer))
+        return kept
 
     def _cores(self, claims: Sequence[Mapping[str, Any]]) -> list[list[int]]:
         """Return disjoint cores for each claim, shared out evenly among the claims on the same machine."""

@@ -75,13 +75,15 @@ class ForkServer:
 
     def fork(self, request: Mapping[str, Any], log: IO[bytes]) -> "ServedProcess | None":
         """Return a process that runs `lib.suite.run.execute` in a session of its own, under the request's "environment"
-        and on its "cores"; None where the server is lost. Its errors go to `log`.
+        and on its "cores"; None where the server is lost, or the request is longer than a message: the variables of a
+        system of modules can be. Its errors go to `log`.
         """
-        if not self.ready and not self._receive(READY_SECONDS, lambda _: self.ready):
+        data = json.dumps(request).encode()
+        if len(data) > MOST_BYTES or (not self.ready and not self._receive(READY_SECONDS, lambda _: self.ready)):
             return None
         to_it, from_it = os.pipe(), os.pipe()
         with suppress(OSError):
-            socket.send_fds(self.socket, [json.dumps(request).encode()], [to_it[0], from_it[1], log.fileno()])
+            socket.send_fds(self.socket, [data], [to_it[0], from_it[1], log.fileno()])
         for fd in (to_it[0], from_it[1]):
             os.close(fd)
         reply = self._receive(READY_SECONDS, lambda message: "forked" in message)

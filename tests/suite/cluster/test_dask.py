@@ -6,16 +6,18 @@ The workers stand in another copy of the project than the build, so nothing gets
 import os
 import shutil
 import signal
+import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import workbench
 from clusters import QUICK, cluster
 
-from lib.errors import UserError
+from lib.errors import ClusterLost, UserError
 from lib.files import hash_of
 from lib.suite.cluster import dask as clusters
-from lib.suite.cluster import workers
+from lib.suite.cluster import remote, workers
 
 # Leaves a mark that says which worker has it, then waits as long as it is told to: by a file, seen on both sides.
 WAITS = """import os, time
@@ -243,6 +245,63 @@ def test_workers_of_one_machine_get_cores_apart():
     assert met._cores([{"host": "a", "cores": [0]}] * 2) == [[0], []]
     met.slots.append(workers.WorkerSlot("tcp://x:1", "x", "a", (0, 1)))
     assert met._cores([claim]) == [[2, 3]]
+
+
+def test_a_scheduler_that_goes_while_its_workers_are_met_is_told_as_lost():
+    """The lost connection is an OSError, which a build would take for a disk that cannot be written."""
+
+    def closed(*_, **__):
+        raise OSError("in <TCP (closed)>: Stream is closed")
+
+    about = {"resources": {"device": 1}, "nthreads": 1, "local_directory": "w"}
+    client = SimpleNamespace(status="running", scheduler=SimpleNamespace(identity=None), get_versions=closed)
+    client.sync = lambda *_, **__: {"workers": {"tcp://x:1": about}}
+    loop = clusters.Loop(None, "tcp://x:8786", client, workers.Crew(client, (), {}.__getitem__, {}, {}), [])
+    with pytest.raises(ClusterLost, match="the scheduler at tcp://x:8786 is gone"):
+        loop.gather()
+
+
+def _answered(gpu):
+    """Return the future of a worker of one machine that has answered, whose runs take this GPU."""
+    answer = {"host": "a", "machine": "node", "cores": [0, 1, 2, 3], "parts": None, "gpu": gpu}
+    return SimpleNamespace(status="finished", done=lambda: True, result=lambda timeout: answer)
+
+
+def test_no_two_runs_share_a_gpu():
+    met = workers.Crew(None, (), {}.__getitem__, {}, {})
+    first, second, third, late = [(f"tcp://x:{port}", "folder") for port in range(1, 5)]
+    met.tokens = {first: 1, second: 1, third: 2, late: 1}
+    met.pending = {first: _answered("GPU-a"), second: _answered("GPU-a"), third: _answered("GPU-b")}
+    lines = met.welcome()
+    assert [line.split(";")[0] for line in lines] == [
+        "tcp://x:2: GPU-a of node belongs to another device token",
+        "tcp://x:3: GPU-b of node belongs to another device token",  # its second token
+    ]
+    assert [(slot.address, slot.cores) for slot in met.slots] == [("tcp://x:1", (0, 1)), ("tcp://x:3", (2, 3))]
+    met.pending = {late: _answered("GPU-b")}
+    assert len(met.welcome()) == 1 and len(met.slots) == 2
+    on_processors = workers.Crew(None, (), {}.__getitem__, {}, {}, tokens={first: 2})
+    on_processors.pending = {first: _answered(None)}
+    assert on_processors.welcome() == [] and len(on_processors.slots) == 2
+
+
+def test_the_gpu_of_a_worker_is_named_by_what_no_other_has(monkeypatch):
+    class NVMLError(Exception):
+        """As that of the driver's library."""
+
+    def handle(index):
+        if index > 1:
+            raise NVMLError("Invalid Argument")
+        return f"GPU-{index}"
+
+    driver = {"NVMLError": NVMLError, "nvmlInit": lambda: None, "nvmlDeviceGetHandleByIndex": handle}
+    monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(**driver, nvmlDeviceGetUUID=str))
+    for visible, expected in (("", "GPU-0"), ("1,0", "GPU-1"), ("GPU-8932,GPU-1", "GPU-8932"), ("MIG-1", "MIG-1")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert remote._gpu() == expected
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES begins with 7, which is no NVIDIA device here"):
+        remote._gpu()
 
 
 def test_what_differs_is_named():

@@ -82,6 +82,16 @@ def test_what_was_forked_outlives_a_server_and_its_code_is_unknown(server, tmp_p
     workbench.wait_for(lambda: not psutil.pid_exists(child.pid))
 
 
+def test_variables_that_are_longer_than_a_message_are_not_cut_off(server, tmp_path):
+    """The child is started anew then, and the server goes on."""
+    long = {f"MODULES_{number}": "x" * 2000 for number in range(80)}
+    with (tmp_path / "log").open("ab") as log:
+        assert server.fork({"environment": {**os.environ, **long}, "cores": []}, log) is None
+        child = server.fork({"environment": dict(os.environ), "cores": []}, log)
+    child.stdin.close()
+    assert child.wait(20) != 0  # it was told nothing
+
+
 def test_a_server_is_used_for_its_own_number_of_threads(server, tmp_path):
     with (tmp_path / "log").open("ab") as log:
         assert kernel_process._forked(server, {**os.environ, **kernel_process.threads(2)}, (0, 1), log) is None
