@@ -64,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         if chosen.command == "present":
-            print(*sorted({dist.metadata["Name"] for dist in importlib.metadata.distributions()}), sep="\n")
+            found = {f"{dist.metadata['Name']}=={dist.version}" for dist in importlib.metadata.distributions()}
+            print(*sorted(found), sep="\n")
             return 0
         if chosen.command == "wheels":
             names = chosen.present.read_text(encoding="utf-8").split()
@@ -150,7 +151,11 @@ def _packages(folder: Path | None, target: Path) -> list[str]:
 def _about(seconds: float, device: str, unpacked: Sequence[str]) -> dict[str, Any]:
     """Return what the index says of the machine, the code and the time."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
-    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    try:
+        git = ["git", "rev-parse", "--short=12", "HEAD"]
+        commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # a bare machine may have no git
+        commit = None
     return {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "seconds": seconds,
@@ -159,7 +164,7 @@ def _about(seconds: float, device: str, unpacked: Sequence[str]) -> dict[str, An
         "python": platform.python_version(),
         "packages": versions,
         "packages_unpacked": list(unpacked),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit,
     }
 
 

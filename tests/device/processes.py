@@ -22,6 +22,9 @@ from tests.device.schedule import TESTS, Ended, Step
 ROOT = Path(__file__).resolve().parents[2]
 ALL = ("performance", "accuracy", "resources", "efficiency")
 END_SECONDS = 3.0
+# What torch and Triton say of a fault on the device, after which every further call of the process fails too. Memory
+# that ran out ("CUDA out of memory") is none.
+FAULTS = ("CUDA error", "Triton Error [CUDA]")
 
 
 def end_with_parent() -> None:
@@ -134,7 +137,8 @@ class Processes:
         return self._tests(step, deadline) if step.name == TESTS else self._record(step, deadline)
 
     def _tests(self, step: Step, deadline: float) -> Ended:
-        child = Child("tests.device.cuda_tests", self.log, self.environment)
+        # Notebooks of a session start no processes to measure in; tests of what such processes read have to.
+        child = Child("tests.device.cuda_tests", self.log, {**self.environment, "WORKBENCH_CHILDREN": ""})
         ended = Ended(step, "stopped", "took longer than its limit; the tests below had ended")
         try:
             while event := child.next(deadline - time.monotonic()):
@@ -142,10 +146,7 @@ class Processes:
                 if kind == "test":
                     ended.tests.append(event)
                 elif kind == "ended":
-                    failed = sum(test["outcome"] == "failed" for test in ended.tests)
-                    ended.status, ended.reason = ("failed", f"{failed} tests failed") if failed else ("finished", None)
-                    if not ended.tests:
-                        ended.status, ended.reason = "failed", f"pytest ran no test (exit code {event['code']})"
+                    ended.status, ended.reason = self._outcome(ended.tests, event["code"])
                     break
                 elif kind == "closed":
                     ended.status, ended.reason = "failed", "the process of the tests was lost"
@@ -153,6 +154,20 @@ class Processes:
         finally:
             child.end()
         return ended
+
+    def _outcome(self, tests: Sequence[dict[str, Any]], code: int) -> tuple[str, str | None]:
+        """Return status and reason of tests that pytest has run to its end, with its exit code. On a device it is a
+        failure where every test was skipped: none of them has seen the device.
+        """
+        if failed := sum(test["outcome"] == "failed" for test in tests):
+            return "failed", f"{failed} tests failed"
+        if not tests:
+            return "failed", f"pytest ran no test (exit code {code})"
+        if code:
+            return "failed", f"no test failed, but pytest ended with exit code {code}"
+        if self.device == "cuda" and all(test["outcome"] == "skipped" for test in tests):
+            return "failed", f"every test was skipped: {tests[0].get('reason', 'no reason given')}"
+        return "finished", None
 
     def _record(self, step: Step, deadline: float) -> Ended:
         key = (step.model, step.checkpoints)
@@ -195,6 +210,8 @@ class Processes:
                 return ended
             elif kind == "failed":
                 ended.status, ended.reason = "failed", f"cell {cell}: {event['reason']}"
+                if any(fault in event["reason"] for fault in FAULTS):
+                    self.workers.pop(key).end()
                 return ended
 
     def close(self) -> None:

@@ -122,7 +122,8 @@ def steps(
     positions: Mapping[str, int] | None = None,
 ) -> list[Step]:
     """Return the steps in order of value: tests, then each optimization on the models of a group, group by group, then
-    the models of `checkpoints` (name → folder of checkpoints) with their own weights.
+    the other models of `checkpoints` (name → folder of checkpoints). A model that is named there has its own weights,
+    wherever it stands.
 
     `weights_bytes` by model; a model that it does not name has no step. `context_bytes` of a model and a number of
     tokens: what the queries, keys and values of all blocks take, where a step asks for a context; `positions`: the
@@ -131,7 +132,8 @@ def steps(
     planned = [Step(TESTS, TESTS_SECONDS)]
     seconds = RECORD_SECONDS + (ENERGY_SECONDS if energy else 0.0)
     real = checkpoints or {}
-    for group in (*groups, tuple(real)):
+    others = tuple(name for name in real if not any(name in group for group in groups))
+    for group in (*groups, others):
         for optimization, parameters in optimizations.items():
             for model in group:
                 if model not in weights_bytes:

@@ -3,6 +3,7 @@ rehearsed whole on the processor leaves records, an index and a page.
 """
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -11,6 +12,7 @@ import time
 import psutil
 import pytest
 
+from lib.measure.timing import children
 from tests.device import cuda_tests, full_size, processes, results, schedule
 from tests.device.processes import Processes
 from tests.device.schedule import Step
@@ -25,8 +27,9 @@ CHILD = """
             time.sleep(600)
         if how == "dies":
             sys.exit(9)
-        if how == "fails":
-            print(json.dumps({"event": "failed", "reason": "RuntimeError: out of memory"}), flush=True)
+        if how in ("fails", "faults"):
+            reasons = {"fails": "RuntimeError: CUDA out of memory", "faults": "RuntimeError: CUDA error: misaligned"}
+            print(json.dumps({"event": "failed", "reason": reasons[how]}), flush=True)
             continue
         record = {"status": "ok", "reason": None, "optimization": request["optimization"]}
         print(json.dumps({"event": "record", "record": record}), flush=True)
@@ -87,8 +90,93 @@ def test_a_lost_process_and_a_failed_notebook_are_told_apart(executor):
     session = executor()
     assert session.execute(_step(how="dies"), 20.0).reason == "its process was lost"
     ended = session.execute(_step(how="fails"), 20.0)
-    assert (ended.status, ended.reason) == ("failed", "cell 3: RuntimeError: out of memory")
+    assert (ended.status, ended.reason) == ("failed", "cell 3: RuntimeError: CUDA out of memory")
     assert not session.loads(_step()), "a process that has told of a failure goes on"
+
+
+def test_a_process_whose_device_has_faulted_runs_nothing_more(executor):
+    session = executor()
+    assert session.execute(_step(how="faults"), 20.0).reason == "cell 3: RuntimeError: CUDA error: misaligned"
+    assert session.loads(_step()) and not session.workers
+    assert session.execute(_step(), 20.0).status == "finished" and len(session.started) == 2
+
+
+FAILS = """
+import gc, os, types, weakref
+
+import lib.models
+
+lib.models.loading = types.SimpleNamespace(load=None)  # libraries of models are not needed here
+
+from tests.device import worker
+
+class Weights:
+    pass
+
+out, made = os.dup(1), []
+
+def play(request, held, tell):
+    weights = Weights()
+    made.append(weakref.ref(weights))
+    try:
+        raise KeyError("a cause, whose frame holds the weights")
+    except KeyError as cause:
+        raise ValueError("what is told") from cause
+
+def free():
+    gc.collect()
+    os.write(out, b'{"event": "freed", "gone": %s}\\n' % (b"true" if made[0]() is None else b"false"))
+
+worker.play, worker._free = play, free
+worker.main()
+"""
+
+
+def test_memory_is_free_before_a_failure_is_told():
+    """Whoever is told of the failure asks at once whether the next step has room."""
+    order = json.dumps({"optimization": "x", "model": "a"}) + "\n"
+    options = {"input": order, "capture_output": True, "text": True, "cwd": processes.ROOT, "start_new_session": True}
+    ended = subprocess.run([sys.executable, "-c", FAILS], **options)
+    events = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert ended.returncode == 0, ended.stderr
+    assert events == [{"event": "freed", "gone": True}, {"event": "failed", "reason": "ValueError: what is told"}]
+
+
+@pytest.mark.parametrize(
+    ("device", "outcomes", "code", "expected"),
+    [
+        ("cuda", ["passed", "skipped"], 0, ("finished", None)),
+        ("cuda", ["passed", "failed"], 1, ("failed", "1 tests failed")),
+        ("cuda", [], 4, ("failed", "pytest ran no test (exit code 4)")),
+        ("cuda", ["passed"], 3, ("failed", "no test failed, but pytest ended with exit code 3")),
+        ("cuda", ["skipped", "skipped"], 0, ("failed", "every test was skipped: needs a GPU")),
+        ("cpu", ["skipped"], 0, ("finished", None)),
+    ],
+)
+def test_tests_are_finished_where_they_ran_to_their_end_and_on_the_device(tmp_path, device, outcomes, code, expected):
+    tests = [{"name": "test", "outcome": outcome, "reason": "needs a GPU"} for outcome in outcomes]
+    assert Processes(tmp_path / "log", device, lambda: None)._outcome(tests, code) == expected
+
+
+def test_the_tests_start_processes_of_their_own_though_notebooks_do_not(tmp_path, monkeypatch):
+    """Some compare what a child process reads with what is read in place: without a child they can only fail."""
+    started = []
+
+    class Told:
+        def __init__(self, module, log, environment):
+            started.append({**os.environ, **environment})
+
+        def next(self, seconds):
+            return {"event": "ended", "code": 0}
+
+        def end(self):
+            """Nothing was started."""
+
+    monkeypatch.setattr(processes, "Child", Told)
+    monkeypatch.setenv(children.VARIABLE, "none")
+    Processes(tmp_path / "log", "cuda", lambda: None).execute(Step(schedule.TESTS, 60.0), 20.0)
+    monkeypatch.setenv(children.VARIABLE, started[0][children.VARIABLE])
+    assert children.why_none() is None
 
 
 def test_others_give_way_to_a_model_that_has_no_room(executor):
@@ -146,6 +234,11 @@ def test_sizes_follow_from_the_configuration():
     exact |= {"glm-4.7-flash": 29_943_390_976, "qwen3-coder-30b": 30_532_122_624}
     for name, count in exact.items():
         assert full_size.weights_bytes(name) == pytest.approx(2 * count, rel=0.12)
+
+
+def test_a_bare_machine_without_git_has_no_commit_to_name(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert full_size._about(570.0, "cpu", [])["commit"] is None
 
 
 def test_every_parameter_of_a_session_is_one_that_its_notebook_takes():

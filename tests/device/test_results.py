@@ -122,12 +122,26 @@ def test_records_are_written_as_a_build_leaves_them(home):
     assert not damaged and record.stem == "structured_pruning--qwen3-vl-2b"
 
 
-@pytest.mark.parametrize("damage", ["no index", "half a record", "no steps"])
+def test_a_record_may_hold_any_character_that_a_model_answers_with(tmp_path):
+    answers = "a\u2028b\x85c\x1cd"
+    details = {"answers": {"value": answers, "provenance": "measured", "source": "greedy"}}
+    Results(tmp_path, dict(ABOUT)).keep(_ended(record=_record() | {"details": details}))
+    (record,) = device.read(tmp_path)[1]
+    assert record.details["answers"]["value"] == answers
+
+
+@pytest.mark.parametrize("damage", ["no index", "half a record", "no steps", "a rehearsal", "half a character"])
 def test_damage_is_named_in_one_line_and_the_page_stays(home, damage, capsys):
+    index = home / "out" / results.INDEX
     if damage == "no index":
-        (home / "out" / results.INDEX).unlink()
+        index.unlink()
     elif damage == "no steps":
-        (home / "out" / results.INDEX).write_text("[]")
+        index.write_text("[]")
+    elif damage == "a rehearsal":
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"device": "cpu"}))
+    elif damage == "half a character":
+        with (home / "out" / results.RECORDS).open("ab") as file:
+            file.write('{"reason": "…'.encode()[:-1])
     else:
         with (home / "out" / results.RECORDS).open("a") as file:
             file.write('{"schema": 2, "opt')

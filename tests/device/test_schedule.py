@@ -71,6 +71,12 @@ def test_a_model_with_weights_comes_last_and_names_its_folder():
     assert (last.model, last.checkpoints) == ("small", "/weights")
 
 
+def test_a_model_of_a_group_whose_weights_are_there_runs_once_with_them():
+    planned = schedule.steps(SIZES, checkpoints={"qwen3-vl-2b": "/weights"})
+    assert [step.name for step in planned] == [step.name for step in schedule.steps(SIZES)]
+    assert {step.checkpoints for step in planned if step.model == "qwen3-vl-2b"} == {"/weights"}
+
+
 def test_attention_is_asked_at_32k_and_sparsity_at_two_of_four():
     by_name = {step.optimization: step.parameters for step in schedule.steps(SIZES)[1:]}
     assert by_name["adaptive_sparse_attention"]["context"] == 32768

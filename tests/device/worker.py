@@ -137,6 +137,7 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         print(f"--- {request['optimization']}--{request['model']}", flush=True)
+        reason = None
         try:
             if held is None:
                 from lib.models import loading
@@ -145,12 +146,16 @@ def main() -> None:
             play(request, held, tell)
         except BaseException as error:
             traceback.print_exc()
-            tell(event="failed", reason=f"{type(error).__name__}: {' '.join(str(error).split())}"[:500])
-            error.__traceback__ = None  # or its frames would keep what the notebook made
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+            if not isinstance(error, Exception):
+                tell(event="failed", reason=reason)
+                raise
+        if reason is not None:
+            # Here the error has gone, with its causes, whose frames kept what the notebook made. Who is told measures
+            # at once what room the next step has.
             with contextlib.suppress(Exception):
                 _free()
-            if not isinstance(error, Exception):
-                raise
+            tell(event="failed", reason=reason)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ WORDS = {
 
 
 def read(folder: Path) -> tuple[dict[str, Any], list[Record]]:
-    """Return the index and the records of a session. Raises UserError naming the damaged file."""
+    """Return the index and the records of a session. Raises UserError naming the damaged file, and for a rehearsal: its
+    tiny models bear the names of the real ones.
+    """
     path = folder / "index.json"
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
@@ -43,9 +45,14 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Record]]:
         raise UserError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(index, dict) or not isinstance(index.get("steps"), list):
         raise UserError(f'{path}: expected a JSON object with "steps"; give the folder of a session')
+    if index.get("device") == "cpu":
+        raise UserError(f"{path}: of a rehearsal, of tiny models on a processor; give the folder of a session on a GPU")
     lines = folder / "records.jsonl"
     read_records = []
-    for number, line in enumerate(lines.read_text("utf-8").splitlines() if lines.is_file() else (), 1):
+    # By the byte: `splitlines` would also break at characters that JSON leaves as they are, such as U+2028.
+    for number, line in enumerate(lines.read_bytes().split(b"\n") if lines.is_file() else (), 1):
+        if not line:
+            continue
         try:
             content = json.loads(line)
         except ValueError:

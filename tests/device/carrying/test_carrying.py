@@ -68,6 +68,21 @@ def test_what_is_fetched_brings_what_it_needs_and_nothing_that_is_there(tmp_path
     assert fetched_names == [], "what lies there already is not fetched again"
 
 
+def test_what_is_there_in_a_version_too_old_is_fetched_and_so_is_what_is_small(tmp_path):
+    """`missing` would refuse it there, when the time on the device runs already."""
+    fetched_names = []
+
+    def get(requirement: str, folder: Path, python: str) -> None:
+        fetched_names.append(requirement.split(">")[0])
+        _wheel(folder, fetched_names[-1])
+
+    present = [name for name in wheels.NEEDED if name not in ("nvidia-ml-py", "pandas", "torch")]
+    wheels.fetch(tmp_path, [*present, "pandas==1.0", "torch==2.11.0+cu130"], get=get)
+    assert sorted(fetched_names) == ["nvidia-ml-py", "pandas"]
+    with pytest.raises(UserError, match=r"torch: has to be on the machine \(>="):
+        wheels.fetch(tmp_path, [*present, "torch==1.0"], get=get)
+
+
 def test_wheels_above_the_limit_are_refused_by_name(tmp_path):
     def get(requirement: str, folder: Path, python: str) -> None:
         _wheel(folder, "zeus", size=50_000)

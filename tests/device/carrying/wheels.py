@@ -27,6 +27,7 @@ NEEDED = (
     "torch", "transformers", "zeus",
 )  # fmt: skip
 AS_FOUND = ("torch", "transformers", "triton", "nvidia-")
+SMALL = ("nvidia-ml-py",)  # bears the name of the driver's libraries, and is none: it asks them
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 
@@ -96,21 +97,24 @@ def fetch(
     get: Callable[[str, Path, str], None] = download,
     most_bytes: int = MOST_BYTES,
 ) -> list[Path]:
-    """Download into `folder` what a machine with the packages `present` lacks, and what that needs; return the wheels.
+    """Download into `folder` what a machine with the packages `present` (NAME, or NAME==VERSION) lacks or has in a
+    version that requirements.txt does not accept, and what that needs; return the wheels.
 
     Raises UserError where they take more than `most_bytes` together, or where something is missing that has to be found
     on the machine (AS_FOUND).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    have, accepted = {normal(name) for name in present}, bounds()
+    accepted = bounds()
+    have = {name for name, version in map(_entry, present) if not version or satisfies(version, accepted.get(name, ""))}
     waiting = [name + accepted.get(normal(name), "") for name in NEEDED]
     while waiting:
         requirement = waiting.pop(0)
         name = normal(re.split(r"[<>=!~;\[ (]", requirement, maxsplit=1)[0])
         if name in have:
             continue
-        if name.startswith(AS_FOUND):
-            raise UserError(f"{name}: has to be on the machine; it is too large to be carried")
+        if name.startswith(AS_FOUND) and name not in SMALL:
+            needed = accepted.get(name) or "any version"
+            raise UserError(f"{name}: has to be on the machine ({needed}); it is too large to be carried")
         have.add(name)
         if not any(name_of(wheel) == name for wheel in folder.glob("*.whl")):
             get(requirement, folder, python)
@@ -126,6 +130,12 @@ def fetch(
             f"{largest.name}, {largest.stat().st_size / 2**20:.1f} MiB"
         )
     return wheels
+
+
+def _entry(present: str) -> tuple[str, str]:
+    """Return the name and the version of NAME==VERSION; the version is empty where there is a name alone."""
+    name, _, version = present.partition("==")
+    return normal(name), version
 
 
 def unpack(folder: Path, target: Path, lacking: Collection[str] | None = None) -> list[str]:
