@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from lib.measure.metrics.catalogue import METRICS, metric
+from lib.measure.metrics.catalogue import METRICS, SCORE_MARGIN, metric
 from lib.measure.metrics.measurement import Measurement
 from lib.report import tables
 from lib.report.analysis import advice
@@ -66,15 +66,18 @@ def trade_offs(records: Sequence[Record], speed: str, quality: str) -> None:
 
 def draw_forest(records: Sequence[Record], model: str, metric: str) -> None:
     """Display one metric of the records of a model, or of all models, with its intervals and noise floors."""
-    frame = tables.across(_of(records, model), metric)
+    runs = _of(records, model)
+    frame = tables.across(runs, metric)
+    zeros = sum(m.metric == metric and m.ratio == 0 for run in runs for m in run.measurements)
+    fell = f" {counted(zeros, 'measurement')} fell to 0, for which an axis of ratios has no place." if zeros else ""
     shown = tables.extremes(frame)
     if frame.empty:
-        tables.show_text(f"No record has {label(metric)}.")
+        tables.show_text(f"{label(metric)}:{fell}" if zeros else f"No record has {label(metric)}.")
         return
     figure = style.forest(shown, group="model", title=label(metric))
     better = (frame["verdict"] == "better").sum()
     drawn = f"{label(metric)}: {len(shown)} of {counted(len(frame), 'measurement')}"
-    style.show(figure, f"{drawn}; {better} of all are better.")
+    style.show(figure, f"{drawn}; {better} of all are better.{fell}")
 
 
 def draw_trade_offs(records: Sequence[Record], model: str, speed: str, quality: str, margin: float | None) -> None:
@@ -95,7 +98,7 @@ def draw_trade_offs(records: Sequence[Record], model: str, speed: str, quality: 
         margin=(-width, width) if width else None,
     )
     elsewhere = lost_elsewhere(_of(records, model), quality)
-    style.show(figure, f"{y_label} against speed of {len(points)} runs.{elsewhere}{rest}")
+    style.show(figure, f"{y_label} against speed of {counted(len(points), 'run')}.{elsewhere}{rest}")
 
 
 def lost_elsewhere(records: Iterable[Record], quality: str) -> str:
@@ -107,15 +110,17 @@ def lost_elsewhere(records: Iterable[Record], quality: str) -> str:
 
 
 def _chosen_trade_offs(records: Sequence[Record], model: str, speed: str, quality: str, margin: float) -> None:
-    draw_trade_offs(records, model, speed, quality, margin)
+    draw_trade_offs(records, model, speed, quality, margin if METRICS[quality].unit == "share" else None)
     tables.show_text(within_margin(_of(discoveries.settled(records), model), speed, quality, margin))
 
 
 def within_margin(records: Iterable[Record], speed: str, quality: str, margin: float) -> str:
     """Return which runs keep `quality` within `margin` points, and which of these are better in `speed`.
 
-    A run keeps it where the one-sided 95 % bound of its change lies within the margin, as in its own verdict.
+    A run keeps it where the one-sided 95 % bound of its change lies within the margin, as in its own verdict. What is
+    no share, such as perplexity, has no points: it keeps its own margin, and the text says so.
     """
+    limit = f"within {margin:g} points" if METRICS[quality].unit == "share" else "within its own margin"
     words, better = [], []
     for run in records:
         gained, score = first(run, speed), first(run, quality)
@@ -125,7 +130,7 @@ def within_margin(records: Iterable[Record], speed: str, quality: str, margin: f
         if words[-1] == "maintained" and gained.verdict == "better":
             better.append(f"{title(run.optimization)} on {run.model}")
     lost, maintained = words.count("not_maintained"), words.count("maintained")
-    summary = f"{label(quality)} within {margin:g} points: {maintained} of {counted(len(words), 'run')} keep it; "
+    summary = f"{label(quality)} {limit}: {maintained} of {counted(len(words), 'run')} keep it; "
     summary += f"lost: {lost}, cannot tell: {len(words) - maintained - lost}."
     if not better:
         return f"{summary} None that keeps it is better in {label(speed)}."
@@ -135,8 +140,9 @@ def within_margin(records: Iterable[Record], speed: str, quality: str, margin: f
 
 
 def first(run: Record, name: str) -> Measurement | None:
-    """Return the first measurement of a metric that has a ratio and is valid."""
-    return next((m for m in run.measurements if m.metric == name and m.ratio and m.verdict != "invalid"), None)
+    """Return the first measurement of a metric that has a ratio, which may be 0, and is valid."""
+    known = (m for m in run.measurements if m.metric == name and m.ratio is not None)
+    return next((m for m in known if m.verdict != "invalid"), None)
 
 
 def offer(draw: Callable[..., None], **controls: Any) -> Any:
@@ -175,7 +181,8 @@ def _metrics(names: Sequence[str], chosen: str, description: str = "metric") -> 
 def _margin(quality: str) -> Any:
     import ipywidgets
 
-    value = 100 * (metric(quality).margin or 0)
+    own = metric(quality)
+    value = 100 * (own.margin or 0) if own.unit == "share" else 100 * SCORE_MARGIN
     return ipywidgets.BoundedFloatText(value=value, min=0, max=100, step=0.5, description="margin, pts")
 
 

@@ -180,20 +180,22 @@ def speed_and_quality(
     quality.
 
     Shares are in points (hundredths), other scores in percent of the baseline, turned so that above 0 is better. `arm`
-    is the optimization's title, `label` the model. Where a metric stands for several workloads, the first counts.
+    is the optimization's title, `label` the model. Where a metric stands for several workloads, the first counts. A
+    score of 0, of a model that answers nothing right any more, is a score.
     """
     lines = []
     for record in records:
-        chosen = {m.metric: m for m in reversed(record.measurements) if m.ratio and m.verdict != "invalid"}
-        if speed not in chosen or quality not in chosen:
+        valid = [m for m in reversed(record.measurements) if m.ratio is not None and m.verdict != "invalid"]
+        speeds, scores = {m.metric: m for m in valid if m.ratio}, {m.metric: m for m in valid}
+        if speed not in speeds or quality not in scores:
             continue
         line: dict[str, object] = {
             "arm": title(record.optimization),
             "label": record.model,
-            "verdict": chosen[quality].verdict,
+            "verdict": scores[quality].verdict,
         }
-        line |= dict(zip(("x", "x_low", "x_high"), gain(chosen[speed])))
-        lines.append(line | dict(zip(("y", "y_low", "y_high"), _change(chosen[quality]))))
+        line |= dict(zip(("x", "x_low", "x_high"), gain(speeds[speed])))
+        lines.append(line | dict(zip(("y", "y_low", "y_high"), _change(scores[quality]))))
     columns = ["arm", "label", "verdict", "x", "x_low", "x_high", "y", "y_low", "y_high"]
     return pd.DataFrame(lines, columns=columns).astype(dict.fromkeys(columns[3:], float))
 

@@ -227,7 +227,11 @@ def test_the_table_sorts_by_every_column(site, open_page):
     for name in ("Quality", "Decode", "Weights", "Decision"):
         page.get_by_role("button", name=name, exact=True).click()
         assert page.locator("th[aria-sort=ascending], th[aria-sort=descending]").inner_text().startswith(name)
-    assert page.faults == []
+    fresh = open_page(site / "index.html")  # sorted by the decision: a click there turns the order round
+    assert fresh.locator("th[aria-sort=ascending]").inner_text().startswith("Decision")
+    fresh.get_by_role("button", name="Decision", exact=True).click()
+    assert fresh.locator("th[aria-sort=descending]").inner_text().startswith("Decision")
+    assert page.faults == [] and fresh.faults == []
 
 
 def test_what_was_chosen_stands_in_the_address(site, open_page):
@@ -268,6 +272,17 @@ def test_the_filter_of_the_matrix_stands_in_the_address_too(site, open_page):
     again.get_by_role("button", name="Show all").click()
     again.wait_for_function("!location.hash.includes('verdict')")
     assert page.faults == [] and again.faults == []
+
+
+def test_a_link_leads_to_a_cell_that_the_filter_had_hidden(site, open_page):
+    page = open_page(site / "index.html")
+    _tab(page, "Matrix")
+    page.get_by_role("combobox", name="Column").select_option("qwen3-vl-2b")
+    stem = f"structured_pruning--{samples.MODELS[0]}"
+    assert samples.MODELS[0] != "qwen3-vl-2b" and page.locator(f"[id='{stem}']").is_hidden()
+    page.evaluate("(stem) => { location.hash = stem; }", stem)
+    page.locator(f"[id='{stem}']").wait_for()
+    assert page.get_by_role("combobox", name="Column").input_value() == "" and page.faults == []
 
 
 def test_what_an_address_leaves_out_is_not_chosen(site, open_page):
@@ -491,4 +506,7 @@ def test_print(site, open_page):
     page.emulate_media(media="print")
     assert page.locator("#filter").is_hidden() and page.locator("nav.tabs").is_hidden()
     assert page.locator("#matrix").is_visible() and page.locator("#sources").is_visible()  # every tab is on paper
+    rows = page.locator("#decisions tbody tr").count()  # of all models: each line names its own, and the goal
+    assert page.locator("#decisions tbody tr .on:visible").count() == rows > len(samples.OPTIMIZATIONS)
+    assert page.locator("#decisions .goal:visible").count() == page.locator("#decisions .decided li:visible").count()
     assert page.pdf(format="A4")[:5] == b"%PDF-"

@@ -59,6 +59,21 @@ def test_runs_that_lose_another_score_are_counted():
     assert choosing.lost_elsewhere([*runs[:-1], lost], "f1_macro") == " 1 run loses another score beyond its margin."
 
 
+def test_a_run_that_answers_nothing_right_any_more_is_in_the_figure(displayed):
+    """Its ratio is 0, which was taken for a missing one: the worst runs stood nowhere."""
+    speed, quality = "prefill_tokens_per_second", "retrieval_exact_match"
+    lost = samples.scored(quality, 0.95, 0.0, "not_maintained", workload="retrieval")
+    kept = [m for m in samples.measurements() if m.metric != quality]
+    runs = [samples.run(samples.OPTIMIZATIONS[0]), samples.run(samples.OPTIMIZATIONS[1], measurements=[*kept, lost])]
+    assert tables.speed_and_quality(runs, speed, quality)["y"].tolist() == pytest.approx([-1.0, -95.0])
+    assert " of 2 runs keep it; lost: 1" in choosing.within_margin(runs, speed, quality, 2.0)
+    choosing.draw_forest(runs, choosing.ALL, quality)
+    choosing.draw_forest(runs[1:], choosing.ALL, quality)
+    fell = "1 measurement fell to 0, for which an axis of ratios has no place."
+    name = "key-value retrieval, exact match"
+    assert displayed == [f"{name}: 1 of 1 measurement; 0 of all are better. {fell}", f"{name}: {fell}"]
+
+
 def test_a_person_chooses_model_metric_and_margin(displayed, offered):
     choosing.forest(_records(), "prefill_tokens_per_second")
     choosing.trade_offs(_records(), "prefill_tokens_per_second", "f1_macro")
@@ -96,6 +111,16 @@ def test_a_tighter_margin_keeps_fewer():
     assert "Kept, and better in prefill rate: X on m." in choosing.within_margin(
         [slow], "prefill_tokens_per_second", "f1_macro", 5.0
     )
+
+
+def test_a_score_that_has_no_points_keeps_its_own_margin_and_says_so(displayed, offered):
+    """Perplexity is judged by its own share, whatever number of points is chosen beside it."""
+    choosing.trade_offs(_records(), "prefill_tokens_per_second", "perplexity")
+    margin = offered[0].children[1].children[-1]
+    assert margin.value == pytest.approx(2)  # as for any score, until one in points is chosen
+    margin.value = 50.0
+    assert displayed[-2] == displayed[0] and displayed[-2].startswith("perplexity: change (%)")
+    assert displayed[-1].startswith("perplexity within its own margin: 7 of 7 runs keep it")
 
 
 def test_many_runs_are_named_in_sentences_that_can_be_read():

@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lib.report.figures.theme import INK, applied, look, margin_and_baseline, new_axes, whiskers
+from lib.report.figures.theme import INK, applied, legend_columns, look, margin_and_baseline, new_axes, whiskers
 
 MOST_NAMED = 60  # points or arms whose names can still be read beside one another
+MOST_INSIDE = 6  # names of a legend that leave the curves beside it room; more stand below the axes
 
 
 def impact(
@@ -26,6 +27,7 @@ def impact(
     arm: str = "arm",
     controls: Sequence[str] = (),
     reference: float | None = None,
+    reference_name: str = "baseline",
     margin: tuple[float, float] | None = None,
     title: str = "",
     log_y: bool = False,
@@ -33,12 +35,13 @@ def impact(
     """Return a metric over an optimization's strength, one line per arm, with intervals.
 
     `frame` has a row per arm and strength: columns `x`, `y`, `arm` and, where known, the interval's ends `low`, `high`.
-    Arms named in `controls` are dashed and hollow. `reference` is the baseline's value, `margin` the band of values
-    that still counts as maintained. Labels carry the units.
+    Arms named in `controls` are dashed and hollow. `reference` is the baseline's value, or that of what
+    `reference_name` says, such as an objective; `margin` is the band of values that still counts as maintained. Labels
+    carry the units. The legend stands beside the curves, one of more than MOST_INSIDE names below the axes.
     """
     with applied():
         figure, (axes,) = new_axes(3.6)
-        margin_and_baseline(axes.axhspan, axes.axhline, margin, reference)
+        margin_and_baseline(axes.axhspan, axes.axhline, margin, reference, reference_name)
         for index, (name, rows) in enumerate(frame.groupby(arm, sort=False, observed=True)):
             rows = rows.sort_values(x)
             (colour, marker), control = look(index), name in controls
@@ -49,7 +52,13 @@ def impact(
         axes.set(xlabel=x_label, ylabel=y_label, title=title)
         if log_y:
             axes.set_yscale("log")
-        axes.legend(loc="best", fontsize=8.5)
+        handles, names = axes.get_legend_handles_labels()
+        if len(names) > MOST_INSIDE:
+            columns = legend_columns(names, 8.5, most=3)
+            figure.set_figheight(3.6 + 0.17 * -(-len(names) // columns))
+            figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=8.5)
+        elif names:
+            axes.legend(loc="best", fontsize=8.5)
     return figure
 
 
@@ -93,6 +102,8 @@ def trade_off(
                         str(row[label]), (row[x], row[y]), xytext=(6, 5), textcoords="offset points", fontsize=8
                     )
         axes.set(xlabel=x_label, ylabel=y_label, title=title)
-        if 0 < len(axes.get_legend_handles_labels()[0]) <= MOST_NAMED:
-            figure.legend(loc="outside lower center", ncols=3, fontsize=8.5)
+        handles, names = axes.get_legend_handles_labels()
+        if 0 < len(names) <= MOST_NAMED:
+            columns = legend_columns(names, 8.5, most=3)
+            figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=8.5)
     return figure

@@ -18,7 +18,7 @@ def process(frame: pd.DataFrame, *, cores: int | None = None, title: str = "") -
             above.axhline(100 * cores, color=GREY, linestyle="--", linewidth=1)
             above.text(1, 100 * cores, f"{counted(cores, 'core')} given", transform=above.get_yaxis_transform(),
                        ha="right", va="bottom", fontsize=8, color=GREY)  # fmt: skip
-            above.set_ylim(0, 100 * cores * 1.25)
+            above.set_ylim(0, 1.25 * max(100 * cores, frame["cpu_percent"].max()))
         above.set(ylabel="CPU (%)", title=title)
         below.fill_between(frame["seconds"], frame["memory_bytes"] / 1e6, color=SKY, alpha=0.5, linewidth=0)
         below.plot(frame["seconds"], frame["memory_bytes"] / 1e6, color=BLUE, linewidth=1.3)

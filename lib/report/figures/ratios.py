@@ -3,6 +3,8 @@
 Takes what `lib.report.tables.tidy` gives and returns a matplotlib Figure; judges nothing.
 """
 
+import math
+
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -28,13 +30,14 @@ def forest(frame: pd.DataFrame, *, title: str = "", label: str = "label", group:
     """Return every metric's ratio with its interval, turned so that right of 1 is better, over its noise floor.
 
     `frame` is what `tables.tidy` gives: columns `label`, `dimension`, `gain` (≥ 1 is better), `gain_low`, `gain_high`,
-    `noise_floor` (a relative half-width, or missing) and `verdict`. Rows without a ratio are left out.
+    `noise_floor` (a relative half-width, or missing) and `verdict`. Rows without a ratio are left out. An interval
+    that reaches to 0, for which the axis has no place, or without an upper end is dashed to the edge.
     """
     rows = frame.dropna(subset=["gain"]).reset_index(drop=True)
     rows = rows[rows["gain"] > 0].reset_index(drop=True)
     with applied():
         figure, (axes,) = new_axes(1.3 + 0.3 * max(len(rows), 1) + 0.22 * rows[group].nunique())
-        position, ticks = 0.0, []
+        position, placed = 0.0, []
         for name, members in rows.groupby(group, sort=False, observed=True):
             axes.text(
                 0.0,
@@ -47,15 +50,17 @@ def forest(frame: pd.DataFrame, *, title: str = "", label: str = "label", group:
             )
             position += 0.8
             for _, row in members.iterrows():
-                ticks.append((position, row[label]))
+                placed.append((position, row))
                 _forest_row(axes, row, position)
                 position += 1
         axes.axvline(1, color=INK, linewidth=1)
-        axes.set_yticks([at for at, _ in ticks], [text for _, text in ticks])
+        axes.set_yticks([at for at, _ in placed], [row[label] for _, row in placed])
         axes.set_ylim(max(position - 0.2, 1), -0.6)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
         _ratio_axis(axes)
+        for at, row in placed:
+            _open_end(axes, row, at)
         axes.set(xlabel="optimized against baseline, turned so that right of 1 is better", title=title)
         _verdict_legend(figure, rows["verdict"], floor=bool((rows["noise_floor"] > 0).any()))
     return figure
@@ -66,8 +71,9 @@ def _forest_row(axes: Axes, row: pd.Series, position: float) -> None:
     floor = row.get("noise_floor")
     if pd.notna(floor) and floor > 0:
         axes.barh(position, (1 + floor) - 1 / (1 + floor), left=1 / (1 + floor), height=0.8, color=BAND, zorder=0)
-    if row.get("gain_low", 0) > 0 and row.get("gain_high", 0) > 0:
-        axes.plot([row["gain_low"], row["gain_high"]], [position] * 2, color=colour, linewidth=2, solid_capstyle="butt")
+    if known := _ends(row):
+        ends = known if len(known) == 2 else [*known, row["gain"]]
+        axes.plot(ends, [position] * 2, color=colour, linewidth=2, solid_capstyle="butt")
     face = colour if filled else "white"
     axes.plot(
         row["gain"],
@@ -79,6 +85,21 @@ def _forest_row(axes: Axes, row: pd.Series, position: float) -> None:
         linestyle="none",
         zorder=3,
     )
+
+
+def _ends(row: pd.Series) -> list[float]:
+    """Return the ends of a row's interval that an axis of ratios has a place for: none at 0, none at infinity."""
+    ends = [row.get("gain_low"), row.get("gain_high")]
+    return [float(end) for end in ends if end is not None and 0 < end < math.inf]
+
+
+def _open_end(axes: Axes, row: pd.Series, position: float) -> None:
+    """Draw an interval that reaches to 0, or has no upper end, dashed to the edge of the finished axis."""
+    known = _ends(row)
+    if len(known) == 1:
+        colour, _, _ = VERDICTS.get(row["verdict"], (GREY, "o", False))
+        edge = axes.get_xlim()[int(known[0] == row.get("gain_low"))]
+        axes.plot([row["gain"], edge], [position] * 2, color=colour, linewidth=2, linestyle=(0, (1.5, 1)))
 
 
 def _ratio_axis(axes: Axes) -> None:

@@ -3,11 +3,16 @@
 Takes tidy frames and returns matplotlib Figures; knows nothing of records.
 """
 
+from collections.abc import Sequence
+
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
-from lib.report.figures.theme import INK, applied, look, margin_and_baseline, new_axes, whiskers
+from lib.report.figures.theme import BAND, INK, applied, legend_columns, look, margin_and_baseline, new_axes, whiskers
 
 MOST_LOOKS = 24  # colours and markers that a legend can tell apart
 
@@ -18,8 +23,9 @@ def panels(frame: pd.DataFrame, *, x_label: str, y_label: str, log_y: bool = Fal
     `frame` has columns `model`, `arm`, `strength`, `value`, `low`, `high`.
     """
     models, arms = list(dict.fromkeys(frame["model"])), list(dict.fromkeys(frame["arm"]))
+    columns, more = _legend(arms, most=4)
     with applied():
-        figure, axes = _grid(len(models), x_label, y_label, height=2.5, more=0.6)
+        figure, axes = _grid(len(models), x_label, y_label, height=2.5, more=more)
         for panel, model in zip(axes, models):
             for index, arm in enumerate(arms):
                 rows = frame[(frame["model"] == model) & (frame["arm"] == arm)].sort_values("strength")
@@ -30,7 +36,7 @@ def panels(frame: pd.DataFrame, *, x_label: str, y_label: str, log_y: bool = Fal
             if log_y:
                 panel.set_yscale("log")
         handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8.5)
+        figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=8.5)
     return figure
 
 
@@ -52,8 +58,10 @@ def trade_offs(
     if len(arms) > MOST_LOOKS:
         arms = ["every optimization"]
         frame = frame.assign(arm=arms[0])
+    names = arms if margin is None else [*arms, "within the margin"]
+    columns, more = _legend(names, most=3)
     with applied():
-        figure, axes = _grid(len(models), x_label, y_label, height=2.7, more=0.9)
+        figure, axes = _grid(len(models), x_label, y_label, height=2.7, more=more)
         for panel, model in zip(axes, models):
             margin_and_baseline(panel.axhspan, panel.axhline, margin, None)
             panel.axvline(1, color=INK, linewidth=0.8)
@@ -72,9 +80,17 @@ def trade_offs(
                 panel.scatter(rows["x"], rows["y"], color=colour, marker=marker, s=42, zorder=3)
             panel.set_title(model)
         looks = [look(index) for index in range(len(arms))]
-        handles = [axes[0].plot([], [], color=colour, marker=mark, linestyle="")[0] for colour, mark in looks]
-        figure.legend(handles, arms, loc="outside lower center", ncols=3, fontsize=8.5)
+        handles: list[Artist] = [Line2D([], [], color=colour, marker=mark, linestyle="") for colour, mark in looks]
+        if margin is not None:
+            handles.append(Patch(color=BAND, alpha=0.6))
+        figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=8.5)
     return figure
+
+
+def _legend(names: Sequence[str], most: int) -> tuple[int, float]:
+    """Return how many columns, at `most`, the legend below the panels has, and the inches that it takes."""
+    columns = legend_columns(names, 8.5, most)
+    return columns, 0.25 + 0.17 * -(-len(names) // columns)
 
 
 def _grid(count: int, x_label: str, y_label: str, *, height: float, more: float) -> tuple[Figure, list[Axes]]:
@@ -88,5 +104,6 @@ def _grid(count: int, x_label: str, y_label: str, *, height: float, more: float)
         unused.set_axis_off()
     for panel in axes[max(count - columns, 0) : count]:
         panel.set_xlabel(x_label)
+        panel.tick_params(labelbottom=True)  # shared axes leave the numbers out above an empty place
     figure.supylabel(y_label, fontsize=9.5)
     return figure, list(axes[:count])

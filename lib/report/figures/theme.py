@@ -3,7 +3,7 @@
 Colours are Okabe and Ito's, safe for the colour-blind; no meaning rests on colour alone. Knows no chart.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 WIDTH_INCHES, DPI = 7.6, 160
+LETTER, BESIDE = 0.6, 5.0  # in a legend, in sizes of its font: a letter at most on average, a column's mark and gaps
 INK, GREY, BAND = "#1a1a1a", "#6b6b6b", "#d9dde2"
 BLUE, VERMILLION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 PURPLE, SKY = "#CC79A7", "#56B4E9"
@@ -57,6 +58,14 @@ def look(index: int) -> tuple[str, str]:
     return ARMS[index % len(ARMS)], MARKERS[(index + index // len(ARMS)) % len(MARKERS)]
 
 
+def legend_columns(names: Iterable[str], fontsize: float, most: int) -> int:
+    """Return how many columns of a legend fit beside one another on the page's width: `most`, or fewer where the names
+    are long. A legend that is wider than its figure is cut off on both sides.
+    """
+    room = 72 * WIDTH_INCHES / fontsize
+    return max(1, min(most, int(room // (LETTER * max(map(len, names), default=0) + BESIDE))))
+
+
 def whiskers(axes: Axes, frame: pd.DataFrame, x: str, y: str, low: str, high: str, **options: Any) -> None:
     """Draw vertical intervals where the frame has them."""
     if low in frame and high in frame:
@@ -67,13 +76,17 @@ def whiskers(axes: Axes, frame: pd.DataFrame, x: str, y: str, low: str, high: st
 
 
 def margin_and_baseline(
-    span: Callable, line: Callable, margin: tuple[float, float] | None, reference: float | None
+    span: Callable,
+    line: Callable,
+    margin: tuple[float, float] | None,
+    reference: float | None,
+    reference_name: str = "baseline",
 ) -> None:
-    """Draw, across the axes, the band of what still counts as maintained, and the baseline's value."""
+    """Draw, across the axes, the band of what still counts as maintained, and the value of `reference_name`."""
     if margin is not None:
         span(*margin, color=BAND, alpha=0.6, linewidth=0, label="within the margin", zorder=0)
     if reference is not None:
-        line(reference, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="baseline", zorder=1)
+        line(reference, color=INK, linewidth=1, linestyle=(0, (1, 2)), label=reference_name, zorder=1)
 
 
 def bar_interval(axes: Axes, row: pd.Series, name: str, at: float) -> None:

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib.report.figures.theme import BAND, GREY, INK, STYLE, VERMILLION, applied, look, new_axes
+from lib.report.figures.theme import BAND, GREY, INK, STYLE, VERMILLION, applied, legend_columns, look, new_axes
 
 KINDS = ("line", "steps", "points", "bars")
 
@@ -57,7 +57,8 @@ def timeline(panels: Sequence[Panel], *, marks: Sequence[tuple[float, str]] = ()
         figure.align_ylabels(list(axes))
         handles = {label: handle for place in axes for handle, label in zip(*place.get_legend_handles_labels())}
         if handles:
-            figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8.5)
+            columns = legend_columns(handles, 8.5, most=4)
+            figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8.5)
     return figure
 
 

@@ -11,12 +11,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lib.measure.metrics.catalogue import METRICS
-from lib.report.figures.theme import INK, applied, look, new_axes, whiskers
+from lib.report.figures.theme import INK, applied, legend_columns, look, new_axes, whiskers
 from lib.report.records import history
 from lib.report.text.quantities import counted, times
 from lib.report.text.wording import label, title
 
 MOST = 30
+MOST_MODELS, WITH_TIMES = 6, 4  # models beside one another; so many leave room for the times of day below their panels
 RUN = ["optimization", "model", "metric"]
 CONDITIONS = ["effort", "machine", "workload"]
 
@@ -47,10 +48,14 @@ def of(frame: pd.DataFrame, dimension: str) -> pd.DataFrame:
 
 
 def draw(frame: pd.DataFrame) -> Figure:
-    """Return a panel per metric and model: the gain of each optimization with its interval, build after build."""
+    """Return a panel per metric and model, of the first MOST_MODELS models: the gain of each optimization with its
+    interval, build after build.
+    """
+    models = sorted(set(frame["model"]))[:MOST_MODELS]
+    frame = frame[frame["model"].isin(models)]
     metrics = [name for name in METRICS if name in set(frame["metric"])]
-    models, arms = sorted(set(frame["model"])), sorted(set(frame["optimization"]))
-    days = frame.drop_duplicates("at").set_index("at")["build"].str[5:16].str.replace("T", " ").sort_index()
+    arms, written = sorted(set(frame["optimization"])), 16 if len(models) <= WITH_TIMES else 10
+    days = frame.drop_duplicates("at").set_index("at")["build"].str[5:written].str.replace("T", " ").sort_index()
     shown = days.iloc[[0, -1]] if len(days) > 1 else days
     with applied():
         figure, axes = new_axes(
@@ -78,7 +83,9 @@ def draw(frame: pd.DataFrame) -> Figure:
         figure.suptitle("Gain over the baseline, above 1 is better; from the first build to the last", fontsize=8.5)
         looks = [look(index) for index in range(len(arms))]
         handles = [axes[0].plot([], [], color=colour, marker=marker)[0] for colour, marker in looks]
-        figure.legend(handles, [title(name) for name in arms], loc="outside lower center", ncols=4, fontsize=7.5)
+        names = [title(name) for name in arms]
+        columns = legend_columns(names, 7.5, most=4)
+        figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=7.5)
     return figure
 
 
@@ -90,9 +97,10 @@ def words(frame: pd.DataFrame) -> str:
     moved = _moved(frame)
     changes = "; ".join(moved[:6]) + (f"; and {len(moved) - 6} more" if len(moved) > 6 else "")
     last = f"since the build before, intervals that no longer overlap: {changes or 'none'}"
-    builds = frame["at"].nunique()
+    builds, models = frame["at"].nunique(), frame["model"].nunique()
+    drawn = f" Drawn are the first {MOST_MODELS} of {models} models." if models > MOST_MODELS else ""
     return f"{about} over {counted(builds, 'build')}, {span}" + (
-        f"; {last}." if builds > 1 else "; nothing to compare."
+        f"; {last}.{drawn}" if builds > 1 else f"; nothing to compare.{drawn}"
     )
 
 

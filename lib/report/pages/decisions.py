@@ -130,7 +130,8 @@ def _cell(name: str, measurement: Measurement | None) -> dict[str, Any]:
     if measurement is None:
         return {"name": name, "text": "–", "spread": "", "state": "unavailable", "sign": "", "verdict": "", "value": ""}
     text = brief.phrase(measurement) if name == "quality" else brief.value(measurement)
-    value = (measurement.ratio - 1) * (1 if measurement.higher_is_better else -1) if measurement.ratio else ""
+    turn, ratio = 1 if measurement.higher_is_better else -1, measurement.ratio
+    value = "" if ratio is None else (ratio - 1) * turn  # a ratio of 0 is the largest loss, not a missing one
     return {
         "name": name,
         "text": text,

@@ -80,8 +80,8 @@ def _other_speed(name: str, results: Results) -> str:
 
 def _numbers(record: Record) -> tuple[Measurement, Measurement] | None:
     """Return the measurements of speed and quality that make a record's point; None where one is missing."""
-    members = [m for m in record.measurements if sentence.gain(m)[0] is not None and m.verdict != "invalid"]
-    timed = [m for m in members if m.dimension == "performance"]
+    members = [m for m in record.measurements if m.ratio is not None and m.verdict != "invalid"]
+    timed = [m for m in members if m.dimension == "performance" and sentence.gain(m)[0] is not None]
     speed = next((m for m in timed if m.metric == SPEED), None) or next(
         (m for m in verdict.headline(timed, "performance") if m.metric in verdict.HEADLINES["performance"]), None
     )

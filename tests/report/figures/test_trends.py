@@ -1,5 +1,6 @@
 """Metrics over the builds of the history: what is read, what is said to have moved, and what may not be compared."""
 
+import pandas as pd
 import pytest
 
 from lib.report.figures import style, trends
@@ -71,6 +72,17 @@ def test_only_the_last_builds_are_drawn(dated, monkeypatch):
     monkeypatch.setattr(trends, "MOST", 2)
     frame = trends.read(_store(dated, [1.2, 1.3, 1.4]), "proxy")
     assert list(frame["at"].unique()) == [0, 1] and frame["gain"].max() < 1.5
+
+
+def test_of_many_models_the_first_are_drawn_and_that_is_said(dated):
+    """A column for each of a dozen models left their panels no width."""
+    frame = trends.read(_store(dated, [1.2, 1.3]), "proxy")
+    speed = frame[(frame["dimension"] == "performance") & (frame["model"] == samples.MODELS[0])]
+    many = pd.concat([speed.assign(model=f"model-{number:02}") for number in range(9)], ignore_index=True)
+    figure = trends.draw(many)
+    assert len(figure.axes) == trends.MOST_MODELS * speed["metric"].nunique()
+    assert style.png(figure).startswith(b"\x89PNG")
+    assert trends.words(many).endswith("Drawn are the first 6 of 9 models.") and "Drawn" not in trends.words(speed)
 
 
 def test_another_workload_is_not_compared(dated):

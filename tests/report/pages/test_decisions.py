@@ -44,6 +44,16 @@ def test_the_columns_are_quality_prefill_decode_and_weights(tmp_path):
     assert "quick" in row.th.get_text()  # which pass it is of
 
 
+def test_a_score_that_is_lost_altogether_sorts_as_the_largest_loss(tmp_path):
+    """Its ratio is 0, which was taken for a missing one, and those stand last whichever way the column is sorted."""
+    lost = samples.scored("f1_macro", 0.91, 0.0, "not_maintained")
+    run = samples.run(measurements=[samples.timed("prefill_tokens_per_second", 1.3), lost])
+    record.write(run, tmp_path / f"{run.stem}.json")
+    [row] = _rows(tmp_path)
+    assert row.select_one('td[data-label="Quality"]')["data-value"] == "-1"
+    assert row.select_one('td[data-label="Decode"]')["data-value"] == ""
+
+
 def test_no_sentence_is_long(tmp_path):
     samples.mixed(tmp_path)
     for row in _rows(tmp_path):

@@ -69,8 +69,8 @@ def test_the_overview_stands_any_number_of_records(count, tmp_path, in_notebooks
     names = _overview(tmp_path)
     output = capsys.readouterr().out
     assert len(names["measured"]) == count
-    assert f"{count + 1} records in {tmp_path.name}: {count} measured, 1 without a result, 1 damaged" in output
-    assert "Damaged: a--b: a--b.json: not a record" in output
+    assert f"Records in {tmp_path.name}: {count + 1}; {count} measured, 1 without a result, 1 damaged." in output
+    assert "Damaged: a--b.json: not a record" in output and "build it again.</p>" in output
     assert len(names["points"]) == count
     assert ("No record has prefill rate." in output) == (count == 0)
 
@@ -81,7 +81,15 @@ def test_the_overview_counts_machines_by_cores_and_device_and_says_so_first(tmp_
         run = run.model_copy(update={"environment": run.environment | change})
         record.write(run, tmp_path / f"{run.stem}.json")
     _overview(tmp_path)
-    assert ": '<p>3 combination(s) of scale, effort and machine." in capsys.readouterr().out
+    assert ": '<p>Combinations of scale, effort and machine: 3." in capsys.readouterr().out
+
+
+def test_the_overview_reads_the_results_that_jupyterlab_was_opened_on(tmp_path, in_notebooks, monkeypatch):
+    """`build.py lab --out DIR` shows the results below DIR on its start page; the overview beside it reads the same."""
+    run = samples.run("structured_pruning", samples.MODELS[0])
+    record.write(run, tmp_path / "proxy" / f"{run.stem}.json")
+    monkeypatch.setenv("WORKBENCH_RESULTS", str(tmp_path))
+    assert [r.stem for r in _overview("")["measured"]] == [run.stem]
 
 
 def test_the_overview_of_records_without_a_result(tmp_path, in_notebooks, capsys):

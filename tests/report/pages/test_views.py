@@ -90,6 +90,13 @@ def test_no_best_trade_off_rests_on_a_speed_that_is_not_judged():
         assert bool(chart["front"]) is judged
 
 
+def test_a_run_that_answers_nothing_right_any_more_has_its_point():
+    lost = samples.scored(views.QUALITY, 0.91, 0.0, "not_maintained")
+    run = samples.run(measurements=[samples.timed(views.SPEED, 1.3), lost])
+    point = views.point(run, {run.optimization: "1"})
+    assert point is not None and point.y == pytest.approx(-91) and point.state == "not_maintained"
+
+
 @pytest.mark.parametrize("count", [1, 2, 11])
 def test_a_chart_is_sound_and_says_what_it_shows(count):
     states = ("maintained", "not_maintained", "inconclusive")

@@ -50,12 +50,13 @@ def comprehensive(results: Results, folder: str) -> tuple[str, Pictures]:
     parts.append(_headlines(results.measured))
     frame = tables.across(results.measured, "prefill_tokens_per_second")
     if len(frame):
-        pictures["prefill.png"] = style.png(style.forest(frame, group="model", title="prefill rate"))
+        shown = tables.extremes(frame)
+        pictures["prefill.png"] = style.png(style.forest(shown, group="model", title="prefill rate"))
         verdicts = ", ".join(f"{count} {words(str(word))}" for word, count in frame["verdict"].value_counts().items())
-        parts += [
-            "## Speed",
-            _picture(f"Prefill rate of {len(frame)} runs with intervals: {verdicts}.", folder, "prefill"),
-        ]
+        alt = f"Prefill rate of {len(frame)} runs with intervals: {verdicts}."
+        if len(shown) < len(frame):
+            alt += f" Drawn are the {len(shown)} with the least and the largest gains."
+        parts += ["## Speed", _picture(alt, folder, "prefill")]
     points = tables.speed_and_quality(results.measured)
     if len(points):
         shown, note = tables.few(points, "label")

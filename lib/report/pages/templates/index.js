@@ -94,7 +94,7 @@
 
   function sortBy(key) {
     const bestFirst = key !== "optimization" && key !== "decision"; // a larger change is a better one
-    order.down = order.key === key ? !order.down : bestFirst;
+    order.down = (order.key || "decision") === key ? !order.down : bestFirst;
     order.key = key;
     sort();
     remember();
@@ -126,6 +126,11 @@
     filter.elements.shown.value = `${shown.length} of ${cells.length} cells shown`;
   }
 
+  function unsift() {
+    for (const field of Object.values(SIFTED)) filter.elements[field].value = "";
+    sift();
+  }
+
   function fragment() {
     try {
       return decodeURIComponent(location.hash.slice(1));
@@ -141,6 +146,8 @@
       const tab = target && tabs.find((other) => panelOf(other).contains(target));
       if (tab) {
         show(tab);
+        // What a link leads to is shown, whatever the filter says.
+        if (filter && (target.closest("[hidden]") || target.querySelector(".inside[hidden]"))) unsift();
         target.scrollIntoView();
       }
       return;

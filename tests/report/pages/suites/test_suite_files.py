@@ -192,6 +192,17 @@ def test_what_is_estimated_is_averaged_with_nothing_that_was_measured():
     assert "| goodput, estimated | 4 | 2.00× |" in suite_pages.comprehensive(results, "files")[0]
 
 
+def test_a_picture_of_many_runs_draws_some_and_says_so():
+    """A line for each of some thousand runs was a picture higher than any that can be written."""
+    names = tuple(f"optimization_{number}" for number in range(70))
+    runs = [samples.run().model_copy(update={"optimization": name}) for name in names]
+    results = result_set.Results("proxy", runs, {}, names, (samples.MODELS[1],))
+    text, pictures = suite_pages.comprehensive(results, "files")
+    assert "Prefill rate of 70 runs with intervals: 70 better. Drawn are the 60 with the least" in text
+    few, _ = suite_pages.comprehensive(result_set.Results("proxy", runs[:2], {}, names[:2], results.models), "files")
+    assert "Prefill rate of 2 runs with intervals: 2 better.]" in few and "prefill.png" in pictures
+
+
 def test_the_archive_holds_pages_and_files_and_no_log(written, tmp_path):
     import shutil
     import zipfile

@@ -1,0 +1,107 @@
+"""Legends and axes of figures with many arms, long names or a place left over: all of it can be read."""
+
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from lib.report.figures import curves, small_multiples, style, timelines
+from lib.report.figures.timelines import Panel
+
+LONG = [f"sparse neural networks, a control with a long name {number}" for number in range(9)]
+
+
+def _curves(arms: list[str]) -> pd.DataFrame:
+    lines = [(strength, 1 + 0.1 * at, arm, "a-model") for at, arm in enumerate(arms) for strength in (0.1, 0.3)]
+    frame = pd.DataFrame(lines, columns=["strength", "value", "arm", "model"])
+    return frame.assign(low=frame["value"] - 0.01, high=frame["value"] + 0.01)
+
+
+def _points(arms: list[str], models: list[str]) -> pd.DataFrame:
+    lines = [(1 + 0.1 * at, -0.1 * at, arm, model) for model in models for at, arm in enumerate(arms)]
+    frame = pd.DataFrame(lines, columns=["x", "y", "arm", "label"])
+    return frame.assign(x_low=0.9, x_high=1.9, y_low=-2.0, y_high=2.0)
+
+
+def _names(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        lambda: style.impact(_curves(LONG), x_label="x", y_label="y"),
+        lambda: style.trade_off(_points(LONG, ["m"]), x_label="x", y_label="y"),
+        lambda: small_multiples.panels(_curves(LONG), x_label="x", y_label="y"),
+        lambda: small_multiples.trade_offs(_points(LONG, ["m"]), x_label="x", y_label="y"),
+        lambda: timelines.timeline([Panel(_curves(LONG[:4]).assign(seconds=1.0), "rows", "steps")] * 2),
+    ],
+)
+def test_a_legend_of_long_names_is_as_wide_as_its_figure_at_most(drawn):
+    figure = drawn()
+    assert style.png(figure)
+    box = figure.legends[0].get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.x1 and set(_names(figure)) <= set(LONG)
+
+
+def test_short_names_stand_beside_one_another():
+    figure = small_multiples.trade_offs(_points(["a", "b", "c"], ["m"]), x_label="x", y_label="y")
+    assert style.png(figure)
+    heights = {round(text.get_window_extent().y0) for text in figure.legends[0].get_texts()}
+    assert len(heights) == 1
+
+
+def test_the_names_of_many_curves_stand_below_them():
+    few, many = (style.impact(_curves(LONG[:count]), x_label="x", y_label="y") for count in (curves.MOST_INSIDE, 9))
+    assert not few.legends and few.axes[0].get_legend() is not None
+    assert many.axes[0].get_legend() is None and _names(many) == LONG
+    assert many.get_figheight() > few.get_figheight()
+
+
+def test_a_line_that_is_no_baseline_is_not_called_so():
+    options = {"x_label": "rows", "y_label": "ms", "reference": 1.0}
+    for name, named in (("baseline", {}), ("objective", {"reference_name": "objective"})):
+        (axes,) = style.impact(_curves(["one"]), **options, **named).axes
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == [name, "one"]
+
+
+def test_the_band_of_small_multiples_is_named():
+    options = {"x_label": "x", "y_label": "y"}
+    frame = _points(["one", "other"], ["m"])
+    assert _names(small_multiples.trade_offs(frame, **options)) == ["one", "other"]
+    assert _names(small_multiples.trade_offs(frame, **options, margin=(-2, 2)))[-1] == "within the margin"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "side", "lines"),
+    [(0.0, 0.9, 0, 2), (0.4, None, 1, 2), (0.4, 0.9, None, 1), (None, None, None, 0), (0.0, None, None, 0)],
+)
+def test_an_interval_without_an_end_on_the_axis_is_drawn_to_its_edge(low, high, side, lines):
+    """A score that may be 0 was drawn without any interval, as if it were known exactly."""
+    row = {"label": "retrieval", "dimension": "accuracy", "gain": 0.6, "gain_low": low, "gain_high": high}
+    frame = pd.DataFrame([row | {"noise_floor": None, "verdict": "not_maintained"}])
+    frame = frame.astype(dict.fromkeys(["gain_low", "gain_high", "noise_floor"], float))
+    figure = style.forest(frame)
+    assert style.png(figure)
+    (axes,) = figure.axes
+    drawn = [list(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 2 and line.get_linewidth() == 2]
+    assert len(drawn) == lines
+    if side is not None:
+        assert drawn[-1] == [0.6, axes.get_xlim()[side]] and (low or high) in drawn[0]
+
+
+def test_a_run_that_took_more_than_it_was_given_is_drawn_whole():
+    frame = pd.DataFrame({"seconds": [0.0, 1.0], "cpu_percent": [150.0, 900.0], "memory_bytes": [1e6, 2e6]})
+    assert style.process(frame, cores=2).axes[0].get_ylim()[1] > 900
+    assert style.process(frame.head(1), cores=2).axes[0].get_ylim()[1] == 250
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_every_lowest_panel_has_its_numbers(count):
+    """Of an odd number of models the last but one stands above an empty place."""
+    frame = _points(["one"], [f"m{number}" for number in range(count)])
+    figure = small_multiples.trade_offs(frame, x_label="gain (×)", y_label="y")
+    assert style.png(figure)
+    lowest = [axes for axes in figure.axes if axes.get_xlabel()]
+    assert len(lowest) == min(count, 2)
+    for axes in lowest:
+        assert any(tick.label1.get_visible() for tick in axes.xaxis.get_major_ticks())
