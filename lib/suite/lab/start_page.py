@@ -77,11 +77,11 @@ def text(
     for scale, model in dict.fromkeys((entry.scale, entry.model) for entry in listed):
         own = [entry for entry in listed if (entry.scale, entry.model) == (scale, model)]
         parts += _section(own, records.get(scale, []), damaged.get(scale, {}), scale, model)
-    others = [name for name in plan.models() if name not in {entry.model for entry in listed}]
+    others = [f"`{name}`" for name in plan.models() if name not in {entry.model for entry in listed}]
+    named = ", ".join([*others, "or a checkpoint" if others else "a checkpoint"])
     parts.append(
-        "## Another model\n\n`python build.py lab --model M` makes copies that are set to it: "
-        + ", ".join(f"`{name}`" for name in others)
-        + ", or a checkpoint: a folder, a `.gguf` file, a hub id."
+        f"## Another model\n\n`python build.py lab --model M` makes copies that are set to it: {named}: a folder, a "
+        "`.gguf` file, a hub id."
     )
     if (plan.NOTEBOOKS / f"{plan.OVERVIEW}.ipynb").is_file():
         parts.append(

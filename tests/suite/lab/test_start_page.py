@@ -1,5 +1,7 @@
 """The page on which JupyterLab opens: a line for each optimization, its minutes and its last result from records."""
 
+from dataclasses import replace
+
 import pytest
 import workbench
 
@@ -62,6 +64,13 @@ def test_a_record_that_cannot_be_read_is_not_said_to_be_missing(tmp_path):
     page = start_page.write(start_page.entries([]), tmp_path, tmp_path / ".lab").read_text(encoding="utf-8")
     last = _rows(page)["[Continuous NAS](continuous_nas.ipynb)"][2]
     assert last.startswith(f"continuous_nas--{MODEL}.json: not a record") and "build it again" in last
+
+
+def test_where_every_model_is_on_the_page_another_one_is_a_checkpoint():
+    entry = start_page.entries([])[0]
+    listed = [replace(entry, model=name) for name in plan.models()]
+    assert "set to it: a checkpoint: a folder" in start_page.text(listed, {})
+    assert f"`{plan.models()[0]}`, or a checkpoint: a folder" in start_page.text(listed[1:], {})
 
 
 def test_what_it_does_is_the_first_sentence(tmp_path):
