@@ -56,7 +56,7 @@ def test_experts_whose_width_differs_from_block_to_block_are_refused(tiny, tmp_p
     experts = anatomy(model).blocks[1].feed_forward.experts
     surgery.keep_expert_channels(experts, torch.arange(16).expand(experts.count, -1))
     folder = io.save(surgery.synchronise(model), tmp_path / "uneven")
-    with pytest.raises(NotApplicable, match="block 1 has the shapes .* one of block 0 .* slots of one size"):
+    with pytest.raises(NotApplicable, match=r"block 1 has the shapes .* one of block 0 .* slots of one size"):
         open_or_price(folder)
 
 
