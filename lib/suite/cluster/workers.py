@@ -129,13 +129,13 @@ class Crew:
                 self.refused[mark] = why
             else:
                 accepted[mark] = answer
-        wanted = [(mark, answer) for mark, answer in accepted.items() for _ in range(self.tokens[mark])]
+        wanted: list[Claim] = [(mark, answer) for mark, answer in accepted.items() for _ in range(self.tokens[mark])]
         claims = self._with_own_gpus(wanted)
-        for (mark, answer), mine in zip(claims, self._cores([answer for _, answer in claims]), strict=True):
+        for (mark, told), mine in zip(claims, self._cores([told for _, told in claims]), strict=True):
             if mine:
-                self.slots.append(WorkerSlot(*mark, answer["host"], tuple(mine), answer.get("gpu")))
+                self.slots.append(WorkerSlot(*mark, told["host"], tuple(mine), told.get("gpu")))
             else:
-                self.refused[mark] = f"every core of {answer['machine']} that it may use belongs to another worker"
+                self.refused[mark] = f"every core of {told['machine']} that it may use belongs to another worker"
         lines = [f"{address}: {why}" for (address, _), why in self.refused.items()]
         self.refused.clear()
         return lines
