@@ -263,7 +263,8 @@ def latencies(
             results.append(measurement.unavailable(metric, workload, "too few requests finished", source))
             continue
         judged = _judged(metric, workload, values, source, disturbed=rounds.busy)
-        missing = f"{sum(unfinished)} requests of the three replays did not finish"
+        lost = sum(unfinished)
+        missing = f"{lost} request{'' if lost == 1 else 's'} of the three replays did not finish"
         results.append(measurement.unjudged(judged, missing) if any(unfinished) else judged)
     return results
 
