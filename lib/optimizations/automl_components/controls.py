@@ -7,6 +7,7 @@ Knows nothing of how the search chose.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import optuna
@@ -286,6 +287,12 @@ class SmallGrid:
     def reached(self) -> float:
         """The least share of the optimum that a seed reached."""
         return min((curve[-1] for curve in self.curves), default=0.0)
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        """The labels of the figure of `frame`, and the share that is to be reached."""
+        labels = {"x_label": f"evaluations, of {self.areas_LL.size}", "y_label": "share of the optimum"}
+        return labels | {"reference": OPTIMUM_SHARE, "reference_name": f"{percent(OPTIMUM_SHARE)} of the optimum"}
 
     def frame(self) -> pd.DataFrame:
         """Return the curves for `style.impact`."""
