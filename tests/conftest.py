@@ -75,6 +75,21 @@ def tiny():
     return make
 
 
+@pytest.fixture(params=[False, True], ids=["idle GPU", "GPU in use"])
+def waited(request, monkeypatch) -> tuple[bool, list[str]]:
+    """A machine with a GPU: whether this process has it in use, and a list that grows whenever it is waited for.
+
+    Waiting initializes a GPU, and a process with one in use reads its utilisation, its noise and its throttling.
+    """
+    import torch
+
+    times: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: request.param)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: times.append("waited"))
+    return request.param, times
+
+
 @pytest.fixture(params=sorted(TINY))
 def name(request) -> str:
     """The name of each of the four models in turn."""

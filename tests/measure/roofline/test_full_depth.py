@@ -37,15 +37,10 @@ def as_slice(model, whole: list[str]):
     return model
 
 
-@pytest.mark.parametrize("in_use", [False, True])
-def test_a_gpu_is_waited_for_where_it_is_in_use_and_else_left_alone(in_use, monkeypatch):
-    """Waiting initializes a GPU, and a process with one in use reads its utilisation, its noise and its throttling."""
-    waited = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append("waited"))
+def test_a_gpu_is_waited_for_where_it_is_in_use_and_else_left_alone(waited):
+    in_use, times = waited
     full_depth._synchronize()
-    assert bool(waited) is in_use
+    assert bool(times) is in_use
 
 
 def test_a_slice_counts_to_the_whole_models_parameters(name):

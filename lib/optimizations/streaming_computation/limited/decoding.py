@@ -111,10 +111,7 @@ def _compared(
     total = weights_bytes(folder)
     allowance = round(memory_ratio * total)
     require_binding(total, allowance)
-    arms = {
-        "baseline": {**options, "absorbed": True, "mapped": True},
-        "optimized": {**options, "memory_ratio": memory_ratio},
-    }
+    arms = _arms(options, "mapped", memory_ratio)
     if not (short := no_room(len(arms) + 1, total, allowance)):
         arms[AGAIN] = arms["baseline"]
     with ExitStack() as stack:
@@ -142,6 +139,14 @@ def _compared(
     return LimitedDecoding(rate, details, same, repeated, control_is)
 
 
+def _arms(options: Mapping[str, Any], rival: str, memory_ratio: float) -> dict[str, dict[str, Any]]:
+    """Return the options of both arms: the rival's, which decodes latents absorbed, and the streamed one's."""
+    return {
+        "baseline": {**options, "absorbed": True, rival: True},
+        "optimized": {**options, "memory_ratio": memory_ratio},
+    }
+
+
 def against_offloading(
     folder: Path,
     prompt_1T: torch.Tensor,
@@ -159,10 +164,7 @@ def against_offloading(
     options = {name: value for name, value in options.items() if name not in LEFT_OUT}
     total = weights_bytes(folder)
     allowance = round(memory_ratio * total)
-    arms = {
-        "baseline": {**options, "absorbed": True, OFFLOADED: True},
-        "optimized": {**options, "memory_ratio": memory_ratio},
-    }
+    arms = _arms(options, OFFLOADED, memory_ratio)
     try:
         require_binding(total, allowance)
         if short := no_room(3, total, total):  # its files beside the checkpoint; before, it loads the model whole

@@ -20,15 +20,10 @@ def _setting(tiny, name, batch, options=None):
     return model, library, method.saliency(model, seen), options, PROFILE, batch["input_ids"][:1]
 
 
-@pytest.mark.parametrize("in_use", [False, True])
-def test_a_gpu_is_waited_for_where_it_is_in_use_and_else_left_alone(in_use, monkeypatch):
-    """Waiting initializes a GPU, and a process with one in use reads its utilisation, its noise and its throttling."""
-    waited = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append("waited"))
+def test_a_gpu_is_waited_for_where_it_is_in_use_and_else_left_alone(waited):
+    in_use, times = waited
     assert len(subblock_costs._rounds({("part",): lambda: None}, 1, 0)["part",]) == 1
-    assert len(waited) == (4 if in_use else 0)  # on both sides of the warm-up and of the round
+    assert len(times) == (4 if in_use else 0)  # on both sides of the warm-up and of the round
 
 
 def test_several_processes_time_every_option(tiny, name, batch):
