@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import UserError
-from lib.optimizations.streaming_computation.limited.serving import Decode, Decoded, serve
+from lib.optimizations.streaming_computation.limited.serving import Decode, Decoded, serve, settle
 
 OFFLOADED = "offloaded"  # an option, and the folder of accelerate's files beside the checkpoint
 
@@ -43,7 +43,7 @@ def opened(request: Mapping[str, Any]) -> tuple[Decode, int]:
         seconds = time.perf_counter() - start
         return Decoded([] if work.output_BN is None else work.output_BN[0].tolist(), seconds)
 
-    decode()
+    settle(decode)
     return decode, private_bytes
 
 

@@ -122,9 +122,9 @@ def _compared(
         timed = interleaved.rounds(turns, blocks, seed=seed, disturbance=watch)
         groups = {name: child.group for name, child in arm.items() if child.group is not None}
         cached = {name: group.cached_bytes() for name, group in groups.items()}
-        require_counted(cached.get("baseline", allowance), allowance)
-        own = {name: group.private_bytes() for name, group in groups.items()}
         read = {name: child.answers[-1]["disk_bytes"] for name, child in arm.items()}
+        require_counted(cached.get("baseline", allowance), read["baseline"], allowance)
+        own = {name: group.private_bytes() for name, group in groups.items()}
         private = {name: child.private_bytes for name, child in arm.items()}
         same = arm["baseline"].answers[-1]["tokens"] == arm["optimized"].answers[-1]["tokens"]
     control = timed.pairs("baseline", AGAIN)
@@ -174,9 +174,9 @@ def against_offloading(
             limits = {name: child.limit(allowance) for name, child in arm.items()}
             turns, watch = {**arm, AGAIN: arm["optimized"]}, partial(children.watch, [*arm.values()])
             timed = interleaved.rounds(turns, blocks, seed=seed, repeats=blocks, disturbance=watch)
-            if (group := arm["baseline"].group) is not None:
-                require_counted(group.cached_bytes(), allowance)
             tokens, read = ({name: each.answers[-1][key] for name, each in arm.items()} for key in ANSWERED)
+            if (group := arm["baseline"].group) is not None:
+                require_counted(group.cached_bytes(), read["baseline"], allowance)
     except UserError as error:
         return measurement.unavailable(METRIC, OFFLOADING, str(error)), {"reason": str(error)}
     control = timed.pairs("optimized", AGAIN)
@@ -212,11 +212,12 @@ def require_binding(total: int, allowance: int) -> None:
         )
 
 
-def require_counted(cached: int, allowance: int) -> None:
-    """Raise UserError where the group of the plain mapping holds next to nothing of the weights that it decodes with,
-    in bytes: then their pages are counted elsewhere, and the limit does not hold for them.
+def require_counted(cached: int, read: int | None, allowance: int) -> None:
+    """Raise UserError where the group of mapped weights holds next to nothing of them (`cached`, in bytes) and a call
+    reads next to nothing again from the disk (`read`): then their pages are counted elsewhere, and no limit drives them
+    out. Where they come from the disk at every call, the process's own memory took the allowance.
     """
-    if cached < min(SLACK, allowance // 2):
+    if max(cached, read or 0) < min(SLACK, allowance // 2):
         raise UserError(
             f"the pages of mapped weights are counted in no control group here ({cached / 1e6:.1f} MB in that of their "
             "process), so that a limit does not hold for them; set TMPDIR to a folder on another disk"

@@ -5,7 +5,7 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
-from lib.optimizations.streaming_computation.limited.serving import Decode, Decoded, serve
+from lib.optimizations.streaming_computation.limited.serving import Decode, Decoded, serve, settle
 
 ROOM = 32  # positions of the cache beside prompt and answer
 ASKED = {"temperature": 0, "top_k": 1, "samplers": ["top_k"], "ignore_eos": True, "return_tokens": True}
@@ -41,7 +41,7 @@ def opened(request: Mapping[str, Any]) -> tuple[Decode, int]:
         timings = content["timings"]
         return Decoded(content["tokens"], (timings["prompt_ms"] + timings["predicted_ms"]) / 1000)
 
-    decode()
+    settle(decode)
     return decode, 0
 
 

@@ -4,11 +4,13 @@ measures itself should not be larger for it.
 Linux alone has these counts; elsewhere they are missing.
 """
 
+import ctypes
 from contextlib import suppress
 from pathlib import Path
 
 PROCESS = Path("/proc/self")
 COUNTS = {"peak": "VmHWM", "file": "RssFile", "anonymous": "RssAnon"}
+KEPT = {"M_MMAP_THRESHOLD": (-3, 2**25), "M_TRIM_THRESHOLD": (-1, 2**31 - 1)}
 
 
 def usage() -> dict[str, int]:
@@ -26,6 +28,15 @@ def reset_peak() -> bool:
         (PROCESS / "clear_refs").write_text("5")
         return True
     return False
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's allocator keep what is freed, but for blocks beyond 32 MiB, instead of giving it back and asking for
+    it again: what this process holds between two calls is then what a call needs. Others' allocators stay as they are.
+    """
+    with suppress(OSError, AttributeError):
+        for parameter, value in KEPT.values():
+            ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def disk_bytes() -> int | None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from lib.optimizations.streaming_computation.limited import process_memory
 
 GO, RESET = "go", "reset"
+SETTLING, STEADY = 5, 2**20  # calls, and the bytes by which a process that has settled still grows
 
 
 class Decoded(NamedTuple):
@@ -37,6 +38,7 @@ def serve(opened: Callable[[Mapping[str, Any]], tuple[Decode, int]]) -> None:
         request = json.loads(sys.stdin.readline())
         if request["members"]:
             Path(request["members"]).write_text(str(os.getpid()), encoding="utf-8")
+        process_memory.keep_freed_memory()
         try:
             decode, private_bytes = opened(request)
             _answer(answers, {"private_bytes": private_bytes})
@@ -44,6 +46,18 @@ def serve(opened: Callable[[Mapping[str, Any]], tuple[Decode, int]]) -> None:
                 _answer(answers, _decoded(decode) if line.strip() == GO else {"reset": process_memory.reset_peak()})
         except Exception as error:
             _answer(answers, {"failed": " ".join(f"{type(error).__name__}: {error}".split())[:300]})
+
+
+def settle(decode: Decode) -> None:
+    """Decode twice, and again until this process holds no more memory of its own than before, at most `SETTLING` times:
+    a limit is set by what it holds then.
+    """
+    held = 0
+    for call in range(SETTLING):
+        decode()
+        before, held = held, process_memory.usage().get("anonymous", 0)
+        if call and held - before < STEADY:
+            return
 
 
 def _decoded(decode: Decode) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """Processes that decode: their answers, their ends, their limits; copies that no page cache holds."""
 
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from lib.errors import UserError
 from lib.measure.timing import disturbance
-from lib.optimizations.streaming_computation.limited import children
+from lib.optimizations.streaming_computation.limited import children, process_memory, serving
 from lib.optimizations.streaming_computation.limited.children import Child
 
 # A program that stands for a model: it decodes by counting, and does on request what a program may do wrong.
@@ -106,3 +108,26 @@ def test_a_tree_in_memory_is_no_disk(monkeypatch, tmp_path):
     monkeypatch.setattr(children.Path, "read_text", lambda *_, **__: "a / ext4 rw\nb /fast tmpfs rw\n")
     assert children.in_memory("/fast/place") and not children.in_memory("/tmp/place")
     assert children.in_memory(str(tmp_path / "link" / "place")), "a link into memory is memory"
+
+
+@pytest.mark.parametrize(
+    ("held", "calls"), [([5, 5], 2), ([5, 9, 9], 3), ([9, 5], 2), (list(range(5, 50, 5)), serving.SETTLING)]
+)
+def test_a_process_has_settled_once_it_holds_no_more_than_before(monkeypatch, held, calls):
+    amounts, called = iter(held), []
+    monkeypatch.setattr(process_memory, "usage", lambda: {"anonymous": next(amounts) * serving.STEADY})
+    serving.settle(lambda: called.append(1))
+    assert len(called) == calls
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux counts what a process holds")
+def test_what_is_freed_is_kept():
+    """In a process of its own: 20 blocks of 4 MiB, freed, are still held; by default they are given back."""
+    blocks = "blocks = [b'1' * 2**22 for _ in range(20)]; del blocks; print(process_memory.usage()['anonymous'])"
+    held = []
+    for keep in ("process_memory.keep_freed_memory()", "pass"):
+        program = f"from lib.optimizations.streaming_computation.limited import process_memory; {keep}; {blocks}"
+        held.append(int(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout))
+    if held[0] == held[1]:
+        pytest.skip("another allocator than glibc's")
+    assert held[0] - held[1] > 60 * 2**20

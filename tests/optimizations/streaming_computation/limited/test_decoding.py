@@ -103,11 +103,11 @@ def test_accelerate_decodes_under_the_same_limit(tmp_path):
     if reason := _no_groups(tmp_path):
         pytest.skip(reason)
     described = parameters.read("qwen3-4b-instruct-2507")
-    sizes = {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 1024, "num_hidden_layers": 12}
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 1024, "num_hidden_layers": 24}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 512}
     config = parameters.merge(described.full, sizes)
     folder = io.save(io.build(config, described.architecture), tmp_path / "model")
-    rate, details = decoding.against_offloading(folder, torch.arange(8, 24)[None], 1, 0.3, {"prefill_chunk": 64})
+    rate, details = decoding.against_offloading(folder, torch.arange(8, 24)[None], 1, 0.45, {"prefill_chunk": 64})
     assert rate.ratio is not None, rate.reason
     assert details["same_tokens"] and rate.n == decoding.BLOCKS and rate.noise_floor is not None
     assert details["disk_bytes_of_a_call"]["baseline"] > 0, "what does not fit is read again"
@@ -192,6 +192,14 @@ def test_a_limit_that_does_not_hold_for_the_page_cache_is_none(tmp_path, monkeyp
     limited = decoding.compare(tmp_path, torch.ones(1, 4, dtype=torch.long), 2, 0.5, {"absorbed": False})
     assert (limited.rate.ratio is None) == (cached == 0)
     assert ("counted in no control group" in (limited.rate.reason or "")) == (cached == 0)
+
+
+@pytest.mark.parametrize(("cached", "read", "counted"), [(0, 0, False), (0, None, False), (0, 50, True), (50, 0, True)])
+def test_pages_that_come_from_the_disk_at_every_call_are_limited(cached, read, counted):
+    """Also where the process's own memory grew into the allowance, so that its group holds next to no pages."""
+    reason = contextlib.nullcontext() if counted else pytest.raises(UserError, match="counted in no control group")
+    with reason:
+        decoding.require_counted(cached, read, allowance=60)
 
 
 @pytest.mark.parametrize("short", ["disk", "memory"])
