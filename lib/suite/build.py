@@ -56,12 +56,14 @@ def build(
     """
     if jobs is not None and jobs > 1 and request.device != "cpu":
         raise UserError(f"--jobs {jobs}: expected 1 with --device {request.device}: two runs would share it")
-    side_by_side = jobs if jobs is not None else cpu_affinity.default_jobs(request.scale, request.device)
-    shares = cpu_affinity.share_out(side_by_side)
+    if jobs is not None:
+        cpu_affinity.share_out(jobs)  # raises where there are too few cores
     for kind in ("cell", "run"):
         kernel_process.limit(kind, request.effort)  # a wrong variable is a wrong request
     result_folder.require_place(out)
     planned = plan.plan(request, here=cluster is None)  # after what is refused without a byte from elsewhere
+    largest = plan.largest_checkpoint(request)
+    shares = cpu_affinity.share_out(jobs or cpu_affinity.default_jobs(request.scale, request.device, largest))
     first_pass = suite == "complete" and request.effort == "standard"
     folder = result_folder.open_folder(out)
     try:

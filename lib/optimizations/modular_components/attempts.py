@@ -40,6 +40,8 @@ def attempt(
     sample_BT: torch.Tensor,
     *,
     begun: Attempt | None = None,
+    made: nn.Module | None = None,
+    observation: Observation | None = None,
     random_weights: bool = False,
     checked: bool = True,
     seed: int = 0,
@@ -47,17 +49,19 @@ def attempt(
     """Apply the steps in the order given and run the result on `sample_BT`: whatever happens is an outcome, not an
     error.
 
-    `begun` holds the model after all steps but the last, so that it need not be made again. A refusal has its reason
-    from a descriptor, from the real model or from the part; anything else that goes wrong is a crash.
+    `begun` holds the model after all steps but the last, so that it need not be made again, and `made` the one after
+    all of them; `observation`: the statistics of `model`, where they are known. A refusal has its reason from a
+    descriptor, from the real model or from the part; anything else that goes wrong is a crash.
     """
     start, steps = time.perf_counter(), list(steps)
     if checked and (reason := refusal(steps, model)):
         return Attempt(steps, "refused", reason)
     source, remaining = model, steps
     if begun is not None and begun.model is not None:
-        source, remaining = begun.model, steps[len(begun.steps) :]
+        source, remaining, observation = begun.model, steps[len(begun.steps) :], None
+    options: dict[str, Any] = {"arrange": False, "checked": checked, "observation": observation, "seed": seed}
     try:
-        composed = compose(source, calibration, remaining, arrange=False, checked=checked, seed=seed).model
+        composed = made if made is not None else compose(source, calibration, remaining, **options).model
         broken = sanity.check(composed, sample_BT, new_tokens=4, random_weights=random_weights)
     except UserError as reason:
         return Attempt(steps, "refused", str(reason))

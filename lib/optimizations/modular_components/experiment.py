@@ -107,7 +107,11 @@ def composed(
     """
     quality = search_quality.prepare(setup.loaded, setup.quick, setup.seed)
     apart = strength.LEVELS // 2 if setup.hurried else 1
-    options: dict[str, Any] = {"apart": apart, "applied_before": setup.applied_before}
+    options: dict[str, Any] = {
+        "apart": apart,
+        "applied_before": setup.applied_before,
+        "keep_first": setup.keeps_singles,
+    }
     slow: dict[str, str] = {}
     if contrasts is not None:
         slow, options["losses"] = contrasts.only_slower(), contrasts.losses_alone

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from lib.errors import UserError, suggest
-from lib.models.calibration.activations import observe
+from lib.models.calibration.activations import Observation, observe
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.common import discovery
 from lib.optimizations.common.recipe import RecipeStep
@@ -198,22 +198,24 @@ def compose(
     arrange: bool = True,
     recalibrate: bool = True,
     checked: bool = True,
+    observation: Observation | None = None,
     seed: int = 0,
 ) -> Composed:
     """Return the model after all steps; `model` itself is unchanged. Without steps it is a copy (the identity
     pipeline). Embeddings and head may be those of `model`: train neither in place.
 
     arrange: put the steps into order first, else take the order given. Statistics of activations are observed once, and
-    again when a step before invalidated them; with `recalibrate` off the first ones serve to the end. `checked` off
-    skips every refusal: for finding out whether a refusal was right. Raises UserError for a refused order, an unknown
-    part or knob, and whatever a part itself refuses.
+    again when a step before invalidated them; with `recalibrate` off the first ones serve to the end. `observation`:
+    those of `model` on this text, where they are known. `checked` off skips every refusal: for finding out whether a
+    refusal was right. Raises UserError for a refused order, an unknown part or knob, and whatever a part itself
+    refuses.
     """
     steps = order(list(steps), model) if arrange else list(steps)
     for step in steps:
         _check_knobs(step)
     if checked and (reason := refusal(steps, model)):
         raise UserError(f"{NAME}: {reason}")
-    current, seconds, observation, observations = model, [], None, 0
+    current, seconds, observations = model, [], 0
     for step in steps:
         module, start = module_of(step.optimization), time.perf_counter()
         if checked and (reason := traits.lacking(current, described(step)["needs"]) or module.applies_to(current)):

@@ -5,18 +5,21 @@ rounds of all its pairs. Names no part.
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from lib.measure.timing.interleaved import Rounds
-from lib.models.calibration.activations import observe
+from lib.models.calibration.activations import Observation, observe
 from lib.models.tasks import tasks
 from lib.optimizations.common.evidence import interactions
-from lib.optimizations.modular_components import attempts, method
+from lib.optimizations.common.recipe import RecipeStep
+from lib.optimizations.modular_components import attempts, method, strength
 from lib.optimizations.modular_components.attempts import Attempt
 from lib.optimizations.modular_components.pair_study import Contrasts, Pair, PairStudy
 from lib.optimizations.modular_components.parts_setup import PartsSetup
@@ -30,10 +33,17 @@ NOT_AT_PREVIEW = (
 )
 
 
-def alone(setup: PartsSetup, stem: str) -> Attempt:
-    """Try one part alone."""
+def alone(setup: PartsSetup, stem: str, observation: Observation | None = None) -> Attempt:
+    """Try one part alone; `observation`: the statistics of the model on the calibration text, where they are known."""
     steps = [method.trial(stem)]
-    return attempts.attempt(setup.loaded.model, setup.calibration, steps, setup.sample_BT, **setup.options)
+    options: dict[str, Any] = {"made": _made(setup, steps), "observation": observation, **setup.options}
+    return attempts.attempt(setup.loaded.model, setup.calibration, steps, setup.sample_BT, **options)
+
+
+def _made(setup: PartsSetup, steps: Sequence[RecipeStep]) -> nn.Module | None:
+    """Return the model behind these steps, where it was made before, as the beginning of the pipeline."""
+    known = setup.applied_before.get(strength.named(steps))
+    return known.model if known else None
 
 
 def with_model(setup: PartsSetup, single: Attempt) -> Attempt:
@@ -63,14 +73,14 @@ def run(setup: PartsSetup, prompt_BT: torch.Tensor) -> tuple[PairStudy, Contrast
     `chosen` are listed as not tried.
     """
     loaded, seed = setup.loaded, setup.seed
-    singles = {stem: _kept(setup, alone(setup, stem)) for stem in setup.fitting}
+    before = None if loaded.random_weights else observe(loaded.model, setup.calibration)
+    singles = {stem: _kept(setup, alone(setup, stem, before)) for stem in setup.fitting}
     count = HURRIED_WINDOWS if setup.hurried else 2 * setup.quick.windows
     length = setup.quick.window_tokens // (2 if setup.effort.preview else 1)
     prompt_BT = prompt_BT[:, :HURRIED_TOKENS] if setup.hurried else prompt_BT
     size = "search", count, length, seed + 1
     windows_NT = None if loaded.random_weights else tasks.text_windows(loaded, *size)
     source_N = None if loaded.random_weights else tasks.window_sources(loaded, *size)
-    before = None if loaded.random_weights else observe(loaded.model, setup.calibration)
     pairs: dict[Pair, Attempt] = {}
     forced: dict[Pair, Attempt] = {}
     lost: dict[str, np.ndarray] = {}
@@ -118,7 +128,7 @@ def _kept(setup: PartsSetup, single: Attempt) -> Attempt:
 def _tried(setup: PartsSetup, first: Attempt, second: Attempt) -> tuple[Attempt, Attempt | None]:
     """Return the attempt of one order, and, where it was refused, that without checks."""
     arguments = (setup.loaded.model, setup.calibration, first, second, setup.sample_BT)
-    pair = attempts.both(*arguments, **setup.options)
+    pair = attempts.both(*arguments, made=_made(setup, [*first.steps, *second.steps]), **setup.options)
     refused = pair.state == "refused" and first.model is not None
     return pair, attempts.both(*arguments, checked=False, **setup.options) if refused else None
 

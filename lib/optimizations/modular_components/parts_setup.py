@@ -81,9 +81,12 @@ def prepare(loaded: Loaded, effort: Effort, seed: int) -> PartsSetup:
     where memory has no room for one pair in both orders.
     """
     quick = effort if effort.brief else settings.read("quick", loaded.scale)
-    fitting, unfit = method.applicable(loaded.model)
+    applicable, unfit = method.applicable(loaded.model)
     if reason := method.applies_to(loaded.model):
         raise NotApplicable(f"{method.NAME}: {reason}")
+    arranged, _ = method.orderable([method.trial(stem) for stem in applicable], loaded.model)
+    fitting = [step.optimization for step in arranged]
+    fitting += [stem for stem in applicable if stem not in fitting]
     placement.require_room(loaded.model, PAIR_COPIES, "measuring one pair of parts in both orders")
     weights = io.weights_hash(loaded.model)
     share = 2 if effort.preview else 1

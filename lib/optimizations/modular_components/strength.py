@@ -1,16 +1,16 @@
 """The strongest stack that stays within the margins: all parts weakened by the same share, found by bisection.
 
 A part's strength runs from its `mildest` knobs (level 0: it is left out) to those at which it stands alone (LEVELS).
-Parts without `mildest` change no answer and stay. Where no strength of all of them is within the margins, the part that
-loses most alone is left out, and the search goes on with the others. A part that touches what is stored and yet makes
-the model no smaller at its strength is left out too: a count decides that, not a clock. Quality is evaluated on text
-and items that are never used for judging, and is the same in every run, so the level found does not depend on noise.
-Names no part.
+Parts without `mildest` change no answer and stay. Where no strength of all of them is within the margins, of the parts
+in the weakest stack that which loses most alone is left out, and the search goes on with the others. A part that
+touches what is stored and yet makes the model no smaller at its strength is left out too: a count decides that, not a
+clock. Quality is evaluated on text and items that are never used for judging, and is the same in every run, so the
+level found does not depend on noise. Names no part.
 """
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -90,12 +90,14 @@ def stack_at(
     steps: Sequence[RecipeStep],
     level: int,
     seed: int = 0,
-    applied_before: Mapping[tuple[str, ...], AppliedStep] | None = None,
+    applied_before: MutableMapping[tuple[str, ...], AppliedStep] | None = None,
+    keep_first: bool = False,
 ) -> tuple[list[RecipeStep], nn.Module, dict[str, str]]:
     """Return the steps kept at `level`, the model after them, and by stem why the others were left out.
 
     A part that refuses at this strength is left out, with its reason. `applied_before`: by their names (`named`), what
-    some steps made earlier of the same model, calibration and seed.
+    some steps made earlier of the same model, calibration and seed; with `keep_first` the model of the first step is
+    added to it.
     """
     options: dict[str, Any] = {"arrange": False, "seed": seed}
     kept: list[RecipeStep] = []
@@ -106,8 +108,9 @@ def stack_at(
         if weak is None:
             left_out[step.optimization] = "no strength is left"
             continue
+        start, name = time.perf_counter(), named([*kept, weak])
         try:
-            known = (applied_before or {}).get(named([*kept, weak]))
+            known = (applied_before or {}).get(name)
             changed = known.model if known else method.compose(current, calibration, [weak], **options).model
         except UserError as refusal:
             left_out[step.optimization] = str(refusal)
@@ -118,6 +121,8 @@ def stack_at(
             continue
         kept.append(weak)
         current = changed
+        if keep_first and applied_before is not None and len(kept) == 1:
+            applied_before.setdefault(name, AppliedStep(current, time.perf_counter() - start))
     if current is model:
         current = method.compose(model, calibration, []).model
     return kept, current, left_out
@@ -158,22 +163,24 @@ def find(
     seed: int = 0,
     *,
     apart: int = 1,
-    applied_before: Mapping[tuple[str, ...], AppliedStep] | None = None,
+    applied_before: MutableMapping[tuple[str, ...], AppliedStep] | None = None,
+    keep_first: bool = False,
     losses: Mapping[str, float] | None = None,
 ) -> tuple[Weakened, list[Weakened]]:
     """Return the strongest stack within the margins, and every level that was tried, by strength for each set of parts;
-    `apart`: see `strongest`, `applied_before`: see `stack_at`.
+    `apart`: see `strongest`, `applied_before` and `keep_first`: see `stack_at`.
 
-    `losses`: what each part loses alone. With it, parts are left out, those of unknown loss first and then the one that
-    loses most, until some strength of the others is within the margins; without it none is. Where levels are not next
-    to each other, half strength alone is tried then. Only the models of the best so far and of the level under test are
-    held.
+    `losses`: what each part loses alone. With it, parts that are in the weakest stack that was tried are left out,
+    those of unknown loss first and then the one that loses most, until some strength of the others is within the
+    margins; without it none is. Where levels are not next to each other, half strength alone is tried then. Only the
+    models of the best so far and of the level under test are held, and with `keep_first` those of first steps.
     """
     remaining = list(steps)
     dropped: dict[str, str] = {}
     tried: list[Weakened] = []
+    earlier = {} if applied_before is None else applied_before
     while True:
-        search = _Levels(quality, calibration, remaining, sample_BT, seed, applied_before or {})
+        search = _Levels(quality, calibration, remaining, sample_BT, seed, earlier, keep_first)
         weaker = [step for step in remaining if weakened(step, 0) is None]
         highest = LEVELS // 2 if dropped and weaker and apart > 1 else LEVELS  # where looks are few, half alone
         level = strongest(search.within, highest, apart)
@@ -182,7 +189,9 @@ def find(
         tried += [search.seen[at] for at in sorted(search.seen)]
         if best is not None:
             return replace(best, left_out=best.left_out | dropped), tried
-        worst = max(weaker, key=lambda step: (losses or {}).get(step.optimization, math.inf))
+        weakest = {step.optimization for step in search.seen[min(search.seen)].steps}
+        inside = [step for step in weaker if step.optimization in weakest] or weaker
+        worst = max(inside, key=lambda step: (losses or {}).get(step.optimization, math.inf))
         remaining.remove(worst)
         named_others = ", ".join(step.optimization for step in remaining) or "nothing"
         most = "loses most" if worst.optimization in (losses or {}) else "may lose most"
@@ -199,10 +208,12 @@ class _Levels:
         steps: Sequence[RecipeStep],
         sample_BT: torch.Tensor,
         seed: int,
-        applied_before: Mapping[tuple[str, ...], AppliedStep],
+        applied_before: MutableMapping[tuple[str, ...], AppliedStep],
+        keep_first: bool,
     ) -> None:
         self.quality, self.calibration, self.steps = quality, calibration, list(steps)
-        self.sample_BT, self.seed, self.applied_before = sample_BT, seed, applied_before
+        self.sample_BT, self.seed = sample_BT, seed
+        self.applied_before, self.keep_first = applied_before, keep_first
         self.seen: dict[int, Weakened] = {}
         self.best: Weakened | None = None
 
@@ -219,8 +230,8 @@ class _Levels:
 
     def _look(self, level: int) -> Weakened:
         loaded, start = self.quality.loaded, time.perf_counter()
-        known = self.applied_before
-        kept, model, left_out = stack_at(loaded.model, self.calibration, self.steps, level, self.seed, known)
+        known, options = dict(self.applied_before), (self.applied_before, self.keep_first)
+        kept, model, left_out = stack_at(loaded.model, self.calibration, self.steps, level, self.seed, *options)
         seconds = time.perf_counter() - start + _spent(kept, known)
         broken = sanity.check(model, self.sample_BT, new_tokens=4, random_weights=loaded.random_weights)
         stack = Weakened(level, kept, model, left_out, self.quality.of(model), seconds, broken)

@@ -5,6 +5,7 @@ checkpoint that was named on the command line. A model takes part at the scales 
 has been run already.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -329,6 +330,23 @@ def _weights(model: str, request: Request) -> Path | None:
             parameter_files.forget(model)  # a checkpoint that was named on the command line, and is none
             raise
     return checkpoint.check_checkpoint(model, folder)
+
+
+def largest_checkpoint(request: Request) -> int | None:
+    """Return the parameters of the largest checkpoint of a planned request at scale full; None for random weights."""
+    if request.scale != "full" or request.random_weights:
+        return None
+    folders: list[Path | None] = [
+        expanded(checkpoint.folder_of(name, request.checkpoints))
+        if request.checkpoints
+        else sources.local(parameter_files.read(name).source)
+        for name in _models(request)
+    ]
+    counts = [
+        sum(math.prod(shape) for shape in checkpoint.tensor_shapes(folder).values()) if folder else None
+        for folder in folders
+    ]
+    return None if None in counts else max(count or 0 for count in counts)
 
 
 def _options(model: str, request: Request) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Knows nothing of jobs beyond their number.
 The default number of jobs is the largest at which comparing the baseline with itself is known to stay clean: two, each
 pinned to its own cores, give no more false positives and no wider intervals than one alone, and more work done. More of
 them share caches and memory bandwidth in ways that have not been measured, and so do two on the threads of one physical
-core. At real dimensions two need memory for both; at full size, on a GPU and where cores cannot be pinned it is one.
+core. At real dimensions and at full size two need memory for both; on a GPU and where cores cannot be pinned it is one.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from lib.errors import UserError
 
 CLEAN_SIDE_BY_SIDE = 2
 SLICE_BYTES = 7 * 2**30  # of memory per notebook at scale slice: two, children included, held up to 12.2 GiB
+FULL_COPIES, FULL_BYTES = 12, 2 * 2**30  # per notebook at scale full: float32 copies of the model, and what loads it
 
 
 def available() -> list[int]:
@@ -60,11 +61,14 @@ def can_pin() -> bool:
     return hasattr(psutil.Process(), "cpu_affinity")
 
 
-def default_jobs(scale: str, device: str) -> int:
-    """Return the default number of parallel jobs; the module docstring gives the reasons."""
-    if device != "cpu" or scale == "full" or not can_pin():
+def default_jobs(scale: str, device: str, largest: int | None = None) -> int:
+    """Return the default number of parallel jobs; the module docstring gives the reasons. `largest`: the parameters of
+    the largest checkpoint at scale full, where it is known.
+    """
+    if device != "cpu" or not can_pin() or (scale == "full" and largest is None):
         return 1
-    room = CLEAN_SIDE_BY_SIDE if scale == "proxy" else int(memory_limits.memory_bytes() // SLICE_BYTES)
+    each = FULL_COPIES * 4 * (largest or 0) + FULL_BYTES if scale == "full" else SLICE_BYTES
+    room = CLEAN_SIDE_BY_SIDE if scale == "proxy" else int(memory_limits.memory_bytes() // each)
     return max(1, min(CLEAN_SIDE_BY_SIDE, room, len(_physical(available()))))
 
 

@@ -151,3 +151,36 @@ def test_what_loses_most_alone_is_left_out_where_all_together_pass_the_margins(t
         patched.setattr(strength, "stack_at", watched)
         few, tried = strength.find(planted, [batch], steps, batch["input_ids"], losses=losses, apart=4)
     assert few.level == 4 and [row.level for row in tried] == [4, 8, 4], "where looks are few, half strength alone"
+
+
+def test_what_is_in_no_stack_is_not_left_out_in_place_of_what_loses(tiny, batch, monkeypatch):
+    """The factors are refused at every strength and lose most alone: without them every stack would be the same."""
+    model = tiny("qwen3-4b-instruct-2507")
+    steps = [_step(PRUNING, ratio=0.4), _step(FACTORS, method="plain"), _step(EXACT, memory_ratio=1.0)]
+    planted, compose = _Planted(model), method.compose
+    planted.of = lambda model: QualityLoss(0.0, *[float(cost_model.weights_bytes(model) < planted.whole)] * 2)
+
+    def refusing(model, calibration, steps, **options):
+        if [step.optimization for step in steps] == [FACTORS]:
+            raise UserError("not today")
+        return compose(model, calibration, steps, **options)
+
+    monkeypatch.setattr(method, "compose", refusing)
+    losses = {PRUNING: 0.1, FACTORS: 0.5}
+    best, tried = strength.find(planted, [batch], steps, batch["input_ids"], losses=losses, keep_first=True)
+    assert [step.optimization for step in best.steps] == [EXACT] and best.level == strength.LEVELS
+    assert [(row.level, len(row.steps)) for row in tried] == [(1, 2), (2, 2), (4, 2), (8, 2), (8, 1)]
+    assert best.left_out == {FACTORS: "not today", PRUNING: best.left_out[PRUNING]}
+    assert "loses most" in best.left_out[PRUNING]
+
+
+def test_the_first_step_is_made_once(tiny, batch, monkeypatch):
+    model = tiny("qwen3-4b-instruct-2507")
+    steps, earlier = [_step(PRUNING, ratio=0.4), _step(FACTORS, method="plain")], {}
+    first = strength.stack_at(model, [batch], steps, 4, applied_before=earlier, keep_first=True)
+    assert list(earlier) == [strength.named(first[0][:1])]
+    composed, compose = [], method.compose
+    monkeypatch.setattr(method, "compose", lambda *args, **kw: composed.append(args[2]) or compose(*args, **kw))
+    again = strength.stack_at(model, [batch], steps, 4, applied_before=earlier, keep_first=True)
+    assert [step.optimization for made in composed for step in made] == [FACTORS]
+    assert torch.equal(again[1](**batch).logits, first[1](**batch).logits)

@@ -137,6 +137,18 @@ def test_as_many_jobs_as_stay_clean_and_have_room(monkeypatch):
     assert cpu_affinity.default_jobs("slice", "cpu") == 1
 
 
+@pytest.mark.parametrize(
+    ("parameters", "memory", "jobs"), [(135e6, 24, 2), (135e6, 12, 1), (270e6, 24, 1), (4e9, 64, 1), (None, 64, 1)]
+)
+def test_two_small_checkpoints_run_side_by_side(monkeypatch, parameters, memory, jobs):
+    """With room for both: the copies that a pair of parts needs, and what loads them."""
+    monkeypatch.setattr(cpu_affinity, "available", lambda: [0, 1])
+    monkeypatch.setattr(cpu_affinity, "can_pin", lambda: True)
+    monkeypatch.setattr(cpu_affinity.memory_limits, "memory_bytes", lambda: memory * 2**30)
+    assert cpu_affinity.default_jobs("full", "cpu", parameters and int(parameters)) == jobs
+    assert cpu_affinity.default_jobs("full", "cuda", 1000) == 1
+
+
 def _entries(scale):
     models = [model for _ in ("first", "second") for model in parameters.names_at("slice")]
     return [schedule.Entry(SimpleNamespace(scale=scale, model=model), "", {}) for model in models]
