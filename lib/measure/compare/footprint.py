@@ -40,9 +40,11 @@ def footprint(baseline: nn.Module, optimized: nn.Module, effort: Effort | str) -
 
 
 def turns(effort: Effort, device: str = "cpu") -> int | None:
-    """Return how many processes per arm read peaks: 3 at effort quick, 4 at standard, 5 at thorough; None where the
-    device decides.
+    """Return how many processes per arm read peaks: 1 at effort preview, 3 at quick, 4 at standard, 5 at thorough;
+    None where the device decides.
     """
+    if effort.preview and device == "cpu":
+        return 1
     return max(FEWEST_TURNS, min(MOST_TURNS, effort.blocks // 3)) if device == "cpu" else None
 
 

@@ -149,8 +149,11 @@ def shortened() -> dict[str, object]:
 
 def rounds(effort: Effort) -> int:
     """Return the fewest rounds in each process: one where few blocks were asked for, so that six processes share them.
-    Three, which small efforts make do with, have intervals 1.7 times as wide (Student's quantile).
+    Three, which effort quick makes do with, have intervals 1.7 times as wide (Student's quantile). At effort preview,
+    which tells next to nothing of speed, all are in one process, whose deviation from others is then assumed.
     """
+    if effort.preview:
+        return effort.blocks
     if effort.blocks <= FEW_BLOCKS and effort.timing_share >= 1:
         return 1
     return ROUNDS if effort.blocks < MANY_BLOCKS else ROUNDS + 1

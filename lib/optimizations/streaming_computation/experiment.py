@@ -301,5 +301,5 @@ def peaks(
         memory.Arm(opener=f"{METHOD}:open_folder", arguments={**options, "memory_ratio": memory_ratio}, **work),
     ]
     with parked((loaded.model, folder)):
-        whole, chunked_alone, streamed = memory.peaks(*arms)
+        whole, chunked_alone, streamed = memory.peaks(*arms, turns=1 if effort.preview else None)
     return memory.measurements(whole, chunked_alone), memory.measurements(whole, streamed)
