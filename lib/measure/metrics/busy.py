@@ -12,18 +12,28 @@ JUDGED = ("better", "worse", "equivalent")
 
 def withhold_if_busy(measurements: list[Measurement]) -> list[Measurement]:
     """Return the measurements; where one of them was disturbed beyond repair, all that were timed are inconclusive."""
-    reason = why_busy(measurements)
-    if reason is None:
+    shown = _shown_by(measurements)
+    if shown is None:
         return measurements
+    # A noise floor is of one workload: beside the number of another it would contradict the floor that stands there.
+    elsewhere = shown.reason if shown.disturbed else f"{shown.workload}: {shown.reason}"
     return [
-        m.model_copy(update={"verdict": "inconclusive", "reason": reason}) if _timed(m) and m.verdict in JUDGED else m
+        m.model_copy(update={"verdict": "inconclusive", "reason": shown.reason if m is shown else elsewhere})
+        if _timed(m) and m.verdict in JUDGED
+        else m
         for m in measurements
     ]
 
 
 def why_busy(measurements: Iterable[Measurement]) -> str | None:
     """Return why nothing timed is judged, or None where the machine was quiet enough."""
-    return next((m.reason for m in measurements if m.reason and (m.disturbed or _unsteady(m))), None)
+    shown = _shown_by(measurements)
+    return None if shown is None else shown.reason
+
+
+def _shown_by(measurements: Iterable[Measurement]) -> Measurement | None:
+    """Return the measurement which shows that the machine was too busy, with the reason; None where none does."""
+    return next((m for m in measurements if m.reason and (m.disturbed or _unsteady(m))), None)
 
 
 def says_busy(reason: str | None) -> bool:

@@ -265,6 +265,20 @@ def judge_again(stored: Measurement) -> str | None:
     return judge(*(round(value, 12) for value in (gain, low, wide_low, wide_high, margin)))
 
 
+def too_few_at(stored: Measurement, margin: float) -> str:
+    """Return why a stored score in [0, 1] is inconclusive at another margin than its own: how many items would suffice
+    there; only that they are too few where its fields do not tell (the same answers, or a baseline of zero).
+    """
+    if stored.n is None:
+        return "too few items to tell"
+    if stored.ci is None or not stored.baseline or stored.optimized is None:
+        return f"{stored.n} items are too few to tell"
+    difference = stored.optimized - stored.baseline
+    wide_low, wide_high = ((end - 1) * stored.baseline for end in stored.ci)
+    half = max(difference - wide_low, wide_high - difference)
+    return _too_few(stored.n, half / NORMAL * math.sqrt(stored.n), difference, margin, "items")
+
+
 def _too_few(n: int, sigma: float, gain: float, margin: float, unit: str) -> str:
     """Return the sentence on how many items would suffice four times out of five, at the observed spread and
     difference. A loss beyond the margin is shown by the two-sided interval, which takes more of them than the one-sided

@@ -35,8 +35,9 @@ PromptOf = Callable[[ServingRequest], torch.Tensor]
 WORKLOAD = "serve, real model"
 REPEATED_SHARE = 0.5  # of as many rounds as there are: so many disturbed ones are served again, at most
 LEAST_COUNTED = 15  # requests in a replay, on average: goodput is a count
-LATENCIES = {  # means or medians of a replay, by metric
+LATENCIES = {  # means or percentiles of a replay, by metric; the tail too, where a policy lets some requests wait
     "latency_p50_ms": "latency p50",
+    "latency_p95_ms": "latency p95",
     "time_to_first_token_ms": "first token p50",
     "time_per_output_token_ms": "time per output token",
 }

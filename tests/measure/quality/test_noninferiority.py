@@ -184,6 +184,19 @@ def test_a_loss_that_no_perplexity_can_be_stated_for_is_invalid():
     assert noninferiority.perplexity(base_N, base_N + 30.0, source="8 windows").verdict == "not_maintained"
 
 
+def test_how_many_items_would_suffice_follows_the_margin():
+    replicates_R = np.random.default_rng(0).normal(-0.01, 0.02, 4000)
+    about = {"n": 400, "to_wrong": 30, "to_right": 26, "source": "400 items"}
+    stored = noninferiority.score("accuracy", "arc_easy", 0.6, 0.59, replicates_R, **about)
+    assert stored.verdict == "inconclusive" and noninferiority.too_few_at(stored, stored.margin) == stored.reason
+    wider = noninferiority.too_few_at(stored, 0.05)
+    needed = [int(text.split("about ")[1].split(" ")[0].replace(",", "")) for text in (wider, stored.reason)]
+    assert "would show it maintained" in wider and 400 < needed[0] < needed[1] / 10
+    assert "would show it not maintained" in noninferiority.too_few_at(stored, 0.005)
+    same = stored.model_copy(update={"ci": None})
+    assert noninferiority.too_few_at(same, 0.05) == "400 items are too few to tell"
+
+
 def test_so_many_items_show_a_loss_four_times_out_of_five():
     """A true loss of 4 points at a discordance of 10 %, margin 2 points."""
     loss, discordance = 0.04, 0.10

@@ -55,4 +55,4 @@ def test_a_table_judges_no_speed_that_the_record_will_not_judge():
     beside = judgement.timed(quiet, [noisy])
     for compared in (within, beside):
         assert [m.verdict for m in compared.measurements] == ["inconclusive"] * 2
-        assert compared.measurements[0].reason == noisy.reason and compared.details == {"kept": 1}
+        assert compared.measurements[0].reason == f"decode: {noisy.reason}" and compared.details == {"kept": 1}
