@@ -184,15 +184,20 @@ class _ZeroBlock(nn.Module):
 
 @contextmanager
 def _blocks_of_zeros(model: nn.Module) -> Iterator[list[tuple[torch.Tensor | None, dict[str, Any]]]]:
-    """Within, every block is a `_ZeroBlock`; yields the list that they record in."""
+    """Within, every block is a `_ZeroBlock`; yields the list that they record in.
+
+    A decoder that reads prompts in chunks reads a text whole meanwhile: a block would record each chunk by itself.
+    """
     decoder = anatomy(model).decoder
     calls: list[tuple[torch.Tensor | None, dict[str, Any]]] = []
-    layers = decoder.layers
+    layers, in_chunks = decoder.layers, decoder.__dict__.pop("forward", None)
     decoder.layers = nn.ModuleList(_ZeroBlock(layer, calls) for layer in layers)
     try:
         yield calls
     finally:
         decoder.layers = layers
+        if in_chunks is not None:
+            decoder.forward = in_chunks
 
 
 def require_finite(block: Block) -> None:

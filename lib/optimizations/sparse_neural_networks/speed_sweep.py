@@ -109,8 +109,8 @@ def _row(point: PartPoint, m: Measurement) -> dict[str, object]:
 
 
 def _name(point: PartPoint, m: Measurement) -> str:
-    tokens = m.workload.removeprefix("feed-forward part, ").split()[0]
-    return f"{LAYOUTS[point.layout]}, {tokens} tokens"  # as in the record's `crossover_percent`
+    tokens = m.workload.removeprefix("feed-forward part, ")
+    return f"{LAYOUTS[point.layout]}, {tokens}"  # as in the record's `crossover_percent`
 
 
 def csr(curves: pd.DataFrame) -> list[str]:

@@ -11,6 +11,7 @@ from lib.models.calibration.activations import observe
 from lib.models.calibration.observed import Observed, nbytes
 from lib.models.calibration.second_moments import Moments, matrices
 from lib.models.calibration.walk import Walk, finish
+from lib.models.decoding import chunked
 from lib.models.structure.anatomy import anatomy
 from lib.models.structure.sharing import sharing
 from lib.optimizations.sparse_neural_networks import method as sparse
@@ -35,6 +36,21 @@ def test_from_any_block_on_it_is_the_model(tiny, name, batch):
     walk = Walk(model, [batch])
     for block in walk:
         torch.testing.assert_close(finish(model, walk.carried[0], block.index), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_reads_prompts_in_chunks_is_walked_as_a_whole(tiny, name, batch):
+    """Pruning behind streaming computation ended in an IndexError where a chunk was shorter than the text."""
+    model = tiny(name)
+    expected = model(**batch).logits
+    seen = observe(model, [batch])
+    chunked.chunk_prefill(model, 8)
+    walk = Walk(model, [batch])
+    for block in walk:
+        torch.testing.assert_close(finish(model, walk.carried[0], block.index), expected, rtol=1e-4, atol=1e-5)
+    again = observe(model, [batch])
+    assert [block.tokens for block in again.blocks] == [block.tokens for block in seen.blocks]
+    assert again.blocks[-1].influence == pytest.approx(seen.blocks[-1].influence, rel=1e-4)
+    assert "forward" in anatomy(model).decoder.__dict__, "it reads in chunks as before"
 
 
 def test_each_block_keeps_its_own_mask():

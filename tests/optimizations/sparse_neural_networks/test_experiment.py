@@ -280,6 +280,8 @@ def test_a_sweep_is_read_by_its_crossovers(setup):
     gains = speed_sweep.times(points)
     assert speed_sweep.crossovers(gains) == {"CSR, 16 tokens": pytest.approx(70), "16x1, 16 tokens": None}
     assert speed_sweep.csr(gains) == ["CSR, 16 tokens"]
+    one = points[0].times[0].model_copy(update={"workload": speed_sweep.part_speed.workload(1)})
+    assert speed_sweep._name(points[0], one) == "CSR, 1 token"
     first, second = speed_sweep.read_crossovers(gains)
     assert first.startswith("1 of 2 sparse arms measure faster") and first.endswith(", 1 of them by a verdict.")
     assert second == "The earliest is CSR, 16 tokens, from 70 % zeros on."

@@ -15,14 +15,16 @@ def by_outliers(outliers: Mapping[int, float], sizes: Mapping[int, float], share
     """Return the share that each block loses, by index; weighed by `sizes` it is `share`.
 
     outliers: the share of a block's scores above OUTLIER times their mean. Blocks lie at most SPREAD above or below
-    `share`, and nearer where the ends of the range are.
+    `share`, and nearer where the ends of the range are. A block of size 0 (a dense one where experts are pruned) has
+    nothing to lose and no outliers to compare with: it gets `share`, and spreads nothing.
     """
-    low, high = min(outliers.values(), default=0.0), max(outliers.values(), default=0.0)
+    known = {index: value for index, value in outliers.items() if sizes[index]}
+    low, high = min(known.values(), default=0.0), max(known.values(), default=0.0)
     if high == low:
         return dict.fromkeys(outliers, share)
-    values = {index: 2 * SPREAD * (value - low) / (high - low) for index, value in outliers.items()}
-    mean = sum(values[index] * sizes[index] for index in values) / sum(sizes.values())
+    values = {index: 2 * SPREAD * (value - low) / (high - low) for index, value in known.items()}
+    mean = sum(values[index] * sizes[index] for index in values) / sum(sizes[index] for index in values)
     spared = {index: value - mean for index, value in values.items()}
     most, least = max(*spared.values(), TINY), max(*(-value for value in spared.values()), TINY)
     scale = min(1.0, SPREAD / max(most, least), share / most, max(0.0, MOST - share) / least)
-    return {index: max(0.0, share - scale * value) for index, value in spared.items()}
+    return {index: max(0.0, share - scale * spared.get(index, 0.0)) for index in outliers}

@@ -77,7 +77,7 @@ STATEMENTS = {
         "Mozaffari et al. 2025, tables 13 and 14",
     ),
     "density": (
-        "The density at a fixed share of mass falls with the length of the prompt.",
+        "The density at a fixed τ, a share of the estimated mass, falls with the length of the prompt.",
         "falls from 4k to 128k tokens",
         "Xu et al. 2025 (XAttention)",
     ),
@@ -260,7 +260,9 @@ def accuracy(perplexity: Measurement | None, scores: Sequence[Measurement]) -> J
 
 
 def density(by_tokens: Mapping[int, float]) -> Judged:
-    """Judge the density at a fixed share of mass over the prompt's length in tokens."""
+    """Judge the density at a fixed τ over the prompt's length in tokens. τ is of the estimated mass: the exact mass
+    that is held may fall with the length too.
+    """
     points = sorted(by_tokens.items())
     if len(points) < 2:
         return _judged("density", None, "fewer than two lengths were measured")

@@ -36,3 +36,11 @@ def test_blocks_that_are_alike_lose_alike():
 def test_the_spread_is_used_where_blocks_differ_both_ways():
     shares = by_outliers({0: 0.0, 1: 0.1, 2: 0.2}, dict.fromkeys(range(3), 1.0), 0.5)
     assert shares == pytest.approx({0: 0.5 + SPREAD, 1: 0.5, 2: 0.5 - SPREAD})
+
+
+def test_a_block_with_nothing_to_lose_spreads_nothing():
+    """The first block of GLM is dense: it has no experts, and no outliers that those of the others exceed."""
+    outliers, sizes = {0: 0.0, 1: 0.020, 2: 0.021, 3: 0.022}, {0: 0.0, 1: 1.0, 2: 1.0, 3: 1.0}
+    shares = by_outliers(outliers, sizes, 0.5)
+    assert shares == pytest.approx({0: 0.5, 1: 0.5 + SPREAD, 2: 0.5, 3: 0.5 - SPREAD})
+    assert by_outliers({0: 0.0, 1: 0.1}, {0: 0.0, 1: 0.0}, 0.5) == {0: 0.5, 1: 0.5}
