@@ -290,7 +290,8 @@ def measurements(
         pairs = list(zip(*arms))
         both = [pair for pair in pairs if None not in pair]
         arms = [list(arm) for arm in zip(*both)] if both else arms
-        source = f"simulated: mean of {len(arms[0])} scenarios, step times from {setup.samples} timed calls"
+        count = f"{len(arms[0])} scenario{'' if len(arms[0]) == 1 else 's'}"
+        source = f"simulated: mean of {count}, step times from {setup.samples} timed calls"
         if left_out := len(pairs) - len(both):
             source += f"; in {left_out} of {len(pairs)} scenarios a setting has no such number"
         results.append(policy_comparison.mean_measurement(metric, workload, arms, source, reasons))

@@ -207,12 +207,15 @@ def scripted_stream(study: GuardStudy) -> Watched:
     return shadow.stream(study.guard(), pool, study.rate, study.seconds, study.seed)
 
 
-def stream_panels(study: GuardStudy, watched: Watched) -> list[tuple[pd.DataFrame, str, str, float | None]]:
-    """Return (frame, label, kind, bound) of each panel of the stream's figure: estimate and truth, profile in use."""
+def stream_panels(study: GuardStudy, watched: Watched) -> list[tuple[pd.DataFrame, str, str, float | None, str]]:
+    """Return (frame, label, kind, bound, the bound's name) of each panel of the stream's figure: estimate and truth,
+    profile in use.
+    """
     frame = pd.DataFrame(watched.course, columns=["seconds", "trusted", "estimate", "truth"])
     curves = pd.concat([frame.assign(value=frame[name], arm=name) for name in ("estimate", "truth")])
     in_use = frame.assign(value=frame.trusted.astype(float))
-    return [(curves, "disagreement", "line", study.bound), (in_use, "fast in use", "steps", None)]
+    name = "bound of the guard"
+    return [(curves, "disagreement", "line", study.bound, name), (in_use, "fast in use", "steps", None, name)]
 
 
 def read_stream(study: GuardStudy, watched: Watched) -> tuple[str, str]:

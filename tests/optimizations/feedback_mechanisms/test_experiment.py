@@ -93,6 +93,9 @@ def test_a_slow_spell_falls_on_all_settings_of_a_round(monkeypatch):
     monkeypatch.setattr(live_replay.replay, "warm_up", lambda *_: None)
     idle = SimpleNamespace(start=lambda: None, stop=lambda: None)
     monkeypatch.setattr(live_replay, "Spinner", lambda: contextlib.nullcontext(idle))
+    # Thinking takes no time: on a busy machine one policy's would, and be charged to its server.
+    still = SimpleNamespace(perf_counter=lambda: 0.0, thread_time=lambda: 0.0, process_time=lambda: 0.0)
+    monkeypatch.setattr(live_replay.turns, "time", still)
     same = times()
     setup = TwoProfileSetup((same, same), OBJECTIVES, Limits(32, patience_seconds=0.3), 12.0)
     for trace in live_replay.traces(setup.rate, 4.0, "quick", 0)[:3]:
@@ -235,7 +238,7 @@ def test_settings_are_compared_where_both_have_a_number(disturbances):
     found = disturbance_comparison.measurements(disturbances.setup, rows, static, loop, "serve")
     [settling] = [item for item in found if item.metric == "settling_seconds"]
     assert (settling.baseline, settling.optimized, settling.ratio) == (2.0, 1.0, 0.5)
-    assert "mean of 1 scenarios" in settling.source and "in 1 of 2 scenarios a setting has no such" in settling.source
+    assert "mean of 1 scenario, " in settling.source and "in 1 of 2 scenarios a setting has no such" in settling.source
 
 
 def test_a_seed_that_never_settles_is_not_left_out(disturbances, monkeypatch):
@@ -281,6 +284,8 @@ def test_a_stream_is_read_in_two_sentences_and_drawn_in_two_panels():
     assert watched.first("rolled back", study.seconds / 3) is not None
     reading.two(*guard_study.read_stream(study, watched))
     assert [label for _, label, *_ in guard_study.stream_panels(study, watched)] == ["disagreement", "fast in use"]
+    # The dashed line is what the guard allows, and no objective of latency.
+    assert guard_study.stream_panels(study, watched)[0][3:] == (study.bound, "bound of the guard")
 
 
 def test_windows_become_measurements():

@@ -242,6 +242,31 @@ def test_a_law_credits_what_was_drafted_not_what_it_asked_for(make):
         assert law.acceptance > 0.9 and set(law.check_seconds) == {0, 1}
 
 
+@pytest.mark.parametrize("most", [0, 1, 6])
+def test_a_length_that_is_never_reached_does_not_keep_a_bandit_drafting(most):
+    """Answers that end before eight tokens can be drafted: it asked for the eight in every round, and got `most`."""
+    bandit, drafted, asked = lengths.Bandit(), [], []
+    for _ in range(40):
+        done = []
+        for _ in range(25):  # what is drafted costs as much as the model, and is never right
+            asked.append(bandit(done))
+            count = min(most, asked[-1])
+            done.append(Round(count, 0, 1.0 * count, 1.0))
+        drafted += [round_.drafted for round_ in done]
+    assert sum(count > 0 for count in asked[-300:]) <= 3 and sum(count > 0 for count in drafted[-300:]) <= 3
+
+
+def test_a_length_that_came_out_shorter_is_tried_in_the_next_answer_where_drafting_pays():
+    bandit, longest = lengths.Bandit(), []
+    for most in (1, 8):  # the first answer leaves no room for more than one token
+        done = []
+        for _ in range(20):
+            count = min(most, bandit(done))
+            done.append(Round(count, count, 0.05 * count, 1.0))
+        longest.append(max(round_.drafted for round_ in done))
+    assert longest == [1, 8] and bandit.weight[8] > 0
+
+
 @pytest.mark.parametrize("reading, pays", [(0.5, True), (30.0, False)])
 def test_a_prompt_that_takes_longer_to_read_than_drafting_saves_is_not_read(reading, pays):
     law, drafted = lengths.DraftLength(), []

@@ -124,8 +124,9 @@ class DraftLength:
 class Bandit:
     """Draft as many tokens as have paid best lately, each length tried often enough to know: discounted UCB.
 
-    A round is credited to the length that was drafted, whatever was asked for. While not to draft pays best, lengths
-    are tried ever more rarely.
+    A round is credited to the length that was drafted, whatever was asked for. A length that was asked for and came out
+    shorter (little was left of the answer, or the text had no more to propose) is asked for again in another answer,
+    and only while drafting pays. While not to draft pays best, lengths are tried ever more rarely.
     """
 
     name = "bandit"
@@ -135,27 +136,44 @@ class Bandit:
             raise UserError("feedback_mechanisms: a bandit needs at least one draft length to choose from")
         self.arms, self.curiosity, self.learned, self.backoff = sorted(arms), curiosity, 0, _Backoff()
         self.reward, self.weight = dict.fromkeys(self.arms, 0.0), dict.fromkeys(self.arms, 0.0)
+        self.asked, self.short = 0, set[int]()  # the last length asked for; those that came out shorter
 
     def __call__(self, rounds: Sequence[Round]) -> int:
         """Return how many tokens to draft next. `rounds` are those of the present answer."""
-        if len(rounds) < self.learned:
+        if len(rounds) < self.learned:  # another answer has begun
             self.learned = 0
+            if self._best():
+                self.short.clear()
         for done in rounds[self.learned :]:
             self._learn(done)
         self.learned = len(rounds)
-        untried = next((arm for arm in self.arms if self.weight[arm] == 0), None)
+        self.asked = self._chosen()
+        return self.asked
+
+    def _chosen(self) -> int:
+        untried = next((arm for arm in self.arms if not self.weight[arm] and arm not in self.short), None)
         if untried is not None:
             return untried
-        mean = {arm: self.reward[arm] / self.weight[arm] for arm in self.arms}
-        best = max(self.arms, key=lambda arm: mean[arm])
+        mean, best = self._means(), self._best()
         if not self.backoff.due(best > 0) and best == 0:
             return 0
         total = sum(self.weight.values())
-        bonus = {arm: self.curiosity * math.sqrt(math.log(1 + total) / self.weight[arm]) for arm in self.arms}
-        tried = [arm for arm in self.arms if arm or best]  # a look at drafting is one at a length above 0
-        return max(tried or self.arms, key=lambda arm: mean[arm] / mean[best] + bonus[arm])
+        bonus = {arm: self.curiosity * math.sqrt(math.log(1 + total) / self.weight[arm]) for arm in mean}
+        tried = [arm for arm in mean if arm or best]  # a look at drafting is one at a length above 0
+        return max(tried or mean, key=lambda arm: mean[arm] / mean[best] + bonus[arm])
+
+    def _means(self) -> dict[int, float]:
+        """Return tokens per second of the lengths that were drafted."""
+        return {arm: self.reward[arm] / self.weight[arm] for arm in self.arms if self.weight[arm]}
+
+    def _best(self) -> int:
+        """Return the length that has paid best; 0 where none was drafted yet."""
+        mean = self._means()
+        return max(mean, key=mean.__getitem__, default=0)
 
     def _learn(self, done: Round) -> None:
+        if done.drafted < self.asked:
+            self.short.add(self.asked)
         for arm in self.arms:
             self.reward[arm] *= REMEMBERED
             self.weight[arm] *= REMEMBERED

@@ -24,6 +24,7 @@ from lib.measure.timing import disturbance
 from lib.measure.timing.interleaved import balanced_orders
 from lib.models.loading import Loaded
 from lib.models.tasks import retrieval, tasks
+from lib.optimizations.common.evidence.claims import ratio_in_words
 from lib.optimizations.feedback_mechanisms.speculation import speculative
 from lib.optimizations.feedback_mechanisms.speculation.draft_length import Bandit, DraftLength, Law, fixed
 from lib.optimizations.feedback_mechanisms.speculation.speculative import Drafter, Ngram, Round
@@ -34,6 +35,7 @@ NEW_TOKENS = {"preview": 8, "quick": 16, "standard": 24, "thorough": 24}
 PROMPT_TOKENS = 48
 STATIC = {"plain": 0, "always 1": 1, "always 2": 2, "always 4": 4}  # tokens drafted at a time
 OWN, CHARACTERS = "own domain", "random characters"  # the domains, in the order of their answers
+PLANTED = "a planted domain: it shows whether the law follows, and is nothing that is served"
 PLAIN, AGAIN, ADAPTIVE, NGRAM = "plain", "plain again", "measured acceptance", "n-gram, measured acceptance"
 
 
@@ -203,10 +205,10 @@ class DraftingStudy:
     @property
     def measurements(self) -> list[Measurement]:
         """Speed of plain against adaptive drafting, equality, acceptance: by a draft model, and by n-grams, on each
-        domain.
+        domain. On the planted one speed is not judged: nobody is served random characters, so no decision rests on it.
         """
         return [
-            item
+            measurement.unjudged(item, PLANTED) if domain == CHARACTERS and item.margin is not None else item
             for law, drafter in ((ADAPTIVE, "speculative"), (NGRAM, "n-gram"))
             for domain, chosen in ((OWN, slice(0, self.change)), (CHARACTERS, slice(self.change, None)))
             for item in measurements(self.drafted, PLAIN, law, AGAIN, f"generate, {drafter}, {domain}", chosen)
@@ -244,13 +246,12 @@ def study(loaded: Loaded, draft: nn.Module, effort: str, seed: int) -> DraftingS
 
 def read_course(drafting: DraftingStudy) -> tuple[str, str]:
     """Return two sentences on how to read the figure of `course`."""
-    rounds, by_law = drafting.course, drafting.laws.set_index("law")
+    rounds = drafting.course
     early = rounds.answer < drafting.change
     own, characters = rounds.drafted[early].mean(), rounds.drafted[~early].mean()
-    speeds = [
-        by_law[column][ADAPTIVE] / by_law[column][PLAIN] for column in (f"tokens/s, {OWN}", f"tokens/s, {CHARACTERS}")
-    ]
+    rates = {m.workload: m for m in drafting.measurements if m.metric == "generate_tokens_per_second"}
+    there, here = (ratio_in_words(rates[f"generate, speculative, {domain}"]) for domain in (OWN, CHARACTERS))
     first = (
         f"The law drafts {own:.2f} tokens per round on the model's own domain, {characters:.2f} on random characters."
     )
-    return first, f"Its speed against plain decoding is {speeds[0]:.2f}× there and {speeds[1]:.2f}× here."
+    return first, f"Its speed against plain decoding is {there} there and {here} here."

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
+from lib.optimizations.common.evidence.claims import ratio_in_words
 from lib.optimizations.feedback_mechanisms import outcome
 from lib.optimizations.feedback_mechanisms.speculation import drafting
 from lib.optimizations.feedback_mechanisms.speculation.drafting import Drafted
@@ -79,7 +80,15 @@ def test_each_domain_is_a_measurement_of_its_own():
     assert gains["generate, n-gram, own domain"] == pytest.approx(1.0)
     assert gains["generate, n-gram, random characters"] == pytest.approx(4.0)
     assert next(iter(gains)) == "generate, speculative, own domain" and len(gains) == 4
+    words = {m.workload.rpartition(", ")[2]: m.verdict for m in study.measurements if m.margin is not None}
+    assert set(words) == {drafting.OWN}, "no decision rests on the planted domain"
     assert "0 % of an answer's tokens on the model's own domain, and 60 % on random characters" in study.caption
+    # The sentence says what the measurements say: a quotient of two medians without its interval was another number.
+    slower = [rate * share for rate, share in zip(plain, [0.9, 0.9, 0.9, 0.9, 0.5, 0.5] * 2)]
+    uneven = drafting.DraftingStudy(study.prompts, laws | {drafting.ADAPTIVE: planted(slower, [1] * 12, ids)}, table)
+    own = next(m for m in uneven.measurements if m.workload == "generate, speculative, own domain" and m.ratio)
+    assert own.ratio == pytest.approx(0.9, rel=0.01) and own.optimized / own.baseline < 0.89
+    assert ratio_in_words(own) in drafting.read_course(uneven)[1] and "(" in drafting.read_course(uneven)[1]
     assert drafting.repeated(torch.tensor([3, 4, 5]), torch.tensor([3, 4, 9])) == pytest.approx(1 / 3)
     laws[drafting.NGRAM].disturbed = ["others took a core", *[None] * 11]
     busy = next(m for m in study.measurements if m.workload == "generate, n-gram, own domain" and m.ratio)
