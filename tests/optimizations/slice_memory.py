@@ -97,6 +97,7 @@ def measure(config: dict[str, Any], architecture: str, method: Method, text: Tex
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     live, start = LiveTensors(), time.perf_counter()
     if not from_file:
+        gc.collect()  # so that the next collection does not depend on what ran before
         live.hold(model)
         with live:
             changed = method.in_memory(model, text)

@@ -169,8 +169,9 @@ def peaks(loaded: Loaded, study: TrafficStudy, trial: RealModelTrial) -> list[Me
         arm |= {"transform": saved.transform(loaded.model)}
         arms.append(memory.Arm(**arm))
     read = memory.measurements(*memory.peaks(*arms, turns=1, watched=False), workload=trial.workload)
-    known = [item for item in read if item.verdict != "unavailable"]
-    return [measurement.unjudged(item, ONE_SCHEDULE) if item in known else item for item in read]
+    # Loading follows no schedule: what was read of it says by itself why it is not judged.
+    served = [item for item in read if item.workload == trial.workload and item.verdict != "unavailable"]
+    return [measurement.unjudged(item, ONE_SCHEDULE) if item in served else item for item in read]
 
 
 def targets(rows: Sequence[Row], trial: RealModelTrial) -> list[Row]:

@@ -178,12 +178,13 @@ def read_rates(attained: Mapping[str, float | None]) -> tuple[str, str]:
     known = {name: rate for name, rate in attained.items() if rate}
     if "fixed size" not in known or ADAPTIVE not in known:
         return "No policy keeps nine in ten in time at the lowest rate.", "Below it there is no rate to compare."
-    best = max(known, key=lambda name: known[name])
+    highest = max(known.values())
+    best = "; ".join(name for name, rate in known.items() if rate == highest)  # all that keep up with the last rate tie
     first = (
         f"With nine in ten requests in time the fixed size serves {known['fixed size']:.3g} requests/s, the adaptive "
         f"policy {known[ADAPTIVE]:.3g}."
     )
-    return first, f"The highest such rate is that of: {best}, {known[best]:.3g} requests/s."
+    return first, f"The highest such rate, {highest:.3g} requests/s, is that of: {best}."
 
 
 def other_batching(study: TrafficStudy) -> tuple[list[Row], str]:

@@ -83,8 +83,8 @@ class SearchBench:
 
     @property
     def knobs(self) -> list[tuple[str, str]]:
-        """What is decided, and between what."""
-        return [(name, str(distribution)) for name, distribution in method.space(self.parts).items()]
+        """What is decided, and between what, in words."""
+        return [(name, method.in_words(distribution)) for name, distribution in method.space(self.parts).items()]
 
 
 def prepare(
@@ -155,7 +155,7 @@ def begin(
     It belongs to these weights, this code, this space and these settings.
     """
     space: dict[str, object] = {
-        "space": setup.knobs,
+        "space": [(name, str(distribution)) for name, distribution in method.space(setup.parts).items()],
         "weights": io.weights_hash(setup.loaded.model),
         "data": corpus.data_hash(),
         "code": study.code(method, successive_filtering, parts=setup.bench.modules.values()),

@@ -58,7 +58,12 @@ class Finalist:
     @property
     def saves(self) -> bool:
         """Whether it surely takes less time, by more than the practical margin and than two copies differ."""
-        return self.time.high < -max(SPEED_MARGIN, self.floor)
+        return self.at_most < self.limit
+
+    @property
+    def limit(self) -> float:
+        """The share of the baseline's time below which its interval has to lie for that."""
+        return math.exp(-max(SPEED_MARGIN, self.floor))
 
     def as_good_as(self, best: "Finalist") -> bool:
         """Whether it takes less time than the baseline, and in the same rounds not surely more than the `best` by the
@@ -163,6 +168,7 @@ def table(finalists: Sequence[Finalist], margin: float) -> pd.DataFrame:
         time, lost = finalist.time, finalist.lost
         row: dict[str, Any] = {"stack": " → ".join(step.optimization for step in finalist.outcome.stack) or "nothing"}
         row |= {"time": math.exp(time.value), "low": math.exp(time.low), "high": math.exp(time.high)}
+        row |= {"surely faster below": finalist.limit, "surely faster": finalist.saves}
         row |= {"most lost of a score": lost.lost, "perplexity grows": lost.perplexity}
-        rows.append(row | {"surely faster": finalist.saves, "beyond a margin": lost.why_not(margin) or "no"})
+        rows.append(row | {"beyond a margin": lost.why_not(margin) or "no"})
     return pd.DataFrame(rows)

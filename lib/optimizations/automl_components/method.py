@@ -124,6 +124,17 @@ def _distribution(part: Component, name: str, knob: Mapping) -> BaseDistribution
     return FloatDistribution(min(inside[0], default), max(inside[1], default))
 
 
+def in_words(distribution: BaseDistribution) -> str:
+    """Return between what a knob is decided, for a reader: `row or matrix`, `0.05 to 0.75`, `0 to 4, whole`."""
+    if isinstance(distribution, CategoricalDistribution):
+        *others, last = map(str, distribution.choices)
+        return f"{', '.join(others)} or {last}" if others else last
+    if isinstance(distribution, IntDistribution):
+        return f"{distribution.low} to {distribution.high}, whole"
+    assert isinstance(distribution, FloatDistribution), "the space has no other kind"
+    return f"{distribution.low:g} to {distribution.high:g}"
+
+
 def stack_of(params: Mapping[str, Any], parts: Sequence[Component]) -> list[RecipeStep]:
     """Return the steps of a configuration in their order."""
     chosen = sorted((part for part in parts if params[part.stem]), key=lambda part: params[f"{part.stem}.order"])

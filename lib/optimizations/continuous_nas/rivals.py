@@ -174,7 +174,7 @@ class RivalComparison:
         if bracketed(ratios):
             return "divergence at equal speed"
         nearest = min(ratios, key=lambda ratio: abs(math.log(ratio)))
-        return f"divergence of the rival nearest in speed, {1 / nearest:.3g} times as fast,"
+        return f"divergence of the rival nearest in speed, {1 / nearest:.4g} times as fast,"
 
 
 def bracketed(ratios: Sequence[float]) -> bool:

@@ -51,7 +51,8 @@ def refutations(
 def _other_tokens(compared: Compared, exact: bool, same_top: float) -> tuple[bool | None, str]:
     """Return whether the timed decoding generated other tokens than the resident model, and the evidence.
 
-    None where nothing was timed, and where tokens differ in half precision (not `exact`), whose rounding decides ties.
+    None where nothing was timed; where tokens differ in half precision (not `exact`), whose rounding decides ties; and
+    where the few that were generated are equal, but at some position of the text another token is the most likely one.
     """
     percent = 100 * same_top  # of which nothing less than all is shown as all
     share = "all" if percent == 100 else f"{percent:.{digits.places(percent, percent, 100.0)}f} % of the"
@@ -62,7 +63,7 @@ def _other_tokens(compared: Compared, exact: bool, same_top: float) -> tuple[boo
     outputs = [(timed.baseline.output_BN, timed.optimized.output_BN) for timed in decoded]
     equal = [base.eq(opt) for base, opt in outputs if base is not None and opt is not None]
     same, total = sum(int(tokens.sum()) for tokens in equal), sum(tokens.numel() for tokens in equal)
-    refuted = False if same == total else True if exact else None
+    refuted = False if same == total and same_top == 1 else True if exact and same != total else None
     return refuted, f"{same} of {total} generated tokens are equal; {evidence}"
 
 

@@ -271,16 +271,19 @@ def described_bars(bars: pd.DataFrame) -> str:
 
 def cache_sizes(loaded: Loaded, arms: Mapping[str, MakeCache], window: int, effort: str, seed: int = 0) -> pd.DataFrame:
     """Return the tokens that the whole and the windowed cache hold after each of some generated tokens: columns arm,
-    strength (tokens read and generated), value. At effort preview a proxy model reads a prompt as long as the window
-    first, so that a few tokens more overrun it. The whole cache alone where the model has too few positions for the
+    strength (tokens read and generated), value. Where few tokens are generated the prompt comes first in its length: a
+    proxy model at effort preview reads one as long as the window, any other model one that all but fills the windowed
+    cache, so that it is cut within those few. The whole cache alone where the model has too few positions for the
     window, and no more tokens than it has positions.
     """
     proxy, length = loaded.scale == "proxy", PROMPT
     count = GENERATED if proxy else FEWER_GENERATED
-    if proxy and settings.read(effort).preview:
-        length, count = window, SLACK + SLACK // 2
     positions = continuations.positions(loaded.model)
     fits = _room(window) <= positions
+    if proxy and settings.read(effort).preview:
+        length, count = window, SLACK + SLACK // 2
+    elif fits and not proxy:
+        length = _sinks(arms[WINDOWED]()) + window + SLACK - FEWER_GENERATED // 2
     length = length if fits else min(length, PROMPT)
     count = min(count, positions - length)
     prompt_1T = task_list.text_windows(loaded, "final", 1, length, seed).to(loaded.device)

@@ -105,6 +105,9 @@ def test_rates_are_read_in_two_sentences_and_every_traffic_names_its_own_size(tr
     assert len(frame) == 4 * 7 and set(attained) == set(frame.arm)
     reading.two(*simulated.read_rates(attained))
     reading.two(*simulated.read_rates(dict.fromkeys(attained)))
+    # Whoever keeps up with the highest rate that was offered ties: the first of them was named as the best alone.
+    _, second = simulated.read_rates({"fixed size": 5.66, "AIMD": 5.0, "adaptive": 5.66, "chunked 64": None})
+    assert second == "The highest such rate, 5.66 requests/s, is that of: fixed size; adaptive."
 
 
 def test_simulated_measurements_name_the_fixed_size_and_carry_the_error(traffic):
@@ -282,6 +285,19 @@ def test_memory_children_serve_with_the_model_that_serves_here(traffic, tiny, mo
     trial = SimpleNamespace(size=4, traces=traffic.traces("changing", 1), workload="serve")
     read = experiment.peaks(loaded, traffic, trial)
     assert seen == [transform, transform] and {item.verdict for item in read} == {"unavailable"}
+
+
+def test_what_was_read_of_loading_is_not_put_down_to_a_schedule(traffic, tiny, monkeypatch):
+    """Both arms load the same model: no other schedule would make the time to load another."""
+    peak = memory.Peak(1, 10, 20, "planted", 0.1, 5.0)
+    monkeypatch.setattr(memory, "peaks", lambda *arms, **_: [memory.Peaks([peak]) for _ in arms])
+    loaded = SimpleNamespace(model=tiny("qwen3-4b-instruct-2507"), folder=None, name="qwen3-4b-instruct-2507")
+    loaded.scale, loaded.random_weights, loaded.device = "slice", True, "cpu"
+    trial = SimpleNamespace(size=4, traces=traffic.traces("changing", 1), workload="serve")
+    read = {item.metric: item for item in experiment.peaks(loaded, traffic, trial)}
+    assert {item.verdict for item in read.values()} == {"informative"}
+    of_load = {name for name, item in read.items() if item.reason != experiment.ONE_SCHEDULE}
+    assert of_load == {"load_seconds", "peak_memory_after_load_bytes"}
 
 
 def test_a_kept_beginning_is_read_by_nobody_and_serves_more_in_time(traffic, monkeypatch):

@@ -83,6 +83,18 @@ def test_every_real_configuration_becomes_a_stack_and_back():
         json.dumps([step.model_dump() for step in stack])
 
 
+def test_a_space_is_shown_in_words():
+    """A report said `FloatDistribution(high=0.675, log=False, low=0.045000000000000005, step=None)`."""
+    ratio = {"type": "float", "range": (0.0, 0.9), "default": 0.3}
+    kind = {"type": "categorical", "choices": ("row", "matrix", "block"), "default": "row"}
+    steps = {"type": "int", "range": (0, 1000), "default": 2}
+    part = Component("one", SimpleNamespace(), {"ratio": ratio, "kind": kind, "steps": steps}, most_steps=4)
+    words = {name: automl.in_words(distribution) for name, distribution in automl.space([part]).items()}
+    assert words["one"] == "False or True" and words["one.order"] == "0 to 1"
+    assert words["one.ratio"] == "0.045 to 0.675" and words["one.kind"] == "row, matrix or block"
+    assert words["one.steps"] == "0 to 4, whole"
+
+
 def test_levels_are_tried_and_what_lies_between_goes_to_the_nearest():
     size = {"type": "int", "range": (16, 512), "default": 128, "levels": (32, 128)}
     steps = {"type": "int", "range": (0, 1000), "default": 30}
@@ -292,6 +304,10 @@ def test_the_rule_takes_nothing_rather_than_what_gains_no_more_than_noise():
     assert finalists.choose([nothing, noise, better], 0.02) is better
     unsteady = replace(better, floor=0.1)
     assert finalists.choose([nothing, unsteady], 0.02) is nothing, "two copies of the baseline differ by more"
+    # An interval that ends below 1 stood beside `surely faster: False`, without what it would have to lie below.
+    frame = finalists.table([noise, better, unsteady], 0.02)
+    assert list(frame["surely faster"]) == [False, True, False] and frame["high"].max() < 1
+    assert frame["surely faster below"].tolist() == pytest.approx([0.98, 0.98, 0.905], abs=1e-3)
 
 
 def test_a_budget_of_memory_that_nothing_meets_is_named():

@@ -105,6 +105,7 @@ def test_all_blocks_alike_are_judged_at_equal_speed():
     assert untimed.refuted() == (None, "no rival was timed") and untimed.closer is None
     assert not untimed.has_rival_no_faster and not untimed.has_rival_no_slower
     assert evidence.startswith("divergence of the rival nearest in speed, 1.25 times as fast, ÷ the search's: ")
+    assert "1.002 times as fast" in _comparison(0.1, (0.998, 0.3)).refuted()[1], "not 1 times as fast"
     drifted = Drifts([_adaptation([1.0], [1.0])], [{"solved again, s": 0.1}])
     reached = outcome.targets(_effort(0.2, 0.4), faster, drifted).iloc[2]
     assert pd.isna(reached["value"]) and not reached["reached"], "nothing is closer at a speed that no rival has"

@@ -102,6 +102,16 @@ def test_what_cannot_be_told_is_left_open():
     assert _answers([1, 2], climb=None)[3] is None
 
 
+@pytest.mark.parametrize(("same_top", "refuted"), [(1.0, False), (0.9933, None)])
+def test_two_equal_tokens_do_not_outweigh_positions_that_differ(same_top, refuted):
+    """At 1 of 150 positions another token was the most likely one, and the claim was answered by 2 tokens generated."""
+    work = SimpleNamespace(output_BN=torch.tensor([[1, 2]]))
+    compared = Compared([], {"decode": SimpleNamespace(baseline=work, optimized=work)})
+    for exact in (True, False):
+        answer, evidence = outcome._other_tokens(compared, exact, same_top)
+        assert answer is refuted and evidence.startswith("2 of 2 generated tokens are equal; ")
+
+
 @pytest.mark.parametrize("slope", [-0.5, 0.0, 0.5])
 def test_the_climb_of_perplexity_is_that_of_the_losses(slope):
     random = np.random.default_rng(0)

@@ -51,6 +51,20 @@ def test_where_a_window_does_not_fit_nothing_is_read_and_the_reason_is_said(tiny
     assert window_quality.does_perplexity_climb(LongTexts())[1] == "no texts were read: random weights"
 
 
+def test_at_real_dimensions_the_few_tokens_generated_overrun_the_window(tiny):
+    """A prompt of 64 tokens and 8 more were shown as generation without end: a window of 256 never forgot one."""
+    loaded = _loaded(tiny, 200)
+    loaded.scale = "full"
+    caches = window_quality.cache_makers(loaded.model, 4, WINDOW)
+    held = window_quality.cache_sizes(loaded, caches, WINDOW, "quick")
+    by_arm = {arm: rows.value.to_list() for arm, rows in held.groupby("arm")}
+    assert by_arm[window_quality.WHOLE] == list(range(64, 72))
+    assert by_arm[window_quality.WINDOWED] == [64, 65, 66, 67, 36, 37, 38, 39]
+    loaded.model.config.max_position_embeddings = 128
+    held = window_quality.cache_sizes(loaded, caches, WINDOW, "quick")
+    assert set(held["arm"]) == {window_quality.WHOLE} and held["value"].max() == 71, "no window fits"
+
+
 def _planted(monkeypatch, tiny, source_N):
     """Read planted losses of texts that come from the given documents; those of a window are lower by what its document
     says.

@@ -52,14 +52,17 @@ class LimitedDecoding:
     offloading: list[Measurement] = field(default_factory=list)
 
     def reading(self) -> str:
-        """Return two sentences: the rates under the limit, or why there are none."""
+        """Return sentences: the rates under the limit, and that no verdict tells the first two apart; or why there are
+        none.
+        """
         if self.rate.ratio is None or self.rate.baseline is None or self.rate.optimized is None:
             return f"Under a limit that counts page cache nothing was decoded. The reason: {self.rate.reason}."
         share = 100 * self.details["allowance_bytes"] / self.details["weights_bytes"]
+        undecided = " This run does not tell the first two apart." if self.rate.verdict == "inconclusive" else ""
         return (
             f"Where page cache counts, and {share:.0f} % of the weights fit, streaming decodes "
             f"{self.rate.optimized:.3g} tokens a second. A plain mapping of the same file decodes "
-            f"{self.rate.baseline:.3g}{self._offloaded()}."
+            f"{self.rate.baseline:.3g}{self._offloaded()}.{undecided}"
         )
 
     def _offloaded(self) -> str:
