@@ -126,7 +126,8 @@ def within_margin(records: Iterable[Record], speed: str, quality: str, margin: f
         gained, score = first(run, speed), first(run, quality)
         if gained is None or score is None:
             continue
-        words.append(advice.judged_with(score, margin / 100))
+        word = advice.judged_with(score, margin / 100)
+        words.append("maintained" if word == "better" else word)  # a score that rose is kept
         if words[-1] == "maintained" and gained.verdict == "better":
             better.append(f"{title(run.optimization)} on {run.model}")
     lost, maintained = words.count("not_maintained"), words.count("maintained")

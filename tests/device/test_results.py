@@ -116,6 +116,20 @@ def test_the_page_names_machine_day_steps_and_records(home, capsys):
     assert "shows this session already" in capsys.readouterr().out
 
 
+def test_the_verdicts_of_a_session_are_corrected_for_their_number():
+    """As in every other table of the page: one weak effect among many that are none is no discovery."""
+
+    def run(name, gain, half, verdict):
+        timed = samples.timed("prefill_tokens_per_second", gain, half, verdict)
+        return records.build(name, samples.MODELS[0], "full", "quick", {}, [timed], primaries=samples.PRIMARIES)
+
+    weak = run("weak", 1.05, 0.048, "better")
+    others = [run(f"r{number}", 1.0, 0.05, "inconclusive") for number in range(20)]
+    line = f"| Weak | {samples.MODELS[0]} | "
+    assert f"{line}▲ better |" in device.section({"steps": []}, [weak])
+    assert f"{line}? inconclusive |" in device.section({"steps": []}, [weak, *others])
+
+
 def test_records_are_written_as_a_build_leaves_them(home):
     assert device.main([str(home / "out"), "--root", str(home), "--records", str(home / "full")]) == 0
     (record,), damaged = records.read_folder(home / "full")

@@ -113,6 +113,15 @@ def test_a_tighter_margin_keeps_fewer():
     )
 
 
+def test_a_score_that_rose_is_kept():
+    """It was counted among those of which nothing can be told."""
+    rose = samples.scored("f1_macro", 0.85, 0.91, "better")
+    run = samples.run(measurements=[samples.timed("prefill_tokens_per_second", 1.3), rose])
+    text = choosing.within_margin([run], "prefill_tokens_per_second", "f1_macro", 2.0)
+    assert text.startswith("F1 (macro) within 2 points: 1 of 1 run keep it; lost: 0, cannot tell: 0.")
+    assert "Kept, and better in prefill rate: Structured pruning on" in text
+
+
 def test_a_score_that_has_no_points_keeps_its_own_margin_and_says_so(displayed, offered):
     """Perplexity is judged by its own share, whatever number of points is chosen beside it."""
     choosing.trade_offs(_records(), "prefill_tokens_per_second", "perplexity")

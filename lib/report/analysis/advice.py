@@ -17,13 +17,13 @@ from lib.measure.metrics.busy import why_busy, withhold_if_busy
 from lib.measure.metrics.catalogue import DIMENSIONS, METRICS
 from lib.measure.metrics.measurement import Measurement
 from lib.report.analysis.deciding.goals import GOALS, LIMITED, Goal, goal
-from lib.report.analysis.deciding.scores import asked, beyond_every_effort, judged_with, only, quality
+from lib.report.analysis.deciding.scores import asked, beyond_every_effort, judged_with, only, quality, why_open
 from lib.report.records.record import Record
 from lib.report.records.setting import facts, reproduce, stack
 from lib.report.records.verdicts import in_words, primary
 from lib.report.text import brief
 from lib.report.text.quantities import quantity
-from lib.report.text.sentence import gain, subject, why
+from lib.report.text.sentence import gain, ratio, subject, why
 from lib.report.text.wording import label
 
 __all__ = [
@@ -59,14 +59,21 @@ class Evidence:
         parts = [self.record.scale, self.record.effort, facts.machine(self.record.environment)]
         return ", ".join(part for part in [*parts, facts.day(self.record.started)] if part)
 
+    @property
+    def text(self) -> str:
+        """The gain with its interval and verdict, and `where` it was measured."""
+        m = self.measurement
+        shown, ends = ratio(*gain(m))
+        return f"{label(m.metric)} [{m.workload}] {shown}{f' ({ends})' if ends else ''}, {m.verdict}; {self.where}"
+
 
 @dataclass(frozen=True)
 class Advice:
     """One optimization, one goal: the decision, why, what it rests on, and the command that would decide, with the
     seconds that it may take.
 
-    `goal` is the goal in words, with its limit. "use if" is a gain with kept quality beside which something else was
-    lost: `reason` names what, and then the gain.
+    `goal` is the goal in words, with its limit; `keep` the most that a score may lose. "use if" is a gain with kept
+    quality beside which something else was lost: `reason` names what, and then the gain.
     """
 
     optimization: str
@@ -77,6 +84,7 @@ class Advice:
     quality: list[Measurement] = field(default_factory=list)
     command: str | None = None
     seconds: float | None = None
+    keep: float = KEEP
 
     @property
     def gain(self) -> float:
@@ -104,7 +112,7 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
     """Return the advice that one record gives on one goal."""
 
     def result(decision: Decision, reason: str, **fields) -> Advice:
-        return Advice(record.optimization, str(goal), decision, brief.clipped(reason), **fields)
+        return Advice(record.optimization, str(goal), decision, brief.clipped(reason), keep=keep, **fields)
 
     def undecided(reason: str, **fields) -> Advice:
         command, seconds = _again(record)
@@ -151,8 +159,8 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
         return undecided(open_number, **about)
     if unanswered:
         where = in_words.notes(unanswered, record.measurements)
-        why_open = f"{subject(unanswered)}{where}: {unanswered.reason or 'too few to tell'}"
-        return result("undecided", f"no effort asks enough items: {why_open}", **about)
+        still_open = f"{subject(unanswered)}{where}: {why_open(unanswered, keep)}"
+        return result("undecided", f"no effort asks enough items: {still_open}", **about)
     if open_question:
         return (undecided if asked(record, "accuracy") else not_asked)(open_question, **about)
     if goal.limit_bytes is not None and taken(record, goal.name) is None:
@@ -252,7 +260,8 @@ def _beyond(record: Record, goal: Goal) -> str | None:
 
 def _paid(record: Record, served: Measurement) -> list[Measurement]:
     """Return what was lost beside a gain, other than quality: the same metric on other workloads, losses that count,
-    and primaries that became worse.
+    and primaries that became worse. The same metric first, then by dimension, in each the largest loss first: a stored
+    record has its primaries in the order of the alphabet.
     """
     if record.verdict.carried_by:
         named = {(m.metric, m.workload): m for m in record.measurements}
@@ -264,7 +273,8 @@ def _paid(record: Record, served: Measurement) -> list[Measurement]:
         known = [m for m in carriers.values() if m] + [m for m, _ in primary.losses(record.measurements, carriers)]
     same = [m for m in record.measurements if m.metric == served.metric and m.provenance != "estimated"]
     lost = [m for m in [*same, *known] if m.verdict == "worse" and m.dimension != "accuracy"]
-    return [m for at, m in enumerate(lost) if m is not served and all(m is not other for other in lost[:at])]
+    once = [m for at, m in enumerate(lost) if m is not served and all(m is not other for other in lost[:at])]
+    return sorted(once, key=lambda m: (m.metric != served.metric, DIMENSIONS.index(m.dimension), gain(m)[0] or 1.0))
 
 
 def _again(record: Record) -> tuple[str | None, float | None]:

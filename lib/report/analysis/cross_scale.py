@@ -12,6 +12,7 @@ import pandas as pd
 from lib.measure.metrics.digits import DASH
 from lib.measure.metrics.measurement import Measurement
 from lib.report.analysis import headlines
+from lib.report.analysis.noise import discoveries
 from lib.report.records import record
 from lib.report.records.record import Record
 from lib.report.text.wording import label, title
@@ -21,13 +22,13 @@ COLUMNS = ("optimization", "model")
 
 
 def beside(folder: Path, scale: str) -> tuple[str, list[Record]]:
-    """Return the other scale, and the measured records in the folder of that name beside `folder`; empty where there
-    is none.
+    """Return the other scale, and the measured records in the folder of that name beside `folder`, with the words that
+    hold for the whole set there; empty where there is none.
     """
     other = SPEED if scale == QUALITY else QUALITY
     where = Path(folder).resolve().parent / other
     records, _ = record.read_folder(where) if where.is_dir() else ([], {})
-    return other, [run for run in records if run.status == "ok" and run.scale == other]
+    return other, [run for run in discoveries.settled(records) if run.status == "ok" and run.scale == other]
 
 
 def table(

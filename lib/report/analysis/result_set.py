@@ -128,14 +128,14 @@ def enhanced(results: Results) -> dict[str, Any]:
 
 def master(results: Results) -> dict[str, Any]:
     """Return the runs in short, and what they amount to by optimization, over the models."""
-    parts = {"runs": _runs(results), "cells": _cells(results), "aggregate": aggregate(results.measured)}
+    parts = {"runs": _runs(results), "cells": _cells(results), "aggregate": aggregate(results.settled.measured)}
     return envelope("all", results) | parts
 
 
 def complete(results: Results) -> dict[str, Any]:
     """Return all of the above in one."""
     rest = {"runs": _runs(results), "cells": _cells(results)}
-    rest |= {"aggregate": aggregate(results.measured), "coverage": coverage(results)}
+    rest |= {"aggregate": aggregate(results.settled.measured), "coverage": coverage(results)}
     return envelope("complete", results) | {"records": _records(results)} | _curves(results) | rest
 
 

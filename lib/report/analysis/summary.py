@@ -156,7 +156,8 @@ def machine(record: Record) -> list[tuple[str, str]]:
     """
     declared = record.primaries.get("performance", ("", ""))[0]
     floors = _three(_largest_floors(record.measurements), declared)
-    rows = [("Noise floor", ", ".join(f"{subject(m)} {share(m.noise_floor)}" for m in floors))]
+    named = (f"{subject(m)} {share(m.noise_floor)}{in_words.notes(m, record.measurements)}" for m in floors)
+    rows = [("Noise floor", ", ".join(named))]
     copies = [m for c in record.controls if c.name == CONTROL for m in c.measurements if m.ratio]
     rates = _three([m for m in copies if m.metric.endswith("tokens_per_second")], declared)
     said = " ".join(filter(None, [str(record.details.get("control")), *(m.reason for m in rates)]))

@@ -72,7 +72,7 @@ def _decision(row: Advice, out: str | None) -> dict[str, Any]:
         "reason": row.reason,
         "command": commands.leading_to(row.command, out),
         "took": about(row.seconds) if row.command else "",
-        "where": row.evidence.where if row.evidence else "",
+        "evidence": row.evidence.text if row.evidence else "",
         "limited": _limited(row),
         "order": advice.ORDER.index(row.decision) - min(row.gain, 1000.0) / 1001,  # what gains most stands first
     }

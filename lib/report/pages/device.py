@@ -16,6 +16,7 @@ from typing import Any
 
 from lib.errors import UserError
 from lib.measure.metrics.digits import DASH
+from lib.report.analysis.noise import discoveries
 from lib.report.pages import readme, result_tables
 from lib.report.records import record as records
 from lib.report.records.record import Record
@@ -68,7 +69,7 @@ def section(index: Mapping[str, Any], session_records: Sequence[Record]) -> str:
     if tests := [test for step in steps for test in step.get("tests", ())]:
         parts += [_tests(tests)]
     if session_records:
-        parts.append(result_tables.section(session_records))
+        parts.append(result_tables.section(discoveries.settled(session_records)))
     return "\n\n".join(parts)
 
 

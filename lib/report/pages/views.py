@@ -119,7 +119,8 @@ def _mean(name: str, results: Results, marks: dict[str, str]) -> TradeOff | None
     state = next((s for s in WORST_FIRST if s in states), "maintained")
     xs, ys = [p.x for p in points], [p.y for p in points]
     judged = any(p.judged for p in points)
-    return TradeOff(marks[name], title(name), x, y, min(xs), max(xs), min(ys), max(ys), state, judged=judged)
+    ends = min(xs), max(xs), min(ys), max(ys)
+    return TradeOff(marks[name], title(name), x, y, *ends, state, judged=judged, of_several=len(points) > 1)
 
 
 def rankings(results: Results) -> list[dict[str, Any]]:

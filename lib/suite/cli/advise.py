@@ -116,8 +116,12 @@ def as_plain(row: "Advice", folder: Path, out: str | None = None) -> dict[str, A
         }  # fmt: skip
         steps = stack.steps(row.evidence.record)
         plain["stack"] = [{"optimization": name, "knobs": knobs} for name, knobs in steps]
+    from lib.report.analysis import advice
+
+    plain["keep"] = row.keep
     plain["quality"] = [
-        {name: getattr(m, name) for name in ("metric", "workload", "baseline", "optimized", "bound", "verdict")}
+        {name: getattr(m, name) for name in ("metric", "workload", "baseline", "optimized", "bound")}
+        | {"verdict": advice.judged_with(m, row.keep)}
         for m in row.quality
     ]
     return plain
@@ -158,19 +162,15 @@ def _lines(row: "Advice", folder: Path, out: str | None = None) -> list[str]:
     """Return one piece of advice in a few lines."""
     from lib.report.records.setting import stack
     from lib.report.text import quantities
-    from lib.report.text.sentence import gain, ratio
-    from lib.report.text.wording import label, title
+    from lib.report.text.wording import title
 
     lines = [f"{row.decision}: {title(row.optimization)}: {row.reason}"]
     if row.evidence:
-        m = row.evidence.measurement
-        shown, ends = ratio(*gain(m))
-        ends = f" ({ends})" if ends else ""
-        lines.append(f"  {label(m.metric)} [{m.workload}] {shown}{ends}, {m.verdict}; {row.evidence.where}")
+        lines.append(f"  {row.evidence.text}")
         if steps := stack.in_words(row.evidence.record):
             lines.append(f"  the stack: {steps}")
     names = [m.metric for m in row.quality]
-    if scores := [_score(m, names.count(m.metric) > 1) for m in row.quality]:
+    if scores := [_score(m, names.count(m.metric) > 1, row.keep) for m in row.quality]:
         lines.append(f"  {'; '.join(scores)}")
     if command := commands.leading_to(applying(row, folder), out, "--results"):
         lines.append(f"  to have it: {command}")
@@ -180,15 +180,16 @@ def _lines(row: "Advice", folder: Path, out: str | None = None) -> list[str]:
     return lines
 
 
-def _score(measurement: Any, several: bool) -> str:
-    """Return a score in words: its verdict, its change, and the bound that the verdict rests on; with its workload
-    where there are several of its name.
+def _score(measurement: Any, several: bool, keep: float) -> str:
+    """Return a score in words: its verdict with the margin `keep`, which the decision rests on, its change, and the
+    bound that was held against the margin; with its workload where there are several of its name.
     """
+    from lib.report.analysis import advice
     from lib.report.text import brief
     from lib.report.text.wording import label
 
     name = f"{label(measurement.metric)} [{measurement.workload}]" if several else label(measurement.metric)
-    words = f"{name} {measurement.verdict.replace('_', ' ')}"
+    words = f"{name} {advice.judged_with(measurement, keep).replace('_', ' ')}"
     if measurement.optimized is None or not (change := brief.number(measurement)):
         return words
     bound = brief.spread(measurement)

@@ -92,9 +92,10 @@ def _advise_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     what = "advise on this model, given by its name or its checkpoint (repeatable; default: all)"
     add("--model", action="append", default=[], metavar="M", help=what)
-    goals = "latency, throughput, memory, energy, size; with a limit: memory<=8GiB"
+    goals = "latency, throughput, memory, energy, size; with a limit, in quotes: 'memory<=8GiB'"
     add("--goal", action="append", default=[], metavar="G", help=f"{goals} (repeatable; default: all)")
-    add("--keep", type=_number, default=0.02, metavar="SHARE", help="the most that a score may lose (default: 0.02)")
+    keep = "the most that a score may lose; perplexity keeps its own margin (default: 0.02)"
+    add("--keep", type=_number, default=0.02, metavar="SHARE", help=keep)
     add("--json", action="store_true", help="print plain JSON")
     scale = f"{'|'.join(plan.SCALES)} (default: proxy; full for a model that has no proxy model)"
     add("--scale", metavar="S", help=scale)
@@ -172,6 +173,8 @@ def parsed(own: Parser, arguments: Sequence[str]) -> argparse.Namespace:
             raise UserError(f'unknown option "{name}".{hint}')
         hint = f"; to run it: build.py run {word}" if word in plan.optimizations() else f"; see: {own.prog} --help"
         hint = f"; a model is given as --model {word}" if word in plan.models() and "--model" in valid else hint
+        if own.prog == "build.py" and word in parser()[1]:
+            hint = f"; a command comes first: build.py {word}"
         raise UserError(f'"{word}" is not expected here{hint}')
     for name, choices in (("scale", plan.SCALES), ("effort", plan.EFFORTS), ("device", plan.DEVICES)):
         value = getattr(options, name, None)

@@ -19,7 +19,8 @@ from lib.suite.plan.plan import NOTEBOOKS, ROOT
 
 PLUGIN = "lib.suite.cli.nbval_at_preview"
 MOST_BESIDE = 8  # test files side by side: each may hold a model and its children in memory
-SLOW_TESTS = ("tests/suite", "tests/browser", "tests/test_memory_limits.py")  # few tests a file, each of seconds
+# Few tests a file, each of seconds.
+SLOW_TESTS = ("tests/suite", "tests/browser", "tests/measure/trackers/test_memory.py")
 
 
 def _call(arguments: Sequence[str], environment: dict[str, str] | None = None, asks: bool = False) -> int:

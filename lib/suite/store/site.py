@@ -47,7 +47,8 @@ def made_from(folder: Folder) -> str:
 
 def _others(folder: Folder) -> str:
     """Return a fingerprint of what is linked or archived beside the records: pages and the suites' files."""
-    files = [*folder.path.glob("*.html"), *folder.path.glob("*.md"), *REPORT.rglob("*.js")]
+    endings = ("*.html", "*.md", "*.txt", "*_results*.json")
+    files = [*(path for ending in endings for path in folder.path.glob(ending)), *REPORT.rglob("*.js")]
     return cache_key.digest(_marks(path for path in files if path.name != "index.html"))
 
 

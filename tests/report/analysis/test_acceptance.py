@@ -182,6 +182,23 @@ def test_damage_is_noticed(name, folder):
     assert any(stem == STEM and fault in why for stem, why in short[point]), short[point]
 
 
+def test_a_gain_that_the_whole_set_withholds_is_no_improvement(folder):
+    """The index showed it as inconclusive, with its q, and `check` let it pass as better."""
+    for path in folder.glob("*--*.json"):
+        content = json.loads(path.read_text())
+        speed = _measurement(content, "prefill_tokens_per_second")
+        if path.name == f"{STEM}.json":
+            speed.update(ratio=1.05, ci=[1.002, 1.098])
+        else:
+            speed.update(verdict="inconclusive")
+            content["verdict"]["performance"] = "inconclusive"
+        path.write_text(json.dumps(content))
+    short = _short(folder)["performance maintained or improved"]
+    assert len(short) == len(FEW) * len(samples.MODELS)
+    [why] = [why for stem, why in short if stem == STEM]
+    assert why.startswith("inconclusive: prefill ? 1.0") and "over the 8 primaries of performance" in why
+
+
 def test_half_a_file_and_a_missing_one(folder):
     (folder / f"{STEM}.json").write_text('{"schema": 1')
     second = f"{FEW[1]}--{samples.MODELS[0]}"

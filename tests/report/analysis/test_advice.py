@@ -500,6 +500,35 @@ def test_the_gain_is_named_however_much_it_costs():
     assert "(and 1 more) are acceptable: decode " in reason and reason.endswith(" % faster")
 
 
+def test_of_a_price_the_largest_loss_of_speed_is_named_first():
+    """A stored record has its primaries by the alphabet: a little processor time stood for much slower decoding."""
+    run = samples.whole("structured_pruning", MODEL, gain=0.9)  # decodes slower still
+    spent = samples.paired("cpu_seconds_per_token", 0.95)
+    built = record.build(
+        run.optimization, MODEL, "proxy", "quick", {}, [*run.measurements, spent], environment=samples.ENVIRONMENT,
+        primaries=samples.PRIMARIES,
+    )  # fmt: skip
+    by_name = dict(sorted(built.verdict.carried_by.items()))
+    stored = built.model_copy(update={"verdict": built.verdict.model_copy(update={"carried_by": by_name})})
+    row = advised(stored, "memory")
+    assert row.decision == "use if" and row.reason.startswith("decode ") and " % slower" in row.reason
+    assert row.reason == advised(built, "memory").reason, "whatever the order"
+
+
+def test_a_score_is_called_by_the_margin_that_the_decision_rests_on(tmp_path, capsys):
+    """A recommendation at 20 points stood above the word for 2: F1 (macro) not maintained."""
+    run = samples.whole("structured_pruning", MODEL, gain=1.4, lost=0.05)
+    record.write(run, tmp_path / f"{run.stem}.json")
+    for keep, decision, word in ((0.2, "use", "maintained"), (0.02, "do not use", "not maintained")):
+        command.advise(tmp_path, [MODEL], ["latency"], keep)
+        text = capsys.readouterr().out
+        assert f"{decision}: Structured pruning" in text and f" F1 (macro) {word}, " in text
+        command.advise(tmp_path, [MODEL], ["latency"], keep, as_json=True)
+        [row] = json.loads(capsys.readouterr().out)[MODEL]
+        assert row["decision"] == decision and row["keep"] == keep
+        assert row["quality"][0]["verdict"] == word.replace(" ", "_")
+
+
 def test_a_score_that_decides_is_told_from_another_of_its_name(tmp_path, capsys):
     """Perplexity of held-out text is maintained, that of answers behind a long prompt is not."""
     run = samples.whole("adaptive_sparse_attention", MODEL, gain=1.4)

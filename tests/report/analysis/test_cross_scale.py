@@ -36,6 +36,21 @@ def test_one_scale_alone_makes_no_line():
     assert cross_scale.table([proxy, elsewhere]).empty
 
 
+def test_the_other_scale_has_the_words_of_its_whole_set(tmp_path):
+    """As the records beside which it stands: one weak effect among many that are none is no discovery."""
+
+    def run(name, gain, half, verdict):
+        timed = samples.timed("prefill_tokens_per_second", gain, half, verdict)
+        return record.build(name, samples.MODELS[0], "slice", "quick", {}, [timed], primaries=samples.PRIMARIES)
+
+    (tmp_path / "slice").mkdir()
+    weak = run("weak", 1.05, 0.048, "better")
+    for built in (weak, *(run(f"r{number}", 1.0, 0.05, "inconclusive") for number in range(20))):
+        record.write(built, tmp_path / "slice" / f"{built.stem}.json")
+    _, records = cross_scale.beside(tmp_path / "proxy", "proxy")
+    assert len(records) == 21 and {built.measurements[0].verdict for built in records} == {"inconclusive"}
+
+
 def test_the_other_scale_lies_beside(tmp_path):
     proxy, cut = both()
     for name, records in (("proxy", proxy), ("slice", cut)):

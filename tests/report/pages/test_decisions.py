@@ -3,6 +3,7 @@
 import pytest
 from bs4 import BeautifulSoup
 
+from lib.measure.metrics import measurement
 from lib.report.analysis import advice
 from lib.report.analysis.noise import discoveries
 from lib.report.pages import decisions, index
@@ -30,6 +31,60 @@ def test_every_decision_of_every_margin_is_on_the_page(tmp_path):
                 [item] = [item for item in items if f"{keep:g}" in item["data-keeps"].split()]
                 assert item["data-decision"] == advised.decision and advised.reason in item.get_text()
                 assert bool(item.select("pre")) == (advised.command is not None)
+
+
+def _at_usual_margin(row, goal):
+    [item] = [item for item in row.select(f'li[data-goal="{goal}"]') if "0.02" in item["data-keeps"].split()]
+    return item
+
+
+def test_what_gains_more_for_a_goal_stands_first_however_little_more(tmp_path):
+    """A place had four decimals, a tenth of a gain: within that the order was that for latency, whatever the goal."""
+    for name, gain, left in (("structured_pruning", 1.4, 79.0), ("tensor_decomposition", 1.2, 78.0)):
+        run = samples.whole(name, samples.MODELS[0], gain)
+        sized = measurement.counted("checkpoint_bytes", "load", 100.0, left, "bytes of the files")
+        record.write(run.model_copy(update={"measurements": [*run.measurements, sized]}), tmp_path / f"{run.stem}.json")
+    rows = _rows(tmp_path)
+    records = discoveries.settled(record.read_folder(tmp_path)[0])
+    for goal, names in (
+        ("latency", ["Structured pruning", "Tensor decomposition"]),
+        ("size", ["Tensor decomposition", "Structured pruning"]),
+    ):
+        advised = advice.advise(records, samples.MODELS[0], [advice.Goal(goal)])
+        assert [decisions.title(row.optimization) for row in advised] == names
+        placed = sorted(rows, key=lambda row: float(_at_usual_margin(row, goal)["data-order"]))
+        assert [row.th.a.get_text() for row in placed] == names
+
+
+def test_a_decision_carries_its_evidence(tmp_path):
+    """Interval, scale, machine and day, as `advise` prints them: the page computed where and never showed it."""
+    run = samples.whole("structured_pruning", samples.MODELS[0], 1.4)
+    record.write(run, tmp_path / f"{run.stem}.json")
+    [row] = _rows(tmp_path)
+    [advised] = advice.advise([run], run.model, [advice.Goal("latency")])
+    shown = _at_usual_margin(row, "latency").select_one(".said")["title"]
+    assert shown == advised.evidence.text
+    assert shown.startswith("decode rate [decode] 1.3") and "×" in shown and "–" in shown
+    assert shown.endswith(", better; proxy, quick, Example Processor 9000, 2 cores given, 2026-01-31 14:05")
+    record.write(samples.without_result("failed", "no memory", run.optimization), tmp_path / f"{run.stem}.json")
+    [row] = _rows(tmp_path)
+    assert not row.select(".said[title]")
+
+
+def test_how_many_items_would_tell_is_said_for_the_margin_that_was_chosen(tmp_path):
+    """At 1 and at 5 points the page gave the number for 2, which the record had been judged with."""
+    run = samples.whole("structured_pruning", samples.MODELS[0], 1.4)
+    kept = [m for m in run.measurements if m.dimension != "accuracy"]
+    score = samples.scored("f1_macro", 0.91, 0.90, "inconclusive", 0.06)  # its bound: 6 points lower
+    record.write(run.model_copy(update={"measurements": [*kept, score]}), tmp_path / f"{run.stem}.json")
+    [row] = _rows(tmp_path)
+    texts = {}
+    for item in row.select('li[data-goal="latency"]'):
+        texts |= dict.fromkeys(item["data-keeps"].split(), item.select_one(".said").get_text(" ", strip=True))
+    assert "about 1260 would show it maintained" in texts["0.02"]  # as the record says
+    assert "400 items" in texts["0.01"] and "1260" not in texts["0.01"]
+    assert "would show it maintained" in texts["0.05"] and "1260" not in texts["0.05"]
+    assert texts["0.1"].startswith("use")
 
 
 def test_the_columns_are_quality_prefill_decode_and_weights(tmp_path):

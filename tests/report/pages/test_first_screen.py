@@ -226,4 +226,4 @@ def test_the_noise_floor_of_the_machine_is_the_one_that_may_withhold():
     rates[1] = rates[1].model_copy(update={"noise_floor": 0.16, "reason": "the noise floor of 16 % is above 10 %"})
     run = _served(*rates)
     assert summary.busy(run).endswith(": the noise floor of 16 % is above 10 %.")
-    assert dict(summary.machine(run))["Noise floor"] == "goodput 1.2 %, generation 16 %"
+    assert dict(summary.machine(run))["Noise floor"] == "goodput 1.2 %, generation 16 % (other)", "of which workload"

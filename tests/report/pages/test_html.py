@@ -77,6 +77,18 @@ def test_nothing_on_the_page_reaches_out(rendered):
     assert "alt words (example.org/picture.png)" in page
 
 
+def test_both_pages_say_that_their_decisions_are_of_one_run_alone(rendered):
+    """The index may withhold, over the whole set, what a report recommends."""
+    for page in rendered[:2]:
+        assert "From this run alone, with a margin of quality of 2 points." in page
+
+
+def test_both_pages_say_of_what_a_ratio_of_times_is_the_mean_or_the_median(rendered):
+    """They called every one a median of rounds, also the means over processes that most are."""
+    for page in rendered[:2]:
+        assert "the mean over processes, or the median over paired rounds" in page
+
+
 def test_code_is_folded_and_escaped(rendered):
     page, text, _ = rendered
     assert '<details class="code"><summary>parameters</summary>' in page

@@ -30,7 +30,8 @@ def test_figure_table_and_record_reach_the_pages(tmp_path, monkeypatch):
 
     glued = record.from_notebook(tmp_path / "run.ipynb")
     assert record.to_json(glued) == record.to_json(samples.run())
-    page, text = (path.read_text() for path in html.render(tmp_path / "run.ipynb", glued, (), tmp_path))
+    pages = html.render(tmp_path / "run.ipynb", glued, (), tmp_path)
+    page, text = (path.read_text(encoding="utf-8") for path in pages)
     assert page.count('alt="Prefill is faster, F1 stays."') == 1
     assert "![Prefill is faster, F1 stays.](" in text
     assert "<caption>Speed</caption>" in page and "*Speed*" in text

@@ -90,6 +90,19 @@ def test_no_best_trade_off_rests_on_a_speed_that_is_not_judged():
         assert bool(chart["front"]) is judged
 
 
+def test_a_mean_loses_quality_on_some_model():
+    """Three models keep it and one does not: the chart of means said that the optimization loses it."""
+    runs = [samples.whole("x", model, 1.4) for model in samples.MODELS[:3]]
+    runs.append(samples.whole("x", samples.MODELS[3], 1.4, lost=0.05))
+    points = views.means(result_set.Results("proxy", runs, {}, ("x",), samples.MODELS))
+    text = trade_off_svg.words(points, "T", 2.0)
+    assert "; 1 lose quality beyond the margin on some model; " in text
+    assert "1 X, quality not maintained on some model (1." in text
+    alone = views.means(result_set.Results("proxy", runs[3:], {}, ("x",), samples.MODELS[3:]))
+    text = trade_off_svg.words(alone, "T", 2.0)
+    assert "; 1 lose quality beyond the margin; " in text and "1 X, quality not maintained (1." in text
+
+
 def test_a_run_that_answers_nothing_right_any_more_has_its_point():
     lost = samples.scored(views.QUALITY, 0.91, 0.0, "not_maintained")
     run = samples.run(measurements=[samples.timed(views.SPEED, 1.3), lost])

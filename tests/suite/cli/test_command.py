@@ -32,7 +32,9 @@ def test_help_promises_what_a_command_does():
     assert "the folder of the new checkpoint" in applied and "<scale> (default: executed)\n" in applied
     assert "--dimension" not in applied and "default: all" not in applied and "results go to" not in applied
     assert "results go to DIR/<scale>" in _build("run", "--help").stdout
-    assert "full for a model that has no proxy" in " ".join(_build("advise", "--help").stdout.split())
+    advised = " ".join(_build("advise", "--help").stdout.split())
+    assert "full for a model that has no proxy" in advised and "'memory<=8GiB'" in advised  # a shell reads < itself
+    assert "perplexity keeps its own margin" in advised
 
 
 def test_help_names_every_command_and_every_exit_code():

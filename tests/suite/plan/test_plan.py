@@ -65,6 +65,7 @@ def refused(root, *arguments, **more):
         (["proxies", "--model"], "--model: expected one argument"),
         (["report", "well"], '"well" is not expected here; to run it: build.py run well'),
         (["advise", "executed"], '"executed" is not expected here; see: build.py advise --help'),
+        (["--force", "run"], '"run" is not expected here; a command comes first: build.py run'),
         (["advise", "--keep", "2%"], "--keep: expected a number, such as 0.02, got '2%'"),
         (["compare", "executd/old", "."], "executd/old: no such folder or file"),
         (["check", "--scale", "full"], "holds no record; build first: python build.py run --model M --scale full"),

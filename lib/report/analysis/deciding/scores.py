@@ -8,6 +8,7 @@ from lib.measure.metrics import settings
 from lib.measure.metrics.busy import why_busy
 from lib.measure.metrics.catalogue import DIMENSIONS
 from lib.measure.metrics.measurement import Measurement
+from lib.measure.quality import noninferiority
 from lib.report.records.record import Record
 from lib.report.records.verdicts import in_words
 from lib.report.text import brief
@@ -47,7 +48,7 @@ def quality(record: Record, keep: float) -> tuple[str | None, str | None, list[M
     undecided = next((m for m in scores if words[id(m)] == "inconclusive"), None)
     if undecided:
         where = in_words.notes(undecided, record.measurements)
-        return None, f"{subject(undecided)}{where}: {undecided.reason or 'too few items to tell'}", scores
+        return None, f"{subject(undecided)}{where}: {why_open(undecided, keep)}", scores
     if len(unexercised) == len(scores):
         return None, "the optimization never acted on the questions that were asked", scores
     return None, None, scores
@@ -55,17 +56,28 @@ def quality(record: Record, keep: float) -> tuple[str | None, str | None, list[M
 
 def judged_with(measurement: Measurement, keep: float) -> str:
     """Return the verdict on a score with the margin `keep` in place of its own; perplexity keeps its own."""
-    if measurement.metric == "perplexity" or measurement.verdict not in (
-        "maintained", "not_maintained", "inconclusive",
-    ):  # fmt: skip
-        return measurement.verdict
-    if measurement.bound is None or keep == measurement.margin:
+    if _at_own_margin(measurement, keep) or measurement.bound is None:
         return measurement.verdict
     if measurement.bound > -keep:
         return "maintained"
     if measurement.ci and measurement.baseline and (measurement.ci[1] - 1) * measurement.baseline < -keep:
         return "not_maintained"
     return "inconclusive"
+
+
+def _at_own_margin(measurement: Measurement, keep: float) -> bool:
+    """Return whether the verdict of a measurement, and the reason for it, are those that hold with the margin `keep`
+    too: it rests on that margin, on one that is no share of points, or on none.
+    """
+    judged = measurement.verdict in ("maintained", "not_maintained", "inconclusive")
+    return not judged or measurement.metric == "perplexity" or keep == measurement.margin
+
+
+def why_open(score: Measurement, keep: float) -> str:
+    """Return why a score cannot be told with the margin `keep`: how many items would suffice depends on it."""
+    if _at_own_margin(score, keep) or score.bound is None:
+        return score.reason or "too few items to tell"
+    return noninferiority.too_few_at(score, keep)
 
 
 def beyond_every_effort(record: Record, score: Measurement, keep: float) -> bool:

@@ -3,7 +3,8 @@
 Among many cells, some are called better or worse by chance. In each dimension the p-values of all primaries
 (`lib.measure.metrics.significance`) are corrected by Benjamini and Hochberg's procedure (1995, Controlling the false
 discovery rate), so that among the cells called in that dimension at most one in twenty is expected to be false. A cell
-whose q lies above that is shown as inconclusive, with that reason; the run's own record keeps its verdict.
+whose q lies above that is shown as inconclusive, with that reason (a score that rose as maintained, which it is); the
+run's own record keeps its verdict.
 
 Primaries without spread (counted, or equal answers) leave nothing to chance and are not part of a family. `maintained`
 and `equivalent` claim no difference: their error is held in each cell by the bound that they rest on. Cells that are
@@ -59,7 +60,8 @@ def _family(records: Sequence[Record], dimension: str) -> list[Cell]:
         word = recorded = getattr(record.verdict, dimension)
         reason = None
         if q is not None and q > LEVEL and recorded in CALLS:
-            word = "inconclusive"
+            # What a score gained may be chance; its interval excludes every loss all the same.
+            word = "maintained" if (dimension, recorded) == ("accuracy", "better") else "inconclusive"
             reason = f"q {q:.2g} over the {len(tested)} primaries of {dimension}: not beyond chance among so many"
         metric, workload = (carrier.metric, carrier.workload) if carrier else (None, None)
         about = record.optimization, record.model, dimension, metric, workload
@@ -106,16 +108,16 @@ def _settled(record: Record, changed: Sequence[Cell]) -> Record:
     verdict = record.verdict
     words = {cell.dimension: cell.word for cell in changed}
     reasons = {cell.dimension: cell.reason for cell in changed}
-    withheld = {(_quantity(cell.metric), cell.workload): cell.reason for cell in changed}
+    withheld = {(_quantity(cell.metric), cell.workload): cell for cell in changed}
     measurements = [
-        m.model_copy(update={"verdict": "inconclusive", "reason": withheld[_quantity(m.metric), m.workload]})
-        if m.verdict in CALLS and (_quantity(m.metric), m.workload) in withheld
+        m.model_copy(update={"verdict": cell.word, "reason": cell.reason})
+        if m.verdict in CALLS and (cell := withheld.get((_quantity(m.metric), m.workload)))
         else m
         for m in record.measurements
     ]
     update = words | {"reasons": verdict.reasons | reasons}
     settled = record.model_copy(update={"verdict": verdict.model_copy(update=update), "measurements": measurements})
-    sentences = [f"Over this set {cell.dimension} is inconclusive: {cell.reason}." for cell in changed]
+    sentences = [f"Over this set {each.dimension} is {each.word}: {each.reason}." for each in changed]
     text = " ".join([in_words.of_record(settled), *sentences])
     return settled.model_copy(update={"verdict": settled.verdict.model_copy(update={"sentence": text})})
 

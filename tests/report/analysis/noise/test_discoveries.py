@@ -45,6 +45,25 @@ def test_a_clear_effect_stands_and_a_weak_one_among_many_does_not():
     assert discoveries.settled([*settled.values()]) == [*settled.values()]
 
 
+def test_a_score_that_rose_by_chance_is_still_maintained():
+    """Among many scores that did not change it was called inconclusive, and so no optimization was recommended for it,
+    although its interval excludes every loss.
+    """
+
+    def scored(name: str, optimized: float, verdict: str):
+        score = samples.scored("f1_macro", 0.8, optimized, verdict, 0.03)
+        return record.build(name, samples.MODELS[0], "proxy", "quick", {}, [score], primaries=samples.PRIMARIES)
+
+    rose = scored("rose", 0.825, "better")
+    sets = [rose, *(scored(f"same_{n}", 0.8, "maintained") for n in range(20))]
+    cell = next(c for c in discoveries.cells(sets) if c.dimension == "accuracy")
+    assert cell.p < 0.05 < cell.q and (cell.recorded, cell.word) == ("better", "maintained")
+    settled = discoveries.settled(sets)[0]
+    assert settled.verdict.accuracy == settled.measurements[0].verdict == "maintained"
+    assert "Over this set accuracy is maintained: q " in settled.verdict.sentence
+    assert discoveries.settled([settled, *sets[1:]]) == [settled, *sets[1:]]
+
+
 def test_effects_that_are_withheld_lend_no_significance_to_others():
     """Ten weak calls beside ten strong effects of a busy machine, of which none is a call."""
 
@@ -81,6 +100,17 @@ def test_the_sets_files_hold_the_cells(tmp_path):
         assert len(content["cells"]) == 2 * len(samples.MODELS) * 4
         assert schema.faults(content) == []
     assert results.settled.records == results.records
+
+
+def test_what_the_sets_files_count_holds_for_the_set():
+    """The report counted a withheld gain as inconclusive, the JSON beside it as better."""
+    weak = samples.timed("prefill_tokens_per_second", 1.05, 0.048, "better")
+    weak = record.build("weak", samples.MODELS[0], "proxy", "quick", {}, [weak], primaries=samples.PRIMARIES)
+    runs = [weak, *(_run(f"nothing_{n}", 1.0, n) for n in range(20))]
+    results = result_set.Results("proxy", runs, {}, tuple(run.optimization for run in runs), samples.MODELS[:1])
+    for content in (result_set.master(results), result_set.complete(results)):
+        [line] = [line for line in content["aggregate"] if line["optimization"] == "weak"]
+        assert line["verdicts"] == {"inconclusive": 1}
 
 
 def test_the_ranking_says_for_how_many_models_a_number_was_called():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import zipfile
 
 import pytest
 
@@ -65,6 +66,17 @@ def test_what_the_complete_suite_left_is_not_made_again(tmp_path):
     for kind in ("complete", "enhanced", None):
         assert site.finish(folder, kind) == []
         assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.is_file()} == first
+
+
+def test_the_files_of_a_suite_that_came_later_are_linked_and_packed(tmp_path):
+    """`all` leaves neither a page nor Markdown, and the index was made again for those alone."""
+    samples.good(tmp_path, FEW)
+    folder = Folder(tmp_path)
+    assert site.finish(folder, None) == [] and site.finish(folder, "all") == []
+    text = (tmp_path / "index.html").read_text()
+    packed = zipfile.ZipFile(tmp_path / "report.zip").namelist()
+    for name in file_names.FILES["all"]:
+        assert f'href="{name}"' in text and f"report/{name}" in packed
 
 
 def test_a_margin_that_has_changed_makes_the_files_again(tmp_path, monkeypatch):
