@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lib.report.figures.theme import (
@@ -27,39 +28,42 @@ def bound(frame: pd.DataFrame, *, unit: str = "ms", title: str = "") -> Figure:
 
     `frame` has a row per workload and arm: columns `workload`, `arm`, `time`, `bound` (both in `unit`), optionally
     `low`, `high` (the interval of the time) and `limit` ("compute" or "bandwidth"). The text at each bar is time ÷
-    bound.
+    bound. Each workload has an axis of its own: beside a long prompt's time that of one token would not be seen.
     """
     rows = frame.reset_index(drop=True)
+    arms = list(dict.fromkeys(rows["arm"]))
+    workloads = [part for _, part in rows.groupby("workload", sort=False)] or [rows]
     with applied():
-        figure, (axes,) = new_axes(1.1 + 0.42 * len(rows))
-        arms = list(dict.fromkeys(rows["arm"]))
-        for at, (_, row) in enumerate(rows.iterrows()):
-            colour = GREY if row["arm"] == "baseline" else ARMS[max(arms.index(row["arm"]) - ("baseline" in arms), 0)]
-            axes.barh(at, row["time"], color=colour, height=0.62, alpha=0.9)
-            bar_interval(axes, row, "time", at)
-            if pd.notna(row["bound"]):
-                axes.plot([row["bound"]] * 2, [at - 0.4, at + 0.4], color=ORANGE, linewidth=3.5, solid_capstyle="butt")
-                limit = f", limit: {row['limit']}" if "limit" in rows and pd.notna(row["limit"]) else ""
-                edge = max(row["time"], row.get("high", 0) if pd.notna(row.get("high", np.nan)) else 0, row["bound"])
-                axes.text(
-                    edge,
-                    at,
-                    f"  {row['time'] / row['bound']:.1f}× its bound{limit}",
-                    va="center",
-                    fontsize=8.5,
-                    color=INK,
-                )
-        axes.set_yticks(range(len(rows)), [f"{row.workload}, {row.arm}" for row in rows.itertuples()])
-        axes.invert_yaxis()
-        axes.grid(axis="y", visible=False)
-        ends = rows.reindex(columns=["time", "bound", "high"]).astype(float).max().max()
-        axes.set_xlim(0, (ends if len(rows) else 1) * 1.45)
-        axes.plot(
-            [], [], color=ORANGE, linewidth=3.5, label="physical bound: larger of FLOPs ÷ peak, bytes ÷ bandwidth"
-        )
-        axes.set(xlabel=f"time ({unit})", title=title)
+        height = 1.1 + 0.42 * len(rows) + 0.3 * (len(workloads) - 1)
+        sizes = [max(len(part), 1) for part in workloads]
+        figure, panels = new_axes(height, rows=len(workloads), height_ratios=sizes)
+        for axes, part in zip(panels, workloads):
+            _bound_panel(axes, part, arms)
+        name = "physical bound: larger of FLOPs ÷ peak, bytes ÷ bandwidth"
+        panels[0].plot([], [], color=ORANGE, linewidth=3.5, label=name)
+        panels[0].set_title(title)
+        panels[-1].set_xlabel(f"time ({unit})")
         figure.legend(loc="outside lower center", fontsize=8.5)
     return figure
+
+
+def _bound_panel(axes: Axes, rows: pd.DataFrame, arms: Sequence[str]) -> None:
+    """Draw the bars of one workload; colours follow the place of an arm in `arms`."""
+    for at, (_, row) in enumerate(rows.iterrows()):
+        colour = GREY if row["arm"] == "baseline" else ARMS[max(arms.index(row["arm"]) - ("baseline" in arms), 0)]
+        axes.barh(at, row["time"], color=colour, height=0.62, alpha=0.9)
+        bar_interval(axes, row, "time", at)
+        if pd.notna(row["bound"]):
+            axes.plot([row["bound"]] * 2, [at - 0.4, at + 0.4], color=ORANGE, linewidth=3.5, solid_capstyle="butt")
+            limit = f", limit: {row['limit']}" if "limit" in rows and pd.notna(row["limit"]) else ""
+            edge = max(row["time"], row.get("high", 0) if pd.notna(row.get("high", np.nan)) else 0, row["bound"])
+            text = f"  {row['time'] / row['bound']:.1f}× its bound{limit}"
+            axes.text(edge, at, text, va="center", fontsize=8.5, color=INK)
+    axes.set_yticks(range(len(rows)), [f"{row.workload}, {row.arm}" for row in rows.itertuples()])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    ends = rows.reindex(columns=["time", "bound", "high"]).astype(float).max().max()
+    axes.set_xlim(0, (ends if len(rows) else 1) * 1.45)
 
 
 def bars(

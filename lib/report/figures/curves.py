@@ -9,7 +9,16 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lib.report.figures.theme import INK, applied, legend_columns, look, margin_and_baseline, new_axes, whiskers
+from lib.report.figures.theme import (
+    INK,
+    applied,
+    legend_columns,
+    log_y_axis,
+    look,
+    margin_and_baseline,
+    new_axes,
+    whiskers,
+)
 
 MOST_NAMED = 60  # points or arms whose names can still be read beside one another
 MOST_INSIDE = 6  # names of a legend that leave the curves beside it room; more stand below the axes
@@ -31,13 +40,15 @@ def impact(
     margin: tuple[float, float] | None = None,
     title: str = "",
     log_y: bool = False,
+    steps: bool = False,
 ) -> Figure:
     """Return a metric over an optimization's strength, one line per arm, with intervals.
 
     `frame` has a row per arm and strength: columns `x`, `y`, `arm` and, where known, the interval's ends `low`, `high`.
     Arms named in `controls` are dashed and hollow. `reference` is the baseline's value, or that of what
     `reference_name` says, such as an objective; `margin` is the band of values that still counts as maintained. Labels
-    carry the units. The legend stands beside the curves, one of more than MOST_INSIDE names below the axes.
+    carry the units. With `steps` a value holds up to the next point, as on a front of what was found: between two
+    points nothing is. The legend stands beside the curves, one of more than MOST_INSIDE names below the axes.
     """
     with applied():
         figure, (axes,) = new_axes(3.6)
@@ -46,12 +57,13 @@ def impact(
             rows = rows.sort_values(x)
             (colour, marker), control = look(index), name in controls
             line = dict(color=colour, linestyle="--" if control else "-", linewidth=1.3 if control else 2)
+            line["drawstyle"] = "steps-post" if steps else "default"
             face = "white" if control else colour
             axes.plot(rows[x], rows[y], marker=marker, markerfacecolor=face, label=name, **line)
             whiskers(axes, rows, x, y, low, high, fmt="none", ecolor=colour, elinewidth=1.2, capsize=3, alpha=0.8)
         axes.set(xlabel=x_label, ylabel=y_label, title=title)
         if log_y:
-            axes.set_yscale("log")
+            log_y_axis(axes)
         handles, names = axes.get_legend_handles_labels()
         if len(names) > MOST_INSIDE:
             columns = legend_columns(names, 8.5, most=3)

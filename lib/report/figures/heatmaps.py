@@ -66,8 +66,9 @@ def _panel(
             axes.text(*at, cell["state"], ha="center", va="center", fontsize=7.5, color=INK, bbox=_PLATE)
             continue
         open_ = low is not None and high is not None and pd.notna(low) and low <= 0 <= high
-        text = form.format(value) + (f"\n{form.format(low)} to\n{form.format(high)}" if pd.notna(low) else "")
-        axes.text(*at, text.replace("-", "−"), ha="center", va="center", fontsize=7, color=GREY if open_ else INK)
+        text = _number(value, form)
+        text += f"\n{_number(low, form)} to\n{_number(high, form)}" if pd.notna(low) else ""
+        axes.text(*at, text, ha="center", va="center", fontsize=7, color=GREY if open_ else INK)
     for index in range(len(names)):
         axes.text(index, index, "–", ha="center", va="center", color=GREY)
     labels = [name.replace("_", "\n") for name in names]
@@ -76,3 +77,9 @@ def _panel(
     axes.set_xlabel("second")
     axes.grid(visible=False)
     axes.tick_params(length=0)
+
+
+def _number(value: float, form: str) -> str:
+    """Return a number as text, with a true minus; what is rounded to zero has no sign."""
+    text = form.format(value)
+    return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")

@@ -26,12 +26,16 @@ VERDICTS = {  # verdict: colour, marker, filled
 }
 
 
+REACH = 5.0  # times its ratio that an interval is drawn to at most
+
+
 def forest(frame: pd.DataFrame, *, title: str = "", label: str = "label", group: str = "dimension") -> Figure:
     """Return every metric's ratio with its interval, turned so that right of 1 is better, over its noise floor.
 
     `frame` is what `tables.tidy` gives: columns `label`, `dimension`, `gain` (≥ 1 is better), `gain_low`, `gain_high`,
     `noise_floor` (a relative half-width, or missing) and `verdict`. Rows without a ratio are left out. An interval
-    that reaches to 0, for which the axis has no place, or without an upper end is dashed to the edge.
+    that reaches to 0, for which the axis has no place, farther than REACH times the ratio or without an upper end is
+    dashed to the edge.
     """
     rows = frame.dropna(subset=["gain"]).reset_index(drop=True)
     rows = rows[rows["gain"] > 0].reset_index(drop=True)
@@ -61,7 +65,9 @@ def forest(frame: pd.DataFrame, *, title: str = "", label: str = "label", group:
         _ratio_axis(axes)
         for at, row in placed:
             _open_end(axes, row, at)
-        axes.set(xlabel="optimized against baseline, turned so that right of 1 is better", title=title)
+        axes.set_title(title)
+        # To the right: beside long names the axis is narrower than what is written below it, which was cut off there.
+        axes.set_xlabel("optimized against baseline, turned so that right of 1 is better", loc="right")
         _verdict_legend(figure, rows["verdict"], floor=bool((rows["noise_floor"] > 0).any()))
     return figure
 
@@ -88,17 +94,25 @@ def _forest_row(axes: Axes, row: pd.Series, position: float) -> None:
 
 
 def _ends(row: pd.Series) -> list[float]:
-    """Return the ends of a row's interval that an axis of ratios has a place for: none at 0, none at infinity."""
+    """Return the ends of a row's interval that an axis of ratios has a place for: none at 0, none at infinity, and none
+    so far from its ratio that the other rows would be pressed together.
+    """
     ends = [row.get("gain_low"), row.get("gain_high")]
-    return [float(end) for end in ends if end is not None and 0 < end < math.inf]
+    known = [float(end) for end in ends if end is not None and 0 < end < math.inf]
+    return [end for end in known if 1 / REACH <= end / row["gain"] <= REACH] or known
 
 
 def _open_end(axes: Axes, row: pd.Series, position: float) -> None:
-    """Draw an interval that reaches to 0, or has no upper end, dashed to the edge of the finished axis."""
+    """Draw an interval that reaches to 0, or too far, or has no upper end, dashed to its end or to the edge of the
+    finished axis, whichever is nearer.
+    """
     known = _ends(row)
     if len(known) == 1:
         colour, _, _ = VERDICTS.get(row["verdict"], (GREY, "o", False))
-        edge = axes.get_xlim()[int(known[0] == row.get("gain_low"))]
+        side = int(known[0] == row.get("gain_low"))
+        edge, end = axes.get_xlim()[side], row.get(("gain_low", "gain_high")[side])
+        if end is not None and 0 < end < math.inf:
+            edge = min(edge, end) if side else max(edge, end)
         axes.plot([row["gain"], edge], [position] * 2, color=colour, linewidth=2, linestyle=(0, (1.5, 1)))
 
 

@@ -12,7 +12,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from lib.report.figures.theme import BAND, INK, applied, legend_columns, look, margin_and_baseline, new_axes, whiskers
+from lib.report.figures.theme import (
+    BAND,
+    INK,
+    applied,
+    legend_columns,
+    log_y_axis,
+    look,
+    margin_and_baseline,
+    new_axes,
+    whiskers,
+)
 
 MOST_LOOKS = 24  # colours and markers that a legend can tell apart
 
@@ -34,7 +44,7 @@ def panels(frame: pd.DataFrame, *, x_label: str, y_label: str, log_y: bool = Fal
                 whiskers(panel, rows, "strength", "value", "low", "high", fmt="none", ecolor=colour, capsize=2)
             panel.set_title(model)
             if log_y:
-                panel.set_yscale("log")
+                log_y_axis(panel)
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=8.5)
     return figure
@@ -66,7 +76,7 @@ def trade_offs(
             margin_and_baseline(panel.axhspan, panel.axhline, margin, None)
             panel.axvline(1, color=INK, linewidth=0.8)
             if log_y:
-                panel.set_yscale("log")
+                log_y_axis(panel)
             else:
                 panel.axhline(0, color=INK, linewidth=0.8)
             for name, rows in frame[frame["label"] == model].groupby("arm", sort=False):

@@ -13,9 +13,11 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatterSciNotation
 
 WIDTH_INCHES, DPI = 7.6, 160
 LETTER, BESIDE = 0.6, 5.0  # in a legend, in sizes of its font: a letter at most on average, a column's mark and gaps
+PLAIN = (1e-3, 1e4)  # a logarithmic axis between these has its numbers written out
 INK, GREY, BAND = "#1a1a1a", "#6b6b6b", "#d9dde2"
 BLUE, VERMILLION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 PURPLE, SKY = "#CC79A7", "#56B4E9"
@@ -56,6 +58,24 @@ def new_axes(height: float, columns: int = 1, rows: int = 1, **options: Any) -> 
 def look(index: int) -> tuple[str, str]:
     """Return colour and marker of the arm at `index`; the pair repeats only after 36 arms."""
     return ARMS[index % len(ARMS)], MARKERS[(index + index // len(ARMS)) % len(MARKERS)]
+
+
+class LogNumbers(LogFormatterSciNotation):
+    """The numbers of a logarithmic axis: 0.6, 2, 10 where the whole axis lies within PLAIN, else powers of ten."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """Return the text at `x`; empty where matplotlib writes none."""
+        text = super().__call__(x, pos)
+        assert self.axis is not None, "a formatter belongs to an axis before it writes"
+        low, high = sorted(self.axis.get_view_interval())
+        return f"{x:g}" if text and PLAIN[0] <= low and high <= PLAIN[1] else text
+
+
+def log_y_axis(axes: Axes) -> None:
+    """Make the vertical axis logarithmic, with numbers that can be read off."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogNumbers())
+    axes.yaxis.set_minor_formatter(LogNumbers())
 
 
 def legend_columns(names: Iterable[str], fontsize: float, most: int) -> int:

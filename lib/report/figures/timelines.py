@@ -11,7 +11,18 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib.report.figures.theme import BAND, GREY, INK, STYLE, VERMILLION, applied, legend_columns, look, new_axes
+from lib.report.figures.theme import (
+    BAND,
+    GREY,
+    INK,
+    STYLE,
+    VERMILLION,
+    applied,
+    legend_columns,
+    log_y_axis,
+    look,
+    new_axes,
+)
 
 KINDS = ("line", "steps", "points", "bars")
 
@@ -21,13 +32,14 @@ class Panel:
     """One quantity: `frame` has the columns `seconds`, `value` and, for several curves, `arm`.
 
     kind: "line", "steps" (holds until the next point), "points" or "bars" (`width` seconds each, first arm only).
-    `objective` is drawn as a dashed line with its name; `log` makes the axis logarithmic.
+    `objective` is drawn as a dashed line, called what `objective_name` says; `log` makes the axis logarithmic.
     """
 
     frame: pd.DataFrame
     label: str
     kind: str = "line"
     objective: float | None = None
+    objective_name: str = "objective"
     log: bool = False
     width: float = 1.0
 
@@ -128,9 +140,10 @@ def _draw(axes: Axes, panel: Panel, arms: list[str]) -> None:
             style = "steps-post" if panel.kind == "steps" else "default"
             axes.plot(x, y, color=colour, linewidth=1.4, drawstyle=style, label=name)
     if panel.objective is not None:
-        axes.axhline(panel.objective, color=VERMILLION, linestyle="--", linewidth=1.2, label="objective")
+        axes.axhline(panel.objective, color=VERMILLION, linestyle="--", linewidth=1.2, label=panel.objective_name)
     if panel.log:
-        axes.set_yscale("log")
-    else:
-        axes.set_ylim(bottom=0)
+        log_y_axis(axes)
+    else:  # of nothing but zeros the scale would be one of hundredths
+        some = panel.objective is not None or (panel.frame["value"] > 0).any()
+        axes.set_ylim(bottom=0, top=None if some else 1)
     axes.set_ylabel(panel.label, fontsize=STYLE["font.size"] - 1)

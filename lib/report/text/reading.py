@@ -114,24 +114,32 @@ def curves(frame: "pd.DataFrame", x: str, *, lower_is_better: bool = True, stron
         return two("The curves have no point in common.", "So none of them is said to be better.")
     at = max(known) if strongest == "largest" else min(known)
     points = [_near(ordered, arm, at).iloc[-1] for arm in arms]
-    best, following, *rest = sorted(points, key=lambda point: point.value if lower_is_better else -point.value)
-    return two(_ranked(f"At {_figures(at)} ({x})", strongest, best, following, rest), _told_apart(best, following))
+    best, *others = sorted(points, key=lambda point: point.value if lower_is_better else -point.value)
+    different = [point for point in others if not _same(best, point)]
+    twin = next((point.arm for point in others if _same(best, point)), None) if different else None
+    following, *rest = different or others
+    named = f"{best.arm}, the same as {twin}," if twin else best.arm
+    first = f"{named} is best with {figures(best.value)}"
+    ranked = _ranked(f"At {_figures(at)} ({x})", strongest, first, following, rest)
+    return two(ranked, _told_apart(best, following))
 
 
-def _ranked(
-    setting: str, strongest: str, best: "pd.Series", following: "pd.Series", rest: Sequence["pd.Series"]
-) -> str:
-    """Return a sentence on the best curve, the next and the worst at a setting. What would make it longer than
-    MOST_WORDS is left out: the worst first, then that this is the strongest setting which all have.
+def _ranked(setting: str, strongest: str, first: str, following: "pd.Series", rest: Sequence["pd.Series"]) -> str:
+    """Return a sentence on the best curve (`first`), the next and the worst at a setting. What would make it longer
+    than MOST_WORDS is left out: the worst first, then that this is the strongest setting which all have.
     """
     why = f", the {strongest} that all have,"
-    first = f"{best.arm} is best with {figures(best.value)}"
     second = f"{following.arm} next with {figures(following.value)}"
     texts = [f"{setting}{why} {first} and {second}.", f"{setting} {first} and {second}."]
     if rest:
         last = f"{rest[-1].arm} last with {figures(rest[-1].value)}"
         texts.insert(0, f"{setting}{why} {first}, {second} and {last}.")
     return next((text for text in texts if count(text) <= MOST_WORDS), texts[-1])
+
+
+def _same(point: "pd.Series", other: "pd.Series") -> bool:
+    """Return whether two points are one measurement: equal in number and interval, such as what was timed once."""
+    return all(point.get(name) is not None and point.get(name) == other.get(name) for name in ("value", "low", "high"))
 
 
 def _course(curve: "pd.DataFrame", x: str) -> str:

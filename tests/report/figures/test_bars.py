@@ -16,3 +16,14 @@ def test_an_interval_far_beyond_its_bar_leaves_room_for_what_is_written():
         assert style.png(figure)
     (axes,) = figure.axes
     assert all(text.get_position()[0] < axes.get_xlim()[1] for text in axes.texts)
+
+
+def test_a_token_is_seen_beside_a_prompt_that_takes_a_hundred_times_as_long():
+    """On one axis the bars of decoding were narrower than the mark of their bound."""
+    lines = [("prefill", "baseline", 1214.0, 780.0), ("prefill", "optimized", 1271.0, 660.0)]
+    lines += [("decode", "baseline", 6.7, 1.4), ("decode", "optimized", 7.1, 0.9)]
+    figure = style.bound(pd.DataFrame(lines, columns=["workload", "arm", "time", "bound"]))
+    assert style.png(figure)
+    widest = [max(bar.get_width() for bar in axes.patches) / axes.get_xlim()[1] for axes in figure.axes]
+    assert len(widest) == 2 and min(widest) > 0.5
+    assert [axes.get_xlabel() for axes in figure.axes] == ["", "time (ms)"] and len(figure.legends) == 1

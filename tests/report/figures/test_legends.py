@@ -89,6 +89,16 @@ def test_an_interval_without_an_end_on_the_axis_is_drawn_to_its_edge(low, high, 
         assert drawn[-1] == [0.6, axes.get_xlim()[side]] and (low or high) in drawn[0]
 
 
+def test_what_the_ratios_mean_is_written_inside_the_figure():
+    """Beside the long name of a workload the axis was narrower than its label, whose end was cut off."""
+    row = {"label": "goodput [serve, simulated, within capacity, fixed 12]", "dimension": "performance", "gain": 1.2}
+    frame = pd.DataFrame([row | {"gain_low": 1.1, "gain_high": 1.3, "noise_floor": 0.02, "verdict": "better"}])
+    figure = style.forest(frame)
+    assert style.png(figure)
+    box = figure.axes[0].xaxis.label.get_window_extent()
+    assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+
+
 def test_a_run_that_took_more_than_it_was_given_is_drawn_whole():
     frame = pd.DataFrame({"seconds": [0.0, 1.0], "cpu_percent": [150.0, 900.0], "memory_bytes": [1e6, 2e6]})
     assert style.process(frame, cores=2).axes[0].get_ylim()[1] > 900
@@ -105,3 +115,36 @@ def test_every_lowest_panel_has_its_numbers(count):
     assert len(lowest) == min(count, 2)
     for axes in lowest:
         assert any(tick.label1.get_visible() for tick in axes.xaxis.get_major_ticks())
+
+
+def test_what_stands_below_an_axis_beside_long_names_is_whole():
+    """The names took most of the width, and the words below the axis were cut off at the edge of the figure."""
+    row = {"label": "key-value retrieval, exact match [generate, 64 tokens back]", "dimension": "accuracy", "gain": 1.1}
+    frame = pd.DataFrame([row | {"gain_low": 1.0, "gain_high": 1.2, "noise_floor": 0.01, "verdict": "better"}])
+    figure = style.forest(frame)
+    assert style.png(figure)
+    box = figure.axes[0].xaxis.label.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+
+
+@pytest.mark.parametrize(("values", "plain"), [((0.3, 2.0), True), ((1e-6, 2.0), False)])
+def test_a_logarithmic_axis_of_few_decades_has_plain_numbers(values, plain):
+    """A speed-up of two stood beside 2 × 10⁰."""
+    frame = _curves(["one"]).drop(columns=["low", "high"]).assign(value=values)
+    figure = style.impact(frame, x_label="x", y_label="y", log_y=True)
+    assert style.png(figure)
+    axis = figure.axes[0].yaxis
+    texts = {tick.label1.get_text() for tick in [*axis.get_major_ticks(), *axis.get_minor_ticks()]}
+    assert ("1" in texts) == plain and any("10^" in text for text in texts) != plain
+
+
+def test_one_interval_that_reaches_far_does_not_press_the_others_together():
+    """A score whose lower end was all but 0 made the axis three decades wide, and every other ratio a line at 1."""
+    rows = [("accuracy", 0.41, 0.0013, 0.82, "not_maintained"), ("prefill rate", 1.1, 1.05, 1.15, "better")]
+    frame = pd.DataFrame(rows, columns=["label", "gain", "gain_low", "gain_high", "verdict"])
+    figure = style.forest(frame.assign(dimension="accuracy", noise_floor=0.01))
+    assert style.png(figure)
+    (axes,) = figure.axes
+    assert axes.get_xlim()[0] > 0.1
+    drawn = [list(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 2 and line.get_linewidth() == 2]
+    assert drawn == [[0.82, 0.41], [1.05, 1.15], [0.41, axes.get_xlim()[0]]], "dashed to the edge"

@@ -28,6 +28,18 @@ def test_every_kind_is_drawn_over_one_axis():
     assert style.png(figure)[:4] == b"\x89PNG"
 
 
+def test_a_line_that_is_no_objective_is_not_called_so():
+    figure = timelines.timeline([Panel(_frame(), "disagreement", objective=3.0, objective_name="bound of the guard")])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["bound of the guard"]
+
+
+def test_nothing_but_zeros_is_drawn_on_a_scale_of_ones():
+    """A profile that was never in charge had an axis from 0 to 0.05, on which nothing could be seen."""
+    never = _frame().assign(value=0.0)
+    figure = timelines.timeline([Panel(never, "fast in charge", "steps"), Panel(_frame(), "queue")])
+    assert figure.axes[0].get_ylim() == (0, 1) and figure.axes[1].get_ylim()[1] > 4
+
+
 def test_wrong_panels_are_refused():
     with pytest.raises(ValueError, match="at least one panel"):
         timelines.timeline([])

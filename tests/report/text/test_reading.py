@@ -108,6 +108,16 @@ def test_curves_are_compared_where_all_of_them_have_a_point():
     assert bare.endswith("Without intervals this run does not tell pruned and whitened apart.")
 
 
+def test_what_was_measured_once_is_not_compared_with_itself():
+    """Factors of equal ranks are timed once: the run was said not to tell the two apart, and the next was not named."""
+    twin = CURVES[CURVES.arm == "pruned"].assign(arm="refined")
+    told = reading.curves(pd.concat([CURVES, twin]), "bytes removed, %")
+    assert "pruned, the same as refined, is best with 0.268" in told and "whitened next with 0.310" in told
+    assert told.endswith("The intervals of pruned and whitened overlap, so this run does not tell these two apart.")
+    alone = reading.curves(pd.concat([CURVES[CURVES.arm == "pruned"], twin]), "bytes removed, %")
+    assert "the same as" not in alone and "pruned is best with 0.268 and refined next with 0.268." in alone
+
+
 @pytest.mark.parametrize("x", ["decoder bytes removed, %", "weights set to zero, %", "prompt, tokens"])
 @pytest.mark.parametrize("more", ["", ", least squares", ", least squares, on text"])
 def test_a_comparison_of_curves_leaves_out_what_makes_a_sentence_too_long(x, more):

@@ -42,7 +42,8 @@ text { font: 12.5px system-ui, sans-serif; fill: var(--soft); }
 class TradeOff:
     """A trade-off: `x` the gain in speed, `y` the change of quality in points, both with their spread; `mark` is what
     is written beside it, `name` who it is, `state` the verdict on quality; `own` marks the one that a page is about.
-    `judged` is whether its speed was decided; an open or estimated one is drawn and is no best trade-off.
+    `judged` is whether its speed was decided; an open or estimated one is drawn and is no best trade-off. `of_several`
+    marks a mean over several models, whose `state` is that of the worst of them.
     """
 
     mark: str
@@ -56,11 +57,17 @@ class TradeOff:
     state: str
     own: bool = False
     judged: bool = True
+    of_several: bool = False
 
     @property
     def called(self) -> str:
-        """Its mark and name, and that quality was not kept where it was not."""
-        return f"{self.mark} {self.name}" + (", quality not maintained" if self.state == "not_maintained" else "")
+        """Its mark and name, and that quality was not kept where it was not, be it on one of several models."""
+        lost = f", quality not maintained{_on_some(self.of_several)}" if self.state == "not_maintained" else ""
+        return f"{self.mark} {self.name}{lost}"
+
+
+def _on_some(of_several: bool) -> str:
+    return " on some model" if of_several else ""
 
 
 def front(points: Sequence[TradeOff], margin: float = 0.0) -> list[TradeOff]:
@@ -79,9 +86,10 @@ def words(points: Sequence[TradeOff], title: str, margin: float = 0.0) -> str:
     if not points:
         return f"{title}: no run has both numbers."
     named = ", ".join(f"{p.called} ({p.x:.2f}×, {p.y:+.1f})" for p in front(points, margin)) or "none"
-    lost = sum(p.state == "not_maintained" for p in points)
+    lost = f"{sum(p.state == 'not_maintained' for p in points)} lose quality beyond the margin"
+    lost += _on_some(any(p.of_several for p in points))
     own = next((f" This run: {p.mark} {p.name} ({p.x:.2f}×, {p.y:+.1f})." for p in points if p.own), "")
-    return f"{title}: {len(points)} points; {lost} lose quality beyond the margin; best trade-offs: {named}.{own}"
+    return f"{title}: {len(points)} points; {lost}; best trade-offs: {named}.{own}"
 
 
 def trade_off(points: Sequence[TradeOff], title: str, margin: float, y_label: str = "F1, change in points") -> str:
