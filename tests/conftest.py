@@ -1,5 +1,7 @@
 """Shared by all tests: tiny random models of each architecture, offline, one thread."""
 
+import copy
+import functools
 import os
 import sys
 
@@ -50,6 +52,20 @@ def fewest_rounds(monkeypatch):
             monkeypatch.setattr(sys.modules[module], name, 0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Let every module's tests, and what they share, run on one thread, whichever ran before in this process."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """Let every test begin with the same random numbers, whichever ran before it in this process."""
+    if torch := sys.modules.get("torch"):
+        torch.random.default_generator.manual_seed(1234)  # the CPU's alone, which takes microseconds
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """Return a function that builds a tiny random model (float32) of a model's architecture by the model's name."""
@@ -59,7 +75,8 @@ def tiny():
 
     torch.set_num_threads(1)
 
-    def make(name: str, seed: int = 0):
+    @functools.cache
+    def built(name: str, seed: int):
         described = parameters.read(name)
         config = parameters.merge(described.full, TINY[name])
         model = build(config, described.architecture, seed=seed)
@@ -71,6 +88,9 @@ def tiny():
                 if "correction_bias" in buffer_name:
                     buffer.add_(torch.randn_like(buffer) * 0.1)
         return model
+
+    def make(name: str, seed: int = 0):
+        return copy.deepcopy(built(name, seed))
 
     return make
 

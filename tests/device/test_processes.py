@@ -2,6 +2,7 @@
 rehearsed whole on the processor leaves records, an index and a page.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -73,8 +74,9 @@ def test_a_model_is_loaded_once_for_several_steps(executor):
 
 def test_what_takes_too_long_is_ended_with_its_cell_and_started_anew(executor):
     session = executor()
+    assert session.execute(_step(), 20.0).status == "finished"  # so that it tells of its cell at once
     start = time.monotonic()
-    ended = session.execute(_step(how="late"), 0.7)
+    ended = session.execute(_step(how="late"), 1.0)
     assert (ended.status, ended.reason) == ("stopped", "took longer than its limit, in cell 3")
     assert time.monotonic() - start < 60 and session.loads(_step())
     assert session.execute(_step(), 20.0).status == "finished"
@@ -207,18 +209,23 @@ def test_no_more_models_are_kept_than_asked(executor):
 
 
 def test_a_process_ends_with_its_parent():
-    program = "from tests.device.processes import end_with_parent; end_with_parent(); import time; time.sleep(600)"
+    program = "from tests.device.processes import end_with_parent; end_with_parent(); print('it watches', flush=True)\n"
+    program += "import time; time.sleep(600)"
     starter = f"""
-import subprocess, sys, time
-print(subprocess.Popen([sys.executable, "-c", {program!r}], start_new_session=True, stdout=-3).pid, flush=True)
-time.sleep(2)
+import subprocess, sys
+options = dict(start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+process = subprocess.Popen([sys.executable, "-c", {program!r}], **options)
+assert process.stdout.readline() == b"it watches\\n"
+print(process.pid, flush=True)
 """
-    ended = subprocess.run([sys.executable, "-c", starter], capture_output=True, text=True, check=True)
+    options = {"capture_output": True, "text": True, "check": True, "cwd": processes.ROOT}
+    ended = subprocess.run([sys.executable, "-c", starter], **options)
     process = int(ended.stdout)
     deadline = time.monotonic() + 30
-    while psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, "the process outlived its parent"
-        time.sleep(0.1)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, "the process outlived its parent"
+            time.sleep(0.1)
 
 
 def test_one_case_of_every_function_comes_first_those_that_never_ran_at_the_head():

@@ -55,7 +55,7 @@ class Cluster:
                 return json.loads(self.file.read_text())["address"]
             return ""
 
-        return workbench.wait_for(written_address, 30)
+        return workbench.wait_for(written_address)
 
     def worker(self, name: str, resources: str = "device=1", **more: Any) -> subprocess.Popen:
         """Start a worker without a nanny; it need not have met the scheduler when this returns."""
@@ -63,7 +63,7 @@ class Cluster:
         given_resources = ["--resources", resources] if resources else []
         return self.start("worker", "--host", "127.0.0.1", *options, *given_resources, **more)
 
-    def meet(self, number: int, seconds: float = 30) -> None:
+    def meet(self, number: int, seconds: float = 120) -> None:
         """Wait until the scheduler knows `number` workers."""
         from distributed import Client
 

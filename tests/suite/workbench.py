@@ -160,7 +160,7 @@ def heed_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def wait_for(condition: Any, seconds: float = 60) -> Any:
+def wait_for(condition: Any, seconds: float = 180) -> Any:
     """Return what `condition()` returns once that is true. Fails after `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

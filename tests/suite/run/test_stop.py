@@ -9,11 +9,14 @@ import workbench
 
 from lib.suite.run.sampling import is_alive
 
+# Says who it is, then takes as long as it is told to, or until it may go on.
 SLOW = """import os, time
 from pathlib import Path
 
-Path(os.environ["MARKS"], NAME + model + ".pid").write_text(str(os.getpid()))
-time.sleep(float(os.environ["SLOW"]))"""
+marks, start = Path(os.environ["MARKS"]), time.monotonic()
+(marks / (NAME + model + ".pid")).write_text(str(os.getpid()))
+while time.monotonic() - start < float(os.environ["SLOW"]) and not (marks / "go").exists():
+    time.sleep(0.05)"""
 
 
 @pytest.fixture
@@ -87,10 +90,12 @@ def test_the_index_of_a_stopped_build_shows_what_was_finished(slow):
 
 def test_lost_worker_is_tried_once_more(slow, how_started):
     root, marks = slow
-    process = workbench.begin(root, "run", "z_slow", "--model", "alpha-1.5", MARKS=str(marks), SLOW="4", **how_started)
+    arguments = ("run", "z_slow", "--model", "alpha-1.5")
+    process = workbench.begin(root, *arguments, MARKS=str(marks), SLOW="600", **how_started)
     first = _kernel(marks)
     first.parent().kill()
-    out, _ = process.communicate(timeout=90)
+    (marks / "go").touch()
+    out, _ = process.communicate(timeout=180)
     assert process.returncode == 0, out
     assert "WorkerLost, trying once more" in out and not is_alive(first)
     assert workbench.record(root, "z_slow--alpha-1.5")["status"] == "not_applicable"
@@ -99,12 +104,13 @@ def test_lost_worker_is_tried_once_more(slow, how_started):
 def test_a_lost_fork_server_is_done_without(slow):
     root, marks = slow
     arguments = ("run", "--model", "alpha-1.5", "--jobs", "1")
-    process = workbench.begin(root, *arguments, MARKS=str(marks), SLOW="4", **workbench.FORKED)
+    process = workbench.begin(root, *arguments, MARKS=str(marks), SLOW="600", **workbench.FORKED)
     workbench.wait_for(lambda: (root / "executed/proxy/well--alpha-1.5.json").is_file())
     kernel = _kernel(marks)
     server = next(child for child in psutil.Process(process.pid).children() if "fork_server" in str(child.cmdline()))
     assert server in kernel.parents()
     server.kill()
-    out, _ = process.communicate(timeout=90)
+    (marks / "go").touch()
+    out, _ = process.communicate(timeout=180)
     assert process.returncode == 0, out
     assert len(_runs(root)) == 2
