@@ -3,7 +3,8 @@
 A module of `lib/optimizations` with `apply`, `SEARCH_SPACE` and `COMPOSES` is a part. `COMPOSES` is plain data: which
 aspects of a model it touches, which traits (`traits.py`) it needs and which it invalidates, and the knobs at which it
 is tried where time is short. It may name more: `mildest`, the knobs at which it does next to nothing, towards which it
-can be weakened; and `at`, what it needs and invalidates at certain knobs instead. A pipeline puts a part that
+can be weakened; and `at`, what it needs and invalidates at certain knobs instead. A part that is stored otherwise may
+have `saves_bytes`, which tells beforehand whether knobs make a model smaller. A pipeline puts a part that
 invalidates a trait after those that need it, refuses what cannot be ordered, checks the real model before every step,
 and collects calibration statistics anew once they are out of date. The caller's model is never changed; `hot_swap`
 changes and reverts a live one. Names no optimization.
@@ -110,6 +111,12 @@ def module_of(stem: str) -> ModuleType:
         hint = suggest(stem, known) or f" Known: {', '.join(known)}."
         raise UserError(f'{NAME}: no optimization "{stem}" that can be composed.{hint}')
     return known[stem]
+
+
+def saves_bytes(model: nn.Module, step: RecipeStep) -> bool:
+    """Return False where a part can tell, before it is applied, that it would make the model no smaller."""
+    tells = getattr(module_of(step.optimization), "saves_bytes", None)
+    return tells is None or tells(model, **step.knobs)
 
 
 def _rank(module: ModuleType, step: RecipeStep) -> tuple[int, str]:

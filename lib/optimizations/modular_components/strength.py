@@ -25,6 +25,7 @@ from lib.optimizations.common.search.search_quality import QualityLoss, SearchQu
 from lib.optimizations.modular_components import method
 
 LEVELS = 8
+NO_SMALLER = "at this strength it makes the model no smaller"
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,10 @@ def stack_at(
         if weak is None:
             left_out[step.optimization] = "no strength is left"
             continue
+        stored = set(method.STORED) & set(method.module_of(step.optimization).COMPOSES["touches"])
+        if stored and not method.saves_bytes(current, weak):
+            left_out[step.optimization] = NO_SMALLER
+            continue
         start, name = time.perf_counter(), named([*kept, weak])
         try:
             known = (applied_before or {}).get(name)
@@ -115,9 +120,8 @@ def stack_at(
         except UserError as refusal:
             left_out[step.optimization] = str(refusal)
             continue
-        stored = set(method.STORED) & set(method.module_of(step.optimization).COMPOSES["touches"])
         if stored and cost_model.weights_bytes(changed) >= cost_model.weights_bytes(current):
-            left_out[step.optimization] = "at this strength it makes the model no smaller"
+            left_out[step.optimization] = NO_SMALLER
             continue
         kept.append(weak)
         current = changed

@@ -5,7 +5,9 @@ Works on single matrices and on stacks of experts alike. Knows nothing of models
 Shapes: E experts (1 for a single matrix), O outputs, I inputs, B columns of one step of SparseGPT.
 """
 
+import math
 import re
+from collections.abc import Sequence
 
 import torch
 
@@ -65,6 +67,14 @@ def keep(scores: torch.Tensor, sparsity: float, pattern: str, *, within: str = "
     else:
         mask = _highest(blocks, count)
     return mask.repeat_interleave(rows, -2).repeat_interleave(columns, -1)
+
+
+def kept_of(shape: Sequence[int], sparsity: float, pattern: str) -> int:
+    """Return how many weights of a matrix or stack [..., O, I] `keep` keeps."""
+    columns = block_shape(pattern)[1]
+    blocks = shape[-1] // columns
+    count = blocks // 2 if pattern in HALVES else blocks - round(sparsity * blocks)
+    return math.prod(shape[:-1]) * count * columns
 
 
 def _highest(scores: torch.Tensor, count: int) -> torch.Tensor:

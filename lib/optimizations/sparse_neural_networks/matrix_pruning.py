@@ -98,13 +98,20 @@ def layout_for(matrix: Matrix, pattern: str) -> str:
 
 def stored_bytes(matrix: Matrix, mask: torch.Tensor, pattern: str) -> int:
     """Return the bytes of what `stored_sparse` makes of a matrix, indices included, without making it."""
-    layout, kept, rows = layout_for(matrix, pattern), int(mask.sum()), block_shape(pattern)[0]
+    return bytes_with(matrix, int(mask.sum()), mask.shape, pattern)
+
+
+def bytes_with(matrix: Matrix, kept: int, shape: Sequence[int], pattern: str) -> int:
+    """Return the bytes that a matrix of this shape takes with so many weights `kept`, indices included, in its
+    pattern's layout.
+    """
+    layout, rows = layout_for(matrix, pattern), block_shape(pattern)[0]
     if layout == "semi_structured":
         return kept * matrix.weight.element_size() + kept // KEPT_IN_A_BYTE
     if layout == "columns":
-        starts = row_starts(mask.shape, rows)
+        starts = row_starts(shape, rows)
         return kept * matrix.weight.element_size() + INDEX_BYTES * (kept // rows + starts)
-    return kept * csr_bytes(matrix.weight) + INDEX_BYTES * row_starts(mask.shape)
+    return kept * csr_bytes(matrix.weight) + INDEX_BYTES * row_starts(shape)
 
 
 def csr_bytes(weight: torch.Tensor) -> int:

@@ -40,9 +40,10 @@ from lib.optimizations.sparse_neural_networks.blocks import (
     store_block,
     warn_of_few_tokens,
 )
-from lib.optimizations.sparse_neural_networks.masks import HALVES, METHODS, PATTERNS, STEP, WITHIN, block_shape
+from lib.optimizations.sparse_neural_networks.masks import HALVES, METHODS, PATTERNS, STEP, WITHIN, block_shape, kept_of
 from lib.optimizations.sparse_neural_networks.matrix_pruning import (
     PruningRule,
+    bytes_with,
     check_tensor_cores,
     choose,
     on_tensor_cores,
@@ -87,6 +88,22 @@ COMPOSES = {
 def applies_to(model: nn.Module) -> str | None:
     """Return None, or the reason why nothing is left to do."""
     return None if matrices(model) else "every matrix of the decoder is stored sparse already"
+
+
+def saves_bytes(
+    model: nn.Module,
+    *,
+    sparsity: float = 0.6,
+    pattern: str = "unstructured",
+    parts: str = "all",
+    execute: str = "sparse",
+    **_: Any,
+) -> bool:
+    """Return whether the model would take fewer bytes with these knobs of `apply`: indices take bytes too."""
+    chosen = matrices(model, parts)
+    shapes = [(matrix, matrix.weight.shape) for matrix in chosen]
+    after = sum(bytes_with(matrix, kept_of(shape, sparsity, pattern), shape, pattern) for matrix, shape in shapes)
+    return execute == "sparse" and after < sum(matrix.weight.nbytes for matrix in chosen)
 
 
 def apply(

@@ -184,3 +184,13 @@ def test_the_first_step_is_made_once(tiny, batch, monkeypatch):
     again = strength.stack_at(model, [batch], steps, 4, applied_before=earlier, keep_first=True)
     assert [step.optimization for made in composed for step in made] == [FACTORS]
     assert torch.equal(again[1](**batch).logits, first[1](**batch).logits)
+
+
+def test_what_can_tell_that_it_makes_a_model_no_smaller_is_not_applied(tiny, batch, monkeypatch):
+    model, composed, compose = tiny("qwen3-4b-instruct-2507"), [], method.compose
+    monkeypatch.setattr(method, "compose", lambda *args, **kw: composed.append(args[2]) or compose(*args, **kw))
+    sparse = _step("sparse_neural_networks", sparsity=0.4, method="magnitude")
+    kept, _, why = strength.stack_at(model, [batch], [sparse], strength.LEVELS)
+    assert kept == [] and why == {"sparse_neural_networks": strength.NO_SMALLER} and composed == [[]]
+    kept, _, why = strength.stack_at(model, [batch], [_step(sparse.optimization, sparsity=0.9)], strength.LEVELS)
+    assert [step.optimization for step in kept] == [sparse.optimization] and why == {}

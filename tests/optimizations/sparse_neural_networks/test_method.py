@@ -618,3 +618,14 @@ def test_two_of_four_on_cuda_equals_the_masked_product():
     layer = SparseLinear(compress(weight_OI, kept_OI, "semi_structured"))
     x_TI = torch.randn(16, 128, device="cuda", dtype=torch.bfloat16)
     assert torch.allclose(layer(x_TI), x_TI @ (weight_OI * kept_OI).T, atol=0.5, rtol=0.05)
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.6, 0.75])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "1x8"])
+@pytest.mark.parametrize("parts", ["all", "feed_forward"])
+def test_whether_bytes_are_saved_is_known_beforehand(tiny, name, batch, sparsity, pattern, parts):
+    model = tiny(name)
+    knobs = {"sparsity": sparsity, "method": "magnitude", "pattern": pattern, "parts": parts}
+    smaller = cost_model.weights_bytes(sparse.apply(model, [batch], **knobs)) < cost_model.weights_bytes(model)
+    assert sparse.saves_bytes(model, **knobs) == smaller
+    assert not sparse.saves_bytes(model, **knobs, execute="dense")
