@@ -8,6 +8,7 @@ from lib.measure.metrics.decision import BUSY, BUSY_FLOOR, NOISY
 from lib.measure.metrics.measurement import Measurement
 
 JUDGED = ("better", "worse", "equivalent")
+ON_DISK = ("page cache included", "disk")  # ends of the names of workloads that wait for a disk
 
 
 def withhold_if_busy(measurements: list[Measurement]) -> list[Measurement]:
@@ -42,7 +43,11 @@ def says_busy(reason: str | None) -> bool:
 
 
 def _unsteady(measurement: Measurement) -> bool:
-    """Whether two equal arms differed by too much in a rate of tokens; single kernels may, for being short."""
+    """Whether two equal arms differed by too much in a rate of tokens; single kernels may, for being short, and what
+    waits for a disk, whose rate wanders without any other work. Its own floor withholds its verdict all the same.
+    """
+    if measurement.workload.endswith(ON_DISK):
+        return False
     if measurement.provenance != "measured" or not measurement.metric.endswith("tokens_per_second"):
         return False
     return measurement.noise_floor is not None and measurement.noise_floor > BUSY_FLOOR

@@ -34,6 +34,15 @@ def test_a_quiet_machine_and_a_short_kernel_withhold_nothing():
     assert judged[0].verdict == "better" and kernel.verdict == "inconclusive" and busy.why_busy(judged) is None
 
 
+def test_a_disk_whose_rate_wanders_withholds_its_own_verdict_alone():
+    """Two processes that read the same mapping under a limit differed by half on a machine without other work."""
+    disk = timed("decode_tokens_per_second", floor=0.6, workload="decode within the allowance, page cache included")
+    judged = busy.withhold_if_busy([disk, timed()])
+    assert [m.verdict for m in judged] == ["inconclusive", "better"] and busy.why_busy(judged) is None
+    loaded = timed("decode_tokens_per_second", workload="decode, against accelerate, disk", disturbed=LOADED)
+    assert busy.withhold_if_busy([loaded, timed()])[1].verdict == "inconclusive", "foreign load is seen there too"
+
+
 @pytest.mark.parametrize("missing", [{"count": 3}, {"floor": None}])
 def test_what_disturbed_rounds_without_a_verdict_is_the_reason_that_withholds_the_others(missing):
     """The others were withheld because "3 pairs are too few for an interval", which nobody could run again on a quiet
