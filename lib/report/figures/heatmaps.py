@@ -65,9 +65,10 @@ def _panel(
             axes.add_patch(Rectangle((at[0] - 0.5, at[1] - 0.5), 1, 1, fill=False, hatch="////", edgecolor="#c9c9c9"))
             axes.text(*at, cell["state"], ha="center", va="center", fontsize=7.5, color=INK, bbox=_PLATE)
             continue
-        open_ = low is not None and high is not None and pd.notna(low) and low <= 0 <= high
-        text = _number(value, form)
-        text += f"\n{_number(low, form)} to\n{_number(high, form)}" if pd.notna(low) else ""
+        open_, text = False, _number(value, form)
+        if low is not None and high is not None and pd.notna(low):
+            open_ = low <= 0 <= high
+            text += f"\n{_number(low, form)} to\n{_number(high, form)}"
         axes.text(*at, text, ha="center", va="center", fontsize=7, color=GREY if open_ else INK)
     for index in range(len(names)):
         axes.text(index, index, "–", ha="center", va="center", color=GREY)

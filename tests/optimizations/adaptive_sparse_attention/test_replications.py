@@ -68,7 +68,7 @@ def test_attention_alone_is_not_judged_where_decoding_was_too_noisy():
     parts = [SimpleNamespace(measurements=[m]) for m in (rate, noisy, alone)]
     timed = attention_timing.all_timed(*parts)
     assert [m.metric for m in timed] == [rate.metric, noisy.metric, alone.metric]
-    assert {m.verdict for m in timed} == {"inconclusive"} and timed[-1].reason == noisy.reason
+    assert {m.verdict for m in timed} == {"inconclusive"} and timed[-1].reason == f"decode: {noisy.reason}"
     quiet = [parts[0], SimpleNamespace(measurements=[]), parts[2]]
     assert attention_timing.all_timed(*quiet)[-1].verdict == "worse"
 

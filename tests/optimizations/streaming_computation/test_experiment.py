@@ -126,7 +126,8 @@ def test_memory_children_decode_latents_absorbed_as_the_timed_arms_do(tiny, name
     loaded = SimpleNamespace(model=model, scale="proxy", dtype=torch.float32, device="cpu")
     seen = []
 
-    def peaks(*arms):
+    def peaks(*arms, turns):
+        assert turns is None, "as many as the device decides, but for a preview"
         for resident in map(child.load, arms[:2]):
             seen.append((mla_absorption.is_absorbed(resident), "forward" in vars(anatomy(resident).decoder)))
         return [memory.Peaks([memory.failed("planted")]) for _ in arms]
