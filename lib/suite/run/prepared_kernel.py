@@ -1,7 +1,7 @@
-"""A kernel that is forked before papermill asks for one, from a process that has imported the libraries, and with it
-the server of the processes that the notebook has measured (`lib.measure.timing.children` says what that does).
+"""A kernel forked in advance from a process that has imported the libraries, together with the server of the notebook's
+measured processes (see `lib.measure.timing.children`).
 
-jupyter_client starts kernels through a provisioner; `ForkedProvisioner` is its own with another way to start.
+jupyter_client starts kernels through a provisioner; `ForkedProvisioner` is its local one with another way to start.
 """
 
 import json
@@ -17,17 +17,18 @@ from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvision
 
 from lib.forked_process import ForkedProcess, change_environment, run_to_end
 from lib.suite.plan.plan import ROOT
+from lib.suite.run.sampling import is_alive
 
 MEASURING_SERVER = "WORKBENCH_MEASURING_SERVER"  # as `lib.measure.timing.children` reads it
 INLINE = "module://matplotlib_inline.backend_inline"
 LAUNCHER = ["-m", "ipykernel_launcher"]
 
-_WAITING: list[ForkedProcess] = []  # the kernel that has been forked and not yet asked for
+_WAITING: list[ForkedProcess] = []  # the forked kernel, until it is requested
 
 
 def prepare() -> None:
-    """Fork the process that becomes the kernel, and let jupyter_client start kernels by it. Only the first one: a
-    notebook that restarts its kernel gets one that is started anew.
+    """Fork the process that becomes the kernel, and make jupyter_client use it for the first kernel. A notebook that
+    restarts its kernel gets a new process.
     """
     reader, writer = os.pipe()
     pid = os.fork()
@@ -43,10 +44,10 @@ def prepare() -> None:
 
 
 class ForkedProvisioner(LocalProvisioner):
-    """Starts the kernel that was prepared, else as jupyter_client's own does."""
+    """Starts the prepared kernel; without one, starts a kernel like jupyter_client's own provisioner."""
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> Any:
-        """Return how the kernel can be reached; `cmd` and the variables are those of the kernel's description."""
+        """Return the kernel's connection info; `cmd` and the variables come from the kernel's description."""
         if not _WAITING or cmd[1:3] != LAUNCHER:
             return await super().launch_kernel(cmd, **kwargs)
         process = _WAITING.pop()
@@ -82,11 +83,27 @@ def _become_kernel(arguments: Sequence[str], environment: Mapping[str, str], dir
     sys.argv = ["ipykernel_launcher", *arguments]
     if matplotlib := sys.modules.get("matplotlib"):  # which was imported before the kernel could name its backend
         matplotlib.rcParams["backend"] = INLINE
-    import_module("ipykernel.kernelapp").launch_new_instance()
+    import_module("ipykernel.kernelapp").launch_new_instance(kernel_class=_kernel_class())
+
+
+def _kernel_class() -> type:
+    """Return IPython's kernel, which shuts down as soon as its child processes have ended.
+
+    ipykernel terminates them first and waits until none is listed. An ended child stays listed as a zombie, because
+    nothing collects its exit code any more, so a kernel with children would wait until jupyter_client terminates it:
+    for 2.5 s, and without running its `atexit` functions.
+    """
+    from ipykernel.ipkernel import IPythonKernel
+
+    class PreparedKernel(IPythonKernel):
+        def _process_children(self) -> list[Any]:
+            return [child for child in super()._process_children() if is_alive(child)]
+
+    return PreparedKernel
 
 
 def _fork_measuring_server() -> str:
-    """Fork the server of the processes that are measured; return its description."""
+    """Fork the server of the measured processes; return its description."""
     to_it, from_it = os.pipe(), os.pipe()
     errors = tempfile.TemporaryFile()  # noqa: SIM115 - for as long as both processes live
     threads = os.environ.get("OMP_NUM_THREADS", "0")

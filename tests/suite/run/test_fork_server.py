@@ -34,6 +34,10 @@ server = psutil.Process(answer["server"])
 answer |= {"command": server.cmdline(), "children": server.ppid() == os.getpid()}
 answer |= {"here": os.getcwd(), "cores": sorted(os.sched_getaffinity(0))}
 Path(os.environ["MARKS"], "answer.json").write_text(json.dumps(answer))"""
+ENDS = """import atexit, os
+from pathlib import Path
+
+atexit.register(Path(os.environ["MARKS"], NAME).touch)"""
 DRAWS = """from matplotlib import pyplot
 
 pyplot.plot([1, 2])
@@ -132,3 +136,16 @@ def test_a_notebook_measures_in_processes_that_were_forked_with_its_kernel(proje
     drawn = json.loads((project / "executed/proxy/measures--alpha-1.5.ipynb").read_text(encoding="utf-8"))
     kinds = {kind for cell in drawn["cells"] for output in cell.get("outputs", ()) for kind in output.get("data", ())}
     assert "image/png" in kinds
+
+
+def test_a_kernel_shuts_down_by_itself_whether_or_not_its_measuring_server_was_used(project, tmp_path):
+    """A kernel that jupyter_client has to terminate does nothing of what was registered for its end."""
+    (tmp_path / "probe.py").write_text(PROBE, encoding="utf-8")
+    shown = [("Ends", ENDS), ("Record", workbench.RECORD)]
+    workbench.notebook(project / "notebooks" / "idle.ipynb", shown)
+    workbench.notebook(project / "notebooks" / "measures.ipynb", [("Measured", MEASURES), *shown])
+    workbench.import_all(project)
+    more = {"MARKS": str(tmp_path), "PYTHONPATH": str(tmp_path)}
+    ended = workbench.build(project, "run", "idle", "measures", "--model", "alpha-1.5", **more)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert (tmp_path / "idle").exists() and (tmp_path / "measures").exists()
