@@ -1,6 +1,6 @@
-"""Measurements from samples of both arms that were taken in pairs, judged by interval, noise floor and margin.
+"""Builds measurements from paired samples of both arms, judged by interval, noise floor and margin.
 
-Knows how to judge samples, not how they were taken. The fields are described in `lib.measure.metrics.measurement`.
+Knows how to judge samples, not how they were taken. `lib.measure.metrics.measurement` describes the fields.
 """
 
 import math
@@ -17,7 +17,7 @@ from lib.measure.metrics.paired_stats import Effect
 from lib.measure.metrics.pairs import Pairs
 from lib.measure.metrics.process_variance import Pooled
 
-MOST_SAMPLES = 60  # that a record keeps of a measurement
+MOST_SAMPLES = 60  # per arm of a measurement in a record
 
 
 def from_pairs(
@@ -30,11 +30,11 @@ def from_pairs(
     samples: bool = True,
     process_sigma: float | None = None,
 ) -> Measurement:
-    """Return a rate or a latency from timed pairs.
+    """Return a rate or a latency measured by timed pairs.
 
-    `quantity` is what one call does, in the metric's terms: tokens (or requests) for a rate, tokens or calls to divide
-    by for a latency. `floor` is the A/A control, as its Pairs or as a number. `margin` replaces the metric's practical
-    margin; `process_sigma` as in `from_samples`.
+    `quantity` is what one call processes: tokens (or requests) for a rate, the tokens or calls to divide by for a
+    latency. `floor` is the A/A control, as Pairs or as a number. `margin` replaces the metric's practical margin.
+    `process_sigma` is as in `from_samples`. Raises ValueError for a metric that is neither a rate nor a latency.
     """
     unit = metric_named(metric).unit
     if unit.endswith("/s"):
@@ -42,7 +42,7 @@ def from_pairs(
     elif unit in ("ms", "s"):
         convert = lambda seconds: seconds * (1000 if unit == "ms" else 1) / quantity  # noqa: E731
     else:
-        raise ValueError(f"{metric} is in {unit}: times make only rates and latencies")
+        raise ValueError(f"{metric} is in {unit}: only rates and latencies can be computed from times")
     return from_samples(
         metric,
         workload,
@@ -72,32 +72,34 @@ def from_samples(
     process: Sequence[int] | None = None,
     process_sigma: float | None = None,
     disturbed: Sequence[str] = (),
+    resolution: float = 0.0,
 ) -> Measurement:
-    """Return a measurement from samples of both arms that were taken in pairs, in the metric's unit.
+    """Return a measurement from paired samples of both arms, given in the metric's unit.
 
-    `floor` is the A/A control, as its Pairs or as the half-width of its interval within the process. `process[i]` is
-    the process of pair i: with several, the interval is over processes. With one, what the process hides is added in
-    quadrature to interval and floor: `process_sigma`, by default that of other runs for this workload
-    (`lib.measure.metrics.process_variance`), or 0 for an estimate and for resources, of which times tell nothing.
-    `disturbed` holds what was seen in the pairs that could not be repeated: nothing is decided then.
+    `floor` is the A/A control, as Pairs or as the half-width of its interval within the process. `process[i]` is the
+    process of pair i. With several processes the interval is over processes. With one, the variation between processes
+    that it cannot show is added in quadrature to interval and floor: `process_sigma`, by default that of other runs of
+    this workload (`lib.measure.metrics.process_variance`), but 0 for estimates and for resources, about which times say
+    nothing. `disturbed` lists the disturbances of pairs that could not be repeated; with any, nothing is decided.
+    `resolution` is the step of the reading, relative to it: the interval reaches at least that far to either side.
 
-    Without a `floor` (no A/A control ran), or with too few pairs or a control of too few for an interval, or for a
-    metric without a margin, the verdict is informative. Above a floor of BUSY_FLOOR it is inconclusive, whatever the
-    interval: the same model differs from itself by more than most optimizations gain.
+    The verdict is informative without a `floor` (no A/A control ran), with too few pairs for an interval (of the arms
+    or of the control), and for a metric without a margin. Above a floor of BUSY_FLOOR it is inconclusive, whatever the
+    interval: the model then differs from itself by more than most optimizations gain.
     """
     listed = metric_named(metric)
     margin = listed.margin if margin is None else margin
     d_N = paired_stats.differences(baseline, optimized)
-    several = process is not None and len(set(process)) >= paired_stats.MINIMUM_PROCESSES
-    of_times = listed.dimension in ("performance", "efficiency")
-    between = None if several else _between(workload, provenance if of_times else None, process_sigma)
+    replicated = process is not None and len(set(process)) >= paired_stats.MINIMUM_PROCESSES
+    timed = listed.dimension in ("performance", "efficiency")
+    between = None if replicated else _between(workload, provenance if timed else None, process_sigma)
     sigma = between.sigma if between else 0.0
-    effect = paired_stats.effect(d_N, process, sigma)
+    effect = paired_stats.effect(d_N, process, sigma).at_resolution(resolution)
     if isinstance(floor, Pairs):
         floor = floor.floor(sigma)
     elif floor is not None:
         floor = math.hypot(floor, paired_stats.NORMAL * sigma)
-    verdict, reason, mde = _ruling(effect, floor, margin, listed.higher_is_better, several, disturbed)
+    verdict, reason, mde = _ruling(effect, floor, margin, listed.higher_is_better, replicated, disturbed)
     return measurement.judged(
         metric,
         workload,
@@ -127,20 +129,20 @@ def _ruling(
     floor: float | None,
     margin: float | None,
     higher_is_better: bool,
-    several: bool,
+    replicated: bool,
     disturbed: Sequence[str],
 ) -> tuple[Verdict, str | None, float | None]:
-    """Return the verdict on an effect, its reason, and the smallest effect that would be found (None: not judged); see
+    """Return the verdict on an effect, its reason, and the minimum detectable effect (None if not judged); see
     `from_samples`.
     """
-    fewest = paired_stats.MINIMUM_PROCESSES if several else paired_stats.MINIMUM_BLOCKS
+    fewest = paired_stats.MINIMUM_PROCESSES if replicated else paired_stats.MINIMUM_BLOCKS
     busy = f"{disturbed[-1]}, in {len(disturbed)} of {effect.n} pairs" if disturbed else None
     if margin is None:
         return "informative", None, None
     if floor is None or math.isinf(floor) or effect.n < fewest:
         few = f"{effect.n} pairs" if effect.n < fewest else "the control's pairs"
         why = "no A/A control ran" if floor is None else f"{few} are too few for an interval"
-        # A busy machine withholds what else was timed.
+        # The reason names a busy machine, so that the run's other timed verdicts are withheld as well.
         return "informative", f"{BUSY}: {busy}; {why}" if busy else why, None
     decision = decide(
         effect.median,
@@ -151,14 +153,14 @@ def _ruling(
         margin=margin,
         higher_is_better=higher_is_better,
         busy=busy,
-        processes=effect.processes if several else None,
+        processes=effect.processes if replicated else None,
     )
     reason = f"{decision.reason}{_load()}" if floor > BUSY_FLOOR else decision.reason
     return decision.verdict, reason, detectable(effect.half_width, effect.scatter, floor=floor, margin=margin)
 
 
 def _grouped(values: Sequence[float], process: Sequence[int] | None) -> list[float]:
-    """Return the samples; of more than MOST_SAMPLES the means of neighbours, as many of every process."""
+    """Return the samples; if there are more than MOST_SAMPLES, the means of neighbours, equally many per process."""
     if len(values) <= MOST_SAMPLES:
         return [float(value) for value in values]
     processes = len(set(process or [0]))
@@ -166,29 +168,29 @@ def _grouped(values: Sequence[float], process: Sequence[int] | None) -> list[flo
     if each * processes != len(values):
         return [float(value) for value in values]
     most = min(each, max(2, MOST_SAMPLES // processes))
-    groups = next((n for n in range(most, most // 2, -1) if each % n == 0), most)  # of one size, where that leaves many
+    groups = next((n for n in range(most, most // 2, -1) if each % n == 0), most)  # of equal size if possible
     by_process = np.asarray(values, dtype=float).reshape(processes, each)
     return [float(part.mean()) for row in by_process for part in np.array_split(row, groups)]
 
 
 def _load() -> str:
-    """Return the machine's load as a clause, or nothing on a system that does not say."""
+    """Return the machine's load as a clause; empty on systems that do not report it."""
     if not hasattr(os, "getloadavg"):
         return ""
     return f"; load {os.getloadavg()[0]:.1f} on {os.cpu_count() or 1} cores"
 
 
 def _between(workload: str, provenance: Provenance | None, process_sigma: float | None) -> Pooled:
-    """Return τ of the times that a number of this `provenance` is made of (None: it is made of none)."""
+    """Return τ, the deviation between processes, for a number of this `provenance` (None: not computed from times)."""
     if process_sigma is not None:
         return Pooled(process_sigma, 0)
-    timed = provenance in ("measured", "derived")  # an estimate is made of something else
+    timed = provenance in ("measured", "derived")  # estimates are not computed from times
     return process_variance.between_processes(workload) if timed else Pooled(0.0, 0)
 
 
 def judge_again(stored: Measurement) -> Ruling | None:
-    """Return the ruling on a stored measurement from its fields, by the rule of paired samples; None where its verdict
-    does not come from that rule (counted, informative, quality).
+    """Return the ruling on a stored measurement, recomputed from its fields by the rule for paired samples; None where
+    its verdict does not come from that rule (counted, informative, quality).
     """
     if stored.verdict not in ("better", "worse", "equivalent", "inconclusive") or stored.dimension == "accuracy":
         return None

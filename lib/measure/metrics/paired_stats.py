@@ -1,18 +1,18 @@
-"""From paired samples to an effect, its interval and a verdict. Knows nothing of clocks, models or metrics.
+"""Computes effects and their intervals from paired samples. Knows nothing about clocks, models or metrics.
 
 A speed effect is the median over blocks of d = ln(optimized / baseline). Where the blocks were timed in several
 processes, the process is the unit of replication: the effect is the mean over processes of their trimmed mean d, with
 Student's interval. Else the 95 % interval is Hettmansperger and Sheather's interpolated order-statistic interval
-(Statistics & Probability Letters 4, 1986), not a bootstrap: at the block counts used here the percentile and BCa
-bootstraps of a median exclude "no difference" more often than they claim between two equal arms, the basic bootstrap
-far more often, while this interval keeps its level without assuming a distribution, and needs no random numbers.
-`tests/measure/metrics/test_paired_stats.py` simulates the comparison. Where there are many items (quality), scipy's
-bootstrap is used.
+(Statistics & Probability Letters 4, 1986), not a bootstrap. At the block counts used here, the percentile and BCa
+bootstraps of a median exclude "no difference" between two equal arms more often than their level claims, the basic
+bootstrap far more often. The order-statistic interval keeps its level without assuming a distribution, and needs no
+random numbers. `tests/measure/metrics/test_paired_stats.py` simulates the comparison. Where there are many items
+(quality), scipy's bootstrap is used.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import binom, bootstrap, t, trim_mean
@@ -24,7 +24,7 @@ CONFIDENCE = 0.95
 NON_INFERIORITY_FACTOR = 2.487
 MINIMUM_BLOCKS = 6
 MINIMUM_PROCESSES = 3
-TRIMMED = 0.2  # of the pairs of a process, at either end
+TRIMMED = 0.2  # share of a process's pairs that is trimmed at either end
 NORMAL = 1.96  # the standard normal's 97.5 % quantile
 
 Samples = Sequence[float] | np.ndarray  # of one dimension
@@ -32,8 +32,8 @@ Samples = Sequence[float] | np.ndarray  # of one dimension
 
 @dataclass(frozen=True)
 class Effect:
-    """A paired effect in natural logarithms: the estimate, its interval, the standard deviation of the pairs, that of
-    the estimate, number of pairs, of outliers among them, and of processes.
+    """A paired effect in natural logarithms: the estimate (`median`), its interval (`low`, `high`), the standard
+    deviation of the pairs (`sigma`) and of the estimate (`scatter`), and the numbers of pairs, outliers and processes.
     """
 
     median: float
@@ -50,10 +50,14 @@ class Effect:
         """Half the width of the interval."""
         return (self.high - self.low) / 2
 
+    def at_resolution(self, step: float) -> "Effect":
+        """Return the effect with an interval that reaches at least `step` to either side of the estimate."""
+        return replace(self, low=min(self.low, self.median - step), high=max(self.high, self.median + step))
+
 
 def differences(baseline: Samples, optimized: Samples) -> np.ndarray:
-    """Return d[n] = ln(optimized / baseline) of paired samples. Raises ValueError unless they are positive, finite, of
-    equal number and not empty.
+    """Return d[n] = ln(optimized / baseline) of paired samples. Raises ValueError unless the samples are positive and
+    finite, and the two arms are non-empty and of equal length.
     """
     base, opt = np.asarray(baseline, dtype=float), np.asarray(optimized, dtype=float)
     if base.shape != opt.shape or base.ndim != 1 or base.size == 0:
@@ -66,7 +70,7 @@ def differences(baseline: Samples, optimized: Samples) -> np.ndarray:
 def median_interval(values: Samples, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Return the interpolated order-statistic interval of the median of `values`.
 
-    With fewer than six values no such interval reaches 95 %: both ends are infinite then.
+    With fewer than six values no such interval reaches 95 %, and both ends are infinite.
     """
     ordered = np.sort(np.asarray(values, dtype=float))
     n = ordered.size
@@ -86,8 +90,8 @@ def median_interval(values: Samples, confidence: float = CONFIDENCE) -> tuple[fl
 
 
 def outliers(d: Samples) -> int:
-    """Return how many values lie further than five scaled median absolute deviations from the median; none is dropped
-    for it.
+    """Return how many values lie more than five scaled median absolute deviations from the median. They are counted,
+    not dropped.
     """
     d_N = np.asarray(d, dtype=float)
     deviation_N = np.abs(d_N - np.median(d_N))
@@ -98,9 +102,9 @@ def outliers(d: Samples) -> int:
 def effect(d: Samples, process: Sequence[int] | None = None, process_sigma: float = 0.0) -> Effect:
     """Return the effect of the differences d[n] (natural logarithms).
 
-    `process[i]` is the process in which pair i was timed; with three or more of them the interval is over processes.
-    Otherwise `process_sigma`, the standard deviation between processes as other runs showed it, widens the interval of
-    the one process: its half-width is the root of the squares' sum.
+    `process[i]` is the process in which pair i was timed. With three or more processes the interval is over processes.
+    Otherwise `process_sigma`, the standard deviation between processes taken from other runs, is added in quadrature to
+    the half-width of the interval within the process.
     """
     d_N = np.asarray(d, dtype=float)
     sigma = float(d_N.std(ddof=1)) if d_N.size > 1 else math.inf
@@ -118,8 +122,8 @@ def effect(d: Samples, process: Sequence[int] | None = None, process_sigma: floa
 
 
 def level(values: Samples, process: Sequence[int] | None = None) -> tuple[float, float, float]:
-    """Return the level of one arm's positive samples with its interval, over processes where there are three or more,
-    else over the samples: geometric mean and Student's interval of the logarithms, or median and order statistics.
+    """Return (level, low, high) of one arm's positive samples: with three or more processes the geometric mean over
+    processes and Student's interval of the logarithms, else the median and its order-statistic interval.
     """
     if process is not None and len(set(process)) >= MINIMUM_PROCESSES:
         means_P = process_means(np.log(values), process)
@@ -129,8 +133,8 @@ def level(values: Samples, process: Sequence[int] | None = None) -> tuple[float,
 
 
 def process_means(d: Samples, process: Sequence[int]) -> np.ndarray:
-    """Return the mean d of every process, [P], in the order of their numbers: trimmed by a fifth at either end where
-    there are enough pairs for that, so that a single interruption does not decide a process's mean.
+    """Return the trimmed mean d of every process, [P], ordered by process number. A fifth of the pairs is trimmed at
+    either end, given enough pairs, so that a single interruption does not decide a process's mean.
     """
     d_N, process_N = np.asarray(d, dtype=float), np.asarray(process)
     return np.asarray([trim_mean(d_N[process_N == number], TRIMMED) for number in np.unique(process_N)])
@@ -147,10 +151,10 @@ def student_interval(values: Samples, confidence: float = CONFIDENCE) -> tuple[f
 
 
 def noise_floor(d: Samples, process: Sequence[int] | None = None, process_sigma: float = 0.0) -> float:
-    """Return by how much two equal arms can differ, from an A/A control's d[n]: the half-width of its `effect`'s
-    interval (natural logarithm, about a share).
+    """Return by how much two equal arms can differ, from the d[n] of an A/A control: the half-width of the interval of
+    its `effect` (natural logarithm, about a share).
 
-    The control's own median is no part of it: a control that is judged by its own deviation cannot fail.
+    The control's own median is left out: a control judged by its own deviation could not fail.
     """
     return effect(d, process, process_sigma).half_width
 
@@ -162,10 +166,11 @@ def bootstrap_interval(
     seed: int = 0,
     source: Sequence[int] | np.ndarray | None = None,
 ) -> tuple[float, float]:
-    """Return scipy's BCa bootstrap interval of the mean of `values` (percentile where BCa is undefined), widened as so
-    few values ask (`small_sample`): of eight it would miss the mean in one case of eight where it claims one of twenty.
+    """Return scipy's BCa bootstrap interval of the mean of `values` (percentile where BCa is undefined), widened by
+    `small_sample`: with eight values it would otherwise miss the mean in one case of eight instead of one of twenty.
 
-    `source[i]` numbers the source of value i: those of one are drawn together, and the sources are what is few.
+    `source[i]` numbers the source of value i. Values of one source are drawn together, and the sample size is then the
+    number of sources.
     """
     values_N = np.asarray(values, dtype=float)
     sums_S, counts_S = _by_source(values_N, source)
@@ -189,12 +194,12 @@ def bootstrap_interval(
 def skewed_interval(
     values: Samples, confidence: float = CONFIDENCE, source: Sequence[int] | np.ndarray | None = None
 ) -> tuple[float, float]:
-    """Return Hall's interval of the mean of `values`: Student's, transformed by the skewness that the values show (Hall
-    1992, On the removal of skewness by transformation; skewness as Joanes and Gill 1998, G1). `source` as in
-    `bootstrap_interval`; infinite with fewer than three values or sources.
+    """Return Hall's interval of the mean of `values`: Student's interval, transformed by the skewness of the values
+    (Hall 1992, On the removal of skewness by transformation; skewness as Joanes and Gill 1998, G1). `source` as in
+    `bootstrap_interval`. The interval is infinite with fewer than three values or sources.
 
-    Where few windows lose much and most lose little, a sample without these has a mean and a spread that are both too
-    small, and no bootstrap draws what is not there.
+    Where few windows lose much and most lose little, a sample that lacks the few has too small a mean and too small a
+    spread, and no bootstrap can draw values that the sample lacks.
     """
     values_N = np.asarray(values, dtype=float)
     sums_S, counts_S = _by_source(values_N, source)
@@ -219,14 +224,14 @@ def skewed_interval(
 
 
 def _by_source(values_N: np.ndarray, source: Sequence[int] | np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sum and the number of the values of every source, [S] each; without `source` each is its own."""
+    """Return sum and count of the values of every source, [S] each; without `source` every value is its own source."""
     _, source_N = np.unique(np.arange(values_N.size) if source is None else np.asarray(source), return_inverse=True)
     return np.bincount(source_N, weights=values_N), np.bincount(source_N)
 
 
 def small_sample(units: int) -> float:
-    """Return by how much the deviations of a bootstrap over few units are too small: √(n/(n−1)) and Student's quantile
-    over the normal one (Hesterberg 2015, What teachers should know about the bootstrap).
+    """Return the factor by which a bootstrap interval over few units must be widened: √(n/(n−1)) times Student's
+    quantile over the normal one (Hesterberg 2015, What teachers should know about the bootstrap).
     """
     if units < 2:
         return math.inf
@@ -234,11 +239,11 @@ def small_sample(units: int) -> float:
 
 
 def items_needed(sigma: float, distance: float, factor: float = NON_INFERIORITY_FACTOR) -> int | None:
-    """Return (1.645 + 0.842)²·σ²/distance²: items to show non-inferiority at a spread σ per item; None where no number
-    would do.
+    """Return the number of items that show non-inferiority at a spread σ per item: (1.645 + 0.842)²·σ²/distance²; None
+    where no number suffices.
 
-    For a share, σ² is the discordance of the two arms and `distance` the margin. `factor` is another sum of quantiles,
-    for a bound of another level.
+    For a share, σ² is the discordance of the two arms and `distance` the margin. `factor` replaces the sum of quantiles
+    for a bound at another level.
     """
     if not math.isfinite(sigma) or distance <= 0:
         return None

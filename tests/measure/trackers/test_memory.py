@@ -1,4 +1,4 @@
-"""Peaks of memory from child processes: what is planted is found, and nothing is found where nothing is planted."""
+"""Memory peaks from child processes: planted memory is found, and none is found where none is planted."""
 
 import json
 import os
@@ -153,6 +153,16 @@ def test_large_weights_are_judged_by_the_process_with_an_interval_and_a_floor():
     assert again.verdict == "equivalent"
     scattered = readings([1e9, 1.4e9, 0.8e9])
     assert by_metric(scattered, readings([1.2e9, 0.7e9, 0.9e9]))["peak_memory_bytes"].verdict == "inconclusive"
+
+
+def test_an_interval_of_peaks_is_no_narrower_than_a_step_of_the_heap():
+    """Four processes of either arm often read the same peak to the byte, and the next four one of another step."""
+    step = memory.HEAP_STEP_BYTES / 1e9
+    for peak in ("peak_memory_bytes", "peak_memory_after_load_bytes"):
+        low, high = by_metric(readings([1e9] * 4), readings([1e9] * 4))[peak].ci
+        assert low < 1 - 0.9 * step and high > 1 + 0.9 * step
+    wide = by_metric(readings([1e9, 1.1e9, 1.2e9]), readings([1.2e9, 1e9, 1.1e9]))["peak_memory_bytes"]
+    assert wide.ci[1] - wide.ci[0] > 100 * step  # scatter of its own is not widened further
 
 
 def test_a_peak_that_was_read_once_is_informative():
