@@ -1,9 +1,12 @@
-"""The planted experiments can fail: what they were shown here is not what they expect."""
+"""The planted experiments can fail: here they receive results that they do not expect."""
 
+import json
 import math
+import queue
 
 import pytest
 
+from lib.measure.metrics.decision import BUSY
 from tests.measure import planted
 
 
@@ -62,3 +65,20 @@ def _rate(workload: str, effect: float) -> dict:
     ends = [math.exp(effect - 0.01), math.exp(effect + 0.01)]
     about = {"workload": workload, "unit": "tokens/s", "verdict": "inconclusive"}
     return about | {"ratio": math.exp(effect), "ci": ends}
+
+
+def test_a_repetition_on_a_busy_machine_is_taken_again_and_no_other(monkeypatch):
+    taken = []
+
+    def repetition(request, attempt):
+        number = json.loads(request)["number"]
+        taken.append((number, attempt))
+        is_busy = number == 1 or (number == 0 and attempt == 0)
+        return [{"reason": f"{BUSY}: planted" if is_busy else None, "attempt": attempt}]
+
+    monkeypatch.setattr(planted, "_repetition", repetition)
+    monkeypatch.setattr(planted, "JOBS", queue.Queue())
+    planted.JOBS.put({0})
+    assert [rows[0]["attempt"] for rows in planted.repeat("slowed", 3)] == [1, planted.ATTEMPTS - 1, 0]
+    assert taken == [(0, 0), (0, 1), *((1, attempt) for attempt in range(planted.ATTEMPTS)), (2, 0)]
+    assert [rows[0]["attempt"] for rows in planted.repeat("slowed", 3, quiet=False)] == [0, 0, 0]
