@@ -96,6 +96,7 @@ def test_it_opens_on_the_start_page(lab, browser, tmp_path):
     assert "Structured pruning" in row and " min" in row and "(2026-" in row, row
     table.get_by_role("link", name="Structured pruning").click()
     page.locator(".jp-NotebookPanel .jp-CodeCell").first.wait_for()
+    page.get_by_text("(workbench) | Idle").wait_for()  # JupyterLab ends late while a kernel starts
     page.close()
 
 

@@ -56,7 +56,7 @@ def sides(tmp_path):
     there = tmp_path / "there" / "bench"
 
     def copy():
-        shutil.copytree(root, there, ignore=shutil.ignore_patterns("executed", "__pycache__"))
+        shutil.copytree(root, there, ignore=shutil.ignore_patterns("executed"))  # with its compiled files
         return there
 
     return root, copy, marks
@@ -189,11 +189,11 @@ def test_the_scheduler_dies_and_what_was_finished_stays(sides, tmp_path):
             started.kill()
         workbench.wait_for(lambda: not psutil.pid_exists(kernel), 20)
     assert started.returncode == 1 and "Traceback" not in output, output
-    assert f"build.py: the scheduler at {running.address} is gone; what was finished is kept" in output
+    assert f"build.py: the scheduler at {running.address} is gone; finished runs are kept" in output
     assert not list((root / "executed/proxy").glob("well--*")) and not (root / "executed/proxy/.running").exists()
     (marks / "hold-well").unlink()
     ended = workbench.build(root, *arguments)
-    assert ended.returncode == 0 and "1 of 2 runs are finished already and kept" in ended.stdout
+    assert ended.returncode == 0 and "1 of 2 runs are already finished and kept" in ended.stdout
     assert workbench.record(root, "a--alpha-1.5")["started"] == before
 
 
@@ -301,7 +301,7 @@ def test_the_gpu_of_a_worker_is_named_by_what_no_other_has(monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert remote._gpu() == expected
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
-    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES begins with 7, which is no NVIDIA device here"):
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES starts with 7: no such NVIDIA device here"):
         remote._gpu()
 
 
