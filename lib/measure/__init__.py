@@ -1,1 +1,1 @@
-"""How a number is made: time, memory, energy, cost, quality, statistics."""
+"""How numbers are measured: time, memory, energy, cost, quality, statistics."""

@@ -1,4 +1,4 @@
-"""One repetition of a planted experiment in a process of its own: `python -m tests.measure.planted_arms REQUEST`.
+"""One repetition of a planted experiment in a separate process: `python -m tests.measure.planted_arms REQUEST`.
 
 Prints the measurements as one line of JSON. `lib.measure.trackers` children call `hold` and `add_work` by name.
 """
@@ -31,7 +31,7 @@ FEW, MANY = {"prefill": 200, "decode": 20}, {"prefill": 2000, "decode": 150}  # 
 
 
 def pruned_by_nothing(model: str, effort: str, number: int) -> list[Measurement]:
-    """Pruning with ratio 0 and no recovery, through the whole path: speed, memory, quality."""
+    """Return the measurements of pruning with ratio 0 and no recovery, end to end: speed, memory, quality."""
     loaded, size = loading.load(model), settings.read(effort)
     optimized = pruning.apply(loaded.model, [], ratio=0.0)
     prompt_BT = _prompt(loaded, size.prompt_tokens, number)
@@ -49,8 +49,9 @@ def slowed(
     memory: bool = False,
     swap: bool = False,
 ) -> list[Measurement]:
-    """The model against itself with matrix work after every call: so many products by the shape of the ids ("1x512").
-    `alone`: timed in this process, as an arm is that no other process can make.
+    """Return the measurements of the model against itself with matrix work after every call: `products` maps the shape
+    of the ids ("1x512") to a number of products. `alone` times both in this process, like an arm that no other process
+    can load.
     """
     baseline, optimized = loading.load(model), loading.load(model).model
     if products is not None:
@@ -64,7 +65,7 @@ def slowed(
 
 
 class Work:
-    """After every call of a model so many products of two small matrices, by the shape of its ids."""
+    """A hook that computes products of two small matrices after every call of a model, by the shape of its ids."""
 
     def __init__(self, products: dict[str, int]) -> None:
         self.products, self.square = products, torch.randn(SQUARE, SQUARE)
@@ -75,14 +76,15 @@ class Work:
 
 
 def add_work(model: nn.Module, products: dict[str, int], noted: bool = True) -> nn.Module:
-    """Give the model `Work`; `noted`: another process does it again to the model that it loads."""
+    """Add `Work` to the model; with `noted`, other processes repeat this on the model that they load."""
     model.register_forward_hook(Work(products), with_kwargs=True)
     return beyond_files.note(model, ADDED, products=products) if noted else model
 
 
 def work_for(model: str, effort: str, number: int, shares: list[float]) -> list[dict[str, Any]]:
-    """How many products make calls so much slower, from the slowdown by few and by many: matrix work also slows what
-    follows it, so that it is no multiple of the time of a product. Every repetition then plants the same.
+    """Return the numbers of products that slow calls down by `shares`, interpolated between the slowdown by few and by
+    many: matrix work also slows what follows it, so its cost is not a multiple of a product's time. Every repetition
+    then plants the same work.
     """
     shapes = {"prefill": f"1x{settings.read(effort).prompt_tokens}", "decode": "1x1"}
     slowdowns: dict[str, list[float]] = {name: [] for name in TIMED}
@@ -105,7 +107,7 @@ def _shape(args: Any, kwargs: Any) -> str:
 
 
 def holding(model: str, effort: str, number: int, megabytes: int) -> list[Measurement]:
-    """Peaks of the model, and of the model in a child that holds a block of memory besides."""
+    """Return the memory peaks of the model against the model in a child that holds an extra block of memory."""
     size = settings.read(effort)
     work: dict[str, Any] = {"load": {"name": model}, "prompt_tokens": size.prompt_tokens, "new_tokens": size.new_tokens}
     held = memory.Arm(**work, transform=HELD, arguments={"megabytes": megabytes})
@@ -114,15 +116,15 @@ def holding(model: str, effort: str, number: int, megabytes: int) -> list[Measur
 
 
 def hold(model: nn.Module, megabytes: int) -> nn.Module:
-    """Attach a tensor of this size to the model, every page of it written."""
+    """Attach a tensor of this size to the model, with every page written."""
     if megabytes:
         model.register_buffer("held", torch.ones(megabytes * 2**20, dtype=torch.uint8), persistent=False)
     return model
 
 
 def losing(model: str, draws: int, number: int) -> list[dict[str, Any]]:
-    """Answers of the model to 160 drawn items, of which so many right ones are made wrong that the true loss of
-    accuracy is the margin; how often each score is called maintained.
+    """Return how often each score is called maintained, over draws of 160 of the model's answers in which right answers
+    are made wrong until the true loss of accuracy is the margin.
     """
     loaded = loading.load(model)
     task = next(name for name in loaded.tasks if evaluate.classifies(name))

@@ -1,4 +1,4 @@
-"""Twin builds: what contradicts is named, and what merely could not be decided is counted."""
+"""Twin builds: contradictions are named, and verdicts that merely differ in being undecided are counted."""
 
 from tests.measure import twins
 from tests.report import samples

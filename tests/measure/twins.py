@@ -1,13 +1,13 @@
-"""Holds builds of one commit against each other: no cell may say better in one and worse in the other, and at least
-95 % of the judged measurements must carry the same verdict in any two.
+"""Compares builds of the same commit: no cell may be better in one build and worse in another, and in any two builds at
+least 95 % of the judged measurements must have the same verdict.
 
     python tests/measure/twins.py FOLDER FOLDER [FOLDER …]
 
-Prints, for every build, how many A/A controls were called better or worse (at most one in twenty may be), and what
-share would agree with another build of the same commit if every interval is right and nothing else differs: effects
-near a threshold fall on either side of it. For any two builds: the share that agrees, by metric and by notebook, every
-contradiction, and every regression that `build.py compare` calls, whichever of the two is the old one. Exit code 1
-where one of these does not hold.
+Prints, for every build, how many A/A controls were called better or worse (at most one in twenty may be), and which
+share of the verdicts another build of the same commit would share if all intervals are right and nothing else differs:
+effects near a threshold fall on either side of it. For any two builds it prints the share that agrees, by metric and by
+notebook, all contradictions, and all regressions that `build.py compare` reports in either order. Exit code 1 if a
+requirement is not met.
 """
 
 import math
@@ -52,13 +52,13 @@ def cells(records: Mapping[str, Record]) -> dict[Key, str]:
 
 
 def contradict(one: str, other: str) -> bool:
-    """Whether two words say the opposite of each other."""
+    """Whether two verdicts contradict each other."""
     pair = {one, other}
     return ("better" in pair and bool(pair & LOST)) or pair == {"maintained", "not_maintained"}
 
 
 def hold(one: Mapping[Key, str], other: Mapping[Key, str]) -> tuple[dict[Key, tuple[str, str]], int]:
-    """Return what differs among the keys that are judged in either, and how many these are."""
+    """Return the differing verdicts among the keys that are judged in either build, and the number of these keys."""
     judged = [key for key in one.keys() & other.keys() if {one[key], other[key]} - NOT_JUDGED]
     return {key: (one[key], other[key]) for key in sorted(judged) if one[key] != other[key]}, len(judged)
 
@@ -80,7 +80,7 @@ def table(differing: Mapping[Key, tuple[str, str]], judged: Iterable[Key], part:
 
 
 def compare(one: Mapping[str, Record], other: Mapping[str, Record]) -> tuple[list[str], bool]:
-    """Return the lines on two builds, and whether they hold."""
+    """Return the report lines on two builds, and whether they meet the requirements."""
     lines, holds = [], True
     for what, words in (("cells", cells), ("measurements", verdicts)):
         first, second = words(one), words(other)
@@ -121,9 +121,9 @@ def controls(records: Mapping[str, Record]) -> tuple[list[str], bool]:
 
 
 def expected(records: Mapping[str, Record], draws: int = 40, seed: int = 0) -> tuple[float, float, int]:
-    """Return (share of all judged measurements, share of those that are timed, how many these are) whose verdict two
-    builds would share: each effect drawn twice around what was measured, by its interval, and decided again. What was
-    counted, and quality, is the same in every build.
+    """Return the expected agreement of two builds: (share of all judged measurements, share of the timed ones, number
+    of timed ones). Each timed effect is drawn twice around its measured value, by its interval, and decided again.
+    Counted numbers and quality are the same in every build.
     """
     random, agreed, timed, others = np.random.default_rng(seed), 0.0, 0, 0
     for measured in (m for recorded in records.values() for m in recorded.measurements if m.verdict not in NOT_JUDGED):
@@ -153,15 +153,15 @@ def main(folders: list[str]) -> int:
         return 2
     builds = {name: {item.stem: item for item in record.read_folder(Path(name))[0]} for name in folders}
     if empty := [name for name, records in builds.items() if not records]:
-        print(f"{empty[0]}: no record is here, so that nothing can be compared; name the folder of a scale")
+        print(f"{empty[0]}: no records in this folder, nothing can be compared; name the folder of a scale")
         return 2
     good = True
     for name, records in builds.items():
         lines, holds = controls(records)
         print(f"{name}, {len(records)} records, {'hold' if holds else 'DO NOT HOLD'}")
         print("\n".join(lines))
-        everything, those, timed = expected(records)
-        print(f"expected of a twin by the intervals: {everything:.1%} the same, {those:.1%} of the {timed} timed ones")
+        share, timed_share, timed = expected(records)
+        print(f"expected of a twin by the intervals: {share:.1%} the same, {timed_share:.1%} of the {timed} timed ones")
         good &= holds
     for one, other in combinations(folders, 2):
         lines, holds = compare(builds[one], builds[other])

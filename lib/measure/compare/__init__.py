@@ -1,1 +1,1 @@
-"""Baseline against optimized: speed, counted resources, memory."""
+"""Compares a baseline with an optimized model: speed, counted resources, memory."""

@@ -1,6 +1,6 @@
-"""What an optimization costs and saves besides time: counted resources, peaks of memory, and when applying pays off.
+"""What an optimization costs and saves besides time: counted resources, peak memory, and the break-even of applying it.
 
-Every notebook that changes a model needs all of them. Knows no optimization.
+Every notebook that changes a model needs all of them. Knows nothing about particular optimizations.
 """
 
 import functools
@@ -25,9 +25,10 @@ def costs(
     apply_seconds: float | None = None,
     rate: str = "prefill_tokens_per_second",
 ) -> list[Measurement]:
-    """Return counted resources, peaks of memory from child processes, and, given `apply_seconds`, the break-even.
+    """Return counted resources, peak memory from child processes, and, given `apply_seconds`, the break-even.
 
-    The break-even follows from the first measurement of `rate` in `compared`, whose own measurements are not repeated.
+    The break-even is derived from the first measurement of `rate` in `compared`. The measurements of `compared` itself
+    are not returned again.
     """
     measurements = [
         *resources(baseline, optimized, tokens=effort.prompt_tokens),
@@ -47,11 +48,11 @@ def resources(
     costs: Mapping[str, Any] | None = None,
     baseline_costs: Mapping[str, Any] | None = None,
 ) -> list[Measurement]:
-    """Return the counted and derived resources: parameters, weights, cache, FLOPs and bytes per token at `tokens` of
-    context.
+    """Return counted and derived resources: parameters, weights, cache, and FLOPs and bytes per token at a context of
+    `tokens` tokens.
 
-    `costs` are the options of the optimized model (absorbed, overhead, skip_zeros, density, stride, attended),
-    `baseline_costs` those of the baseline.
+    `costs` holds the cost-model options of the optimized model (absorbed, overhead, skip_zeros, density, stride,
+    attended), `baseline_costs` the baseline's.
     """
 
     arms = ((baseline, baseline_costs or {}), (optimized, costs or {}))
@@ -68,7 +69,7 @@ def resources(
 
     prefill = of(functools.partial(cost_model.prefill_flops, logits=1), tokens, options=("density", "stride"))
     rows = {
-        "parameters": ("load", plain(cost_model.parameters), "counted, tied ones once"),
+        "parameters": ("load", plain(cost_model.parameters), "counted, tied parameters once"),
         "active_parameters": (
             "decode",
             of(cost_model.active_parameters),
@@ -83,7 +84,7 @@ def resources(
         "prefill_flops_per_token": (
             "prefill",
             (prefill[0] / tokens, prefill[1] / tokens),
-            f"formula, prompt of {tokens} tokens, the head for the last alone, as timed",
+            f"formula, prompt of {tokens} tokens, head for the last token only, as timed",
         ),
         "decode_flops_per_token": (
             "decode",
@@ -101,15 +102,15 @@ def resources(
 
 
 def break_even(apply_seconds: float, rate: Measurement, workload: str = "apply") -> list[Measurement]:
-    """Return the time it took to apply an optimization, and the tokens after which the time saved equals it.
+    """Return the time spent applying an optimization, and the number of tokens after which it has been saved again.
 
-    `rate` is in tokens per second, of both arms; unless it is better, the number of tokens is unavailable.
+    `rate` is a measurement in tokens per second. Unless its verdict is better, the number of tokens is unavailable.
     """
     applied = measurement.informative("apply_seconds", workload, 0.0, apply_seconds, "perf_counter, once", ratio=None)
     if rate.verdict != "better" or not rate.baseline or not rate.ratio:
         reason = f"no gain in {rate.metric} was shown ({rate.verdict})"
         return [applied, measurement.unavailable("break_even_tokens", workload, reason)]
-    saved = (1 - 1 / rate.ratio) / rate.baseline  # by the judged ratio, which is not quite that of the two medians
+    saved = (1 - 1 / rate.ratio) / rate.baseline  # the judged ratio differs slightly from that of the medians
     source = f"time to apply over seconds saved per token of {rate.metric}"
     tokens = measurement.informative(
         "break_even_tokens", workload, None, apply_seconds / saved, source, "derived", reason="the baseline needs none"

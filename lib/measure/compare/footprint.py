@@ -1,6 +1,6 @@
-"""What two models take on disk and at their peak in memory: both are saved, then loaded and run in fresh processes.
+"""Size on disk and peak memory of two models: both are saved, then loaded and run in fresh processes.
 
-Complements `lib.measure.compare.costs.resources`, which counts. Knows nothing of how the models differ.
+Complements the counted resources of `lib.measure.compare.costs.resources`. Knows nothing about how the models differ.
 """
 
 from dataclasses import replace
@@ -19,12 +19,13 @@ FEWEST_TURNS, MOST_TURNS = memory.TURNS, 5
 
 
 def footprint(baseline: nn.Module, optimized: nn.Module, effort: Effort | str) -> list[Measurement]:
-    """Return bytes on disk, true peaks after load and at work, time to load and of the first call, of both models.
+    """Return, for both models, bytes on disk, true memory peaks after loading and at work, and the times to load and of
+    the first call.
 
-    The work is what generation is timed with: one prompt of `effort.prompt_tokens` tokens and `effort.new_tokens`
-    generated ones. The number of processes per arm grows with `effort.blocks`. Needs room on the temporary disk for
-    both checkpoints; while the processes run, the models' weights are nowhere else. For models on a GPU without that
-    room, the peaks are read from this process's allocator.
+    The work is the timed generation: one prompt of `effort.prompt_tokens` tokens and `effort.new_tokens` new tokens.
+    The number of processes per arm grows with `effort.blocks`. Needs room on the temporary disk for both checkpoints:
+    while the processes run, the models' weights exist only there. For models on a GPU without that room, the peaks are
+    read from this process's allocator.
     """
     if not settings.wants("performance", "resources"):
         return []
@@ -40,8 +41,8 @@ def footprint(baseline: nn.Module, optimized: nn.Module, effort: Effort | str) -
 
 
 def turns(effort: Effort, device: str = "cpu") -> int | None:
-    """Return how many processes per arm read peaks: 1 at effort preview, 3 at quick, 4 at standard, 5 at thorough;
-    None where the device decides.
+    """Return the number of processes per arm that measure peaks: 1 at effort preview, 3 at quick, 4 at standard, 5 at
+    thorough. None for other devices than the CPU, which have their own default.
     """
     if effort.preview and device == "cpu":
         return 1
@@ -49,7 +50,7 @@ def turns(effort: Effort, device: str = "cpu") -> int | None:
 
 
 def _in_place(baseline: nn.Module, optimized: nn.Module, effort: Effort, reason: str) -> list[Measurement]:
-    """Return what can be read without another copy, the allocator's peaks; the rest is unavailable for `reason`."""
+    """Return the allocator's peaks, which need no second copy of a model; the rest is unavailable, with `reason`."""
     peaks = []
     for model in (baseline, optimized):
         prompt_BT = workloads.random_prompt(model, 1, effort.prompt_tokens)

@@ -1,9 +1,8 @@
-"""Times two models in several fresh processes, through their saved files; where that cannot be done, says why.
+"""Times two models in several fresh processes, which load their saved files, or states why this is impossible.
 
-Only a model that can be made again from its files can be timed this way: one with hooks, replaced methods or a
-different attention would be loaded as something else, but for what `saved` puts back. Its files are therefore
-loaded once here and compared, and so are the tokens that every process produces. Knows nothing of how the models
-differ.
+This works only for models that their files describe completely. Hooks, replaced methods or another attention are lost
+on loading unless `saved` restores them. The files are therefore loaded once here and their structure compared with the
+models in memory, and so are the tokens that every process produces. Knows nothing about how the models differ.
 """
 
 import os
@@ -25,11 +24,11 @@ from lib.models.offload import streamer
 from lib.models.structure.signature import signature
 
 LARGEST_BYTES = 2**30  # of one model: each process loads three
-ROUNDS, SHORT_ROUNDS = 2, 12  # in each process; of many blocks three, of few (long calls) one
+ROUNDS, SHORT_ROUNDS = 2, 12  # in each process; three at an effort of many blocks, one at few (long calls)
 FEW_BLOCKS, MANY_BLOCKS = 6, 24
 ARM_SECONDS = 6.0  # of each arm, in all processes together, unless SHORT_ROUNDS in each take less
-# Seconds that the rounds of a workload take for each block of the effort, where that makes more of them; a share of it
-# at small efforts. Where only cells are tested, the variable brings it down to nothing.
+# Seconds of timing per block of the effort: rounds are added until they take this long. Small efforts take a share of
+# it. Tests that only execute notebook cells set it to zero through the variable.
 BLOCK_SECONDS = 0.5
 VARIABLE = "WORKBENCH_BLOCK_SECONDS"
 
@@ -45,10 +44,10 @@ def in_processes(
     seed: int = 0,
     except_for: Sequence[str] = (),
 ) -> tuple[dict[str, tuple[Pairs, Pairs]], str | None]:
-    """Return, for every workload of `arms`, the pairs of (baseline, optimized) and of (baseline, its copy), and None;
-    or nothing, and why the models cannot be timed in processes of their own.
+    """Return (pairs, None), with the pairs (baseline, optimized) and (baseline, its copy) of every workload of `arms`;
+    or ({}, the reason) where the models cannot be timed in separate processes.
 
-    `arms` have been called once: their tokens are compared with those of the processes.
+    The `arms` must have been called once: their tokens are compared with those of the processes.
     """
     if reason := unfit(models):
         return {}, reason
@@ -58,7 +57,7 @@ def in_processes(
         with saved(*models) as places:
             for place, expected_model in zip(places, expected_models):
                 if _loaded_signature(place) != expected_model:
-                    return {}, "a model is more than its files hold: hooks, replaced methods or another attention"
+                    return {}, "a model's files do not hold all of it: hooks, replaced methods or another attention"
             replicates = processes.replicate(
                 *places,
                 list(arms),
@@ -76,7 +75,7 @@ def in_processes(
         expected = [workloads.output_hash(work) for work in works]
         for replicate in replicates[name]:
             if [replicate.outputs["baseline"], replicate.outputs["optimized"]] != expected:
-                return {}, f"{name}: the saved models do not answer as those in memory do"
+                return {}, f"{name}: the saved models produce other tokens than those in memory"
     return {name: _joined(parts) for name, parts in replicates.items()}, None
 
 
@@ -91,7 +90,7 @@ def _loaded_signature(place: Arm) -> str:
 
 
 def _count(works: Arms, effort: Effort) -> int:
-    """Return the rounds of a workload in each process: the same in all of them, by calls in this one."""
+    """Return how many rounds of a workload each process times: the same in all, from the time of calls in this one."""
     arms = {"baseline": works[0], "optimized": works[1], "copy": works[0]}
     total, least = block_seconds(effort) * rounds(effort), rounds(effort)
     if total:
@@ -100,8 +99,8 @@ def _count(works: Arms, effort: Effort) -> int:
 
 
 def least_in_each(call_seconds: float, effort: Effort) -> int:
-    """Return the fewest rounds in each process. Of short calls SHORT_ROUNDS: with two, a model of a hundred million
-    parameters differs from its copy by a tenth. Of long ones as many as fit into the share of ARM_SECONDS.
+    """Return the fewest rounds in each process: SHORT_ROUNDS for short calls, for long calls as many as fit into the
+    share of ARM_SECONDS. With two short rounds a model of 100 million parameters differs from its copy by a tenth.
     """
     most = max(rounds(effort), round(_share(effort) * SHORT_ROUNDS))
     if call_seconds < interleaved.LONG_SECONDS:
@@ -111,9 +110,9 @@ def least_in_each(call_seconds: float, effort: Effort) -> int:
 
 
 def rounds_alone(work: Workload, effort: Effort) -> int:
-    """Return the fewest rounds in a single process, by a call of an arm that is warm: as many as fit into ARM_SECONDS,
-    at least the effort's blocks, at most what short calls have in several processes. Six turns of two tokens let a
-    model of a hundred million parameters differ from its copy by 15 %.
+    """Return the fewest rounds in a single process, from the time of a warm call of `work`: as many as fit into
+    ARM_SECONDS, at least the effort's blocks, at most the number that short calls take in several processes. With six
+    turns of two tokens a model of a hundred million parameters differs from its copy by 15 %.
     """
     if not block_seconds(effort):
         return effort.blocks
@@ -124,22 +123,22 @@ def rounds_alone(work: Workload, effort: Effort) -> int:
 
 
 def _share(effort: Effort) -> float:
-    """Return the share of ARM_SECONDS and SHORT_ROUNDS that an effort takes: all of them from quick on."""
+    """Return the share of ARM_SECONDS and SHORT_ROUNDS that an effort uses: all of both from effort quick upwards."""
     return min(1.0, effort.timing_share / settings.EFFORTS["quick"].timing_share)
 
 
 def block_seconds(effort: Effort) -> float:
-    """Return the seconds that rounds take for each block. Raises UserError where the variable holds no number."""
+    """Return the seconds of timing per block of the effort. Raises UserError if the variable does not hold a number."""
     value = os.environ.get(VARIABLE)
     try:
         seconds = BLOCK_SECONDS if value is None else float(value)
     except ValueError:
-        raise UserError(f'{VARIABLE}: "{value}" is no number of seconds') from None
+        raise UserError(f'{VARIABLE}: "{value}" is not a number of seconds') from None
     return seconds * effort.timing_share
 
 
 def shortened() -> dict[str, object]:
-    """Return, for a record's details, that the variable sets the seconds of a block; nothing where it does not."""
+    """Return a detail for the record stating the seconds per block that the variable sets; empty if it is not set."""
     seconds = os.environ.get(VARIABLE)
     if seconds is None:
         return {}
@@ -148,9 +147,10 @@ def shortened() -> dict[str, object]:
 
 
 def rounds(effort: Effort) -> int:
-    """Return the fewest rounds in each process: one where few blocks were asked for, so that six processes share them.
-    Three, which effort quick makes do with, have intervals 1.7 times as wide (Student's quantile). At effort preview,
-    which tells next to nothing of speed, all are in one process, whose deviation from others is then assumed.
+    """Return the fewest rounds in each process: one at an effort of few blocks, so that six processes share them.
+
+    Effort quick uses three processes, whose intervals are 1.7 times as wide (Student's quantile). Effort preview, which
+    says next to nothing about speed, times all blocks in one process and assumes the deviation between processes.
     """
     if effort.preview:
         return effort.blocks
@@ -160,13 +160,13 @@ def rounds(effort: Effort) -> int:
 
 
 def _joined(parts: Sequence[processes.Replicate]) -> tuple[Pairs, Pairs]:
-    of_processes = [part.rounds for part in parts]
-    optimized = pairs.join([part.pairs("baseline", "optimized") for part in of_processes])
-    return optimized, pairs.join([part.pairs("baseline", "copy") for part in of_processes])
+    rounds_by_process = [part.rounds for part in parts]
+    optimized = pairs.join([part.pairs("baseline", "optimized") for part in rounds_by_process])
+    return optimized, pairs.join([part.pairs("baseline", "copy") for part in rounds_by_process])
 
 
 def unfit(models: Sequence[nn.Module]) -> str | None:
-    """Return why models are not to be timed in processes of their own, or None where they can be."""
+    """Return why models must not be timed in separate processes; None where they can be."""
     if reason := children.why_none():
         return reason
     if any(parameter.device.type != "cpu" for model in models for parameter in model.parameters()):
@@ -177,6 +177,6 @@ def unfit(models: Sequence[nn.Module]) -> str | None:
 
 
 def are_small(models: Sequence[nn.Module]) -> bool:
-    """Return whether three such models fit beside these, and where they lie matters: in a CPU's memory, and small."""
+    """Return whether the models are in CPU memory and small: three copies fit, and their place in memory matters."""
     on_cpu = all(parameter.device.type == "cpu" for model in models for parameter in model.parameters())
     return on_cpu and max(cost_model.weights_bytes(model) for model in models) <= LARGEST_BYTES

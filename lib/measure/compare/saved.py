@@ -1,6 +1,6 @@
-"""Two models as arms of child processes: both are saved, and meanwhile their weights are on disk only. What no
-checkpoint holds (absorbed decoding, another attention, weights that stream) is made again where the files are loaded,
-as far as the model notes it. Knows nothing of how the models differ, nor of what the processes do.
+"""Saves two models as arms for child processes. While these run, the models' weights are on disk only. Features that a
+checkpoint cannot hold (absorbed decoding, replaced attention, streamed weights) are restored after loading, as far as
+the model records them. Knows nothing about how the models differ or what the processes do.
 """
 
 import shutil
@@ -24,16 +24,17 @@ from lib.models.structure import beyond_files
 ABSORBING = f"{mla_absorption.__name__}:{mla_absorption.absorb.__name__}"
 RESTORING = f"{beyond_files.__name__}:{beyond_files.restore.__name__}"
 REOPENING = f"{beyond_files.__name__}:{beyond_files.reopen.__name__}"
-ACTIVATIONS = 0.1  # room on a device for what running a model takes besides its weights, as a share of these
+ACTIVATIONS = 0.1  # device memory that a running model needs besides its weights, as a share of the weights
 
 
 @contextmanager
 def saved(baseline: nn.Module, optimized: nn.Module) -> Iterator[tuple[Arm, Arm]]:
-    """Save both models and give them as arms, with dtype and device of the baseline. Within, the models on a CPU have
-    no weights and cannot run; one whose weights stream from a file is opened from there again and stays as it is.
+    """Save both models and yield them as arms, with the baseline's dtype and device. Inside the context, models on a
+    CPU have no weights and cannot run. A model that streams its weights from a file is left as it is: its arm reopens
+    that file.
 
-    Of what is not part of a checkpoint only absorbed decoding and what `beyond_files` notes is made again. Needs room
-    on the temporary disk for both.
+    Beyond the checkpoint, only absorbed decoding and what `beyond_files` records are restored. Needs room on the
+    temporary disk for both models.
     """
     weight = next(baseline.parameters())
     dtype, device = str(weight.dtype).removeprefix("torch."), weight.device.type
@@ -48,24 +49,24 @@ def saved(baseline: nn.Module, optimized: nn.Module) -> Iterator[tuple[Arm, Arm]
 
 
 def transform(model: nn.Module) -> str | None:
-    """Return the `transform` of an arm that makes a freshly loaded model decode as `model` does; None where it does."""
+    """Return the arm's `transform` that makes a freshly loaded model decode as `model` does; None if none is needed."""
     return ABSORBING if mla_absorption.is_absorbed(model) else None
 
 
 def _reload_fields(model: nn.Module, place: Path) -> dict[str, Any]:
-    """Return the fields of the `Arm` by which the `model` saved at `place` is made again."""
-    noted = beyond_files.steps(model)
+    """Return the `Arm` fields that restore the `model` saved at `place`."""
+    recorded = beyond_files.steps(model)
     if opened := beyond_files.opening(model):
-        arguments = {"function": opened.function, "arguments": opened.arguments, "steps": noted}
+        arguments = {"function": opened.function, "arguments": opened.arguments, "steps": recorded}
         return {"folder": opened.folder, "opener": REOPENING, "arguments": arguments}
-    if not noted:
+    if not recorded:
         return {"folder": str(place), "transform": transform(model)}
-    steps = [*([(ABSORBING, {})] if mla_absorption.is_absorbed(model) else []), *noted]
+    steps = [*([(ABSORBING, {})] if mla_absorption.is_absorbed(model) else []), *recorded]
     return {"folder": str(place), "transform": RESTORING, "arguments": {"steps": steps}}
 
 
 def lack_of_room(*models: nn.Module) -> str | None:
-    """Return why models on a GPU cannot be saved and loaded once more, or are not to be, or None where they can."""
+    """Return why models on a GPU cannot or must not be saved and loaded a second time; None where they can."""
     weight = next(models[0].parameters())
     if not weight.is_cuda:
         return None

@@ -1,6 +1,6 @@
-"""Speed and efficiency of two models: times the standard workloads in paired blocks with their A/A control, in several
-fresh processes where saved files hold each model completely, compares the times with the machine's bound, and adds CPU
-use and energy. Knows no optimization.
+"""Compares the speed and efficiency of two models: times the standard workloads in paired blocks with an A/A control
+(in several fresh processes where saved files hold each model completely), relates the times to the machine's bound, and
+adds CPU use and energy. Knows nothing about particular optimizations.
 """
 
 import math
@@ -38,7 +38,7 @@ STANDARD = ("prefill", "decode", "batch_decode")
 
 @dataclass(frozen=True)
 class Timed:
-    """One timed workload of both arms: the arms, the pairs, the A/A control, and the cost of one call of each arm."""
+    """One timed workload: both arms, their pairs, the A/A control, and the cost of one call of each arm."""
 
     baseline: Workload
     optimized: Workload
@@ -54,7 +54,7 @@ class Timed:
 
 @dataclass(frozen=True)
 class Compared:
-    """The results of `compare`: measurements and plain `details` for the record, the timings for figures."""
+    """The results of `compare`: measurements and plain `details` for the record, and the timings for figures."""
 
     measurements: list[Measurement]
     timed: dict[str, Timed] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Compared:
     ceilings: Ceilings | None = None
 
     def bounds(self) -> list[dict[str, object]]:
-        """Return a row per workload and arm, for a figure: time of one call with its interval, and its bound, in ms."""
+        """Return figure rows, one per workload and arm: time of one call with its interval, and its bound, in ms."""
         if self.ceilings is None:
             return []
         rows: list[dict[str, object]] = []
@@ -84,22 +84,22 @@ class Compared:
         return rows
 
     def control(self) -> list[Measurement]:
-        """Return the A/A control as measurements: a copy of the baseline against it, through the same path.
+        """Return the A/A control as measurements: the baseline against a copy of it, measured in the same way.
 
-        It is judged by the variance between processes that other runs showed, not by its own deviation, so it can fail.
-        One that is the baseline itself could not, and is not judged.
+        The control is judged by the variance between processes of other runs, not by its own deviation, so it can fail.
+        Where the copy is the baseline object itself it cannot fail, and is not judged.
         """
         measurements = []
         no_copy = self.details.get("control")
         for name, timed in self.timed.items():
-            others = process_variance.between_processes(name)
+            between = process_variance.between_processes(name)
             # With one process `from_pairs` adds this itself.
-            several = len(set(timed.control.process or ()))
-            floor = paired_stats.NORMAL * others.sigma / math.sqrt(several) if several else 0.0
+            processes = len(set(timed.control.process or ()))
+            floor = paired_stats.NORMAL * between.sigma / math.sqrt(processes) if processes else 0.0
             for metric in METRICS_OF[name]:
                 quantity = _quantity(metric, timed.baseline)
-                same = paired_samples.from_pairs(metric, name, timed.control, quantity, floor)
-                measurements.append(measurement.unjudged(same, str(no_copy)) if no_copy else same)
+                control = paired_samples.from_pairs(metric, name, timed.control, quantity, floor)
+                measurements.append(measurement.unjudged(control, str(no_copy)) if no_copy else control)
         return measurements
 
 
@@ -120,11 +120,11 @@ def compare(
 ) -> Compared:
     """Time the workloads `names` of both models on one prompt and return their speed and efficiency.
 
-    `prompt_BT` is ids [1, T]; for `batch_decode` its beginning is repeated, rolled. `invalid` is the finding of the
-    sanity gate: nothing is timed then, and every metric is invalid, with that reason. `except_for`: conditions in which
-    the arms may differ. `costs`: options of `cost_model.of` for the optimized model (absorbed, overhead, skip_zeros),
-    `baseline_costs` for the baseline. Decoding is timed at a fixed context (`workloads.steps`). `fallback`: see
-    `ceilings.explain`.
+    `prompt_BT` holds token ids [1, T]; the rows of `batch_decode` are rolled copies of its beginning. `invalid` is the
+    finding of the sanity gate, if any: nothing is timed then, and every metric is invalid for that reason.
+    `except_for` names conditions in which the arms may differ. `costs` holds options of `cost_model.of` for the
+    optimized model (absorbed, overhead, skip_zeros), `baseline_costs` for the baseline. Decoding is timed at a fixed
+    context (`workloads.steps`). `fallback`: see `ceilings.explain`.
     """
     effort = settings.read(effort) if isinstance(effort, str) else effort
     listed = [(metric, name) for name in names for metric in METRICS_OF[name]]
@@ -169,8 +169,10 @@ def _pairs(
     seed: int,
     except_for: Sequence[str],
 ) -> tuple[dict[str, tuple[Pairs, Pairs]], dict[str, object]]:
-    """Return pairs and A/A control of every workload, from several fresh processes where the models' files hold all
-    that they are, else from this one; and why, for the record.
+    """Return the pairs and A/A control of every workload, and details for the record.
+
+    They are timed in several fresh processes where files hold the models completely, else in this process; the details
+    then state the reason.
     """
     pairs, reason = replication.in_processes(models, arms, prompt_BT, effort, seed=seed, except_for=except_for)
     if not reason:
@@ -180,7 +182,7 @@ def _pairs(
         fresh = fresh_copies(dict(zip(("baseline", "optimized", "copy"), (*models, models[0]))), seed)
         again, shared = fresh["copy"]
         if aged := [name for name in ("baseline", "optimized") if fresh[name][1]]:
-            details["age of the arms"] = f"no copy of the {' and the '.join(aged)} model: both are timed as they were"
+            details["age of the arms"] = f"no copy of the {' and the '.join(aged)} model: both originals are timed"
         else:
             copies = fresh["baseline"][0], fresh["optimized"][0]
             arms = {name: _on_copies(name, works, copies, prompt_BT, effort) for name, works in arms.items()}
@@ -207,15 +209,15 @@ def _on_copies(
     prompt_BT: torch.Tensor,
     effort: Effort,
 ) -> tuple[Workload, Workload]:
-    """Return the work of both arms on copies of their models; both as they are where one of these answers otherwise: a
-    model beside a younger one seems slower for its age alone (`fresh_copies`).
+    """Return the works of both arms on copies of their models, or both works unchanged where one copy produces other
+    tokens: an older model next to a fresh copy seems slower for its age alone (`fresh_copies`).
     """
     first, second = (_on_copy(name, work, model, prompt_BT, effort) for work, model in zip(works, copies))
     return works if first is works[0] or second is works[1] else (first, second)
 
 
 def _on_copy(name: str, work: Workload, model: nn.Module, prompt_BT: torch.Tensor, effort: Effort) -> Workload:
-    """Return the work on a copy of its model, warm; the work itself where the copy answers otherwise."""
+    """Return the work, warmed up, on a copy of its model; the work itself where the copy produces other tokens."""
     again = _workload(name, model, prompt_BT, effort)
     again()
     return again if workloads.output_hash(again) == workloads.output_hash(work) else work
@@ -226,8 +228,8 @@ def _workload(name: str, model: nn.Module, prompt_BT: torch.Tensor, effort: Effo
 
 
 def _cost(model: nn.Module, work: Workload, options: Mapping[str, Any] | None) -> tuple[Cost, Use]:
-    """Return FLOPs and bytes of one call, with the experts that its steps really use, and the CPU's use; both from one
-    call that is not judged.
+    """Return the cost of one call (FLOPs and bytes, with the experts that its steps really use) and its CPU use, both
+    from one call outside the judged timing.
     """
     with expert_usage.counted(model) as usage:
         use = cpu.use(work, 0.0)
@@ -239,14 +241,14 @@ def _cost(model: nn.Module, work: Workload, options: Mapping[str, Any] | None) -
 
 
 def _quantity(metric: str, work: Workload) -> float:
-    """Return what one call does: tokens for a rate; steps or the call itself for a latency."""
+    """Return the quantity that one call's time is related to: tokens for a rate, steps or one call for a latency."""
     if metric == "time_per_output_token_ms":
         return work.new_tokens
     return 1 if metric.endswith("_ms") else work.tokens
 
 
 def _explained(name: str, timed: Timed, hints: Mapping[str, Any], peaks: Ceilings) -> list[Measurement]:
-    """Return the workload's rates and latencies against their bound, and the utilisations."""
+    """Return the workload's rates and latencies, each compared with its bound, and the utilisations."""
     rates = []
     for metric in METRICS_OF[name]:
         rate = paired_samples.from_pairs(metric, name, timed.pairs, _quantity(metric, timed.baseline), timed.control)
@@ -256,8 +258,8 @@ def _explained(name: str, timed: Timed, hints: Mapping[str, Any], peaks: Ceiling
 
 
 def _cpu_time(name: str, timed: Timed) -> list[Measurement]:
-    """Return processor seconds per token, from the same turns as the wall time; not judged where a GPU with a counter
-    does the work.
+    """Return CPU seconds per token, from the same turns as the wall time; not judged where the work runs on a GPU with
+    an energy counter.
     """
     pairs, control = timed.pairs, timed.control
     if not pairs.cpu_seconds or not control.cpu_seconds:
@@ -280,8 +282,8 @@ def _energy(
     effort: Effort,
     seed: int,
 ) -> list[Measurement]:
-    """Return the joules of a workload: of a counter, which is read over windows of its own, or else estimated from the
-    turns that were timed.
+    """Return the joules of a workload: from an energy counter, read over separate windows, or else estimated from the
+    timed turns.
     """
     device = next(models[0].parameters()).device.type
     source = energy.counter(device)
@@ -301,9 +303,9 @@ def _of_one_age(
     effort: Effort,
     seed: int,
 ) -> tuple[Workload, Workload, Workload | None]:
-    """Return the work of both arms, and that of the baseline once more, on copies of their models that are made now: of
-    two models the older takes more for its age alone (`fresh_copies`). Of large models, and where a model cannot be
-    copied or its copy answers otherwise, both as they are, and None.
+    """Return the works of baseline, optimized and control, all on fresh copies of their models: an older model takes
+    longer for its age alone (`fresh_copies`). For large models, and where a model cannot be copied or its copy produces
+    other tokens, return both works unchanged, and None as control.
     """
     if not replication.are_small(models):
         return *works, None
@@ -317,11 +319,11 @@ def _of_one_age(
 
 
 def _cpu_use(name: str, arms: Timed, first: tuple[Use, Use]) -> list[Measurement]:
-    """Return the use of the CPU in the turns that were timed. With a GPU, that and its own: of the `first` calls where
-    these were long, else of further ones.
+    """Return the CPU use of the timed turns. With a GPU, return CPU and GPU use: of the `first` calls where these were
+    long, else of further calls.
     """
     base, opt = first
-    # Asked of the GPU itself: a call that is shorter than its sampling has no sample, though it ran there.
+    # Whether there is a GPU is read from its handle: a call shorter than the sampling interval has no GPU sample.
     if disturbance.gpu_handle() is None and (busy := arms.pairs.cpu_seconds):
         wall = arms.pairs.baseline_seconds, arms.pairs.optimized_seconds
         base, opt = (Use(sum(seconds), sum(spent), base.cores) for seconds, spent in zip(wall, busy))
@@ -335,7 +337,7 @@ def _cpu_use(name: str, arms: Timed, first: tuple[Use, Use]) -> list[Measurement
 
 
 def _details(timed: dict[str, Timed], peaks: Ceilings) -> dict[str, object]:
-    """Return the machine's ceilings, and p50, p95, p99 of single decoding steps (None where there are too few)."""
+    """Return the machine's ceilings, and p50, p95 and p99 of single decoding steps (None where there are too few)."""
     details: dict[str, object] = {"ceilings": {**asdict(peaks), "provenance": "measured", "source": peaks.source}}
     steps = {
         name: {

@@ -1,6 +1,6 @@
-"""The one list of metrics: every name that may stand in a record, with its unit, dimension, direction and practical
-margin. Knows nothing of how a number is made. A margin is the smallest change worth the word "better" or "worse", fixed
-here before anything is measured. Metrics without a margin are informative: they describe and are never judged.
+"""The single list of metrics: every metric name a record may contain, with its unit, dimension, direction and practical
+margin. Knows nothing about how a metric is measured. A margin is the smallest change worth calling better or worse,
+fixed here before anything is measured. Metrics without a margin are informative: they describe and are never judged.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ ENERGY_MARGIN = 0.03
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric. `margin` is a share of the baseline, or in the metric's unit where `margin_kind` is "absolute"."""
+    """One metric. `margin` is a share of the baseline, or in the metric's unit if `margin_kind` is "absolute"."""
 
     unit: str
     dimension: Literal["performance", "accuracy", "resources", "efficiency"]
@@ -44,7 +44,7 @@ def _efficiency(unit: str, higher_is_better: bool, margin: float | None = SPEED_
 
 
 METRICS: dict[str, Metric] = {
-    # Performance. Rates and latencies of one workload are made of the same times.
+    # Performance. Rates and latencies of a workload are computed from the same times.
     "prefill_tokens_per_second": _performance("tokens/s", True),
     "time_to_first_token_ms": _performance("ms", False),
     "decode_tokens_per_second": _performance("tokens/s", True),
@@ -77,7 +77,7 @@ METRICS: dict[str, Metric] = {
     "precision_macro": _score(),
     "recall_macro": _score(),
     "accuracy": _score(),
-    "accuracy_norm": _score(),  # of public tasks: the choice that is likeliest per character
+    "accuracy_norm": _score(),  # of public tasks: picks the choice with the highest likelihood per character
     "exact_match": _score(),
     "retrieval_exact_match": _score(),
     "perplexity": Metric("perplexity", "accuracy", False, PERPLEXITY_MARGIN),
@@ -112,7 +112,7 @@ METRICS: dict[str, Metric] = {
     # Efficiency.
     "energy_joules_per_token": _efficiency("J/token", False, ENERGY_MARGIN),
     "energy_above_idle_joules_per_token": _efficiency("J/token", False, ENERGY_MARGIN),
-    # Decides efficiency where no counter of energy can be read: measured, user and system time.
+    # Decides efficiency where no energy counter is readable: measured user plus system time.
     "cpu_seconds_per_token": _efficiency("s/token", False),
     "tokens_per_joule": _efficiency("tokens/J", True, ENERGY_MARGIN),
     "model_flops_utilisation": _efficiency("share of measured peak", True, None),
@@ -130,7 +130,7 @@ METRICS: dict[str, Metric] = {
     "modularity_score": _efficiency("share", True, None),
     "files_touched": _efficiency("files", False, None),
     "lines_written": _efficiency("lines", False, None),
-    # A search: the hypervolume of its front (share of cost times nats per token), and what the search took.
+    # A search: the hypervolume of its Pareto front (cost share times nats per token), its evaluations and seconds.
     "front_hypervolume": _efficiency("cost share x nats/token", True, None),
     "search_evaluations": _efficiency("evaluations", False, None),
     "search_seconds": _efficiency("s", False, None),
@@ -138,7 +138,7 @@ METRICS: dict[str, Metric] = {
 
 
 def metric(name: str) -> Metric:
-    """Return the metric called `name`. Raises UserError, with the nearest valid name, for an unknown one."""
+    """Return the metric called `name`. Raises UserError for an unknown name, suggesting the nearest valid one."""
     if name not in METRICS:
         raise UserError(
             f'unknown metric "{name}": lib/measure/metrics/catalogue.py lists the valid ones.{suggest(name, METRICS)}'

@@ -1,6 +1,6 @@
-"""The one rule that turns an effect, its interval and its noise floor into a verdict, with the reason where it is
-inconclusive, and the effect that the rule can detect. Works on natural logarithms; knows nothing of how they were
-measured, so that a stored measurement can be judged again from its own fields.
+"""The decision rule: turns an effect, its interval and its noise floor into a verdict, with the reason if it is
+inconclusive, and computes the effect that the rule can detect. Works on natural logarithms and knows nothing about how
+they were measured, so that a stored measurement can be judged again from its own fields.
 """
 
 import math
@@ -9,17 +9,17 @@ from typing import Literal
 
 Word = Literal["better", "worse", "equivalent", "inconclusive"]
 
-BUSY_FLOOR = 0.10  # two equal arms that differ by more than this: the machine gives no verdict of speed
-BUSY, NOISY = "the machine was busy", f"is above {100 * BUSY_FLOOR:.0f} %"  # of the reasons that say so
-FACTOR = 2.0  # an interval of few pairs whose upper end is this many times the lower carries no verdict
-FEW_PAIRS = 6  # or processes, where these are what is independent
+BUSY_FLOOR = 0.10  # where two equal arms differ by more than this, the machine allows no verdict on speed
+BUSY, NOISY = "the machine was busy", f"is above {100 * BUSY_FLOOR:.0f} %"  # phrases that mark such reasons
+FACTOR = 2.0  # an interval of few pairs whose upper end is this many times the lower end allows no verdict
+FEW_PAIRS = 6  # or processes, where these are the independent units
 POWER_FACTOR = 0.84  # the standard normal's 80 % quantile
 MEDIAN_FACTOR = 1.25  # √(π/2): how much wider a median scatters than a mean
 
 
 @dataclass(frozen=True)
 class Ruling:
-    """A verdict, and why it is inconclusive (None where it is not)."""
+    """A verdict, with the reason if it is inconclusive (else None)."""
 
     verdict: Word
     reason: str | None = None
@@ -37,13 +37,13 @@ def decide(
     busy: str | None = None,
     processes: int | None = None,
 ) -> Ruling:
-    """Return the decision on an effect ln(optimized / baseline) with its 95 % interval.
+    """Return the ruling on an `effect` ln(optimized / baseline) with its 95 % interval `low` to `high`.
 
-    Better and worse need three things: the interval excludes 0, and the effect passes both the practical margin (a
-    share) and the noise floor (a logarithm). Equivalent needs the whole interval, and the effect plus or minus the
-    floor, inside ±margin. Anything else is inconclusive. Nothing is decided on a busy machine (`busy` says what was
-    seen), above a floor of 10 %, or by six pairs whose interval spans a factor; by six `processes`, where the interval
-    is over these, however many of the `n` pairs each has timed.
+    Better and worse need three things: the interval excludes 0, and the effect exceeds both the practical `margin` (a
+    share) and the noise `floor` (a logarithm). Equivalent needs the whole interval, and the effect plus or minus the
+    floor, inside ±margin. Anything else is inconclusive, and so is everything on a busy machine (`busy` states the
+    disturbance), above a floor of 10 %, or where at most six pairs give an interval that spans a factor of two. Where
+    the interval is over `processes`, these are counted instead of the `n` pairs.
     """
     threshold = math.log1p(margin)
     if busy:
@@ -63,7 +63,7 @@ def decide(
 
 
 def _gate(effect: float, low: float, high: float, threshold: float, floor: float, margin: float) -> str:
-    """Return which gate held; of an interval within the margin the floor alone, which reaches beyond it."""
+    """Return which condition of a verdict failed; for an interval within the margin, that is always the noise floor."""
     noise, within = f"the noise floor of {100 * floor:.2g} %", f"the practical margin of {100 * margin:g} %"
     inside = low > -threshold and high < threshold
     if low <= 0 <= high:
@@ -79,8 +79,8 @@ def _gate(effect: float, low: float, high: float, threshold: float, floor: float
 
 
 def detectable(half_width: float, scatter: float, *, floor: float, margin: float) -> float:
-    """Return the effect (logarithm) that `decide` would call with 80 % power.
+    """Return the smallest effect (logarithm) that `decide` would detect with 80 % power.
 
-    `half_width` is that of the interval, `scatter` the standard deviation of the estimate.
+    `half_width` is half the width of the interval, `scatter` the standard deviation of the estimate.
     """
     return max(math.log1p(margin), floor, half_width) + POWER_FACTOR * scatter

@@ -1,5 +1,5 @@
-"""Numbers with their intervals as text: as many digits as the interval deserves, ends rounded outwards, a true minus
-sign. Knows no metric and no verdict.
+"""Formats numbers with their intervals: as many digits as the interval justifies, ends rounded outwards, a true minus
+sign. Knows nothing about metrics or verdicts.
 """
 
 import math
@@ -7,22 +7,22 @@ import math
 MINUS = "−"
 DASH = "–"
 MOST_PLACES = 6
-ROUNDING = 1e-6  # of the last digit: 1.28 is not below 1.28
+ROUNDING = 1e-6  # tolerance in units of the last digit, so that 1.28 is not rounded to 1.27
 
 
 def signed(value: float, form: str = ".1f") -> str:
-    """Return the number with its sign, a true minus for negative ones, none for what is rounded to zero."""
+    """Return `value` with its sign: a true minus for negative numbers, no sign for numbers that round to zero."""
     text = f"{value:+{form}}"
     return text[1:] if float(text) == 0 else text.replace("-", MINUS)
 
 
 def percent(share: float, decimals: int = 0) -> str:
-    """Return a share in per cent with so many decimals: `12 %`, `−0.4 %`."""
+    """Return `share` in per cent, with `decimals` decimals: `12 %`, `−0.4 %`."""
     return f"{100 * share:.{decimals}f} %".replace("-", MINUS)
 
 
 def interval(low: float | None, high: float | None, form: str = ".2f") -> str:
-    """Return `1.27–1.35`; with a negative end `−5.6 to −2.6`, `−1 to +3`; a dash where there is no interval."""
+    """Return `1.27–1.35`, or with a negative end `−5.6 to −2.6`, `−1 to +3`; a dash where there is no interval."""
     if low is None or high is None:
         return DASH
     if low >= 0 and high >= 0:
@@ -31,8 +31,8 @@ def interval(low: float | None, high: float | None, form: str = ".2f") -> str:
 
 
 def places(low: float, high: float, neutral: float | None = None) -> int:
-    """Return how many decimals an interval deserves: two significant figures of its half-width, and as many more as it
-    takes not to print an end as `neutral` where the interval excludes it.
+    """Return how many decimals an interval justifies: those that show two significant figures of its half-width, and
+    more where an end would otherwise be printed as `neutral` although the interval excludes it.
     """
     half = abs(high - low) / 2
     if not math.isfinite(half):
@@ -45,7 +45,7 @@ def places(low: float, high: float, neutral: float | None = None) -> int:
 
 
 def outward(low: float, high: float, digits: int) -> tuple[float, float]:
-    """Return both ends with `digits` decimals, rounded away from each other: what is printed holds what was found."""
+    """Return both ends with `digits` decimals, rounded outwards: the printed interval contains the exact one."""
     scale = 10.0**digits
     return math.floor(low * scale + ROUNDING) / scale, math.ceil(high * scale - ROUNDING) / scale
 
@@ -53,10 +53,10 @@ def outward(low: float, high: float, digits: int) -> tuple[float, float]:
 def with_ends(
     value: float, low: float | None, high: float | None, neutral: float = 1.0, signs: bool = False
 ) -> tuple[str | None, str]:
-    """Return a value and its interval as text with the digits that the interval deserves (`places`).
+    """Return a value and its interval as text, with the digits that the interval justifies (`places`).
 
-    The value is None where there is no interval to tell its digits: write it as is usual then. `neutral` is what no
-    change would be; with `signs` every number carries its sign.
+    Without an interval the text of the value is None, and the caller formats it. `neutral` is the value of no change.
+    With `signs` every number carries its sign.
     """
     if low is None or high is None or not math.isfinite(low) or not math.isfinite(high):
         return None, ""

@@ -1,11 +1,12 @@
-"""One metric of both arms, as a record holds it, and how numbers without samples become one (counted, informative,
-unavailable …). Those of paired samples are in `lib.measure.metrics.paired_samples`. Knows not how numbers came about.
+"""A Measurement is one metric of both arms, as a record stores it. Here are also the constructors for numbers without
+samples (counted, informative, unavailable …); those for paired samples are in `lib.measure.metrics.paired_samples`.
+Knows nothing about where numbers come from.
 
 `ratio` is always optimized / baseline of the metric itself: above 1 is better for tokens per second, below 1 for
-milliseconds. `ci` is the 95 % interval of `ratio`; where the baseline is zero there is no ratio, and `ci` is of
-`optimized`. `ratio` of paired times is the median of the blocks' ratios, or the mean over processes where there are
-several; it need not equal the ratio of the two medians shown. `noise_floor` and `mde` are shares (natural logarithms,
-which are the same thing while they are small). A number that is not available is null, with a reason.
+milliseconds. `ci` is the 95 % interval of `ratio`; where the baseline is zero there is no ratio, and `ci` is that of
+`optimized`. For paired times, `ratio` is the median of the blocks' ratios, or the mean over several processes, which
+need not equal the ratio of the two medians shown. `noise_floor` and `mde` are shares (strictly natural logarithms,
+which are nearly equal while small). A number that is not available is null, with a reason.
 """
 
 import math
@@ -149,9 +150,9 @@ def counted(
     margin: float | None = None,
     reason: str | None = None,
 ) -> Measurement:
-    """Return a number without spread (parameters, bytes, FLOPs, a single reading): better or worse beyond the margin.
+    """Return a measurement without spread (parameters, bytes, FLOPs, a single reading), judged by the margin alone.
 
-    One arm may be None, with `reason`; the result is then informative.
+    One arm may be None, with a `reason`; the result is then informative.
     """
     listed = metric_named(metric)
     margin = listed.margin if margin is None else margin
@@ -192,7 +193,7 @@ def informative(
     provenance: Provenance = "measured",
     **fields: Any,
 ) -> Measurement:
-    """Return a number that is not judged; `fields` are further fields of Measurement (n, ci, reason, samples …)."""
+    """Return a measurement that is not judged; `fields` are further fields of it (n, ci, reason, samples …)."""
     fields = {"ratio": _ratio(baseline, optimized), **fields}
     return _make(
         metric,
@@ -207,8 +208,8 @@ def informative(
 
 
 def unjudged(measurement: Measurement, reason: str) -> Measurement:
-    """Return the measurement as informative: shown with its interval, never judged, for `reason`; what disturbed it is
-    still said.
+    """Return the measurement as informative, for `reason`: shown with its interval, but not judged. A disturbance stays
+    in its reason.
     """
     if measurement.disturbed and measurement.reason:
         reason = f"{measurement.reason}; {reason}"
@@ -218,17 +219,17 @@ def unjudged(measurement: Measurement, reason: str) -> Measurement:
 
 
 def judged(metric: str, workload: str, **fields: Any) -> Measurement:
-    """Return a measurement whose verdict was reached elsewhere (quality); `fields` are the other fields."""
+    """Return a measurement whose verdict is already decided (in `fields`, which hold all other fields)."""
     return _make(metric, workload, **fields)
 
 
 def unavailable(metric: str, workload: str, reason: str, source: str = "none") -> Measurement:
-    """Return a metric that is not available: null with its reason, never 0, never blank."""
+    """Return an unavailable metric: null with its reason, never 0, never blank."""
     return _missing(metric, workload, "unavailable", reason, source)
 
 
 def invalid(metric: str, workload: str, reason: str, source: str = "sanity gate") -> Measurement:
-    """Return a metric that must not be shown: an arm's output has degenerated (`lib.measure.quality.sanity`)."""
+    """Return an invalid metric, whose number must not be shown: an arm's output degenerated (`quality.sanity`)."""
     return _missing(metric, workload, "invalid", reason, source)
 
 
@@ -238,7 +239,7 @@ def _missing(metric: str, workload: str, verdict: Verdict, reason: str, source: 
 
 
 def lint(measurements: Iterable[Measurement | dict]) -> list[str]:
-    """Return one line for each measurement that is unlabelled, unlisted or malformed; empty where there is none."""
+    """Return one line for each measurement that is unlabelled, unlisted or malformed; empty if all are well-formed."""
     faults = []
     for entry in measurements:
         fields = entry.model_dump() if isinstance(entry, Measurement) else entry

@@ -1,4 +1,4 @@
-"""Timed blocks of two arms, as the timer returns them and as measurements and figures read them."""
+"""Timed blocks of two arms: returned by the timer, read by measurements and figures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,12 +11,12 @@ from lib.measure.metrics.paired_stats import Effect
 
 @dataclass(frozen=True)
 class Pairs:
-    """Timed blocks. Seconds are per call. `disturbed[i]` says what disturbed block i, or None; `set_aside` holds the
-    repeated blocks as (baseline seconds, optimized seconds, reason).
+    """Timed blocks, in seconds per call. `disturbed[i]` states what disturbed block i, or is None. `set_aside` holds
+    the disturbed blocks that were repeated, as (baseline seconds, optimized seconds, reason).
 
-    `process[i]` numbers the fresh process that timed block i; None where all were timed in this one. `cpu_seconds` are
-    the processor seconds per call of both arms in the same turns. A turn was `iterations` calls, at most
-    `most_iterations` where several processes made more or fewer of them.
+    `process[i]` numbers the fresh process that timed block i; `process` is None if all were timed in this process.
+    `cpu_seconds` are the CPU seconds per call of both arms in the same turns. A turn consisted of `iterations` calls;
+    where the number differs between processes, of `iterations` to `most_iterations` calls.
     """
 
     baseline_seconds: list[float]
@@ -45,7 +45,7 @@ class Pairs:
 
     @property
     def busy(self) -> str | None:
-        """What disturbed blocks that could not be repeated any more; None where every block could."""
+        """What disturbed the blocks that could not be repeated; None where there are none."""
         reasons = [reason for reason in self.disturbed if reason]
         if not reasons:
             return None
@@ -71,7 +71,7 @@ class Pairs:
 
 
 def join(parts: Sequence[Pairs]) -> Pairs:
-    """Return the pairs of several fresh processes, one part each, as one."""
+    """Return the joined pairs of several fresh processes, given as one part per process."""
     first = parts[0]
     return Pairs(
         [second for part in parts for second in part.baseline_seconds],

@@ -1,12 +1,12 @@
-"""How much a paired effect differs from process to process, for timings in a single process.
+"""The standard deviation τ of a paired effect between processes, for timings in a single process.
 
-Memory placement and huge pages are fixed for the life of a process, and shift a ratio by percents that no repetition
-inside the process shows. Here that standard deviation τ is pooled, per machine, kind of device and workload, from the
-A/A controls (the baseline against a separately allocated copy of itself) of *other* runs: each process of a control is
-one draw. Before there are draws a stated prior holds, and it keeps the weight of a few draws afterwards.
+Memory placement and huge pages are fixed for the life of a process, and shift a ratio by several per cent that no
+repetition inside the process shows. τ is pooled, per machine, kind of device and workload, from the A/A controls (the
+baseline against a separately allocated copy of itself) of *other* runs: each process of a control is one draw. Without
+draws a stated prior holds, and it keeps the weight of a few draws afterwards.
 
-The suite pools the records of this machine before a build, writes the pool beside the result set and names its file in
-`WORKBENCH_PROCESS_VARIANCE`; a notebook that is run alone has the prior.
+The suite pools the records of this machine before a build, writes the pool next to the result set and names its file in
+`WORKBENCH_PROCESS_VARIANCE`; a notebook that is run by itself uses the prior.
 """
 
 import json
@@ -23,21 +23,21 @@ from lib.measure.metrics.digits import percent
 
 VARIABLE = "WORKBENCH_PROCESS_VARIANCE"
 NAME = "process-variance.json"
-# Prior standard deviation of ln(ratio) between processes, and the number of draws that it weighs.
+# Prior standard deviation of ln(ratio) between processes, and how many draws it counts as.
 PRIOR_SIGMA = 0.01
 PRIOR_DRAWS = 6
-# Of one part of a model (an attention, a feed-forward part) that is timed by itself in one process. Between two builds
-# of one commit such times differed by 3 to 5 %, of which 2.6 and 3.9 % were in no interval.
+# Prior for one part of a model (attention or feed-forward) that is timed by itself in one process. Between two builds
+# of the same commit such times differed by 3 to 5 %, of which 2.6 and 3.9 % were not covered by any interval.
 PART_SIGMA = 0.03
-LEAST_SIGMA = 0.002  # a pool of lucky draws never claims less
-# How the reason ends why a control is no copy of the baseline: it shows nothing of what differs between two copies.
+LEAST_SIGMA = 0.002  # lower bound, for a pool of draws that happen to agree
+# End of the reason why a control is not a separate copy of the baseline; such a control cannot show how copies differ.
 SAME_OBJECT = "the control is the same object"
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One A/A control of one process: the kind of device (cpu, cuda), the workload, the effect ln(copy / baseline), and
-    its standard error within the process.
+    """One A/A control in one process: kind of device (cpu, cuda), workload, effect ln(copy / baseline), and the
+    standard error of the effect within the process.
     """
 
     device: str
@@ -48,14 +48,14 @@ class Draw:
 
 @dataclass(frozen=True)
 class Pooled:
-    """A pooled standard deviation between processes and the number of draws behind it: processes, not runs."""
+    """A pooled standard deviation between processes, and the number of draws behind it (processes, not runs)."""
 
     sigma: float
     draws: int
 
     @property
     def source(self) -> str:
-        """Where it comes from, as a phrase."""
+        """The origin of the value, as a phrase."""
         if not self.draws:
             return f"prior of {percent(self.sigma, 1)} between processes"
         return (
@@ -65,12 +65,12 @@ class Pooled:
 
 
 def pool(draws: Iterable[Draw]) -> Pooled:
-    """Return τ by the method of moments with weights (DerSimonian and Kacker 2007, Random-effects model for
-    meta-analysis of clinical trials): the mean over draws of effect² − error², the prior counted as some draws.
+    """Return τ by the weighted method of moments (DerSimonian and Kacker 2007, Random-effects model for meta-analysis
+    of clinical trials): the mean over draws of effect² − error², with the prior counted as PRIOR_DRAWS draws.
 
-    One disturbed run must neither widen all later intervals nor narrow them. Effects are cut at five times what prior
-    and error allow; a draw counts the less, the further its error exceeds the prior: (σ² / (σ² + error²))², as the
-    variance of its effect² asks.
+    A single disturbed run must neither widen nor narrow all later intervals. Effects are therefore clipped at five
+    times the deviation expected from prior and error, and a draw of large error weighs less: (σ² / (σ² + error²))²,
+    the inverse of the variance of its effect².
     """
     total, weights, count = PRIOR_DRAWS * PRIOR_SIGMA**2, float(PRIOR_DRAWS), 0
     for draw in draws:
@@ -82,7 +82,7 @@ def pool(draws: Iterable[Draw]) -> Pooled:
 
 
 def table(draws: Iterable[Draw]) -> dict[str, dict[str, Pooled]]:
-    """Return device → workload → pooled τ; the workload "*" pools all of the device's."""
+    """Return device → workload → pooled τ; the workload "*" pools all draws of a device."""
     by_device: dict[str, dict[str, list[Draw]]] = {}
     for draw in draws:
         workloads = by_device.setdefault(draw.device, {})
@@ -98,7 +98,7 @@ def write(path: Path, pooled: Mapping[str, Mapping[str, Pooled]]) -> Path:
 
 
 def between_processes(workload: str) -> Pooled:
-    """Return τ for a workload on this machine: of that workload, else of all, else the prior."""
+    """Return τ for a workload on this machine: pooled for that workload, else over all workloads, else the prior."""
     path = os.environ.get(VARIABLE)
     rows = _read(path).get(_device(), {}) if path else {}
     row = rows.get(workload) or rows.get("*")
@@ -106,7 +106,7 @@ def between_processes(workload: str) -> Pooled:
 
 
 def _device() -> str:
-    """Return the kind of device that this process computes on: a run on a CPU may have a GPU beside it, unused."""
+    """Return the kind of device that this process computes on (a machine with a GPU may run on its CPU)."""
     torch = sys.modules.get("torch")
     return "cuda" if torch is not None and torch.cuda.is_initialized() else "cpu"
 

@@ -1,10 +1,10 @@
-"""What a run is asked to measure, and how much: one of four named efforts, and the dimensions that are measured.
+"""The settings of a run: one of four named efforts, and the dimensions to measure.
 
-`preview` shows every part of a run on little data; `quick` finds large effects; `standard` finds a 5 % difference at a
-paired spread of 3 %; `thorough` is for figures worth publishing. All four dimensions are measured unless the
-environment variable `WORKBENCH_DIMENSIONS` names some (the runner's `--dimension`): functions that measure a whole
-dimension then leave it out, and `lib.report.records.record.build` records only the requested ones, so that no template
-needs to know of it.
+`preview` shows every part of a run on little data. `quick` detects large effects. `standard` detects a 5 % difference
+at a paired spread of 3 %. `thorough` is for figures worth publishing. All four dimensions are measured unless the
+environment variable `WORKBENCH_DIMENSIONS` names some (the runner's `--dimension`). Functions that measure a whole
+dimension then skip the others, and `lib.report.records.record.build` records only the requested dimensions, so that
+templates need no code for it.
 """
 
 import os
@@ -22,10 +22,10 @@ class Effort:
     """Sizes of one run. `blocks`: timed AB/BA blocks. `items`: classified items. `windows` × `window_tokens`: held-out
     text.
 
-    `prompt_tokens`, `new_tokens`, `batch`: the timed workloads. `retrieval_prompts`: generated answers at
-    `retrieval_distance` tokens; 149 without a flip are the fewest that can show a loss of less than 2 points.
-    `calibration_sequences` × `calibration_tokens`: what an optimization may look at. `resamples`: bootstrap resamples.
-    `timing_share`: of the seconds that timing takes for each block.
+    `prompt_tokens`, `new_tokens`, `batch`: sizes of the timed workloads. `retrieval_prompts`: generated answers at
+    `retrieval_distance` tokens; at least 149 answers without a flip are needed to show a loss below 2 points.
+    `calibration_sequences` × `calibration_tokens`: text for calibration. `resamples`: bootstrap resamples.
+    `timing_share`: the share of the usual timing seconds per block.
     """
 
     blocks: int
@@ -44,12 +44,12 @@ class Effort:
 
     @property
     def preview(self) -> bool:
-        """Whether this is effort preview: it shows what a run does, and the few numbers that it needs for that."""
+        """Whether this is effort preview, which only shows what a run does."""
         return self.timing_share < EFFORTS["quick"].timing_share
 
     @property
     def brief(self) -> bool:
-        """Whether this is effort preview or quick: sweeps take their fewest points."""
+        """Whether this is effort preview or quick, at which sweeps take their fewest points."""
         return self.blocks <= paired_stats.MINIMUM_BLOCKS
 
 
@@ -63,10 +63,10 @@ BRIEF = tuple(name for name, effort in EFFORTS.items() if effort.brief)
 
 
 def read(name: str, scale: str = "proxy") -> Effort:
-    """Return the effort called `name` at a scale. Raises UserError, with the nearest valid name, for an unknown one.
+    """Return the effort called `name` at `scale`. Raises UserError for an unknown name, with the nearest valid one.
 
-    On a slice one decoding step takes as long as many of a proxy model, and weights are random: fewer steps, smaller
-    batches, a shorter prompt and less calibration text are as informative.
+    On a slice one decoding step takes as long as many steps of a proxy model, and weights are random: fewer steps,
+    smaller batches, a shorter prompt and less calibration text are equally informative.
     """
     if name not in EFFORTS:
         valid = ", ".join(EFFORTS)
@@ -78,9 +78,7 @@ def read(name: str, scale: str = "proxy") -> Effort:
 
 
 def requested_dimensions() -> tuple[str, ...] | None:
-    """Return the requested dimensions in the catalogue's order; None where all are. Raises UserError for an unknown
-    one.
-    """
+    """Return the requested dimensions in catalogue order; None if all are. Raises UserError for an unknown name."""
     names = [name.strip() for name in os.environ.get(DIMENSIONS_VARIABLE, "").split(",") if name.strip()]
     for name in names:
         if name not in DIMENSIONS:
@@ -90,11 +88,11 @@ def requested_dimensions() -> tuple[str, ...] | None:
 
 
 def wants(*dimensions: str) -> bool:
-    """Return whether any of these dimensions is to be measured."""
+    """Return whether any of `dimensions` is to be measured."""
     requested = requested_dimensions()
     return requested is None or bool(set(dimensions) & set(requested))
 
 
 def why_left_out() -> str:
-    """Return why a dimension is not measured, as the `reason` of a measurement."""
-    return f"left out: only {' and '.join(requested_dimensions() or DIMENSIONS)} was asked for"
+    """Return the `reason` of a measurement whose dimension was not requested."""
+    return f"left out: only {' and '.join(requested_dimensions() or DIMENSIONS)} was requested"

@@ -1,10 +1,10 @@
-"""How likely a stored result would be by chance: p-values from ratio, interval and number of samples, and Holm's
-correction. Knows nothing of how a number was made.
+"""p-values of stored measurements, from ratio, interval and number of samples, and Holm's correction. Knows nothing
+about how a number was measured.
 
-A record stores intervals, not p-values; they are inverted. The standard error is the distance from the estimate to the
-end of the interval that is nearer to the null hypothesis, in units of that interval's Student quantile: p is below 0.05
-exactly where the 95 % interval excludes the null hypothesis, however lopsided it is. For a score the null hypothesis of
-a loss is the margin, as for its verdict; everywhere else it is "no change".
+A record stores intervals, not p-values, so the intervals are inverted. The standard error is the distance from the
+estimate to the end of the interval nearer to the null hypothesis, in units of that interval's Student quantile. So p is
+below 0.05 exactly where the 95 % interval excludes the null hypothesis, even for an asymmetric interval. For a loss in
+a score the null hypothesis is the margin, as for its verdict; otherwise it is "no change".
 """
 
 import math
@@ -17,27 +17,27 @@ from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.paired_stats import MINIMUM_PROCESSES
 
 LEVEL = 0.05
-LEAST = 1e-9  # a ratio that stands for none: its logarithm is finite
-SINGLE = (None, 1)  # numbers of samples that tell nothing of chance
+LEAST = 1e-9  # stands for a ratio of 0, so that its logarithm is finite
+SINGLE = (None, 1)  # numbers of samples that say nothing about chance
 
-# Measured once, and the same in every process: bytes of live tensors, bytes of the files that were written.
+# Measured once, since every process gives the same number: bytes of live tensors, bytes of the written files.
 DETERMINISTIC = ("peak_tensor_bytes", "checkpoint_bytes")
 
 
 def is_counted(measurement: Measurement) -> bool:
-    """Whether chance has no part in a single number: it follows from shapes, or is the same each time it is read."""
+    """Whether a single number is free of chance: derived from shapes, or the same each time it is read."""
     exact = measurement.provenance == "derived" or measurement.metric in DETERMINISTIC
     return exact and measurement.n in SINGLE
 
 
 def p_value(measurement: Measurement) -> float | None:
-    """Return the two-sided p of a measurement; None where it has no interval (counted, read once, equal answers) or one
-    without width.
+    """Return the two-sided p-value of a measurement; None if it has no interval (counted, read once, equal answers) or
+    an interval of zero width.
     """
-    known = gains(measurement)
-    if known is None or measurement.n in SINGLE:
+    gain_and_ends = gains(measurement)
+    if gain_and_ends is None or measurement.n in SINGLE:
         return None
-    gain, low, high = known
+    gain, low, high = gain_and_ends
     if low is None or high is None or high <= low:
         return None
     null = 0.0
@@ -55,8 +55,8 @@ def p_value(measurement: Measurement) -> float | None:
 
 
 def gains(measurement: Measurement) -> tuple[float, float | None, float | None] | None:
-    """Return (gain, low, high), above 0 is better: a logarithm of the ratio, for scores with an absolute margin the
-    difference in the metric's unit. None where no change is defined.
+    """Return (gain, low, high), where above 0 is better: the logarithm of the ratio or, for scores with an absolute
+    margin, the difference in the metric's unit. None where no change is defined.
     """
     base, value, ci = measurement.baseline, measurement.optimized, measurement.ci
     sign = 1.0 if measurement.higher_is_better else -1.0
@@ -75,8 +75,8 @@ def gains(measurement: Measurement) -> tuple[float, float | None, float | None] 
 
 
 def ratio_ends(measurement: Measurement) -> tuple[float, float] | None:
-    """Return the interval of a measurement's ratio. Of two arms that gave the same answers it is what their bound
-    leaves open, in both directions; a point where they are one model.
+    """Return the interval of a measurement's ratio. Where two arms gave the same answers, it extends to the bound in
+    both directions; where both arms are the same model, it is a point.
     """
     if measurement.ci or measurement.dimension != "accuracy" or measurement.ratio != 1:
         return measurement.ci
@@ -100,8 +100,8 @@ def _margin(measurement: Measurement) -> float:
 
 
 def freedom_of(measurement: Measurement) -> int:
-    """Return the degrees of freedom behind the interval: processes where it is over processes, documents where items
-    share them, else samples; one at least.
+    """Return the degrees of freedom of the interval, at least 1: from the processes if it is over processes, from the
+    documents if items share them, else from the samples.
     """
     processes = measurement.processes or 1
     independent = processes if processes >= MINIMUM_PROCESSES else measurement.documents or measurement.n or 2
@@ -109,7 +109,7 @@ def freedom_of(measurement: Measurement) -> int:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values corrected over all of them (Holm 1979, A simple sequentially rejective multiple test
+    """Return the p-values corrected for multiple tests (Holm 1979, A simple sequentially rejective multiple test
     procedure)."""
     ranked = sorted(range(len(p_values)), key=lambda at: p_values[at])
     corrected, largest = [1.0] * len(p_values), 0.0

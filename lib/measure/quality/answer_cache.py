@@ -1,12 +1,12 @@
-"""A cache of answers of unchanged models on this machine, so that no baseline answers the same questions twice.
+"""Caches the answers of unchanged models on this machine, so that no baseline answers the same questions twice.
 
 Every template asks the same baseline the same questions. Its answers are stored under a key of everything that
 determines them: the effective weights, the tokenizer with its chat template, how the model computes (class, parts and
-experts per token of every block, attention, absorbed or not, dtype, device, threads), the code of this workbench that
-asks, the evaluation data, the versions of Python, torch and transformers, and the questions. Only the very object that
-`lib.models.loading.load` returned, or the absorbed baseline of its weights, with no other method replaced since, is
-looked up or stored, never a model that an optimization has produced. Cached answers carry their date, and so do
-measurements made from them. An unreadable file counts as missing.
+experts per token of every block, attention, absorbed or not, dtype, device, threads), the workbench's code for
+evaluation, the evaluation data, the versions of Python, torch and transformers, and the questions. The cache is used
+only for the very object that `lib.models.loading.load` returned, or the absorbed baseline of its weights, with no other
+method replaced since, never for a model produced by an optimization. Cached answers carry their date, and so do
+measurements computed from them. An unreadable file counts as missing.
 
 Shapes: N items, L labels.
 """
@@ -42,7 +42,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def known_or(loaded: Loaded, question: dict[str, object], ask: Callable[[], Arrays]) -> tuple[Arrays, str | None]:
-    """Return the answers to `question`, and the day of cached ones or None where `ask` was called now."""
+    """Return the answers to `question` and, if they come from the cache, their day; else call `ask` and return None."""
     if not is_as_loaded(loaded):
         return ask(), None
     path = cache_folder() / "answers" / f"{_key(loaded, question)}.npz"
@@ -54,8 +54,8 @@ def known_or(loaded: Loaded, question: dict[str, object], ask: Callable[[], Arra
 
 
 def is_as_loaded(loaded: Loaded) -> bool:
-    """Return whether `loaded.model` is the loaded object, with no method replaced (but for absorbed decoding) and no
-    foreign hook.
+    """Return whether `loaded.model` is still the loaded object: no method replaced (except for absorbed decoding), and
+    no foreign hook.
     """
     if loaded.original is None or loaded.original() is not loaded.model:
         return False
@@ -69,7 +69,7 @@ def _own_forward(module: torch.nn.Module) -> bool:
 
 
 def _foreign(module: torch.nn.Module) -> list[object]:
-    """Return the hooks before a forward pass that are not the workbench's own."""
+    """Return the forward pre-hooks of `module` that are not the workbench's own."""
     return [hook for hook in module._forward_pre_hooks.values() if hook is not architecture.copy_hidden]
 
 
@@ -79,7 +79,7 @@ def _key(loaded: Loaded, question: dict[str, object]) -> str:
         "question": question,
         "weights": io.weights_hash(loaded.model),
         "model": [type(loaded.model).__name__, loaded.name, loaded.scale, str(loaded.folder)],
-        "blocks": no_op.describe(loaded.model),  # of a checkpoint, its manifest says so, not its configuration
+        "blocks": no_op.describe(loaded.model),  # a checkpoint states this in its manifest, not its configuration
         "prompts": _prompts(loaded),
         "how": [config._attn_implementation, getattr(config, "_experts_implementation", None)],
         "absorbed": mla_absorption.is_absorbed(loaded.model),
@@ -93,7 +93,7 @@ def _key(loaded: Loaded, question: dict[str, object]) -> str:
 
 
 def _prompts(loaded: Loaded) -> list[object]:
-    """Return what shapes a prompt: vocabulary, splits, merges, special tokens, chat template, pictures' processor."""
+    """Return what shapes a prompt: vocabulary, splits, merges, special tokens, chat template, image processor."""
     tokenizer = loaded.tokenizer
     processor: Any = loaded.image_processor
     return [
@@ -126,7 +126,7 @@ def _read(path: Path) -> tuple[Arrays, str] | None:
 
 
 def _write(path: Path, answers: Arrays) -> None:
-    """Store answers; a folder that cannot be written to is no error here."""
+    """Store answers; a folder that is not writable is ignored."""
     part = path.with_name(f".{path.stem}.{os.getpid()}.npz")
     named: dict[str, Any] = {"day": np.array(datetime.now(timezone.utc).date().isoformat()), **answers}
     try:

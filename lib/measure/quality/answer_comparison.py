@@ -1,7 +1,7 @@
-"""How the answers of two arms differ: every accuracy metric, paired per item, with verdicts of non-inferiority.
+"""Compares the answers of two arms: every accuracy metric, paired per item, with verdicts of non-inferiority.
 
-Works on answers that are there (`lib.measure.quality.evaluate` asks for them); verdicts are those of
-`lib.measure.quality.noninferiority`. Knows no optimization.
+Works on given answers, which `lib.measure.quality.evaluate` collects. The verdicts are those of
+`lib.measure.quality.noninferiority`. Knows nothing about particular optimizations.
 
 Shapes: N items or windows, L labels.
 """
@@ -36,19 +36,20 @@ def compare(
 ) -> list[Measurement]:
     """Return every accuracy metric of two arms: scores, flips, exact match, perplexity, divergence, agreement.
 
-    A second task of labels has its own name as workload, as public tasks have: what bears one name is one number.
-    `margin` replaces that of the scores (a difference), `perplexity_margin` that of the perplexity (a share).
+    The first labelled task has the workload "classify"; further ones and public tasks use their own names, so that
+    every pair of metric and workload is unique. `margin` replaces the margin of the scores (a difference),
+    `perplexity_margin` that of the perplexity (a share).
     """
     if reason := baseline.reason or optimized.reason:
         return [measurement.unavailable(name, workload, reason) for name, workload in WORKLOAD_OF.items()]
     options: dict[str, Any] = {"resamples": resamples, "seed": seed}
     measurements: list[Measurement] = []
     for base, opt in zip(baseline.classified, optimized.classified, strict=True):
-        known = {m.workload for m in measurements}
+        used = {m.workload for m in measurements}
         of_task = compare_classified(base, opt, margin=margin, **options)
-        measurements += [m.model_copy(update={"workload": base.task}) if m.workload in known else m for m in of_task]
-    for read_before, read_after in zip(baseline.rolled, optimized.rolled, strict=True):
-        measurements.append(benchmarks.compare_rolled(read_before, read_after, margin=perplexity_margin, **options))
+        measurements += [m.model_copy(update={"workload": base.task}) if m.workload in used else m for m in of_task]
+    for base_losses, opt_losses in zip(baseline.rolled, optimized.rolled, strict=True):
+        measurements.append(benchmarks.compare_rolled(base_losses, opt_losses, margin=perplexity_margin, **options))
     if baseline.retrieved and optimized.retrieved:
         measurements.append(compare_retrieved(baseline.retrieved, optimized.retrieved, margin=margin, **options))
     if baseline.text and optimized.text:
@@ -57,10 +58,10 @@ def compare(
 
 
 def not_exercised(m: Measurement) -> Measurement:
-    """Return a judged measurement without its verdict: the optimization never acted on these prompts."""
+    """Return a judged measurement with the verdict not_exercised: the optimization never acted on these prompts."""
     if m.verdict in ("informative", "invalid"):
         return m
-    reason = f"the optimization never acted on these prompts ({m.workload}), so their answers say nothing of it"
+    reason = f"the optimization never acted on these prompts ({m.workload}), so their answers say nothing about it"
     update = {"verdict": "not_exercised", "reason": reason, "ci": None, "mde": None, "bound": None, "margin": None}
     return m.model_copy(update=update)
 
@@ -68,8 +69,8 @@ def not_exercised(m: Measurement) -> Measurement:
 def compare_classified(
     baseline: Classified, optimized: Classified, *, margin: float | None = None, resamples: int = 2000, seed: int = 0
 ) -> list[Measurement]:
-    """Return macro F1, precision, recall, accuracy and the flips of one task. Raises ValueError unless both arms
-    answered the same items. Where the baseline guesses, what another arm keeps of that is not judged.
+    """Return macro F1, precision, recall, accuracy and the flips of one task. Where the baseline is no better than
+    guessing, a maintained score is not judged. Raises ValueError unless both arms answered the same items.
     """
     if baseline.metric:  # of a public task
         return benchmarks.compare(baseline, optimized, margin=margin, resamples=resamples, seed=seed)
@@ -105,8 +106,8 @@ def compare_classified(
         )
         for name in replicates
     ]
-    guessed = float(np.bincount(truth_N, minlength=labels).max()) / n  # by who always gives the most frequent label
-    if not identical and (reason := benchmarks.at_chance(baseline.right_N, guessed)):  # nothing to keep either
+    chance = float(np.bincount(truth_N, minlength=labels).max()) / n  # by always answering the most frequent label
+    if not identical and (reason := benchmarks.at_chance(baseline.right_N, chance)):
         scores = [measurement.unjudged(m, reason) if m.verdict == "maintained" else m for m in scores]
     source = f"{baseline.task}, {n} items: {to_wrong} right answers became wrong, {to_right} wrong ones right"
     flips = {"flips": to_wrong + to_right, "flips_to_wrong": to_wrong, "flips_to_right": to_right}
@@ -116,14 +117,14 @@ def compare_classified(
 
 
 def _before(baseline: Classified | Retrieved) -> str:
-    """Return a phrase for answers of the baseline that are older than this run, else an empty one."""
+    """Return a phrase that dates the baseline's answers if they are older than this run, else an empty string."""
     if baseline.answered is None:
         return ""
     return f"; the baseline's answers of {baseline.answered} (same weights, code, data and machine)"
 
 
 def _score(name: str, arm: Classified) -> float:
-    from sklearn import metrics  # takes half a second, and is needed only where there are answers
+    from sklearn import metrics  # imported late: takes half a second, and is needed only for answers
 
     if name == "accuracy":
         return float(metrics.accuracy_score(arm.truth_N, arm.chosen_N))
@@ -135,7 +136,7 @@ def _score(name: str, arm: Classified) -> float:
 def compare_retrieved(
     baseline: Retrieved, optimized: Retrieved, *, margin: float | None = None, resamples: int = 2000, seed: int = 0
 ) -> Measurement:
-    """Return the exact match of generated values."""
+    """Return the exact match of generated values, judged by non-inferiority."""
     n = len(baseline.right_N)
     base_N, opt_N = baseline.right_N.astype(int), optimized.right_N.astype(int)
     truth_N = np.ones(n, dtype=int)
@@ -159,8 +160,8 @@ def compare_retrieved(
 def compare_text(
     baseline: Text, optimized: Text, *, margin: float | None = None, resamples: int = 2000, seed: int = 0
 ) -> list[Measurement]:
-    """Return perplexity (verdict by margin), KL divergence from the baseline and agreement of the most likely token;
-    all invalid where an arm's losses are not finite.
+    """Return perplexity (judged by margin), KL divergence from the baseline and agreement of the most likely token; all
+    are invalid if an arm's losses are not finite.
     """
     if not (np.isfinite(baseline.loss_N).all() and np.isfinite(optimized.loss_N).all()):
         return [measurement.invalid(name, "prefill", NOT_FINITE, "losses of held-out text") for name in OF_TEXT]
@@ -169,14 +170,14 @@ def compare_text(
     source = f"{windows} {baseline.name} windows of {tokens} tokens"
     options: dict[str, Any] = {"resamples": resamples, "seed": seed, "source_N": baseline.source_N}
     perplexity = noninferiority.perplexity(baseline.loss_N, optimized.loss_N, margin=margin, source=source, **options)
-    shared = noninferiority.documents(baseline.source_N, windows)
+    documents = noninferiority.documents(baseline.source_N, windows)
 
-    def mean(metric: str, of_equal_arms: float, values_N: np.ndarray, what: str, **fields: Any) -> Measurement:
+    def mean(metric: str, equal_arms: float, values_N: np.ndarray, what: str, **fields: Any) -> Measurement:
         low, high = noninferiority.mean_interval(values_N, paired_stats.CONFIDENCE, **options)
-        ci = max(low, 0.0), high if of_equal_arms == 0 else min(high, of_equal_arms)  # no lower, no larger is possible
+        ci = max(low, 0.0), high if equal_arms == 0 else min(high, equal_arms)  # clipped to the metric's range
         value = float(values_N.mean())
         return measurement.informative(
-            metric, "prefill", of_equal_arms, value, f"{source}, {what}", ci=ci, n=windows, documents=shared, **fields
+            metric, "prefill", equal_arms, value, f"{source}, {what}", ci=ci, n=windows, documents=documents, **fields
         )
 
     kl = mean("kl_divergence_nats", 0.0, kl_N, "KL(baseline ‖ optimized) over the whole vocabulary", ratio=None)

@@ -1,4 +1,4 @@
-"""What one arm answered, item by item: choices, generated values, running text. Data only; knows no model.
+"""The answers of one arm, item by item: choices, generated values, running text. Holds data only.
 
 Shapes: N items or windows, T tokens, H hidden, L labels or choices, V tokens of a value.
 """
@@ -12,14 +12,13 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Classified:
-    """Answers to a task whose items are right or wrong: ids of the items, the indices of the true and of the chosen
-    label, all label scores in nats. `answered` is the day of the answers where they are older than this run, `source_N`
-    the document of each item (None: each is its own).
+    """Answers to a task whose items are right or wrong: item ids, indices of the true and of the chosen label, and all
+    label scores in nats. `answered` is the day of the answers if they are older than this run. `source_N` numbers the
+    document of each item (None: every item is its own document).
 
-    Of a public task `metric` names the score by which its choices are made (`accuracy`, `accuracy_norm`,
-    `exact_match`), `others` holds what the task's other scores call right, item by item, `chance` the accuracy of
-    guessing and `about` its data. Labels are then the numbers of the choices, which differ in meaning from item to
-    item.
+    For a public task, `metric` names the score by which choices are made (`accuracy`, `accuracy_norm`, `exact_match`),
+    `others` states for each of the task's other scores which items are right, `chance` is the accuracy of guessing, and
+    `about` describes the data. The labels are then the numbers of the choices, whose meaning differs between items.
     """
 
     task: str
@@ -43,8 +42,8 @@ class Classified:
 
 @dataclass(frozen=True)
 class Rolled:
-    """The losses of documents of a public task, read in windows: nats per `unit`, weighted so that their mean is the
-    loss of all documents together.
+    """The losses of a public task's documents, read in windows, in nats per `unit`; weighted so that their mean is the
+    loss over all documents.
     """
 
     task: str
@@ -56,10 +55,11 @@ class Rolled:
 
 @dataclass(frozen=True)
 class Text:
-    """How a model read held-out windows: nats per token of each window, and what its logits are computed from.
+    """A model's reading of held-out windows: the loss of each window in nats per token, and the hidden states and head
+    that its logits are computed from.
 
-    `head` is the model without its decoder (`lib.models.structure.logits`); `source_N` is the document of each window
-    (None: each is its own), `name` says which text it is.
+    `head` is the model without its decoder (`lib.models.structure.logits`). `source_N` numbers the document of each
+    window (None: every window is its own document). `name` names the text.
     """
 
     ids_NT: torch.Tensor
@@ -72,8 +72,8 @@ class Text:
 
 @dataclass(frozen=True)
 class Retrieved:
-    """Which values were repeated exactly over a distance in tokens; `answered` and `source_N`, the document of the text
-    between, as in `Classified`. `given_NV`: the tokens that were generated, right or wrong, where they are kept.
+    """Which values were repeated exactly over a distance in tokens. `answered` and `source_N` (the document of the text
+    in between) are as in `Classified`. `given_NV` holds the generated tokens, right or wrong, if they are kept.
     """
 
     distance: int
@@ -83,7 +83,7 @@ class Retrieved:
     given_NV: np.ndarray | None = None
 
     def same_as(self, other: "Retrieved") -> bool:
-        """Whether both gave the same answers; where wrong ones are not kept, whether the same ones were right."""
+        """Whether both arms generated the same tokens; if these are not kept, whether the same values were right."""
         if self.given_NV is None or other.given_NV is None:
             return bool((self.right_N == other.right_N).all())
         return bool((self.given_NV == other.given_NV).all())
@@ -91,8 +91,8 @@ class Retrieved:
 
 @dataclass(frozen=True)
 class Answers:
-    """All answers of one arm. `reason` says why there are none (for random weights), `idle` names the workloads in
-    which the optimization never acted.
+    """All answers of one arm. `reason` states why there are none (random weights). `idle` names the workloads in which
+    the optimization never acted.
     """
 
     classified: list[Classified]

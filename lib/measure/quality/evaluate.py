@@ -1,9 +1,9 @@
-"""Puts questions to one arm and returns its answers: labels, generated values, running text; greedy, the same items for
-every arm.
+"""Evaluates one arm and returns its answers (labels, generated values, running text), decoded greedily on the same
+items for every arm.
 
-A baseline is evaluated once and compared with many arms (`lib.measure.quality.answer_comparison`). Text is compared
-with little memory: the last hidden states are held, and `divergence` of two arms computes logits again in chunks. Knows
-no optimization.
+A baseline is evaluated once and compared with many arms (`lib.measure.quality.answer_comparison`). Comparing text needs
+little memory: only the last hidden states are kept, and `divergence` recomputes the logits of two arms in chunks. Knows
+nothing about particular optimizations.
 
 Shapes: N items or windows, T tokens, H hidden, V vocabulary, L labels.
 """
@@ -51,14 +51,14 @@ def evaluate(
     acted: Callable[[], float] | None = None,
     known_text: Text | None = None,
 ) -> Answers:
-    """Put all questions to one arm and return its answers.
+    """Evaluate one arm on all tasks and return its answers.
 
-    `loaded` gives tokenizer and tasks; `model` is the arm, by default `loaded.model`. `tasks` are the classification
-    tasks, by default those of `loaded`. Random weights get no questions; unless accuracy is a requested dimension, only
-    the final text is read. Text is not read again where the arm has read it already (`known_text`). `lead` tokens of
-    text stand before a value to retrieve. `acted` returns how often the optimization has acted so far: a workload in
-    which it did not act at all says nothing about it, and is named in `Answers.idle`. Answers of a model that is
-    unchanged since it was loaded come from the cache where they are there (`lib.measure.quality.answer_cache`).
+    `loaded` provides tokenizer and tasks; `model` is the arm, by default `loaded.model`. `tasks` are the classification
+    tasks, by default those of `loaded`. A model with random weights is not evaluated. Unless accuracy is a requested
+    dimension, only the final text is read. `known_text` is the arm's reading of the text, if it has read it already.
+    `lead` tokens of text precede a value to retrieve. `acted` returns how often the optimization has acted so far: a
+    workload in which it did not act says nothing about it, and is named in `Answers.idle`. Answers of a model that is
+    unchanged since loading come from the cache if they are stored there (`lib.measure.quality.answer_cache`).
     """
     if loaded.random_weights:
         return Answers([], None, None, "random weights: answers carry no information")
@@ -90,7 +90,7 @@ def evaluate(
 
 
 def read_text(arm: Loaded, split: str, effort: Effort, seed: int) -> Text:
-    """Return how an arm reads the text that perplexity is measured on: the user's own file, or held-out text."""
+    """Return an arm's reading of the text for perplexity: the user's own file, or held-out text."""
     if arm.text and split == "final" and arm.tokenizer is not None:
         length = min(text_file.WINDOW_TOKENS, continuations.positions(arm.model))
         ids_NT = text_file.windows(arm.tokenizer, arm.text, max(text_file.LEAST_WINDOWS, effort.windows // 2), length)
@@ -101,8 +101,8 @@ def read_text(arm: Loaded, split: str, effort: Effort, seed: int) -> Text:
 
 
 def ask(loaded: Loaded, task: str, split: str, limit: int, seed: int = 0) -> Classified | Rolled:
-    """Return the answers to at most `limit` items of a split of one task: of a public task those that its name alone
-    chooses (`lib.models.tasks.splits`), of another those that `seed` chooses.
+    """Return the answers to at most `limit` items of a task's split. Items are drawn by the name of a public task
+    (`lib.models.tasks.splits`), by `seed` for other tasks.
     """
     if task.startswith(HARNESS):
         return lm_eval.answers(loaded, task, split, limit, seed)
@@ -110,9 +110,9 @@ def ask(loaded: Loaded, task: str, split: str, limit: int, seed: int = 0) -> Cla
 
 
 def classify(loaded: Loaded, task: str, split: str, limit: int, seed: int = 0) -> Classified:
-    """Return the label of highest log-likelihood for each of at most `limit` items of a split.
+    """Return the label of highest log-likelihood for each of at most `limit` items of a task's split.
 
-    Raises UserError for a task of the harness whose items are not right or wrong.
+    Raises UserError for a harness task whose items are not right or wrong.
     """
     if task.startswith(HARNESS):
         answers = lm_eval.answers(loaded, task, split, limit, seed)
@@ -135,7 +135,7 @@ def classify(loaded: Loaded, task: str, split: str, limit: int, seed: int = 0) -
 
 
 def sources_of(items: Sequence[task_list.Item]) -> np.ndarray | None:
-    """Return the document of each item as a number, [N]; None where there is no item."""
+    """Return the document number of each item, [N]; None if there are no items."""
     sources = [item.source or item.id for item in items]
     return np.unique(sources, return_inverse=True)[1] if sources else None
 
@@ -143,8 +143,8 @@ def sources_of(items: Sequence[task_list.Item]) -> np.ndarray | None:
 def classified_by_all(
     arms: Sequence[Loaded], tasks: Sequence[str], split: str, limit: int, seed: int = 0
 ) -> list[list[Classified]]:
-    """Return the answers of every arm to at most `limit` items of a split, task by task, of those of the `tasks` whose
-    items are right or wrong. One that measures perplexity says so only when it is asked: then the first arm alone is.
+    """Return, for each of the `tasks` whose items are right or wrong, the answers of every arm to at most `limit` items
+    of a split. A task that measures perplexity is recognised only by its answers; it is then put to the first arm only.
     """
     answered: list[list[Classified]] = []
     for task in filter(classifies, tasks):
@@ -156,7 +156,7 @@ def classified_by_all(
 
 @torch.inference_mode()
 def read(model: nn.Module, ids_NT: torch.Tensor) -> Text:
-    """Return how `model` reads the windows ids_NT: the loss of each, and its last hidden states (on the CPU)."""
+    """Return the model's reading of the windows `ids_NT`: their losses and last hidden states (on the CPU)."""
     head = logits.without_decoder(model)
     backbone: Any = model.model
     ids_NT = ids_NT.to(next(model.parameters()).device)
@@ -178,20 +178,20 @@ def read(model: nn.Module, ids_NT: torch.Tensor) -> Text:
 def retrieval(
     loaded: Loaded, distance: int, count: int, seed: int = 0, lead: int = LEAD, split: str = "final"
 ) -> Retrieved:
-    """Return which of `count` values, stored `distance` tokens ago, the model repeats exactly when it generates
-    greedily. They stand in text of `split`, `lead` tokens of it before them.
+    """Return which of `count` values, seen `distance` tokens ago, the model repeats exactly when it generates greedily.
+    Each value is embedded in text of `split`, after `lead` tokens of it.
     """
     ids_BT, target_BV = task_list.retrieval_prompts(loaded, distance, count, seed, lead, split)
 
     def ask() -> dict[str, np.ndarray]:
-        given = []
+        outputs = []
         for prompt_BT in ids_BT.split(PROMPTS_AT_ONCE):
             work = workloads.generate(loaded.model, prompt_BT, target_BV.shape[1])
             work()
             assert work.output_BN is not None  # every call sets it
-            given.append(work.output_BN.cpu())
-        given_BV = torch.cat(given)
-        return {"right_N": (given_BV == target_BV.cpu()).all(1).numpy(), "given_NV": given_BV.numpy()}
+            outputs.append(work.output_BN.cpu())
+        output_BV = torch.cat(outputs)
+        return {"right_N": (output_BV == target_BV.cpu()).all(1).numpy(), "given_NV": output_BV.numpy()}
 
     question: dict[str, object] = {"task": "retrieval", "distance": distance, "count": count, "seed": seed}
     question |= {"lead": lead, "split": split}
@@ -202,8 +202,8 @@ def retrieval(
 
 @torch.inference_mode()
 def divergence(baseline: Text, optimized: Text) -> tuple[np.ndarray, np.ndarray]:
-    """Return per window the mean KL(baseline ‖ optimized), in nats, and the share of equal most likely tokens. Raises
-    ValueError unless both arms read the same windows.
+    """Return, for each window [N], the mean KL(baseline ‖ optimized) in nats per token and the share of positions with
+    the same most likely token. Raises ValueError unless both arms read the same windows.
     """
     if not torch.equal(baseline.ids_NT, optimized.ids_NT):
         raise ValueError("the arms read different windows")

@@ -1,15 +1,15 @@
-"""Tasks of lm-evaluation-harness, run on the same model in the same process through its Python API.
+"""Runs tasks of lm-evaluation-harness on the same model in the same process, through its Python API.
 
 `lm_eval:NAME` names a task or a group of tasks of the harness, `lm_eval:PATH.yaml` a task described in a file. Prompts,
-examples, choices, stop sequences and scores are the harness's own; what it asks with `loglikelihood` is answered by
-`lib.models.decoding.continuations`, so that prefixes are shared, and every item's score is that of the harness run by
-itself. Choices, single continuations and generated answers end in `Classified`, rolling perplexity in `Rolled`.
+examples, choices, stop sequences and scores are the harness's own. Its `loglikelihood` requests are answered by
+`lib.models.decoding.continuations`, which shares prefixes; every item scores as in the harness run by itself. Choices,
+single continuations and generated answers are returned as `Classified`, rolling perplexity as `Rolled`.
 
-All caches of the harness are off: they are named after the model, and an optimized model must never inherit the results
-of its baseline (its issues 2715 and 4063); `lib.measure.quality.answer_cache` keeps those of unchanged models. Knows
-nothing of verdicts.
+All caches of the harness are off: they are named after the model, and an optimized model must never inherit its
+baseline's results (issues 2715 and 4063 of the harness). `lib.measure.quality.answer_cache` caches the answers of
+unchanged models instead. Knows nothing about verdicts.
 
-Shapes: N items, L choices, as many as the item with the most has.
+Shapes: N items, L choices (the largest number of any item).
 """
 
 import hashlib
@@ -41,18 +41,19 @@ from lib.models.tasks.registry import HARNESS
 
 INSTALL = 'pip install "lm-eval>=0.4.13,<0.5"'
 CHUNK_ELEMENTS = 2**26  # logits held at a time while answers are generated
-TOKENS = 256  # of an item, about
+TOKENS = 256  # of a typical item
 SCORES = {"acc": "accuracy", "acc_norm": "accuracy_norm", "exact_match": "exact_match"}  # the harness's names and ours
 ROLLING = {"word_perplexity": ("word", 1.0), "byte_perplexity": ("byte", 1.0), "bits_per_byte": ("byte", 1.0)}
 CHOICES = "multiple_choice"
-UNCONDITIONAL = "acc_mutual_info"  # a score for which every choice is asked once more, without the question
+UNCONDITIONAL = "acc_mutual_info"  # a score that also needs every choice's likelihood without the question
 
 
 def answers(loaded: Loaded, task: str, split: str, limit: int, seed: int = 0) -> Classified | Rolled:
-    """Return the answers to at most `limit` items of a task's split, of a group's tasks together.
+    """Return the answers to at most `limit` items of a task's split (of all tasks together, for a group).
 
-    Which items belong to a split is drawn by the task's name (`lib.models.tasks.splits`). Raises UserError where the
-    harness is not installed, the task cannot be loaded, or its scores are not right or wrong item by item.
+    The task's name determines which items belong to a split (`lib.models.tasks.splits`). Raises UserError if the
+    harness is not installed, the task cannot be loaded, a group mixes kinds of tasks, or no score marks single items as
+    right or wrong.
     """
     harness_tasks, manager = _tasks(task)
     each = max(1, math.ceil(limit / len(harness_tasks)))
@@ -90,16 +91,18 @@ def answers(loaded: Loaded, task: str, split: str, limit: int, seed: int = 0) ->
 
 
 def _judged(task: str, scores: dict[str, np.ndarray]) -> str:
-    """Return the score that is judged: the one usually stated, where that is known, else the normalised one."""
-    known = BENCHMARKS.get(task.removeprefix(HARNESS))
-    preferred = [known.metric] if known else []
+    """Return the name of the judged score: the usually reported one if known, else the normalised accuracy, else the
+    first available one.
+    """
+    benchmark = BENCHMARKS.get(task.removeprefix(HARNESS))
+    preferred = [benchmark.metric] if benchmark else []
     return next(name for name in (*preferred, "accuracy_norm", "accuracy", *scores) if name in scores)
 
 
 def _samples(
     loaded: Loaded, harness_tasks: dict[str, Any], manager: Any, indices: dict[str, list[int]], seed: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return what the harness logs of every item, by task, in the order of its items."""
+    """Return the harness's log of every item, by task, in item order."""
     import lm_eval
 
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
@@ -114,18 +117,18 @@ def _samples(
         **caches,
         **seeds,
     )
-    first: dict[str, list[dict[str, Any]]] = {}
+    by_task: dict[str, list[dict[str, Any]]] = {}
     for name, samples in results["samples"].items():
-        filters = [sample["filter"] for sample in samples]
-        of_first = [sample for sample in samples if sample["filter"] == filters[0]]
-        first[name] = sorted(of_first, key=lambda sample: sample["doc_id"])
-    return first
+        first_filter = samples[0]["filter"] if samples else None
+        filtered = [sample for sample in samples if sample["filter"] == first_filter]
+        by_task[name] = sorted(filtered, key=lambda sample: sample["doc_id"])
+    return by_task
 
 
 def wrapped(loaded: Loaded, shared: bool = True) -> Any:
-    """Return the model as the harness drives it; `shared` answers log-likelihoods with shared prefixes.
+    """Return the model wrapped for the harness; with `shared`, log-likelihoods are computed with shared prefixes.
 
-    Raises UserError where the harness is not installed.
+    Raises UserError if the harness is not installed.
     """
     try:
         from lm_eval.models.huggingface import HFLM
@@ -147,34 +150,37 @@ def wrapped(loaded: Loaded, shared: bool = True) -> Any:
 
 
 def _arrays(task: str, samples: dict[str, list[dict[str, Any]]]) -> dict[str, np.ndarray]:
-    """Return what is kept of the samples: ids, scores, and what each score calls right, or the losses of documents."""
-    every = [(f"{name}-{sample['doc_id']}", sample) for name, members in samples.items() for sample in members]
-    ids_N = np.array([identity for identity, _ in every])
-    metrics = every[0][1]["metrics"]
+    """Return the arrays that are kept of the samples: item ids with likelihoods and each score's correctness, or with
+    the documents' losses.
+    """
+    items = [(f"{name}-{sample['doc_id']}", sample) for name, members in samples.items() for sample in members]
+    ids_N = np.array([identity for identity, _ in items])
+    metrics = items[0][1]["metrics"]
     rolling = next((name for name in ROLLING if name in metrics), None)
     if rolling:
-        pairs_N2 = np.array([sample[rolling] for _, sample in every], dtype=float)
+        pairs_N2 = np.array([sample[rolling] for _, sample in items], dtype=float)
         loss_N = -pairs_N2[:, 0] / pairs_N2[:, 1].mean()
         return {"ids_N": ids_N, "loss_N": loss_N, "unit": np.array(ROLLING[rolling][0])}
-    scores = {ours: [sample.get(theirs) for _, sample in every] for theirs, ours in SCORES.items() if theirs in metrics}
+    scores = {ours: [sample.get(theirs) for _, sample in items] for theirs, ours in SCORES.items() if theirs in metrics}
     right = {f"right:{name}": np.array(values, dtype=float) for name, values in scores.items() if _binary(values)}
     if not right:
-        raise UserError(f"{task}: none of its scores ({', '.join(metrics)}) says right or wrong item by item")
-    choices = [_likelihoods(sample) for _, sample in every]
+        raise UserError(f"{task}: none of its scores ({', '.join(metrics)}) marks single items as right or wrong")
+    choices = [_likelihoods(sample) for _, sample in items]
     if UNCONDITIONAL in metrics:
         choices = [row[: len(row) // 2] for row in choices]
     most = max(map(len, choices))
     scores_NL = np.array([row + [NO_CHOICE] * (most - len(row)) for row in choices])
-    chance = max(float(np.mean([1 / max(1, len(row)) for row in choices])), _most_frequent([one for _, one in every]))
+    uniform = float(np.mean([1 / max(1, len(row)) for row in choices]))
+    chance = max(uniform, _most_frequent([sample for _, sample in items]))
     return {"ids_N": ids_N, "scores_NL": scores_NL, "chance": np.array(chance)} | right
 
 
 def _most_frequent(samples: list[dict[str, Any]]) -> float:
-    """Return the share of items on which who always gives one answer is right, where all have the same choices (of
-    yes and no one may be right more often); 0 where they have their own.
+    """Return the accuracy of always giving the most frequent answer, if all items have the same choices (yes may be
+    right more often than no); 0 if items have their own choices.
     """
-    asked = {tuple(str(arguments[-1]) for arguments in sample.get("arguments", ())) for sample in samples}
-    if len(asked) > 1 or () in asked:
+    choices = {tuple(str(arguments[-1]) for arguments in sample.get("arguments", ())) for sample in samples}
+    if len(choices) > 1 or () in choices:
         return 0.0
     return max(Counter(str(sample.get("target")) for sample in samples).values()) / len(samples)
 
@@ -190,37 +196,37 @@ def _likelihoods(sample: dict[str, Any]) -> list[float]:
 
 
 def _plain(config: dict[str, Any]) -> dict[str, str]:
-    """Return a task's configuration as text, functions by their names: their addresses change."""
+    """Return a task's configuration as text, with functions by name, since their addresses change."""
     return {key: getattr(value, "__qualname__", str(value)) for key, value in config.items()}
 
 
 def _programs(member: Any) -> list[str]:
-    """Return the hash of every file that holds a function of a task: what it calls beside it may write the prompts."""
+    """Return the hash of every file that holds a function of a task: other code in these files may shape prompts."""
     files = set()
     for function in [type(member), *vars(member.config).values()]:
-        with suppress(TypeError, OSError):  # no function, or one that is built in
+        with suppress(TypeError, OSError):  # not a function, or a built-in
             files.add(inspect.getsourcefile(getattr(function, "func", function)))
     return sorted(hash_of(Path(file)) for file in files if file)
 
 
 def _examples(member: Any) -> str | None:
-    """Return a hash of what the examples of a task's prompts are drawn from; None where it shows none."""
+    """Return a hash of the documents that a task's few-shot examples are drawn from; None if it uses no examples."""
     if not member.config.num_fewshot:
         return None
     return hashlib.sha256(json.dumps([*member.fewshot_docs()], default=str).encode()).hexdigest()
 
 
 def _of_group(manager: Any, described: dict[str, Any], folder: Path) -> Any:
-    """Return a manager (of this class) that knows the tasks of a group: those of files in its folder, and only where it
-    lists others the harness's own, since to find these takes seconds.
+    """Return a task manager (of class `manager`) that knows the tasks of a group. It indexes the files in the group's
+    folder, and the harness's own tasks only if the group lists others, since indexing these takes seconds.
     """
-    beside = manager(include_path=str(folder), include_defaults=False)
-    return beside if harness_names.listed(described) <= {*beside.all_tasks} else manager(include_path=str(folder))
+    local = manager(include_path=str(folder), include_defaults=False)
+    return local if harness_names.listed(described) <= {*local.all_tasks} else manager(include_path=str(folder))
 
 
 @contextmanager
 def _within(folder: Path) -> Iterator[None]:
-    """Within, paths begin at `folder`: where the data of a task's file lies by names without a folder."""
+    """Make `folder` the working directory inside the context: a task file names its data relative to its folder."""
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -230,7 +236,7 @@ def _within(folder: Path) -> Iterator[None]:
 
 
 def _tasks(task: str) -> tuple[dict[str, Any], Any]:
-    """Return the harness's task objects by name (several of a group), and the manager that made them."""
+    """Return the harness's task objects by name (several for a group), and the manager that loaded them."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -248,9 +254,9 @@ def _tasks(task: str) -> tuple[dict[str, Any], Any]:
             manager, name = TaskManager(include_defaults=False), str(path)
         with nullcontext() if path is None else _within(path.parent):
             members = manager.load([name])["tasks"]
-    except Exception as error:  # an unknown name or a data set that cannot be fetched: every library has its own class
+    except Exception as error:  # unknown name, or data that cannot be fetched: libraries raise classes of their own
         why = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(f"{task}: the harness cannot load this task ({why})") from None
     if not members:
-        raise UserError(f"{task}: names no task of the harness")
+        raise UserError(f"{task}: is not a task of the harness")
     return members, manager

@@ -1,18 +1,18 @@
-"""Non-inferiority of paired scores: `maintained` only if the one-sided 95 % lower bound of (optimized − baseline) lies
-above −margin. By the two-sided 95 % interval, `not_maintained` if all of it lies below −margin, `better` if all of it
-lies above 0 and the gain passes the margin. Otherwise `inconclusive`, with the number of items that would suffice.
-Knows no models.
+"""Non-inferiority of paired scores. A score is `maintained` only if the one-sided 95 % lower bound of (optimized −
+baseline) lies above −margin. By the two-sided 95 % interval it is `not_maintained` if the whole interval lies below
+−margin, and `better` if the whole interval lies above 0 and the gain reaches the margin. Otherwise it is
+`inconclusive`, with the number of items that would suffice. Knows nothing about models.
 
-Intervals are paired bootstraps over items, or over sources where items share one (windows of one document): then the
-items of a source are drawn together. Losses of text are skewed, and few windows may hold none of the large ones: their
-interval is at least as wide as Hall's (`paired_stats.skewed_interval`).
+Intervals are paired bootstraps over items, or over sources where items share one (windows of one document); the items
+of a source are then drawn together. Losses of text are skewed, and a few windows may contain none of the large losses:
+their interval is at least as wide as Hall's (`paired_stats.skewed_interval`).
 
-Where few answers flipped, a bootstrap underestimates how frequent such flips may be, in either direction (without any
-its interval is a point). Below five flips of a kind the interval is at least as wide as the exact ones of both shares,
-combined as in Newcombe (1998, Interval estimation for the difference between independent proportions). Exact bounds
-take items as independent, also those of one document: flips that did not occur do not tell how they would cluster. A
-macro mean weighs the flip of a rare class more than a share does: its allowance is widened by what an unseen flip can
-cost, given each class's own count (`score_bounds.unseen_loss`).
+Where few answers flipped, a bootstrap underestimates how frequent such flips may be, in either direction (with no flips
+its interval is a point). Below five flips of a kind, the interval is at least as wide as the exact limits of both
+shares, combined as in Newcombe (1998, Interval estimation for the difference between independent proportions). Exact
+limits take items as independent, even items of one document: flips that did not occur cannot show how they would
+cluster. A flip in a rare class weighs more in a macro mean than in a share: the limits of a macro mean are widened by
+what an unseen flip can cost, given each class's own count (`score_bounds.unseen_loss`).
 """
 
 import math
@@ -29,11 +29,11 @@ from lib.measure.quality import score_bounds
 
 ONE_SIDED = 0.05
 MINIMUM_WINDOWS = 6
-LARGEST_LOSS = 100.0  # nats; guessing takes a dozen
-LARGEST_CHANGE = 700.0  # nats, of an interval's end: e to the power of 710 is no number
+LARGEST_LOSS = 100.0  # nats; uniform guessing has about a dozen
+LARGEST_CHANGE = 700.0  # nats, of an end of an interval: e to the power of 710 overflows
 MDE_FACTOR = 2.80  # (1.96 + 0.84): two-sided 5 % level, 80 % power
 NORMAL = 1.96
-SAME = "same answers"  # how the source of a score begins where no answer differs
+SAME = "same answers"  # begins the source of a score whose answers do not differ
 
 
 def score(
@@ -53,13 +53,13 @@ def score(
     margin: float | None = None,
     source_N: np.ndarray | None = None,
 ) -> Measurement:
-    """Return the verdict on a score in [0, 1] from resampled differences.
+    """Return the measurement of a score in [0, 1], judged by the resampled differences `replicates_R`.
 
-    `to_wrong`, `to_right`: items whose right answer became wrong, whose wrong one became right. `counts`: of a macro
-    mean, how many items each class's score rests on (`score_bounds.class_counts`); None for a share. `same`: both arms
-    gave the same answers. `identical`: the arms' scores differ on no item, so that they are the same model and any
-    number of items suffices. `source_N`: as in `score_bounds.resampled_scores`. Not judged where it is kept because
-    there is nothing to lose (`_unless_nothing_to_lose`).
+    `to_wrong` counts right answers that became wrong, `to_right` wrong answers that became right. `counts` holds, for a
+    macro mean, how many items each class's score rests on (`score_bounds.class_counts`); None for a share. `same`: both
+    arms gave the same answers. `identical`: the label scores of the arms differ on no item, so that they are the same
+    model and any number of items suffices. `source_N` is as in `score_bounds.resampled_scores`. A maintained score is
+    not judged where there is nothing to lose (`_unless_nothing_to_lose`).
     """
     margin = metric_named(metric).margin if margin is None else margin
     assert margin is not None, f"{metric} has no margin"
@@ -105,19 +105,19 @@ def score(
 
 
 def _unless_nothing_to_lose(judged: Measurement) -> Measurement:
-    """Return a score, without its verdict where it is kept because there is nothing to lose: all that the baseline has
-    is within the margin.
+    """Return the measurement, as informative if it is maintained only because the baseline's whole score is within the
+    margin.
     """
     base, margin = judged.baseline or 0.0, judged.margin or 0.0
     if judged.verdict != "maintained" or base > margin:
         return judged
-    reason = f"the baseline scores {base:.3g}, no more than the margin of {margin:g}: nothing to lose or to keep"
+    reason = f"the baseline scores {base:.3g}, no more than the margin of {margin:g}: there is nothing to lose"
     return measurement.unjudged(judged, reason)
 
 
 def _same(metric: str, workload: str, common: dict[str, Any], rarity: float, source: str) -> Measurement:
-    """Return the verdict on two arms that gave the same answers: no interval, and the exact bound of a loss that was
-    not seen."""
+    """Return the measurement of two arms that gave the same answers: without an interval, judged by the exact bound of
+    an unseen loss."""
     n, margin = common["n"], common["margin"]
     bound = -rarity * score_bounds.unseen_loss([n], ONE_SIDED)
     maintained = bound > -margin
@@ -133,13 +133,13 @@ def _same(metric: str, workload: str, common: dict[str, Any], rarity: float, sou
         f"{_independent(common['documents'])}, margin {margin:g}",
         reason=None
         if maintained
-        else f"{n} items are too few: about {_about(max(needed, n + 1))} would show it maintained, "
-        "if the difference is as seen",
+        else f"{n} items are too few: about {_about(max(needed, n + 1))} would show it maintained "
+        "at the observed difference",
     )
 
 
 def detectable(half: float, margin: float) -> float:
-    """Return the loss that would be called `not_maintained` four times out of five: the interval's upper end has to lie
+    """Return the loss that would be called `not_maintained` four times out of five: the interval's upper end must lie
     below −margin. `half` is the half-width of the two-sided 95 % interval.
     """
     return margin + half * MDE_FACTOR / NORMAL
@@ -156,12 +156,12 @@ def perplexity(
     source_N: np.ndarray | None = None,
     unit: str = "windows",
 ) -> Measurement:
-    """Return the verdict on perplexity from both arms' losses of the same windows, nats per token, [N]; the margin is
-    a share. `source_N` numbers the document of each window: those of one are resampled together. `unit` is what was
-    read, in words, where it is no window. Invalid where a loss is not finite, or beyond LARGEST_LOSS.
+    """Return the measurement of perplexity, judged by both arms' losses on the same windows, [N] in nats per token;
+    `margin` is a share. `source_N` numbers the document of each window: windows of one document are resampled together.
+    `unit` names what was read, if not windows. Invalid if a mean loss is not finite or exceeds LARGEST_LOSS.
     """
     largest = float(np.max([np.mean(baseline_N), np.mean(optimized_N)]))
-    if not largest <= LARGEST_LOSS:  # nor is NaN
+    if not largest <= LARGEST_LOSS:  # true for NaN as well
         reason = f"a loss of {largest:.3g} nats: the output has degenerated, and no perplexity can be stated"
         return measurement.invalid("perplexity", "prefill", reason, source)
     margin = metric_named("perplexity").margin if margin is None else margin
@@ -173,25 +173,25 @@ def perplexity(
     wide_low, wide_high = _loss_interval(gain_N, 1 - ONE_SIDED, resamples, seed, source_N)
     shared = documents(source_N, n)
     units, unit = (n, unit) if shared is None else (shared, "documents")
-    held = f"upper bound {signed(100 * math.expm1(-low), '.2f')} %, margin {100 * margin:g} %"
+    bounds = f"upper bound {signed(100 * math.expm1(-low), '.2f')} %, margin {100 * margin:g} %"
     verdict = judge(gain, low, wide_low, wide_high, limit) if units >= MINIMUM_WINDOWS else "inconclusive"
     half = max(gain - wide_low, wide_high - gain)
-    known = units >= MINIMUM_WINDOWS and math.isfinite(half)  # an interval over fewer is not worth showing
+    shown = units >= MINIMUM_WINDOWS and math.isfinite(half)  # an interval over fewer units is not worth showing
     return measurement.judged(
         "perplexity",
         "prefill",
         baseline=math.exp(float(np.mean(baseline_N))),
         optimized=math.exp(float(np.mean(optimized_N))),
         ratio=math.exp(-gain),
-        ci=(math.exp(-wide_high), math.exp(-wide_low)) if known and half > 0 else None,
+        ci=(math.exp(-wide_high), math.exp(-wide_low)) if shown and half > 0 else None,
         n=n,
         documents=shared,
-        mde=detectable(half, limit) if known else None,
+        mde=detectable(half, limit) if shown else None,
         margin=margin,
-        bound=math.expm1(-low) if known else None,
+        bound=math.expm1(-low) if shown else None,
         verdict=verdict,
         provenance="measured",
-        source=f"{source}; paired bootstrap and Hall's interval over {units} {unit}, {held}" if known else source,
+        source=f"{source}; paired bootstrap and Hall's interval over {units} {unit}, {bounds}" if shown else source,
         reason=_too_few(units, half / NORMAL * math.sqrt(units), gain, limit, unit)
         if verdict == "inconclusive"
         else None,
@@ -199,12 +199,12 @@ def perplexity(
 
 
 def _independent(shared: int | None) -> str:
-    """Return what exact bounds take for granted; of items that share documents that is more than is known."""
+    """Return the assumption of exact bounds in words; it is not certain for items that share documents."""
     return "items taken as independent" + (f" although they come from {shared} documents" if shared else "")
 
 
 def documents(source_N: np.ndarray | None, n: int) -> int | None:
-    """Return how many documents `n` items or windows come from; None where each is its own."""
+    """Return how many documents `n` items or windows come from; None if every one has its own document."""
     count = n if source_N is None else len(np.unique(source_N))
     return count if count < n else None
 
@@ -212,14 +212,14 @@ def documents(source_N: np.ndarray | None, n: int) -> int | None:
 def mean_interval(
     values_N: np.ndarray, confidence: float, resamples: int, seed: int, source_N: np.ndarray | None = None
 ) -> tuple[float, float]:
-    """Return the bootstrap interval of the mean of values; over sources where `source_N` numbers them."""
+    """Return the bootstrap interval of the mean of `values_N`; over sources if `source_N` is given."""
     return paired_stats.bootstrap_interval(values_N, confidence, resamples, seed, source_N)
 
 
 def _loss_interval(
     values_N: np.ndarray, confidence: float, resamples: int, seed: int, source_N: np.ndarray | None
 ) -> tuple[float, float]:
-    """Return the interval of a mean of losses, which are skewed: at least as wide as the bootstrap's and as Hall's."""
+    """Return the interval of a mean of losses, which are skewed: it covers the bootstrap's and Hall's interval."""
     drawn = mean_interval(values_N, confidence, resamples, seed, source_N)
     skewed = paired_stats.skewed_interval(values_N, confidence, source_N)
     low, high = min(drawn[0], skewed[0]), max(drawn[1], skewed[1])
@@ -240,7 +240,7 @@ def judge(gain: float, low: float, wide_low: float, wide_high: float, margin: fl
 
 
 def judge_again(stored: Measurement) -> str | None:
-    """Return the verdict on a stored score from its fields; None where they do not hold what the verdict rests on."""
+    """Return the verdict on a stored score, recomputed from its fields; None where they do not suffice."""
     judged = ("better", "maintained", "not_maintained", "inconclusive")
     if stored.dimension != "accuracy" or stored.verdict not in judged:
         return None
@@ -261,13 +261,13 @@ def judge_again(stored: Measurement) -> str | None:
         gain, wide_low, wide_high = (
             end - stored.baseline for end in (stored.optimized, *(end * scale for end in stored.ci))
         )
-    # What was divided by the baseline and multiplied again is off by a rounding.
+    # Dividing by the baseline and multiplying again leaves rounding errors.
     return judge(*(round(value, 12) for value in (gain, low, wide_low, wide_high, margin)))
 
 
 def too_few_at(stored: Measurement, margin: float) -> str:
-    """Return why a stored score in [0, 1] is inconclusive at another margin than its own: how many items would suffice
-    there; only that they are too few where its fields do not tell (the same answers, or a baseline of zero).
+    """Return why a stored score in [0, 1] is inconclusive at another `margin`, with the number of items that would
+    suffice. Without that number where the fields do not determine it (same answers, or a baseline of zero).
     """
     if stored.n is None:
         return "too few items to tell"
@@ -280,21 +280,21 @@ def too_few_at(stored: Measurement, margin: float) -> str:
 
 
 def _too_few(n: int, sigma: float, gain: float, margin: float, unit: str) -> str:
-    """Return the sentence on how many items would suffice four times out of five, at the observed spread and
-    difference. A loss beyond the margin is shown by the two-sided interval, which takes more of them than the one-sided
+    """Return a sentence stating how many items would suffice four times out of five, at the observed spread and
+    difference. Showing a loss beyond the margin takes the two-sided interval, and so more items than the one-sided
     bound.
     """
     distance = margin + min(gain, 0.0)
     factor = paired_stats.NON_INFERIORITY_FACTOR if distance > 0 else MDE_FACTOR
     needed = paired_stats.items_needed(sigma, abs(distance), factor) if math.isfinite(sigma) else MINIMUM_WINDOWS
     if needed is None or needed > 1_000_000:
-        return f"{n} {unit} cannot tell: the difference seen is at the margin itself"
+        return f"{n} {unit} cannot decide: the observed difference lies at the margin"
     direction = "maintained" if distance > 0 else "not maintained"
     needed = max(needed, n + 1, MINIMUM_WINDOWS)
-    return f"{n} {unit} are too few: about {_about(needed)} would show it {direction}, if the difference is as seen"
+    return f"{n} {unit} are too few: about {_about(needed)} would show it {direction} at the observed difference"
 
 
 def _about(count: int) -> str:
-    """Return a count in words: of thousands two digits, rounded up, so that it suffices: 302,292 → "310,000"."""
+    """Return a count as text; from 1,000 upwards two digits, rounded up so that it suffices: 302,292 → "310,000"."""
     step = 10 ** (len(str(count)) - 2) if count >= 1000 else 1
     return f"{-(-count // step) * step:,}"

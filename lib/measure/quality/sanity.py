@@ -1,5 +1,5 @@
-"""The gate before speed: whether a model's output has degenerated. An arm that fails here is `invalid`, and no speed-up
-of it is shown. Knows no metric.
+"""The sanity gate: checks whether a model's output has degenerated before its speed is measured. An arm that fails is
+`invalid`, and no speed-up of it is shown. Knows nothing about metrics.
 """
 
 import math
@@ -9,11 +9,11 @@ from torch import nn
 
 from lib.measure.timing import workloads
 
-LOOKED_AT = 32  # positions, of a model with random weights
+LOOKED_AT = 32  # positions that are checked in a model with random weights
 
 
 def spread(length: int, most: int = LOOKED_AT) -> torch.Tensor:
-    """Return at most `most` positions of a text of `length` tokens, evenly spread, with the last one."""
+    """Return at most `most` evenly spread positions of a text of `length` tokens, including the last."""
     return torch.linspace(0, length - 1, min(length, most)).round().long().unique()
 
 
@@ -21,9 +21,9 @@ def spread(length: int, most: int = LOOKED_AT) -> torch.Tensor:
 def check(model: nn.Module, ids_BT: torch.Tensor, *, new_tokens: int = 16, random_weights: bool = False) -> str | None:
     """Return why the output of `model` on held-out text `ids_BT` is degenerate, or None where it is sound.
 
-    Degenerate are logits that are not finite, answers that all repeat one token, each its own or all the same, and a
-    perplexity beyond that of guessing uniformly. Of a model with random weights only finite logits are required, in
-    LOOKED_AT positions, since at real dimensions the head would be most of the work.
+    Output is degenerate if its logits are not finite, if its perplexity exceeds that of uniform guessing, or if every
+    answer repeats a single token (the same in all answers or not). With random weights only the logits at LOOKED_AT
+    positions are checked, since at real dimensions the head would be most of the work.
     """
     model_ids_BT = ids_BT.to(next(model.parameters()).device)
     positions = spread(model_ids_BT.shape[1]).to(model_ids_BT.device) if random_weights else 0

@@ -1,5 +1,5 @@
-"""How far a score of paired answers may lie from what was seen: paired resamples of shares and macro means, and exact
-limits where few answers flipped, or none. Knows no margin and no verdict.
+"""How far the true difference of two paired scores may lie from the observed one: paired resamples of shares and macro
+means, and exact limits where few answers or none flipped. Knows nothing about margins or verdicts.
 
 Shapes: N items, K kinds of items, R resamples, L labels, S sources, C classes.
 """
@@ -12,7 +12,7 @@ from scipy.stats import beta
 
 from lib.measure.metrics import paired_stats
 
-FEW_FLIPS = 5  # below so many of a kind, a bootstrap underestimates how frequent they may be
+FEW_FLIPS = 5  # with fewer flips of a kind, a bootstrap underestimates how frequent they may be
 
 
 def resampled_scores(
@@ -27,9 +27,9 @@ def resampled_scores(
     """Return (optimized − baseline) of macro F1, precision, recall and accuracy, [R] each, in R paired resamples of the
     items, or of their sources.
 
-    Items with the same truth and answers are exchangeable, so resampling items is drawing the counts of these kinds of
-    items from a multinomial distribution. `source_N` numbers the source of each item; of a single one nothing is known,
-    and any difference may be the true one. An undefined precision, recall or F1 of a label counts as 0.
+    Items with the same truth and answers are exchangeable, so items are resampled by drawing the counts of these kinds
+    of items from a multinomial distribution. `source_N` numbers the source of each item; with a single source
+    nothing is known, and any difference may be the true one. An undefined precision, recall or F1 of a label is 0.
     """
     kinds_K3, kind_N, counts_K = np.unique(
         np.stack([truth_N, baseline_N, optimized_N], 1), axis=0, return_inverse=True, return_counts=True
@@ -67,18 +67,19 @@ def _macro(truth_K: np.ndarray, chosen_K: np.ndarray, draws_RK: np.ndarray, labe
 
 
 def class_counts(truth_N: np.ndarray, chosen_N: np.ndarray, labels: int) -> list[int]:
-    """Return for each class that occurs how many items its score rests on: those that are of it, or those that were
-    given its label, whichever are fewer. An unseen flip in it costs about one in that many.
+    """Return, for each class that occurs, the number of items that its score rests on: the smaller of the number of
+    items of the class and the number that received its label. One more flip costs the class about 1 / that number.
     """
     true_L, chosen_L = (np.bincount(values_N, minlength=labels) for values_N in (truth_N, chosen_N))
     return [int(min(true, chosen or true)) for true, chosen in zip(true_L, chosen_L) if true]
 
 
 def unseen_loss(counts: Sequence[int], level: float) -> float:
-    """Return the largest loss of a mean over classes that no flip in any of their `counts` items rules out at `level`.
+    """Return the largest loss of a mean over classes that is still possible at `level` if none of the `counts` items of
+    each class flipped.
 
-    That is the largest mean of q_c under ∏(1 − q_c)^n_c ≥ level: 1 − q_c is proportional to n_c where that is below 1.
-    With one class it is Clopper and Pearson's bound of a share seen never, 1 − level^(1/n).
+    This is the largest mean of q_c under ∏(1 − q_c)^n_c ≥ level: 1 − q_c is proportional to n_c where that is below 1.
+    With one class it is Clopper and Pearson's bound of a share never observed, 1 − level^(1/n).
     """
     n_C = np.asarray(counts, dtype=float)
     low, high = 0.0, 1.0 / n_C.min()
@@ -90,8 +91,8 @@ def unseen_loss(counts: Sequence[int], level: float) -> float:
 
 
 def allowance(to_wrong: int, to_right: int, n: int, level: float, rarity: float) -> tuple[float, float]:
-    """Return how far below and above the difference seen the true one may lie, by the exact limits of both shares at
-    one-sided `level` and their square-and-add combination. `rarity` widens those of a few flips.
+    """Return how far below and above the observed difference the true one may lie: the exact limits of both flip shares
+    at one-sided `level`, combined by square-and-add. `rarity` widens the limits of kinds with few flips.
     """
 
     def gaps(count: int) -> tuple[float, float]:

@@ -1,1 +1,1 @@
-"""What operations and bytes predict: cost model, measured ceilings, full depth."""
+"""Predictions from operations and bytes: cost model, measured ceilings, full depth."""

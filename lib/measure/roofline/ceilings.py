@@ -1,10 +1,10 @@
-"""The machine's ceilings, and time against them: a large matrix product, and the faster of a large copy and of a matrix
-that is only read, measured once per host, device, dtype, number of threads and version of torch. From them follow the
-physical bound of a workload, the predicted speed-up, and the share of it that was realised. Knows nothing of how a cost
-is counted.
+"""Measures the machine's ceilings and compares times with them. The ceilings are a large matrix product, and the faster
+of a large copy and of a matrix that is only read; they are measured once per host, device, dtype, number of threads and
+version of torch. From them follow the physical bound of a workload, the predicted speed-up, and the realised share of
+it. Knows nothing about how a cost is counted.
 
-A copy alone is no ceiling of a CPU's memory: its caches fetch each line of the target before it is overwritten, bytes
-that no formula counts, so that decoding, which only reads its weights, can be faster.
+A copy alone is not a ceiling of a CPU's memory: the caches fetch each line of the target before it is overwritten.
+These bytes are in no formula, so decoding, which only reads its weights, can be faster than a copy.
 """
 
 import json
@@ -26,17 +26,17 @@ from lib.measure.roofline.cost_model import Cost
 from lib.measure.timing import disturbance
 
 REPEATS = 5
-# Sides of the square product, bytes of the copy: large against every cache, about a second in all.
+# Side of the square product and bytes of the copy: far larger than any cache, about a second in all.
 PRODUCT = {"cpu": 2048, "cuda": 8192}
 COPY_BYTES = {"cpu": 2**29, "cuda": 2**31}
 READ_ROWS = 4096  # of the matrix that is only read
-TRAFFIC = "copy or reading"  # of which bytes/s is: ceilings that were kept of another kind are measured again
-DISPATCH_SHARE = 0.2  # of the bound: below it, neither arithmetic nor traffic takes the time
+TRAFFIC = "copy or reading"  # how bytes/s were measured; stored ceilings of another kind are measured again
+DISPATCH_SHARE = 0.2  # share of the bound below which neither arithmetic nor traffic explains the time
 CLOSE = 0.1
 ZEROS, FALLBACK, BELOW_MDE = "zeros stored dense", "kernel fallback", "below MDE"
 CACHED, DISPATCH, UNEXPLAINED = "cache resident", "dispatch bound", "unexplained"
 REASONS = (ZEROS, FALLBACK, BELOW_MDE, CACHED, DISPATCH, UNEXPLAINED)  # that `explain` adds
-# Of NVIDIA's cards, as the driver names them: dense FLOP/s in 16 bits and bytes/s, as their data sheets state.
+# NVIDIA cards by driver name: dense 16-bit FLOP/s and bytes/s from their data sheets.
 DATA_SHEETS = {
     "NVIDIA H200": (989e12, 4.8e12),
     "NVIDIA H100 80GB HBM3": (989e12, 3.35e12),
@@ -49,7 +49,7 @@ _DISTURBED: dict[str, dict[str, Any]] = {}  # measured by this process while the
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The best that this machine reaches: FLOP/s and bytes/s (read, and of a copy written)."""
+    """The highest FLOP/s and bytes/s that this machine reaches (bytes read, and for a copy also written)."""
 
     flops_per_second: float
     bytes_per_second: float
@@ -68,27 +68,27 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Bound:
-    """The least time of a cost: the larger of arithmetic and traffic, and which of the two it is."""
+    """The lower bound on the time of a cost: the larger of arithmetic and traffic, and which of the two it is."""
 
     seconds: float
     limited_by: str
 
 
 def measure(device: str = "cpu", dtype: torch.dtype = torch.float32, *, fresh: bool = False) -> Ceilings:
-    """Return this machine's ceilings for `dtype` at the present number of threads; measured once, then read from the
+    """Return this machine's ceilings for `dtype` at the current number of threads; measured once, then read from the
     cache.
 
-    The cache is WORKBENCH_CACHE, or `~/.cache/workbench`. `fresh` measures again. Ceilings measured on a disturbed
-    machine serve this process, so that all its bounds are comparable, and are not stored.
+    The cache is in WORKBENCH_CACHE, or `~/.cache/workbench`. `fresh` measures again. Ceilings measured on a disturbed
+    machine are not stored; this process keeps using them, so that all its bounds are comparable.
     """
     name = str(dtype).removeprefix("torch.")
     where = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
     key = f"{platform.node()} {where} {name} {torch.get_num_threads()} threads {disturbance.cores_given()} cores"
     key += f" torch {torch.__version__} {TRAFFIC}"
     path = files.cache_folder() / "ceilings.json"
-    known = _read(path) | _DISTURBED
-    if key in known and not fresh:
-        return Ceilings(**known[key])
+    stored = _read(path) | _DISTURBED
+    if key in stored and not fresh:
+        return Ceilings(**stored[key])
     disturbed = disturbance.watch()
     ceilings = Ceilings(
         _product(device, dtype),
@@ -100,7 +100,7 @@ def measure(device: str = "cpu", dtype: torch.dtype = torch.float32, *, fresh: b
         last_level_cache_bytes(device),
     )
     if disturbed() is None:
-        with suppress(OSError):  # a cache that cannot be written is no error
+        with suppress(OSError):  # a cache that is not writable is ignored
             files.write_atomically(path, json.dumps(_read(path) | {key: asdict(ceilings)}, indent=1))
     else:
         _DISTURBED[key] = asdict(ceilings)
@@ -108,7 +108,7 @@ def measure(device: str = "cpu", dtype: torch.dtype = torch.float32, *, fresh: b
 
 
 def last_level_cache_bytes(device: str = "cpu") -> int | None:
-    """Return the size of the last-level cache of this process's cores, None where the system does not say."""
+    """Return the size of the last-level cache of this process's cores; None if the system does not report it."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = []
@@ -133,8 +133,9 @@ def utilisation(
     seconds: tuple[float, float],
     ceilings: Ceilings,
 ) -> list[Measurement]:
-    """Return model-FLOPs and memory-bandwidth utilisation of (baseline, optimized): costs and measured seconds of one
-    call. What the vendor states stands beside them, where it is known.
+    """Return the model-FLOPs and memory-bandwidth utilisation of (baseline, optimized).
+
+    `costs` and measured `seconds` are those of one call. The source also states the vendor's figures, where known.
     """
     flops = [cost.flops / time_ / ceilings.flops_per_second for cost, time_ in zip(costs, seconds)]
     traffic = [cost.bytes / time_ / ceilings.bytes_per_second for cost, time_ in zip(costs, seconds)]
@@ -146,7 +147,7 @@ def utilisation(
 
 
 def data_sheet(ceilings: Ceilings) -> str:
-    """Return the measured ceilings and those that the vendor states, as a clause; empty where these are not known."""
+    """Return the measured ceilings and the vendor's, as a clause; empty if the vendor's are not known."""
     if not ceilings.device.startswith("cuda") or ceilings.dtype not in ("bfloat16", "float16"):
         return ""
     stated = DATA_SHEETS.get(torch.cuda.get_device_name(ceilings.device))
@@ -168,11 +169,12 @@ def explain(
     working_set_bytes: float | None = None,
 ) -> Measurement:
     """Return the measurement (a rate or latency) with the predicted speed-up, the realised share of it, and the reason
-    where they differ.
+    if they differ.
 
-    `costs` and `seconds` (median time of one call) are of (baseline, optimized). `zero_share` is that of the optimized
-    model's dense weights (`cost_model.zero_share`), `fallback` says that a slower kernel ran than the one the
-    optimization is meant for, `working_set_bytes` is what the optimized arm reads in every call (its weights).
+    `costs` and `seconds` (median time of one call) are those of (baseline, optimized). `zero_share` is the share of
+    zeros in the optimized model's dense weights (`cost_model.zero_share`). `fallback` says that a slower kernel ran
+    than the optimization is designed for. `working_set_bytes` are the bytes that the optimized arm reads in every call
+    (its weights).
     """
     if measured.ratio is None:
         return measured
@@ -198,9 +200,9 @@ def explain(
 
 
 def _unrealised(bounds: list[Bound], seconds: tuple[float, float], fits_in_cache: bool) -> str:
-    """Return why times differ from their bounds, as far as these tell."""
+    """Return the reason why times differ from their bounds, as far as these show it."""
     reached = [limit.seconds / time_ for limit, time_ in zip(bounds, seconds)]
-    # Arithmetic that seems faster than the machine's best is no matter of a cache.
+    # Only traffic can beat the ceiling thanks to a cache; arithmetic cannot.
     beaten = any(share > 1 and limit.limited_by == "traffic" for share, limit in zip(reached, bounds))
     if beaten or (bounds[0].limited_by == "traffic" and fits_in_cache):
         return CACHED
@@ -218,8 +220,8 @@ def _product(device: str, dtype: torch.dtype) -> float:
 
 
 def _traffic(device: str) -> float:
-    """Return the best bytes/s of a copy, read and written bytes counted, and of a product of a vector with a matrix,
-    which reads it once.
+    """Return the higher bytes/s of a copy (bytes read and written) and of a vector-matrix product (which reads the
+    matrix once).
     """
     size = COPY_BYTES["cuda" if device.startswith("cuda") else "cpu"] // 4
     source = torch.ones(size, device=device)
@@ -231,7 +233,7 @@ def _traffic(device: str) -> float:
 
 
 def _best(call: Callable[[], object], device: str) -> float:
-    """Return the seconds of the fastest of REPEATS calls."""
+    """Return the seconds of the fastest of REPEATS calls, after one to warm up."""
     times = []
     for _ in range(REPEATS + 1):
         start = time.perf_counter()

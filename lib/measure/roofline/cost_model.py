@@ -1,10 +1,9 @@
-"""What a workload costs at least: parameters, FLOPs and bytes by formula, from the anatomy of a model. Derived, never
-timed.
+"""The cost model: the least parameters, FLOPs and bytes of a workload, by formula from the anatomy of a model. Derived,
+never timed.
 
-FLOPs count a multiplication and an addition as two. Only matrices are counted (norms, activations and the embedding
-look-up are not); the vision tower is left out, since the timed prompts are text. `torch.utils.flop_counter` is right
-for linear layers only (it returns 0 for attention on a CPU and counts causal attention as dense); a test cross-checks
-that part.
+A multiplication and an addition count as two FLOPs. Only matrices are counted (not norms, activations or the embedding
+look-up). The vision tower is left out, since the timed prompts are text. `torch.utils.flop_counter` is right for linear
+layers only (it returns 0 for attention on a CPU and counts causal attention as dense); a test compares that part.
 
 Symbols: L layers, H query heads, T prompt tokens, c context, B batch, b bytes per element, E experts, k experts per
 token.
@@ -27,14 +26,14 @@ from lib.models.structure.replacements.sparse import is_dense
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs and bytes moved of one call of a workload."""
+    """FLOPs and moved bytes of one call of a workload."""
 
     flops: float
     bytes: float
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
-    """Return the bytes of a tensor: sparse layouts and subclasses with their indices, masks and scales."""
+    """Return the bytes of a tensor, including indices, masks and scales of sparse layouts and subclasses."""
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         parts = (tensor.crow_indices(), tensor.col_indices(), tensor.values())
         return sum(part.nbytes for part in parts)
@@ -47,13 +46,13 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
 
 
 def _unique(model: nn.Module) -> list[torch.Tensor]:
-    """Return parameters and buffers, tied ones once."""
+    """Return parameters and buffers, tied tensors once."""
     return list({id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}.values())
 
 
 def weights_bytes(model: nn.Module) -> int:
-    """Return the bytes of all parameters and buffers in memory, tied ones once; of a model whose weights stream from a
-    file, how many it holds at most.
+    """Return the bytes of all parameters and buffers in memory, tied tensors once. For a model that streams its weights
+    from a file, return the most bytes that it holds.
     """
     allowance = getattr(model, "weights_in_memory_bytes", None)
     if allowance is not None:
@@ -62,8 +61,8 @@ def weights_bytes(model: nn.Module) -> int:
 
 
 def parameters(model: nn.Module) -> int:
-    """Return the number of parameters, tied ones once; of a sparsely stored matrix, its stored elements; of packed
-    values, the weights that they stand for.
+    """Return the number of parameters, tied ones once. A sparse matrix counts with its stored elements, packed values
+    with the weights that they represent.
     """
     packed, inside = _packed(model)
     plain = (_stored_elements(parameter) for parameter in model.parameters() if id(parameter) not in inside)
@@ -71,7 +70,7 @@ def parameters(model: nn.Module) -> int:
 
 
 def checkpoint_bytes(folder: Path | str) -> int:
-    """Return the bytes of a checkpoint's weight files. Raises FileNotFoundError where there are none."""
+    """Return the bytes of a checkpoint's weight files. Raises FileNotFoundError if there are none."""
     files = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin"), *Path(folder).glob("*.pt")]
     if not files:
         raise FileNotFoundError(f"{folder}: no weight files")
@@ -79,7 +78,7 @@ def checkpoint_bytes(folder: Path | str) -> int:
 
 
 def zero_share(model: nn.Module) -> float:
-    """Return the share of exact zeros among the densely stored matrices of the decoder blocks; not of packed values."""
+    """Return the share of exact zeros in the dense matrices of the decoder blocks; packed values are left out."""
     zeros = total = 0
     for block in anatomy(model).blocks:
         for parameter in block.module.parameters():
@@ -91,7 +90,7 @@ def zero_share(model: nn.Module) -> float:
 
 @dataclass(frozen=True)
 class _Size:
-    """Elements and bytes of the matrices of one part: of what every token uses, and of one routed expert."""
+    """Elements and bytes of the matrices of one part: those that every token uses, and those of one routed expert."""
 
     dense: float = 0
     dense_bytes: float = 0
@@ -112,7 +111,7 @@ def _stored_elements(tensor: torch.Tensor) -> int:
 
 
 def _elements(tensor: torch.Tensor, skip_zeros: bool) -> tuple[float, float]:
-    """Return the elements that a product uses and the bytes that it reads; with `skip_zeros` those of a perfect sparse
+    """Return the elements that a product uses and the bytes that it reads; with `skip_zeros`, by a perfect sparse
     kernel.
     """
     if not is_dense(tensor):
@@ -136,7 +135,7 @@ def _size(module: nn.Module, experts: Experts | None, skip_zeros: bool = False) 
         for parameter in module.parameters()
         if parameter.dim() > 1 and id(parameter) not in inside
     ]
-    # What is packed is multiplied as if it were not: fewer bytes are read, and no operation is saved.
+    # Packed values save bytes but no operations: they are multiplied like unpacked ones.
     matrices += [
         ((part.elements, sum(t.nbytes for t in stored(part))), isinstance(part, QuantizedExperts)) for part in packed
     ]
@@ -153,7 +152,7 @@ def _size(module: nn.Module, experts: Experts | None, skip_zeros: bool = False) 
 
 
 def _is_stack(parameter: torch.Tensor, experts: Experts | None) -> bool:
-    """Return whether a parameter is stacked along the experts: a factor that all of them share is not."""
+    """Return whether a parameter is stacked along the experts (a factor shared by all experts is not)."""
     return experts is not None and parameter.dim() == 3 and parameter.shape[0] == experts.count
 
 
@@ -169,15 +168,15 @@ def _head_size(view: Anatomy, skip_zeros: bool = False) -> _Size:
 
 
 def of_feed_forward(module: nn.Module, tokens: int, *, skip_zeros: bool = False) -> Cost:
-    """Return FLOPs and bytes of one feed-forward part for `tokens` tokens in one pass, uniform routing."""
+    """Return FLOPs and bytes of one pass of `tokens` tokens through a feed-forward part, under uniform routing."""
     size = _size(module, feed_forward(module).experts, skip_zeros)
     hit = expert_usage.expected(size.count, size.top_k, tokens) if size.count else 0
     return Cost(2 * size.active * tokens, size.dense_bytes + hit * size.expert_bytes)
 
 
 def active_parameters(model: nn.Module, *, skip_zeros: bool = False) -> int:
-    """Return N_act, the matrix elements that one token of text uses: top-k and shared experts, router, head; not the
-    embedding.
+    """Return N_act, the number of matrix elements that one token of text uses, including top-k and shared experts,
+    router and head, but not the embedding.
     """
     view = anatomy(model)
     sizes = [_block_size(block, skip_zeros) for block in view.blocks]
@@ -185,10 +184,10 @@ def active_parameters(model: nn.Module, *, skip_zeros: bool = False) -> int:
 
 
 def kv_cache_bytes_per_token(model: nn.Module, context: int | None = None) -> float:
-    """Return the bytes of cache per token: 2·L·H_kv·d·b, or L·(latent + rope)·b where it holds latents.
+    """Return the cache bytes per token: 2·L·H_kv·d·b, or L·(latent + rope)·b for a cache of latents.
 
-    With a `context` it is the mean over that many tokens, of which a block with a sliding window holds its last ones
-    only; without one, what a token adds while it is within every window.
+    With a `context`, return the mean over that many tokens, of which a block with a sliding window holds only the last;
+    without one, return the bytes that a token adds while it is within every window.
     """
     element = next(model.parameters()).element_size()
     if context is None:
@@ -197,7 +196,7 @@ def kv_cache_bytes_per_token(model: nn.Module, context: int | None = None) -> fl
 
 
 def kv_cache_bytes(model: nn.Module, context: float) -> float:
-    """Return the bytes that the cache of one sequence of `context` tokens takes; sliding windows hold the last."""
+    """Return the cache bytes of one sequence of `context` tokens; sliding windows hold only the last tokens."""
     element = next(model.parameters()).element_size()
     parts = (block.attention for block in anatomy(model).blocks)
     return element * sum(part.cache_elements_per_token * part.cached_tokens(context) for part in parts)
@@ -213,11 +212,11 @@ def prefill_flops(
     density: float = 1.0,
     stride: int = 0,
 ) -> float:
-    """Return the FLOPs of B prompts of T tokens: 2·N_act·T + Σ_L H·(d_qk + d_v)·T² each (causal; 2·L·H·d·T² where d_qk
-    = d_v).
+    """Return the FLOPs of B prompts of T tokens: 2·N_act·T + Σ_L H·(d_qk + d_v)·T² for each prompt (causal; the sum is
+    2·L·H·d·T² where d_qk = d_v).
 
     `logits` is the number of positions per prompt that pass through the head: all by default, 1 in a timed prefill.
-    Sparse attention computes the share `density` of the causal scores, and Σ_L H·d_qk·T²/`stride` more to select them.
+    Sparse attention computes the share `density` of the causal scores, plus Σ_L H·d_qk·T²/`stride` to select them.
     """
     view = anatomy(model)
     head = _head_size(view, skip_zeros).dense * (tokens if logits is None else logits)
@@ -231,7 +230,7 @@ def prefill_flops(
 
 
 def _causal_pairs(attention: Attention, tokens: int) -> float:
-    """Return twice the pairs of query and key: T², or 2·T·w − w² with a window of w < T tokens."""
+    """Return twice the number of query-key pairs: T², or 2·T·w − w² with a window of w < T tokens."""
     window = attention.attended_tokens(tokens)
     return 2 * tokens * window - window**2
 
@@ -244,11 +243,12 @@ def decode_flops(
     skip_zeros: bool = False,
     attended: float | None = None,
 ) -> float:
-    """Return the FLOPs of one token at context c: 2·N_act + Σ_L 2·H·(d_qk + d_v)·c (4·L·H·d·c where d_qk = d_v).
+    """Return the FLOPs of one token at context c: 2·N_act + Σ_L 2·H·(d_qk + d_v)·c (the sum is 4·L·H·d·c where d_qk =
+    d_v).
 
-    Stock latent attention expands the whole cache again at every token: 2·|kv_b_proj|·(c − 1) more. With `absorbed`
-    weights it attends in the latent space instead: 2·H·(2·latent + rope)·c; the inner one of two factors is then
-    applied by every head. Without `absorbed` each attention is counted as it decodes (`mla_absorption`). Sparse
+    Stock latent attention expands the whole cache again at every token, for another 2·|kv_b_proj|·(c − 1). With
+    `absorbed` weights it attends in the latent space instead: 2·H·(2·latent + rope)·c; if kv_b_proj is factored, every
+    head then applies the inner factor. `absorbed` None counts each attention as it decodes (`mla_absorption`). Sparse
     attention reads only `attended` tokens of the context.
     """
     read = context if attended is None else min(context, attended)
@@ -283,9 +283,9 @@ def step_bytes(
 ) -> float:
     """Return the bytes of one step: dense weights + Σ (experts hit × their bytes + shared) + B·c·cache + overhead.
 
-    `tokens` pass through the model in this step (B by default). `hit` gives the counted distinct experts of a block;
-    for other blocks uniform routing is assumed. `overhead` is what a weight format needs beyond its tensors. `attended`
-    is the number of tokens of the cache that are read (all by default).
+    `tokens` is the number of tokens that pass through the model in this step (B by default). `hit` maps a block to its
+    counted distinct experts; for other blocks uniform routing is assumed. `overhead` counts the bytes that a weight
+    format needs beyond its tensors. `attended` is the number of cached tokens that are read (all by default).
     """
     view = anatomy(model)
     read = context if attended is None else min(context, attended)
@@ -312,13 +312,13 @@ def of(
     stride: int = 0,
     attended: float | None = None,
 ) -> Cost:
-    """Return FLOPs and bytes of one call of a workload on `model`; where several calls make up the whole work
-    (`Workload.turns`), of the mean one.
+    """Return FLOPs and bytes of one call of a workload on `model`; of the mean call where several make up the whole
+    work (`Workload.turns`).
 
-    `hit`: see `step_bytes` (of decoding steps), `read_hit` the same of the pass that reads the prompts, which real text
-    does not spread over all experts. `absorbed`, `attended`: see `decode_flops`. `density`, `stride`: see
-    `prefill_flops`. `skip_zeros` counts the work of a kernel for which exact zeros are free: compared with it, zeros
-    that are stored dense show as a gain that was not realised. Raises ValueError for a workload without a formula.
+    `hit` is that of `step_bytes` for decoding steps, `read_hit` for the pass that reads the prompts: real text does not
+    spread over all experts. `absorbed`, `attended`: see `decode_flops`. `density`, `stride`: see `prefill_flops`.
+    `skip_zeros` counts the work of a kernel for which exact zeros are free, so that zeros stored dense show as an
+    unrealised gain. Raises ValueError for a workload without a formula.
     """
     prefill, steps = _parts(work)
     flops = bytes_ = 0.0
@@ -342,10 +342,10 @@ def of(
             skip_zeros=skip_zeros,
         )
     if steps:
-        # Cost is linear in the context, so the middle step stands for all, of every turn that the work is made of.
+        # Cost is linear in the context, so the middle step represents all steps of all turns.
         context = work.prompt_tokens + (steps * work.turns + 1) / 2
-        of_step = decode_flops(model, context, absorbed=absorbed, skip_zeros=skip_zeros, attended=attended)
-        flops += steps * work.batch * of_step
+        step_flops = decode_flops(model, context, absorbed=absorbed, skip_zeros=skip_zeros, attended=attended)
+        flops += steps * work.batch * step_flops
         bytes_ += steps * step_bytes(
             model, work.batch, context, hit=hit, overhead=overhead, skip_zeros=skip_zeros, attended=attended
         )

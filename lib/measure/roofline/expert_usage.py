@@ -1,5 +1,5 @@
-"""How many distinct experts a step of a mixture-of-experts model reads: counted by hooks, or expected under uniform
-routing. Knows nothing of costs.
+"""The number of distinct experts that a step of a mixture-of-experts model reads: counted by hooks, or expected under
+uniform routing. Knows nothing about costs.
 """
 
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ from lib.models.structure.anatomy import anatomy
 
 @dataclass
 class ExpertUsage:
-    """Distinct experts of every forward pass, per block index: lists of (tokens, distinct experts)."""
+    """Experts used by forward passes: `passes` maps a block's index to a list of (tokens, distinct experts)."""
 
     passes: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
 
     def mean(self, tokens: int | None = None) -> dict[int, float]:
-        """Return the mean number of distinct experts per block, of passes with `tokens` tokens (of all where None)."""
+        """Return each block's mean number of distinct experts, over passes with `tokens` tokens (None: all passes)."""
         means = {}
         for block, passes in self.passes.items():
             counts = [distinct for size, distinct in passes if tokens is None or size == tokens]
@@ -30,7 +30,9 @@ class ExpertUsage:
 
 @contextmanager
 def counted(model: nn.Module) -> Iterator[ExpertUsage]:
-    """Count the distinct experts of every pass inside the block by hooks on the routers (third output, [tokens, k])."""
+    """Count the distinct experts of every pass inside the context, by hooks on the routers (third output,
+    [tokens, k]).
+    """
     usage = ExpertUsage()
 
     def hook(block: int):
@@ -53,5 +55,5 @@ def counted(model: nn.Module) -> Iterator[ExpertUsage]:
 
 
 def expected(count: int, top_k: int, tokens: float) -> float:
-    """Return E·(1 − (1 − k/E)^B): the distinct experts that B tokens use under uniform routing."""
+    """Return the expected number of distinct experts that B tokens use under uniform routing: E·(1 − (1 − k/E)^B)."""
     return count * (1 - (1 - top_k / count) ** tokens)

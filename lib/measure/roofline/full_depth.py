@@ -1,9 +1,11 @@
-"""From a slice to the whole model: blocks as often as the whole model has them, embeddings, norms and head once.
+"""Scales the numbers of a slice to the whole model: blocks count as often as in the whole model, embeddings, norms and
+head once.
 
-How much longer a call would take at full depth follows from a few separate calls with a clock around every block: every
-block counts for the number of blocks it stands for (`lib.models.structure.slice_depth`), everything else once. The
-judged times, taken without such clocks, are multiplied by that. The numbers are derived and never judged: caches,
-memory traffic and routing of a deep model may differ from a slice's. Knows no optimization.
+A few separate calls with a clock around every block show how many times as long a call would take at full depth: each
+block counts for the number of blocks that it represents (`lib.models.structure.slice_depth`), everything else once. The
+judged times, taken without such clocks, are multiplied by this factor. The results are derived and never judged, since
+caches, memory traffic and routing of a deep model may differ from a slice's. Knows nothing about particular
+optimizations.
 """
 
 import time
@@ -22,8 +24,8 @@ from lib.measure.timing.workloads import Workload
 from lib.models.structure import slice_depth
 from lib.models.structure.anatomy import anatomy
 
-LOOKS = 2  # calls of each arm with clocks around its blocks; their median counts
-LONG_SECONDS = 1.0  # one look at such a call is enough: the clocks' own cost is nothing beside it
+LOOKS = 2  # calls of each arm with clocks around its blocks, of which the median is used
+LONG_SECONDS = 1.0  # for calls this long one is enough: the cost of the clocks is then negligible
 METRIC_OF = {
     "prefill": "full_depth_prefill_tokens_per_second",
     "decode": "full_depth_decode_tokens_per_second",
@@ -44,10 +46,10 @@ def speed(
     looks: int = LOOKS,
     process: Sequence[int] | None = None,
 ) -> list[Measurement]:
-    """Return the rate of workload `name` at full depth, of both arms; empty where the baseline is no slice.
+    """Return the rate of workload `name` at full depth, for both arms; empty if the baseline is not a slice.
 
-    `works` are the warm workloads (baseline, optimized) of `models`; `seconds` the judged times of their calls, pair by
-    pair, `process` the process of each, where they are of several: what differs between these is in the interval.
+    `works` are the warm workloads (baseline, optimized) of `models`, `seconds` the judged times of their calls, pair by
+    pair. `process` numbers the process of each pair, if there are several: the interval then is over processes.
     """
     if slice_depth.whole(models[0]) is None or name not in METRIC_OF:
         return []
@@ -61,14 +63,14 @@ def speed(
         for arm in (0, 1) if turn % 2 else (1, 0):
             factors[arm].append(times_longer(works[arm], models[arm], counts))
     for work, count in zip(works, steps):
-        del work.step_seconds[count:]  # of calls with clocks around their blocks
+        del work.step_seconds[count:]  # steps of the calls with clocks around their blocks
     base, opt = (
         [work.tokens / (time_ * float(np.median(factor))) for time_ in times]
         for work, times, factor in zip(works, seconds, factors)
     )
     source = f"the judged times; blocks' share of them from {looks} calls with clocks around each; {_source(models[0])}"
     if alone := slice_depth.alone(models[1]):
-        source += f"; of these {len(alone)} blocks once, as no other is treated so"
+        source += f"; {len(alone)} of these blocks count once, since no other block is treated like them"
     options: dict[str, Any] = {"provenance": "derived", "samples": False, "process": process}
     return [paired_samples.from_samples(METRIC_OF[name], name, base, opt, source=source, floor=None, **options)]
 
@@ -85,7 +87,7 @@ def whole_seconds(work: Callable[[], object], model: nn.Module, counts: Sequence
 
 
 def both_seconds(work: Callable[[], object], model: nn.Module, counts: Sequence[float]) -> tuple[float, float]:
-    """Run `work` once; return the seconds that it took, and those with block i repeated `counts[i]` times."""
+    """Run `work` once; return the seconds that it took, and would take with block i repeated `counts[i]` times."""
     if prepare := getattr(work, "prepare", None):
         prepare()
     with clocks([block.module for block in anatomy(model).blocks]) as spent:
@@ -98,7 +100,7 @@ def both_seconds(work: Callable[[], object], model: nn.Module, counts: Sequence[
 
 @contextmanager
 def clocks(modules: Sequence[nn.Module]) -> Iterator[list[float]]:
-    """Yield the seconds that each module has taken, counted while the block is open."""
+    """Yield a list of the seconds that each module takes inside the context."""
     spent, began = [0.0] * len(modules), [0.0] * len(modules)
 
     def starts(index: int):
@@ -127,13 +129,13 @@ def clocks(modules: Sequence[nn.Module]) -> Iterator[list[float]]:
 
 
 def _synchronize() -> None:
-    """Wait for a GPU in use. One that a run on a CPU leaves alone is not initialized: records would then be of it."""
+    """Wait for the GPU if it is in use. A run on a CPU must not initialize it, or its records would name the GPU."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def sizes(models: tuple[nn.Module, nn.Module]) -> list[Measurement]:
-    """Return parameters, bytes of weights and cache per token at full depth; empty where the baseline is no slice."""
+    """Return parameters, weight bytes and cache bytes per token at full depth; empty if the baseline is not a slice."""
     if slice_depth.whole(models[0]) is None:
         return []
     counts = _counts(models)
@@ -147,7 +149,7 @@ def sizes(models: tuple[nn.Module, nn.Module]) -> list[Measurement]:
 
 
 def _missing(model: nn.Module, size: Callable[[nn.Module], float], counts: Sequence[float]) -> float:
-    """Return what the blocks that the slice lacks would add."""
+    """Return the size of the blocks that the slice lacks."""
     return sum(size(block.module) * (count - 1) for block, count in zip(anatomy(model).blocks, counts))
 
 
@@ -163,11 +165,12 @@ def _derived(name: str, workload: str, values: Sequence[float], baseline: nn.Mod
 
 def _source(baseline: nn.Module) -> str:
     held, whole = len(anatomy(baseline).blocks), len(slice_depth.whole(baseline) or ())
-    return f"each block of the slice's {held} as often as its kind among the whole model's {whole}, all else once"
+    kinds = f"each of the slice's {held} blocks counts as often as its kind among the whole model's {whole}"
+    return f"{kinds}, everything else once"
 
 
 def _counts(models: Sequence[nn.Module]) -> list[float] | str:
-    """Return how many blocks each block stands for, in both arms, or why that is unknown."""
+    """Return how many blocks each block represents, in both arms, or the reason why that is unknown."""
     counts = slice_depth.stands_for(models[0], slice_depth.alone(models[1]))
     if isinstance(counts, str):
         return counts

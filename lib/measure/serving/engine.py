@@ -1,7 +1,7 @@
 """A real model as the engine of the server loop (`lib.measure.serving.server`), timed call by call.
 
-All rows share one cache (`lib.models.decoding.batch_cache`); decoding is greedy, lengths are forced, and the tokens of
-every request are stored. Knows nothing of queues, policies or objectives.
+All rows share one cache (`lib.models.decoding.batch_cache`). Decoding is greedy, lengths are fixed, and the tokens of
+every request are stored. Knows nothing about queues, policies or objectives.
 """
 
 import time
@@ -20,11 +20,11 @@ from lib.models.tasks import retrieval
 
 
 class ModelEngine:
-    """Serves requests with `model`; `prompt_of(request)` gives the ids [T] of its prompt.
+    """Serves requests with `model`; `prompt_of(request)` returns the token ids [T] of the request's prompt.
 
-    `kept` is the cache of the tokens with which all longer prompts begin (prefix caching): a row of its own, copied and
-    never changed. `output` maps a request's id to its token ids so far. `limit_bytes`, where given, is checked against
-    the cache's real bytes after every call: a broken memory bound is an error, not a statistic.
+    `kept` is the cache of the tokens with which all longer prompts begin (prefix caching): a separate row that is
+    copied and never changed. `output` maps a request's id to its token ids so far. If `limit_bytes` is given, the
+    cache's real bytes are compared with it after every call: exceeding the bound is an error, not a statistic.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class ModelEngine:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all rows and all output."""
+        """Remove all rows and all output."""
         self.rows: batch_cache.Rows | None = None
         self.reading: dict[int, batch_cache.Rows] = {}
         self.ids: list[int] = []
@@ -50,11 +50,11 @@ class ModelEngine:
 
     @property
     def bytes(self) -> int:
-        """Bytes that the cache holds now, that of prompts which are read in parts included."""
+        """Bytes that the cache holds now, including the caches of prompts that are being read in parts."""
         return (self.rows.bytes if self.rows is not None else 0) + sum(row.bytes for row in self.reading.values())
 
     def prefill(self, requests: Sequence[ServingRequest]) -> float:
-        """Read the prompts together and let their rows join; return the seconds it took."""
+        """Read the prompts together and add their rows to the batch; return the seconds it took."""
         groups = grouped(requests, 0 if self.kept is None else self.kept.length)
         prompts = {kept: [self.prompt_of(request)[kept:] for request in group] for kept, group in groups.items()}
         start = time.perf_counter()
@@ -64,7 +64,7 @@ class ModelEngine:
         return self._since(start)
 
     def _join(self, requests: Sequence[ServingRequest], joining: batch_cache.Rows) -> None:
-        """Let rows whose prompts have been read join those under way."""
+        """Add the rows of `requests`, whose prompts have been read, to the running batch."""
         first = joining.token_B.tolist()
         self.rows = joining if self.rows is None else batch_cache.join(self.rows, joining)
         for request, token in zip(requests, first):
@@ -73,7 +73,7 @@ class ModelEngine:
             self.lengths[request.id] = request.new_tokens
 
     def decode(self) -> float:
-        """Produce one token of every row; return the seconds it took. Raises RuntimeError where there are no rows."""
+        """Decode one token of every row; return the seconds it took. Raises RuntimeError if there are no rows."""
         if self.rows is None:
             raise RuntimeError("there are no rows to decode")
         start = time.perf_counter()
@@ -86,9 +86,10 @@ class ModelEngine:
                 self.output[request].append(token)
 
     def shared(self, parts: Sequence[tuple[ServingRequest, int]]) -> float:
-        """Decode a token of every row and read so many further tokens of each prompt; return the seconds it took.
+        """Decode a token of every row and read the given number of further tokens of each prompt; return the seconds
+        it took.
 
-        The two are passes of their own, one after the other: a padded cache has no room for both in one.
+        These are separate passes, one after the other: a padded cache has no room for both in one pass.
         """
         prompts = [self.prompt_of(request) for request, _ in parts]
         start = time.perf_counter()
@@ -107,7 +108,7 @@ class ModelEngine:
         return self._since(start)
 
     def leave(self, ids: Sequence[int]) -> float:
-        """Take rows out of the batch; return the seconds it took."""
+        """Remove the rows of the requests `ids` from the batch; return the seconds it took."""
         start, gone = time.perf_counter(), set(ids)
         stay = [index for index, request in enumerate(self.ids) if request not in gone]
         self.ids = [self.ids[index] for index in stay]
@@ -123,9 +124,9 @@ class ModelEngine:
 
 
 def prompts(loaded: Loaded, longest: int, seed: int = 0) -> Callable[[ServingRequest], torch.Tensor]:
-    """Return the function that gives a request its prompt: held-out text of the model's corpus.
+    """Return a function from a request to its prompt, ids [T] of held-out text of the model's corpus.
 
-    Its place in the text depends on the request's id and `seed` alone. With random weights the tokens are random.
+    The place in the text depends only on the request's id and `seed`. With random weights the tokens are random.
     """
     windows = max(2, min(64, 65536 // max(1, longest)))
     stream_T = retrieval.text_windows(loaded, "final", windows, max(2, longest), seed).flatten().cpu()

@@ -1,11 +1,11 @@
-"""The setup that all policies share, and traffic by a rule: rates are shares of the measured capacity, so that a trace
-means the same on every machine; which shares and seeds is fixed here, before anything is served.
+"""The setup that all policies share, and its traffic: rates are shares of the measured capacity, so that a trace means
+the same on every machine. Shares and seeds are fixed here, before anything is served.
 
-The changing trace goes from half of the capacity for chats beyond it, to documents beyond their capacity, and back:
-only beyond capacity does it matter how many are served together. A second one stays within capacity throughout. Every
-trace begins with a warm-up at the load of its first phase, which is served and not counted. Policies are passed in as
-functions that make a new one; this module knows none. `goodput_of`, `averaged` and `mean_measurement` serve every
-comparison.
+The changing trace goes from half of the capacity for chats to beyond it, then to documents beyond their capacity, and
+back: only beyond capacity does it matter how many requests are served together. A second trace stays within capacity.
+Every trace begins with a warm-up at the load of its first phase, which is served but not counted. Policies are passed
+as functions that create them; this module knows no particular policy. `goodput_of`, `averaged` and `mean_measurement`
+are shared by all comparisons.
 """
 
 import math
@@ -30,15 +30,15 @@ from lib.models.loading import Loaded
 from lib.models.tasks import tasks
 
 CHAT, DOCUMENTS = Lengths(32, 48), Lengths(384, 16)
-# At real dimensions a step takes up to seconds, and its time grows with the context: slowly at first, where weights are
-# most of what is read, then in proportion. Fewer points are timed, most of them at short contexts.
+# At real dimensions a step takes up to seconds, and its time grows with the context: slowly while weights dominate the
+# bytes read, then in proportion. Fewer points are timed, most of them at short contexts.
 AT_REAL_SIZE: dict[str, Any] = {"rows_measured": (1, 2, 4, 8, 16, 32), "prompt_tokens": 512}
 AT_A_PREVIEW: dict[str, Any] = {"rows_measured": step_timing.FEW_ROWS, "prompt_tokens": 512, "again": 0}
-CONSTANT_SHARES = (0.4, 0.7, 0.9, 1.1)  # of capacity; the last one lies beyond it
-BEYOND, WITHIN = (0.5, 1.2, 1.2, 0.5), (0.4, 0.8, 0.8, 0.4)  # of capacity, phase by phase
-WARM_UP_SHARE, LEAST_WARM_UP = 0.25, 8  # of a phase's requests that come first and do not count; at least so many
-NEW_JITTER = 7919  # that of the A/A control: the same trace with other jitter
-JITTER_STEP = 10**6  # between the seeds of two jitters of a trace, so that no trace meets those of its neighbours
+CONSTANT_SHARES = (0.4, 0.7, 0.9, 1.1)  # of capacity; the last is beyond it
+BEYOND, WITHIN = (0.5, 1.2, 1.2, 0.5), (0.4, 0.8, 0.8, 0.4)  # shares of capacity, by phase
+WARM_UP_SHARE, LEAST_WARM_UP = 0.25, 8  # requests of the warm-up: this share of a phase's, but at least this many
+NEW_JITTER = 7919  # for the A/A control: the same trace with other jitter
+JITTER_STEP = 10**6  # between the seeds of two jitters of a trace, so that traces never share a seed
 PHASES = ("warm-up", "chats", "more chats", "documents", "chats")
 PARAMETERS = {"rows": (1, 4096), "prompt tokens": (1, 131072), "new tokens": (1, 131072)}
 
@@ -48,8 +48,8 @@ Factory = TypeVar("Factory")
 
 @dataclass(frozen=True)
 class ServingSetup:
-    """What all policies share: measured step times, objectives, limits, batching, and the two kinds of request; `kept`
-    first tokens of longer prompts, which all of them share, need not be read (prefix caching).
+    """What all policies share: measured step times, objectives, limits, batching, and the two kinds of requests. The
+    first `kept` tokens, common to all longer prompts, need not be read (prefix caching).
     """
 
     times: StepTimes
@@ -72,13 +72,12 @@ class ServingSetup:
         return max(kind.longest for kind in self.kinds.values())
 
     def capacity(self, lengths: Lengths) -> tuple[float, int]:
-        """Return (requests per second, batch) that requests of these lengths allow at most; (0, 0) where none do."""
+        """Return the capacity for requests of these lengths as (requests per second, batch); (0, 0) for none."""
         return self.times.capacity(lengths, self.objective.token_seconds, self.limits.rows)
 
     def run(self, trace: Trace, policy: Policy, jitter: int = 0) -> Served:
-        """Serve `trace` in simulation. Step times are drawn again for each seed (`StepTimes.resampled`), and so is the
-        jitter: policies on one trace meet the same ones, and runs of several seeds differ by what the calibration does
-        not know.
+        """Serve `trace` in simulation. Step times (`StepTimes.resampled`) and jitter are drawn by seed: policies on the
+        same trace meet the same ones, and runs with several seeds differ by the uncertainty of the calibration.
         """
         seed = seed_of(trace, jitter)
         options: dict[str, Any] = {"seed": seed, "batching": self.batching, "kept": self.kept}
@@ -90,7 +89,7 @@ class ServingSetup:
 
 
 def seed_of(trace: Trace, jitter: int) -> int:
-    """Return the seed of the step times and of the jitter with which a trace is served in simulation."""
+    """Return the seed of step times and jitter for serving `trace` in simulation."""
     return trace.seed + JITTER_STEP * jitter
 
 
@@ -116,11 +115,12 @@ def prepare(
 ) -> ServingSetup:
     """Time the real model's steps and return the setup that all policies share.
 
-    chat, documents: mean tokens of prompt and answer. The cache is bounded by `cache_mib`, or, where that is 0, by
-    `cache_share` of what `rows` of the longest requests would take, and then at what one of them takes at least: a
-    smaller one would refuse requests for good. Objectives: in ms, or, where 0, as factors. Requests that can no longer
-    meet the first-token objective are served after the others. At a `preview` the fewest points are timed, and once.
-    Raises UserError for a value out of range, a `cache_mib` without room for the longest request included.
+    `chat` and `documents` are the mean tokens of (prompt, answer). The cache is bounded by `cache_mib` or, if that is
+    0, by the share `cache_share` of the cache that `rows` of the longest requests would take, but at least by that of
+    one such request: with less, requests would be refused forever. Objectives are in ms or, if 0, given by factors.
+    Requests that can no longer meet the first-token objective are served after the others. A `preview` times the fewest
+    points, once each. Raises UserError for a value out of range, including a `cache_mib` that is too small for the
+    longest request.
     """
     if not 0 < cache_share <= 1:
         raise UserError(f"serving: cache_share {cache_share}; expected 0 < cache_share <= 1")
@@ -145,9 +145,9 @@ def prepare(
 
 
 def _bound(cache_mib: float, requests: float, longest: int, bytes_per_token: float) -> float:
-    """Return the cache's bound in bytes: `cache_mib`, or, where that is 0, room for so many of the longest requests.
+    """Return the cache's bound in bytes: `cache_mib` or, if that is 0, room for `requests` of the longest requests.
 
-    Raises UserError where not one of them fits: it would be refused whatever a policy does.
+    Raises UserError if not even one of them fits: it would be refused under every policy.
     """
     size = cache_mib * 2**20 or requests * longest * bytes_per_token
     if size < longest * bytes_per_token:
@@ -160,8 +160,8 @@ def _bound(cache_mib: float, requests: float, longest: int, bytes_per_token: flo
 
 
 def slowness(loaded: Loaded, setup: ServingSetup, seed: int = 0, *, preview: bool = False) -> Callable[[], float]:
-    """Return what tells by how much the machine is slower than when the setup's step times were measured; on a device
-    that is as fast in every call it is near 1. At a `preview`, as at real size, every call is made once.
+    """Return a function that measures how many times slower the machine is than when the setup's step times were
+    measured; near 1 on a device of constant speed. In a `preview`, and at real size, every call runs once.
     """
     text_T, most = _text(loaded, setup.longest, seed), AT_REAL_SIZE["prompt_tokens"]
     once = preview or loaded.scale != "proxy"
@@ -170,7 +170,7 @@ def slowness(loaded: Loaded, setup: ServingSetup, seed: int = 0, *, preview: boo
 
 
 def _text(loaded: Loaded, longest: int, seed: int) -> torch.Tensor:
-    """Return the text that is read when steps are timed, [T]: four times the longest context."""
+    """Return the text for timing steps, ids [T], four times as long as the longest context."""
     return tasks.text_windows(loaded, "final", 4, longest, seed).flatten()
 
 
@@ -189,7 +189,7 @@ def _check(name: str, value: int) -> None:
 
 
 def facts(setup: ServingSetup) -> list[dict[str, object]]:
-    """Return a row per kind of request: what it takes alone, what capacity allows, whether objectives can be met."""
+    """Return a row per kind of request: its times alone, the capacity, and whether the objectives can be met."""
     rows: list[dict[str, object]] = []
     for name, lengths in setup.kinds.items():
         alone, (rate, batch) = Single.of(setup.times, lengths), setup.capacity(lengths)
@@ -206,8 +206,8 @@ NAMES = (*CONSTANT, "bursty", "load step", "change of lengths", "changing", "cha
 
 
 def trace(setup: ServingSetup, name: str, requests: float, seed: int) -> Trace:
-    """Return one of the traces `NAMES`, about `requests` requests in each phase after the warm-up. Rates follow from
-    the capacity.
+    """Return the trace called `name` (one of `NAMES`), with about `requests` requests in each phase after the warm-up.
+    Rates follow from the capacity.
     """
     chat, documents = setup.capacity(setup.chat)[0], setup.capacity(setup.documents)[0]
     plans = {f"constant {share:g}": [(share * chat, setup.chat)] for share in CONSTANT_SHARES}
@@ -232,9 +232,9 @@ def traces(setup: ServingSetup, name: str, requests: float, seeds: Sequence[int]
 
 
 def requests_in(setup: ServingSetup, name: str, seconds: float) -> float:
-    """Return how many requests each phase must have for a trace of so many seconds, the warm-up included."""
+    """Return how many requests each phase must have for a trace of `seconds`, including the warm-up."""
     requests = 100.0
-    for _ in range(4):  # the warm-up has a least number of requests, so it is not quite in proportion
+    for _ in range(4):  # not quite proportional, since the warm-up has a least number of requests
         phases = trace(setup, name, requests, 0).phases
         if not all(phase.rate for phase in phases):
             return seconds
@@ -251,14 +251,14 @@ def _plan(setup: ServingSetup, shares: Sequence[float], chat: float, documents: 
 
 
 def averaged(rows: Sequence[Mapping[str, float | None]], keys: Sequence[str]) -> dict[str, float | None]:
-    """Return the mean of each key over the rows that have a value; None where no row has one."""
+    """Return the mean of each key over the rows that have a value; None if no row has one."""
     known = {key: [value for row in rows if (value := row[key]) is not None] for key in keys}
     return {key: float(np.mean(values)) if values else None for key, values in known.items()}
 
 
 def in_every(rows: Sequence[Mapping[str, float | None]], key: str) -> float | None:
-    """Return the mean of a key over the rows; None where one of them has no value, as of a percentile that is infinite
-    there: the mean of the others would be that of the runs that went well.
+    """Return the mean of a key over the rows; None if a row has no value (such as an infinite percentile), since the
+    mean of the others would only cover the runs that went well.
     """
     return averaged(rows, (key,))[key] if all(row[key] is not None for row in rows) else None
 
@@ -270,10 +270,10 @@ def goodput_of(
     workload: str,
     source: str,
 ) -> Measurement:
-    """Return the simulated goodput of two arms, trace by trace; `goodputs(arm, jitter)` serves all traces with an arm.
+    """Return the simulated goodput of two arms, paired by trace; `goodputs(arm, jitter)` serves all traces with an arm.
 
-    The noise floor is the baseline on the same traces with other jitter. Informative only where an arm served no
-    request within the objectives: then there is no ratio.
+    The noise floor comes from the baseline on the same traces with other jitter. The result is informative if an arm
+    served no request within the objectives, since there is no ratio then.
     """
     metric = "goodput_requests_per_second"
     arms = [goodputs(arm, 0) for arm in (baseline, optimized)]
@@ -301,10 +301,9 @@ def mean_measurement(
     reasons: tuple[str, str],
     n: int | None = None,
 ) -> Measurement:
-    """Return the means of two arms over the runs that have a value, simulated, not judged.
+    """Return the simulated means of two arms over the runs that have a value, not judged.
 
-    `reasons` say why there is no number: where neither arm has one, and where one of them has none. There is no ratio
-    to a baseline of 0.
+    `reasons` are the reasons why a number is missing: (in both arms, in one arm). There is no ratio to a baseline of 0.
     """
     known = [[value for value in arm if value is not None] for arm in arms]
     baseline, optimized = (float(np.mean(values)) if values else None for values in known)

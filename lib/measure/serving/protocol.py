@@ -1,5 +1,5 @@
 """The interface between a server, its policy, its engine and its clock: requests and their outcomes, steps, decisions,
-limits. Plain data and the methods that each side has; nothing here acts.
+limits. Contains only plain data and protocols.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ MOST_ROWS = 32
 
 @dataclass(frozen=True)
 class Limits:
-    """What the server can hold, and for how long a request keeps its place in the queue; the same for every policy.
+    """The server's capacity, and how long a request keeps its place in the queue; the same for every policy.
 
-    rows: at once; cache_bytes: of cache at `bytes_per_token` (None: no bound). A request that has waited for more than
-    `patience_seconds` is served after all others (None: never), as by a server whose clients have given up (Triton's
-    queue policy, time-out action DELAY).
+    `rows` is the largest number of rows at once, `cache_bytes` the largest cache, at `bytes_per_token` (None: no
+    bound). A request that has waited longer than `patience_seconds` is served after all others (None: no limit), as by
+    a server whose clients have given up (Triton's queue policy, time-out action DELAY).
     """
 
     rows: int = MOST_ROWS
@@ -28,14 +28,14 @@ class Limits:
 
 
 def kept_of(request: ServingRequest, kept: int) -> int:
-    """Return how many tokens of a prompt need not be read, where the cache of the first `kept` ones, which all longer
-    prompts share, is kept (prefix caching); at least one token is always read.
+    """Return how many tokens of a prompt need not be read because their cache is kept (prefix caching): `kept`, which
+    all longer prompts share, or 0 for a shorter prompt. At least one token is always read.
     """
     return kept if request.prompt_tokens > kept else 0
 
 
 def grouped(requests: Sequence[ServingRequest], kept: int) -> dict[int, list[ServingRequest]]:
-    """Return the requests by `kept_of`, in order: a pass reads prompts that have as many tokens behind them."""
+    """Return the requests grouped by `kept_of`, in order: one pass reads prompts with equally many cached tokens."""
     groups: dict[int, list[ServingRequest]] = {}
     for request in requests:
         groups.setdefault(kept_of(request, kept), []).append(request)
@@ -44,9 +44,9 @@ def grouped(requests: Sequence[ServingRequest], kept: int) -> dict[int, list[Ser
 
 @dataclass
 class RequestOutcome:
-    """The outcome of a request; times in seconds of the trace, None for a stage that was not reached.
+    """The outcome of a request. Times are in seconds of the trace, None for a stage that was not reached.
 
-    `last` is the second of its newest token, `read` how many tokens of its prompt have been read.
+    `last` is the time of its newest token, `read` the number of tokens of its prompt that have been read.
     """
 
     request: ServingRequest
@@ -76,10 +76,11 @@ class RequestOutcome:
 
 
 class ServerStep(NamedTuple):
-    """One call of the engine: `prefill`, `decode`, `shared` or `leave` of `batch` rows; or work `aside` from them.
+    """One call of the engine: `prefill`, `decode`, `shared` or `leave` of `batch` rows; or other work (`aside`).
 
-    `tokens` is the longest prompt of a prefill, else the longest context. `waiting`, `running`: rows then. `read`: the
-    prompt tokens that a shared step read beside decoding `batch` rows.
+    `tokens` is the longest prompt of a prefill, else the longest context. `waiting` counts requests in the queue and
+    `running` rows at the time of the step. `read` counts the prompt tokens that a shared step read while it decoded
+    `batch` rows.
     """
 
     start: float
@@ -94,9 +95,9 @@ class ServerStep(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """What a policy sees. `waiting`: the requests still in time, or the late ones where there are no others; `room`:
-    how many from its head the limits would admit now; `context`: the longest of the rows under way, in tokens;
-    `reading`: the admitted whose prompts are read in parts and not through yet.
+    """What a policy sees. `waiting` holds the queued requests that are still in time, or the late ones if there are no
+    others. `room` is how many from its head the limits would admit now. `context` is the longest context of the running
+    rows, in tokens. `reading` holds the admitted requests whose prompts are being read in parts.
     """
 
     now: float
@@ -109,16 +110,17 @@ class View:
 
     @property
     def rows(self) -> int:
-        """Rows that are taken: those that decode, and those whose prompts are being read."""
+        """Number of occupied rows: those that decode, and those whose prompts are being read."""
         return len(self.running) + len(self.reading)
 
 
 @dataclass(frozen=True)
 class Decision:
-    """How many to admit from the head of the queue; with 0 and nothing running, decide again at `wait_until`.
+    """How many requests to admit from the head of the queue. With 0 and nothing running, the policy decides again at
+    `wait_until`.
 
-    `chunk`: where rows are under way, read the prompts in parts of at most so many tokens, each in one step with a
-    token of every row (None: at once, while the rows stand still). It holds until the next decision.
+    `chunk`: while rows are running, read prompts in parts of at most this many tokens, each in a step that also decodes
+    a token of every row (None: at once, while the rows wait). It holds until the next decision.
     """
 
     admit: int
@@ -127,7 +129,7 @@ class Decision:
 
 
 class Policy(Protocol):
-    """Decides while requests wait and rows may join (`decide`), and is shown every step (`observe`)."""
+    """Decides when requests wait and rows may join (`decide`), and receives every step (`observe`)."""
 
     @property
     def name(self) -> str: ...
@@ -138,10 +140,10 @@ class Policy(Protocol):
 
 
 class Engine(Protocol):
-    """Serves rows; every method but `clear` returns the seconds it took, `bytes` is what the cache holds.
+    """Serves rows. Every method except `clear` returns the seconds that it took; `bytes` is the size of the cache.
 
-    `shared` decodes a token of every row and reads so many further tokens of each prompt named; a prompt that is read
-    to its end joins the rows with its first token.
+    `shared` decodes a token of every row and reads the given number of further tokens of each given prompt. A prompt
+    that has been read completely joins the rows with its first token.
     """
 
     @property
@@ -159,7 +161,7 @@ class Engine(Protocol):
 
 
 class Clock(Protocol):
-    """Tells the second of the trace; `advance` is for the seconds of work, `wait_until` for idle time."""
+    """Gives the time in seconds of the trace; `advance` adds the seconds of work, `wait_until` passes idle time."""
 
     def now(self) -> float: ...
 
@@ -170,9 +172,9 @@ class Clock(Protocol):
 
 @dataclass
 class Served:
-    """One run: an outcome per request, every step, and whether the server fell behind for good (`saturated`).
+    """One run: an outcome per request, all steps, and whether the server fell behind for good (`saturated`).
 
-    `gaps`: seconds between two tokens of a row, of the requests that count.
+    `gaps` holds the seconds between successive tokens of a row, for requests after the warm-up.
     """
 
     trace: Trace

@@ -1,11 +1,11 @@
-"""The real model behind the server loop: traces replayed step by step, arms in turn, and what follows from them.
+"""Replays traces with the real model behind the server loop, step by step and arms in turn, and measures the replays.
 
-Every round serves one trace with every arm. The model makes every step, and a step counts the time that it took; idle
-waiting is skipped. The arms take turns within the trace, so that a slow spell of the machine falls on all of them; the
-rounds have different traces. Rates and objectives are those of a machine as fast as it was when step times were
-measured: where it is slower when a round begins, the round's seconds are divided by how much, or the same trace would
-be another share of its capacity. Goodput, latency, energy and the cache's peak are all read on these replays, so they
-describe the same traffic. Knows no policy: the caller passes in functions that make a new one.
+Every round serves one trace with every arm. The model runs every step, which takes its measured time; idle waiting is
+skipped. The arms take turns within the trace, so that a slow phase of the machine affects all of them; each round has
+its own trace. Rates and objectives assume the machine's speed at the time when step times were measured. If the machine
+is slower when a round begins, the round's seconds are divided by that factor; otherwise the same trace would be another
+share of its capacity. Goodput, latency, energy and the cache's peak are all measured on these replays, so they describe
+the same traffic. Knows nothing about particular policies: the caller passes functions that create them.
 """
 
 import random
@@ -33,23 +33,23 @@ from lib.measure.trackers.energy_source import Counter
 
 PromptOf = Callable[[ServingRequest], torch.Tensor]
 WORKLOAD = "serve, real model"
-REPEATED_SHARE = 0.5  # of as many rounds as there are: so many disturbed ones are served again, at most
+REPEATED_SHARE = 0.5  # at most this share of the number of rounds is served again because of disturbances
 LEAST_COUNTED = 15  # requests in a replay, on average: goodput is a count
-LATENCIES = {  # means or percentiles of a replay, by metric; the tail too, where a policy lets some requests wait
+LATENCIES = {  # means or percentiles of a replay, by metric; with the tail, since policies may let some requests wait
     "latency_p50_ms": "latency p50",
     "latency_p95_ms": "latency p95",
     "time_to_first_token_ms": "first token p50",
     "time_per_output_token_ms": "time per output token",
 }
-SHARED = "the other process, let in on purpose, takes energy too, and the counter reads the whole processor"
-BLURRED = "arms take turns step by step, and the GPU's counter moves too seldom to tell whose step took the energy"
-# Why the cache's peak is not judged: builds of one commit chose 4 and 8 rows, and found it larger and smaller.
-FOLLOWS_THE_CHOICE = "it follows from the chosen size and the schedule, where noise decides between some as good"
+SHARED = "the other process, started on purpose, uses energy too, and the counter reads the whole processor"
+BLURRED = "arms take turns step by step, and the GPU's counter updates too rarely to assign energy to a step"
+# Why the cache's peak is not judged: builds of one commit chose 4 and 8 rows, and the peak was larger and smaller.
+FOLLOWS_THE_CHOICE = "it follows from the chosen size and the schedule, where noise decides between equally good ones"
 
 
 def warm_up(engine: ModelEngine, trace: Trace) -> None:
-    """Serve two requests that are not timed: the first calls of a shape cost more. They are served together whether or
-    not the cache's bound has room for both, which a server would never do: it does not hold here.
+    """Serve two requests together, untimed, because the first calls of a shape are slower. The cache's bound is lifted
+    meanwhile, since it may not have room for both.
     """
     if trace.requests:
         bound, engine.limit_bytes = engine.limit_bytes, None
@@ -74,36 +74,38 @@ def in_turn(
     slowness: Callable[[], float] | None = None,
     repeated_share: float = REPEATED_SHARE,
 ) -> ServingRounds:
-    """Replay every trace under every arm, a new policy each time, all arms at the same moment of the trace
-    (`lib.measure.serving.replaying.turns`). `slowness` is asked before every round: by how much the machine is slower
-    than when rates and objectives were set. A round in which other programs took the processor is served again, with
-    new policies; `repeated_share` of as many as there are rounds, at most. Raises RuntimeError if a cache ever outgrows
-    its bound.
+    """Replay every trace under every arm, with a new policy each time, all arms at the same moment of the trace
+    (`lib.measure.serving.replaying.turns`).
+
+    `slowness` is called before every round and returns how many times slower the machine is than when rates and
+    objectives were set. A disturbed round is served again with new policies; at most `repeated_share` × the number of
+    rounds. Raises RuntimeError if a cache outgrows its bound.
     """
     counter = energy_source.counter(device)
     runs: dict[str, list[Replayed]] = {name: [] for name in arms}
-    slower: list[float] = []
+    factors: list[float] = []
     repeated = 0
     others = counter.beside() if counter.beside else None
 
     def round_of(trace: Trace, names: Sequence[str]) -> tuple[dict[str, Replayed], float]:
-        by = slowness() if slowness else 1.0
+        factor = slowness() if slowness else 1.0
         engines = {name: ModelEngine(model, prompt_of, limits.cache_bytes) for name in names}
         policies = {name: arms[name]() for name in names}
-        return _together(trace, engines, policies, limits, batching, counter, by), by
+        return _together(trace, engines, policies, limits, batching, counter, factor), factor
 
     for index, trace in enumerate(traces):
         names = list(arms)
         random.Random(seed + index).shuffle(names)
-        served, by = round_of(trace, names)
+        served, factor = round_of(trace, names)
         while repeated < int(repeated_share * len(traces)) and any(run.disturbed for run in served.values()):
             repeated += 1
-            served, by = round_of(trace, names)
-        slower += [by] if slowness else []
+            served, factor = round_of(trace, names)
+        factors += [factor] if slowness else []
         for name, run in served.items():
             runs[name].append(run)
-    told: dict[str, Any] = {"slowness": tuple(slower), "repeated": repeated, "shared": others() if others else None}
-    return ServingRounds(tuple(traces), runs, counter, stepwise=True, **told)
+    shared = others() if others else None
+    options: dict[str, Any] = {"slowness": tuple(factors), "repeated": repeated, "shared": shared}
+    return ServingRounds(tuple(traces), runs, counter, stepwise=True, **options)
 
 
 def _together(
@@ -145,8 +147,8 @@ def replayed(
     disturbed: str | None,
     counter: Counter | None,
 ) -> Replayed:
-    """Return the replay of one arm. What its policy's thinking took is part of its seconds, and of its joules where
-    these are an estimate from seconds: a counter moves too seldom to tell it.
+    """Return the replay of one arm. Its seconds include the policy's own computation, and so do its joules if they are
+    an estimate from seconds; a counter updates too rarely for that.
     """
     wall, busy = (getattr(engine, name) + getattr(policy, name) for name in ("wall_seconds", "cpu_seconds"))
     joules = engine.joules
@@ -162,8 +164,8 @@ def replayed(
 def goodput(
     rounds: ServingRounds, objective: Objectives, baseline: str, again: str, optimized: str, workload: str = WORKLOAD
 ) -> Measurement:
-    """Return the goodput of two arms, round by round; `again` is the baseline replayed a second time in every round,
-    the noise floor.
+    """Return the goodput of two arms, paired by round. `again` is the baseline replayed a second time in every round,
+    for the noise floor.
     """
     arms = [[slo.goodput(run, objective) for run in rounds.served(name)] for name in (baseline, optimized, again)]
     judged = _judged("goodput_requests_per_second", workload, arms, rounds.source, disturbed=rounds.busy)
@@ -177,8 +179,8 @@ def goodput(
 def control(
     rounds: ServingRounds, objective: Objectives, baseline: str, again: str, workload: str = WORKLOAD
 ) -> Measurement:
-    """Return the goodput of two arms that are the same, judged by the variance between processes that other runs
-    showed, not by its own deviation, so that it can fail; on a busy machine it is judged as little as the arms are.
+    """Return the goodput of two equal arms. It is judged by the variance between processes of other runs, not by its
+    own deviation, so that it can fail. On a busy machine it is not judged, like the arms.
     """
     arms = [[slo.goodput(run, objective) for run in rounds.served(name)] for name in (baseline, again, baseline)]
     return _judged("goodput_requests_per_second", workload, arms, rounds.source, disturbed=rounds.busy)
@@ -187,7 +189,7 @@ def control(
 def costs(
     rounds: ServingRounds, baseline: str, again: str, optimized: str, workload: str = WORKLOAD
 ) -> list[Measurement]:
-    """Return the cache's peak (without a verdict), processor seconds and joules per token of the same replays."""
+    """Return the cache's peak (without a verdict), CPU seconds and joules per token of the same replays."""
     names = (baseline, optimized, again)
     peaks = [[float(run.served.peak_bytes) for run in rounds.runs[name]] for name in names]
     peak = _judged("kv_cache_peak_bytes", workload, peaks, rounds.source, process_sigma=0.0)
@@ -197,7 +199,7 @@ def costs(
 
 
 def _joules(rounds: ServingRounds, names: Sequence[str], workload: str) -> Measurement:
-    """Return the joules per token of the replays; judged where a counter told them, those of the arms alone."""
+    """Return the joules per token of the replays; judged if a counter measured them, and only those of the arms."""
     metric, source = "energy_joules_per_token", f"{rounds.counter.scope}; {rounds.source}"
     spent = [[_per_token(run.joules, run) for run in rounds.runs[name]] for name in names]
     known = [[value for value in arm if value is not None] for arm in spent]
@@ -215,14 +217,14 @@ def _joules(rounds: ServingRounds, names: Sequence[str], workload: str) -> Measu
 
 
 def _cpu_seconds(rounds: ServingRounds, names: Sequence[str], workload: str, counted: bool) -> Measurement:
-    """Return the processor seconds per token of the replays; judged where no counter tells joules (`counted`), unless
-    the work was a GPU's.
+    """Return the CPU seconds per token of the replays; judged if no counter measured joules (`counted`), unless a GPU
+    did the work.
     """
     samples = [[_per_token(run.cpu_seconds, run) or 0.0 for run in rounds.runs[name]] for name in names]
     seconds = energy.cpu_seconds(*samples, workload=workload, source=rounds.source, counted=counted)
     if counted or rounds.counter.kind != "nvml" or seconds.verdict == "unavailable":
         return seconds
-    return measurement.unjudged(seconds, "a GPU does the work, and this is the time of the processor beside it")
+    return measurement.unjudged(seconds, energy.BESIDE_A_GPU)
 
 
 def _per_token(amount: float | None, run: Replayed) -> float | None:
@@ -230,12 +232,12 @@ def _per_token(amount: float | None, run: Replayed) -> float | None:
 
 
 def _judged(metric: str, workload: str, arms: Sequence[Sequence[float]], source: str, **options: Any) -> Measurement:
-    """Return a measurement from (baseline, optimized, baseline again), round by round; not judged where one is 0: what
-    disturbed the rounds is said all the same, since it withholds what else was timed in them.
+    """Return a measurement of (baseline, optimized, baseline again), paired by round. It is not judged if a value is 0;
+    a disturbance is still stated, since it withholds the other timed verdicts of these rounds.
     """
     if min(map(min, arms), default=0.0) <= 0:
         first, second = (float(np.mean(arm)) for arm in arms[:2])
-        reason = "a replay has none, so there is no ratio of every round"
+        reason = "the value of a replay is 0, so not every round has a ratio"
         fields: dict[str, Any] = {"n": len(arms[0]), "reason": reason}
         if busy := options.get("disturbed"):
             reason = f"{BUSY}: {busy[-1]}, in {len(busy)} of {len(arms[0])} rounds; {reason}"
@@ -248,9 +250,9 @@ def _judged(metric: str, workload: str, arms: Sequence[Sequence[float]], source:
 def latencies(
     rounds: ServingRounds, objective: Objectives, baseline: str, again: str, optimized: str, workload: str = WORKLOAD
 ) -> list[Measurement]:
-    """Return the latencies of two arms, round by round; `again` is the baseline replayed a second time in every round,
-    the noise floor. Not judged where a request of a replay did not finish: what it would have taken per token is not
-    known, and an arm that leaves out its slow requests would look fast.
+    """Return the latencies of two arms, paired by round. `again` is the baseline replayed a second time in every round,
+    for the noise floor. Not judged if a request of a replay did not finish: its time per token is then unknown, and an
+    arm that leaves out its slow requests would look fast.
     """
     names = (baseline, optimized, again)
     arms = [[slo.summary(run, objective) for run in rounds.served(name)] for name in names]
@@ -273,8 +275,8 @@ def latencies(
 def described(
     rounds: ServingRounds, objective: Objectives, baseline: str, optimized: str, workload: str = WORKLOAD
 ) -> list[Measurement]:
-    """Return goodput's share, tail between tokens, mean batch and CPU share of two arms: means over the rounds, not
-    judged.
+    """Return goodput share, p99 time between tokens, mean batch and CPU utilisation of two arms: means over the rounds,
+    not judged.
     """
     names = {
         "goodput_share": ("goodput share", 1),
@@ -290,9 +292,9 @@ def described(
         else:
             values = scale * first, scale * second
             results.append(measurement.informative(metric, workload, *values, rounds.source, n=len(rounds.traces)))
-    own, other = (float(np.mean([run.utilisation for run in rounds.runs[name]])) for name in (baseline, optimized))
-    by = f"user + system time over wall time, {rounds.source}"
-    return [*results, measurement.informative("cpu_utilisation", workload, own, other, by, n=len(rounds.traces))]
+    base, opt = (float(np.mean([run.utilisation for run in rounds.runs[name]])) for name in (baseline, optimized))
+    source = f"user + system time over wall time, {rounds.source}"
+    return [*results, measurement.informative("cpu_utilisation", workload, base, opt, source, n=len(rounds.traces))]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -306,7 +308,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def same_tokens(outputs: Sequence[dict[int, list[int]]]) -> tuple[float, float, int]:
     """Return (share of requests with equal answers, share of equal tokens, requests) of two runs of the same requests.
 
-    Only what both produced is compared.
+    Only tokens that both runs produced are compared.
     """
     first, second = outputs
     shared = sorted(set(first) & set(second))
@@ -323,9 +325,9 @@ def same_tokens(outputs: Sequence[dict[int, list[int]]]) -> tuple[float, float, 
 def answers_alike(
     baseline: Sequence[Replayed], optimized: Sequence[Replayed], unavailable: str | None = None
 ) -> list[Measurement]:
-    """Return how many requests got the same tokens in both arms' replays of the same traces, and how many tokens are
-    the same; or that this is `unavailable`, with the reason: random weights are near ties, which another batch decides
-    otherwise.
+    """Return the share of requests with the same tokens in both arms' replays of the same traces, and the share of
+    equal tokens. `unavailable` is the reason if they are not available: random weights give near ties, which another
+    batch decides differently.
     """
     pairs = [same_tokens([before.output, after.output]) for before, after in zip(baseline, optimized)]
     count = sum(requests for *_, requests in pairs)

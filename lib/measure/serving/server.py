@@ -1,11 +1,11 @@
-"""One server loop: a queue, a batch under way, and a policy that decides who joins it. Clock and engine are injected,
-so the same loop serves a real model, a simulation, and the tests.
+"""The server loop: a queue, a running batch, and a policy that decides which requests join it. Clock and engine are
+injected, so the same loop serves a real model, a simulation, and the tests.
 
-The loop alone keeps the memory bound: a request is admitted only if the cache fits even when every row under way
-reaches its full length, so no policy can run out of memory. A prompt is read at once, while the rows stand still, or,
-where the policy says so, in parts that share steps with decoding (chunked prefill: Agrawal et al. 2024, Sarathi-Serve,
-OSDI, section 4). Every run ends: requests that still wait when the drain time is over remain unserved, and the run
-counts as saturated. Knows nothing of how a policy decides, nor of tokens.
+The loop itself enforces the memory bound: a request is admitted only if the cache fits even when every running row
+reaches its full length, so no policy can run out of memory. A prompt is read at once, while the rows wait, or, if the
+policy asks for it, in parts that share steps with decoding (chunked prefill: Agrawal et al. 2024, Sarathi-Serve, OSDI,
+section 4). Every run ends: requests that still wait after the drain time remain unserved, and the run counts as
+saturated. Knows nothing about tokens or how a policy decides.
 """
 
 import math
@@ -31,13 +31,13 @@ from lib.measure.serving.traffic import ServingRequest, Trace
 
 
 class VirtualClock:
-    """Time that passes only by work and by waiting: hours take seconds."""
+    """A clock that only work and waiting advance, so that hours of traffic take seconds."""
 
     def __init__(self) -> None:
         self.time = 0.0
 
     def now(self) -> float:
-        """Return the second."""
+        """Return the time in seconds."""
         return self.time
 
     def advance(self, seconds: float) -> None:
@@ -59,21 +59,21 @@ def serve(
     kept: int = 0,
     aside: Callable[[int, int], float] | None = None,
 ) -> Served:
-    """Serve `trace` and return what happened.
+    """Serve `trace` and return the outcome.
 
-    batching: "iteration", rows join and leave between any two steps; "request", a batch is formed when the one before
-    is over, and its finished rows keep their place. `drain_seconds` after the last arrival's phase the run is cut off
-    (by default half the trace, at least a second). `kept`: first tokens of longer prompts that the engine need not read
-    (`protocol.kept_of`). `aside(waiting, running)`: work beside the requests, asked before each decision; it does what
-    is due beside so many requests and rows and returns its seconds (0: nothing was). Raises UserError for an unknown
-    batching.
+    With `batching` "iteration", rows join and leave between any two steps; with "request", a new batch is formed when
+    the previous one is finished, and finished rows keep their place until then. `drain_seconds` after the end of the
+    trace the run is cut off (by default half the trace, at least a second). `kept` is the number of first tokens of
+    longer prompts that the engine need not read (`protocol.kept_of`). `aside(waiting, running)` does other work that is
+    due, given the numbers of waiting requests and running rows; it is called before each decision and returns its
+    seconds (0: nothing was due). Raises UserError for an unknown batching, and for a policy that waits forever.
     """
     if batching not in BATCHINGS:
         raise UserError(f'serving: batching "{batching}"; expected one of {", ".join(BATCHINGS)}')
     outcomes = [RequestOutcome(request) for request in trace.requests]
     loop = _Loop(Served(trace, policy.name, outcomes), policy, engine, clock, batching, kept)
     served, running, reading = loop.served, loop.running, loop.reading
-    arriving, prompt, late = deque(trace.requests), deque[ServingRequest](), deque[ServingRequest]()
+    arriving, in_time, late = deque(trace.requests), deque[ServingRequest](), deque[ServingRequest]()
     patience = math.inf if limits.patience_seconds is None else limits.patience_seconds
     last = trace.seconds + (max(1.0, trace.seconds / 2) if drain_seconds is None else drain_seconds)
     engine.clear()
@@ -84,23 +84,23 @@ def serve(
             if fits(limits, [], [request], batching) == 0:
                 served.refused.append(request.id)
             else:
-                prompt.append(request)
-        while prompt and now - prompt[0].arrival > patience:
-            late.append(prompt.popleft())
-        waiting = prompt or late
-        under_way = bool(running or reading)
+                in_time.append(request)
+        while in_time and now - in_time[0].arrival > patience:
+            late.append(in_time.popleft())
+        waiting = in_time or late
+        busy = bool(running or reading)
         if now > last:
-            served.saturated = bool(waiting or under_way or arriving)
+            served.saturated = bool(waiting or busy or arriving)
             break
-        if aside and loop.aside(aside, len(prompt) + len(late)):
+        if aside and loop.aside(aside, len(in_time) + len(late)):
             continue
-        if not waiting and not under_way:
+        if not waiting and not busy:
             if not arriving:
                 break
             clock.wait_until(arriving[0].arrival)
             continue
         decision = Decision(0)
-        if waiting and not (batching == "request" and under_way):
+        if waiting and not (batching == "request" and busy):
             room = fits(limits, [*running, *reading], waiting, batching)
             if room:
                 context = max((row.request.prompt_tokens + row.produced for row in running), default=0)
@@ -109,13 +109,13 @@ def serve(
             count = min(decision.admit, room)
             if count > 0:
                 chosen = [outcomes[waiting.popleft().id] for _ in range(count)]
-                loop.admit(chosen, len(prompt) + len(late))
+                loop.admit(chosen, len(in_time) + len(late))
                 continue
         if reading:
-            loop.shared(len(prompt) + len(late))
+            loop.shared(len(in_time) + len(late))
             continue
         if running:
-            loop.decode(len(prompt) + len(late))
+            loop.decode(len(in_time) + len(late))
             continue
         _idle(decision, arriving, clock, now, policy)
     served.end = clock.now()
@@ -123,21 +123,24 @@ def serve(
 
 
 def _idle(decision: Decision, arriving: Sequence[ServingRequest], clock: Clock, now: float, policy: Policy) -> None:
-    """Let time pass until the policy wants to decide again or another request arrives."""
+    """Pass idle time until the policy wants to decide again or another request arrives. Raises UserError if neither
+    will happen.
+    """
     times = [arriving[0].arrival] if arriving else []
     times += [decision.wait_until] if decision.wait_until is not None else []
     if not times or min(times) <= now:
-        raise UserError(f"{policy.name}: waits for nothing: nothing runs, nothing will arrive, and it admits nobody")
+        raise UserError(f"{policy.name}: waits for nothing: no row runs, no request will arrive, and it admits none")
     clock.wait_until(min(times))
 
 
 def fits(
     limits: Limits, running: Sequence[RequestOutcome], waiting: Sequence[ServingRequest], batching: str = "iteration"
 ) -> int:
-    """Return how many from the head of `waiting` may join so that rows and cache stay within `limits` to the end.
+    """Return how many requests from the head of `waiting` may join so that rows and cache always stay within `limits`.
 
-    Rows are padded to the longest: the cache is (rows × columns × bytes per token), and the columns are bounded by the
-    longest prompt plus answer of any row; where finished rows stay, by the longest prompt plus the longest answer.
+    Rows are padded to the longest: the cache takes rows × columns × bytes per token, and the columns are bounded by the
+    longest prompt plus answer of any row or, if finished rows keep their place, by the longest prompt plus the longest
+    answer.
     """
     most = limits.rows - len(running)
     if limits.cache_bytes is None:
@@ -159,8 +162,8 @@ def fits(
 
 @dataclass
 class _Loop:
-    """A run under way. `done` counts rows of a request-level batch that are over but still hold their place; `reading`
-    are the admitted whose prompts are read `chunk` tokens at a time.
+    """The state of a run. `done` counts rows of a request-level batch that are finished but keep their place. `reading`
+    holds admitted requests whose prompts are read `chunk` tokens at a time.
     """
 
     served: Served
@@ -175,7 +178,7 @@ class _Loop:
     done: int = 0
 
     def aside(self, work: Callable[[int, int], float], waiting: int) -> bool:
-        """Do what is due beside the requests, which rows stand still for; return whether anything was."""
+        """Do other work that is due, while the rows wait; return whether any was due."""
         start = self.clock.now()
         seconds = work(waiting, len(self.running))
         if not seconds:
@@ -187,7 +190,7 @@ class _Loop:
         return True
 
     def admit(self, chosen: list[RequestOutcome], waiting: int) -> None:
-        """Read the prompts of `chosen`, each of which gets its first token; or begin to read them in parts."""
+        """Admit `chosen`: read their prompts, which gives their first tokens, or begin to read them in parts."""
         start = self.clock.now()
         for outcome in chosen:
             outcome.admitted = start
@@ -204,7 +207,7 @@ class _Loop:
         self._after(step, chosen)
 
     def decode(self, waiting: int) -> None:
-        """Produce one token of every row."""
+        """Decode one token of every row."""
         start = self.clock.now()
         seconds = self.engine.decode()
         self.clock.advance(seconds)
@@ -214,7 +217,7 @@ class _Loop:
         self._after(ServerStep(start, "decode", rows, context, seconds, waiting, rows), self.running)
 
     def shared(self, waiting: int) -> None:
-        """Read the next part of the prompts, first come, first served, and produce one token of every row, if any."""
+        """Read the next part of the prompts, first come, first served, and decode one token of every row, if any."""
         left = self.chunk if self.chunk and self.running else math.inf
         parts: list[tuple[RequestOutcome, int]] = []
         for outcome in self.reading:
@@ -229,16 +232,16 @@ class _Loop:
         self._produced(decoding)
         for outcome, count in parts:
             outcome.read += count
-        through = [outcome for outcome, _ in parts if outcome.read >= outcome.request.prompt_tokens]
+        complete = [outcome for outcome, _ in parts if outcome.read >= outcome.request.prompt_tokens]
         self.reading[:] = [outcome for outcome in self.reading if outcome.read < outcome.request.prompt_tokens]
-        self._begun(through)
+        self._begun(complete)
         context = max((row.request.prompt_tokens + row.produced for row in decoding), default=0)
         read = sum(count for _, count in parts)
         step = ServerStep(start, "shared", len(decoding), context, seconds, waiting, len(self.running), read)
-        self._after(step, [*decoding, *through])
+        self._after(step, [*decoding, *complete])
 
     def _begun(self, chosen: Sequence[RequestOutcome]) -> None:
-        """Note the first token of `chosen`, which join the rows."""
+        """Record the first tokens of `chosen`, which join the running rows."""
         now = self.clock.now()
         for outcome in chosen:
             outcome.first = outcome.last = now
@@ -246,7 +249,7 @@ class _Loop:
         self.running.extend(chosen)
 
     def _produced(self, rows: Sequence[RequestOutcome]) -> None:
-        """Note one more token of `rows`, and how long after the one before it came."""
+        """Record one more token of `rows`, and the seconds since the previous one."""
         now, warm_up = self.clock.now(), self.served.trace.warm_up
         for row in rows:
             row.produced += 1
@@ -256,7 +259,7 @@ class _Loop:
                 row.last = now
 
     def _after(self, step: ServerStep, touched: Sequence[RequestOutcome]) -> None:
-        """Note the step and let finished rows go: at once, or, in request-level batching, when all are over."""
+        """Record the step and remove finished rows: at once or, in request-level batching, when all are finished."""
         self.served.steps.append(step)
         self.served.peak_bytes = max(self.served.peak_bytes, self.engine.bytes)
         now = self.clock.now()

@@ -1,8 +1,7 @@
-"""The server loop without a model: steps take the time that was measured (`lib.measure.serving.step_times`), with its
-jitter.
+"""Simulates the server loop without a model: steps take measured times (`lib.measure.serving.step_times`), with jitter.
 
-The engine here keeps the same padded cache as the real one, in numbers only, so hours of traffic take seconds; a test
-holds the two against each other, call by call. All draws are seeded. Knows no policy.
+The simulated engine tracks the size of the same padded cache as the real engine, without its contents, so that hours of
+traffic take seconds; a test compares the two call by call. All draws are seeded. Knows nothing about policies.
 """
 
 import random
@@ -16,8 +15,8 @@ from lib.measure.serving.traffic import ServingRequest, Trace
 
 
 class SimulatedEngine:
-    """Returns the measured time of each call. Without `jitter` the means, the same every time. `kept`: first tokens of
-    longer prompts whose cache is kept, so that it is copied where they are read (`protocol.kept_of`).
+    """Returns the measured time of each call; without `jitter`, always the mean. `kept` is the number of first tokens
+    of longer prompts whose cache is kept: it is copied, and they are not read (`protocol.kept_of`).
     """
 
     def __init__(self, times: StepTimes, seed: int = 0, jitter: bool = True, kept: int = 0):
@@ -26,16 +25,16 @@ class SimulatedEngine:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all rows."""
-        self.base: dict[int, int] = {}  # a row's context less the steps so far
+        """Remove all rows."""
+        self.base: dict[int, int] = {}  # a row's context minus the steps so far
         self.steps = 0
         self.longest = 0
         self.columns = 0
-        self.reading: dict[int, int] = {}  # tokens read so far of prompts that are read in parts
+        self.reading: dict[int, int] = {}  # tokens read so far, for prompts that are read in parts
 
     @property
     def bytes(self) -> float:
-        """Bytes the padded cache would hold now, and those of prompts that are read in parts."""
+        """Bytes that the padded cache would hold now, including prompts that are being read in parts."""
         return self._rows_bytes + sum(self.reading.values()) * self.times.bytes_per_token
 
     @property
@@ -43,7 +42,7 @@ class SimulatedEngine:
         return len(self.base) * self.columns * self.times.bytes_per_token
 
     def prefill(self, requests: Sequence[ServingRequest]) -> float:
-        """Let the requests join; return the seconds of reading their prompts and of moving the cache."""
+        """Add the requests' rows; return the seconds of reading their prompts and of moving the cache."""
         joining = bool(self.base)
         for request in requests:
             self.base[request.id] = request.prompt_tokens - self.steps
@@ -52,7 +51,7 @@ class SimulatedEngine:
         return seconds + (self.times.move(self._rows_bytes) if joining else 0.0)
 
     def _read(self, requests: Sequence[ServingRequest], kept: int) -> float:
-        """Return the seconds of reading prompts in one pass, behind a copy of the `kept` tokens."""
+        """Return the seconds of reading prompts in one pass, after copying the cache of the `kept` tokens."""
         tokens, copied = max(request.prompt_tokens for request in requests), len(requests) * kept
         seconds = self.times.behind(len(requests), kept, tokens) * self._deviation(self.times.prefill_ratios)
         return seconds + (self.times.move(copied * self.times.bytes_per_token) if kept else 0.0)
@@ -81,7 +80,7 @@ class SimulatedEngine:
         return seconds
 
     def leave(self, ids: Sequence[int]) -> float:
-        """Take rows out; return the seconds of moving the cache."""
+        """Remove rows; return the seconds of moving the cache."""
         for request in ids:
             del self.base[request]
         self._widen()
@@ -106,6 +105,6 @@ def simulate(
     kept: int = 0,
     **options: Any,
 ) -> Served:
-    """Serve `trace` in virtual time and return what happened; `options` are those of `server.serve`."""
+    """Serve `trace` in virtual time and return the outcome; `options` are those of `server.serve`."""
     engine = SimulatedEngine(times, seed, jitter, kept)
     return serve(trace, policy, engine, VirtualClock(), limits, kept=kept, **options)

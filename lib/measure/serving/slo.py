@@ -1,10 +1,10 @@
-"""Service-level objectives: what a request may take, whether a request met that, and goodput.
+"""Service-level objectives: how long a request may take, whether requests met their objectives, and goodput.
 
-Both objectives (time to first token, time per output token) are stated in milliseconds or as multiples of what one
-request takes alone, and fixed before anything is served. Goodput counts the requests that meet both (Zhong et al. 2024,
-DistServe, OSDI, section 2): a mean would hide the tail. Requests of the warm-up are not counted. One that was refused
-or never finished does not count as good; in percentiles its latency is infinite, it enters no mean, and it is counted
-as `unfinished`. Knows no policy.
+Both objectives (time to first token, time per output token) are stated in milliseconds or as multiples of the times of
+a single request, and fixed before anything is served. Goodput counts the requests that meet both (Zhong et al. 2024,
+DistServe, OSDI, section 2), since a mean would hide the tail. Requests of the warm-up are not counted. A request that
+was refused or never finished is not good: its latency is infinite in percentiles, it is in no mean, and it is counted
+as `unfinished`. Knows nothing about policies.
 """
 
 import math
@@ -19,10 +19,10 @@ from lib.measure.serving.protocol import RequestOutcome, Served
 from lib.measure.serving.step_times import StepTimes
 from lib.measure.serving.traffic import Lengths
 
-FACTORS = (1.0, 100.0)  # of the objectives over the times of a request alone
-MILLISECONDS = (0.0, 1e6)  # of an objective that is stated; 0: by its factor
+FACTORS = (1.0, 100.0)  # range of the objectives as multiples of the times of a single request
+MILLISECONDS = (0.0, 1e6)  # range of stated objectives; 0: use the factor
 SETTLED_SHARE, SETTLED_REQUESTS = 0.9, 10
-ATTAINED = 0.9  # share of the requests within both objectives at which a rate counts as served
+ATTAINED = 0.9  # a rate is attained if this share of the requests meets both objectives
 
 Summary = dict[str, float | None]
 
@@ -31,7 +31,7 @@ Summary = dict[str, float | None]
 
 @dataclass(frozen=True)
 class Objectives:
-    """Most seconds to the first token (queueing included), and most seconds per output token after it (mean)."""
+    """Limits on the seconds to the first token (including queueing) and the mean seconds per later output token."""
 
     first_token_seconds: float
     token_seconds: float
@@ -44,7 +44,7 @@ class Objectives:
 
 @dataclass(frozen=True)
 class Single:
-    """One request alone: seconds of its prefill and of a decode step, and its prompt's length."""
+    """A single request without others: seconds of its prefill and of a decode step, and its prompt's length."""
 
     prefill_seconds: float
     step_seconds: float
@@ -52,7 +52,7 @@ class Single:
 
     @classmethod
     def of(cls, times: StepTimes, lengths: Lengths) -> "Single":
-        """Return the measured times of a request of these mean lengths."""
+        """Return the times of a request of these mean lengths, from measured step times."""
         step = times.decode(1, lengths.prompt_tokens + lengths.new_tokens / 2)
         return cls(times.prefill(1, lengths.prompt_tokens), step, lengths.prompt_tokens)
 
@@ -64,9 +64,9 @@ def objectives(
     first_token_ms: float = 0.0,
     token_ms: float = 0.0,
 ) -> Objectives:
-    """Return the objectives: those stated in milliseconds, else multiples of what a request takes alone.
+    """Return the objectives: stated in milliseconds, else multiples of the times of a single request.
 
-    Raises UserError where a factor is below 1 (not even an idle server meets that) or a time is out of range.
+    Raises UserError if a factor is out of range (below 1 not even an idle server meets it), or a time is.
     """
     for name, value in (("first_token_ms", first_token_ms), ("token_ms", token_ms)):
         if not MILLISECONDS[0] <= value <= MILLISECONDS[1]:
@@ -84,7 +84,7 @@ def patience_seconds(objective: Objectives, single: Single) -> float:
 
 
 def unattainable(times: StepTimes, objective: Objectives, lengths: Lengths) -> str | None:
-    """Return why no batch size can meet the objectives for requests of these lengths, or None where size 1 does."""
+    """Return why no batch size can meet the objectives for requests of these lengths; None if size 1 does."""
     alone = Single.of(times, lengths)
     pairs = (
         ("a prompt", alone.prefill_seconds, objective.first_token_seconds),
@@ -92,11 +92,12 @@ def unattainable(times: StepTimes, objective: Objectives, lengths: Lengths) -> s
     )
     for what, seconds, most in pairs:
         if seconds > most:
-            return f"no size can meet the objective: {what} alone takes {1000 * seconds:.3g} ms of {1000 * most:.3g} ms"
+            limit = f"{1000 * seconds:.3g} ms, the limit is {1000 * most:.3g} ms"
+            return f"no size can meet the objective: {what} alone takes {limit}"
     return None
 
 
-# --- how a run kept them ---------------------------------------------------------------------------------------------
+# --- how well a run met them -----------------------------------------------------------------------------------------
 
 
 def met(outcome: RequestOutcome, objective: Objectives) -> bool:
@@ -108,23 +109,24 @@ def met(outcome: RequestOutcome, objective: Objectives) -> bool:
 
 
 def goodput(served: Served, objective: Objectives) -> float:
-    """Return the requests per second after the warm-up that met both objectives."""
+    """Return how many requests per second met both objectives, after the warm-up."""
     return sum(met(outcome, objective) for outcome in served.counted) / served.trace.counted_seconds
 
 
 def goodput_share(served: Served, objective: Objectives) -> float | None:
-    """Return the share of the counted requests that met both objectives; None where there are none."""
+    """Return the share of the counted requests that met both objectives; None without counted requests."""
     counted = served.counted
     return sum(met(outcome, objective) for outcome in counted) / len(counted) if counted else None
 
 
 def summary(served: Served, objective: Objectives) -> Summary:
-    """Return counts, goodput and latencies of a run (seconds); None for a quantity without enough requests.
+    """Return counts, goodput and latencies (in seconds) of a run; None for a quantity without enough requests.
 
-    Latencies and times to the first token are of all requests, infinite where a request did not get so far: a server
-    that drops its slow requests is no faster for it. `unfinished` holds the refused too, and `time per output token` is
-    of the finished. `late` are shares of the requests whose time was known when the run ended: those that got so far,
-    and those that waited longer than the objective without getting there.
+    Latencies and times to the first token cover all requests, and are infinite for requests that did not get that far:
+    a server does not become faster by dropping slow requests. `unfinished` includes refused requests. `time per output
+    token` covers finished requests. `first token late` and `tokens late` are shares of the requests for which it was
+    known at the end of the run whether they were late: those that got that far, and those that waited longer than the
+    objective without getting there.
     """
     counted = served.counted
     finished = [outcome for outcome in counted if outcome.finished is not None]
@@ -132,7 +134,7 @@ def summary(served: Served, objective: Objectives) -> Summary:
     whole = percentiles([outcome.latency_seconds for outcome in counted])
     first = percentiles([outcome.first_token_seconds for outcome in counted])
     between = paired_stats.percentiles(served.gaps) if served.gaps else {}
-    # A finished row that keeps its place is stepped on with the others; nobody receives these tokens.
+    # A finished row that keeps its place is decoded on with the others; these tokens do not count.
     tokens = sum(min(outcome.produced, outcome.request.new_tokens) for outcome in served.outcomes)
     decoding = [step for step in served.steps if step.kind in ("decode", "shared") and step.batch]
     return {
@@ -156,20 +158,20 @@ def summary(served: Served, objective: Objectives) -> Summary:
 
 
 def percentiles(seconds: Sequence[float | None]) -> dict[str, float | None]:
-    """Return p50, p95 and p99 of times of which None is infinite; None for a percentile that is infinite itself, and
-    where there are too few.
+    """Return p50, p95 and p99 of times, where None means infinite; None for a percentile that is itself infinite, or if
+    there are too few times.
     """
     known = [value for value in seconds if value is not None]
     if not known:
         return {}
-    stood_in_for = [max(known)] * (len(seconds) - len(known))  # which no finite percentile reaches
-    found = paired_stats.percentiles([*known, *stood_in_for])
-    ranks = {name: math.ceil((len(seconds) - 1) * int(name[1:]) / 100) for name in found}
-    return {name: value if ranks[name] < len(known) else None for name, value in found.items()}
+    placeholders = [max(known)] * (len(seconds) - len(known))  # for infinite times; no finite percentile reaches them
+    values = paired_stats.percentiles([*known, *placeholders])
+    ranks = {name: math.ceil((len(seconds) - 1) * int(name[1:]) / 100) for name in values}
+    return {name: value if ranks[name] < len(known) else None for name, value in values.items()}
 
 
 def _late(served: Served, name: str, most: float) -> float | None:
-    """Return the share of requests that missed one objective, of those of which it is known; None without any."""
+    """Return the share of requests that missed one objective, among those for which it is known; None without any."""
     missed = []
     for outcome in served.counted:
         value = getattr(outcome, name)
@@ -181,10 +183,10 @@ def _late(served: Served, name: str, most: float) -> float | None:
 
 
 def attained_rate(offered: Sequence[float], shares: Sequence[float | None], least: float = ATTAINED) -> float | None:
-    """Return the highest rate, requests/s, at which a share of `least` is still within the objectives.
+    """Return the highest rate, requests/s, at which at least the share `least` of requests meets the objectives.
 
-    `offered` ascends; between two of them the share is taken as linear, and what lies after the first rate that falls
-    short does not count. None where not even the lowest rate is attained; the highest one where all are.
+    The rates `offered` ascend; the share is interpolated linearly between them, and rates after the first that falls
+    short are ignored. None if not even the lowest rate is attained, the highest rate if all are.
     """
     attained, before = None, None
     for rate, share in zip(offered, shares):
@@ -199,10 +201,11 @@ def attained_rate(offered: Sequence[float], shares: Sequence[float | None], leas
 
 
 def settling_seconds(served: Served, objective: Objectives, since: float, until: float | None = None) -> float | None:
-    """Return how long after second `since` requests began to be served well for good; None where they never did.
+    """Return how many seconds after second `since` the server settled, i.e. served requests well from then on; None if
+    it never did.
 
-    Settled is the first arrival after which every ten consecutive requests (arriving before `until`) hold nine good
-    ones. 0 means that nothing was disturbed at all.
+    The server has settled at the first arrival after which, of every ten consecutive requests (arriving before
+    `until`), at least nine are good. 0 means that it served them well all the time.
     """
     until = served.trace.seconds if until is None else until
     inside = [outcome for outcome in served.counted if since <= outcome.request.arrival < until]

@@ -1,15 +1,15 @@
-"""How long a step takes: decode by rows and context, prefill by prompts and length, moving rows by bytes. The
-simulation draws from this, and capacity is derived from it; `lib.measure.serving.step_timing` measures it. Knows no
-policy.
+"""Step times: of decode by rows and context, of prefill by prompts and length, of moving rows by bytes. The simulation
+draws from them, and capacity is derived from them; `lib.measure.serving.step_timing` measures them. Knows nothing about
+policies.
 
 All times are means. What a server can sustain follows from the mean of a call, which on a disturbed machine lies far
 above the median. A point of the grid is the median of its few calls times the mean of measured ÷ median over all
-points, so that a slow spell at one point does not bend the table there. Ratios of single calls to that mean are stored,
-so that the simulation has the machine's own jitter around the same mean.
+points, so that a slow phase at one point does not distort the table there. The ratios of single calls to that mean are
+stored, so that the simulation has the machine's own jitter around the same mean.
 
-Decode times are a table, linear between its points, since kernels change with the number of rows. Prefill and moving
-are non-negative least squares in relative error; measured ÷ fitted prefill is a table too, since a core's caches hold
-short prompts and not long ones.
+Decode times are a table with linear interpolation, since kernels change with the number of rows. Prefill and moving are
+fitted by non-negative least squares in relative error. Measured ÷ fitted prefill is a table as well, since a core's
+caches hold short prompts but not long ones.
 
 Shapes: B rows or prompts, L context, T prompt tokens, G grid points.
 """
@@ -29,13 +29,13 @@ from lib.measure.serving.traffic import Lengths
 COLUMN_STEP = 16  # columns between entries of the dense table
 
 Grid = dict[tuple[int, int], list[float]]  # seconds of the calls at each (rows or prompts, tokens)
-Moves = dict[float, list[float]]  # seconds of the moves of so many bytes
+Moves = dict[float, list[float]]  # seconds of the moves, by bytes
 
 
 @dataclass(frozen=True)
 class Calls:
-    """Seconds of every timed call: decode steps and prefills by point, moves by bytes; and the cache's bytes per token
-    of one row.
+    """Seconds of all timed calls: decode steps (`decoded`) and prefills (`read`) by point, moves (`moved`) by bytes;
+    and the cache bytes per token of one row.
     """
 
     decoded: Grid
@@ -45,17 +45,19 @@ class Calls:
 
     @property
     def count(self) -> int:
-        """How many calls were timed."""
+        """The number of timed calls."""
         return sum(len(times) for part in (self.decoded, self.read, self.moved) for times in part.values())
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Mean step times in seconds. `decode_BL[b - 1][l // COLUMN_STEP]`: b rows, l columns of context.
+    """Mean step times in seconds. `decode_BL[b - 1][l // COLUMN_STEP]` is a decode step of b rows at l columns of
+    context.
 
-    `prefill_fit`: seconds = a + b·n·T + c·n·T², times `prefill_BT[n - 1][T // COLUMN_STEP]` where there is such a table
-    (beyond its edges the edge's); `move_fit`: seconds = a + b·bytes, of joining or leaving. `ratios`: single calls ÷
-    mean. `samples`: how many calls were timed; `calls` are they; `disturbed` is what disturbed the machine meanwhile.
+    `prefill_fit` holds (a, b, c) of seconds = a + b·n·T + c·n·T² for n prompts of T tokens, to be multiplied by
+    `prefill_BT[n - 1][T // COLUMN_STEP]` (beyond the table's edges, by the edge). `move_fit` holds (a, b) of seconds =
+    a + b·bytes for a row's joining or leaving. `decode_ratios` and `prefill_ratios` are single calls ÷ mean. `samples`
+    is the number of timed calls, `calls` their times. `disturbed` is what disturbed the machine meanwhile.
     """
 
     decode_BL: tuple[tuple[float, ...], ...]
@@ -79,30 +81,30 @@ class StepTimes:
         return self.behind(count, 0, tokens)
 
     def part(self, done: int, tokens: int) -> float:
-        """Return the mean seconds of reading `tokens` further tokens of a prompt after the `done` ones in its cache.
+        """Return the mean seconds of reading `tokens` further tokens of a prompt of which `done` tokens are cached.
 
-        Derived from whole prefills: a part costs a call of its own, and attends to everything before it.
+        Derived from whole prefills: a part costs a separate call, and attends to everything before it.
         """
         return self.behind(1, done, done + tokens)
 
     def behind(self, count: int, done: int, tokens: float) -> float:
-        """Return the mean seconds of reading in one pass what `count` prompts of `tokens` tokens have behind their
-        first `done` ones, which are in their caches.
+        """Return the mean seconds of one pass that reads the rest of `count` prompts of `tokens` tokens each, whose
+        first `done` tokens are cached.
         """
         fixed, linear, square = self.prefill_fit
         seconds = fixed + linear * count * (tokens - done) + square * count * (tokens**2 - done**2)
         return seconds * _at(self.prefill_BT, count, tokens)
 
     def move(self, size: float) -> float:
-        """Return the seconds of a move in a cache of `size` bytes: the mean of a row's joining and its leaving."""
+        """Return the seconds of a move in a cache of `size` bytes: the mean of a row's joining and leaving."""
         return self.move_fit[0] + self.move_fit[1] * size
 
     def sustained(self, batch: int, lengths: Lengths) -> tuple[float, float]:
-        """Return (seconds per output token after the first, requests per second) of a batch kept full with requests of
-        mean lengths.
+        """Return (seconds per output token after the first, requests per second) of a batch that is kept full with
+        requests of mean lengths.
 
-        Every request costs one prefill of its own, which gives its first token and during which all other rows stand
-        still, and two moves; every further token is a step.
+        Every request costs two moves and a separate prefill, which gives its first token while all other rows wait;
+        every further token is a step.
         """
         prompt, new = lengths.prompt_tokens, lengths.new_tokens
         join = self.prefill(1, prompt) + 2 * self.move(batch * (prompt + new) * self.bytes_per_token)
@@ -110,13 +112,15 @@ class StepTimes:
         return after / (new - 1) if new > 1 else 0.0, batch / (after + join)
 
     def capacity(self, lengths: Lengths, token_seconds: float, most: int = MOST_ROWS) -> tuple[float, int]:
-        """Return the largest rate, requests per second, that keeps the objective, and its batch; (0, 0) for none."""
+        """Return (rate in requests per second, batch) of the largest rate that meets the objective of `token_seconds`
+        per token, for batches up to `most`; (0, 0) if there is none.
+        """
         rates = [(self.sustained(batch, lengths), batch) for batch in range(1, most + 1)]
         return max(((rate, batch) for (per, rate), batch in rates if per <= token_seconds), default=(0.0, 0))
 
     def resampled(self, seed: int) -> "StepTimes":
-        """Return the step times of calls drawn again, with replacement at every point: what another calibration of the
-        same length might have measured. Times without their calls come back as they are.
+        """Return the step times of resampled calls, drawn with replacement at every point: what another calibration of
+        the same length might have measured. Times without their calls are returned unchanged.
         """
         if self.calls is None:
             return self
@@ -132,12 +136,12 @@ class StepTimes:
 
     @property
     def rounds(self) -> int:
-        """How many rounds of calls there are, every point having been met in each; 1 for times without their calls."""
+        """The number of rounds of calls, each of which times every point; 1 for times without their calls."""
         return 1 if self.calls is None else min(map(len, self.calls.decoded.values()))
 
     def of_rounds(self, chosen: Sequence[int]) -> "StepTimes":
-        """Return the step times of the calls of the `chosen` rounds alone, which may repeat: a slow spell that lasted a
-        round is in all of its points, or in none. Times without their calls come back as they are.
+        """Return the step times of the calls of the `chosen` rounds, which may repeat: a slow phase that lasted a round
+        is in all points or in none. Times without their calls are returned unchanged.
         """
         if self.calls is None:
             return self
@@ -154,12 +158,12 @@ class StepTimes:
 
 @lru_cache(maxsize=256)
 def drawn_again(times: StepTimes, seed: int) -> StepTimes:
-    """Return `times.resampled(seed)`, kept: many runs share a seed."""
+    """Return `times.resampled(seed)`, cached, since many runs share a seed."""
     return times.resampled(seed)
 
 
 def assembled(calls: Calls) -> StepTimes:
-    """Return the step times that follow from timed calls."""
+    """Return the step times computed from timed calls."""
     counts, contexts = (sorted({point[axis] for point in calls.decoded}) for axis in (0, 1))
     means = _means(calls.decoded)
     grid = np.array([[means[count, context] for context in contexts] for count in counts])
@@ -183,7 +187,7 @@ def assembled(calls: Calls) -> StepTimes:
 
 
 def _at(table: tuple[tuple[float, ...], ...], count: int, tokens: float) -> float:
-    """Return the entry of a dense table, its edge's beyond it."""
+    """Return the entry of a dense table; beyond its edges, the edge's entry."""
     row = table[min(count, len(table)) - 1]
     return row[min(int(tokens / COLUMN_STEP + 0.5), len(row) - 1)]
 
@@ -203,8 +207,8 @@ def _ratios(calls: Grid, means: Mapping[tuple[int, int], float]) -> tuple[float,
 def _beside_fit(
     read: Mapping[tuple[int, int], float], fit: tuple[float, float, float]
 ) -> tuple[tuple[float, ...], ...]:
-    """Return measured ÷ fitted prefill, a dense table by prompts and tokens. Points too large to be measured have the
-    ratio of the next fewer prompts of that length.
+    """Return measured ÷ fitted prefill as a dense table by prompts and tokens. Points too large to be measured take the
+    ratio of the next smaller number of prompts of that length.
     """
     counts, lengths = (sorted({point[axis] for point in read}) for axis in (0, 1))
     grid = np.ones((len(counts), len(lengths)))
@@ -217,7 +221,7 @@ def _beside_fit(
 
 
 def _fit(terms: Sequence[Sequence[float]], seconds: Sequence[float]) -> tuple[float, ...]:
-    """Non-negative least squares in relative error: seconds ≈ terms · weights."""
+    """Return the weights of seconds ≈ terms · weights, by non-negative least squares in relative error."""
     a, b = np.asarray(terms, dtype=float), np.asarray(seconds, dtype=float)
     scale = a.max(0)
     weights, _ = nnls(a / scale / b[:, None], np.ones(len(b)))
@@ -227,8 +231,8 @@ def _fit(terms: Sequence[Sequence[float]], seconds: Sequence[float]) -> tuple[fl
 def _dense(
     grid_G: np.ndarray, counts: Sequence[int], contexts: Sequence[int], beyond: bool = True
 ) -> tuple[tuple[float, ...], ...]:
-    """Fill the table between the measured points, linearly. Beyond them linearly too, never below the smallest measured
-    value; or, not `beyond`, with the value of the nearest edge.
+    """Return a dense table, interpolated linearly between the measured points. With `beyond` it is extrapolated
+    linearly, never below the smallest measured value; else it takes the value of the nearest edge.
     """
     least = float(grid_G.min())
     columns = np.arange(0, (2 if beyond else 1) * contexts[-1] + COLUMN_STEP, COLUMN_STEP, dtype=float)

@@ -1,9 +1,9 @@
 """Times the steps of a server on the real model: decode by rows and context, prefill by prompts and length, moving rows
-by bytes (`lib.measure.serving.step_times` holds the result). Knows no policy.
+by bytes (`lib.measure.serving.step_times` holds the result). Knows nothing about policies.
 
-As in a server, every timed step follows another of its own rows (the first after other work is slower), and rows and
-prompts differ: in their tokens (or all would go to the same experts), and in their lengths (rows of one length need no
-mask, which is made in every step of a server, and with which attention takes other kernels).
+As in a server, every timed step follows another step of the same rows (the first after other work is slower). Rows and
+prompts differ in their tokens (otherwise all would use the same experts) and in their lengths: rows of equal length
+need no mask, whereas a server builds a mask in every step, and attention with a mask uses other kernels.
 
 Shapes: B rows or prompts, T prompt tokens.
 """
@@ -26,11 +26,11 @@ from lib.models.decoding import batch_cache
 
 ROWS_MEASURED = (1, 2, 4, 8, 16, 24, 32)
 PROMPTS_MEASURED = (1, 2, 4, 8)
-CHECKED = (1, 8)  # rows of the calls by which the machine's speed is compared with what it was
-DISTINCT = 8  # prompts whose rows are repeated to make larger batches
+CHECKED = (1, 8)  # rows of the calls that compare the machine's speed with that of the calibration
+DISTINCT = 8  # different prompts; their rows are repeated for larger batches
 MOST_PROMPT_TOKENS = 2048  # of one measured prefill, all prompts together
-AGAIN = 2  # times that all is measured once more on a disturbed machine, at most
-FEW_ROWS = (1, 8, 32)  # for the fewest points from which a table is made
+AGAIN = 2  # largest number of repeated measurements on a disturbed machine
+FEW_ROWS = (1, 8, 32)  # the fewest points that give a table
 
 Point = TypeVar("Point")
 Measured = TypeVar("Measured")
@@ -49,11 +49,11 @@ def measure(
 ) -> StepTimes:
     """Time the real model over a grid of rows × `contexts` (ascending) and return its step times.
 
-    `prompt_T` is text at least as long as the largest context; prompts read together have `prompt_tokens` at most. A
-    warm-up call comes before each point; calls of different points take turns, so that a slow spell of the machine does
-    not fall on one point alone. All is measured again where other programs took the processor meanwhile, `again` times
-    at most (None: AGAIN): rates and objectives follow from these times, and a policy gains less at rates that are too
-    low.
+    `prompt_T` is text at least as long as the largest context. Prompts that are read together have at most
+    `prompt_tokens` tokens. A warm-up call precedes each point, and calls of different points take turns, so that a slow
+    phase of the machine does not affect a single point. Everything is measured again if the machine was disturbed
+    meanwhile, at most `again` times (None: AGAIN), since rates and objectives follow from these times, and a policy
+    gains less at rates that are too low.
     """
     contexts, counts = _grid(prompt_T, contexts, most, rows_measured)
     calls, disturbed = _undisturbed(lambda: _calls(model, prompt_T, contexts, counts, repeats, prompt_tokens), again)
@@ -69,7 +69,7 @@ def slowness(
     prompt_tokens: int = MOST_PROMPT_TOKENS,
 ) -> float:
     """Return how many times as long as in `times` single calls take now: the mean over decode steps of a few rows, at
-    all contexts of the calibration, and prefills of one prompt.
+    all contexts of the calibration, and prefills of one prompt. Raises ValueError for times without their calls.
     """
     if times.calls is None:
         raise ValueError("slowness: these step times were stored without their calls")
@@ -82,7 +82,7 @@ def slowness(
 
 
 def _undisturbed(measure_all: Callable[[], Measured], again: int | None) -> tuple[Measured, str | None]:
-    """Return what was measured on a machine without other work, or at the last attempt, and what disturbed that."""
+    """Return the first undisturbed measurement, or else the last attempt, and what disturbed it (or None)."""
     for _ in range(1 + (AGAIN if again is None else again)):
         close = disturbance.watch()
         measured, disturbed = measure_all(), close()
@@ -102,14 +102,14 @@ def measure_together(
     prompt_tokens: int = MOST_PROMPT_TOKENS,
     again: int | None = None,
 ) -> tuple[StepTimes, ...]:
-    """Return `measure` of several models whose calls take turns, round by round in alternating order, so that a slow
-    spell of the machine falls on all of them.
+    """Return the step times (`measure`) of several models whose calls take turns, round by round in alternating order,
+    so that a slow phase of the machine affects all of them.
     """
     contexts, counts = _grid(prompt_T, contexts, most, rows_measured)
-    of_models, disturbed = _undisturbed(
+    all_calls, disturbed = _undisturbed(
         lambda: _calls_together(models, prompt_T, contexts, counts, rounds, prompt_tokens), again
     )
-    return tuple(replace(assembled(calls), disturbed=disturbed) for calls in of_models)
+    return tuple(replace(assembled(calls), disturbed=disturbed) for calls in all_calls)
 
 
 def _calls_together(
@@ -120,7 +120,7 @@ def _calls_together(
     rounds: int,
     prompt_tokens: int,
 ) -> list[Calls]:
-    """Return the seconds of single calls of every model, round by round."""
+    """Return the seconds of single calls of every model, timed round by round."""
     calls = [Calls({}, {}, {}, 0.0) for _ in models]
     for turn in range(rounds):
         order = range(len(models)) if turn % 2 == 0 else range(len(models) - 1, -1, -1)
@@ -141,7 +141,7 @@ def _calls(
     repeats: int,
     prompt_tokens: int,
 ) -> Calls:
-    """Return the seconds of single calls, and the cache's bytes per token."""
+    """Return the seconds of single calls, and the cache bytes per token."""
     decoded = _decode(model, prompt_T, contexts, counts, repeats)
     read = _prefill(model, prompt_T, contexts, repeats, prompt_tokens)
     moved, per_token = _move(model, prompt_T, contexts, counts, repeats)
@@ -157,7 +157,7 @@ def _extend(calls: dict[Point, list[float]], latest: Mapping[Point, list[float]]
 def _grid(
     prompt_T: torch.Tensor, contexts: Sequence[int], most: int, rows_measured: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """Return the contexts and row counts to time, checked."""
+    """Return the contexts and row counts to time. Raises UserError for contexts below 2 or beyond the text."""
     contexts = sorted(set(int(context) for context in contexts))
     if not contexts or contexts[0] < 2 or len(prompt_T) < contexts[-1]:
         raise UserError(f"step times: contexts {contexts} need a text of that length; got {len(prompt_T)} tokens")
@@ -179,9 +179,9 @@ def _timed(model: nn.Module, call: Callable, *arguments: object) -> float:
 def _decode(
     model: nn.Module, prompt_T: torch.Tensor, contexts: Sequence[int], counts: Sequence[int], repeats: int
 ) -> Grid:
-    """Seconds of decode steps per (rows, context): DISTINCT prompts read once, their rows repeated, and in every row
-    another token; all rows but one are padded. Every point is met once in each turn, so that a slow spell of the
-    machine bends no context alone.
+    """Return the seconds of decode steps by (rows, context): DISTINCT prompts are read once, their rows repeated, with
+    another token in every row; all rows but one are padded. Every point is timed once in each turn, so that a slow
+    phase of the machine does not affect a single context.
     """
     seconds_at: Grid = {}
     token_T = prompt_T.repeat(1 + (max(counts) + repeats) // len(prompt_T)).to(next(model.parameters()).device)
@@ -201,7 +201,7 @@ def _decode(
 
 
 def _part(prompt_T: torch.Tensor, index: int, length: int) -> torch.Tensor:
-    """Return the part of the text, `length` tokens long, that begins after `index` such parts (round the end)."""
+    """Return part number `index` of the text, `length` tokens long, wrapping around at the end."""
     return prompt_T.roll(-length * index)[:length]
 
 
@@ -213,8 +213,8 @@ def _prefill(
     most: int,
     counts: Sequence[int] = PROMPTS_MEASURED,
 ) -> Grid:
-    """Seconds of prefills per (prompts, tokens), up to `most` tokens at once, each prompt another part of the text and
-    all but one a token shorter.
+    """Return the seconds of prefills by (prompts, tokens), up to `most` tokens at once. Each prompt is another part of
+    the text, and all but one are a token shorter.
     """
     points = [(count, length) for count in counts for length in contexts if count * length <= most or count == 1]
     seconds_at: Grid = {}
@@ -230,8 +230,8 @@ def _prefill(
 def _move(
     model: nn.Module, prompt_T: torch.Tensor, contexts: Sequence[int], counts: Sequence[int], repeats: int
 ) -> tuple[Moves, float]:
-    """Seconds of a row's moves, the mean of leaving and joining, by the bytes of the cache with it; and the cache's
-    bytes per token of one row. A request does both, and joining copies the cache more often.
+    """Return the seconds of a row's move (the mean of leaving and joining) by the bytes of the cache including the row,
+    and the cache bytes per token of one row. A request does both, and joining copies the cache more often.
     """
     seconds_at: Moves = {}
     single = batch_cache.prefill(model, [prompt_T[: contexts[len(contexts) // 2]]])

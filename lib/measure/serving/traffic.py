@@ -1,8 +1,8 @@
-"""Open-loop traffic: when requests arrive and how long they are, fixed by a seed before anything is served.
+"""Open-loop traffic: the arrival times and lengths of requests, fixed by a seed before anything is served.
 
-Open loop means that arrivals do not wait for answers: a server that is too slow grows a queue, as a real one does
-(Schroeder, Wierman and Harchol-Balter 2006, NSDI). A trace is a list of phases; within a phase arrivals are a renewal
-process, Poisson (burstiness 1) or with Gamma gaps of a larger coefficient of variation. Knows nothing of servers.
+Open loop means that arrivals do not wait for answers: the queue of a server that is too slow grows, as in reality
+(Schroeder, Wierman and Harchol-Balter 2006, NSDI). A trace is a list of phases. Within a phase, arrivals are a renewal
+process: Poisson (burstiness 1), or with Gamma gaps of a larger coefficient of variation. Knows nothing about servers.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ BURSTINESS = 3.0  # coefficient of variation of the gaps of a bursty phase
 
 @dataclass(frozen=True)
 class Lengths:
-    """Mean tokens of a request: of its prompt, and of its answer."""
+    """Mean numbers of tokens of a request's prompt and answer."""
 
     prompt_tokens: int
     new_tokens: int
@@ -41,7 +41,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class ServingRequest:
-    """One request. `arrival` in seconds since the trace began; the answer's length is forced to `new_tokens`."""
+    """One request. `arrival` is in seconds since the trace began. The answer always has `new_tokens` tokens."""
 
     id: int
     arrival: float
@@ -51,10 +51,10 @@ class ServingRequest:
 
 @dataclass(frozen=True)
 class Trace:
-    """Requests in order of arrival, made from `phases` with `seed`; `describe` returns what a record stores of it.
+    """Requests in order of arrival, drawn from `phases` with `seed`; `describe` returns what a record stores.
 
-    Requests that arrive before second `warm_up` are served but not counted: a server starts empty, and so better off
-    than one that has been at work.
+    Requests that arrive before second `warm_up` are served but not counted: a server that starts empty has an advantage
+    over a loaded one.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Trace:
         return [sum(phase.seconds for phase in self.phases[:index]) for index in range(len(self.phases))]
 
     def describe(self) -> dict[str, object]:
-        """Return everything needed to make the same trace again, and how many requests and tokens it has."""
+        """Return everything needed to reproduce the trace, and its numbers of requests and tokens."""
         return {
             "name": self.name,
             "seed": self.seed,
@@ -99,10 +99,10 @@ class Trace:
 
 
 def make(name: str, phases: Sequence[Phase], seed: int = 0, warm_up: float = 0.0) -> Trace:
-    """Return the trace of `phases` drawn with `seed`. A rate of 0 is silence; the first `warm_up` seconds do not count.
+    """Return the trace of `phases` drawn with `seed`. A rate of 0 is silence. The first `warm_up` seconds do not count.
 
-    Raises UserError for no phase, a negative or infinite number, lengths below one token, no burstiness, or a warm-up
-    that leaves nothing to count.
+    Raises UserError without phases, and for negative or infinite numbers, lengths below one token, a burstiness that
+    is not positive, or a warm-up that leaves nothing to count.
     """
     if not phases:
         raise UserError("traffic: a trace needs at least one phase")
@@ -134,7 +134,9 @@ def _check(index: int, phase: Phase) -> None:
 
 
 def _arrivals(phase: Phase, random: np.random.Generator) -> list[float]:
-    """Seconds within the phase: gaps are Gamma with mean 1/rate and the phase's coefficient of variation."""
+    """Return arrival times in seconds within the phase; gaps are Gamma with mean 1/rate and the phase's coefficient of
+    variation.
+    """
     if phase.rate == 0:
         return []
     shape = 1 / phase.burstiness**2
@@ -154,10 +156,10 @@ def _most(mean: int) -> int:
 
 
 def constant(rate: float, seconds: float, lengths: Lengths, seed: int = 0) -> Trace:
-    """Return Poisson arrivals at one rate."""
+    """Return a trace of Poisson arrivals at a constant rate."""
     return make("constant", [Phase(seconds, rate, lengths)], seed)
 
 
 def bursty(rate: float, seconds: float, lengths: Lengths, seed: int = 0) -> Trace:
-    """Return the same mean rate in bursts (Gamma gaps)."""
+    """Return a trace of bursty arrivals (Gamma gaps) at a constant mean rate."""
     return make("bursty", [Phase(seconds, rate, lengths, BURSTINESS)], seed)

@@ -1,8 +1,8 @@
-"""How far the simulation strays from the real server, and what that means for a simulated number.
+"""Validates the simulation against the real server, and adds its error to simulated numbers.
 
-The same traces are served by the real model and in simulation; the relative error of the means over the traces is what
-a simulated number carries (that of goodput at least, since goodput is what is simulated to be judged): it widens the
-interval in quadrature, and where it exceeds a tenth nothing simulated is judged. Knows no policy.
+The same traces are served by the real model and in simulation. Simulated numbers carry the relative error of the means
+over the traces, at least that of goodput, which is the simulated quantity that is judged. The error widens intervals in
+quadrature; if it exceeds a tenth, nothing simulated is judged. Knows nothing about policies.
 """
 
 import math
@@ -20,21 +20,21 @@ from lib.measure.serving.slo import Objectives
 
 GOODPUT = "goodput share"
 COMPARED = (GOODPUT, "latency p50", "latency p95", "time per output token", "output tokens/s")
-MOST_ERROR = 0.10  # above it nothing simulated is judged
+MOST_ERROR = 0.10  # above this, nothing simulated is judged
 WHAT = "the simulation's error against the real server"
 
 Row = dict[str, Any]
 
 
 class SimulationError(NamedTuple):
-    """The relative error that simulated numbers carry (None: unknown), and the quantity and policy that it is of."""
+    """The relative error of simulated numbers (None: unknown), and the quantity and policy (`of`) that determine it."""
 
     share: float | None
     of: str = ""
 
     @property
     def forbids(self) -> str | None:
-        """Why nothing simulated is judged; None where it is."""
+        """Why nothing simulated is judged; None if simulated numbers are judged."""
         if self.share is None:
             return f"{WHAT} is unknown"
         if self.share > MOST_ERROR:
@@ -42,8 +42,8 @@ class SimulationError(NamedTuple):
         return None
 
     def widened(self, middle: float, low: float, high: float) -> tuple[float, float]:
-        """Return the ends of an interval of a logarithm around `middle`, with the error added in quadrature; as they
-        are where it is unknown.
+        """Return the ends of an interval of a logarithm around `middle`, with the error added in quadrature (unchanged
+        if it is unknown).
         """
         error = self.share or 0.0
         return (
@@ -55,11 +55,12 @@ class SimulationError(NamedTuple):
 def compare(
     simulated: Mapping[str, Sequence[Sequence[Served]]], real: Mapping[str, Sequence[Served]], objective: Objectives
 ) -> list[Row]:
-    """Return a row per policy and compared quantity: real (mean over the traces), simulated (mean, least and most of
-    the jitters, each a mean over the traces), relative error of the mean (1 where the real one is 0 and this is not).
+    """Return a row per policy and compared quantity: the real value (mean over the traces), the simulated value (mean,
+    least and most over the jitters, each a mean over the traces), and the relative error of the simulated mean (1 if
+    only the real value is 0).
 
-    `real[policy]` has a run per trace; `simulated[policy]` has, per jitter, a run per trace. Where minimum and maximum
-    are far apart, the quantity depends on single requests, and the replays say little about it either.
+    `real[policy]` has a run per trace; `simulated[policy]` has, for each jitter, a run per trace. If least and most are
+    far apart, the quantity depends on single requests, and the replays say little about it either.
     """
     rows = []
     for policy, replays in real.items():
@@ -83,14 +84,14 @@ def _relative(simulated: float, truth: float | None) -> float | None:
 
 
 def _mean(runs: Sequence[Served], name: str, objective: Objectives) -> float | None:
-    """Return the mean of a quantity over the runs; None where a run has no such number."""
+    """Return the mean of the quantity `name` over the runs; None if a run lacks it."""
     values = [slo.summary(run, objective)[name] for run in runs]
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known and len(known) == len(values) else None
 
 
 def simulation_error(rows: Sequence[Row], source: str) -> Measurement:
-    """Return the mean relative error of the simulation for the first policy and the last, from rows of `compare`."""
+    """Return the simulation's mean relative error for the first and the last policy in `rows` (see `compare`)."""
     source = f"{source}; mean error of {', '.join(COMPARED)}"
     names = list(dict.fromkeys(row["policy"] for row in rows))
     arms = [[row["error"] for row in rows if row["policy"] == name] for name in (names[0], names[-1])] if names else []
@@ -102,8 +103,8 @@ def simulation_error(rows: Sequence[Row], source: str) -> Measurement:
 
 
 def error_of(simulation: Measurement, rows: Sequence[Row] = ()) -> SimulationError:
-    """Return the error that simulated goodput carries: the largest of both arms' means, and of goodput's own errors in
-    the `rows` of `compare`, which quantities that any simulation finds must not hide; unknown without a measurement.
+    """Return the error of simulated goodput: the largest of both arms' mean errors and of goodput's own errors in the
+    `rows` of `compare`, so that quantities that are easy to simulate cannot hide these. Unknown without a measurement.
     """
     if simulation.baseline is None or simulation.optimized is None:
         return SimulationError(None)
@@ -119,10 +120,10 @@ def error_of(simulation: Measurement, rows: Sequence[Row] = ()) -> SimulationErr
 
 
 def with_error(simulated: Measurement, error: SimulationError) -> Measurement:
-    """Return a simulated measurement that carries the `error` of the simulation.
+    """Return a simulated measurement that includes the `error` of the simulation.
 
     The half-widths of its interval (natural logarithm) and the error add in quadrature, and the verdict follows from
-    the wider interval. Where the error exceeds MOST_ERROR, or is unknown, it is not judged, and says why.
+    the wider interval. If the error is unknown or exceeds MOST_ERROR, it is not judged, and the reason says so.
     """
     if simulated.ratio is None or simulated.verdict in ("unavailable", "invalid"):
         return simulated
@@ -147,7 +148,7 @@ def with_error(simulated: Measurement, error: SimulationError) -> Measurement:
         update={
             "verdict": ruling.verdict,
             "reason": ruling.reason,
-            "source": f"{simulated.source}; the interval holds {WHAT}, {percent(error.share or 0.0, 1)} ({error.of})",
+            "source": f"{simulated.source}; interval includes {WHAT}, {percent(error.share or 0.0, 1)} ({error.of})",
             "mde": decision.detectable(half, half / paired_stats.NORMAL, **rule),
         }
     )

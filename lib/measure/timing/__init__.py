@@ -1,1 +1,1 @@
-"""Interleaved timing of workloads, and what disturbed it."""
+"""Interleaved timing of workloads, in this or in fresh processes, and detection of disturbances."""

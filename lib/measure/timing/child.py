@@ -1,6 +1,6 @@
-"""What programs in child processes share: the server reads jobs from standard input and answers each by one line of
-JSON, from a process of its own in which a program's `run` loads the arms. Knows nothing of what is measured;
-`lib.measure.timing.children` starts it.
+"""The server that runs measuring programs in child processes: it reads jobs from standard input and answers each with
+one line of JSON, from a separate process in which the program's `run` loads the arms. `lib.measure.timing.children`
+starts the server. Knows nothing about what is measured.
 """
 
 import gc
@@ -29,14 +29,14 @@ from lib.models.structure.replacements import sparse
 
 Run = Callable[[dict[str, Any]], dict[str, Any]]
 
-# What `move_heap` takes: pieces of malloc's heap, and mappings of up to 8 MB beside it.
+# Allocations of `move_heap`: pieces of malloc's heap, and mappings of up to 8 MB.
 PIECES, PIECE_BYTES = 64, 2**16
 MAPPINGS, MAPPED_PAGES = 16, 2**11
 
 
 def serve() -> None:
-    """Answer the requests on standard input, a line of JSON each, by their program's `run`: a line for each job, from a
-    forked process where the request says so.
+    """Answer requests from standard input (one line of JSON each) with one line for each job, computed by the program's
+    `run`, in a forked process if the request asks for it.
     """
     for line in sys.stdin:
         _serve(json.loads(line))
@@ -46,7 +46,7 @@ def _serve(request: dict[str, Any]) -> None:
     jobs = request["jobs"]
     _take_over(request["environment"])
     run: Run = named(f"{request['program']}:run")
-    # Imported here, so that every child holds the same libraries. What is wrong with an arm is reported by its child.
+    # Imported here, so that every child holds the same libraries. Errors of an arm are reported by its child.
     for arm in _different([Arm(**fields) for job in jobs for fields in job["arms"]]):
         for name in filter(None, (arm.transform, arm.opener)):
             with suppress(Exception):
@@ -54,14 +54,14 @@ def _serve(request: dict[str, Any]) -> None:
         with suppress(Exception):
             import_architecture(arm)
     gc.collect()
-    gc.freeze()  # so that no child walks through what was imported, or copies its pages, to collect its own garbage
+    gc.freeze()  # so that a child's garbage collection neither scans imported objects nor copies their pages
     for job in jobs:
         answer = _forked(run, job, request["limit_seconds"]) if request["fork"] else _answer(run, job)
         print(json.dumps(answer), flush=True)
 
 
 def _take_over(environment: dict[str, str]) -> None:
-    """Take over the variables of the process that asks, and where its modules lie."""
+    """Adopt the environment variables and the module path of the requesting process."""
     os.environ.clear()
     os.environ.update(environment)
     paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
@@ -88,7 +88,7 @@ def _forked(run: Run, job: dict[str, Any], limit_seconds: float) -> dict[str, An
         code = 1
         try:
             os.close(reader)
-            signal.alarm(math.ceil(limit_seconds))  # which ends a process that hangs
+            signal.alarm(math.ceil(limit_seconds))  # ends a process that hangs
             with os.fdopen(writer, "w") as out:
                 out.write(json.dumps(_answer(run, job)))
             code = 0
@@ -104,10 +104,10 @@ def _forked(run: Run, job: dict[str, Any], limit_seconds: float) -> dict[str, An
 
 
 def move_heap(seed: int) -> list[object]:
-    """Allocate random amounts of memory and return them, to be kept: what is loaded afterwards lies elsewhere in every
-    process, although forked processes begin with the same addresses.
+    """Allocate random amounts of memory and return them, to be kept: later objects then have different addresses in
+    every process, although forked processes begin with the same ones.
 
-    Pieces of malloc's heap move what is small, mappings move what is large, also against the bounds of huge pages.
+    Pieces of malloc's heap move small objects, mappings move large ones, also relative to the bounds of huge pages.
     """
     chance = random.Random(seed)
     allocations: list[object] = [bytearray(chance.randrange(2**10, PIECE_BYTES)) for _ in range(PIECES)]
@@ -119,8 +119,8 @@ def move_heap(seed: int) -> list[object]:
 
 
 def import_architecture(arm: Arm) -> None:
-    """Build the architecture once without weights, so that importing its code is not counted as the model's memory;
-    nothing more where the process that this one was forked from has done so.
+    """Build the architecture once without weights, so that importing its code is not counted as the model's memory.
+    Do nothing if this was done before, here or in the parent of this process.
     """
     if (origin := f"{arm.folder} {arm.load}") in _IMPORTED:
         return
@@ -146,7 +146,7 @@ def _configuration(folder: str) -> Path:
 
 
 def load(arm: Arm) -> torch.nn.Module:
-    """Return the arm's model. Raises UserError where its folder holds none."""
+    """Return the arm's model. Raises UserError if its folder does not hold one."""
     if arm.folder is not None:
         _configuration(arm.folder)
     if arm.opener:
@@ -159,9 +159,9 @@ def load(arm: Arm) -> torch.nn.Module:
 
 
 def make_present(model: torch.nn.Module) -> int:
-    """Read one number of every page of the weights, and return the bytes of these weights, tied ones once.
+    """Read one number in every page of the weights, and return the bytes of these weights, tied tensors once.
 
-    Pages of a mapped file are in memory only once they have been used. Shells of streamed weights hold a single number
+    Pages of a mapped file are in memory only after their first use. Shells of streamed weights hold a single number
     and stay empty.
     """
     read: dict[int, int] = {}
@@ -173,7 +173,7 @@ def make_present(model: torch.nn.Module) -> int:
 
 
 def workload(model: torch.nn.Module, arm: Arm) -> workloads.Workload:
-    """Return what the arm does with its model."""
+    """Return the arm's workload on `model`."""
     if ":" in arm.workload:
         return named(arm.workload)(model, **arm.workload_arguments)
     prompt_BT = workloads.random_prompt(model, arm.batch, arm.prompt_tokens)

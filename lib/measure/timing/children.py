@@ -1,10 +1,10 @@
-"""Fresh processes for arms that lie in saved files: what an arm is, and how the processes that load and run it are
-started. Knows nothing of what they measure; `lib.measure.timing.child` is the other side.
+"""Starts fresh processes that load arms from saved files and run them, and defines what an arm is. Knows nothing about
+what the processes measure; `lib.measure.timing.child` is the code inside them.
 
 Children are forked, one after another, from a server: a process that has imported the libraries and done nothing else,
 since importing takes longer than most measurements. It serves every program as long as this process lives. In a build
-it was forked with the kernel, from a process that imports the libraries once for all runs. On CUDA, and where processes
-cannot fork, each child is started anew.
+the server is forked along with the kernel, from a process that imports the libraries once for all runs. On CUDA, and
+where processes cannot fork, every child is started from scratch.
 """
 
 import atexit
@@ -29,8 +29,8 @@ from lib.forked_process import ForkedProcess
 ROOT = Path(__file__).resolve().parents[3]
 LIMIT_SECONDS = 1800.0  # of one child
 VARIABLE = "WORKBENCH_CHILDREN"
-# Names the server that was forked with this process: both process ids, its pipes and its errors as file descriptors,
-# its threads.
+# Describes the server that was forked along with this process: the process ids of both, the server's pipes and error
+# file as file descriptors, and its number of threads.
 FORKED_SERVER = "WORKBENCH_MEASURING_SERVER"
 SERVE = "from lib.measure.timing import child; child.serve()"
 STARTING_SECONDS = 120.0
@@ -40,11 +40,11 @@ STARTING_SECONDS = 120.0
 class Arm:
     """What a child process loads and runs.
 
-    `folder`: a checkpoint folder; or `load`: keyword arguments of `lib.models.loading.load`. `transform`:
-    "module:function", called with the loaded model and `arguments`, returns the model to measure. `opener`:
-    "module:function", called with the folder and `arguments`, returns the model, which is then not loaded whole.
-    `workload`: prefill, decode or generate, of `batch` random prompts; or "module:function", called with the model and
-    `workload_arguments`, returns the `Workload`. A timing child gets its workloads from its job instead.
+    `folder` is a checkpoint folder; alternatively, `load` holds keyword arguments of `lib.models.loading.load`.
+    `transform` is a "module:function" that takes the loaded model and `arguments` and returns the model to measure.
+    `opener` is a "module:function" that takes the folder and `arguments` and returns the model without loading all of
+    it. `workload` is prefill, decode or generate, on `batch` random prompts, or a "module:function" that takes the
+    model and `workload_arguments` and returns the `Workload`. A timing child gets its workloads from its job instead.
     """
 
     folder: str | None = None
@@ -62,16 +62,18 @@ class Arm:
 
 
 def why_none() -> str | None:
-    """Return why no process is to be started (the variable WORKBENCH_CHILDREN is "none": on a device that is lent for
-    minutes, starting them takes longer than the rest of a run), or None.
+    """Return why no process must be started, or None.
+
+    The reason is the variable WORKBENCH_CHILDREN set to "none", meant for devices that are available for minutes only,
+    where starting processes takes longer than the rest of a run.
     """
-    return f"no processes of their own: {VARIABLE}=none" if os.environ.get(VARIABLE) == "none" else None
+    return f"no separate processes: {VARIABLE}=none" if os.environ.get(VARIABLE) == "none" else None
 
 
 def run(
     program: str, jobs: Sequence[Mapping[str, Any]], *, limit_seconds: float = LIMIT_SECONDS
 ) -> list[dict[str, Any]]:
-    """Return the answer of a fresh process to each job, in order; all run on the cores and threads of this one.
+    """Return the answer of a fresh process to each job, in order; all use this process's cores and number of threads.
 
     `program` is a module whose function `run` takes a job and returns the answer. A job is plain JSON; its entry "arms"
     lists its arms as dictionaries. A process that fails or runs past `limit_seconds` answers {"failed": the reason}.
@@ -97,9 +99,10 @@ def _threads() -> int | None:
 
 
 def _surroundings() -> dict[str, str]:
-    """Return the variables of a child: this process's, its threads, and where the project's code lies.
+    """Return a child's environment: this process's variables, its number of threads, and the path of the project's
+    code.
 
-    Python's sets and dictionaries have the same order in every child.
+    The fixed hash seed gives sets and dictionaries the same order in every child.
     """
     threads = {"OMP_NUM_THREADS": str(count)} if (count := _threads()) else {}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -110,8 +113,8 @@ def _surroundings() -> dict[str, str]:
 
 
 class Server:
-    """A process that serves every program (`child.serve`); it answers requests, one line of JSON for each job, until
-    `end`. `errors` is the file that its errors go to.
+    """A server process (`child.serve`) that runs any program: until `end`, it answers requests with one line of JSON
+    for each job. `errors` is the file of its standard error.
     """
 
     def __init__(self, process: "subprocess.Popen[str] | ForkedProcess", errors: IO[str]) -> None:
@@ -127,15 +130,16 @@ class Server:
 
     @property
     def alive(self) -> bool:
-        """Whether the process still runs."""
+        """Whether the process is still running."""
         return self.process.poll() is None
 
     def answers(
         self, program: str, jobs: Sequence[Mapping[str, Any]], limit_seconds: float, *, fork: bool
     ) -> list[dict[str, Any]]:
-        """Return the answer to each job, from a process forked for it or else from the server itself. A server that
-        ends, or does not answer in time, is gone afterwards, and with it what it forked; so is one whose answers were
-        not awaited, since whoever asked next would take them for theirs.
+        """Return the answer to each job, from a process forked for it (`fork`) or from the server itself.
+
+        A server that ends or does not answer in time is ended together with its children. So is a server whose answers
+        were not awaited, since the next caller would receive them.
         """
         try:
             return self._answers(program, jobs, limit_seconds, fork)
@@ -149,14 +153,14 @@ class Server:
         request = {"program": program, "jobs": jobs, "fork": fork, "limit_seconds": limit_seconds}
         request["environment"] = _surroundings()
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended, which its lines will say
+        with contextlib.suppress(BrokenPipeError):  # the server has ended, which reading its lines will show
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
-        latest = time.monotonic() + limit_seconds * len(jobs) + STARTING_SECONDS
+        deadline = time.monotonic() + limit_seconds * len(jobs) + STARTING_SECONDS
         answers: list[dict[str, Any]] = []
         while len(answers) < len(jobs):
             try:
-                line = self.lines.get(timeout=max(0.0, latest - time.monotonic()))
+                line = self.lines.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
                 self.end()
                 return [{"failed": f"the child process ran past {limit_seconds:g} s"}] * len(jobs)
@@ -173,7 +177,7 @@ class Server:
         return (self.errors.read().strip().splitlines() or ["no message"])[-1]
 
     def end(self) -> None:
-        """End the server, where it still runs, and the children that it has forked."""
+        """End the server, if it is still running, and the children that it has forked."""
         if self.alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 server = psutil.Process(self.process.pid)
@@ -187,11 +191,11 @@ class Server:
         self.errors.close()
 
 
-_SERVERS: dict[tuple, Server] = {}  # the latest, by what it was started for
+_SERVERS: dict[tuple, Server] = {}  # the latest server, by (process id, cores, threads)
 
 
 def _start() -> Server:
-    """Start a server under this process's variables, on its cores."""
+    """Start a server with this process's environment, on its cores."""
     errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - until it ends
     process = subprocess.Popen(
         [sys.executable, "-c", SERVE],
@@ -206,7 +210,7 @@ def _start() -> Server:
 
 
 def _forked() -> Server | None:
-    """Return the server that was forked with this process, where there is one for as many threads."""
+    """Return the server that was forked along with this process, if there is one with the same number of threads."""
     parent, pid, stdin, stdout, errors, threads = map(int, os.environ.pop(FORKED_SERVER, "0,0,0,0,0,0").split(","))
     if parent != os.getpid():
         return None
@@ -219,8 +223,8 @@ def _forked() -> Server | None:
 
 
 def _server() -> Server:
-    """Return the server on the cores and threads of this process; start it where there is none. One that was started
-    for others ends: each holds the libraries in memory.
+    """Return the server for this process's cores and number of threads; start one if there is none. A server for others
+    is ended first, since each holds the libraries in memory.
     """
     cores = tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
     key = (os.getpid(), cores, _threads())
@@ -233,7 +237,7 @@ def _server() -> Server:
 
 @atexit.register
 def end_all() -> None:
-    """End the servers of this process; those of a process that it was forked from go on."""
+    """End the servers of this process; those of its parent keep running."""
     for (process, *_), server in _SERVERS.items():
         if process == os.getpid():
             server.end()

@@ -1,9 +1,9 @@
-"""Watches whether the machine was disturbed while something was timed. Knows neither what was timed nor its times: a
-block is repeated because of what the machine did, never because of its result.
+"""Detects disturbances of the machine during timing. Knows nothing about what is timed or its times: a block is
+repeated because of what the machine did, never because of its result.
 
-Read around each block: time stolen by the hypervisor, time in which this process's threads were ready but waited for a
-core, other processes' time on its cores, thermal throttling of CPU and GPU. On systems without `/proc` only the load
-can be read, by `environment.card`; no block is ever marked there.
+Read before and after each block: time stolen by the hypervisor, time in which this process's threads were ready but
+waited for a core, other processes' time on its cores, thermal throttling of CPU and GPU. On systems without `/proc`
+only the load can be read, by `environment.card`, and no block is ever marked as disturbed.
 """
 
 import os
@@ -20,8 +20,8 @@ from typing import Any
 from lib import cpu_limits
 from lib.measure.metrics.digits import percent
 
-# Shares of the block's time on this process's cores. The kernel counts busy and stolen time in ticks: a single tick
-# says nothing.
+# Shares of the block's time on this process's cores. The kernel counts busy and stolen time in ticks; a single tick
+# means nothing.
 STOLEN, WAITED, FOREIGN = 0.02, 0.10, 0.10
 TICKS = 2
 STAT = Path("/proc/stat")
@@ -32,7 +32,7 @@ TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 0.01
 
 @dataclass(frozen=True)
 class Reading:
-    """Counters at one moment, in seconds (summed over the cores), the number of throttling events of the cores, and
+    """Counters at one moment: seconds (summed over the cores), the number of throttling events of the cores, and
     whether the GPU is slowed down.
     """
 
@@ -53,14 +53,14 @@ def cores() -> list[int]:
 
 
 def cores_given() -> int:
-    """Return how many cores this process may keep busy: those of `cores`, or fewer where a control group limits its
-    time and nothing has bound it to some of them, as a build does.
+    """Return how many cores this process may keep busy: the number of `cores`, or fewer where a control group limits
+    its time and it is not bound to specific cores (a build binds its runs).
     """
     return cpu_limits.within_quota(len(cores()))
 
 
 def watch(read: Callable[[], Reading | None] | None = None) -> Callable[[], str | None]:
-    """Open a watch; return the function that closes it and says what disturbed the time between, or None."""
+    """Open a watch; return the function that closes it and returns what disturbed the time in between, or None."""
     read = read or reading
     before = read()
 
@@ -72,8 +72,8 @@ def watch(read: Callable[[], Reading | None] | None = None) -> Callable[[], str 
 
 
 def judge(before: Reading, after: Reading, core_count: int, usable: int | None = None) -> str | None:
-    """Return what disturbed the time between two readings on `core_count` cores, or None. `usable`: as many of them as
-    this process has time for (None: all), of which its threads' waiting is a share.
+    """Return what disturbed the time between two readings on `core_count` cores, or None. `usable` is the number of
+    cores that this process has time for (None: all); the waiting of its threads is a share of their time.
     """
     wall = max(after.wall - before.wall, 1e-9)
     available = wall * core_count
@@ -94,15 +94,15 @@ def judge(before: Reading, after: Reading, core_count: int, usable: int | None =
 
 
 def taken_by_others(reason: str) -> bool:
-    """Return whether a disturbance is one by other programs on our cores, as a process that shares them on purpose is:
-    not the hypervisor's, nor heat.
+    """Return whether other programs on our cores caused a disturbance, which a process that shares them on purpose also
+    does, rather than the hypervisor or heat.
     """
     return reason.startswith(("our threads waited", "other processes"))
 
 
 def in_words(reasons: Iterable[str]) -> str:
-    """Return disturbances as one phrase: those that differ in their share alone are one, with the range of the shares;
-    "nothing" where there are none.
+    """Return disturbances as one phrase. Reasons that differ only in their share are merged, with the range of the
+    shares. "nothing" if there are none.
     """
     shares: dict[str, list[int]] = {}
     for reason in sorted(set(reasons)):
@@ -116,9 +116,9 @@ def in_words(reasons: Iterable[str]) -> str:
 
 
 def beside(read: Callable[[], Reading | None] | None = None) -> Callable[[], str | None]:
-    """Open a watch of the whole machine, for a counter that does not tell its cores apart; return the function that
-    closes it and says how long other programs kept cores busy, whichever they are, beside this process; or None, where
-    that is little against this process's own time.
+    """Open a watch of the whole machine, for a counter that does not distinguish cores. Return the function that closes
+    it and returns how long other programs kept any cores busy, relative to this process's own time; None if that is
+    little.
     """
     read = read or partial(reading, everywhere=True)
     before = read()
@@ -137,7 +137,7 @@ def beside(read: Callable[[], Reading | None] | None = None) -> Callable[[], str
 
 
 def reading(everywhere: bool = False) -> Reading | None:
-    """Return the counters of this process and its cores (`everywhere`: of all that the machine has); None on a system
+    """Return the counters of this process and its cores (`everywhere`: all cores of the machine); None on systems
     without them.
     """
     try:
@@ -149,7 +149,7 @@ def reading(everywhere: bool = False) -> Reading | None:
     for line in lines:
         name, *ticks = line.split()
         if name in own or (everywhere and CORE.fullmatch(name)):
-            # Where Linux is emulated, the last columns are missing.
+            # Emulated Linux lacks the last columns.
             seconds = [int(tick) * TICK_SECONDS for tick in ticks[:8]] + [0.0] * 8
             user, nice, system, _, _, irq, soft, steal = seconds[:8]
             busy += user + nice + system + irq + soft
@@ -169,7 +169,7 @@ def _waited() -> float:
 
 
 def _throttled() -> int:
-    """Return the throttling events of the cores so far."""
+    """Return the number of throttling events of this process's cores so far."""
     total = 0
     for core in cores():
         try:
@@ -181,7 +181,7 @@ def _throttled() -> int:
 
 
 def _gpu_slowed() -> bool:
-    """Return whether the GPU is slowed down at this moment for heat or for its power supply."""
+    """Return whether heat or the power supply slows the GPU down at this moment."""
     handle = gpu_handle()
     if handle is None:
         return False
@@ -200,10 +200,11 @@ def _gpu_slowed() -> bool:
 
 
 def gpu_handle() -> Any | None:
-    """Return NVML's handle of the CUDA device in use, or None where none is in use (a run on a CPU may have one beside
-    it) or there is no NVML.
+    """Return NVML's handle of the CUDA device in use. None if no device is in use (even if the machine has one), or
+    there is no NVML.
 
-    By its UUID where NVML knows that: CUDA numbers the devices that CUDA_VISIBLE_DEVICES names, NVML all of them.
+    The device is identified by its UUID where NVML knows it: CUDA numbers the devices of CUDA_VISIBLE_DEVICES, NVML all
+    devices.
     """
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():

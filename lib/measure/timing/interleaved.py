@@ -1,11 +1,11 @@
-"""Times arms against each other: in every round each arm has one turn, in random but balanced order. Knows nothing of
-models: an arm is anything callable.
+"""Times arms against each other: in every round each arm has one turn, in random but balanced order. Knows nothing
+about models: an arm is any callable.
 
 Of any two arms each comes first equally often. A fixed order (all of the baseline first, or the baseline first in every
-pair) invents effects. Warm-up lies outside the rounds. A round during which the machine was disturbed is set aside and
-repeated, a bounded number of times; which round that is never depends on its times. Two arms, baseline and optimized,
-are the usual case (`paired`); their rounds are called blocks. Any contrast of more arms (an interaction, an
-attribution) is formed within each round, where the machine was the same for all of them, and judged over the rounds by
+pair) would create spurious effects. Warm-up takes place before the rounds. A round during which the machine was
+disturbed is set aside and repeated, a bounded number of times; its times never decide this. Two arms, baseline and
+optimized, are the usual case (`paired`), and their rounds are called blocks. A contrast of more arms (an interaction,
+an attribution) is formed within each round, where the machine was the same for all arms, and judged over the rounds by
 `lib.measure.metrics.paired_stats`.
 
 Shapes: R rounds.
@@ -27,22 +27,22 @@ from lib.measure.metrics.pairs import Pairs
 
 Arm = Callable[[], object]
 Clock = Callable[[], float]
-Watch = Callable[[], Callable[[], str | None]]  # as `lib.measure.timing.disturbance.watch`
+Watch = Callable[[], Callable[[], str | None]]  # like `lib.measure.timing.disturbance.watch`
 
 BASELINE_FIRST, OPTIMIZED_FIRST = "AB", "BA"
-TURN_SECONDS = 0.01  # what a turn lasts at least
-MOST_ROUNDS, STEP = 200, 4  # numbers of rounds are multiples of STEP, so that they can be drawn together in groups
-LONG_SECONDS = 0.2  # a call that lasts longer is warm after one, and no further call is made that can be spared
+TURN_SECONDS = 0.01  # least length of a turn
+MOST_ROUNDS, STEP = 200, 4  # numbers of rounds are multiples of STEP, so that they can be averaged in equal groups
+LONG_SECONDS = 0.2  # a longer call is warm after one call, and unnecessary further calls are avoided
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """Seconds per call of every arm in every round, where a turn was `iterations` calls.
+    """Seconds per call of every arm in every round; a turn consisted of `iterations` calls.
 
-    `orders` holds the arms of each round in the order of their turns, `disturbed` what disturbed the round or None,
-    `set_aside` the repeated rounds: seconds per call of each arm, and the reason. `cpu_seconds` is this process's
-    processor time per call (user and system, all threads). `process[i]` numbers the fresh process that timed round i;
-    None where all were timed in this one. `copied`: whether the arms were copied for these rounds alone.
+    `orders` holds the arms of each round in the order of their turns, `disturbed` what disturbed each round (or None),
+    `set_aside` the disturbed rounds that were repeated: seconds per call of each arm, and the reason. `cpu_seconds` is
+    this process's CPU time per call (user and system, all threads). `process[i]` numbers the fresh process that timed
+    round i; `process` is None if all were timed in this process. `copied`: the arms were copied just for these rounds.
     """
 
     seconds: dict[str, list[float]]
@@ -64,7 +64,7 @@ class Rounds:
         return np.asarray(sum(weight * self.logs(arm) for arm, weight in weights.items()))
 
     def before(self, first: str, second: str) -> list[bool]:
-        """Return whether the arm `first` had its turn before `second`, round by round."""
+        """Return, for each round, whether the arm `first` had its turn before `second`."""
         return [order.index(first) < order.index(second) for order in self.orders]
 
     def pairs(self, baseline: str, optimized: str) -> Pairs:
@@ -79,11 +79,10 @@ class Rounds:
 
 
 def balanced_orders(arms: Sequence[str], count: int, seed: int = 0, mirrored: bool = False) -> list[list[str]]:
-    """Return `count` orders of the arms, shuffled: every order stands beside its reverse, so that of any two arms each
-    comes first equally often (once more for either where `count` is odd).
+    """Return `count` shuffled orders of the arms. Every order comes with its reverse, so that of any two arms each is
+    first equally often (one of them once more if `count` is odd).
 
-    `mirrored`: each of these orders reversed. What one seed makes with and without it is balanced together, whatever
-    `count` is.
+    `mirrored` reverses each order. The mirrored and unmirrored orders of a seed are balanced together for any `count`.
     """
     shuffle = random.Random(seed)
     orders: list[list[str]] = []
@@ -109,14 +108,15 @@ def rounds(
     synchronize: Callable[[], object] | None = None,
     disturbance: Watch | None = None,
 ) -> Rounds:
-    """Time every arm once (`iterations` calls) in each of `count` rounds and return every time.
+    """Time one turn (`iterations` calls) of every arm in each of `count` rounds and return all times.
 
-    An arm's attribute `prepare`, where it has one, is called before each call of that arm and not timed. `synchronize`
-    is called before each reading of the clock; where none is given, the attribute of that name that an arm has, for all
-    arms: a plain function beside work on a device starts work there too, and would seem to end at once. `seed` and
-    `mirrored` are those of `balanced_orders`. `disturbance` opens a watch and returns the function that closes it with
-    a reason or None. At most `repeats` disturbed rounds are repeated (by default half of `count`); later ones are kept
-    and marked. Raises UserError for fewer than `fewest` rounds: six, unless several processes are timed.
+    If an arm has an attribute `prepare`, it is called before each call of that arm, untimed. `synchronize` is called
+    before each reading of the clock. By default it is the attribute of that name of the first arm that has one, for all
+    arms: a plain function next to a workload on a device starts work there too, and would otherwise seem to end at
+    once. `seed` and `mirrored` are those of `balanced_orders`. `disturbance` opens a watch and returns the function
+    that closes it with a reason or None. At most `repeats` disturbed rounds are repeated (by default half of `count`);
+    later ones are kept and marked. Raises UserError for fewer than `fewest` rounds: six, unless several processes are
+    timed.
     """
     if count < fewest:
         raise UserError(f"{count} blocks are too few to tell noise from effect: give at least {fewest}")
@@ -167,10 +167,10 @@ def paired(
     synchronize: Callable[[], object] | None = None,
     disturbance: Watch | None = None,
 ) -> Pairs:
-    """Time two arms in `blocks` balanced blocks and return every time; the options are those of `rounds`.
+    """Time two arms in `blocks` balanced blocks and return all times; the options are those of `rounds`.
 
-    The baseline's own `synchronize` serves both arms where none is given. At most as many blocks are repeated as were
-    asked for. Raises UserError for fewer than `fewest` blocks; fewer than six have no interval.
+    By default the baseline's own `synchronize` serves both arms. At most `blocks` disturbed blocks are repeated. Raises
+    UserError for fewer than `fewest` blocks; fewer than six give no interval.
     """
     return rounds(
         {"baseline": baseline, "optimized": optimized},
@@ -197,11 +197,11 @@ def with_control(
     seed: int = 0,
     disturbance: Watch | None = None,
 ) -> tuple[Pairs, Pairs]:
-    """Time two warm arms and, as the third arm of the same rounds, the A/A control: `copy`, the baseline's work on a
-    separately allocated copy of it. Return the pairs of (baseline, optimized) and of (baseline, copy).
+    """Time two warm arms and, as a third arm of the same rounds, the A/A control `copy`: the baseline's work on a
+    separately allocated copy of its model. Return the pairs (baseline, optimized) and (baseline, copy).
 
-    A turn is as many calls as last `seconds`; there are more than `blocks` where that many last less than `total`
-    seconds. The same object twice cannot show what differs between two copies.
+    A turn consists of as many calls as take `seconds`. Rounds are added to `blocks` until they take `total` seconds
+    together. The baseline object itself must not serve as copy: it cannot show how two copies differ.
     """
     arms = {"baseline": baseline, "optimized": optimized, "copy": copy}
     count, iterations = rounds_for(arms, total, blocks, seconds)
@@ -216,11 +216,11 @@ def rounds_for(
     turn_seconds: float = TURN_SECONDS,
     clock: Clock = time.perf_counter,
 ) -> tuple[int, int]:
-    """Return (rounds, calls a turn) of warm arms: turns of `turn_seconds`, and a multiple of STEP rounds that take
+    """Return (rounds, calls per turn) for warm arms: turns of `turn_seconds`, and a multiple of STEP rounds that take
     about `total` seconds together, at least `least` and at most MOST_ROUNDS.
 
     Many short rounds are more informative than few long ones of the same total time: a machine's speed drifts within a
-    second, and only what changes between neighbouring turns is noise.
+    second, and only changes between neighbouring turns are noise.
     """
     synchronize = _waiting(arms)
     seconds = {name: _turn(arm, 1, clock, synchronize)[0] for name, arm in arms.items()}
@@ -230,8 +230,8 @@ def rounds_for(
 
 
 def iterations_for(arm: Arm, seconds: float = 0.03, *, warm: bool = False, clock: Clock = time.perf_counter) -> int:
-    """Return how many calls of `arm` last at least `seconds`, by one call, so that a block is not all noise. An arm
-    that is not `warm` is called once before.
+    """Return how many calls of `arm` take at least `seconds`, estimated from one call, so that a block is not all
+    noise. An arm that is not `warm` is called once before.
     """
     if not warm:
         arm()
@@ -240,19 +240,19 @@ def iterations_for(arm: Arm, seconds: float = 0.03, *, warm: bool = False, clock
 
 
 def warm_up(*arms: Arm) -> float:
-    """Call every arm once and return the seconds of the fastest."""
+    """Call every arm once and return the seconds of the fastest call."""
     return min(_turn(arm, 1, time.perf_counter)[0] for arm in arms)
 
 
 def _waiting(arms: Mapping[str, Arm]) -> Callable[[], object] | None:
-    """Return what the first arm on a device waits for it by, which waits for what every arm started there; or None."""
+    """Return `synchronize` of the first arm that has it, which waits for all work on the device; None without any."""
     return next((wait for arm in arms.values() if (wait := getattr(arm, "synchronize", None))), None)
 
 
 def _turn(
     arm: Arm, iterations: int, clock: Clock, synchronize: Callable[[], object] | None = None
 ) -> tuple[float, float]:
-    """Return seconds and processor seconds per call of one turn; without a `prepare` between the calls, they are one
+    """Return wall and CPU seconds per call of one turn. Without `prepare` between the calls, they are timed in one
     stretch.
     """
     prepare = getattr(arm, "prepare", None)

@@ -1,5 +1,5 @@
-"""The program in a child process of `lib.measure.timing.processes`: loads the arms, times each workload in a few
-balanced rounds, and answers with every time.
+"""The program of a child process of `lib.measure.timing.processes`: loads the arms, times each workload in a few
+balanced rounds, and answers with all times.
 """
 
 import random
@@ -13,7 +13,7 @@ from lib.measure.timing.children import Arm
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Return {"workloads": name → the fields of a `processes.Replicate`} of one process."""
+    """Return {"workloads": name → fields of a `processes.Replicate`}, measured in this process."""
     number = job["seed"] + job["process"]
     heap = child.move_heap(number)
     baseline, optimized = (Arm(**fields) for fields in job["arms"])
@@ -24,20 +24,20 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         child.make_present(model)
     place = {"loaded": loaded, "addresses": {name: _address(models[name]) for name in arms}}
     timed = {name: _time(name, {arm: models[arm] for arm in arms}, job) | place for name in job["names"]}
-    del heap  # kept until here
+    del heap  # must be kept until here
     return {"workloads": timed}
 
 
 def load_order(arms: list[str], number: int) -> list[str]:
-    """Return the order in which a process loads its arms: not that of its first round, which is drawn by a number too,
-    or what is loaded first would always have the first turn.
+    """Return the order in which process `number` loads its arms. It is drawn independently of the order of the first
+    round; otherwise the arm that is loaded first would always have the first turn.
     """
     return random.Random(f"loaded in process {number}").sample(arms, len(arms))
 
 
 def order_of_rounds(job: dict[str, Any]) -> dict[str, Any]:
-    """Return seed and mirroring of a process's rounds: each second process mirrors the one before it, so that both
-    together are balanced where a process has a single round, or an odd number of them.
+    """Return seed and mirroring of a process's rounds. Every second process mirrors the one before it, so that the two
+    together are balanced even if a process has an odd number of rounds.
     """
     return {"seed": job["seed"] + job["process"] // 2, "mirrored": job["process"] % 2 == 1}
 

@@ -1,9 +1,9 @@
-"""Replication in processes: two arms that lie in saved files are timed in several fresh processes.
+"""Replicates timing in processes: two arms in saved files are timed in several fresh processes.
 
-Memory placement, huge pages and what ran before are fixed for the life of a process and shift a ratio by percents, so
-the process is the unit of replication: a few rounds in each of several are more informative than many rounds in one
-(Kalibera and Jones, Rigorous benchmarking in reasonable time, ISMM 2013). `lib.measure.timing.process_child` runs in
-them. Knows nothing of how the arms differ.
+Memory placement, huge pages and what ran before are fixed for the life of a process and shift a ratio by several per
+cent, so the process is the unit of replication: a few rounds in each of several processes are more informative than
+many rounds in one (Kalibera and Jones, Rigorous benchmarking in reasonable time, ISMM 2013).
+`lib.measure.timing.process_child` runs in these processes. Knows nothing about how the arms differ.
 
 Shapes: B batch, T prompt tokens.
 """
@@ -23,17 +23,18 @@ PROCESSES, ROUNDS = 6, 2
 
 
 class ChildFailed(RuntimeError):
-    """A process of a replication failed; the message says why."""
+    """A process of a replication failed; the message states the reason."""
 
 
 @dataclass(frozen=True)
 class Replicate:
-    """One fresh process and one workload: what `interleaved.Rounds` holds of the arms "baseline", "optimized" and
-    "copy" (the baseline's files loaded once more), wall and processor seconds per call of every round.
+    """The rounds of one workload in one fresh process: the fields of `interleaved.Rounds` for the arms "baseline",
+    "optimized" and "copy" (the baseline's files loaded a second time), with wall and CPU seconds per call of every
+    round.
 
-    `process` numbers the process, `loaded` is the order in which it loaded the arms. `addresses` (of each arm's first
-    weight) shows that memory lay elsewhere in another process, `outputs` (a hash of the tokens of each arm's last call)
-    that the saved arm did what the arm in memory does.
+    `process` numbers the process, `loaded` is the order in which it loaded the arms. `addresses` of each arm's first
+    weight show that memory placement differs between processes. `outputs` holds a hash of the tokens of each arm's last
+    call, which shows that the saved arm does the same as the arm in memory.
     """
 
     process: int
@@ -50,7 +51,7 @@ class Replicate:
 
     @property
     def rounds(self) -> Rounds:
-        """The rounds of this process, as if they had been timed here."""
+        """The rounds of this process in the form of rounds timed in the current process."""
         repeated = self.set_aside
         return Rounds(self.wall, self.iterations, self.disturbed, self.orders, repeated, cpu_seconds=self.cpu)
 
@@ -69,14 +70,14 @@ def replicate(
     except_for: Sequence[str] = (),
     limit_seconds: float = children.LIMIT_SECONDS,
 ) -> dict[str, list[Replicate]]:
-    """Time the workloads `names` (see `workloads.standard`) of two arms and of a copy of the first in each of
-    `processes` fresh processes, `rounds` balanced rounds each (a number, or one for each workload); return the
-    processes of every workload.
+    """Time the workloads `names` (see `workloads.standard`) of two arms and of a copy of the baseline in each of
+    `processes` fresh processes; return one replicate per process for every workload.
 
-    A process moves its heap, loads the three in an order of its own, warms each up, and repeats at most as many
-    disturbed rounds as it has. `prompt_BT` is ids [1, T]; `new_tokens` and `batch` are those of `standard`.
-    `except_for`: conditions in which the arms may differ (`workloads.assert_same_conditions`). Raises ChildFailed with
-    the reason where a process fails or runs past `limit_seconds`.
+    `rounds` is the number of balanced rounds in each process, for all workloads or by workload. A process moves its
+    heap, loads the three models in its own order, warms each up, and repeats at most `rounds` disturbed rounds.
+    `prompt_BT` holds token ids [1, T]; `new_tokens` and `batch` are those of `standard`. `except_for` names conditions
+    in which the arms may differ (`workloads.assert_same_conditions`). Raises ChildFailed with the reason if a process
+    fails or runs past `limit_seconds`.
     """
     job = {
         "arms": [asdict(baseline), asdict(optimized)],

@@ -1,10 +1,9 @@
-"""The timed work: prefill, decode, generate. Knows how to drive a decoder by hand, token by token; knows nothing of how
-it is timed.
+"""The timed workloads: prefill, decode, generate. Drives a decoder token by token. Knows nothing about how it is timed.
 
-Every workload is a callable without arguments. Its length is forced (no end-of-text stop) and its tokens are counted
-from the model's own output. No prompt is served from a warm prefix: every prefill starts from a fresh cache. What must
-not be timed (the prefill before a decode) is done once, beforehand (`steps`), or by `prepare`, which
-`lib.measure.timing.interleaved` calls before it starts the clock.
+Every workload is a callable without arguments. Its length is fixed (no end-of-text stop), and its tokens are counted in
+the model's own output. No prompt is served from a warm prefix: every prefill starts with an empty cache. Untimed work
+(the prefill before a decode) is done once in advance (`steps`), or by `prepare`, which `lib.measure.timing.interleaved`
+calls before it starts the clock.
 
 Shapes: B batch, T prompt tokens, N new tokens.
 """
@@ -24,17 +23,17 @@ from lib.models.structure.anatomy import reset_rope_deltas
 
 Prompt = torch.Tensor | Mapping[str, torch.Tensor]
 BATCH_PROMPT_TOKENS = 128
-TURN_STEPS = 2  # of decoding in one timed call: the faster arms take turns, the less a machine changes between them
+TURN_STEPS = 2  # decoding steps in one timed call: the shorter the turns, the less the machine changes between them
 
 
 @dataclass
 class Workload:
-    """A timed piece of work. `tokens` is what one call processes (prefill) or produces (decode, generate), all
-    sequences together.
+    """A timed workload. `tokens` is the number of tokens that one call processes (prefill) or produces (decode,
+    generate), over all sequences.
 
-    `output_BN` holds the token ids of the last call (of `steps`, of its first turn), `step_seconds` the time of every
-    decoded step (on CUDA between events in the device's stream). `conditions` must be equal in both arms. `turns` calls
-    make up the whole work, and `restart` goes back to the first of them.
+    `output_BN` holds the token ids of the last call (for `steps`, of the first turn), `step_seconds` the time of every
+    decoding step (on CUDA between events in the device's stream). `conditions` must be equal in both arms. The whole
+    work consists of `turns` calls; `restart` returns to the first.
     """
 
     name: str
@@ -65,7 +64,7 @@ class Workload:
 def prefill(model: nn.Module, prompt: Prompt) -> Workload:
     """Return the work of reading a prompt (ids [B, T], or a dictionary of inputs) up to the first new token.
 
-    `tokens` is B·T; divide by it for tokens per second; one call is one time to first token.
+    `tokens` is B·T. The time of one call is the time to first token.
     """
     inputs = _inputs(model, prompt)
     batch, length = inputs["input_ids"].shape
@@ -104,11 +103,11 @@ def decode(model: nn.Module, prompt: Prompt, new_tokens: int) -> Workload:
 
 
 def steps(model: nn.Module, prompt: Prompt, new_tokens: int, at_once: int | None = None) -> Workload:
-    """Return the work of `decode` at a fixed context: the prompt is read once, now, and when `new_tokens` have been
-    decoded they are removed from the cache again. For long prompts, whose prefill would take most of the time.
+    """Return the work of `decode` at a fixed context: the prompt is read once, now, and after `new_tokens` decoded
+    tokens these are removed from the cache again. For long prompts, whose prefill would take most of the time.
 
-    One call decodes `at_once` tokens (default: all) and goes on where the last one stopped, so that arms can take turns
-    within an answer. `at_once` is brought down to a divisor of `new_tokens`.
+    One call decodes `at_once` tokens (default: all) and continues where the last one stopped, so that arms can take
+    turns within an answer. `at_once` is lowered to a divisor of `new_tokens`.
     """
     inputs = _inputs(model, prompt)
     batch, length = inputs["input_ids"].shape
@@ -122,7 +121,7 @@ def steps(model: nn.Module, prompt: Prompt, new_tokens: int, at_once: int | None
             for layer in cache.layers:
                 if not getattr(layer, "is_sliding", False):
                     layer.crop(-state["done"])
-            for layer, before in windows:  # what left a window cannot be cropped back; its tensors are never written to
+            for layer, before in windows:  # tokens that left a window are lost to `crop`; the tensors stay unchanged
                 vars(layer).update(before)
         state.update(token_B1=first_B1, done=0)
 
@@ -142,7 +141,7 @@ def steps(model: nn.Module, prompt: Prompt, new_tokens: int, at_once: int | None
 
 
 def generate(model: nn.Module, prompt: Prompt, new_tokens: int) -> Workload:
-    """Return the work of answering a prompt end to end: prefill, then greedy steps. `tokens` is B·new_tokens."""
+    """Return the work of answering a prompt end to end: prefill and greedy decoding steps. `tokens` is B·new_tokens."""
     inputs = _inputs(model, prompt)
     batch, length = inputs["input_ids"].shape
 
@@ -165,11 +164,11 @@ def generate(model: nn.Module, prompt: Prompt, new_tokens: int) -> Workload:
 
 
 def standard(name: str, model: nn.Module, prompt_1T: torch.Tensor, new_tokens: int, batch: int) -> Workload:
-    """Return one of the workloads by which models are compared: prefill, decode, batch_decode or generate.
+    """Return one of the standard workloads for comparing models: prefill, decode, batch_decode or generate.
 
-    Decoding is at a fixed context, a few tokens a call (`steps`). For `batch_decode` the prompt's beginning is
-    repeated, rolled: `batch` different prompts of one length, short since only decoding is timed. Raises ValueError for
-    another name.
+    Decoding is timed at a fixed context, a few tokens per call (`steps`). The `batch` prompts of `batch_decode` are
+    rolled copies of the prompt's beginning: different, of equal length, and short, since only decoding is timed. Raises
+    ValueError for another name.
     """
     if name == "prefill":
         return prefill(model, prompt_1T)
@@ -185,18 +184,19 @@ def standard(name: str, model: nn.Module, prompt_1T: torch.Tensor, new_tokens: i
 
 
 def random_prompt(model: nn.Module, batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    """Return random token ids [B, T] of the model's vocabulary, for models without a tokenizer (random weights)."""
+    """Return random token ids [B, T] from the model's vocabulary, for models without a tokenizer (random weights)."""
     config = _text_config(model)
-    # The lowest ids are special tokens, among them the placeholders of pictures.
+    # The lowest ids are special tokens, including the placeholders for images.
     floor = min(256, config.vocab_size // 4)
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(floor, config.vocab_size // 2, (batch, length), generator=generator)
 
 
 def assert_same_conditions(baseline: Workload, optimized: Workload, *, except_for: tuple[str, ...] = ()) -> None:
-    """Raise ValueError unless both arms have the same prompts, lengths, dtype, device, attention and experts backend.
+    """Raise ValueError unless both arms have the same prompts, lengths, dtype, device, attention, experts backend and
+    number of threads.
 
-    `except_for` names the conditions in which the optimization consists.
+    `except_for` names the conditions that the optimization changes on purpose.
     """
     differing = [
         f"{name} ({baseline.conditions[name]} against {optimized.conditions[name]})"
@@ -211,7 +211,7 @@ def assert_same_conditions(baseline: Workload, optimized: Workload, *, except_fo
 
 
 def output_hash(work: Workload) -> str:
-    """Return a hash of the tokens of the last call, by which two arms are known to have done the same."""
+    """Return a hash of the last call's tokens, which shows whether two arms did the same."""
     return "" if work.output_BN is None else hashlib.sha256(work.output_BN.cpu().numpy().tobytes()).hexdigest()[:12]
 
 
@@ -237,7 +237,7 @@ def _steps(model: nn.Module, token_B1: torch.Tensor, cache: Any, steps: int, wor
 
 
 def _mark(tensor: torch.Tensor) -> float | torch.cuda.Event:
-    """Return the present moment: of a clock, or on CUDA an event in the device's stream, which delays nothing."""
+    """Return a time stamp: the clock's seconds, or on CUDA an event in the device's stream, which causes no delay."""
     if not tensor.is_cuda:
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -254,7 +254,7 @@ def _between(marks: Sequence[Any]) -> list[float]:
 
 
 def _device(model: nn.Module) -> torch.device:
-    """Return where the model computes; parameters on disk (device meta) do not count."""
+    """Return the device on which the model computes; parameters on disk (device meta) are ignored."""
     devices = (parameter.device for parameter in model.parameters())
     return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
 
@@ -285,5 +285,5 @@ def _conditions(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, 
 
 
 def barrier(model: nn.Module) -> Callable[[], object] | None:
-    """Return the function that waits for the device, or None on a CPU, where a call has ended when it returns."""
+    """Return the function that waits for the device; None on a CPU, where work has ended when a call returns."""
     return torch.cuda.synchronize if _device(model).type == "cuda" else None

@@ -1,1 +1,1 @@
-"""What a run costs: memory, energy, CPU; and the environment in which it ran."""
+"""Trackers of what a run costs (memory, energy, CPU) and of the environment in which it ran."""

@@ -1,4 +1,4 @@
-"""How busy the CPU (and the GPU, where there is one) is while something runs. Knows nothing of what runs."""
+"""Utilisation of the CPU (and of the GPU, if there is one) while something runs. Knows nothing about what runs."""
 
 import threading
 import time
@@ -12,8 +12,8 @@ from lib.measure.timing import disturbance
 
 @dataclass(frozen=True)
 class Use:
-    """CPU use of one stretch, over the cores given to this process; `gpu` is the GPU's utilisation as a share, None
-    without a GPU.
+    """CPU use over a period, on the cores given to this process. `gpu` is the GPU's utilisation as a share (None
+    without a GPU).
     """
 
     wall_seconds: float
@@ -33,9 +33,9 @@ class Use:
 
 
 def use(arm: Callable[[], object], seconds: float = 0.5) -> Use:
-    """Call `arm` until `seconds` have passed, once at least; return the use of the CPU (by this process) and the GPU.
+    """Call `arm` until `seconds` have passed, at least once; return the CPU use of this process, and the GPU's.
 
-    An arm's `prepare` is not counted.
+    The arm's `prepare` is not counted.
     """
     prepare = getattr(arm, "prepare", None)
     synchronize = getattr(arm, "synchronize", None)
@@ -56,7 +56,7 @@ def use(arm: Callable[[], object], seconds: float = 0.5) -> Use:
 
 
 class _GpuSampler:
-    """Reads the GPU's utilisation twenty times a second while open."""
+    """Samples the GPU's utilisation twenty times a second while entered."""
 
     def __init__(self) -> None:
         self.samples: list[int] = []

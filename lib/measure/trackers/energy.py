@@ -1,11 +1,11 @@
-"""Energy of both arms, per token, and the processor seconds that decide efficiency where no energy was counted.
+"""Measures the energy per token of both arms, and the CPU seconds that decide efficiency where no energy was counted.
 
-Joules are judged only where they come from a counter (`lib.measure.trackers.energy_source`). An estimate is processor
-time multiplied by a table of unknown error: it is shown with that label and never judged; the processor time itself,
+Joules are judged only if they come from a counter (`lib.measure.trackers.energy_source`). An estimate is CPU time
+multiplied by values from a table of unknown error: it is shown with that label and never judged. The CPU time itself,
 measured in the same windows, is judged instead. Unknown energy is never 0, and measured and estimated joules are never
-added up.
+added.
 
-Knows nothing of models. Loading and start-up lie outside every window.
+Knows nothing about models. No window includes loading or start-up.
 """
 
 import time
@@ -23,11 +23,11 @@ GROSS, ABOVE_IDLE, INVERSE = "energy_joules_per_token", "energy_above_idle_joule
 CPU = "cpu_seconds_per_token"
 ESTIMATED = "estimated from processor time: shown, never judged"
 COUNTED = "energy is judged, by its counter"
-BESIDE_A_GPU = "a GPU does the work, and this is the time of the processor beside it"
+BESIDE_A_GPU = "a GPU does the work, and this is only the CPU's time"
 
 
 class CountedArm(Protocol):
-    """An arm that says how many tokens one call processes; `prepare` and `synchronize` are used where it has them."""
+    """An arm with the number of `tokens` that one call processes; `prepare` and `synchronize` are optional."""
 
     @property
     def tokens(self) -> int: ...
@@ -36,7 +36,7 @@ class CountedArm(Protocol):
 
 
 class Window(NamedTuple):
-    """What one window of an arm took, per token."""
+    """Energy and times of one window of an arm, per token."""
 
     joules: float
     wall_seconds: float
@@ -60,17 +60,17 @@ def per_token(
     disturbance: Watch | None = None,
     control: CountedArm | None = None,
 ) -> list[Measurement]:
-    """Return gross joules per token, joules above idle per token, tokens per joule and, unless they are measured
-    elsewhere (`with_cpu_seconds`), processor seconds per token of two workloads.
+    """Return gross joules per token, joules above idle per token, tokens per joule and, with `with_cpu_seconds`, CPU
+    seconds per token of two workloads.
 
-    In each of `blocks` blocks, in random but balanced order, each arm runs for one window (`seconds`; by default as
-    long as the counter needs), and with them the A/A control (`control`, the baseline's work on a copy of it; by
-    default the baseline a second time); idle power is read before and after, where it can be. `tokens` of an arm is
-    what one call processes. Judged are the joules of a counter, or else the processor seconds.
+    In each of `blocks` blocks, both arms and the A/A control run for one window each, in random but balanced order. A
+    window takes `seconds`, by default as long as the counter needs. `control` is the baseline's work on a copy of it,
+    by default the baseline a second time. Idle power is read before and after, if possible. The joules are judged if
+    they come from a counter, else the CPU seconds.
 
-    `disturbance` opens a watch, as for `interleaved.rounds`: a block in which other programs took energy, too, is
-    repeated (at most as many as there are), and where that does not suffice nothing is decided. Joules are not judged
-    where the counter counted what others did on cores that this process does not use (`Counter.beside`).
+    `disturbance` opens a watch, as for `interleaved.rounds`: blocks in which other programs used energy as well are
+    repeated (at most `blocks` of them); if disturbed blocks remain, nothing is decided. Joules are not judged if the
+    counter included the work of others on cores that this process does not use (`Counter.beside`).
     """
     source = source or counter(device)
     window = seconds or source.window_seconds
@@ -109,15 +109,16 @@ def _block(
     seconds: float,
     disturbance: Watch | None,
 ) -> tuple[dict[str, Window], str | None]:
-    """Return a window of every arm, in this order, and what disturbed them."""
+    """Return one window of every arm, measured in `order`, and what disturbed them (or None)."""
     close = disturbance() if disturbance else None
     taken = {name: _window(arms[name], source, seconds) for name in order}
     return taken, close() if close else None
 
 
 def of_turns(pairs: Pairs, control: Pairs, tokens: int, *, workload: str, source: Counter) -> list[Measurement]:
-    """Return what `per_token` does, without processor seconds, from turns that were timed already: for an estimate,
-    which is made of nothing but times. `tokens` is what one call processes. Needs the processor seconds of the turns.
+    """Return the measurements of `per_token`, except CPU seconds, from turns that are already timed. Only for an
+    estimate, which is computed from times alone. `tokens` is the number that one call processes. The pairs must have
+    CPU seconds.
     """
     assert source.of_times and pairs.cpu_seconds and control.cpu_seconds, "an estimate from wall and processor time"
     seconds = {
@@ -145,11 +146,11 @@ def cpu_seconds(
     counted: bool = False,
     process: Sequence[int] | None = None,
 ) -> Measurement:
-    """Return processor seconds per token (user and system time of the measuring process, all threads), from samples of
-    the baseline, the optimized arm and the A/A control that were taken in the same rounds.
+    """Return CPU seconds per token (user and system time of the measuring process, all threads), from samples of the
+    baseline, the optimized arm and the A/A control that were taken in the same rounds.
 
-    `source` says how; `process[i]` is the process that took sample i, where there are several. Where energy is
-    `counted`, it is what is judged, and these are informative.
+    `source` states how they were taken; `process[i]` is the process of sample i, if there are several. With `counted`,
+    the result is informative, since the counted energy is judged instead.
     """
     how = f"user + system time, {source}"
     if min(*baseline, *optimized, *control) <= 0:
@@ -160,24 +161,24 @@ def cpu_seconds(
 
 
 def counted_too(others: str) -> str:
-    """Return why joules are not judged whose counter counted what `others` did (`Counter.beside`), and what to do."""
-    return f"{others}, and the counter counts every core: energy is judged of a run that is alone (--jobs 1)"
+    """Return why joules are not judged if the counter included what `others` did (`Counter.beside`), and what to do."""
+    return f"{others}, and the counter counts every core: energy is judged only in a run by itself (--jobs 1)"
 
 
 def is_judged(joules: Sequence[Measurement]) -> bool:
-    """Whether the energy among these measurements has a verdict: from a counter that moved, over windows enough."""
+    """Whether gross energy is judged in these measurements: its counter moved, over sufficiently many windows."""
     return any(m.metric == GROSS and m.margin is not None for m in joules)
 
 
 def judge_once(joules: Sequence[Measurement], measurements: Sequence[Measurement]) -> list[Measurement]:
-    """Return the measurements as they stand beside `joules`: where these are judged, processor seconds describe."""
+    """Return the measurements, with CPU seconds made informative if `joules` are judged."""
     if not is_judged(joules):
         return [*measurements]
     return [measurement.unjudged(m, COUNTED) if m.metric == CPU and m.margin is not None else m for m in measurements]
 
 
 def _window(arm: CountedArm, source: Counter, seconds: float) -> Window:
-    """Run `arm` for at least `seconds`; return what that took per token, without its `prepare`."""
+    """Run `arm` for at least `seconds`; return energy and times per token, not counting `prepare`."""
     prepare, synchronize = getattr(arm, "prepare", None), getattr(arm, "synchronize", None)
     joules = wall = busy = 0.0
     tokens = 0
@@ -187,7 +188,7 @@ def _window(arm: CountedArm, source: Counter, seconds: float) -> Window:
         if synchronize:
             synchronize()
         start, start_busy, before = time.perf_counter(), time.process_time(), source.joules()
-        # With nothing to prepare the whole window is one stretch, so that a slow counter is read as rarely as possible.
+        # Without `prepare` the window is one stretch, so that a slow counter is read as rarely as possible.
         while True:
             arm()
             tokens += arm.tokens
@@ -216,13 +217,13 @@ def _joules(
         return [measurement.unavailable(name, workload, reason, how) for name in (GROSS, ABOVE_IDLE, INVERSE)]
 
     def compared(metric: str, values: dict[str, list[float]], how: str, samples: bool = False) -> Measurement:
-        # Of these values: what is left above idle differs by larger shares than the whole does.
+        # The floor is that of these values: energy above idle varies by larger shares than gross energy.
         floor = paired_stats.noise_floor(paired_stats.differences(values["baseline"], values["control"]), process)
         options: dict[str, Any] = {"source": how, "floor": floor, "provenance": source.provenance, "samples": samples}
         options |= {"process": process, "disturbed": disturbed}
         judged = paired_samples.from_samples(metric, workload, values["baseline"], values["optimized"], **options)
         if source.provenance == "estimated":
-            return measurement.unjudged(judged, f"{ESTIMATED}; no counter: {source.missing or 'not asked for'}")
+            return measurement.unjudged(judged, f"{ESTIMATED}; no counter: {source.missing or 'not requested'}")
         if shared:
             return measurement.unjudged(judged, counted_too(shared))
         return measurement.unjudged(judged, f"the inverse of {GROSS}, which is judged") if metric == INVERSE else judged

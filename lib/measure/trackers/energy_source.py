@@ -1,6 +1,6 @@
-"""Where joules come from: a counter read through Zeus (NVML: the whole GPU; RAPL: the whole socket, and its memory
-where that is counted), else an estimate from processor time and a table of watts; and why no counter was read. Knows
-nothing of what takes energy.
+"""Sources of joules: a counter read through Zeus (NVML: the whole GPU; RAPL: the whole socket, and its memory if that
+is counted), or else an estimate from CPU time and a table of watts, with the reason why no counter was read. Knows
+nothing about what uses energy.
 """
 
 import os
@@ -16,11 +16,11 @@ from lib import memory_limits
 from lib.measure.metrics.measurement import Provenance
 from lib.measure.timing import disturbance
 
-# NVML refreshes its counter slowly: shorter windows would be mostly rounding.
+# NVML refreshes its counter slowly: shorter windows would be dominated by rounding.
 COUNTER_WINDOW_SECONDS = 2.0
 ESTIMATE_WINDOW_SECONDS = 0.1
 
-POWERCAP = Path("/sys/class/powercap")  # where Linux shows RAPL, of AMD's processors too
+POWERCAP = Path("/sys/class/powercap")  # where Linux shows RAPL, also for AMD processors
 CPU_INFO, VENDOR = Path("/proc/cpuinfo"), Path("/sys/class/dmi/id/sys_vendor")
 
 # Watts per logical core, idle and busy, from SPECpower_ssj2008 submissions per processor generation, as tabulated by
@@ -30,11 +30,12 @@ WATTS_PER_CORE = {"EPYC": (0.47, 1.69), "Graviton": (0.47, 1.69), "server": (0.7
 
 @dataclass(frozen=True)
 class Counter:
-    """A source of joules: `kind` nvml, rapl or estimate; `provenance` and `scope` as a record states them. `missing`
-    says of an estimate why no counter was read, and how reading is permitted where it was not; `of_times` is that
-    estimate from seconds and processor seconds that were taken elsewhere. `idle_watts` were read when it was opened;
-    `idle` reads them again, which takes a second. `beside` opens a watch that tells whose work the counter counted too,
-    where it counts more than the device that this process has for itself (`disturbance.beside`).
+    """A source of joules. `kind` is nvml, rapl or estimate; `provenance` and `scope` are as a record states them.
+
+    `idle_watts` were read when the counter was opened; `idle` reads them again, which takes a second. `beside` opens a
+    watch for the work of others that the counter includes, if it counts more than this process's own device
+    (`disturbance.beside`). For an estimate, `missing` states why no counter was read (and how to permit reading it),
+    and `of_times` computes the estimate from wall and CPU seconds measured elsewhere.
     """
 
     kind: str
@@ -56,9 +57,10 @@ def counter(device: str = "cpu") -> Counter:
 
 
 def facts(device: str = "cpu") -> dict[str, str | None]:
-    """Return which counter of energy is read on this machine (None: none), and why none is, for the environment card.
+    """Return, for the environment card, the energy counter of this machine or None, and the reason if there is none.
 
-    The counter is opened, so that the card says what the measurements do; no power is read, which takes a second.
+    The counter is opened, so that the card agrees with the measurements. Idle power is not read, as that takes a
+    second.
     """
     opened, error = _opened(device)
     if opened is not None:
@@ -67,7 +69,7 @@ def facts(device: str = "cpu") -> dict[str, str | None]:
 
 
 def _why_none(device: str, error: str | None) -> str | None:
-    """Return why no counter is read; `error` is what reading it raised. None where nothing speaks against it."""
+    """Return why no counter is read, where `error` is what reading it raised; None if there is no reason."""
     if device.startswith("cuda"):
         return f"NVML offers no energy counter here ({error})" if error else None
     files = sorted(POWERCAP.glob("intel-rapl*/energy_uj"))
@@ -82,8 +84,8 @@ def _why_none(device: str, error: str | None) -> str | None:
 
 
 def _estimate() -> Counter:
-    """Return the estimate by this process's processor time. Idle cores are charged as idle, so that gross joules depend
-    on wall time too.
+    """Return the estimate from this process's CPU time. Idle cores are charged with idle power, so that gross joules
+    depend on wall time as well.
     """
     family, (idle, busy) = watts_per_core()
     count = disturbance.cores_given()
@@ -110,8 +112,8 @@ def watts_per_core() -> tuple[str, tuple[float, float]]:
 
 @lru_cache
 def cpu_name() -> str:
-    """Return the processor's name as the system states it. ARM's Linux states none, but numbers that tell processors
-    apart, and whose machine it is.
+    """Return the processor's name as reported by the system. Linux on ARM reports no name, but numbers that identify
+    the processor, and the machine's vendor.
     """
     fields = dict[str, str]()
     for line in memory_limits.lines_of(CPU_INFO):
@@ -120,21 +122,21 @@ def cpu_name() -> str:
     if name := fields.get("model name"):
         return name
     if part := fields.get("CPU part"):
-        ours = "Graviton, " if " ".join(memory_limits.lines_of(VENDOR)).startswith("Amazon") else ""
-        return f"{ours}{platform.machine()} implementer {fields.get('CPU implementer', 'unknown')} part {part}"
+        brand = "Graviton, " if " ".join(memory_limits.lines_of(VENDOR)).startswith("Amazon") else ""
+        return f"{brand}{platform.machine()} implementer {fields.get('CPU implementer', 'unknown')} part {part}"
     return _macos_name() or platform.processor() or platform.machine()
 
 
 def _macos_name() -> str | None:
-    """Return what macOS calls the processor, of which `platform` knows the architecture alone; None elsewhere."""
+    """Return macOS's name of the processor (`platform` only knows its architecture); None on other systems."""
     if platform.system() != "Darwin":
         return None
     command = ["sysctl", "-n", "machdep.cpu.brand_string"]
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        completed = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return ended.stdout.strip() or None
+    return completed.stdout.strip() or None
 
 
 Opened = tuple[Callable[[], float], str, str]  # joules so far, kind, scope
@@ -142,31 +144,31 @@ Opened = tuple[Callable[[], float], str, str]  # joules so far, kind, scope
 
 @lru_cache
 def _opened(device: str) -> tuple[Opened | None, str | None]:
-    """Return Zeus's counter for `device`, read once; or None, and what reading it raised."""
+    """Return Zeus's counter for `device`, read once to test it; or None, and the error that reading raised."""
     import logging
 
     logging.getLogger("zeus").setLevel(logging.CRITICAL)
     try:
         return _nvml_joules(device) if device.startswith("cuda") else _rapl_joules(), None
-    except Exception as error:  # Zeus raises a dozen kinds where a counter is absent, forbidden or broken
+    except Exception as error:  # Zeus raises a dozen kinds of errors for absent, forbidden or broken counters
         return None, f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 @lru_cache
 def _zeus_counter(device: str) -> tuple[Counter | None, str | None]:
-    """Return Zeus's counter for `device`, with the idle power of one second; or None, and what reading it raised."""
+    """Return Zeus's counter for `device`, with the idle power of one second; or None, and the error."""
     opened, error = _opened(device)
     if opened is None:
         return None, error
     joules, kind, scope = opened
     idle = partial(_idle_watts, joules)
-    # RAPL counts every core, also those on which a build runs another notebook.
+    # RAPL counts every core, including those on which a build runs another notebook.
     beside = disturbance.beside if kind == "rapl" else None
     return Counter(kind, "measured", scope, COUNTER_WINDOW_SECONDS, idle(), joules, idle=idle, beside=beside), None
 
 
 def _idle_watts(joules: Callable[[], float]) -> float | None:
-    """Return the power of one second in which this process does nothing; None where the counter stood still."""
+    """Return the mean power over one second in which this process is idle; None if the counter did not move."""
     start, before = time.perf_counter(), joules()
     time.sleep(1.0)
     watts = (joules() - before) / (time.perf_counter() - start)
@@ -194,6 +196,6 @@ def _rapl_joules() -> Opened:
         return sum(energy.cpu_mj + (energy.dram_mj or 0) for energy in energies) / 1000
 
     where = "whole socket" if len(first) == 1 else f"all {len(first)} sockets"
-    memory = any(energy.dram_mj is not None for energy in first)  # many processors have no counter of it
+    memory = any(energy.dram_mj is not None for energy in first)  # many processors have no memory counter
     counters = "package and memory counters" if memory else "package counter, memory not counted"
     return joules, "rapl", f"RAPL {counters}, {where}"

@@ -1,4 +1,4 @@
-"""The environment card: the machine, software and load with which a record was made. Knows nothing of results."""
+"""The environment card: machine, software and load at the time of a record. Knows nothing about results."""
 
 import importlib.metadata
 import os
@@ -29,8 +29,8 @@ def card(
     """Return the card as plain JSON values; what cannot be read is None.
 
     `model` (a torch module) adds its number of parameters (tied ones once), dtype, device and backends. `weights_hash`
-    is of the effective weights, `data_hash` of the evaluation data. `at` is a directory inside the repository whose
-    commit is stated.
+    is the hash of the effective weights, `data_hash` that of the evaluation data. `at` is a directory inside the
+    repository whose commit is stated.
     """
     machine = {
         "cpu": energy_source.cpu_name(),
@@ -60,7 +60,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit(folder: Path) -> str | None:
-    """Return the commit of the repository, with "+changes" where tracked files differ from it."""
+    """Return the repository's commit, followed by "+changes" if tracked files differ from it."""
     git = ["git", "-C", str(folder)]
     try:
         commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10)
@@ -81,8 +81,8 @@ def _load() -> float | None:
 
 
 def _jobs_beside() -> int | None:
-    """Return how many other jobs of the build run beside this one; None outside a build."""
-    jobs = os.environ.get("WORKBENCH_JOBS", "")  # this one counted
+    """Return how many other jobs of the build run at the same time; None outside a build."""
+    jobs = os.environ.get("WORKBENCH_JOBS", "")  # includes this job
     return max(0, int(jobs) - 1) if jobs.isdigit() else None
 
 

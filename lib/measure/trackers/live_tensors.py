@@ -1,9 +1,9 @@
-"""Bytes of the tensors that are alive, and their peak: what a model, its cache and its activations take, to the byte.
+"""Counts the bytes of live tensors and their peak: the exact memory of a model, its cache and its activations.
 
-A process's resident memory scatters by megabytes (from allocator, libraries and interpreter), more than a small model
-takes; the bytes of live tensors do not. Every operation of the thread is seen as it is dispatched, composite ones in
-their parts; a storage counts once, whatever views it has, from the operation that made or first used it until it is
-freed. What a kernel takes for itself, below the dispatcher, is not seen.
+A process's resident memory varies by megabytes (allocator, libraries, interpreter), more than a small model takes; the
+bytes of live tensors do not. Every operation of the thread is observed at dispatch, composite operations in their
+parts. A storage counts once, however many views it has, from the operation that created or first used it until it is
+freed. Memory that kernels allocate below the dispatcher is not counted.
 """
 
 import weakref
@@ -20,7 +20,7 @@ from lib.models.structure.replacements import sparse
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts while it is entered: `bytes` are alive now, `peak_bytes` the most that were alive at once."""
+    """Counts while entered: `bytes` is the size of all live tensors, `peak_bytes` its maximum so far."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,11 +29,11 @@ class LiveTensors(TorchDispatchMode):
         self._references: dict[int, weakref.ref] = {}
 
     def hold(self, model: nn.Module) -> None:
-        """Count the parameters and buffers of a model, which may have been made where no operation was seen."""
+        """Count a model's parameters and buffers, which may have been created without an observed operation."""
         self._count([*model.parameters(), *model.buffers()])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, and count what it used and what it made."""
+        """Run an operation, and count its inputs and outputs."""
         kwargs = kwargs or {}
         with self:
             result = func.decompose(*args, **kwargs)
@@ -54,7 +54,7 @@ class LiveTensors(TorchDispatchMode):
         if tensor.layout == torch.strided:
             owner: Any = tensor.untyped_storage()
             key, size = owner._cdata, owner.nbytes()
-        else:  # packed by a library: no storage can be seen
+        else:  # packed by a library: its storage is not accessible
             owner, key, size = tensor, id(tensor), tensor.numel() * tensor.element_size()
         if key not in self._sizes:
             self._references[key] = weakref.ref(owner, partial(self._free, key))
@@ -67,7 +67,7 @@ class LiveTensors(TorchDispatchMode):
 
 
 def _plain(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Return the plain tensors of which a tensor consists."""
+    """Return the plain tensors that make up a tensor."""
     if sparse.is_dense(tensor):
         return [tensor]
     if hasattr(tensor, "__tensor_flatten__"):

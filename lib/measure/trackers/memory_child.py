@@ -1,5 +1,5 @@
-"""The program in a child process of `lib.measure.trackers.memory`: loads and runs an arm, and answers with peaks of
-memory and times. No arm inherits memory from another. The workload is called once, as in a process that starts.
+"""The program of a child process of `lib.measure.trackers.memory`: loads and runs an arm, and answers with its memory
+peaks and times. No arm inherits memory from another. The workload is called once, as in a newly started process.
 """
 
 import ctypes
@@ -23,13 +23,13 @@ from lib.measure.trackers.live_tensors import LiveTensors
 from lib.measure.trackers.memory import LARGE_BYTES, Peak
 
 MEMORY = Path("/proc/self")
-# Settings of glibc's allocator (malloc.h): one arena for all threads, and large blocks are mapped and given back at
-# once, whatever came before.
+# Settings of glibc's allocator (malloc.h): one arena for all threads; large blocks are always mapped, and returned
+# immediately when freed.
 SETTLED = {"M_ARENA_MAX": (-8, 1), "M_MMAP_THRESHOLD": (-3, 2**17), "M_TRIM_THRESHOLD": (-1, 2**17)}
 
 
 def peak_bytes() -> tuple[int | None, str]:
-    """Return the peak of this process's resident memory so far and its source; None on a system without one."""
+    """Return this process's peak resident memory so far, and its source; None on systems that do not report it."""
     if (highest := _high_water_bytes()) is not None:
         return highest, "VmHWM of the whole process"
     try:
@@ -44,32 +44,34 @@ def peak_bytes() -> tuple[int | None, str]:
 
 
 def _high_water_bytes() -> int | None:
-    """Return Linux's own peak; None elsewhere, and in sandboxes that show `/proc` without it."""
+    """Return the peak that Linux reports (VmHWM); None elsewhere, and in sandboxes whose `/proc` lacks it."""
     lines = memory_limits.lines_of(MEMORY / "status")
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), None)
 
 
 def reset_peak() -> bool:
-    """Give free memory back, and let the peak begin at what is resident now; return whether the system permits it."""
+    """Return free memory to the system and reset the peak to the current resident memory; return whether the system
+    supports the reset.
+    """
     gc.collect()
-    with suppress(OSError, AttributeError):  # glibc alone has it
+    with suppress(OSError, AttributeError):  # only glibc has malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
     try:
         (MEMORY / "clear_refs").write_text("5")
     except OSError:
         return False
-    return _high_water_bytes() is not None  # no other peak begins anew
+    return _high_water_bytes() is not None  # only this peak is reset
 
 
 def settle_allocator() -> None:
-    """Set the allocator as `SETTLED` says, for the rest of this process; other systems' allocators stay as they are."""
+    """Apply `SETTLED` to glibc's allocator for the rest of this process; other allocators are left unchanged."""
     with suppress(OSError, AttributeError):
         for parameter, value in SETTLED.values():
             ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def code_bytes() -> int:
-    """Return the resident bytes of the libraries' files: pages of code come when they are used, whatever the model."""
+    """Return the resident bytes of library files, whose pages of code are loaded on first use, for any model."""
     total, library = 0, False
     try:
         for line in (MEMORY / "smaps").read_text().splitlines():
@@ -90,9 +92,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def read(arm: Arm, *, watched: bool = True) -> Peak:
-    """Load and run `arm` in this process and return its peaks; `watched`: that of live tensors too.
+    """Load and run `arm` in this process and return its peaks; with `watched`, including that of live tensors.
 
-    These cannot be counted where weights are used in a mapped file, nor need they be where CUDA's allocator counts.
+    Live tensors are not counted if weights are used from a mapped file, where they cannot be, or on CUDA, where the
+    allocator counts them.
     """
     on_gpu = arm.device.startswith("cuda")
     child.import_architecture(arm)
@@ -108,7 +111,7 @@ def read(arm: Arm, *, watched: bool = True) -> Peak:
             torch.cuda.synchronize()
             return torch.cuda.max_memory_allocated(), "peak of the CUDA allocator"
         size, scope = peak_bytes()
-        return size, scope + (", reset before load" if reset else ", which here cannot be reset: less what was before")
+        return size, scope + (", reset before load" if reset else ", which cannot be reset here: minus what was before")
 
     code, (before, scope) = code_bytes(), peak()
     live = LiveTensors() if watched and not on_gpu and not arm.opener else None
@@ -142,7 +145,7 @@ def read(arm: Arm, *, watched: bool = True) -> Peak:
         load_seconds,
         first_call_ms,
         weights_bytes=cost_model.weights_bytes(model),
-        # Without a reset the peak before loading may hide pages of code that came since.
+        # Without a reset, pages of code loaded since may be hidden below the peak before loading.
         code_bytes=code_bytes() - code if reset and not on_gpu else 0,
         tensor_bytes=live.peak_bytes if live else None,
     )
@@ -150,7 +153,9 @@ def read(arm: Arm, *, watched: bool = True) -> Peak:
 
 @contextmanager
 def _watched(live: LiveTensors | None) -> Iterator[None]:
-    """Count live tensors within, where they are counted; no garbage is collected then: when that happens is chance."""
+    """Count live tensors inside the context, if `live` is given. Garbage collection is off meanwhile, since its moment
+    is random.
+    """
     if live is None:
         yield
         return
@@ -164,7 +169,7 @@ def _watched(live: LiveTensors | None) -> Iterator[None]:
 
 
 def _require_all(present: int, after_load: int | None, before: int | None) -> None:
-    """Raise UserError where the weights were never whole in memory: the system took mapped pages away again."""
+    """Raise UserError if the weights were never completely in memory, because the system evicted mapped pages."""
     if present > LARGE_BYTES and after_load is not None and after_load - (before or 0) < 0.95 * present:
         raise UserError(
             f"memory is short: of {present / 1e9:.2f} GB of weights the system kept "

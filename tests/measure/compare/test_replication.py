@@ -1,4 +1,4 @@
-"""Which models are timed in fresh processes, and that what a process loads is what was in memory."""
+"""Only suitable models are timed in fresh processes, and a process loads the same model that was in memory."""
 
 from dataclasses import replace
 
@@ -70,7 +70,7 @@ def test_a_hook_that_nobody_noted_is_timed_in_one_process(tiny):
     base, hooked = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507")
     hooked.register_forward_hook(lambda *_: None)
     pairs, reason = timed((base, hooked))
-    assert not pairs and "more than its files hold" in reason
+    assert not pairs and "files do not hold all of it" in reason
 
 
 def test_a_stock_and_an_absorbed_model_are_each_loaded_as_they_are(absorbed, tiny):
@@ -100,7 +100,7 @@ def test_what_no_file_holds_is_timed_here(absorbed, how):
     else:
         del block.attention.module.forward
     pairs, reason = timed((absorbed[0], changed))
-    assert pairs == {} and "more than its files hold" in reason
+    assert pairs == {} and "files do not hold all of it" in reason
 
 
 def test_files_of_an_absorbed_model_are_those_of_the_stock_one(absorbed, tmp_path):

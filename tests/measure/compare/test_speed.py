@@ -1,4 +1,4 @@
-"""One call measures the speed and efficiency of two models, and shows no speed-up of a degenerate one."""
+"""One call measures the speed and efficiency of two models, and shows no speed-up of a degenerate model."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""Shared by the tests of what a single process shows."""
+"""A fixture shared by tests of timing in a single process."""
 
 import pytest
 
@@ -7,6 +7,6 @@ from lib.measure.metrics import process_variance
 
 @pytest.fixture
 def one_process_is_like_another(monkeypatch):
-    """No variance between processes is added: that is the matter of `test_process_variance.py`."""
+    """Add no variance between processes, which `test_process_variance.py` tests."""
     monkeypatch.setattr(process_variance, "PRIOR_SIGMA", 0.0)
     monkeypatch.delenv(process_variance.VARIABLE, raising=False)

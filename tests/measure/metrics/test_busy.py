@@ -1,4 +1,4 @@
-"""On a busy machine nothing timed of a record is judged; what was counted stands."""
+"""On a busy machine no timed measurement of a record is judged; counted ones keep their verdicts."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The rule: three gates, two reasons to say nothing at all, and the effect that it finds four times out of five."""
+"""The decision rule: three conditions, two reasons to decide nothing, and the effect detected with 80 % power."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Digits follow the interval, and what is printed holds what was found."""
+"""Digits follow the interval, and the printed interval contains the exact one."""
 
 import math
 import random

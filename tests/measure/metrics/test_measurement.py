@@ -1,4 +1,4 @@
-"""Every number is labelled and listed; what is counted is judged in the right direction."""
+"""Every number is labelled and listed; counted numbers are judged in the right direction."""
 
 import json
 import math

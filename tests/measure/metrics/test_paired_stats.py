@@ -1,4 +1,4 @@
-"""The statistics find planted effects and find nothing where nothing is, on a clock that the test drives."""
+"""The statistics detect planted effects, and none where there is none, on a clock that the test drives."""
 
 import math
 

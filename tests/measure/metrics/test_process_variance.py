@@ -1,4 +1,4 @@
-"""What one process hides is pooled from other runs: the pool finds a planted spread, and intervals that use it hold."""
+"""Variance between processes is pooled from other runs: it finds a planted spread, and intervals that use it hold."""
 
 import json
 import math

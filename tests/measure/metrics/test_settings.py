@@ -1,5 +1,5 @@
-"""Efforts: every table by effort knows all of them. `--dimension`: only what was asked for is measured and recorded,
-and the record says so.
+"""Efforts: every table by effort has all efforts. `--dimension`: only the requested dimensions are measured and
+recorded, and the record states this.
 """
 
 import ast
@@ -70,7 +70,7 @@ def test_a_record_keeps_what_was_asked_for_and_says_so(name, monkeypatch):
     assert recorded.dimensions == [name] and {m.dimension for m in recorded.measurements} == {name}
     assert all(m.dimension == name for control in recorded.controls for m in control.measurements)
     others = [other for other in DIMENSIONS if other != name]
-    assert f"Not asked for: {', '.join(others)}." in recorded.verdict.sentence
+    assert f"Not requested: {', '.join(others)}." in recorded.verdict.sentence
     assert {getattr(recorded.verdict, other) for other in others} == {"unavailable"}
     assert record.from_json(record.to_json(recorded), "x") == recorded
 
@@ -105,5 +105,5 @@ def test_no_question_is_asked_where_no_answer_was_asked_for(monkeypatch):
     monkeypatch.setattr(evaluate, "read_text", lambda *_: "ids")
     loaded = type("Loaded", (), {"random_weights": False, "model": None})()
     answers = evaluate.evaluate(loaded, settings.read("quick"))
-    assert answers.text == "ids" and answers.reason == "left out: only performance was asked for"
+    assert answers.text == "ids" and answers.reason == "left out: only performance was requested"
     assert {m.verdict for m in answer_comparison.compare(answers, answers)} == {"unavailable"}

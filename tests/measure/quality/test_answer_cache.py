@@ -1,4 +1,4 @@
-"""A baseline's answers are kept, and nothing else's: every way in which a model can be another asks it anew."""
+"""Only a baseline's answers are cached: a model that differs in any way is evaluated again."""
 
 import copy
 from dataclasses import replace

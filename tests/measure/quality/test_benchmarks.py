@@ -1,4 +1,4 @@
-"""Public tasks between two arms: scores as the harness makes them, the same items, and no verdict where one guesses."""
+"""Public tasks of two arms: scores as in the harness, the same items, and no verdict if the baseline guesses."""
 
 from dataclasses import replace
 
@@ -122,7 +122,7 @@ def test_another_wrong_choice_is_no_same_answer():
 def test_a_baseline_at_chance_has_nothing_to_lose():
     guess, worse = answered(0.25), answered(0.2, seed=2)
     score = by_name(answer_comparison.compare_classified(guess, worse))["accuracy_norm"]
-    assert score.verdict == "informative" and "guessing (25 %) does too" in score.reason
+    assert score.verdict == "informative" and "no better than guessing (25 %)" in score.reason
     assert score.mde is None, "what is not judged detects nothing"
     assert (
         by_name(answer_comparison.compare_classified(replace(guess, chance=None), worse))["accuracy_norm"].verdict

@@ -1,6 +1,6 @@
-"""Tasks of lm-evaluation-harness: every item's score is that of the harness run by itself, prefixes shared or not.
+"""Tasks of lm-evaluation-harness: every item scores as in the harness run by itself, with or without shared prefixes.
 
-Skipped where the harness is not installed; `.ci/run` installs it.
+Skipped if the harness is not installed; `.ci/run` installs it.
 """
 
 import json

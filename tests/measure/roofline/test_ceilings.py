@@ -1,4 +1,4 @@
-"""Utilisations are shares of what this machine was measured to reach; a vendor's figures stand beside them."""
+"""Utilisations are shares of the measured ceilings of this machine; the vendor's figures are stated as well."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Formulas agree with tensors, cache and FLOP counter, and the bound tells why a gain was not realised."""
+"""Formulas agree with tensors, cache and FLOP counter, and the bound explains why a gain was not realised."""
 
 import itertools
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""A slice taken to full depth: exact where it is counted, and by a clock whose every tick is known."""
+"""A slice scaled to full depth: exact for counted numbers, and for times on a clock whose ticks are known."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""What the replays of two policies judge."""
+"""Measurements from replays of two policies, and when they are judged."""
 
 from dataclasses import replace
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The server loop with a stub clock and a stub engine: who is served when, within which memory, and when it ends."""
+"""The server loop with a stub clock and a stub engine: order of service, memory bound, and end of a run."""
 
 import random
 

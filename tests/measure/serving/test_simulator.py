@@ -1,5 +1,5 @@
-"""The simulated server against the real one on the same trace: the same cache call by call, and, on a clock whose costs
-are known, the same times of every request.
+"""The simulated server against the real server on the same trace: the same cache size in every call and, on a clock
+with known costs, the same times of every request.
 """
 
 import random

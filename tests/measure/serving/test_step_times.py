@@ -1,4 +1,4 @@
-"""Step times are means: of skewed calls too, in tables, fits and draws; calls drawn again give other times."""
+"""Step times are means, also of skewed calls, in tables, fits and draws; resampled calls give other times."""
 
 from dataclasses import replace
 

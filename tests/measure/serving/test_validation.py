@@ -1,4 +1,4 @@
-"""What a simulated number carries: planted errors of the simulation widen its interval, large ones forbid a verdict."""
+"""Planted errors of the simulation widen the intervals of simulated numbers, and large errors forbid a verdict."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The arms of a comparison in one process: copied afresh, in an order that chance decides."""
+"""The arms of a comparison in one process are fresh copies, made in random order."""
 
 import threading
 from typing import ClassVar

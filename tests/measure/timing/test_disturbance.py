@@ -1,4 +1,4 @@
-"""What disturbed a measurement is read from the machine, named, and nothing else is called a disturbance."""
+"""Disturbances are read from the machine's counters and named; nothing else counts as a disturbance."""
 
 from dataclasses import replace
 from types import SimpleNamespace

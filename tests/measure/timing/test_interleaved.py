@@ -1,4 +1,4 @@
-"""Rounds are balanced, disturbed ones repeated, and only calls are timed, on a clock that the arms push forward."""
+"""Rounds are balanced, disturbed rounds repeated, and only calls are timed, on a clock that the arms advance."""
 
 import itertools
 import time

@@ -1,4 +1,4 @@
-"""Arms are timed in fresh processes whose memory lies elsewhere; a process that fails says why and never hangs."""
+"""Arms are timed in fresh processes with different memory placement; failing processes state why and never hang."""
 
 import itertools
 import subprocess

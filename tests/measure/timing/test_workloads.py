@@ -1,4 +1,4 @@
-"""Workloads drive every architecture by hand as its full forward pass would go; the gate refuses degenerate ones."""
+"""Workloads decode every architecture as a full forward pass would; the sanity gate rejects degenerate models."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.models.architectures import build
 
 
 def greedy(model, ids_BT, new_tokens):
-    """The slow, obvious reference: the whole sequence again for every token."""
+    """The slow, obvious reference: runs the whole sequence again for every token."""
     for _ in range(new_tokens):
         ids_BT = torch.cat([ids_BT, model(input_ids=ids_BT, use_cache=False).logits[:, -1:].argmax(-1)], 1)
     return ids_BT

@@ -1,4 +1,4 @@
-"""How busy the CPU was, as a share of the cores that this process may use."""
+"""CPU utilisation is a share of the cores that this process may use."""
 
 from lib.measure.timing import disturbance
 from lib.measure.trackers import cpu

@@ -1,4 +1,4 @@
-"""Energy per token: judged from a counter alone; else shown as an estimate, and processor seconds are judged."""
+"""Energy per token is judged only from a counter; otherwise it is an estimate, and CPU seconds are judged."""
 
 from dataclasses import replace
 from types import SimpleNamespace

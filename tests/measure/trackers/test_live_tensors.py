@@ -1,4 +1,4 @@
-"""The peak of live tensors against cases counted by hand: views, in-place, temporaries, caches, sparse weights."""
+"""The peak of live tensors in cases counted by hand: views, in-place, temporaries, caches, sparse weights."""
 
 import gc
 

@@ -1,1 +1,1 @@
-"""What replays of the real model consist of: servers that take turns, and the rounds in which arms were served."""
+"""The parts of replays of the real model: servers that take turns, and the rounds in which arms were served."""

@@ -1,5 +1,5 @@
-"""Rounds of replays: what every arm did on every trace, and what disturbed the machine meanwhile. Serves nothing, and
-measures nothing.
+"""Rounds of replays: the result of every arm on every trace, and what disturbed the machine meanwhile. Data only:
+serves and measures nothing.
 """
 
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from lib.measure.trackers.energy_source import Counter
 
 @dataclass(frozen=True)
 class Replayed:
-    """A run of the real model: what happened, the tokens of every request, share of the given cores used, and what
-    disturbed the machine meanwhile (None: nothing noticed). `cpu_seconds` and `joules` are of the whole run, its
-    policy's thinking included (joules None: not read).
+    """One replay with the real model: its outcome, the output tokens of every request, the used share of the given
+    cores, and what disturbed the machine meanwhile (None: nothing). `cpu_seconds` and `joules` are those of the whole
+    replay, including the policy's own computation (joules None: not read).
     """
 
     served: Served
@@ -26,18 +26,19 @@ class Replayed:
 
     @property
     def tokens(self) -> int:
-        """Tokens that were generated."""
+        """Number of generated tokens."""
         return sum(len(ids) for ids in self.output.values())
 
 
 @dataclass(frozen=True)
 class ServingRounds:
-    """Replays of several arms, a round per trace: `runs[arm]` has a replay per round. `counter` is what joules were
-    read from, in every step of an arm (`stepwise`) or around its whole replay; `planned`: the machine is disturbed on
-    purpose; `calibration`: what disturbed it when step times were measured, from which rates and objectives follow;
-    `slowness`: by how much the machine was slower than then at the beginning of each round, empty where nobody looked;
-    `repeated`: rounds that were disturbed and served again; `shared`: whose work the counter counted too
-    (`Counter.beside`).
+    """Replays of several arms, one round per trace: `runs[arm]` has one replay per round.
+
+    `counter` is the source of joules, read around every step of an arm (`stepwise`) or around its whole replay.
+    `planned`: the machine is disturbed on purpose. `calibration` is what disturbed it while step times were measured,
+    from which rates and objectives follow. `slowness` is by which factor the machine was slower than then at the
+    beginning of each round; empty if this was not measured. `repeated` counts the disturbed rounds that were served
+    again. `shared` states whose work the counter included (`Counter.beside`).
     """
 
     traces: tuple[Trace, ...]
@@ -52,9 +53,9 @@ class ServingRounds:
 
     @property
     def busy(self) -> list[str]:
-        """What disturbed the machine in each round in which it was disturbed, and nobody had planned it (where another
-        program was let in on purpose, what the hypervisor took and heat alone); in all rounds, where it was when their
-        rates were set.
+        """What disturbed the machine in each round with an unplanned disturbance. (If another program shares the cores
+        on purpose, only the hypervisor and heat count.) If the calibration was disturbed, all rounds are, since their
+        rates follow from it.
         """
         if self.calibration:
             return [f"while step times were measured {self.calibration}"] * len(self.traces)
@@ -63,36 +64,36 @@ class ServingRounds:
 
     @property
     def disturbed(self) -> str:
-        """What disturbed the machine meanwhile; without what other programs took where one of them was let in on
-        purpose, since its share cannot be told from theirs.
+        """What disturbed the machine, in words. If another program shares the cores on purpose, disturbances by other
+        programs are left out, since its share cannot be told from theirs.
         """
         return disturbance.in_words(self._all_unplanned())
 
     def _unplanned(self, run: Replayed) -> str | None:
-        """Return what disturbed a replay, None where nothing did but what was let in on purpose."""
-        own = self.planned and run.disturbed and disturbance.taken_by_others(run.disturbed)
-        return None if own else run.disturbed
+        """Return the unplanned disturbance of a replay, or None."""
+        intended = self.planned and run.disturbed and disturbance.taken_by_others(run.disturbed)
+        return None if intended else run.disturbed
 
     def _all_unplanned(self) -> list[str]:
         return [reason for runs in self.runs.values() for run in runs if (reason := self._unplanned(run))]
 
     @property
     def source(self) -> str:
-        """How the numbers came about, as a record states it."""
+        """How the numbers were measured, as a record states it."""
         requests = sum(len(trace.requests) for trace in self.traces)
         disturbed = len(self._all_unplanned())
-        text = f"real model, every step made and timed, {len(self.traces)} rounds of {len(self.runs)} arms in turn, "
-        text += "a trace per round, "
+        text = f"real model, every step run and timed, {len(self.traces)} rounds of {len(self.runs)} arms in turn, "
+        text += "one trace per round, "
         text += "waiting left out" if self.stepwise else "each replay in real time, waiting included"
         text += f", {requests} requests in all, warm-up not counted"
         text += "; our cores shared with another process on purpose" if self.planned else ""
         if self.slowness:
             least, most = min(self.slowness), max(self.slowness)
-            text += f"; seconds of a round divided by how much slower than in the calibration it began ({least:.2f} to "
-            text += f"{most:.2f})"
+            text += f"; a round's seconds divided by the slowness at its beginning ({least:.2f} to {most:.2f} times "
+            text += "the calibration)"
         text += f"; {self.repeated} disturbed rounds served again" if self.repeated else ""
         return text + (f"; {disturbed} of {len(self.traces) * len(self.runs)} replays disturbed" if disturbed else "")
 
     def served(self, arm: str) -> list[Served]:
-        """Return what happened in each round under an arm."""
+        """Return the outcome of each round under `arm`."""
         return [run.served for run in self.runs[arm]]

@@ -1,10 +1,9 @@
-"""Several servers that work at the same moment of their traces: of all of them, the one whose clock is furthest behind
-makes the next step.
+"""Runs several servers at the same moment of their traces: the server whose clock is furthest behind steps next.
 
-A machine's speed wanders within a second. Servers that each run a whole trace meet different spells of it, and near
-saturation a queue amplifies small differences. In turns, step by step, the same spell falls on the same part of the
-trace under every policy. Each server has a thread of its own, which thinks while all others sleep; every step of an
-engine is made in the caller's thread, so that no pool of threads waits for another. Knows nothing of models.
+A machine's speed drifts within a second. Servers that each run a whole trace would meet different phases of this drift,
+and near saturation a queue amplifies small differences. With turns, step by step, the same phase affects the same part
+of the trace under every policy. Each server has its own thread, which computes while all others sleep. Every step of an
+engine runs in the caller's thread, so that no thread pool waits for another. Knows nothing about models.
 """
 
 import queue
@@ -21,8 +20,8 @@ Work = Callable[[], Any]
 
 
 class Turns:
-    """Does the servers' work one piece at a time: that of the server whose clock is furthest behind, by name among
-    equals.
+    """Does the servers' work one piece at a time: next comes the server whose clock is furthest behind, ties broken by
+    name.
     """
 
     def __init__(self, clocks: Mapping[str, Clock]) -> None:
@@ -33,7 +32,7 @@ class Turns:
         }
 
     def take(self, name: str, work: Callable[[], Result]) -> Result:
-        """Return what `work` returns, done when it is this server's turn; called in the server's thread."""
+        """Run `work` when it is the turn of server `name`, and return its result; called in the server's thread."""
         self._requests.put((name, work))
         result, error = self._answers[name].get()
         if error is not None:
@@ -41,12 +40,12 @@ class Turns:
         return result
 
     def finished(self, name: str) -> None:
-        """Leave the others to themselves."""
+        """Leave the turns to the other servers."""
         self._requests.put((name, None))
 
     def lead(self) -> None:
-        """Do the work of all servers, in the caller's thread, until all have finished. What a piece of work raises is
-        raised in its server; an interruption ends them all.
+        """Do the work of all servers in the caller's thread until all have finished. An exception of a piece of work is
+        raised in its server; an interruption ends all servers.
         """
         waiting: dict[str, Work] = {}
         thinking = set(self.clocks)
@@ -76,9 +75,9 @@ def _done(work: Work) -> tuple[Any, Exception | None]:
 
 
 class EngineInTurn:
-    """An engine whose every call waits for its turn. `wall_seconds` and `cpu_seconds` are those of its calls, `joules`
-    what `read_joules` counted meanwhile (None without one). Calls are reported as they were on a machine without
-    `slowness`: their seconds divided by it.
+    """An engine whose calls wait for their turn. `wall_seconds` and `cpu_seconds` are the totals of its calls, `joules`
+    the energy that `read_joules` counted meanwhile (None without it). The seconds that calls return are divided by
+    `slowness`, as if the machine were not slowed down.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class EngineInTurn:
 
     @property
     def bytes(self) -> float:
-        """Bytes that the cache holds."""
+        """Bytes held by the cache."""
         return self.engine.bytes
 
     def clear(self) -> None:
@@ -115,7 +114,7 @@ class EngineInTurn:
         return self._call(self.engine.leave, ids)
 
     def beside(self, work: Callable[..., float], *arguments: Any) -> float:
-        """Do other work of this server in its turn, charged like its calls; return its seconds."""
+        """Do other work of this server in its turn, charged like the engine's calls; return its seconds."""
         return self._call(work, *arguments)
 
     def _call(self, work: Callable[..., float], *arguments: Any) -> float:
@@ -136,8 +135,8 @@ class EngineInTurn:
 
 
 class ChargedPolicy:
-    """A policy whose thinking takes time of its server's clock, as it does in a real server: what it would take on a
-    machine without `slowness`, as the engine's calls. `wall_seconds` and `cpu_seconds` are those of its thinking.
+    """A policy whose computation advances its server's clock, as in a real server. Like the engine's calls, its seconds
+    are divided by `slowness`. `wall_seconds` and `cpu_seconds` are the totals of its computation.
     """
 
     def __init__(self, policy: Policy, clock: Clock, slowness: float = 1.0) -> None:
@@ -165,9 +164,9 @@ class ChargedPolicy:
 
 
 def run(servers: Mapping[str, Callable[[], Result]], turns: Turns) -> dict[str, Result]:
-    """Run every server to its end, in turns; return what they returned, by name.
+    """Run all servers to their end, in turns; return their results by name.
 
-    A server that raises ends alone; the first such exception is raised when all have ended.
+    A server that raises an exception ends alone; the first exception is raised when all servers have ended.
     """
     results: dict[str, Result] = {}
     raised: list[BaseException] = []

@@ -1,4 +1,4 @@
-"""Servers in turn: the one furthest behind goes first, one at a time, and a wandering machine is the same for all."""
+"""Servers in turn: the server furthest behind goes next, one at a time, and the machine's drift affects all alike."""
 
 import threading
 import time
