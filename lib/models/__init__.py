@@ -1,1 +1,1 @@
-"""Models: parameter files, loading, anatomy, tasks and proxy models."""
+"""Models: parameter files, loading, structure, checkpoints, tasks and proxy models."""

@@ -1,5 +1,5 @@
-"""Configurations of models as plain dictionaries: merged section by section, cut to fewer decoder blocks, and checked
-for values that can be no dimension of any model.
+"""Model configurations as plain dictionaries: merged section by section, cut to fewer decoder blocks, and checked for
+values that are invalid in every model.
 
 Knows no architecture; a vision-language model keeps its decoder's dimensions under `text_config`.
 """
@@ -9,13 +9,13 @@ import functools
 import re
 from typing import Any
 
-# What every model that has it counts in whole numbers of at least 1.
+# Keys whose value, if a model has them, is a whole number of at least 1.
 COUNTS = (
     "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings",
 )  # fmt: skip
 BY_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists with an entry for every decoder block
-ALMOST = 0.93  # of a name's letters; `num_position_embeddings` is no `max_position_embeddings`
+ALMOST = 0.93  # similarity of a misspelt name; that of `num_` and `max_position_embeddings` is lower
 NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?|true|false", re.IGNORECASE)
 
 
@@ -27,7 +27,7 @@ def cut(config: dict[str, Any], layers: int) -> dict[str, Any]:
 
 
 def per_block(whole: dict[str, Any], cut: dict[str, Any]) -> dict[str, Any]:
-    """Return `cut` with the lists that name the kind of every block of `whole` as long as it has blocks."""
+    """Return the configuration `cut` with its per-block lists, inherited from `whole`, shortened to its own blocks."""
     if isinstance(cut.get("text_config"), dict):
         return cut | {"text_config": per_block(whole.get("text_config") or {}, cut["text_config"])}
     before, layers = whole.get("num_hidden_layers"), cut.get("num_hidden_layers")
@@ -41,7 +41,7 @@ def per_block(whole: dict[str, Any], cut: dict[str, Any]) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
-    """Return `base` with the values of `override`, section by section."""
+    """Return `base` updated with the values of `override`, section by section."""
     merged = dict(base)
     for key, value in override.items():
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
@@ -50,17 +50,18 @@ def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
 
 
 def blocks(config: dict[str, Any]) -> int | None:
-    """Return how many decoder blocks a configuration states, None where it states none."""
+    """Return the number of decoder blocks in a configuration, or None if it states no number."""
     nested = config.get("text_config")
     count = (nested if isinstance(nested, dict) else config).get("num_hidden_layers")
     return count if isinstance(count, int) else None
 
 
 def fault(config: dict[str, Any], section: str) -> str | None:
-    """Return None, or in words which value of a configuration can be no model's: a count that is none, a number in
-    quotation marks, a list that does not name every block, heads that the key-value heads do not divide.
+    """Return None, or a message on the first invalid value of a configuration: a count that is not a positive whole
+    number, a number in quotation marks, a list without an entry for every block, key-value heads that do not divide the
+    heads.
 
-    `section`: where in a parameter file the configuration stands. Whether the rest makes a model, transformers knows.
+    `section`: where in a parameter file the configuration stands. Everything else is left to transformers to check.
     """
     for key, value in config.items():
         where = f'key "{key}" in section "{section}"'
@@ -70,7 +71,7 @@ def fault(config: dict[str, Any], section: str) -> str | None:
             if reason := fault(value, f"{section}.{key}"):
                 return reason
         elif isinstance(value, str) and NUMBER.fullmatch(value.strip()) and "version" not in str(key):
-            return f"{where}: expected a number or a truth value, got the text {value!r}; leave out the quotation marks"
+            return f"{where}: expected a number or true/false, got the text {value!r}; leave out the quotation marks"
         elif key in COUNTS and not (value is None or isinstance(value, list) or (type(value) is int and value >= 1)):
             return f"{where}: expected a whole number of at least 1, got {value!r}"
     return _disagreement(config, section)
@@ -78,8 +79,9 @@ def fault(config: dict[str, Any], section: str) -> str | None:
 
 @functools.cache
 def _near(key: str) -> str:
-    """Return the count that a key means by a name a letter off, which transformers would keep and never read; empty
-    where it means another one, as `v_head_dim` does.
+    """Return the name in COUNTS that `key` misspells, since transformers would silently ignore it; empty if none.
+
+    A key that contains such a name, as `v_head_dim` does, is not a misspelling.
     """
     if any(name in key for name in COUNTS):
         return ""
@@ -87,7 +89,7 @@ def _near(key: str) -> str:
 
 
 def _disagreement(config: dict[str, Any], section: str) -> str | None:
-    """Return None, or which two values of a configuration contradict each other."""
+    """Return None, or a message on two values of a configuration that contradict each other."""
     layers = config.get("num_hidden_layers")
     for key in BY_BLOCK if isinstance(layers, int) else ():
         kinds = config.get(key)

@@ -1,6 +1,6 @@
-"""One function that loads any model at any scale: `load`.
+"""Loads any model at any scale with one function, `load`.
 
-A proxy model is an ordinary checkpoint folder, so that it takes the path of real checkpoints. Offline, except for a
+A proxy model is an ordinary checkpoint folder and takes the same path as real checkpoints. Offline, except for a
 checkpoint that has not been fetched yet. Knows nothing of measuring or optimizations.
 """
 
@@ -34,7 +34,7 @@ from lib.models.tasks.registry import check_tasks
 class Loaded:
     """A model ready to run, and its origin. `folder` and `tokenizer` are None for random weights.
 
-    `original` returns the unchanged model, which `model` may have replaced, or None once it is deleted.
+    `original` returns the model as loaded, even if `model` was reassigned, or None once that model is deleted.
     """
 
     model: nn.Module
@@ -49,12 +49,12 @@ class Loaded:
     random_weights: bool
     seconds: float
     chosen_tasks: tuple[str, ...] = ()
-    text: str = ""  # a file of the user's own on which perplexity is measured
+    text: str = ""  # the user's own file on which perplexity is measured, if given
     original: Callable[[], nn.Module | None] | None = None
 
     @property
     def tasks(self) -> list[str]:
-        """The tasks of this model: those chosen for this run, else those of its parameter file."""
+        """The tasks chosen for this run, else those of the model's parameter file."""
         return [*self.chosen_tasks] or self.parameters.tasks
 
     @property
@@ -75,16 +75,18 @@ def load(
     text: str = "",
     seed: int = 0,
 ) -> Loaded:
-    """Load model `name` at `scale` for inference.
+    """Return model `name` at `scale`, loaded for inference.
 
-    proxy: the proxy model in `parameters/proxies/<name>`; slice: the first blocks at real dimensions, random weights;
-    full: `<checkpoints>/<name>`, else what `checkpoint` of the parameter file refers to, or random weights. dtype:
-    "float32", "bfloat16" or "float16"; by default float32 for a proxy model on a CPU (bfloat16 does not pay at its
-    widths), on a GPU bfloat16, else what is quickest on this machine (`checkpoints.fastest_dtype`), but bfloat16 where
-    float32 would not fit into memory and it does. A checkpoint that does not fit into the device's memory is streamed
-    from its files, in their own dtype. `tasks` replace those of the parameter file; `text` is a file on which
-    perplexity is measured instead of held-out text. Where a control group limits the processor's time, torch is left no
-    more threads than that is worth. Raises UserError for an invalid scale, dtype, device, checkpoint, task or text.
+    `scale`: "proxy", the proxy model in `parameters/proxies/<name>`; "slice", the first blocks at real dimensions with
+    random weights; "full", the checkpoint `<checkpoints>/<name>`, else the `checkpoint` of the parameter file, or
+    random weights. `dtype`: "float32", "bfloat16" or "float16". The default is bfloat16 on a GPU. On a CPU it is
+    float32 for a proxy model (bfloat16 does not pay at its widths), else the faster one on this machine
+    (`checkpoints.fastest_dtype`), but bfloat16 if only that fits into memory. `tasks` replace those of the parameter
+    file; perplexity is measured on the file `text`, if given, instead of held-out text.
+
+    A checkpoint that does not fit into the device's memory is streamed from its files, in their own dtype. If a control
+    group limits processor time, torch gets no more threads than the limit allows. Raises UserError for an invalid
+    scale, dtype, device, checkpoint, task or text.
     """
     start = time.perf_counter()
     _heed_quota()
@@ -136,7 +138,7 @@ def load(
 
 
 def _heed_quota() -> None:
-    """Leave torch as many threads as this process may keep busy; a build has done so before the process started."""
+    """Limit torch to as many threads as this process may keep busy, as a build does before it starts a process."""
     threads = torch.get_num_threads()
     if (allowed := cpu_limits.within_quota(threads)) < threads:
         torch.set_num_threads(allowed)
@@ -150,7 +152,7 @@ def _default_dtype(
     dtype = "float32" if scale == "proxy" else fastest_dtype.fastest(description.full)
     if folder is None or dtype != "float32" or _fits(folder, "float32", device):
         return dtype
-    return "bfloat16" if _fits(folder, "bfloat16", device) else dtype  # from memory rather than from its file
+    return "bfloat16" if _fits(folder, "bfloat16", device) else dtype  # rather in memory than streamed
 
 
 def _fits(folder: Path, dtype: str, device: str) -> bool:
@@ -158,13 +160,13 @@ def _fits(folder: Path, dtype: str, device: str) -> bool:
 
 
 def _tokenizer(folder: Path, model: nn.Module) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a checkpoint, with an end of text where it names none, and padding that the model has."""
+    """Return the tokenizer of a checkpoint, with end-of-text and padding tokens that the model has embeddings for."""
     configurations = (getattr(model, "generation_config", None), anatomy(model).config)
     return tokenizing.with_end(AutoTokenizer.from_pretrained(folder), anatomy(model).vocabulary, *configurations)
 
 
 def source(name: str, scale: str, checkpoints: str | Path | None = None) -> Path:
-    """Return the folder of the weights, checked. At scale `full` without `checkpoints` it is fetched if necessary."""
+    """Return the checked folder of the weights, fetched if necessary at scale `full` without `checkpoints`."""
     if scale == "proxy":
         return check_checkpoint(name, parameter_files.PARAMETERS / "proxies" / name)
     if checkpoints:

@@ -1,8 +1,8 @@
-"""Parameter files: what a model is at its scales, and its overrides of the templates' defaults.
+"""Parameter files: a model's dimensions at each scale, its tasks, and its overrides of the templates' defaults.
 
-Reads and validates `parameters/<model>.yaml`. Only `checkpoint` must be there: configuration, architecture and tasks
-are read from the checkpoint where the file does not name them, and a model takes part at the scales that it describes.
-A checkpoint given on the command line gets such a file in the cache (`register`). Knows nothing of torch or
+Reads and validates `parameters/<model>.yaml`. Only `checkpoint` is required: configuration, architecture and tasks are
+read from the checkpoint if the file does not state them, and a model takes part at the scales that its file describes.
+A checkpoint given on the command line gets such a file in the cache (`register`). Imports neither torch nor
 transformers, so that it is fast to import; `lib.models.loading` finds out whether the dimensions make a working model,
 and `lib.suite.plan.plan` whether the template declares an overridden parameter.
 """
@@ -30,11 +30,11 @@ from lib.models.yaml_file import content_of
 ROOT = Path(__file__).resolve().parents[2]
 PARAMETERS = Path(os.environ.get("WORKBENCH_PARAMETERS", ROOT / "parameters"))
 SCALES = ("proxy", "slice", "full")
-MOST_SHOWN = 120  # characters of a value that is wrong
-MOST_NAME = 80  # characters of a name that is made of a path's: files of results begin with it
+MOST_SHOWN = 120  # characters of an invalid value in a message
+MOST_NAME = 80  # characters of a name derived from a path, since names of result files begin with it
 NO_INFORMATION = "random weights: answers carry no information"
-TASKS = {False: ("topic", "retrieval"), True: ("digits", "retrieval")}  # by whether the model sees pictures
-# What a checkpoint's configuration says of its files and its history rather than of the model.
+TASKS = {False: ("topic", "retrieval"), True: ("digits", "retrieval")}  # default tasks without and with vision
+# Keys of a checkpoint's configuration that describe its files and history, not the model.
 NOT_DIMENSIONS = {
     "model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "auto_map", "quantization_config",
     "attn_implementation",
@@ -54,16 +54,17 @@ class Slice(Section):
 
 
 class Proxy(Section):
-    """The scale `proxy`: what differs from the real configuration, and how the proxy model is trained."""
+    """The scale `proxy`: differences from the real configuration, and the training of the proxy model."""
 
     config: dict[str, Any] = Field(min_length=1)
     training: dict[str, Any] = Field(min_length=1)
 
 
 class ModelParameters(Section):
-    """One validated parameter file. `full` and `architecture` are empty until a checkpoint that names them is here.
+    """One validated parameter file. If the file omits them, `full` and `architecture` are empty until the checkpoint
+    has been fetched.
 
-    `sha256`: of the file that `checkpoint` refers to, where it is a single one.
+    `sha256`: hash of the file that `checkpoint` refers to, if it is a single file.
     """
 
     name: str = ""
@@ -79,26 +80,26 @@ class ModelParameters(Section):
     @field_validator("optimizations", mode="before")
     @classmethod
     def empty_section_is_none(cls, value: Any) -> Any:
-        """Read an empty `optimizations:` or an empty section in it as: no override."""
+        """Read an empty `optimizations:`, or an empty section in it, as no override."""
         if isinstance(value, dict):
             return {key: {} if section is None else section for key, section in value.items()}
         return {} if value is None else value
 
     @property
     def scales(self) -> tuple[str, ...]:
-        """The scales at which this model takes part: those that its file describes, and `full`."""
+        """The scales at which this model takes part: `full`, and the others that its file describes."""
         described = {"proxy": self.proxy is not None, "slice": self.slice is not None, "full": True}
         return tuple(scale for scale in SCALES if described[scale])
 
     @property
     def source(self) -> Reference:
-        """What `checkpoint` refers to."""
+        """The parsed reference in `checkpoint`."""
         return reference.parse(self.checkpoint)
 
     def config(self, scale: str) -> dict[str, Any]:
         """Return the configuration of this model at `scale` as keyword arguments of its transformers configuration.
 
-        Raises UserError for a scale that it does not describe, and where its checkpoint has to be fetched first.
+        Raises UserError for a scale that the file does not describe, and if the checkpoint must be fetched first.
         """
         if not self.full:
             raise UserError(f"{self.name}: its configuration comes with its checkpoint, which has to be fetched first")
@@ -111,22 +112,22 @@ class ModelParameters(Section):
         return self.full
 
     def training(self) -> dict[str, Any]:
-        """Return how the proxy model is trained. Raises UserError where the file describes none."""
+        """Return the training settings of the proxy model. Raises UserError if the file describes no proxy model."""
         if self.proxy is None:
             raise UserError(f"{self.name}: describes no proxy model; its parameter file has no section proxy")
         return self.proxy.training
 
 
 def require_answers(what: str, scale: str, random_weights: bool) -> None:
-    """Raise NotApplicable if the model's answers carry no information. `what` names what is steered by them."""
+    """Raise NotApplicable if the model's answers carry no information. `what`: the method that depends on them."""
     if random_weights or scale == "slice":
-        raise NotApplicable(f"{what} is steered by answers; {NO_INFORMATION}")
+        raise NotApplicable(f"{what} depends on the model's answers; {NO_INFORMATION}")
 
 
 def about_slice_parameters(description: ModelParameters) -> float:
     """Return an estimate of the slice's number of parameters: embeddings, head, and the large matrices of its blocks.
 
-    From the configuration alone, to within about a tenth; for deciding which jobs fit into memory together.
+    Uses the configuration alone and is accurate to about a tenth, enough to decide which jobs fit into memory together.
     """
     config = description.full.get("text_config") or description.full
     vision = description.full.get("vision_config") or {}
@@ -149,31 +150,31 @@ def about_slice_parameters(description: ModelParameters) -> float:
 
 
 def names(folder: Path | None = None) -> list[str]:
-    """Return the names of the models that have a parameter file, sorted: the stems of `*.yaml` in the folder."""
+    """Return the names of the models with a parameter file, sorted: the stems of `*.yaml` in `folder`."""
     return sorted(path.stem for path in visible(folder or PARAMETERS, "*.yaml"))
 
 
 def names_at(scale: str) -> list[str]:
     """Return the names of the models that take part at `scale`, sorted.
 
-    A damaged file counts as one that does: reading it raises the error.
+    A model with a damaged file is included, so that reading the file raises the error.
     """
     return [name for name, scales in takes_part(names()).items() if scale in (scales or SCALES)]
 
 
 def takes_part(chosen: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Return the scales at which each model takes part; none for a damaged parameter file."""
-    part: dict[str, tuple[str, ...]] = {}
+    """Return the scales at which each model takes part; an empty tuple for a damaged parameter file."""
+    scales: dict[str, tuple[str, ...]] = {}
     for name in chosen:
         try:
-            part[name] = read(name).scales
+            scales[name] = read(name).scales
         except UserError:
-            part[name] = ()
-    return part
+            scales[name] = ()
+    return scales
 
 
 def registered() -> list[str]:
-    """Return the names of the checkpoints that were given on the command line, sorted."""
+    """Return the names of the models whose checkpoints were given on the command line, sorted."""
     return sorted(set(names(_registry())) - set(names()))
 
 
@@ -182,25 +183,25 @@ def _registry() -> Path:
 
 
 def register(text: str) -> str:
-    """Return the name of the model whose checkpoint `text` refers to: that of its parameter file, or of one that this
-    makes in the cache.
+    """Return the name of the model whose checkpoint `text` refers to. Without a parameter file for it, writes one into
+    the cache.
 
-    Raises UserError for what is no reference, and for a path at which no checkpoint lies.
+    Raises UserError for an invalid reference, and for a path without a checkpoint.
     """
     source = reference.parse(text)
     sources.require(source)
     stem = re.sub(r"[^a-z0-9.]+", "-", source.title.lower())[:MOST_NAME].strip("-.") or "model"
     for name in (stem, *(f"{stem}-{number}" for number in range(2, 1000))):
-        known = _path(name)
-        if known is None:
+        path = _path(name)
+        if path is None:
             break
-        if _checkpoint(known) == source.text:
+        if _checkpoint(path) == source.text:
             return name
     else:
-        raise UserError(f"{text}: a thousand checkpoints have this name; write a parameter file with another one")
-    named = {"name": source.title, "checkpoint": source.text}
-    # Quoted, since `content_of` reads more as numbers than the writer knows: a folder may be called 1e-5.
-    content = yaml.safe_dump(named, sort_keys=False, allow_unicode=True, default_style='"')
+        raise UserError(f"{text}: a thousand checkpoints have this name; write a parameter file under another name")
+    entries = {"name": source.title, "checkpoint": source.text}
+    # Quoted, since `content_of` reads more texts as numbers than the writer expects: a folder may be called 1e-5.
+    content = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True, default_style='"')
     try:
         write_atomically(_registry() / f"{name}.yaml", content)
     except OSError as error:
@@ -209,37 +210,37 @@ def register(text: str) -> str:
 
 
 def known_as(text: str) -> str | None:
-    """Return the name of the model whose checkpoint `text` refers to, None where none has it; makes no file.
+    """Return the name of the model whose checkpoint `text` refers to, or None if there is none. Writes no file.
 
-    Raises UserError for what is no reference.
+    Raises UserError for an invalid reference.
     """
     source = reference.parse(text)
-    every = [(name, _path(name)) for name in [*names(), *registered()]]
-    return next((name for name, path in every if path and _checkpoint(path) == source.text), None)
+    paths = [(name, _path(name)) for name in [*names(), *registered()]]
+    return next((name for name, path in paths if path and _checkpoint(path) == source.text), None)
 
 
 def forget(name: str) -> None:
-    """Remove what `register` made, where nothing could be fetched for it."""
-    with contextlib.suppress(OSError):  # where nothing can be written, nothing was made
+    """Remove the parameter file that `register` wrote for a checkpoint that could not be fetched."""
+    with contextlib.suppress(OSError):  # if the cache is not writable, there is no file either
         (_registry() / f"{name}.yaml").unlink(missing_ok=True)
 
 
 def forget_unfetched(chosen: Iterable[str]) -> None:
-    """Remove what `register` made for those of the models whose checkpoint is not here: a wrong hub id, perhaps."""
+    """Remove the files that `register` wrote for models whose checkpoint was not fetched, perhaps a wrong hub id."""
     for name in sorted({*chosen} & {*registered()}):
-        with contextlib.suppress(UserError):  # a damaged file, which whoever reads it is told of
+        with contextlib.suppress(UserError):  # a damaged file, reported when it is read for use
             if sources.local(read(name).source) is None:
                 forget(name)
 
 
 def _path(name: str, folder: Path | None = None) -> Path | None:
-    """Return the parameter file of a model: in the folder, else among the registered ones; None where there is none."""
+    """Return the parameter file of a model: in `folder`, else in PARAMETERS or among the registered ones; or None."""
     folders = [folder] if folder else [PARAMETERS, _registry()]
     return next((path for place in folders if (path := place / f"{name}.yaml").is_file()), None)
 
 
 def _checkpoint(path: Path) -> str | None:
-    """Return what a parameter file's checkpoint refers to, None where the file is damaged."""
+    """Return the resolved checkpoint reference of a parameter file, or None if the file is damaged."""
     try:
         return _resolved(content_of(path, ModelParameters.model_fields)["checkpoint"], path)
     except (UserError, KeyError, TypeError, AttributeError):
@@ -247,25 +248,25 @@ def _checkpoint(path: Path) -> str | None:
 
 
 def _resolved(checkpoint: str, path: Path) -> str:
-    """Return a checkpoint as it is seen from anywhere: a relative path begins at the parameter file's folder."""
+    """Return a checkpoint reference with relative paths resolved against the folder of the parameter file `path`."""
     return reference.parse(checkpoint, path.parent).text
 
 
 def _beside(task: str, folder: Path) -> str:
-    """Return a task as it is seen from anywhere: what is described in a file (`lm_eval:FILE.yaml`) begins at `folder`.
+    """Return a task with the path of its file (`lm_eval:FILE.yaml`), if it has one, resolved against `folder`.
 
-    Raises UserError for a path at a home that is not there.
+    Raises UserError for a path in a home directory that does not exist.
     """
-    asked_by, colon, file = task.partition(":")
+    prefix, colon, file = task.partition(":")
     if not colon or Path(file).suffix not in (".yaml", ".yml"):
         return task
-    return f"{asked_by}:{expanded(file if file.startswith('~') else folder / file)}"
+    return f"{prefix}:{expanded(file if file.startswith('~') else folder / file)}"
 
 
 def read(name: str, folder: Path | None = None) -> ModelParameters:
-    """Read and validate `<folder>/<name>.yaml`; what it leaves out is read from its checkpoint, where that is here.
+    """Return the validated content of `<folder>/<name>.yaml`, completed from its checkpoint if that has been fetched.
 
-    Raises UserError naming file, key and what was expected.
+    Raises UserError naming the file, the key and what was expected.
     """
     path = _path(name, folder)
     if path is None:
@@ -287,7 +288,7 @@ def read(name: str, folder: Path | None = None) -> ModelParameters:
     description = description.model_copy(update=update)
     if description.sha256 and description.source.kind in ("folder", "hub"):
         raise UserError(
-            f'{where}: key "sha256": {checkpoint} is no single file: nothing would be checked; leave it out'
+            f'{where}: key "sha256": {checkpoint} is not a single file, so nothing would be checked; remove the key'
         )
     if (description.proxy or description.slice) and bool(description.full) != bool(description.architecture):
         lacking = "architecture" if description.full else "full"
@@ -296,15 +297,15 @@ def read(name: str, folder: Path | None = None) -> ModelParameters:
         raise UserError(f'{where}: missing key "full": the scale proxy changes some of its dimensions')
     if reason := _dimension_fault(description):
         raise UserError(f"{where}: {reason}")
-    named = bool(description.full and description.architecture)
-    description = completed(description, None if named else sources.local(description.source))
+    complete = bool(description.full and description.architecture)
+    description = completed(description, None if complete else sources.local(description.source))
     if reason := _slice_fault(description):
         raise UserError(f"{where}: {reason}")
     return description
 
 
 def _dimension_fault(description: ModelParameters) -> str | None:
-    """Return None, or which dimension that a file states, of the model or of its proxy, can be none."""
+    """Return None, or a message on an invalid dimension of the model or its proxy in the file."""
     sections = [(description.full, "full")]
     if description.proxy is not None:
         sections += [(config, "proxy.config") for config in (description.proxy.config, description.config("proxy"))]
@@ -312,16 +313,16 @@ def _dimension_fault(description: ModelParameters) -> str | None:
 
 
 def _slice_fault(description: ModelParameters) -> str | None:
-    """Return None, or why the first blocks of a model cannot be so many: it has fewer."""
-    whole = dimensions.blocks(description.full)
-    if description.slice is None or whole is None or description.slice.layers <= whole:
+    """Return None, or a message if the slice has more blocks than the model."""
+    blocks = dimensions.blocks(description.full)
+    if description.slice is None or blocks is None or description.slice.layers <= blocks:
         return None
-    beyond = f"expected at most the {whole} blocks of the model, got {description.slice.layers}"
-    return f'key "layers" in section "slice": {beyond}'
+    expected = f"expected at most the {blocks} blocks of the model, got {description.slice.layers}"
+    return f'key "layers" in section "slice": {expected}'
 
 
 def completed(description: ModelParameters, folder: Path | None) -> ModelParameters:
-    """Return a description with what it leaves out read from a checkpoint folder, as far as there is one."""
+    """Return a description whose missing fields are read from the checkpoint folder, if there is one."""
     config = _configuration(folder) if folder else {}
     full = description.full or {
         key: value for key, value in config.items() if key not in NOT_DIMENSIONS and not key.startswith("_")
@@ -335,7 +336,7 @@ def completed(description: ModelParameters, folder: Path | None) -> ModelParamet
 
 
 def _configuration(folder: Path) -> dict[str, Any]:
-    """Return the configuration of a checkpoint folder, empty where it cannot be read: who loads it is told why."""
+    """Return the configuration of a checkpoint folder; empty if it is unreadable, which loading it reports."""
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,6 +1,6 @@
-"""Text as a model was trained to read it: what its tokenizer puts before every text, turns of its chat, its ends.
+"""Text in the form that a model was trained on: the prefix that its tokenizer adds, its chat template, its end tokens.
 
-Knows tokenizers of transformers by what they do, never by their names; nothing of tasks or models.
+Probes the behaviour of transformers tokenizers, never their names. Knows nothing of tasks or models.
 """
 
 import functools
@@ -10,7 +10,7 @@ from typing import Any
 
 from lib.errors import UserError
 
-# A tag that opens a thought and ends a prompt, in three parts: <think>, [THINK], <thought>, <|START_THINKING|>.
+# A tag at the end of a prompt that opens a thought (<think>, [THINK], <thought>, <|START_THINKING|>), in three parts.
 OPENED = re.compile(r"([<\[◁]\|?)((?!end|no)[\w:.-]*(?:think|thought|reason)[\w:.-]*)(\|?[>\]▷])\s*$", re.IGNORECASE)
 BEGINS = re.compile("start|begin", re.IGNORECASE)
 TURNS = [
@@ -22,8 +22,8 @@ TURNS = [
 
 @functools.lru_cache(maxsize=8)
 def prefix(tokenizer: Any) -> tuple[int, ...]:
-    """Return the ids that a tokenizer puts before a text: none, a beginning of sequence, or what else it was trained
-    with (`[gMASK]<sop>`). A chat template writes them itself.
+    """Return the ids that a tokenizer puts before every text: none, a beginning of sequence, or several tokens
+    (`[gMASK]<sop>`). Chat templates write them themselves.
     """
     bare, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
     starts = range(len(whole) - len(bare) + 1)
@@ -31,10 +31,10 @@ def prefix(tokenizer: Any) -> tuple[int, ...]:
 
 
 def render(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> str:
-    """Return turns of a chat as text, up to where the model answers: at once, with no thought left open.
+    """Return the turns of a chat as a prompt after which the model answers directly, with no thought left open.
 
-    Templates that expect the content of a turn as a list of parts get one. Raises UserError for a template that
-    refuses these turns or leaves the last one out.
+    Templates that expect the content of a turn as a list of parts get such a list. Raises UserError if the template
+    refuses these turns or leaves out the last one.
     """
     question = turns[-1]["content"].strip()
     parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
@@ -58,25 +58,26 @@ def render(tokenizer: Any, turns: Sequence[Mapping[str, str]]) -> str:
 
 
 def _closing(before: str, name: str, after: str) -> str:
-    """Return what closes what the three parts of a tag open: </think>, or <|END_THINKING|> of <|START_THINKING|>."""
+    """Return the closing tag for the three parts of an opening tag: </think>, or <|END_THINKING|>."""
     if begins := BEGINS.match(name):
         return f"{before}{'END' if begins[0].isupper() else 'end'}{name[begins.end() :]}{after}"
     return f"{before}/{name}{after}"
 
 
 def _applied(tokenizer: Any, turns: Sequence[Mapping[str, Any]]) -> str:
-    # For templates with a thinking mode: answer at once. The others ignore the argument.
+    # `enable_thinking` turns off the thinking mode of templates that have one; others ignore it.
     options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
     try:
         return tokenizer.apply_chat_template([*turns], **options)
-    except Exception as error:  # a template is a program: it raises what it likes
+    except Exception as error:  # a template is a program and may raise anything
         why = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(f"its chat template refuses turns of a user and an assistant ({why})") from None
 
 
 def with_end(tokenizer: Any, rows: int, *configurations: Any) -> Any:
-    """Return the tokenizer with an end of text: its own, else that of a configuration, else any special token; and with
-    a padding token that is one of the `rows` of the embeddings, where it has one beyond them (`[PAD]`, added late).
+    """Return the tokenizer with an end-of-text token: its own, else that of a configuration, else any special token.
+
+    A padding token beyond the `rows` of the embeddings (`[PAD]`, added late) is replaced by the end-of-text token.
     """
     if getattr(tokenizer, "eos_token_id", 0) is None:
         ends = (getattr(configuration, "eos_token_id", None) for configuration in configurations)
@@ -90,7 +91,8 @@ def with_end(tokenizer: Any, rows: int, *configurations: Any) -> Any:
 
 
 def _token(tokenizer: Any, identity: int | None, rows: int) -> str | None:
-    """Return the token of an id; None where there is none, or no row of the embeddings for it. Some configurations
-    write -1 for no token, or keep the id of another vocabulary.
+    """Return the token with id `identity`, or None if it has no row in the embeddings.
+
+    Some configurations write -1 for no token, or keep an id of another vocabulary.
     """
     return tokenizer.convert_ids_to_tokens(identity) if identity is not None and 0 <= identity < rows else None

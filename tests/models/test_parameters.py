@@ -42,8 +42,8 @@ def test_faults_are_named(tmp_path, content):
     assert "holds a list" in refused(tmp_path, None, "- a\n- b\n")
     assert "phi.yaml, line 2: not readable as YAML (found character '\\t'" in refused(tmp_path, None, "full:\n\tx: 1\n")
     twice = "checkpoint: a/b\nfull: {a: 1}\ntasks: []\nfull:\n  b: 2\n"
-    assert 'phi.yaml, line 4: not readable as YAML (the key "full" is there twice)' in refused(tmp_path, None, twice)
-    assert 'line 1: not readable as YAML (the key "a" is there twice)' in refused(tmp_path, None, "full: {a: 1, a: 2}")
+    assert 'phi.yaml, line 4: not readable as YAML (the key "full" occurs twice)' in refused(tmp_path, None, twice)
+    assert 'line 1: not readable as YAML (the key "a" occurs twice)' in refused(tmp_path, None, "full: {a: 1, a: 2}")
     assert 'Did you mean "architecture"' in refused(tmp_path, content | {"architectur": "x"})
     assert 'section "slice"' in refused(tmp_path, content | {"slice": {"layer": 2}})
     assert 'key "layers"' in refused(tmp_path, content | {"slice": {"layers": 0}})
@@ -117,7 +117,7 @@ def test_parts_that_need_each_other(tmp_path, content):
     pinned = {"sha256": "0" * 64}
     for checkpoint in ("a/b", str(tmp_path)):
         message = refused(tmp_path, {"checkpoint": checkpoint} | pinned)
-        assert f'key "sha256": {checkpoint} is no single file: nothing would be checked' in message
+        assert f'key "sha256": {checkpoint} is not a single file, so nothing would be checked' in message
     (tmp_path / "phi.yaml").write_text(yaml.safe_dump({"checkpoint": "./x.gguf"} | pinned))
     assert parameters.read("phi", tmp_path).sha256 == pinned["sha256"]
 

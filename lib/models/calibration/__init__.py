@@ -1,1 +1,1 @@
-"""Statistics of activations on calibration text, and teaching a changed model from the unchanged one."""
+"""Statistics of activations on calibration text, and recovery of a changed model by training on the original."""

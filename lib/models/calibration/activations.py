@@ -1,8 +1,8 @@
 """Statistics of a model on calibration text: activations, routing, contributions of heads, influence of blocks.
 
-One pass from block to block (`lib.models.calibration.walk`), hooks on one block at a time, for every optimization that
-ranks parts. Padding is left out, and only sums over tokens are stored, never activations. Knows nothing of how a part
-is ranked or removed.
+Collected in one pass from block to block (`lib.models.calibration.walk`), with hooks on one block at a time, for every
+optimization that ranks parts. Padding is left out, and only sums over tokens are stored, never activations. Knows
+nothing of how a part is ranked or removed.
 
 Shapes: T tokens of a batch without padding, E experts, I width of one expert, C channels, Q heads, D value size.
 """
@@ -24,11 +24,11 @@ from lib.models.structure.replacements.factored import FactoredExperts
 
 @dataclass
 class BlockStatistics:
-    """Sums over the calibration tokens of one block, float32 on the model's device; None where it lacks the part."""
+    """Sums over the calibration tokens for one block, float32 on the model's device; None for parts that it lacks."""
 
     tokens: int = 0
     channel_activation_C: torch.Tensor | None = None  # Σ |activation| at the down projection of the dense part
-    head_contribution_Q: torch.Tensor | None = None  # Σ ‖what the head adds to the hidden state‖₂
+    head_contribution_Q: torch.Tensor | None = None  # Σ ‖contribution of the head to the hidden state‖₂
     influence: float = 0.0  # Σ (1 − cos(block input, block output)), Men et al. 2024 (ShortGPT), section 3
     expert_tokens_E: torch.Tensor | None = None  # tokens routed to each expert
     expert_contribution_E: torch.Tensor | None = None  # Σ router weight × ‖expert output‖₂ over its tokens
@@ -38,14 +38,14 @@ class BlockStatistics:
 
 @dataclass
 class Observation:
-    """Statistics of every block, and the number of tokens they are summed over."""
+    """Statistics of every block, and the number of calibration tokens."""
 
     blocks: list[BlockStatistics] = field(default_factory=list)
     tokens: int = 0
 
 
 def observe(model: nn.Module, calibration: Iterable[dict[str, torch.Tensor]]) -> Observation:
-    """Run `calibration` (keyword arguments of the model, batch by batch) and return the statistics of each block.
+    """Return the statistics of each block of `model` on `calibration` (keyword arguments of the model, by batch).
 
     Raises UserError without any calibration token, and for a block whose weights or outputs are not finite.
     """
@@ -60,9 +60,9 @@ def observe(model: nn.Module, calibration: Iterable[dict[str, torch.Tensor]]) ->
 
 @torch.no_grad()
 def block_statistics(walk: Walk, block: Block, outputs: list[torch.Tensor] | None = None) -> BlockStatistics:
-    """Return the statistics of the block in front of which `walk` stands; what it gives is appended to `outputs`.
+    """Return the statistics of the current `block` of `walk`; append its outputs to `outputs`, if given.
 
-    Raises UserError where that is not finite: every ranking by such statistics would be arbitrary.
+    Raises UserError if its outputs are not finite, since a ranking by such statistics would be arbitrary.
     """
     statistics, masks = BlockStatistics(), dict[str, torch.Tensor]()
 
@@ -138,7 +138,7 @@ def _add_channels(statistics: BlockStatistics, activation_TC: torch.Tensor) -> N
 
 
 def _add_heads(statistics: BlockStatistics, block: Block, heads_TF: torch.Tensor) -> None:
-    """Add the norm of each head's contribution, ‖W_o[:, head] · a‖, through the head's Gram matrix."""
+    """Add the norm of each head's contribution, ‖W_o[:, head] · a‖, computed from the head's Gram matrix."""
     attention = block.attention
     heads_TQD = heads_TF.float().view(heads_TF.shape[0], attention.heads, attention.value_dim)
     weight_HQD = attention.output.weight.float().view(-1, attention.heads, attention.value_dim)
@@ -154,7 +154,7 @@ def _add_experts(
     chosen_TK: torch.Tensor,
     weight_TK: torch.Tensor,
 ) -> None:
-    """Run each expert on its own tokens once more, for its activations and its weighted output."""
+    """Add the statistics of each expert, which runs once more on its own tokens."""
     count, _, width = module.down_proj.shape
     tokens_E, contribution_E, norm_E = (hidden_TH.new_zeros(count, dtype=torch.float32) for _ in range(3))
     activation_EI = hidden_TH.new_zeros(count, width, dtype=torch.float32)

@@ -1,9 +1,9 @@
-"""Decoder blocks one at a time: a changed block is taught the original's output, by training or by least squares.
+"""Fits each changed decoder block to the output of the original block, by training or by least squares.
 
-Both models are walked through side by side (`lib.models.calibration.walk`), from the first block to the last: the input
-of each changed block is the output of the changed blocks before it, its target the output of the original block on the
+Walks through both models in parallel (`lib.models.calibration.walk`), from the first block to the last. The input of a
+changed block is the output of the changed blocks before it; its target is the output of the original block on the
 original's input, so that it also compensates for earlier errors (AA-SVD). Works on float32 copies of one block at a
-time; a part of the text is held out, and what does not help there is undone. Knows nothing of what was changed.
+time. A part of the text is held out, and changes that do not help there are undone. Knows nothing of what was changed.
 
 Shapes: B sequences, T tokens, H hidden, O outputs and I inputs of a matrix, R rank.
 """
@@ -27,7 +27,7 @@ DAMPING = 1e-4  # of the mean diagonal of a refit's normal equations
 
 @dataclass
 class Stream:
-    """One batch: inputs and outputs of each block [B, T, H], each block's other arguments, the mask of real tokens."""
+    """One batch: inputs and outputs [B, T, H] and other arguments of each block, and the mask of real tokens."""
 
     mask_BT: torch.Tensor
     inputs: list[torch.Tensor] = field(default_factory=list)
@@ -39,9 +39,9 @@ class Stream:
 def streams(
     model: nn.Module, calibration: Sequence[dict[str, torch.Tensor]], *, in_float32: bool = True
 ) -> list[Stream]:
-    """Return inputs and outputs of all blocks of `model`, batch by batch, in float32 or the model's own dtype.
+    """Return the inputs and outputs of all blocks of `model`, by batch, in float32 or the model's own dtype.
 
-    They take memory for every block; `Walk` holds those of one.
+    Holds the states of every block in memory, while `Walk` holds those of one block.
     """
     walk = Walk(model, calibration)
     convert: Callable[[Any], Any] = _float if in_float32 else lambda value: value
@@ -69,7 +69,7 @@ def _float(value: Any) -> Any:
 
 @dataclass
 class Lesson:
-    """One batch for one block, float32: its input, the original's output as target, and the original's own change."""
+    """One batch for one block, float32: input, the original's output as target, other arguments, real-token mask."""
 
     states_BTH: torch.Tensor
     target_BTH: torch.Tensor
@@ -78,17 +78,17 @@ class Lesson:
     scale: float  # ‖original output − original input‖² over real tokens
 
     def distance(self, worker: nn.Module) -> torch.Tensor:
-        """Return ‖output − target‖² of a block over `scale`."""
-        lost = run(worker, self.states_BTH, self.arguments) - self.target_BTH
-        return lost[self.mask_BT].square().sum() / max(self.scale, 1e-12)
+        """Return ‖output − target‖² of the block `worker`, divided by `scale`."""
+        difference = run(worker, self.states_BTH, self.arguments) - self.target_BTH
+        return difference[self.mask_BT].square().sum() / max(self.scale, 1e-12)
 
 
 def _pairs(
     changed: nn.Module, original: nn.Module, calibration: Sequence[dict[str, torch.Tensor]]
 ) -> Iterator[tuple[Block, Block, Walk, list[Lesson]]]:
-    """Yield (changed block, original block, the walk through the original, a lesson per batch) for block after block.
+    """Yield (changed block, original block, walk through the original, a lesson per batch) for each block in turn.
 
-    The original's walk still stands in front of the block; the caller may change the changed block in place.
+    The walk through the original is in front of the block. The caller may modify the changed block in place.
     """
     before, after = Walk(original, calibration), Walk(changed, calibration)
     for whole, block in zip(before, after):
@@ -96,14 +96,14 @@ def _pairs(
 
 
 def lessons_of(before: Walk, after: Walk) -> list[Lesson]:
-    """Return the lessons of a block: `before` and `after` stand in front of the original and of the changed one.
+    """Return the lessons of a block, one per batch: `before` and `after` walk through the original and changed model.
 
-    The original's outputs are carried on.
+    Both are in front of the block. The original's outputs are carried on.
     """
     outputs = list(before.outputs())
     before.carry_on(outputs)
-    each = zip(before.carried, after.carried, outputs)
-    return [_lesson(old, new, output, after.index) for old, new, output in each]
+    batches = zip(before.carried, after.carried, outputs)
+    return [_lesson(old, new, output, after.index) for old, new, output in batches]
 
 
 def _lesson(old: TextBatch, new: TextBatch, output_BTH: torch.Tensor, index: int) -> Lesson:
@@ -118,7 +118,7 @@ def _error(worker: nn.Module, lessons: Sequence[Lesson]) -> float:
 
 
 def _factors(module: nn.Module) -> list[nn.Parameter]:
-    """Return the matrices of every factored module inside `module`."""
+    """Return the parameters of all factored modules inside `module`, shared ones once."""
     return list({id(matrix): matrix for part in _factored(module) for matrix in part.parameters()}.values())
 
 
@@ -127,7 +127,10 @@ def _factored(module: nn.Module) -> list[nn.Module]:
 
 
 def _copy_values(worker: nn.Module, module: nn.Module) -> None:
-    """Give the model's block the factors of a worker, in its dtype; what it had may belong to another model as well."""
+    """Replace the factors of the model's block `module` by those of `worker`, in the block's dtype.
+
+    The old tensors are not written to, since another model may share them.
+    """
     for old, new in zip(_factored(module), _factored(worker), strict=True):
         for owner, taught in zip(old.modules(), new.modules(), strict=True):
             for leaf, value in taught._parameters.items():
@@ -149,9 +152,9 @@ def refine(
 ) -> list[tuple[float, float]]:
     """Train the factors of each block of `changed` in place; return each block's error (before, after).
 
-    The error is ‖output − target‖² over ‖original output − original input‖², on held-out text. Adam, cosine to zero,
-    one batch per step, at `rate_for` the width. Factors that `steps` did not improve there are restored. Both models
-    need the same blocks.
+    The error is ‖output − target‖² / ‖original output − original input‖² on held-out text. Adam, cosine schedule to
+    zero, one batch per step, with the learning rate scaled to the width by `rate_for`. Factors of a block that did not
+    improve on held-out text are restored. Both models need the same blocks.
     """
     taught, held_out = split(calibration)
     count, errors = len(taught), []
@@ -195,7 +198,7 @@ def _keep_if_better(
     changed: Sequence[torch.Tensor],
     initial: Sequence[torch.Tensor],
 ) -> float:
-    """Return the error after a change, undone where it is not lower."""
+    """Return the held-out error after a change; undo the change, restoring `initial`, if the error is not lower."""
     after = _error(worker, held_out)
     if after < before:
         return after
@@ -215,9 +218,9 @@ def refit(
     """Refit the outer factor of each factored linear layer of `changed` in place, in closed form; return each block's
     error (before, after) on held-out text, as `refine` does.
 
-    With X what enters the original matrix W, X′ what enters the factors and A the inner one, the outer factor becomes
-    W·X·X′ᵀ·Aᵀ·(A·X′·X′ᵀ·Aᵀ)⁻¹: nearest to the original output on what the compressed blocks before it deliver. No
-    gradient, no state; the sums of one block are held. Experts' factors stay as they are.
+    With the inputs X of the original matrix W, the inputs X′ of the factors and the inner factor A, the outer factor
+    becomes W·X·X′ᵀ·Aᵀ·(A·X′·X′ᵀ·Aᵀ)⁻¹, which is closest to the original output given the compressed blocks before it.
+    Needs no gradients or optimizer state and holds the sums of one block. Factors of experts are unchanged.
     """
     taught, held_out = split(calibration)
     pairs = _pairs(changed, original, [*taught, *held_out])
@@ -226,9 +229,9 @@ def refit(
 
 @torch.no_grad()
 def refit_block(block: Block, whole: Block, walk: Walk, lessons: list[Lesson], taught: int) -> tuple[float, float]:
-    """Refit one block in place, see `refit`; return its error (before, after) on the lessons behind the first `taught`.
+    """Refit one block in place, as `refit` does; return its error (before, after) on the lessons from `taught` on.
 
-    `walk` stands in front of the original block, `whole`.
+    `walk` is in front of the original block, `whole`.
     """
     worker = copy.deepcopy(block.module).float()
     factored = {name: part for name, part in worker.named_modules() if isinstance(part, FactoredLinear)}
@@ -248,14 +251,14 @@ def refit_block(block: Block, whole: Block, walk: Walk, lessons: list[Lesson], t
 def _cross_sums(
     factored: dict[str, FactoredLinear], worker: nn.Module, lessons: list[Lesson], whole: Block, walk: Walk
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Return by module (Σ x·x′ᵀ, Σ x′·x′ᵀ), float64 [I, R] and [R, R], x′ already behind the inner factor."""
-    entered: dict[str, torch.Tensor] = {}
+    """Return (Σ x·zᵀ, Σ z·zᵀ) by module, float64 [I, R] and [R, R], for inputs x of the original and z = A·x′."""
+    captured: dict[str, torch.Tensor] = {}
 
-    def note(name: str) -> Callable[[nn.Module, tuple], None]:
-        return lambda _module, args: entered.update({name: args[0]})
+    def capture(name: str) -> Callable[[nn.Module, tuple], None]:
+        return lambda _module, args: captured.update({name: args[0]})
 
-    hooks = [whole.module.get_submodule(name).register_forward_pre_hook(note(name)) for name in factored]
-    inner = [part.inner.register_forward_hook(_noting(entered, f"{name}:")) for name, part in factored.items()]
+    hooks = [whole.module.get_submodule(name).register_forward_pre_hook(capture(name)) for name in factored]
+    inner = [part.inner.register_forward_hook(_capturing(captured, f"{name}:")) for name, part in factored.items()]
     sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     try:
         for lesson, batch in zip(lessons, walk.carried):
@@ -263,7 +266,7 @@ def _cross_sums(
             run(worker, lesson.states_BTH, lesson.arguments)
             mask_T = lesson.mask_BT.flatten()
             for name in factored:
-                x_TI, z_TR = (_rows(entered[key], mask_T) for key in (name, f"{name}:"))
+                x_TI, z_TR = (_rows(captured[key], mask_T) for key in (name, f"{name}:"))
                 cross, own = (x_TI.T @ z_TR).double(), (z_TR.T @ z_TR).double()
                 sums[name] = (sums[name][0] + cross, sums[name][1] + own) if name in sums else (cross, own)
     finally:
@@ -272,8 +275,8 @@ def _cross_sums(
     return sums
 
 
-def _noting(entered: dict[str, torch.Tensor], key: str) -> Callable[[nn.Module, tuple, torch.Tensor], None]:
-    return lambda _module, _args, output: entered.update({key: output})
+def _capturing(captured: dict[str, torch.Tensor], key: str) -> Callable[[nn.Module, tuple, torch.Tensor], None]:
+    return lambda _module, _args, output: captured.update({key: output})
 
 
 def _rows(states: torch.Tensor, mask_T: torch.Tensor) -> torch.Tensor:
@@ -287,10 +290,10 @@ def _nearest(
     outer_OR: torch.Tensor,
     what: str = "a factored matrix",
 ) -> torch.Tensor:
-    """Return the outer factor [O, R] that solves the normal equations, damped a little towards the present one: that
-    stays in directions that no token showed, and whole where nothing ever left the inner factor.
+    """Return the outer factor [O, R] that solves the normal equations, slightly damped towards the current `outer_OR`.
 
-    Raises UserError in the name of `what` as `positive_root` does.
+    The current factor is kept in directions that occurred in no token, and entirely if the output of the inner factor
+    was always zero. Raises UserError naming `what`, as `positive_root` does.
     """
     root_RR, ridge = positive_root(own_RR, ridge_of(own_RR, DAMPING), what)
     right_OR = weight_OI.double() @ cross_IR + ridge * outer_OR.double()

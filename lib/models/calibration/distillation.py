@@ -1,10 +1,10 @@
-"""A short distillation: train a changed model on the logits of the original.
+"""A short distillation: trains a changed model on the logits of the original.
 
-Used for recovery after an optimization has removed something. Loss: Kullback-Leibler divergence from the teacher's
-distribution to the student's, over all tokens but padding (Hinton et al. 2015, temperature 1). A part of the text is
-held out. Weights of less than float32 have float32 masters, since they would lose small updates. The rate falls with
-the width (Yang et al. 2022, muP: Adam's rate goes with 1/width) and towards the teacher. Knows nothing of what was
-removed.
+Used for recovery after an optimization has removed something. The loss is the Kullback-Leibler divergence from the
+teacher's distribution to the student's, over all tokens except padding (Hinton et al. 2015, temperature 1). A part of
+the text is held out. Weights in lower precision have float32 masters, since they would lose small updates. The learning
+rate falls with the width (Yang et al. 2022, muP: Adam's rate goes with 1/width) and is lower for students close to the
+teacher. Knows nothing of what was removed.
 """
 
 import itertools
@@ -20,17 +20,17 @@ from lib.models.structure.anatomy import anatomy
 
 CHECKS = 4
 PATIENCE = 2
-TUNED_DIVERGENCE = 0.1  # nats per token at which the rates were found; nearer students get less
+TUNED_DIVERGENCE = 0.1  # nats per token at which the rates were tuned; closer students get lower rates
 HELD_OUT = 4  # batches
-KEPT_ELEMENTS = 2**26  # of the teacher's answers to what is held out, from one evaluation to the next
-TUNED_WIDTH = 192  # hidden width at which the rates were found; wider models get proportionally less
+KEPT_ELEMENTS = 2**26  # elements of the teacher's log-probabilities on held-out text, kept between evaluations
+TUNED_WIDTH = 192  # hidden width at which the rates were tuned; wider models get proportionally lower rates
 Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Lessons:
-    """What a distillation did: the loss of each step on what it learned from, and the divergence from the teacher on
-    held-out text by the steps taken until then, 0 before the first; both in nats per token.
+    """The course of a distillation: `losses`, the training loss of each step, and `held_out`, number of steps →
+    divergence from the teacher on held-out text (0: before the first step); both in nats per token.
     """
 
     losses: list[float]
@@ -38,20 +38,20 @@ class Lessons:
 
     @property
     def kept(self) -> int:
-        """The steps after which the student was nearest on held-out text; 0: no step brought it nearer."""
+        """The number of steps with the lowest divergence on held-out text; 0 if no step improved it."""
         return min(self.held_out, key=lambda step: self.held_out[step], default=0)
 
     def checks(self) -> list[dict[str, float]]:
-        """Return the checks as rows, for a record."""
+        """Return the held-out evaluations as rows for a record."""
         return [{"steps": step, "divergence": value} for step, value in self.held_out.items()]
 
 
 def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """Return the batches to learn from and those held out: a quarter of them, HELD_OUT at most.
+    """Return (training batches, held-out batches): a quarter of the batches, at most HELD_OUT, is held out.
 
-    Of fewer than four batches a quarter of the sequences of the last batch of text is held out. Either are spread over
-    the whole, which is not of one kind: calibration begins with running text and ends with questions. Raises UserError
-    where there are not two sequences to tell apart.
+    With fewer than four batches, a quarter of the sequences of the last batch of text is held out. Held-out batches or
+    sequences are spread evenly, since calibration begins with running text and ends with questions. Raises UserError if
+    there are fewer than two sequences.
     """
     batches = list(batches)
     if count := min(HELD_OUT, len(batches) // 4):
@@ -66,16 +66,16 @@ def split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
             return [*batches[:index], taught, *batches[index + 1 :]], [rest]
     if len(batches) > 1:
         return batches[1:], batches[:1]
-    raise UserError("calibration: one sequence only; distillation sets some text aside, give at least two sequences")
+    raise UserError("calibration: one sequence only; distillation holds out some text, give at least two sequences")
 
 
 def _spread(count: int, size: int) -> list[int]:
-    """Return `count` of the indices below `size`, evenly spread from 0 on."""
+    """Return `count` evenly spaced indices below `size`, starting at 0."""
     return [at * size // count for at in range(count)]
 
 
 def can_split(batches: Sequence[Batch]) -> bool:
-    """Return whether `split` finds two sequences to tell apart."""
+    """Return whether `batches` have enough sequences for `split`."""
     try:
         split(batches)
     except UserError:
@@ -84,15 +84,15 @@ def can_split(batches: Sequence[Batch]) -> bool:
 
 
 def rate_for(model: nn.Module, learning_rate: float) -> float:
-    """Return a rate that was found at TUNED_WIDTH for the width of this model."""
+    """Return `learning_rate`, which was tuned at TUNED_WIDTH, scaled to the width of `model`."""
     return learning_rate * min(1.0, TUNED_WIDTH / anatomy(model).hidden)
 
 
 def nearness(first: float) -> float:
-    """Return what share of a rate suits a student whose divergence from its teacher is `first`, in nats per token.
+    """Return the factor on the learning rate for a student that diverges from its teacher by `first` nats per token.
 
-    Adam's steps are as long as the rate, however small the gradient, and a divergence grows with the square of the
-    distance: what brings a distant student nearer carries one that is nearly its teacher away.
+    Adam's steps are as long as the rate, however small the gradient, and the divergence grows with the square of the
+    distance: a rate that helps a distant student would move a student close to its teacher away from it.
     """
     return min(1.0, math.sqrt(max(0.0, first) / TUNED_DIVERGENCE))
 
@@ -107,13 +107,13 @@ def distil(
     learning_rate: float = 1e-3,
     seed: int = 0,
 ) -> Lessons:
-    """Train the decoder blocks of `student` in place for `steps` batches; return the loss of each step and the checks.
+    """Train the decoder blocks and final norm of `student` in place for `steps` batches; return losses and evaluations.
 
-    AdamW, a tenth of the steps as warm-up, then cosine to zero, at `rate_for` the width times the `nearness` of the
-    student; the batches repeat, shuffled anew each round. On the `held_out` batches (by default those that `split`
-    holds out of `batches`) the divergence is evaluated before the first step, CHECKS times on the way and at the end,
-    and the student ends with the weights of the best evaluation, possibly the first: where nothing was lost, training
-    does harm. Stops once PATIENCE evaluations in a row are worse than the first.
+    AdamW, a tenth of the steps as warm-up, then cosine to zero; the learning rate is scaled to the width by `rate_for`
+    and multiplied by the student's `nearness`. The batches repeat, reshuffled in each round. The divergence on the
+    `held_out` batches (default: those that `split` holds out of `batches`) is evaluated before the first step, CHECKS
+    times in between and at the end. The student ends with the weights of the best evaluation, possibly the first, since
+    training does harm if nothing was lost. Stops when PATIENCE evaluations in a row are worse than the first.
     """
     if held_out is None:
         batches, held_out = split(batches)
@@ -158,7 +158,7 @@ def distil(
 
 
 def _step(optimizer: torch.optim.Optimizer, trained: list[nn.Parameter], masters: list[torch.Tensor]) -> None:
-    """Move the masters by the gradients of what is trained, and what is trained to where its masters are."""
+    """Update the float32 masters by the gradients of the trained parameters, then copy them into the parameters."""
     for parameter, master in zip(trained, masters):
         if master is not parameter:
             master.grad = None if parameter.grad is None else parameter.grad.float()
@@ -174,12 +174,12 @@ def _mean_divergence(
     student: nn.Module, teacher: nn.Module, batches: Sequence[Batch], known: Sequence[torch.Tensor | None]
 ) -> float:
     with torch.no_grad():
-        each = [float(divergence(student, teacher, batch, target)) for batch, target in zip(batches, known)]
-        return sum(each) / max(1, len(batches))
+        values = [float(divergence(student, teacher, batch, target)) for batch, target in zip(batches, known)]
+        return sum(values) / max(1, len(batches))
 
 
 def _answers_kept(teacher: nn.Module, batches: Sequence[Batch]) -> list[torch.Tensor | None]:
-    """Return the teacher's answers to each batch, in KEPT_ELEMENTS numbers at most; None for what is beyond."""
+    """Return the teacher's log-probabilities on each batch; None for batches beyond KEPT_ELEMENTS elements in total."""
     kept: list[torch.Tensor | None] = []
     room, vocabulary = KEPT_ELEMENTS, anatomy(teacher).vocabulary
     for batch in batches:
@@ -196,8 +196,8 @@ def _answers(teacher: nn.Module, inputs: Batch) -> torch.Tensor:
 def divergence(
     student: nn.Module, teacher: nn.Module, inputs: Batch, target: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return KL(teacher ‖ student), mean over the real tokens of `inputs`, nats. `target`: the logarithms of the
-    teacher's probabilities, where they are known already.
+    """Return KL(teacher ‖ student) in nats, averaged over the real tokens of `inputs`. `target`: the teacher's
+    log-probabilities, if already computed.
     """
     target = _answers(teacher, inputs) if target is None else target
     predicted = student(**inputs, use_cache=False).logits.float().log_softmax(-1)
@@ -214,7 +214,7 @@ def _rate(step: int, steps: int) -> float:
 
 
 def _shuffled(batches: Sequence[dict], generator: torch.Generator) -> Iterator[dict]:
-    """Yield the batches without end, each round in another order."""
+    """Yield the batches endlessly, each round in a new order."""
     while True:
         for index in torch.randperm(len(batches), generator=generator).tolist():
             yield batches[index]

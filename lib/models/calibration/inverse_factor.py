@@ -1,5 +1,5 @@
-"""What changing one input of a matrix does to the best values of the inputs after it, from the Gram matrix of its
-inputs: the rows of a Cholesky factor, which SparseGPT and GPTQ both read.
+"""The Cholesky factor of an inverse Gram matrix, from which SparseGPT and GPTQ read how the weights of later inputs
+compensate best for a change in the weights of one input.
 
 Shapes: E experts (1 for a single matrix), I inputs.
 """
@@ -14,9 +14,10 @@ DAMPING = 0.01  # of the mean diagonal: Frantar & Alistarh 2023, section 4; Fran
 def inverse_factor(gram_EII: torch.Tensor, damping: float = DAMPING, what: str = "a matrix") -> torch.Tensor:
     """Return the upper Cholesky factor of the inverse of the damped Gram matrix Σ x·xᵀ, float32 [E, I, I].
 
-    In float64: one input far larger than the others, or fewer tokens than inputs, leave a condition number near that of
-    the damping, which the inverse of float32 does not survive. An expert that saw no token has H = 1; one whose sums
-    are not positive definite is damped more. Raises UserError in the name of `what` as `positive_root` does.
+    Computed in float64: if one input is far larger than the others, or with fewer tokens than inputs, only the damping
+    bounds the condition number, which is too large for an inverse in float32. For an expert without tokens the damped
+    matrix is the identity; sums that are not positive definite are damped more. Raises UserError naming `what`, as
+    `positive_root` does.
     """
     root_EII, _ = positive_root(gram_EII, ridge_of(gram_EII, damping), what)
     return torch.linalg.cholesky(torch.cholesky_inverse(root_EII), upper=True).float()

@@ -1,4 +1,4 @@
-"""The second moments of a whole model, block by block, for many settings on the same text.
+"""The second moments of a whole model, block by block, reusable for many settings on the same text.
 
 Knows nothing of what the moments are used for.
 """
@@ -17,11 +17,11 @@ from lib.models.calibration.walk import Walk
 
 @dataclass
 class Observed:
-    """The moments of the matrices in `part` of an unchanged model: iterate to get (block index, moments by name).
+    """The moments of the matrices in `part` of an unchanged model; iterating yields (block index, moments by name).
 
-    Each reading is one pass over the text and holds one block's moments at a time; only where those of all blocks fit
-    into `room` bytes together (`lib.memory_limits.room_to_keep`) are they kept for the next reading. Options as of
-    `block_moments` and `matrices`.
+    Each iteration is one pass over the text and holds the moments of one block at a time. If the moments of all blocks
+    fit into `room` bytes (`lib.memory_limits.room_to_keep`), they are kept for later iterations. The other options are
+    those of `block_moments` and `matrices`.
     """
 
     model: nn.Module
@@ -52,11 +52,11 @@ class Observed:
         self._kept = kept
 
     def of(self, block: int) -> dict[str, Moments]:
-        """Return the moments of one block."""
+        """Return the moments of one block, by name."""
         return next((by_name for index, by_name in self if index == block), {})
 
 
 def nbytes(by_name: dict[str, Moments]) -> int:
-    """Return the bytes of moments, shared ones once."""
-    each = {id(sums): sums for sums in by_name.values()}.values()
-    return sum(sums.squares.nbytes + (0 if sums.gram is None else sums.gram.nbytes) for sums in each)
+    """Return the bytes of moments, counting shared ones once."""
+    distinct = {id(sums): sums for sums in by_name.values()}.values()
+    return sum(sums.squares.nbytes + (0 if sums.gram is None else sums.gram.nbytes) for sums in distinct)

@@ -1,8 +1,8 @@
-"""Cholesky factors of sums Σ x·xᵀ, which are positive definite but for rounding and for what a text never showed.
+"""Cholesky factors of sums Σ x·xᵀ, which are positive definite except for rounding and directions without data.
 
-Products of one batch are float32: where a few directions carry nearly everything, or fewer tokens than inputs were
-seen, variances of the others are zero but for that rounding, which may be negative. A ridge on the diagonal makes the
-factor exist; where it is too small it grows. Knows nothing of what a factor is used for.
+Products of one batch are float32. If a few directions carry nearly all variance, or there were fewer tokens than
+inputs, the variance of the other directions is only rounding, which may be negative. A ridge on the diagonal makes the
+factor exist, and grows if it is too small. Knows nothing of what a factor is used for.
 
 Shapes: E experts (1 for a single matrix), I inputs.
 """
@@ -11,12 +11,12 @@ import torch
 
 from lib.errors import UserError
 
-STEP = 10.0  # times the ridge, where it was too small
-LEAST = 1e-12  # of the trace, where there was none
+STEP = 10.0  # by which a ridge that is too small is multiplied
+LEAST = 1e-12  # of the trace, the smallest ridge that is tried after 0
 
 
 def ridge_of(gram: torch.Tensor, damping: float) -> torch.Tensor:
-    """Return `damping` times the mean variance of each matrix, float64 [] or [E]; 1 where no input was ever active."""
+    """Return `damping` times the mean diagonal of each matrix, float64 [] or [E]; 1 if all inputs were zero."""
     mean = gram.diagonal(dim1=-2, dim2=-1).double().mean(-1)
     return torch.where(mean > 0, damping * mean, 1.0)
 
@@ -24,9 +24,9 @@ def ridge_of(gram: torch.Tensor, damping: float) -> torch.Tensor:
 def positive_root(gram: torch.Tensor, ridge: torch.Tensor, what: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (L, ridge) with L·Lᵀ = gram + ridge on the diagonal, both float64: [I, I] and [], or [E, I, I] and [E].
 
-    gram: Σ x·xᵀ. ridge: the least to add; a matrix that is not positive definite with it takes STEP times as much, and
-    so on up to its trace, which no negative variance that is rounding exceeds. Matrices of a stack do not share it.
-    Raises UserError in the name of `what` where sums are not finite, or where that does not help.
+    gram: Σ x·xᵀ. ridge: the smallest value to add. For a matrix that is still not positive definite it is multiplied by
+    STEP repeatedly, up to the trace, which bounds negative variances from rounding. Each matrix of a stack has its own
+    ridge. Raises UserError naming `what` if sums are not finite or no ridge suffices.
     """
     stack = gram.to(torch.float64, copy=True).reshape(-1, *gram.shape[-2:])
     added_E = ridge.to(stack).expand(len(stack)).clone()

@@ -1,7 +1,7 @@
 """Second moments of the inputs of the decoder's matrices on calibration text: Σ x², and on request Σ x·xᵀ.
 
-A matrix is a linear layer of a block, or the stack of one kind of matrix of its routed experts. One pass from block to
-block (`lib.models.calibration.walk`), hooks on one block at a time; padding is left out, and only sums are stored.
+A matrix is a linear layer of a block, or a stack of matrices of its routed experts. Collected in one pass from block to
+block (`lib.models.calibration.walk`), with hooks on one block at a time; padding is left out, and only sums are stored.
 Matrices that share an input (queries, keys and values; gate and up) share its moments. Knows nothing of what the
 moments are used for.
 
@@ -29,7 +29,7 @@ WEIGHTINGS = ("tokens", "router")
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight [O, I], or [E, O, I] for experts: the parameter `owner.attribute`, called `name` in the model.
+    """A weight [O, I], or [E, O, I] for experts: the parameter `owner.attribute`, named `name` in the model.
 
     `part` is one of PARTS.
     """
@@ -51,15 +51,14 @@ class Matrix:
 
     @property
     def place(self) -> str:
-        """Block and name, for messages."""
+        """Block and name of the matrix, for messages."""
         return f"block {self.block}, {self.name}"
 
 
 @dataclass
 class Moments:
-    """Sums over calibration tokens: `squares` [I] or [E, I]; on request `gram` = Σ x·xᵀ, [I, I] or [E, I, I].
-
-    `tokens` is the number of summed tokens, [1] or [E].
+    """Sums over calibration tokens: `squares` = Σ x², [I] or [E, I], and on request `gram` = Σ x·xᵀ, [I, I] or
+    [E, I, I]. `tokens`: the number of tokens, [1] or [E].
     """
 
     tokens: torch.Tensor
@@ -72,10 +71,9 @@ def matrices(
 ) -> list[Matrix]:
     """Return the dense matrices of the decoder's blocks (or of one block) in `part`: one of PARTS, or "all".
 
-    "feed_forward" is the whole feed-forward part including its experts; "experts" are the routed ones alone. Norms,
+    "feed_forward" is the whole feed-forward part including its experts; "experts" are only the routed experts. Norms,
     routers, embeddings, the head and the vision tower are left out. `inside_factors`: whether the factors of a factored
-    matrix, and the cores of experts that share a factor on that side, count as matrices. Empty where the model lacks
-    the part.
+    matrix, and the cores of experts next to a shared factor, count as matrices. Empty if the model lacks the part.
     """
     names = {module: name for name, module in model.named_modules()}
     every: list[Matrix] = []
@@ -89,7 +87,7 @@ def matrices(
 
 
 def feed_forward_matrices(part: FeedForward, block: int = 0, names: dict[nn.Module, str] | None = None) -> list[Matrix]:
-    """Return the matrices of one feed-forward part; without `names` their names are relative to that part."""
+    """Return the matrices of one feed-forward part; without `names`, their names are relative to the part."""
     names = names or {module: name for name, module in part.module.named_modules()}
     members = [] if part.dense is None else _linears(part.dense, block, "feed_forward", names)
     if part.experts is not None:
@@ -107,7 +105,7 @@ def _linears(owner: nn.Module, block: int, part: str, names: dict[nn.Module, str
 
 
 def _factors(model: nn.Module) -> set[tuple[nn.Module, str]]:
-    """Return (owner, attribute) of what factors consist of: thin matrices, and cores beside a shared factor."""
+    """Return (owner, attribute) of the matrices inside factors: thin matrices, and cores next to a shared factor."""
     factors: set[tuple[nn.Module, str]] = set()
     for module in model.modules():
         if isinstance(module, FactoredLinear):
@@ -127,10 +125,11 @@ def moments(
     dtype: torch.dtype = torch.float32,
     weighting: str = "tokens",
 ) -> dict[str, Moments]:
-    """Run `calibration` through `model` and return the moments of the matrices `chosen`, by name, all at once.
+    """Return the moments of the matrices `chosen` of `model` on `calibration`, by name.
 
-    For a few matrices; `lib.models.calibration.observed` gives those of many block by block. Options as of
-    `block_moments`. The pass ends with the last block of `chosen`. Raises UserError without any calibration token.
+    Holds all of them at once, which suits a few matrices; `lib.models.calibration.observed` yields many block by block.
+    The options are those of `block_moments`. The pass ends with the last block of `chosen`. Raises UserError without
+    any calibration token.
     """
     last = max((matrix.block for matrix in chosen), default=-1)
     by_name: dict[str, Moments] = {}
@@ -154,12 +153,12 @@ def block_moments(
     weighting: str = "tokens",
     unchanged: bool = True,
 ) -> dict[str, Moments]:
-    """Return the moments of matrices of the block in front of which `walk` stands, by name; the block runs once.
+    """Return the moments of the matrices `chosen` of the current block of `walk`, by name; the block runs once.
 
-    gram: also sum x·xᵀ, which takes I² numbers per input. dtype: of the sums over batches (the products of one batch
+    gram: also sum x·xᵀ, which takes I² elements per input. dtype: of the sums over batches (the products of one batch
     are float32). weighting, for experts: "tokens" sums for each expert the tokens that are routed to it, after the
-    input factor where experts share one; "router" weighs every token by its router weight, and gives `gate_up_proj` one
-    sum over all experts, [I] and [I, I]. unchanged: the block stays as it is, so that its outputs are carried on.
+    shared input factor if there is one; "router" weights every token by its router weight, and gives `gate_up_proj` one
+    sum over all experts, [I] and [I, I]. unchanged: the block will not be changed, so its outputs are carried on.
     """
     if weighting not in WEIGHTINGS:
         raise ValueError(f'weighting "{weighting}"; expected one of {", ".join(WEIGHTINGS)}')
@@ -168,8 +167,8 @@ def block_moments(
 
 
 def moments_apart(walk: Walk, chosen: Sequence[Matrix], batches: int) -> tuple[dict[str, Moments], dict[str, Moments]]:
-    """Return the moments of the first `batches` of `walk` and those of the rest, with `gram`; the block may change
-    afterwards: see `block_moments`.
+    """Return the moments of the first `batches` of `walk` and those of the rest, both with `gram`, as `block_moments`
+    does. The block may change afterwards.
     """
     first, rest = _summed(walk, chosen, _Collector(True, torch.float32, False), batches, False)
     return first, rest
@@ -179,7 +178,7 @@ def moments_apart(walk: Walk, chosen: Sequence[Matrix], batches: int) -> tuple[d
 def _summed(
     walk: Walk, chosen: Sequence[Matrix], collector: "_Collector", batches: int, unchanged: bool
 ) -> list[dict[str, Moments]]:
-    """Return the sums over the first `batches` and those over the rest; the block runs once, if there is a matrix."""
+    """Return the sums over the first `batches` and over the rest; the block runs once, unless `chosen` is empty."""
     if not chosen:
         return [{}, {}]
     hooks = _hooks(chosen, collector)
@@ -205,7 +204,7 @@ def _summed(
 
 
 def _require_finite(chosen: Sequence[Matrix], by_name: dict[str, Moments]) -> None:
-    """Raise UserError naming the first matrix whose inputs were no numbers: no ranking by them would mean anything."""
+    """Raise UserError naming the first matrix whose inputs are not finite; a ranking by them would be meaningless."""
     for matrix in chosen:
         if matrix.name in by_name and not bool(by_name[matrix.name].squares.isfinite().all()):
             raise UserError(f"{matrix.place}: its inputs {NO_NUMBERS}")
@@ -233,7 +232,7 @@ def _experts_hook(collector: "_Collector", names: dict[str, str]) -> Callable[[n
 
 
 class _Collector:
-    """What the hooks share: the mask of the current batch, the last linear layer's input, and all sums by name."""
+    """State shared by the hooks: the mask of the current batch, the last linear layer's input, and all sums by name."""
 
     def __init__(self, gram: bool, dtype: torch.dtype, router: bool):
         self.gram, self.dtype, self.router = gram, dtype, router
@@ -242,11 +241,11 @@ class _Collector:
         self.last_name = ""
 
     def start(self, mask_T: torch.Tensor) -> None:
-        """Begin a batch, of whose tokens those in `mask_T` are real."""
+        """Begin a batch; `mask_T` is its mask of real tokens."""
         self.mask_T, self.last_input = mask_T, None
 
     def linear(self, name: str, x: torch.Tensor) -> None:
-        if x is self.last_input:  # shared with the layer before, and summed there
+        if x is self.last_input:  # shared with the previous layer, whose moments include it
             self.moments[name] = self.moments[self.last_name]
             return
         self.last_input, self.last_name = x, name
@@ -255,9 +254,10 @@ class _Collector:
     def experts(
         self, names: dict[str, str], module: Any, hidden: torch.Tensor, index: torch.Tensor, weight: torch.Tensor
     ) -> None:
-        """Add the inputs of both stacks; each expert runs on its own tokens once more for those of its second matrix.
+        """Add the moments of the inputs of the observed stacks. For `down_proj`, each expert runs once more on its own
+        tokens.
 
-        `names` maps the observed stacks (attributes of `module`) to the names of their moments.
+        `names`: observed stack (attribute of `module`) → name of its moments.
         """
         hidden_TH, index_TK, weight_TK = (tensor[self.mask_T] for tensor in (hidden, index, weight.float()))
         hidden_TH = module.enter(hidden_TH) if hasattr(module, "enter") else hidden_TH

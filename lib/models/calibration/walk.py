@@ -1,10 +1,10 @@
-"""Calibration text on its way through the decoder, one block after the other.
+"""A pass of calibration text through the decoder, block by block.
 
-`Walk` is one pass over the blocks. The caller sees each block with the text that reaches it and may change or replace
-the block; its output is then carried on to the next. Only the states in front of one block are held, so memory does not
-grow with depth, and a block need not be in memory before its turn. The blocks' other arguments (masks, positions) and
-what a vision tower adds after the first blocks are taken from the model itself, which runs once with blocks that return
-zeros.
+`Walk` is one pass over the blocks. The caller sees each block with the states that reach it and may change or replace
+the block; its output is then carried on to the next block. Only the states in front of one block are held, so memory
+does not grow with depth, and a block need not be in memory before its turn. The blocks' other arguments (masks,
+positions) and the features that a vision tower adds after the first blocks come from the model itself, which runs once
+with blocks that return zeros.
 
 Shapes: B sequences, T tokens, H hidden.
 """
@@ -22,14 +22,16 @@ from lib.models.structure.anatomy import Block, anatomy
 from lib.models.structure.logits import logits_of
 
 NO_NUMBERS = (
-    "on the calibration text are not finite (NaN or infinite); numbers of float16 overflow so: run in bfloat16 or "
+    "on the calibration text are not finite (NaN or infinite); float16 may overflow in this way: run in bfloat16 or "
     "float32, or repair the checkpoint"
 )
 
 
 @dataclass
 class TextBatch:
-    """One batch in front of a block: states [B, T, H], mask of real tokens [B, T], arguments and additions by block."""
+    """One batch in front of a block: states [B, T, H], mask of real tokens [B, T], and by block the other arguments and
+    the features added after it.
+    """
 
     mask_BT: torch.Tensor
     states_BTH: torch.Tensor
@@ -38,11 +40,11 @@ class TextBatch:
 
     @property
     def mask_T(self) -> torch.Tensor:
-        """The mask of real tokens, the sequences concatenated."""
+        """The mask of real tokens of the concatenated sequences."""
         return self.mask_BT.flatten()
 
     def first(self, sequences: int) -> "TextBatch":
-        """Return the batch with its first sequences only; whole where its other arguments have no such rows."""
+        """Return the batch with its first `sequences` only; unchanged if it has no more, or has added features."""
         count = len(self.mask_BT)
         if count <= sequences or self.added:
             return self
@@ -57,17 +59,17 @@ class TextBatch:
 
 
 class BlockStore(Protocol):
-    """Where blocks are while it is not their turn."""
+    """Holds the blocks that are not in memory."""
 
     def load(self, index: int) -> None:
-        """Bring the weights of a block into memory."""
+        """Load the weights of a block into memory."""
 
     def release(self, index: int) -> None:
-        """Take a block back; it may have changed."""
+        """Store a block, which may have changed, and free its memory."""
 
 
 def real_BT(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return a mask [B, T] of the tokens of a batch that are not padding."""
+    """Return the mask [B, T] of the real tokens of a batch, which are not padding."""
     mask, ids = inputs.get("attention_mask"), inputs["input_ids"]
     return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
 
@@ -75,7 +77,7 @@ def real_BT(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 class Walk:
     """One pass of calibration text through the blocks of `model`; iterate over it to go from block to block.
 
-    `store` brings blocks into memory and takes them back; without it they are there. Raises UserError without any
+    `store` loads and releases blocks; without it, all blocks must be in memory. Raises UserError without any
     calibration token, and for a block whose weights, or whose outputs on the text, are not finite.
     """
 
@@ -90,7 +92,7 @@ class Walk:
         self._outputs: list[torch.Tensor] | None = None
 
     def __iter__(self) -> Iterator[Block]:
-        """Yield each block in turn, in the form that it has at that moment."""
+        """Yield a new view of each block in turn, which includes earlier changes to it."""
         count = len(anatomy(self.model).blocks)
         for self.index in range(count):
             if self.store is not None:
@@ -105,21 +107,21 @@ class Walk:
 
     @torch.no_grad()
     def outputs(self) -> Iterator[torch.Tensor]:
-        """Yield what the present block, as it stands, gives for each batch, [B, T, H]."""
+        """Yield the output of the current block, including changes so far, for each batch, [B, T, H]."""
         module = anatomy(self.model).blocks[self.index].module
         for batch in self.carried:
             yield run(module, batch.states_BTH, batch.arguments[self.index])
 
     def carry_on(self, outputs: Sequence[torch.Tensor]) -> None:
-        """Take `outputs` as what the present block gives, so that it does not run again."""
+        """Use `outputs` as the outputs of the current block, so that it does not run again."""
         self._outputs = list(outputs)
 
     def forget(self) -> None:
-        """Let the present block run again: it has changed since `carry_on`."""
+        """Discard the outputs given to `carry_on`, so that the current block, since changed, runs again."""
         self._outputs = None
 
     def _require_finite_states(self) -> None:
-        """Raise UserError naming what gave real tokens states that are no numbers."""
+        """Raise UserError if states of real tokens are not finite, naming the block or embeddings that caused it."""
         for batch in self.carried:
             if not bool(batch.states_BTH.isfinite().all(-1)[batch.mask_BT].all()):
                 before = f"block {self.index - 1}: its outputs" if self.index else "embeddings: their outputs"
@@ -133,16 +135,16 @@ class Walk:
 
 
 def run(module: nn.Module, states_BTH: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-    """Return what a block gives for `states_BTH`, [B, T, H]."""
+    """Return the output of a block for `states_BTH`, [B, T, H]."""
     output = module(states_BTH, **arguments)
     return output[0] if isinstance(output, tuple) else output
 
 
 @torch.no_grad()
 def finish(model: nn.Module, batch: TextBatch, index: int) -> torch.Tensor:
-    """Return the logits [B, T, V] of `model` run from block `index` on, which `batch` stands in front of.
+    """Return the logits [B, T, V] of `model` run from block `index` on; `batch` is in front of that block.
 
-    Behind the last block (`index` is their number) the states are what that block gave.
+    If `index` is the number of blocks, the states of `batch` are the outputs of the last block.
     """
     view, states_BTH = anatomy(model), batch.states_BTH
     for block in view.blocks[index:]:
@@ -161,18 +163,18 @@ def enter(model: nn.Module, calibration: Iterable[dict[str, torch.Tensor]]) -> l
             model(**inputs, use_cache=False, logits_to_keep=1)
         (first, _), *others = calls
         assert first is not None
-        # Behind a block of zeros stands only what was added to its output.
+        # After a block that returns zeros, the states are only the features added to its output.
         added = {index: state for index, (state, _) in enumerate(others) if state is not None}
         entering.append(TextBatch(real_BT(inputs), first, [arguments for _, arguments in calls], added))
     return entering
 
 
 class _ZeroBlock(nn.Module):
-    """Stands in for a block: records its input (None where it is zero) and other arguments, and returns zeros."""
+    """Takes the place of a block: records its input (None if zero) and other arguments, and returns zeros."""
 
     def __init__(self, block: nn.Module, calls: list[tuple[torch.Tensor | None, dict[str, Any]]]):
         super().__init__()
-        self.__dict__.update(whole=block, calls=calls)  # not as a part of this module
+        self.__dict__.update(whole=block, calls=calls)  # so that the block is no submodule of this module
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["whole"], name)
@@ -184,9 +186,9 @@ class _ZeroBlock(nn.Module):
 
 @contextmanager
 def _blocks_of_zeros(model: nn.Module) -> Iterator[list[tuple[torch.Tensor | None, dict[str, Any]]]]:
-    """Within, every block is a `_ZeroBlock`; yields the list that they record in.
+    """Replace every block by a `_ZeroBlock` while the context is open; yield the list in which they record their calls.
 
-    A decoder that reads prompts in chunks reads a text whole meanwhile: a block would record each chunk by itself.
+    Chunked prefill is off meanwhile, since a block would record each chunk separately.
     """
     decoder = anatomy(model).decoder
     calls: list[tuple[torch.Tensor | None, dict[str, Any]]] = []
@@ -201,7 +203,7 @@ def _blocks_of_zeros(model: nn.Module) -> Iterator[list[tuple[torch.Tensor | Non
 
 
 def require_finite(block: Block) -> None:
-    """Raise UserError naming the block, and the expert where it is one, whose weights are not finite numbers."""
+    """Raise UserError if weights of `block` are not finite, naming the tensor and, in stacked experts, the expert."""
     experts = block.feed_forward.experts
     for name, parameter in block.module.named_parameters():
         if not parameter.is_floating_point() or parameter.layout != torch.strided or parameter.is_meta:

@@ -1,1 +1,1 @@
-"""Checkpoint folders: their files and bytes, read, written, checked, placed in memory."""
+"""Checkpoint folders: reading, writing and checking their files, and placing weights in memory."""

@@ -1,7 +1,7 @@
-"""Which dtype a model at real size runs in on this machine: measured once per machine and size of matrix, and kept.
+"""Chooses the faster dtype for a model of real size on this machine: measured once per machine and matrix size, cached.
 
-bfloat16 halves what a new token reads. On a processor without instructions for it, its products are emulated and can be
-slower than float32 by more than that halving gains. So the products of a new token and of a prompt are timed in both.
+bfloat16 halves the bytes read per new token. On a processor without bfloat16 instructions, its products are emulated
+and can lose more than the halving gains. So the products of a new token and of a prompt are timed in both dtypes.
 """
 
 import json
@@ -20,14 +20,14 @@ from lib import files
 PREFERRED, OTHER = "bfloat16", "float32"
 ROWS = {"a new token": 1, "a prompt": 256}
 REPEATS = 7
-GAIN = 1.25  # by which float32 must win, over a new token and a prompt together: it needs twice the memory
+GAIN = 1.25  # mean speed-up over a new token and a prompt that float32 needs, since it takes twice the memory
 
 
 def fastest(config: dict[str, Any]) -> str:
-    """Return "bfloat16" or "float32" for inference on this processor with matrices of this configuration's size.
+    """Return "bfloat16" or "float32", whichever suits inference on this processor with matrices of `config`'s size.
 
-    Measured at the first call on a machine; afterwards the same answer for ever, so that arms, and processes that load
-    the same model, agree.
+    Measured at the first call on a machine and cached for good, so that arms, and processes that load the same model,
+    use the same dtype.
     """
     hidden, width = _size(config)
     key, known = _key(hidden, width), _known()
@@ -37,7 +37,7 @@ def fastest(config: dict[str, Any]) -> str:
             for name in (PREFERRED, OTHER)
             for rows in ROWS.values()
         }
-        with suppress(OSError):  # a cache that cannot be written is no error
+        with suppress(OSError):  # without a writable cache, the next process measures again
             files.write_atomically(_path(), json.dumps(known, indent=1))
     return _choice(known[key])
 
@@ -48,17 +48,21 @@ def _choice(seconds: dict[str, float]) -> str:
 
 
 def reason(config: dict[str, Any], used: str = "") -> str | None:
-    """Return the measurement that `fastest` decided by, in words, and why the weights are in the dtype `used` all the
-    same where that is slower; None where it was not asked.
+    """Return the measurement behind `fastest` as a sentence, or None if it was not measured.
+
+    If the weights are in the slower dtype `used`, the sentence says why.
     """
     hidden, width = _size(config)
     if (seconds := _known().get(_key(hidden, width))) is None:
         return None
     times = {name: [1e6 * seconds[f"{name} {rows}"] for rows in ROWS.values()] for name in (PREFERRED, OTHER)}
-    parts = [f"for {what} {ours:.0f} µs, in {OTHER} {other:.0f} µs" for what, ours, other in zip(ROWS, *times.values())]
-    room = f"{OTHER} would not fit into memory" if used == PREFERRED and _choice(seconds) == OTHER else ""
-    room = room or f"{OTHER} needs twice the memory"
-    return f"a product of {hidden} × {width} takes in {PREFERRED} {'; '.join(parts)}; {room}"
+    parts = [
+        f"{preferred:.0f} µs in {PREFERRED} and {other:.0f} µs in {OTHER} for {phase}"
+        for phase, preferred, other in zip(ROWS, *times.values())
+    ]
+    memory = f"{OTHER} would not fit into memory" if used == PREFERRED and _choice(seconds) == OTHER else ""
+    memory = memory or f"{OTHER} needs twice the memory"
+    return f"a product of {hidden} × {width} takes {'; '.join(parts)}; {memory}"
 
 
 def _size(config: dict[str, Any]) -> tuple[int, int]:
@@ -83,7 +87,7 @@ def _known() -> dict[str, dict[str, float]]:
 
 @torch.inference_mode()
 def _product(hidden: int, width: int, rows: int, dtype: torch.dtype) -> float:
-    """Return the least seconds of `rows` vectors times a matrix [width, hidden]."""
+    """Return the shortest time in seconds of a product of `rows` vectors with a matrix [width, hidden]."""
     weight, tokens = torch.randn(width, hidden).to(dtype), torch.randn(rows, hidden).to(dtype)
     seconds = []
     for _ in range(REPEATS + 1):

@@ -1,5 +1,4 @@
-"""Weights that are not finite: one NaN in an expert that is rarely routed to spoils a ranking before any answer shows
-it."""
+"""Refuses weights that are not finite: a NaN in a rarely used expert spoils a ranking before any output shows it."""
 
 import torch
 from torch import nn
@@ -10,9 +9,9 @@ from lib.models.structure.replacements import sparse
 
 
 def require(model: nn.Module, where: object) -> None:
-    """Raise UserError that names the first tensor of a model with a NaN or an infinite value, and the expert in it.
+    """Raise UserError if a tensor of `model` has a NaN or infinite value, naming the tensor and the expert.
 
-    One pass over the weights, without memory of its own; sparse and quantized ones are left out.
+    One pass over the weights, without extra memory; sparse and quantized weights are skipped.
     """
     for name, parameter in model.named_parameters():
         if sparse.is_dense(parameter) and not parameter.is_meta:
@@ -20,13 +19,13 @@ def require(model: nn.Module, where: object) -> None:
 
 
 def require_tensor(tensor: torch.Tensor, name: str, where: object) -> None:
-    """Raise UserError that names a tensor with a NaN or an infinite value; of stacked experts, which of them."""
+    """Raise UserError if `tensor` has a NaN or infinite value, naming it and, in stacked experts, the expert."""
     if not _is_finite(tensor):
         raise _error(_place(name, tensor), where)
 
 
 def require_read(file: WeightFile, place: TensorPlace, tensor: torch.Tensor) -> None:
-    """Raise UserError that names what lies at `place` of a file, and was read into `tensor`, if it is not finite."""
+    """Raise UserError if `tensor`, read from `place` of `file`, is not finite, naming the tensor in the file."""
     if not _is_finite(tensor):
         raise _error(file.name_of(place), file.folder)
 
@@ -41,7 +40,7 @@ def _error(what: str, where: object) -> UserError:
 
 
 def _place(name: str, tensor: torch.Tensor) -> str:
-    """Return the name of a tensor; of stacked experts, which one."""
+    """Return the name of a tensor and, in stacked experts, the indices of those that are not finite."""
     if ".experts." not in name or tensor.dim() != 3:
         return name
     bad = [at for at, expert in enumerate(tensor) if not bool(expert.isfinite().all())]

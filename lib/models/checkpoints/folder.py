@@ -1,7 +1,7 @@
-"""Checks that a folder is a complete checkpoint of a model, without torch, before anything runs.
+"""Checks, without torch and before anything runs, that a folder is a complete checkpoint of a model.
 
-Reads the configuration, the index and the headers of the safetensors files, not the weights themselves: a file that is
-shorter than its header says is found, a flipped bit is not.
+Reads the configuration, the index and the headers of the safetensors files, but no weights: it detects a file that is
+shorter than its header says, but no flipped bit.
 """
 
 import json
@@ -17,7 +17,7 @@ from lib.models.sources.reference import missing, require_no_adapter
 
 MANIFEST = "workbench.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-BITS = {  # of the dtypes of safetensors that models come in; of another one the extent is not checked
+BITS = {  # per element, by safetensors dtype; tensors of other dtypes are not checked for their length
     **dict.fromkeys(("F64", "I64", "U64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
@@ -32,11 +32,11 @@ def folder_of(name: str, checkpoints: str | Path) -> Path:
 
 
 def check_checkpoint(name: str, folder: str | Path) -> Path:
-    """Return `folder` if it is a complete checkpoint of model `name`. Raises UserError naming the faulty file."""
+    """Return `folder` if it is a complete checkpoint of model `name`; else raise UserError naming the faulty file."""
     folder = expanded(folder)
     try:
         return _checked(name, folder)
-    except OSError as error:  # of what may not be looked at
+    except OSError as error:  # for example without permission
         raise UserError(f"{error.filename or folder}: cannot be read ({error.strerror or error})") from None
 
 
@@ -64,31 +64,33 @@ def _checked(name: str, folder: Path) -> Path:
 
 
 def _require_chosen(folder: Path, config: dict) -> None:
-    """Raise UserError where the configuration chooses other weights than those that are read here: transformers obeys
-    it, so a model that is loaded whole would be another one than the same model streamed.
+    """Raise UserError if the configuration names other weight files than those that are read here.
+
+    Transformers follows the configuration, so a model loaded whole would differ from the same model streamed.
     """
-    read = WEIGHTS if (folder / WEIGHTS).is_file() else INDEX
-    if (chosen := config.get("transformers_weights")) not in (None, read):
+    used = WEIGHTS if (folder / WEIGHTS).is_file() else INDEX
+    if (chosen := config.get("transformers_weights")) not in (None, used):
         raise UserError(
-            f'{folder}/config.json: key "transformers_weights": expected {read}, which is read here, got {chosen!r}; '
-            "leave it out, and keep the weights that are meant under that name"
+            f'{folder}/config.json: key "transformers_weights": expected {used}, which is read here, got {chosen!r}; '
+            f"remove the key and rename the weights that it names to {used}"
         )
 
 
 def _require_places(folder: Path) -> None:
-    """Raise UserError unless every tensor that the index names lies where it says, and nowhere else: which of two is
-    read would depend on the order of the files.
+    """Raise UserError unless every tensor in the index lies in the file that it names, and in no other.
+
+    With two copies, the order of the files would decide which is read.
     """
     shards = _shards(folder)
     by_tensor = {tensor: file for file, tensors in shards.items() for tensor in tensors}
     for file, tensors in shards.items():
-        held = set(_header(folder / file))
-        if missing := sorted(set(tensors) - held):
+        stored = set(_header(folder / file))
+        if missing := sorted(set(tensors) - stored):
             raise UserError(f"{folder / file}: the index names {missing[0]} here, but the file does not hold it")
-        if twice := sorted(name for name in held if by_tensor.get(name, file) != file):
+        if misplaced := sorted(name for name in stored if by_tensor.get(name, file) != file):
             raise UserError(
-                f"{folder / file}: holds {twice[0]}, which the index places in {by_tensor[twice[0]]}; remove one of "
-                "the two, or copy the checkpoint into an empty folder"
+                f"{folder / file}: holds {misplaced[0]}, which the index places in {by_tensor[misplaced[0]]}; remove "
+                "one of the two, or copy the checkpoint into an empty folder"
             )
 
 
@@ -109,7 +111,7 @@ def _json(path: Path) -> dict:
 def _shards(folder: Path) -> dict[str, list[str]]:
     """Return the weight files of `folder`, each with the tensors that the index expects there (none without index).
 
-    As transformers chooses them: one whole `model.safetensors` before an index, and shards by their index alone.
+    Chosen as in transformers: a single `model.safetensors` takes precedence over an index; shards need an index.
     """
     if (folder / WEIGHTS).is_file():
         return {WEIGHTS: []}
@@ -137,7 +139,7 @@ def _shown(content: dict) -> str:
 
 
 def _instead(folder: Path) -> str:
-    """Return what weights a folder holds that cannot be used."""
+    """Return a phrase on the weights in a folder that cannot be used."""
     for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.ckpt"):
         if others := sorted(folder.glob(pattern)):
             return f"{others[0].name} and no {WEIGHTS}"
@@ -145,7 +147,7 @@ def _instead(folder: Path) -> str:
 
 
 def _header(path: Path) -> dict:
-    """Return the header of a safetensors file: tensor name → dtype, shape, offsets. Raises UserError if truncated."""
+    """Return the header of a safetensors file: tensor name → dtype, shape, offsets. Raises UserError if damaged."""
     if not path.is_file():
         raise UserError(f"{path}: {missing(path)}, though the index names it")
     try:
@@ -153,7 +155,7 @@ def _header(path: Path) -> dict:
         with path.open("rb") as file:
             start = file.read(8)
             if start == b"version ":
-                raise UserError(f"{path}: a pointer of git-lfs, not the weights; fetch them with git lfs pull")
+                raise UserError(f"{path}: a git-lfs pointer, not the weights; fetch them with git lfs pull")
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             if not 0 < length <= size - 8:
                 raise UserError(f"{path}: truncated or not a safetensors file ({size} bytes)")
@@ -165,20 +167,20 @@ def _header(path: Path) -> dict:
     try:
         header.pop("__metadata__", None)
         end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        whole = all(
+        valid = all(
             isinstance(entry["dtype"], str) and _is_counts(entry["shape"]) and _is_counts(entry["data_offsets"])
             and len(entry["data_offsets"]) == 2
             for entry in header.values()
         )  # fmt: skip
     except (AttributeError, KeyError, IndexError, TypeError):
-        whole = False
-    if not whole:
+        valid = False
+    if not valid:
         raise UserError(f"{path}: the header describes no tensors; the file is damaged")
     if end != size:
         raise UserError(f"{path}: truncated: {size} bytes, but its header describes {end}; copy it again")
     places = sorted(entry["data_offsets"] for entry in header.values())
     if any(last < first for first, last in places) or any(a[1] != b[0] for a, b in zip([[0, 0], *places], places)):
-        raise UserError(f"{path}: its tensors overlap or leave gaps, by the header; the file is damaged")
+        raise UserError(f"{path}: its header describes tensors that overlap or leave gaps; the file is damaged")
     for name, entry in header.items():
         first, last = entry["data_offsets"]
         described = math.prod(entry["shape"]) * BITS.get(entry["dtype"], 0) // 8
@@ -191,12 +193,12 @@ def _header(path: Path) -> dict:
 
 
 def _is_counts(values: Any) -> bool:
-    """Return whether this is a list of whole numbers of at least 0: a shape, or places in a file."""
+    """Return whether `values` is a list of non-negative integers, as shapes and offsets are."""
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """Return the weight files of `folder` that are read; shards that an earlier checkpoint left there are not."""
+    """Return the weight files of `folder` that are read, without shards left over from an earlier checkpoint."""
     folder = Path(folder)
     return [folder / file for file in _shards(folder)]
 

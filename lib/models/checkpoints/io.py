@@ -1,6 +1,6 @@
-"""Models and checkpoint folders: building, saving, loading (pruned and factored models too), hashing.
+"""Builds, saves, loads and hashes models, including pruned and factored ones.
 
-A proxy model is an ordinary checkpoint folder, so that it takes the path of real checkpoints. Knows nothing of scales,
+A proxy model is an ordinary checkpoint folder and takes the same path as real checkpoints. Knows nothing of scales,
 parameter files, tasks, measuring or optimizations. Offline unless a hub id is given.
 """
 
@@ -49,9 +49,10 @@ def build(
     seed: int = 0,
     tiled: bool = False,
 ) -> nn.Module:
-    """Build a model from a configuration with random weights (none on device `meta`), ready for inference.
+    """Return a model built from a configuration with random weights (none on device `meta`), ready for inference.
 
-    `tiled`: large tensors repeat a tile, for models that are only timed; without it every weight is drawn.
+    `tiled`: large tensors repeat a tile of random values, which suffices for models that are only timed; otherwise
+    every weight is drawn.
     """
     configuration = AutoConfig.for_model(architecture, **config)
     with torch.random.fork_rng(devices=[]), torch.device(device), Tiled() if tiled else nullcontext():
@@ -61,7 +62,7 @@ def build(
 
 
 def load_image_processor(folder: Path | str) -> BaseImageProcessor:
-    """Load the image processor of a vision-language checkpoint, based on PIL: it needs no torchvision."""
+    """Return the image processor of a vision-language checkpoint; it uses PIL and needs no torchvision."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     return Qwen2VLImageProcessorPil.from_pretrained(folder)
@@ -71,8 +72,8 @@ def save(model: Any, folder: Path | str, *, tokenizer: Any = None, image_process
     """Save a model as a checkpoint folder for `load_folder`; return the folder.
 
     A manifest lists the widths of each block and the factored and sparse matrices. Tied weights are stored once, and
-    tensors begin at aligned bytes. If every block has the shapes that the configuration implies, and nothing is
-    factored or sparse, transformers reads the folder too.
+    tensors begin at aligned bytes. Transformers can read the folder too if every block has the shapes that the
+    configuration implies and nothing is factored or sparse.
     """
     folder, described = Path(folder), manifest.describe(model)
     save_configuration(model, folder)  # the weights are written aligned below
@@ -87,17 +88,17 @@ def save(model: Any, folder: Path | str, *, tokenizer: Any = None, image_process
 
 
 def save_configuration(model: Any, folder: Path | str) -> None:
-    """Write the configurations of a model into a folder, and no weight."""
+    """Write the configuration files of a model into a folder, without weights."""
     with _accepted(anatomy(model).config):
         model.save_pretrained(folder, state_dict={})
 
 
 @contextmanager
 def _accepted(config: Any) -> Iterator[None]:
-    """Within, the configuration states a number of heads that its class accepts.
+    """Make the configuration state a number of heads that its class accepts, while the context is open.
 
-    Some accept only divisors of the hidden size, which models that lost heads need not have. The manifest's tensors
-    have their own shapes, and tell the number of heads when they are loaded.
+    Some classes accept only divisors of the hidden size, which a model with pruned heads may not have. Loading takes
+    the number of heads from the shapes of the stored tensors.
     """
     heads, hidden = config.num_attention_heads, config.hidden_size
     try:
@@ -111,10 +112,10 @@ def _accepted(config: Any) -> Iterator[None]:
 
 
 def load_folder(folder: Path | str, dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
-    """Load a checkpoint folder (or hub id) for inference.
+    """Return the model of a checkpoint folder (or hub id), ready for inference.
 
-    With a manifest of `save`, blocks may differ in shape and matrices may be stored as factors or sparse. Raises
-    UserError for missing weights.
+    In a folder written by `save`, blocks may differ in shape and matrices may be factored or sparse. Raises UserError
+    for missing weights and for weights that are not finite.
     """
     if (Path(folder) / MANIFEST).is_file():
         model = _load_with_manifest(Path(folder), dtype, device)
@@ -128,9 +129,9 @@ def load_folder(folder: Path | str, dtype: torch.dtype | None = None, device: st
 
 
 def _load_plain(folder: Path | str, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
-    """Return the model of a folder in the hub's layout, dequantized where it is stored quantized, and what was missing.
+    """Return the model of a folder in the hub's layout, dequantized if necessary, and transformers' loading report.
 
-    Raises UserError for what transformers cannot build here.
+    Raises UserError if transformers cannot build the model here.
     """
     options: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
     if quantized := quantization.method(Path(folder)):
@@ -142,7 +143,7 @@ def _load_plain(folder: Path | str, dtype: torch.dtype | None) -> tuple[Any, dic
     except (ImportError, ValueError, KeyError) as error:
         why = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: transformers cannot build its model ({why})") from None
-    if quantized:  # an ordinary model from here on, which can be saved
+    if quantized:  # from here on an ordinary model that can be saved
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.is_quantized, model.hf_quantizer = False, None
@@ -150,10 +151,10 @@ def _load_plain(folder: Path | str, dtype: torch.dtype | None) -> tuple[Any, dic
 
 
 def _aligned(model: nn.Module) -> nn.Module:
-    """Copy weights that are misaligned in a mapped file into aligned memory.
+    """Copy weights that are misaligned in a mapped file into aligned memory; return the model.
 
-    Products over misaligned memory round differently and run slower: an arm loaded from disk would differ from the same
-    arm in memory.
+    Products over misaligned memory round differently and run slower, so an arm loaded from disk would differ from the
+    same arm built in memory.
     """
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.device.type == "cpu" and sparse.is_dense(tensor) and tensor.data_ptr() % ALIGNMENT:
@@ -162,10 +163,10 @@ def _aligned(model: nn.Module) -> nn.Module:
 
 
 def _load_with_manifest(folder: Path, dtype: torch.dtype | None, device: str) -> nn.Module:
-    """Build the configuration's model without weights, then assign the stored tensors, whatever their shapes.
+    """Return the model of a folder with a manifest: built without weights, then given the stored tensors of any shape.
 
-    Tensors are read one by one into memory of their own, as in a model built in memory: the system may evict the pages
-    of a mapped file, and a measured peak would miss them.
+    Tensors are read one by one into memory of their own, as in a model built in memory. The system may evict pages of
+    a mapped file, which a measured memory peak would then miss.
     """
     model, described = _without_weights(folder, dtype)
     with closing(weight_file.WeightFile(folder)) as file:
@@ -179,12 +180,12 @@ def _load_with_manifest(folder: Path, dtype: torch.dtype | None, device: str) ->
     model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if missing or stored:
-        raise UserError(f"{folder}: weights and configuration do not fit at {(missing or sorted(stored))[0]}")
+        raise UserError(f"{folder}: weights and configuration do not match at {(missing or sorted(stored))[0]}")
     return synchronise(model.to(device))
 
 
 def _without_weights(folder: Path, dtype: torch.dtype | None) -> tuple[Any, dict[str, Any]]:
-    """Return the model that configuration and manifest of `folder` describe, without weights, and the manifest."""
+    """Return (model without weights, manifest) as the configuration and the manifest of `folder` describe the model."""
     configuration = tying.settle(AutoConfig.from_pretrained(folder), folder)
     with init_empty_weights(include_buffers=False):
         built = auto_class(configuration).from_config(configuration, dtype=dtype or configuration.dtype)
@@ -196,8 +197,8 @@ def _without_weights(folder: Path, dtype: torch.dtype | None) -> tuple[Any, dict
 
 
 def manifest_fault(folder: Path, stored: Collection[str]) -> str | None:
-    """Return None, or which of the tensors that configuration and manifest of `folder` describe is not `stored` there,
-    or is stored and described by neither. Reads no weight.
+    """Return None, or a message on the first tensor in which `stored` (names in the files) and the description of the
+    model by configuration and manifest of `folder` differ. Reads no weights.
     """
     model, described = _without_weights(folder, None)
     kept_sparse = tuple(f"{name}." for name in described.get("sparse", {}))
@@ -214,7 +215,7 @@ def manifest_fault(folder: Path, stored: Collection[str]) -> str | None:
 def _place(
     model: nn.Module, name: str, old: torch.Tensor, tensor: torch.Tensor, dtype: torch.dtype | None, device: str
 ) -> None:
-    """Replace the tensor `old`, called `name`, by a stored one; parameters take `dtype`, buffers keep their own."""
+    """Replace the tensor `old` of `model`, named `name`, by `tensor`; parameters take `dtype`, buffers keep theirs."""
     owner = model.get_submodule(name.rpartition(".")[0])
     leaf = name.rpartition(".")[2]
     if isinstance(old, nn.Parameter):
@@ -225,7 +226,7 @@ def _place(
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Return a hash of the effective weights: names, shapes, dtypes and bytes of every parameter and stored buffer.
+    """Return a hash of the weights: names, shapes, dtypes and bytes of every parameter and persistent buffer.
 
     Pieces of at most HASHED_BYTES are hashed in parallel; the result is the hash of their hashes, in order.
     """

@@ -1,7 +1,7 @@
-"""Weights that are on disk only for a while: their memory is free meanwhile, and they are read again afterwards.
+"""Parks weights on disk for a while: frees their memory, and reads them again afterwards.
 
-Only dense CPU tensors that the files hold unchanged are parked; everything else stays in memory, as do tensors that
-share their storage with a larger one.
+Only dense CPU tensors that the files hold unchanged are parked. Everything else stays in memory, including tensors that
+are views into a larger storage.
 """
 
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ from lib.models.structure.replacements import sparse
 
 @contextmanager
 def parked(*saved: tuple[nn.Module, Path]) -> Iterator[None]:
-    """Within, the models have no weights and cannot run. `saved`: (model, folder that `io.save` wrote) for each.
+    """Free the weights of models while the context is open; they cannot run meanwhile.
 
-    Tensors that shared memory, within a model or between two, share it again afterwards. Raises UserError at the end if
-    the files cannot be read any more.
+    `saved`: a pair (model, folder that `io.save` wrote) for each model. Tensors that shared memory, within a model or
+    between models, share it again afterwards. Raises UserError at the end if the files can no longer be read.
     """
     with ExitStack() as opened:
         parkable: dict[tuple, tuple[WeightFile, TensorPlace]] = {}
@@ -40,20 +40,20 @@ def parked(*saved: tuple[nn.Module, Path]) -> Iterator[None]:
             yield
         finally:
             for file, place, sharers in groups:
-                whole = file.tensor(place)
+                restored = file.tensor(place)
                 for tensor in sharers:
-                    tensor.data = whole
+                    tensor.data = restored
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the dense, contiguous tensors of a model by name, tied ones under each."""
+    """Return the dense, contiguous CPU tensors of a model by name; tied tensors appear under each of their names."""
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     dense = ((name, tensor) for name, tensor in named if sparse.is_dense(tensor) and tensor.device.type == "cpu")
     return {name: tensor for name, tensor in dense if tensor.is_contiguous()}
 
 
 def _holds(file: WeightFile, name: str, tensor: torch.Tensor) -> bool:
-    """Return whether the file holds this tensor and freeing it gains memory: it is not part of a larger storage."""
+    """Return whether `file` holds the tensor `name` and freeing it gains memory: it owns its whole storage."""
     place = file.places.get(name)
     return (
         place is not None

@@ -1,6 +1,6 @@
-"""Decides where the weights of a checkpoint go: whole onto the device if they fit, else streamed from their files.
+"""Decides where the weights of a checkpoint go: onto the device if they all fit, else streamed from their files.
 
-Counts bytes from the headers before anything is read. Knows nothing of what the model is used for.
+Computes bytes from the file headers, before weights are read. Knows nothing of what the model is used for.
 """
 
 import math
@@ -30,7 +30,7 @@ def weights_bytes(folder: Path | str, dtype: torch.dtype) -> int:
 
 
 def allowance_bytes(folder: Path | str, dtype: torch.dtype, device: str, free: int | None = None) -> int | None:
-    """Return None if the weights fit into `free` bytes, else how many bytes of them may be in memory at a time.
+    """Return None if the weights fit into `free` bytes, else how many bytes of weights may be in memory at a time.
 
     `free` defaults to the free memory of the device.
     """
@@ -39,12 +39,12 @@ def allowance_bytes(folder: Path | str, dtype: torch.dtype, device: str, free: i
 
 
 def require_room(model: nn.Module, copies: int, what: str) -> None:
-    """Raise NotApplicable if this many copies of a model do not fit into the free memory beside it."""
+    """Raise NotApplicable if `copies` further copies of a model do not fit into free memory. `what` needs them."""
     weight = next(model.parameters())
-    each = sum(parameter.nbytes for parameter in model.parameters())
+    needed = copies * sum(parameter.nbytes for parameter in model.parameters())
     free = free_bytes(str(weight.device))
-    if copies * each > WEIGHTS_SHARE * free:
+    if needed > WEIGHTS_SHARE * free:
         raise NotApplicable(
-            f"{what} holds about {copies} copies of the model at once, {copies * each / 2**30:.1f} GiB; "
+            f"{what} holds about {copies} copies of the model at once, {needed / 2**30:.1f} GiB; "
             f"{free / 2**30:.1f} GiB are free"
         )

@@ -1,8 +1,8 @@
-"""Random weights of real sizes in seconds: large tensors repeat a tile of random values.
+"""Draws random weights of real sizes within seconds: large tensors repeat a tile of random values.
 
 Torch draws random values on a CPU with one thread, at most a hundred million per second: half a minute for two billion
-weights, and every child process that measures memory draws them again. Speed and memory do not depend on the values; a
-tile of prime length leaves no two rows of a matrix alike. Knows nothing of models.
+weights, again in every child process that measures memory. Speed and memory do not depend on the values, and with a
+tile of prime length no two rows of a matrix are equal. Knows nothing of models.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,12 +12,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 TILE = 1_048_573  # the largest prime below 2**20
-LARGE = 4 * TILE  # elements; smaller tensors are drawn in full
-DRAWING = ("normal_", "uniform_", "kaiming_uniform_")  # by name: transformers wraps those of torch
+LARGE = 4 * TILE  # elements; smaller tensors are drawn completely
+DRAWING = ("normal_", "uniform_", "kaiming_uniform_")  # names, since transformers wraps the functions of torch
 
 
 class Tiled(TorchFunctionMode):
-    """Inside this mode, functions that draw random values fill large contiguous CPU tensors with copies of a tile."""
+    """A mode in which functions that draw random values fill large contiguous CPU tensors with copies of a tile."""
 
     def __torch_function__(
         self, function: Callable, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
@@ -29,8 +29,8 @@ class Tiled(TorchFunctionMode):
         if not _large(tensor):
             return function(tensor, *arguments, **kwargs)
         with torch.no_grad():
-            first = -(-TILE * len(tensor) // tensor.numel())  # rows that hold a tile
-            function(tensor[:first], *arguments, **kwargs)
+            rows = -(-TILE * len(tensor) // tensor.numel())  # enough to hold a tile
+            function(tensor[:rows], *arguments, **kwargs)
             repeat(tensor.view(-1))
         return tensor
 

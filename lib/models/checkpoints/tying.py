@@ -1,7 +1,7 @@
-"""Whether head and embeddings are one tensor: what the files hold decides, as in transformers, not the configuration.
+"""Decides whether head and embeddings are one tensor: by the stored tensors, as in transformers, not the configuration.
 
-A configuration may say that they are tied where a head of its own is stored. Every path asks here before it builds the
-model: whole, streamed, saved and loaded again.
+A configuration may call them tied although the files hold a separate head. All code that builds a model asks here
+first: for whole, streamed and reloaded models.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ HEAD, EMBEDDINGS = "lm_head.weight", "embed_tokens.weight"
 
 
 def settle(configuration: Any, folder: Path | str) -> Any:
-    """Return the configuration; where it ties a head to the embeddings that is stored apart, it no longer does."""
+    """Return the configuration, changed in place to untied embeddings if `folder` holds a separate head."""
     text = configuration.get_text_config()
     if any(getattr(part, "tie_word_embeddings", False) for part in (configuration, text)) and stored_apart(folder):
         configuration.tie_word_embeddings = text.tie_word_embeddings = False
@@ -22,7 +22,7 @@ def settle(configuration: Any, folder: Path | str) -> Any:
 
 
 def stored_apart(folder: Path | str) -> bool:
-    """Return whether the files hold a head and embeddings of different values."""
+    """Return whether the files of `folder` hold a head and embeddings with different values."""
     places = tensor_places(folder)
     heads = [place for name, place in places.items() if name == HEAD or name.endswith(f".{HEAD}")]
     tables = [place for name, place in places.items() if name.endswith(EMBEDDINGS) and "visual" not in name]

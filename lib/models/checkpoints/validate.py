@@ -1,9 +1,9 @@
-"""Checks that the tensors of a checkpoint folder fit its architecture, by names and shapes, and its tokenizer too.
+"""Checks that the tensors of a checkpoint folder fit its architecture, by name and shape, and that its tokenizer fits.
 
-No weight is read. Every stored tensor is passed to transformers without its bytes (on the device `meta`), so that its
-own renaming and stacking decides what fits. `folder.py` checks that files are complete. Planning does not import torch
-and runs the check as a process: `python -m lib.models.checkpoints.validate FOLDER …` prints one line for each faulty
-folder and exits with 1 if there is any; with `--described SCALE MODEL …` for each model that cannot be built.
+Reads no weights. Every stored tensor is passed to transformers without its bytes (on the device `meta`), so that the
+renaming and stacking of transformers decides what fits. `folder.py` checks that files are complete. Planning does not
+import torch and runs the check as a process: `python -m lib.models.checkpoints.validate FOLDER …` prints one line per
+faulty folder and exits with 1 if there is any; `--described SCALE MODEL …` does so for models that cannot be built.
 """
 
 import contextlib
@@ -24,49 +24,50 @@ from lib.models.sources import program
 from lib.models.structure.supported import SUPPORTED
 
 DESCRIBED = "--described"
-NO_TEXT = "transformers has no model of it that goes on with a text"
+NO_TEXT = "transformers has no model of it that generates text"
 GENERATION = "generation_config.json"
 IMAGE_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-# What of an image processor has to be as the vision tower says, and what its configuration calls that.
+# Sizes in which image processor and vision tower must agree: attribute of the processor → key of the tower.
 SIZES = {"patch_size": "patch_size", "merge_size": "spatial_merge_size", "temporal_patch_size": "temporal_patch_size"}
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)")
 
 
 def check(folders: Iterable[Path | str]) -> None:
-    """Raise UserError with the first fault of these folders; the check runs in a process of its own."""
+    """Raise UserError with the first fault of the checkpoint `folders`, checked in a separate process."""
     if paths := [str(folder) for folder in folders]:
         _check(paths, f"{', '.join(paths)}: the tensors could not be checked")
 
 
 def check_described(names: Iterable[str], scale: str) -> None:
-    """Raise UserError where a model that gets random weights cannot be built, or not be worked on, by what its
-    parameter file says of it. Those of an architecture that is known to work are not asked about: the check takes
-    seconds, in a process of its own.
+    """Raise UserError if a model with random weights cannot be built from its parameter file, or is unsupported.
+
+    Supported architectures are skipped, since the check takes seconds in a separate process.
     """
     unknown = [name for name in names if parameters.read(name).architecture not in SUPPORTED]
     if unknown:
         _check([DESCRIBED, scale, *unknown], f"{', '.join(unknown)}: could not be checked")
 
 
-def _check(arguments: list[str], lost: str) -> None:
-    called = [sys.executable, "-m", "lib.models.checkpoints.validate", *arguments]
-    ended = subprocess.run(called, cwd=ROOT, **program.options())
-    if ended.returncode:
-        if lines := ended.stdout.strip().splitlines():
+def _check(arguments: list[str], failure: str) -> None:
+    """Run this module as a process; raise UserError with its first line, or with `failure` if it crashed."""
+    command = [sys.executable, "-m", "lib.models.checkpoints.validate", *arguments]
+    result = subprocess.run(command, cwd=ROOT, **program.options())
+    if result.returncode:
+        if lines := result.stdout.strip().splitlines():
             raise UserError(lines[0])
-        why = (ended.stderr.strip().splitlines() or [f"its process ended with {ended.returncode}"])[-1][:200]
-        raise UserError(f"{lost} ({why})")
+        why = (result.stderr.strip().splitlines() or [f"its process ended with {result.returncode}"])[-1][:200]
+        raise UserError(f"{failure} ({why})")
 
 
 def described_fault(name: str, scale: str) -> str | None:
-    """Return None, or in one line why no model can be made of a parameter file's description, or not worked on."""
+    """Return None, or one line on why the parameter file `name` describes no model that can be built and used."""
     from lib.models.checkpoints import io
     from lib.models.structure.support import unsupported
 
     description = parameters.read(name)
     try:
         model = io.build(description.config(scale), description.architecture, device="meta")
-    except Exception as error:  # of a value that is none of the configuration's, too
+    except Exception as error:  # a wrong value of the configuration may raise anything
         why = " ".join(str(error).split())[:160] or type(error).__name__
         hint = suggest(description.architecture, SUPPORTED) or f" Supported are {', '.join(SUPPORTED)}."
         return f'{name}: transformers cannot build a model of architecture "{description.architecture}" ({why}).{hint}'
@@ -74,9 +75,9 @@ def described_fault(name: str, scale: str) -> str | None:
 
 
 def fault(folder: Path | str) -> str | None:
-    """Return None, or in one line which tensor is missing or differs in shape from the architecture.
+    """Return None, or one line on the first tensor or file of a checkpoint folder that is missing or does not fit.
 
-    Further tensors in the checkpoint (layers that predict further tokens) are no fault.
+    Additional tensors, for example of layers for multi-token prediction, are allowed.
     """
     import torch
     from transformers import CONFIG_MAPPING, AutoConfig
@@ -89,7 +90,7 @@ def fault(folder: Path | str) -> str | None:
     folder = Path(folder)
     places = tensor_places(folder)
     shapes = {name: tuple(place[4]) for name, place in places.items()}
-    as_saved_here = (folder / MANIFEST).is_file()  # with shapes of its own
+    as_saved_here = (folder / MANIFEST).is_file()  # shapes may differ from the configuration
     if not as_saved_here and (odd := odd_expert(shapes)):
         return f"{folder}: {odd}"
     stored_as = {name: (place[3], shapes[name]) for name, place in places.items()}
@@ -112,7 +113,7 @@ def fault(folder: Path | str) -> str | None:
             return f"{folder}: {refusal(configuration.model_type, NO_TEXT)}"
         options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "device_map": {"": "meta"}}
         model, report = model_class.from_pretrained(None, config=configuration, state_dict=stored, **options)
-    except Exception as error:  # a configuration may ask for anything: packages, kernels, classes that are not here
+    except Exception as error:  # a configuration may name anything: missing packages, kernels, classes
         why = " ".join(str(error).split())[:200] or type(error).__name__
         unknown = json_object(folder / "config.json").get("model_type") not in CONFIG_MAPPING
         among = f"; supported are {', '.join(SUPPORTED)}" if unknown else ""
@@ -120,16 +121,14 @@ def fault(folder: Path | str) -> str | None:
     if reason := unsupported(model):
         return f"{folder}: {reason}"
     for name, shape, expected in sorted(report["mismatched_keys"]):
-        return f"{folder}: {name} has the shape {tuple(shape)}, expected {tuple(expected)} by config.json"
+        return f"{folder}: {name} has the shape {tuple(shape)}, but config.json implies {tuple(expected)}"
     for name in sorted(report["missing_keys"]):
-        return f"{folder}: the checkpoint lacks {name}, which config.json asks for"
+        return f"{folder}: the checkpoint lacks {name}, which config.json requires"
     return _beside(folder, configuration)
 
 
 def _beside(folder: Path, configuration: Any) -> str | None:
-    """Return None, or in one line what is wrong beside the weights: with how the model generates, the image processor
-    or the tokenizer.
-    """
+    """Return None, or one line on what is wrong with the generation settings, the image processor or the tokenizer."""
     from transformers import GenerationConfig
 
     from lib.models.checkpoints import io, tokenizer_check
@@ -137,16 +136,16 @@ def _beside(folder: Path, configuration: Any) -> str | None:
     if (folder / GENERATION).is_file():
         try:
             GenerationConfig.from_pretrained(folder)
-        except OSError:  # no JSON: transformers takes the settings of config.json in its place
+        except OSError:  # not JSON: transformers uses the settings of config.json instead
             pass
-        except Exception as error:  # values that it refuses, or no object at all
+        except Exception as error:  # values that transformers refuses, or not a JSON object
             return f"{folder}: its {GENERATION} cannot be used ({' '.join(str(error).split())[:160]})"
     if vision := getattr(configuration, "vision_config", None):
         if not any((folder / name).is_file() for name in IMAGE_PROCESSORS):
             return f"{folder}: holds no {IMAGE_PROCESSORS[0]}, the configuration of the image processor"
         try:
             processor = io.load_image_processor(folder)
-        except Exception as error:  # damaged files raise what their parser raises
+        except Exception as error:  # the exception of a damaged file depends on its parser
             return f"{folder}: its image processor cannot be read ({' '.join(str(error).split())[:160]})"
         for name, of_tower in SIZES.items():
             size, expected = getattr(processor, name, None), getattr(vision, of_tower, None)
@@ -156,7 +155,7 @@ def _beside(folder: Path, configuration: Any) -> str | None:
 
 
 def odd_expert(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Return None, or which tensor of an individually stored expert is missing or differs from its siblings."""
+    """Return None, or a message on an individually stored expert whose tensor is missing or differs in shape."""
     groups: dict[tuple[str, str], dict[int, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         if match := EXPERT.fullmatch(name):
@@ -166,20 +165,20 @@ def odd_expert(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         count = max(max(indices) for (prefix, _), indices in groups.items() if prefix == before) + 1
         for expert in range(count):
             if expert not in by_expert:
-                return f"the checkpoint lacks {before}.{expert}.{after}; the other experts have theirs"
+                return f"the checkpoint lacks {before}.{expert}.{after}, which the other experts have"
             if by_expert[expert] != usual:
-                return f"{before}.{expert}.{after} has the shape {by_expert[expert]}, the other experts' is {usual}"
+                return f"{before}.{expert}.{after} has the shape {by_expert[expert]}, that of other experts is {usual}"
     return None
 
 
 def main(folders: list[str]) -> int:
-    """Print the fault of every folder, or after DESCRIBED and a scale of every model; return 1 if there is one."""
+    """Print the fault of every folder (after DESCRIBED and a scale, of every model); return 1 if there is any."""
     import logging
 
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity(logging.CRITICAL)
-    with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no fault
+    with contextlib.redirect_stdout(sys.stderr):  # keep what libraries print out of the list of faults
         if folders[:1] == [DESCRIBED]:
             lines = [described_fault(name, folders[1]) for name in folders[2:]]
         else:

@@ -1,10 +1,10 @@
-"""Weights of safetensors files: read in pieces straight into existing memory, with every byte counted; written so that
-they can be used from a mapped file.
+"""Reads weights of safetensors files in pieces straight into existing memory, counting every byte, and writes weights
+aligned, so that they can be used from a mapped file.
 
-One read takes any number of places: neighbours in the file are fetched by one system call and scattered to aligned
+One read covers any number of places: neighbours in the file are fetched by one system call and scattered to aligned
 destinations, without a copy in between (apart from that of the page cache). The system decides whether a byte comes
-from the disk or the page cache; with `drop` the page cache forgets what was read, so that the next read comes from the
-disk. Knows nothing of models.
+from the disk or the page cache; with `drop`, the pages are dropped from the page cache after each read, so that the
+next one comes from the disk. Knows nothing of models.
 """
 
 import json
@@ -27,13 +27,13 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-WRITTEN = 2**22  # bytes at a time
-MOST_AT_ONCE = 512  # destinations of one system call; the system's own limit is 1024
+WRITTEN = 2**22  # bytes written at a time
+MOST_AT_ONCE = 512  # destinations of one system call; the system allows 1024
 
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """The position in a file of a tensor, or of some of its rows."""
+    """The place of a tensor, or of some of its rows, in a file: offset and length in bytes."""
 
     file: Path
     offset: int
@@ -68,7 +68,7 @@ def places(folder: str | Path) -> dict[str, TensorPlace]:
 
 
 def aligned(nbytes: int) -> int:
-    """Return `nbytes` rounded up to the alignment."""
+    """Return `nbytes` rounded up to a multiple of ALIGNMENT."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
@@ -82,9 +82,9 @@ def buffer(nbytes: int, pinned: bool = False) -> torch.Tensor:
 def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write tensors as one safetensors file, each at an aligned byte.
 
-    The format allows no gaps: tensors whose size is no multiple of the alignment come last, where they may misalign
-    only each other. Products over misaligned memory are slower and round differently, so that a reader of a misaligned
-    mapped file would have to hold all weights twice for a moment. Raises UserError for a dtype that is not in DTYPES.
+    The format allows no gaps, so tensors whose size is not a multiple of the alignment come last, where they misalign
+    only each other. Products over misaligned memory are slower and round differently, so a reader would have to copy
+    misaligned weights and hold them twice for a moment. Raises UserError for a dtype that is not in DTYPES.
     """
     names, end = {dtype: name for name, dtype in DTYPES.items()}, 0
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
@@ -97,7 +97,7 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT)
-    temporary = path.with_suffix(".writing")  # mappings of an older file of this name stay valid
+    temporary = path.with_suffix(".writing")  # so that mappings of an older file of this name stay valid
     with temporary.open("wb") as file:
         for piece in _whole_pieces(struct.pack("<Q", len(encoded)) + encoded, (tensors[name] for name in ordered)):
             file.write(piece)
@@ -105,10 +105,10 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _whole_pieces(start: bytes, tensors: Iterable[torch.Tensor]) -> Iterator[memoryview]:
-    """Yield all bytes of a file in pieces of WRITTEN bytes, only the last one shorter.
+    """Yield all bytes of a file in pieces of WRITTEN bytes; the last piece may be shorter.
 
-    The page cache holds a file that is written so in large pages, which are mapped ten times as fast (1,600 against
-    160 GB/s, ext4, Linux 6.18).
+    The page cache then holds the file in large pages, which are mapped ten times as fast (1,600 against 160 GB/s, ext4,
+    Linux 6.18).
     """
     staged, filled = memoryview(bytearray(WRITTEN)), 0
     for data in chain([memoryview(start)], (piece for tensor in tensors for piece in _bytes(tensor))):
@@ -130,9 +130,9 @@ def _bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
 
 
 class WeightFile:
-    """The open weight files of one checkpoint folder. `bytes_read` counts the bytes read since it was opened.
+    """The open weight files of one checkpoint folder. `bytes_read`: the bytes read since they were opened.
 
-    While `log` is a list, every read appends a function that repeats it.
+    While `log` is a list, every read appends a function that repeats the read.
     """
 
     def __init__(self, folder: str | Path, *, drop: bool = False):
@@ -144,12 +144,12 @@ class WeightFile:
         self.log: list[Callable[[], None]] | None = None
         self._counting = threading.Lock()
         self._open: dict[Path, int] = {}
-        self._closing = weakref.finalize(self, _close, self._open)  # at the latest when nothing reads any more
+        self._closing = weakref.finalize(self, _close, self._open)  # at the latest when this object is collected
         for file in {place.file for place in self.places.values()}:
             self._open[file] = os.open(file, os.O_RDONLY)
 
     def name_of(self, place: TensorPlace) -> str:
-        """Return the name of the tensor that a place lies in; with the index of the expert, if it is one of a stack."""
+        """Return the name of the tensor at a place, and the expert's index if the place is one expert of a stack."""
         for name, whole in self.places.items():
             if whole.file == place.file and whole.offset <= place.offset < whole.offset + whole.nbytes:
                 is_expert = len(whole.shape) == len(place.shape) + 1
@@ -157,7 +157,7 @@ class WeightFile:
         raise ValueError(f"{place.file}: no tensor at byte {place.offset}")
 
     def tensor(self, place: TensorPlace) -> torch.Tensor:
-        """Read one tensor into memory of its own and return it."""
+        """Return the tensor at a place, read into newly allocated memory."""
         memory = torch.empty(place.nbytes, dtype=torch.uint8)
         self.read([(place, memory)])
         return memory.view(place.dtype).view(place.shape)
@@ -165,7 +165,7 @@ class WeightFile:
     def read(self, pieces: Iterable[Piece]) -> None:
         """Read every piece into its memory.
 
-        Raises UserError if a file ends early or cannot be read; then no piece of this call may be used.
+        Raises UserError if a file ends early or cannot be read; the memory of all pieces is then undefined.
         """
         total, pieces = 0, list(pieces)
         for run in _runs(pieces):
@@ -178,14 +178,14 @@ class WeightFile:
         self.count(total, lambda: self.read(pieces))
 
     def count(self, nbytes: int, again: Callable[[], None]) -> None:
-        """Count bytes that were read, and log the function that reads them again."""
+        """Add `nbytes` to the bytes read, and log the function `again`, which repeats the read."""
         with self._counting:
             self.bytes_read += nbytes
             if self.log is not None:
                 self.log.append(again)
 
     def size(self, file: Path) -> int:
-        """Return the present size of a file in bytes."""
+        """Return the current size of a file in bytes."""
         return os.fstat(self._open[file]).st_size
 
     def _fill(self, file: Path, offset: int, memories: list[torch.Tensor]) -> None:
@@ -216,7 +216,7 @@ class WeightFile:
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        """Close the files; reading fails from then on."""
+        """Close the files; later reads fail."""
         self._closing()
 
 
@@ -241,7 +241,7 @@ def _seek_and_read(handle: int, memories: list[memoryview], offset: int) -> byte
 
 
 def _runs(pieces: Iterable[Piece]) -> list[list[Piece]]:
-    """Return the pieces grouped into runs without a gap, sorted by file and offset."""
+    """Return the pieces sorted by file and offset, grouped into runs without gaps."""
     runs: list[list[Piece]] = []
     end = None
     for place, memory in sorted(pieces, key=lambda piece: (str(piece[0].file), piece[0].offset)):

@@ -1,1 +1,1 @@
-"""Caches and decode paths: batches of rows, chunks of a prompt, absorbed latent attention."""
+"""Caches and decode paths: batches of rows, chunked prompts, absorbed latent attention."""

@@ -1,6 +1,6 @@
-"""The inputs of a model's attention heads: queries, keys and values of one prompt, as the attention function gets them.
+"""Captures the queries, keys and values of one prompt as a model's attention function receives them.
 
-The prompt passes a copy of the model that shares its tensors, so the original is left alone. Knows nothing of what
+The prompt runs through a copy of the model that shares its tensors, so the original is unchanged. Knows nothing of what
 replaces attention.
 
 Shapes: H query heads, G key-value heads, T tokens, D and V head sizes.
@@ -24,7 +24,7 @@ NAME = "watched"
 
 @dataclass(frozen=True)
 class Heads:
-    """Queries, keys and values of one block for one prompt, rotated, and the scale of their products."""
+    """Rotated queries and keys, and values, of one block for one prompt, with the scale of the attention scores."""
 
     index: int
     query_HTD: torch.Tensor
@@ -37,14 +37,14 @@ class Heads:
         return self.query_HTD.shape[1]
 
     def first(self, tokens: int) -> "Heads":
-        """Return the inputs of the same heads for the first `tokens` tokens: causal, so nothing else changes."""
+        """Return the inputs for the first `tokens` tokens, which in a causal model do not depend on later ones."""
         query_HTD, key_GTD, value_GTV = self.query_HTD, self.key_GTD, self.value_GTV
         cut = (query_HTD[:, :tokens], key_GTD[:, :tokens], value_GTV[:, :tokens])
         query_HTD, key_GTD, value_GTV = (part.contiguous() for part in cut)
         return Heads(self.index, query_HTD, key_GTD, value_GTV, self.scaling)
 
     def separate(self) -> "Heads":
-        """Return the same inputs in memory of their own."""
+        """Return a copy of the inputs in separate memory."""
         return Heads(self.index, self.query_HTD.clone(), self.key_GTD.clone(), self.value_GTV.clone(), self.scaling)
 
 
@@ -55,9 +55,9 @@ def watch(
     indices: Collection[int] | None = None,
     visit: Callable[[Heads], object] | None = None,
 ) -> list[Heads]:
-    """Run one prompt through `model` (stock attention); return the heads of its blocks, or of those in `indices`.
+    """Run one prompt through `model` with stock attention; return the heads of all blocks, or of the blocks `indices`.
 
-    With `visit`, each block's heads are handed to it while the prompt passes, and none is kept: the list is empty.
+    With `visit`, each block's heads are passed to it during the run and not kept, and the returned list is empty.
     """
     watched: Any = sharing(model)
     heads: list[Heads] = []

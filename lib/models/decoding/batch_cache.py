@@ -1,9 +1,9 @@
-"""A cache of sequences that decode together and join and leave one by one, as iteration-level scheduling needs it.
+"""A cache for sequences that decode together and join and leave individually, for iteration-level scheduling.
 
-Rows are padded on the left, so that the newest token of every row is in the last column; a mask hides the padding, and
-each row has its own positions, so that a row gives the result it would give alone (up to rounding). Works on
-transformers' DynamicCache: grouped-query keys and values, and GLM's latents, are both [B, heads, L, size]. Knows
-nothing of queues, clocks or policies. Iteration-level scheduling: Yu et al. 2022 (Orca, OSDI), section 3.1.
+Rows are padded on the left, so that the newest token of every row is in the last column. A mask hides the padding, and
+each row has its own positions, so a row gives the same result as alone (up to rounding). Works on transformers'
+DynamicCache, where grouped-query keys and values and GLM's latents are all [B, heads, L, size]. Knows nothing of
+queues, clocks or policies. Iteration-level scheduling: Yu et al. 2022 (Orca, OSDI), section 3.1.
 
 Shapes: B rows, L columns of the cache, T prompt tokens, N new tokens.
 """
@@ -26,7 +26,7 @@ Prompt = torch.Tensor | Mapping[str, torch.Tensor]
 
 @dataclass
 class Rows:
-    """B sequences in decoding. `token_B`: newest token of each row, not in the cache yet; `position_B`: its place."""
+    """B sequences being decoded. `token_B`: newest token of each row, not cached yet; `position_B`: its position."""
 
     cache: DynamicCache
     mask_BL: torch.Tensor
@@ -48,13 +48,13 @@ class Rows:
 
 
 def joinable(model: nn.Module) -> str | None:
-    """Return None if rows can join and leave this model's cache, else the reason why not."""
+    """Return None if rows can join and leave the cache of `model`, else the reason why not."""
     view = anatomy(model)
     kinds = set(getattr(view.config, "layer_types", None) or ())
-    if any(block.attention.window is not None for block in view.blocks):  # also without a list of kinds (Mistral)
+    if any(block.attention.window is not None for block in view.blocks):  # Mistral has no `layer_types`
         kinds.add("sliding_attention")
     if others := sorted(kinds - {"full_attention"}):
-        return f"its cache has layers of kind {', '.join(others)}, which store no whole rows"
+        return f"its cache has layers of kind {', '.join(others)}, which do not store whole rows"
     return None
 
 
@@ -62,9 +62,9 @@ def joinable(model: nn.Module) -> str | None:
 def prefill(model: nn.Module, prompts: Sequence[Prompt], behind: Rows | None = None) -> Rows:
     """Process prompts of any lengths in one pass; return their rows with the first greedy token of each.
 
-    A prompt is ids [T], or, if it is the only one, a mapping of model inputs [1, T] (with images). `behind`: one row
-    without padding that holds what comes before every prompt; it is copied. Raises UserError without a prompt, for an
-    empty one, and for images beside other prompts.
+    A prompt is ids [T]; a single prompt may be a mapping of model inputs [1, T] (with images). `behind`: one row
+    without padding that holds the prefix of every prompt; it is copied. Raises UserError without prompts, for an empty
+    prompt, and for images together with other prompts or a prefix.
     """
     if not prompts:
         raise UserError("rows: no prompt; give at least one")
@@ -108,7 +108,7 @@ def prefill(model: nn.Module, prompts: Sequence[Prompt], behind: Rows | None = N
 
 
 def _pad_left(rows: Rows, length: int) -> None:
-    """Move the padding of each row, which lies behind its first `length` columns, in front of them, in place."""
+    """Move the padding of each row from after its first `length` columns to before them, in place."""
     for row, padding in enumerate((rows.mask_BL == 0).sum(1).tolist()):
         end = length + padding
         if padding:
@@ -118,7 +118,7 @@ def _pad_left(rows: Rows, length: int) -> None:
 
 
 def _prefill_images(model: nn.Module, prompt: Mapping[str, torch.Tensor], device: torch.device) -> Rows:
-    """Process one prompt with images: the model places their patches, and the next position follows from that."""
+    """Process one prompt with images; return its row. The next position follows from the model's `rope_deltas`."""
     inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in prompt.items()}
     output = model(**inputs, use_cache=True, logits_to_keep=1)
     ids_BT = inputs["input_ids"]
@@ -131,22 +131,23 @@ def _prefill_images(model: nn.Module, prompt: Mapping[str, torch.Tensor], device
 
 @torch.inference_mode()
 def read_on(model: nn.Module, row: Rows | None, part_T: torch.Tensor) -> Rows:
-    """Read the next part of one prompt into its cache, in place (None: begin one); return its row, whose newest token
-    is the greedy one after what has been read so far.
+    """Process the next part of one prompt into its `row`, in place (None: the first part); return the row.
+
+    Its newest token is the greedy token after the part.
     """
     if row is None:
         return prefill(model, [part_T])
-    device, behind = row.mask_BL.device, row.length + len(part_T)
-    mask_1L = torch.ones(1, behind, dtype=row.mask_BL.dtype, device=device)
+    device, length = row.mask_BL.device, row.length + len(part_T)
+    mask_1L = torch.ones(1, length, dtype=row.mask_BL.dtype, device=device)
     output = model(
         input_ids=part_T[None].to(device),
         attention_mask=mask_1L,
-        position_ids=torch.arange(row.length, behind, device=device)[None],
+        position_ids=torch.arange(row.length, length, device=device)[None],
         **cache_names.as_kwargs(row.cache),
         use_cache=True,
         logits_to_keep=1,
     )
-    row.mask_BL, row.position_B = mask_1L, torch.full_like(row.position_B, behind)
+    row.mask_BL, row.position_B = mask_1L, torch.full_like(row.position_B, length)
     row.token_B = output.logits[:, -1].argmax(-1)
     return row
 
@@ -187,7 +188,7 @@ def join(rows: Rows, joining: Rows) -> Rows:
 
 @torch.inference_mode()
 def keep(rows: Rows, indices: Sequence[int]) -> Rows:
-    """Drop all rows but those of `indices`, in place, and the columns that are then padding in all rows."""
+    """Keep only the rows `indices`, in place, without columns that are padding in all of them; return the rows."""
     index = torch.as_tensor(list(indices), device=rows.mask_BL.device)
     mask_BL = rows.mask_BL[index]
     first = int(mask_BL.any(0).int().argmax()) if len(index) else rows.length
@@ -200,17 +201,17 @@ def keep(rows: Rows, indices: Sequence[int]) -> Rows:
 
 @torch.inference_mode()
 def repeat(rows: Rows, count: int) -> Rows:
-    """Return new rows: each of `rows` `count` times. For timing large batches without prefilling long prompts."""
+    """Return new rows with `rows` repeated `count` times, for timing large batches without prefilling long prompts."""
     cache = _mapped(rows.cache, lambda part: part.repeat(count, 1, 1, 1))
     return Rows(cache, rows.mask_BL.repeat(count, 1), rows.position_B.repeat(count), rows.token_B.repeat(count))
 
 
 @torch.inference_mode()
 def first(rows: Rows, length: int) -> Rows:
-    """Return new rows that hold the first `length` columns; none may be padded. The caller sets the newest token.
+    """Return new rows with the first `length` columns of rows without padding. The caller sets the newest token.
 
-    Always copied: a cache that appends in place would write into the memory of `rows` (of a single row with one head
-    the first columns are contiguous already).
+    Always copies, even where the first columns are contiguous (a single row with one head), since a cache that appends
+    in place would write into the memory of `rows`.
     """
     cache = _mapped(rows.cache, lambda part: part[:, :, :length].clone(memory_format=torch.contiguous_format))
     position_B = rows.position_B - (rows.length - length)
@@ -218,7 +219,7 @@ def first(rows: Rows, length: int) -> Rows:
 
 
 def _mapped(cache: DynamicCache, change: Callable[[torch.Tensor], torch.Tensor]) -> DynamicCache:
-    """Return a copy of the cache with every tensor of keys and values replaced by what `change` makes of it."""
+    """Return a copy of the cache with `change` applied to every tensor of keys and values."""
     changed = copy.copy(cache)
     changed.layers = []
     for layer in cache.layers:
@@ -230,8 +231,8 @@ def _mapped(cache: DynamicCache, change: Callable[[torch.Tensor], torch.Tensor])
 
 
 def _filled(cache: DynamicCache) -> list[object]:
-    """Return the layers that have cached something. A cache has one for every block, and blocks without attention fill
-    none: the last ones stay empty.
+    """Return the layers that are not empty. A cache has a layer for every block, but blocks without attention fill
+    none, so the last layers may stay empty.
     """
     return [layer for layer in cache.layers if _is_filled(layer)]
 
@@ -241,13 +242,13 @@ def _is_filled(layer: object) -> bool:
 
 
 def _parts(layer: object) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return keys and values of a layer of attention that has cached some."""
+    """Return the keys and values of a layer that is not empty."""
     assert isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None
     return layer.keys, layer.values
 
 
 def _replace(layer: object, parts: Iterable[torch.Tensor]) -> None:
-    """Make `parts` the keys and values of a layer."""
+    """Replace the keys and values of a layer by `parts`."""
     assert isinstance(layer, CacheLayerMixin)
     layer.keys, layer.values = parts
 

@@ -1,6 +1,6 @@
-"""What transformers calls the cache of keys and values: `cache`, in releases before that `past_key_values`.
+"""The argument name of the key-value cache in transformers: `cache`, or `past_key_values` in older releases.
 
-Both names are accepted; the one of the installed release is passed on. Knows nothing of what a cache holds.
+Accepts both names and passes on the name that the installed release uses. Knows nothing of what a cache holds.
 """
 
 from typing import Any
@@ -12,12 +12,12 @@ NAME = next(name for name in NAMES if name in BaseModelOutputWithPast.__dataclas
 
 
 def as_kwargs(cache: Any) -> dict[str, Any]:
-    """Return a cache as the keyword argument of a model, a decoder and an attention module of the installed release."""
+    """Return `cache` as a keyword argument for a model, decoder or attention module of the installed release."""
     return {NAME: cache}
 
 
 def pop_from(arguments: dict[str, Any]) -> Any:
-    """Remove the cache, by either name, from keyword arguments and return it; None without one."""
+    """Remove the cache, under either name, from keyword arguments and return it; None if there is none."""
     caches = [arguments.pop(name, None) for name in NAMES]
     return next((cache for cache in caches if cache is not None), None)
 

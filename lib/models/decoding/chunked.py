@@ -1,7 +1,7 @@
-"""Chunked prefill, chunked losses and a stream of tokens: the memory of activations is bounded, results are unchanged.
+"""Chunked prefill, chunked losses and a stream of tokens, which bound the memory of activations at unchanged results.
 
-A chunk attends to everything before it through the cache, so the result is that of the whole prompt, up to rounding.
-Acts on the decoder: image features, positions and masks are cut with the chunk. Knows nothing of where weights are
+A chunk attends to all earlier tokens through the cache, so the result is that of the whole prompt, up to rounding. Acts
+on the decoder: image features, positions and masks are split along with the prompt. Knows nothing of where weights are
 stored.
 
 Shapes: B batch, T tokens, C tokens of a chunk, H hidden, V vocabulary.
@@ -28,8 +28,9 @@ CHUNKING = f"{__name__}:chunk_prefill"
 def chunk_prefill(model: nn.Module, tokens: int) -> nn.Module:
     """Make `model` process prompts in chunks of at most `tokens`, in place; return the model.
 
-    From then on a context longer than the model's positions raises UserError before any of it is read, as does `tokens`
-    below one. What a cache with a window has forgotten takes no position: a text may be longer.
+    From then on, the model raises UserError for a context with more tokens than it has positions, before processing any
+    of it. Tokens that a cache with a window has dropped take no position, so a text may be longer. Raises UserError for
+    `tokens` below 1.
     """
     if tokens < 1:
         raise UserError(f"prefill_chunk {tokens}: expected at least 1 token")
@@ -45,7 +46,7 @@ def whole_prefill(model: nn.Module) -> nn.Module:
 
 
 def _forward(tokens: int, decoder: Any, input_ids: torch.Tensor | None = None, **arguments) -> object:
-    """Replace the decoder's forward."""
+    """Replacement of the decoder's forward, which processes at most `tokens` tokens at a time."""
     stock = functools.partial(type(decoder).forward, decoder)
     cache = cache_names.pop_from(arguments)
     names = {"input_ids": input_ids, "inputs_embeds": arguments.pop("inputs_embeds", None)}
@@ -58,12 +59,12 @@ def _forward(tokens: int, decoder: Any, input_ids: torch.Tensor | None = None, *
         return stock(**{name: prompt}, attention_mask=mask, **cache_names.as_kwargs(cache), **arguments)
     use_cache = arguments.pop("use_cache", None)
     cache = DynamicCache(config=decoder.config) if cache is None else cache
-    behind = 0 if mask is None else mask.shape[1] - length
+    cached = 0 if mask is None else mask.shape[1] - length
     hidden = []
     for first in range(0, length, tokens):
         last = min(first + tokens, length)
         _check_context(decoder.config, cache.get_seq_length() + last - first)
-        part = None if mask is None else mask[:, : behind + last]
+        part = None if mask is None else mask[:, : cached + last]
         cut = _cut(arguments, first, last)
         cut |= cache_names.as_kwargs(cache)
         output = stock(**{name: prompt[:, first:last]}, attention_mask=part, use_cache=True, **cut)
@@ -73,12 +74,12 @@ def _forward(tokens: int, decoder: Any, input_ids: torch.Tensor | None = None, *
 
 
 def _forgets(cache: Any) -> bool:
-    """Return whether a cache takes fewer positions than it is given tokens: its layers count what is forgotten."""
+    """Return whether a cache drops tokens and so uses fewer positions; its layers then count `forgotten` tokens."""
     return any(hasattr(layer, "forgotten") for layer in getattr(cache, "layers", ()))
 
 
 def _cut(arguments: Mapping[str, Any], first: int, last: int) -> dict[str, Any]:
-    """Return the decoder's other arguments for tokens `first` to `last`: positions, and the features of images."""
+    """Return the decoder's other arguments (positions, image features) for tokens `first` to `last` - 1."""
     cut = dict(arguments)
     if cut.get("position_ids") is not None:
         cut["position_ids"] = cut["position_ids"][..., first:last]
@@ -103,7 +104,7 @@ def _check_context(config: Any, context: int) -> None:
 
 @torch.inference_mode()
 def losses(model: nn.Module, ids_BT: torch.Tensor, *, rows: int, cache: object = None) -> torch.Tensor:
-    """Return the loss of each next token [B, T - 1], nats, float32, from the logits of `rows` tokens at a time."""
+    """Return the loss of each next token [B, T - 1], nats, float32; computes the logits of `rows` tokens at a time."""
     if rows < 1:
         raise UserError(f"logit_rows {rows}: expected at least 1")
     reset_rope_deltas(model)
@@ -118,9 +119,9 @@ def losses(model: nn.Module, ids_BT: torch.Tensor, *, rows: int, cache: object =
 def tokens(
     model: nn.Module, prompt: torch.Tensor | Mapping, count: int, *, cache: object = None
 ) -> Iterator[torch.Tensor]:
-    """Yield `count` greedy tokens [B] one by one, each as soon as it is computed. `prompt` is ids [B, T] or inputs.
+    """Yield `count` greedy tokens [B], each as soon as it is computed. `prompt`: ids [B, T] or a mapping of inputs.
 
-    With a windowed `cache` the count is not limited. The caller may stop at any time.
+    With a windowed `cache`, `count` is unlimited. The caller may stop at any time.
     """
     inputs = dict(prompt) if isinstance(prompt, Mapping) else {"input_ids": prompt}
     if cache is None:

@@ -1,16 +1,16 @@
 """Log-likelihoods of continuations after their contexts, with everything that prompts share computed once.
 
-What lm-evaluation-harness asks of a model with `loglikelihood` (Gao et al. 2021): the summed log-probability of a
-continuation after a context, and whether greedy decoding would give it. The harness reads context and continuation anew
-for every choice. Here the tokens that all contexts begin with (the examples of a few-shot prompt) are read once, then
-each distinct context once, and every continuation over a copy of its context's cache. The result is the same up to
-rounding. Contexts of about one length share a pass, padded on the left where they differ, and so do continuations,
-padded on the right: a pass holds no more padding than what another pass would cost.
+Computes `loglikelihood` of lm-evaluation-harness (Gao et al. 2021): the summed log-probability of a continuation after
+a context, and whether greedy decoding would produce it. The harness processes context and continuation anew for every
+choice. Here the common prefix of all contexts (the examples of a few-shot prompt) is processed once, then each distinct
+context once, and every continuation on a copy of its context's cache. The result is the same up to rounding. Contexts
+of similar length share a pass, padded on the left, and so do continuations, padded on the right: a pass holds no more
+padding than another pass would cost.
 
-Knows token ids only: no tokenizer, no task.
+Works on token ids and knows nothing of tokenizers or tasks.
 
-Shapes: B contexts, N continuations, T tokens, K tokens of a continuation but its last, C tokens of a chunk, H hidden,
-V vocabulary.
+Shapes: B contexts, N continuations, T tokens, K tokens of a continuation without its last, C tokens of a chunk, H
+hidden, V vocabulary.
 """
 
 import copy
@@ -25,13 +25,13 @@ from lib.models.decoding import cache_names
 from lib.models.structure.anatomy import anatomy, reset_rope_deltas
 from lib.models.structure.logits import logits_of
 
-TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # read in one pass
+TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16384}  # processed in one pass
 ROWS_AT_ONCE = 64
 LOGITS_AT_ONCE = 2**25  # elements
 CACHE_AT_ONCE = 2**29  # bytes of the copies of a cache
-SHARED_TOKENS = 16  # least that contexts must begin with alike to be read apart
-PADDING = {"cpu": 64, "cuda": 1024}  # tokens of it in one pass, of the order of what a pass costs besides its tokens
-DEFAULT_POSITIONS = 2048  # of a model that does not state how many it has, as in the harness
+SHARED_TOKENS = 16  # shortest common prefix of contexts that is processed separately
+PADDING = {"cpu": 64, "cuda": 1024}  # padding tokens in one pass, about as many as cost the overhead of a pass
+DEFAULT_POSITIONS = 2048  # for a model that does not state its number of positions, as in the harness
 
 Pair = tuple[Sequence[int], Sequence[int]]
 Item = TypeVar("Item")
@@ -39,8 +39,8 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class ReadContexts:
-    """B contexts that were read: log-probabilities of the next token, their cache, its padding (None: there is none)
-    and the position of the next token.
+    """B processed contexts: log-probabilities of the next token, the cache, its padding mask (None without padding) and
+    the position of the next token.
     """
 
     next_BV: torch.Tensor
@@ -50,7 +50,7 @@ class ReadContexts:
 
 
 def positions(model: nn.Module) -> int:
-    """Return how many tokens the model can read."""
+    """Return the number of positions of the model, in tokens."""
     config = anatomy(model).config
     names = ("max_position_embeddings", "n_positions", "n_ctx")
     return next((value for name in names if (value := getattr(config, name, None))), DEFAULT_POSITIONS)
@@ -60,11 +60,11 @@ def positions(model: nn.Module) -> int:
 def loglikelihoods(
     model: nn.Module, pairs: Sequence[Pair], *, tokens_at_once: int | None = None
 ) -> list[tuple[float, bool]]:
-    """Return for each (context, continuation) in token ids the log-likelihood of the continuation, in nats, float32,
-    and whether each of its tokens is the likeliest one.
+    """Return for each pair (context, continuation) of token ids the log-likelihood of the continuation, in nats,
+    float32, and whether each of its tokens is the most likely one.
 
-    A context that is too long for the model loses tokens on its left, as in the harness. Raises ValueError where a
-    context or a continuation is empty, or a continuation alone is too long.
+    A context that is too long for the model is truncated on the left, as in the harness. Raises ValueError if a context
+    or continuation is empty, or a continuation alone is too long.
     """
     if not all(len(context) and len(continuation) for context, continuation in pairs):
         raise ValueError("every context and every continuation needs at least one token")
@@ -80,7 +80,7 @@ def loglikelihoods(
     reset_rope_deltas(model)
     start = _read_shared(model, next(iter(by_context))[:shared], device) if shared else None
     answers: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
-    # Behind shared tokens all have one length: padding between tokens would be no prompt that a model was made for.
+    # After a shared prefix, only contexts of equal length share a pass: models expect no padding within a prompt.
     for contexts in _alike(
         by_context, len, lambda longest: min(ROWS_AT_ONCE, budget // longest), padding * (not shared)
     ):
@@ -93,15 +93,15 @@ def loglikelihoods(
 
 
 def _clipped(context: Sequence[int], continuation: Sequence[int], longest: int) -> tuple[int, ...]:
-    """Return the context without the tokens on its left for which the model has no position."""
+    """Return the context truncated on the left, so that it fits into `longest` positions with its continuation."""
     return tuple(context[max(0, len(context) + len(continuation) - longest - 1) :])
 
 
 def _shared(contexts: Sequence[tuple[int, ...]]) -> int:
-    """Return how many tokens all contexts begin with alike, but one less than the shortest holds; 0 where too few."""
+    """Return the length of the common prefix of all contexts, shorter than any of them; 0 below SHARED_TOKENS."""
     if len(contexts) < 2:
         return 0
-    first, last = min(contexts), max(contexts)  # in lexical order, what these two share all share
+    first, last = min(contexts), max(contexts)  # in lexical order: all contexts share the prefix of these two
     same = next((at for at, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
     same = min(same, min(map(len, contexts)) - 1)
     return same if same >= SHARED_TOKENS else 0
@@ -110,25 +110,25 @@ def _shared(contexts: Sequence[tuple[int, ...]]) -> int:
 def _alike(
     items: Iterable[Item], length: Callable[[Item], int], rows: Callable[[int], int], padding: int
 ) -> Iterator[list[Item]]:
-    """Yield the items in parts of about one length, the longest first: at most `rows(longest)` of them (one at least),
-    with at most `padding` tokens of padding in all.
+    """Yield the items in groups of similar length, the longest first: at most `rows(longest)` items (at least one) and
+    at most `padding` tokens of padding per group.
     """
     part: list[Item] = []
-    held = 0
+    tokens = 0
     for item in sorted(items, key=length, reverse=True):
         longest = length(part[0]) if part else length(item)
-        padded = longest * (len(part) + 1) - held - length(item)
+        padded = longest * (len(part) + 1) - tokens - length(item)
         if part and (len(part) >= rows(longest) or padded > padding):
             yield part
-            part, held = [], 0
+            part, tokens = [], 0
         part.append(item)
-        held += length(item)
+        tokens += length(item)
     if part:
         yield part
 
 
 def _read_shared(model: nn.Module, context: Sequence[int], device: torch.device) -> Any:
-    """Return the cache [1, T] of the tokens with which all contexts begin."""
+    """Return the cache [1, T] of `context`, the common prefix of all contexts."""
     output = model(input_ids=torch.tensor([context], device=device), use_cache=True, logits_to_keep=1)
     return cache_names.of(output)
 
@@ -136,7 +136,7 @@ def _read_shared(model: nn.Module, context: Sequence[int], device: torch.device)
 def _read(
     model: nn.Module, contexts: list[tuple[int, ...]], start: Any, device: torch.device, keep_cache: bool
 ) -> ReadContexts:
-    """Read contexts, padded on the left where their lengths differ, after the shared cache `start` if there is one."""
+    """Process contexts after the shared cache `start`, if given, padded on the left where their lengths differ."""
     longest = max(map(len, contexts))
     ids_BT = torch.zeros(len(contexts), longest, dtype=torch.long)
     mask_BT = torch.zeros_like(ids_BT)
@@ -160,7 +160,7 @@ def _read(
 def _scored(
     model: nn.Module, read: ReadContexts, after: list[list[int]], pairs: Sequence[Pair], padding: int
 ) -> Iterator[tuple[int, tuple[float, bool]]]:
-    """Yield (index of the pair, its answer) for the continuations of contexts that were read."""
+    """Yield (index of the pair, (log-likelihood, greedy)) for the continuations of processed contexts."""
     longer: list[tuple[int, int]] = []  # row, index of the pair
     first: dict[int, tuple[float, bool]] = {}
     likeliest = read.next_BV.argmax(-1).tolist()
@@ -174,14 +174,14 @@ def _scored(
     for part in _pieces(longer, read, pairs, padding):
         rest |= _rest(model, read, part, pairs)
     for index, (score, greedy) in first.items():
-        more, also = rest.get(index, (0.0, True))
-        yield index, (score + more, greedy and also)
+        rest_score, rest_greedy = rest.get(index, (0.0, True))
+        yield index, (score + rest_score, greedy and rest_greedy)
 
 
 def _pieces(
     longer: list[tuple[int, int]], read: ReadContexts, pairs: Sequence[Pair], padding: int
 ) -> Iterator[list[tuple[int, int]]]:
-    """Yield the continuations in parts of about one length, whose logits and copies of the cache fit into memory."""
+    """Yield the continuations in groups of similar length whose logits and copies of the cache fit into memory."""
     if not longer:
         return
     contexts, vocabulary = read.next_BV.shape
@@ -196,7 +196,7 @@ def _pieces(
 def _rest(
     model: nn.Module, read: ReadContexts, part: list[tuple[int, int]], pairs: Sequence[Pair]
 ) -> dict[int, tuple[float, bool]]:
-    """Return the answers of the tokens after the first one of each continuation, by the index of the pair."""
+    """Return (log-likelihood, greedy) of each continuation without its first token, by the index of the pair."""
     device = read.next_BV.device
     row_N = torch.tensor([row for row, _ in part], device=device)
     most = max(len(pairs[index][1]) for _, index in part) - 1
@@ -225,8 +225,8 @@ def _rest(
 
 
 def _scores(model: nn.Module, inputs: dict[str, Any], vocabulary: int) -> Iterator[torch.Tensor]:
-    """Yield the log-probabilities behind the given tokens, [N, C, V], those of so many tokens at a time as fit into
-    memory: a single continuation may be as long as a document.
+    """Yield the log-probabilities after each of the given tokens, [N, C, V], for as many tokens as fit into memory at a
+    time, since a single continuation may be as long as a document.
     """
     count, most = inputs["input_ids"].shape
     if count * most * vocabulary <= LOGITS_AT_ONCE:
@@ -238,7 +238,7 @@ def _scores(model: nn.Module, inputs: dict[str, Any], vocabulary: int) -> Iterat
 
 
 def _select(cache: Any, row_N: torch.Tensor) -> Any:
-    """Return a cache of copies of some rows of `cache`, which is left as it is."""
+    """Return a new cache with copies of the rows `row_N` of `cache`."""
     selected = copy.copy(cache)
     selected.layers = [copy.copy(layer) for layer in cache.layers]
     selected.batch_select_indices(row_N)

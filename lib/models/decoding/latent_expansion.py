@@ -1,14 +1,13 @@
-"""The matrix that expands latents to the keys and values of all heads (`kv_b_proj`), absorbed: queries enter the latent
-space through it, and weighted sums of latents leave that space as values.
+"""Absorbed use of the matrix that expands latents to the keys and values of all heads (`kv_b_proj`): it maps queries
+into the latent space, and weighted sums of latents back to values.
 
-A dense matrix is used where it lies. Of a factored one the outer factor is applied head by head and the inner one to
-the result, so that no dense matrix comes to be. A matrix or factor that is stored sparse or in few bits has no slices
-for queries and values: it is restored for each call, which takes less than expanding a whole cache with it. (vLLM
-restores it once and keeps it beside; here a model holds no more than its weights.) Knows nothing of attention or
-caches.
+A dense matrix is used in place. Of a factored matrix, the outer factor is applied head by head and the inner factor to
+the result, so that no dense matrix is formed. A sparse or quantized matrix or factor cannot be sliced for queries and
+values: it is restored in each call, which costs less than expanding a whole cache with it. (vLLM restores it once and
+keeps the copy; here a model holds only its weights.) Knows nothing of attention or caches.
 
-Shapes: B batch, Q heads, T new tokens, N no-rotary and D value width, R latent, K rank of a factored matrix (R for
-every other), O = Q·(N + D).
+Shapes: B batch, Q heads, T new tokens, N no-rotary and D value width, R latent, K rank of a factored matrix (otherwise
+R), O = Q·(N + D).
 """
 
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from lib.models.structure.replacements.sparse import is_dense
 
 @dataclass(frozen=True)
 class Expansion:
-    """One call's view of the matrix: its rows for queries and for values, head by head, and the inner factor [K, R]."""
+    """The matrix for one call: its rows for queries and for values, by head, and the inner factor [K, R] or None."""
 
     up_QNK: torch.Tensor
     down_QDK: torch.Tensor
@@ -44,7 +43,7 @@ class Expansion:
 
 
 def of(projection: Any, heads: int, nope: int, dtype: torch.dtype) -> Expansion:
-    """Return the view of `projection`, a linear layer from R to `heads` times N (= `nope`) and D outputs."""
+    """Return the expansion of `projection`, a linear layer from R inputs to N (= `nope`) + D outputs per head."""
     factors = isinstance(projection, FactoredLinear)
     inner = _restored(projection.inner, dtype) if factors else None
     outer = _restored(projection.outer if factors else projection, dtype)
@@ -53,15 +52,16 @@ def of(projection: Any, heads: int, nope: int, dtype: torch.dtype) -> Expansion:
 
 
 def _restored(linear: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Return the weight of a linear layer as a dense matrix: itself where it is stored as one."""
+    """Return the weight of a linear layer as a dense matrix, uncopied if it is stored dense."""
     if isinstance(linear, QuantizedLinear):
         return linear.restored().to(dtype)
     return linear.weight if is_dense(linear.weight) else linear.weight.to_dense().to(dtype)
 
 
 def elements_per_token(projection: Any, latent: int, width: int) -> float:
-    """Return the products that expand one latent of size `latent` for one head of N + D = `width`; of factors the
-    inner one is shared by all heads.
+    """Return the number of multiplications that expand one latent of size `latent` for one head of N + D = `width`.
+
+    Those of an inner factor are divided among all heads, which share it.
     """
     if not isinstance(projection, FactoredLinear):
         return latent * width

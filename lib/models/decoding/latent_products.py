@@ -1,9 +1,9 @@
-"""The three products of attention over latents, without a copy of a cache or of a weight.
+"""The three products of attention over latents, computed without copying a cache or a weight.
 
-Written as `a @ b.transpose(-1, -2)`, each of them copies its second operand on a CPU in half precision: matmul folds a
-batch of one into a plain product, and batched products pack a transposed right side anew in every call. Measured on one
-core, bfloat16, 8,192 latents of 512 numbers, 20 heads: scores 7.4 ms against 0.5 ms here, back from the latents 2.4 ms
-against 0.35 ms. `scores` serves any keys that rows share. Knows nothing of caches, masks or pages.
+Written as `a @ b.transpose(-1, -2)`, each copies its second operand on a CPU in half precision: matmul folds a batch of
+one into a plain product, and batched products repack a transposed right side in every call. Measured on one core,
+bfloat16, 8,192 latents of 512 numbers, 20 heads: scores 7.4 ms against 0.5 ms here, back from the latents 2.4 ms
+against 0.35 ms. `scores` works for any keys shared by all rows. Knows nothing of caches, masks or pages.
 
 Shapes: B batch, Q heads, T new tokens, X rows (heads × new tokens), S cached tokens, R latent, N key and D value width.
 """
@@ -26,5 +26,5 @@ def out_of(latent_BQTR: torch.Tensor, down_QDR: torch.Tensor) -> torch.Tensor:
 
 
 def scores(rows_BXR: torch.Tensor, keys_BSR: torch.Tensor) -> torch.Tensor:
-    """Return the products of all rows with all keys, [B, X, S]; heads are rows, since they share the keys."""
+    """Return the products of all rows with all keys, [B, X, S]. Heads share the keys, so each head adds rows."""
     return torch.bmm(rows_BXR, keys_BSR.transpose(1, 2))

@@ -3,10 +3,10 @@
 Stock latent attention expands every cached latent to keys and values of all heads, again for each new token. Since
 q·(W_UK c) = (W_UKᵀ q)·c, the query can be projected to latent space instead, once per token, and the weighted sum of
 latents is expanded at the end (DeepSeek-V2, 2024, section 2.1.2): exact up to rounding. It pays for few new tokens on a
-long cache; the path with fewer operations is chosen per call, so that a prompt takes the stock path. In whatever form
-the expansion is stored (`lib.models.decoding.latent_expansion`), it is absorbed.
+long cache. Each call takes the path with fewer operations, so a prompt takes the stock path. Works for every storage of
+the expansion matrix (`lib.models.decoding.latent_expansion`).
 
-Shapes: B batch, T new tokens, S cached and new ones, Q heads, H hidden, R latent, P rotary, N no-rotary, D value.
+Shapes: B batch, T new tokens, S cached and new tokens, Q heads, H hidden, R latent, P rotary, N no-rotary, D value.
 """
 
 import sys
@@ -21,8 +21,9 @@ from lib.models.structure.anatomy import anatomy
 
 
 def absorb(model: nn.Module) -> nn.Module:
-    """Make every latent attention of `model` decode absorbed, in place; return the model. Others are unchanged, and
-    those whose expansion was replaced: they decode in the latent space already.
+    """Make every latent attention of `model` decode absorbed, in place; return the model.
+
+    Modules with an expansion of their own (`expand_kv`) are unchanged, since they already decode in latent space.
     """
     for block in anatomy(model).blocks:
         if block.attention.kind == "latent" and "expand_kv" not in vars(block.attention.module):
@@ -44,13 +45,13 @@ def is_absorbed(model: nn.Module) -> bool:
 
 
 def decodes_absorbed(module: nn.Module) -> bool:
-    """Return whether this attention decodes absorbed."""
+    """Return whether the attention `module` decodes absorbed."""
     return getattr(vars(module).get("forward"), "__func__", None) is _forward
 
 
 def decodes_in_latents(module: nn.Module) -> bool:
-    """Return whether this attention decodes without expanding its cache: absorbed, or by an expansion of its own, which
-    takes a dense matrix.
+    """Return whether the attention `module` decodes without expanding its cache: absorbed, or with an expansion of its
+    own (`expand_kv`), which requires a dense matrix.
     """
     own = "expand_kv" in vars(module) and isinstance(module.kv_b_proj, nn.Linear)
     return decodes_absorbed(module) or own
@@ -59,13 +60,13 @@ def decodes_in_latents(module: nn.Module) -> bool:
 def most_tokens(module: Any) -> int:
     """Return the largest number of new tokens at which the absorbed path takes fewer operations on a long cache.
 
-    Per cached token and head, stock takes 2·R·(N + D) to expand (of factors less) and 2·(N + P + D) per new token;
-    absorbed 2·(2R + P).
+    Per cached token and head, the stock path takes 2·R·(N + D) operations to expand (fewer if factored) and
+    2·(N + P + D) per new token; the absorbed path takes 2·(2R + P) per new token.
     """
     latent, width = module.kv_lora_rank, module.qk_nope_head_dim + module.v_head_dim
     expansion = latent_expansion.elements_per_token(module.kv_b_proj, latent, width)
-    dearer = 2 * latent - width
-    return sys.maxsize if dearer <= 0 else int(expansion / dearer)
+    extra = 2 * latent - width  # of the absorbed path, per new token
+    return sys.maxsize if extra <= 0 else int(expansion / extra)
 
 
 def _forward(
@@ -75,7 +76,7 @@ def _forward(
     attention_mask: torch.Tensor | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Replace the forward of latent attention: hidden [B, T, H] to (output [B, T, H], None)."""
+    """Replacement of a latent attention's forward: returns (output [B, T, H], None) for hidden states [B, T, H]."""
     new, cache = hidden_states.shape[1], cache_names.pop_from(kwargs)
     if cache is None or new > most_tokens(module) or cache.get_seq_length(module.layer_idx) == 0:
         kwargs |= cache_names.as_kwargs(cache)
@@ -92,7 +93,7 @@ def _forward(
 
 
 def _projections(module: Any, hidden_BTH: torch.Tensor, position_embeddings) -> tuple[torch.Tensor, ...]:
-    """Return queries without and with rotation, and the new latents and rotated shared keys."""
+    """Return the queries' parts without and with rotation, the new latents and the new rotated shared keys."""
     batch, new = hidden_BTH.shape[:2]
     if module.q_proj is not None:
         q_BTX = module.q_proj(hidden_BTH)
@@ -104,7 +105,7 @@ def _projections(module: Any, hidden_BTH: torch.Tensor, position_embeddings) -> 
         [module.kv_lora_rank, module.qk_rope_head_dim], dim=-1
     )
     c_B1TR, k_rope_B1TP = module.kv_a_layernorm(c_BTR)[:, None], k_rope_BTP[:, None]
-    # The architecture's own rotation, from the file that its attention comes from.
+    # The architecture's own rotation, from the transformers module that defines its attention.
     interleave = getattr(module.config, "rope_interleave", False)
     name = "apply_rotary_pos_emb_interleave" if interleave else "apply_rotary_pos_emb"
     rotate = getattr(sys.modules[type(module).__module__], name)
@@ -120,7 +121,7 @@ def _attend(
     k_rope_BSP: torch.Tensor,
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return the weighted sums of latents [B, Q, T, R]; heads are rows of one product, since they share the keys."""
+    """Return the weighted sums of latents [B, Q, T, R]. Heads share the keys, so they are rows of a single product."""
     batch, heads, new, latent = q_latent_BQTR.shape
     rows = heads * new
     scores = latent_products.scores(q_latent_BQTR.reshape(batch, rows, latent), c_BSR)

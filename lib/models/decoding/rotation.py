@@ -1,8 +1,8 @@
-"""How an attention rotates what it caches, asked of the attention itself: halves against each other (Llama), neighbours
-(Cohere, ERNIE), or not at all (SmolLM3 and Cohere 2, in some blocks).
+"""Determines how an attention module rotates its cached keys: in halves (Llama), in neighbouring pairs (Cohere, ERNIE)
+or not at all (some blocks of SmolLM3 and Cohere 2).
 
-Its own forward runs on one known key, turned by a right angle, until that key reaches a cache. No weight is read, so
-the model's need not be in memory. Knows nothing of what is done with the keys.
+The module's own forward runs on one known key and a rotation by a right angle, until the key reaches a cache. No weight
+is read, so the weights need not be in memory. Knows nothing of what is done with the keys.
 
 Shapes: G key-value heads, D head size, P rotated part of it.
 """
@@ -22,10 +22,9 @@ LAYOUTS: tuple[Layout, ...] = ("halves", "neighbours")
 
 
 def layout_of(attention: Attention, width: int) -> Layout | None:
-    """Return how an attention rotates the first `width` numbers of its keys; None where it knows no positions.
+    """Return how an attention rotates the first `width` elements of its keys; None if it does not rotate them.
 
-    Latent attention has its rotary keys in halves (`lib.models.structure.support`). Raises NotApplicable where neither
-    layout is what it does.
+    Latent attention rotates in halves (`lib.models.structure.support`). Raises NotApplicable if neither layout matches.
     """
     if attention.kind == "latent":
         return "halves"
@@ -37,11 +36,11 @@ def layout_of(attention: Attention, width: int) -> Layout | None:
         turned_D = torch.cat([quarter(key_D[:width], layout), key_D[width:]])
         if cached_D is not None and torch.allclose(cached_D, turned_D):
             return layout
-    raise NotApplicable(f"{type(attention.module).__name__} rotates its keys in a way that is not known")
+    raise NotApplicable(f"{type(attention.module).__name__} rotates its keys in an unknown way")
 
 
 def quarter(keys: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Return [..., P] turned by a right angle: of every pair (a, b) that rotates together (−b, a)."""
+    """Return keys [..., P] rotated by a right angle: every pair (a, b) of the layout becomes (−b, a)."""
     if layout == "halves":
         first, second = keys.chunk(2, dim=-1)
         return torch.cat([-second, first], dim=-1)
@@ -49,7 +48,7 @@ def quarter(keys: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 def spread(values_F: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Return a number of each frequency [F] for both numbers that it turns, [P]."""
+    """Return the values per frequency [F] repeated for both elements that the frequency rotates, [P]."""
     return values_F.repeat(2) if layout == "halves" else values_F.repeat_interleave(2)
 
 
@@ -58,7 +57,7 @@ class _Reached(Exception):
 
 
 class _Watching:
-    """A cache that takes one key and ends the forward pass."""
+    """A cache that stores one key and ends the forward pass by raising `_Reached`."""
 
     keys: torch.Tensor | None = None
 
@@ -68,7 +67,7 @@ class _Watching:
 
 
 class _Always(nn.Module):
-    """Stands in for a projection: returns the same numbers whatever it reads."""
+    """Takes the place of a projection and returns the same values for every input."""
 
     def __init__(self, value_X: torch.Tensor):
         super().__init__()
@@ -79,7 +78,7 @@ class _Always(nn.Module):
 
 
 def _cached(attention: Attention, key_D: torch.Tensor, width: int) -> torch.Tensor | None:
-    """Return what the attention would cache of the key at a right angle, [D]; None where its forward is another."""
+    """Return the key that the attention caches after a rotation by a right angle, [D]; None if its forward fails."""
     shell: Any = copy.copy(attention.module)
     stubs: dict[str, nn.Module] = {
         name: nn.Identity() for name in ("q_norm", "k_norm") if getattr(shell, name, None) is not None

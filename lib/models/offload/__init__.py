@@ -1,1 +1,1 @@
-"""Models larger than memory: weights streamed from files, experts cached."""
+"""Models larger than memory: streaming weights from files, caching experts, changing checkpoints block by block."""

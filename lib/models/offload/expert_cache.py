@@ -1,8 +1,8 @@
-"""Routed experts read on demand, with a cache that evicts the least recently used ones.
+"""Routed experts read on demand, with a cache that evicts the least recently used experts.
 
-Registered in transformers' experts interface under the name `streamed`: the experts in memory compute first, while a
-background thread reads the first of the missing ones; then each is read while the one before it computes. The sum is
-that of transformers' loop over experts, up to rounding. Knows nothing of what else of the model is streamed.
+Registered in transformers' experts interface under the name `streamed`. The experts in memory compute first, while a
+background thread reads the first missing expert; then each expert is read while the previous one computes. The result
+is that of transformers' loop over experts, up to rounding. Knows nothing of other streamed weights.
 
 Shapes: E experts, H hidden, I width of one expert, T tokens, K experts per token.
 """
@@ -30,7 +30,7 @@ NOT_CHANGEABLE = (
     "build.py apply changes some checkpoints from file to file"
 )
 Key = tuple[int, int]  # block, expert
-Places = Mapping[int, Callable[[int], list[TensorPlace]]]  # block → function from an expert to its places
+Places = Mapping[int, Callable[[int], list[TensorPlace]]]  # block → function from an expert's index to its places
 
 
 def require_changeable(model: nn.Module) -> None:
@@ -50,10 +50,10 @@ class ExpertSlot:
 
 
 class ExpertCache:
-    """At most `slots` experts of all blocks in `memory`; `hits` and `misses` count the requested experts.
+    """A cache in `memory` for at most `slots` experts of all blocks; `hits` and `misses` count requested experts.
 
-    `parts` maps a block to a function from the index of an expert to its places in the file: gate and up (in one or in
-    two places), then down.
+    `parts` maps a block to a function from the index of an expert to its places in the file: gate and up (in one or two
+    places), then down.
     """
 
     def __init__(self, file: WeightFile, parts: Places, slots: int, device="cpu"):
@@ -63,7 +63,7 @@ class ExpertCache:
         self._width = sum(place.shape[0] for place in gate_up)
         self._down_at = aligned(sum(place.nbytes for place in gate_up))
         self._cached: OrderedDict[Key, Any] = OrderedDict()  # slots here, pairs of views in `MappedExperts`
-        self._finite: set[Key] = set()  # experts that were looked through
+        self._finite: set[Key] = set()  # experts already checked for finite values
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="experts")
         size = expert_bytes(parts)
         on_cpu = torch.device(device).type == "cpu"
@@ -73,7 +73,7 @@ class ExpertCache:
 
     @property
     def private_bytes(self) -> int:
-        """The bytes of weights in memory of this process's own."""
+        """The bytes of weights in this process's private memory."""
         return self.memory.numel()
 
     def __deepcopy__(self, memo: dict) -> "ExpertCache":
@@ -89,8 +89,8 @@ class ExpertCache:
     def experts(self, block: int, indices: Sequence[int]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Yield (expert, gate_up [2I, H], down [H, I]) for the experts `indices` of a block, those in memory first.
 
-        The views are valid until the next one is requested. Nothing that is still to be yielded gives way to what is
-        read ahead: it would be read twice. Raises UserError if an expert cannot be read.
+        The views are valid until the next expert is requested. Reading ahead never evicts an expert that is still to be
+        yielded, which would then be read twice. Raises UserError if an expert cannot be read.
         """
         present, missing = self._count(block, indices)
         for expert in present:
@@ -115,7 +115,7 @@ class ExpertCache:
             needed.discard(key)
 
     def _require_finite(self, key: Key, gate_up: torch.Tensor, down: torch.Tensor) -> None:
-        """Raise UserError that names an expert with a NaN or an infinite value; looks once at each."""
+        """Raise UserError naming an expert with a NaN or infinite value; checks each expert once."""
         if key in self._finite:
             return
         places = self.parts[key[0]](key[1])
@@ -125,14 +125,14 @@ class ExpertCache:
         self._finite.add(key)
 
     def _count(self, block: int, indices: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Count a request; return its experts in memory and its missing ones."""
+        """Count a request; return its experts in memory and its missing experts."""
         present = [expert for expert in indices if (block, expert) in self._cached]
         missing = [expert for expert in indices if (block, expert) not in self._cached]
         self.hits, self.misses = self.hits + len(present), self.misses + len(missing)
         return present, missing
 
     def _request(self, key: Key, needed: Collection[Key]) -> ExpertSlot:
-        """Start reading an expert into a free slot, or into that of an evicted expert."""
+        """Start reading an expert into a free slot, or into the slot of an evicted expert; return the slot."""
         slot = self._free.pop() if self._free else self._cached.pop(self._victim(key[0], needed))
         if slot.filled is not None:
             wait([slot.filled])
@@ -141,9 +141,9 @@ class ExpertCache:
         return slot
 
     def _victim(self, block: int, needed: Collection[Key]) -> Key:
-        """Return the expert to evict: the least recently used one, none of `needed`, of a block above its even share.
+        """Return the expert to evict: the least recently used one outside `needed`, of a block above its even share.
 
-        Blocks run in turn, so that plain least-recently-used would always evict what is needed next.
+        Blocks run in turn, so a plain least-recently-used policy would always evict what is needed next.
         """
         share = len(self._cached) / len(self.parts)
         counts = Counter(cached_block for cached_block, _ in self._cached)
@@ -177,9 +177,9 @@ class ExpertCache:
 
 
 class MappedExperts(ExpertCache):
-    """As `ExpertCache`, but experts are used in the pages of the mapped file: at most `slots` of them are present.
+    """An expert cache that uses experts directly in the pages of the mapped file, with at most `slots` experts present.
 
-    For experts whose gate and up are one tensor in the file.
+    Requires gate and up of an expert to be one tensor in the file.
     """
 
     def __init__(self, pages: FilePages, parts: Places, slots: int):
@@ -190,14 +190,14 @@ class MappedExperts(ExpertCache):
 
     @property
     def private_bytes(self) -> int:
-        """None: experts are used in the page cache."""
+        """0, since experts are used in the page cache."""
         return 0
 
     def experts(self, block: int, indices: Sequence[int]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Yield (expert, gate_up [2I, H], down [H, I]) for the experts `indices` of a block, those present first.
 
-        As many of the missing ones as may be present are expected at a time: where memory is short, more would push
-        each other out of the page cache before they are used.
+        At most `slots` missing experts are read ahead at a time; with scarce memory, more would evict each other from
+        the page cache before they are used.
         """
         present, missing = self._count(block, indices)
         for expert in missing[: self.slots]:
@@ -249,7 +249,7 @@ def expert_bytes(parts: Places) -> int:
 
 
 def require_equal(parts: Places, folder: Path | str) -> None:
-    """Raise NotApplicable where the experts of two blocks differ in shape: they take turns in slots of one size."""
+    """Raise NotApplicable if experts of different blocks differ in shape, since all slots have the same size."""
     shapes = {block: [place.shape for place in of_expert(0)] for block, of_expert in parts.items()}
     first = next(iter(shapes), None)
     for block, shape in shapes.items():
@@ -268,7 +268,7 @@ def attach(module: Any, cache: ExpertCache, block: int) -> None:
 def streamed_experts(
     module: Any, hidden_TH: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor
 ) -> torch.Tensor:
-    """Return Σ_k weight · expert(hidden) [T, H]; the experts interface calls this."""
+    """Return Σ_k weight · expert(hidden), [T, H]; called by transformers' experts interface."""
     output_TH = torch.zeros_like(hidden_TH)
     indices = index_TK.unique().tolist()
     for expert, gate_up_JH, down_HI in module.expert_cache.experts(module.expert_block, indices):

@@ -1,5 +1,5 @@
-"""A checkpoint that need not fit into memory, of which one block is in memory at a time: read from the source, or from
-a shard where it has been changed, and written to one. Embeddings, head, norms and a vision tower stay in memory.
+"""A checkpoint that need not fit into memory: one block is in memory at a time, read from the source or, once changed,
+from its shard. Changed blocks are written to shards. Embeddings, head, norms and a vision tower stay in memory.
 
 `lib.models.offload.rewriting` changes all blocks in turn. Knows nothing of what is changed.
 """
@@ -26,15 +26,16 @@ from lib.models.structure.anatomy import anatomy
 from lib.models.structure.replacements import factored, sparse
 from lib.models.structure.surgery import synchronise
 
-REST = "model-rest.safetensors"  # what is no decoder block
-BEHIND = ("*.json", "*.jinja", "*.txt", "*.model")  # files of tokenizers and processors that the target takes over
-ABOUT = "rewriting.json"  # what the shards of an unfinished run were made by
+REST = "model-rest.safetensors"  # the weights outside the decoder blocks
+BEHIND = ("*.json", "*.jinja", "*.txt", "*.model")  # files of tokenizers and processors that are copied to the target
+ABOUT = "rewriting.json"  # identifies the run that wrote the shards
 
 
 class FileBlocks:
-    """A model in a folder of which one block is in memory at a time: the `BlockStore` of a walk.
+    """The model of a folder with one block in memory at a time; the `BlockStore` of a walk.
 
-    `shards`: the folder that changed blocks are written to; without one nothing is written.
+    `shards`: the folder to which changed blocks are written; without it nothing is written. Raises UserError for a
+    checkpoint with factored or sparse matrices.
     """
 
     def __init__(self, source: Path | str, shards: Path | None = None, device: str = "cpu"):
@@ -43,7 +44,7 @@ class FileBlocks:
             content = json.loads((self.source / MANIFEST).read_text(encoding="utf-8"))
             if content.get("factors") or content.get("sparse"):
                 raise UserError(f"{source}: holds factored or sparse matrices; give the dense checkpoint")
-        parts = layout(self.source, False, device)  # not kept: its units hold modules that a change replaces
+        parts = layout(self.source, False, device)  # not stored, since its units refer to modules that may be replaced
         self.model, self.file, self._experts = parts.model, parts.file, parts.experts
         layers = anatomy(self.model).decoder.layers
         names = {id(module): name for name, module in self.model.named_modules()}
@@ -59,7 +60,7 @@ class FileBlocks:
         return self.file.tensor(self.file.places[name]).to(self.device)
 
     def _load_rest(self) -> None:
-        """Read everything that is no decoder block, and the stored buffers of the blocks."""
+        """Read all weights outside the decoder blocks, and all stored buffers."""
         shared: dict[int, nn.Parameter] = {}
         for module_name, module in self.model.named_modules():
             for leaf, old in module._parameters.items():
@@ -86,7 +87,7 @@ class FileBlocks:
     # --- a block in memory -------------------------------------------------------------------------------------------
 
     def load(self, index: int) -> None:
-        """Read a block: from its shard where it is done already, else from the source."""
+        """Read a block into memory: from its shard if it is complete, else from the source."""
         if self.done(index):
             self._restore(index)
             return
@@ -99,7 +100,7 @@ class FileBlocks:
                     owner._parameters[leaf] = nn.Parameter(weight.to(old.dtype), requires_grad=False)
 
     def _stack(self, index: int, leaf: str, name: str) -> torch.Tensor:
-        """Return a stack of experts that are stored one by one."""
+        """Return a stack of experts whose matrices are stored individually."""
         if index not in self._experts:
             raise UserError(f"{self.source}: the checkpoint lacks {name}")
         experts = anatomy(self.model).blocks[index].feed_forward.experts
@@ -112,7 +113,7 @@ class FileBlocks:
         return torch.stack(slices).to(self.device)
 
     def release(self, index: int) -> None:
-        """Write a block to its shard, unless it is there, and take its weights out of memory."""
+        """Write a block to its shard, unless that is complete, and free its weights."""
         if self.shards is not None and not self.done(index):
             self._write(index)
         for owner in self._module(index).modules():
@@ -131,22 +132,22 @@ class FileBlocks:
         return self.shards / f"model-{index:05d}.safetensors", self.shards / f"block-{index:05d}.json"
 
     def done(self, index: int) -> bool:
-        """Return whether the shard of a block is complete: its description is written last."""
+        """Return whether the shard of a block is complete, that is, has its description, which is written last."""
         return self.shards is not None and self._paths(index)[1].is_file()
 
     def _write(self, index: int) -> None:
         shard, description = self._paths(index)
-        prefix, every = self.prefixes[index], manifest.describe(self.model)
-        entry: dict[str, Any] = {"block": every["blocks"][index]}
+        prefix, described = self.prefixes[index], manifest.describe(self.model)
+        entry: dict[str, Any] = {"block": described["blocks"][index]}
         for section in ("factors", "sparse"):
-            own = {name: value for name, value in every.get(section, {}).items() if name.startswith(f"{prefix}.")}
+            own = {name: value for name, value in described.get(section, {}).items() if name.startswith(f"{prefix}.")}
             entry |= {section: own}
         tensors = {f"{prefix}.{name}": tensor for name, tensor in self._module(index).state_dict().items()}
         weight_file.write(shard, tensors)
         with closing(_Shard(shard)) as written:
             for name, tensor in tensors.items():
                 if not torch.equal(written.read(name), tensor.cpu()):
-                    raise UserError(f"{shard}: {name} reads otherwise than it was written; check the disk")
+                    raise UserError(f"{shard}: {name} differs from what was written; check the disk")
         write_atomically(description, json.dumps(entry))
 
     def _restore(self, index: int) -> None:
@@ -168,7 +169,7 @@ class FileBlocks:
         synchronise(self.model)
 
     def finish(self, target: Path) -> Path:
-        """Write what is no decoder block, index, configuration and manifest; move everything to `target`."""
+        """Write the remaining weights, index, configuration and manifest; move the folder to `target` and return it."""
         assert self.shards is not None
         synchronise(self.model)
         tied = dict(self.model.named_parameters(remove_duplicate=False)).keys() - dict(self.model.named_parameters())
@@ -197,7 +198,7 @@ class FileBlocks:
             merged = {name: value for entry in entries for name, value in entry[section].items()}
             sections |= {section: merged} if merged else {}
         write_atomically(self.shards / MANIFEST, json.dumps(sections, indent=1) + "\n")
-        self.shards.rename(target)  # before anything that an unfinished run resumes by is taken away
+        self.shards.rename(target)  # before the files from which an unfinished run resumes are removed
         for leftover in (*target.glob("block-*.json"), target / ABOUT):
             leftover.unlink()
         return target

@@ -1,8 +1,8 @@
-"""A model without weights and their places in the files: its units, what always stays in memory, its experts.
+"""A model without weights, and the places of its weights in the files: by unit, expert, or as a fixed part of memory.
 
-The architecture is built of empty parameters, which have shape and dtype but a single NaN as storage. A unit is what is
-needed at once: a decoder block, a block of a vision tower, some rows of the head. Knows which tensor of a checkpoint
-belongs to which unit; reads none of them.
+The architecture is built of empty parameters, which have shape and dtype but a single NaN as storage. A unit is the set
+of weights needed at once: a decoder block, a block of a vision tower, some rows of the head. Knows which tensor of a
+checkpoint belongs to which unit, but reads none.
 """
 
 import functools
@@ -31,14 +31,14 @@ from lib.models.structure.anatomy import Anatomy, Experts, anatomy
 from lib.models.structure.replacements import factored, no_op
 from lib.models.structure.surgery import synchronise
 
-SINGLE = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")  # matrices of an expert that is stored alone
-HEAD_BYTES = 2**25  # rows of the head are read in pieces of about this size, or of the largest block's if smaller
+SINGLE = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")  # matrices of an individually stored expert
+HEAD_BYTES = 2**25  # size of the pieces of the head, unless the largest block is smaller
 
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of a unit: its place, the module whose parameter it becomes (None for rows of the head), the name of
-    the parameter there, and the empty parameter that replaces it while it is not in memory.
+    """One tensor of a unit: its place, the module that owns the parameter (None for rows of the head), the parameter's
+    name in that module, and the empty parameter that replaces it while it is not in memory.
     """
 
     place: TensorPlace
@@ -49,8 +49,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Layout:
-    """A model without weights and their places: `units`, `fixed` (what always stays in memory, name → bytes), `experts`
-    (see `expert_cache.Places`), `expert_size` (number of experts, bytes of one), `embeddings`, and `total` bytes.
+    """A model without weights, and their places: `units`, `fixed` (tensors that always stay in memory, name → bytes),
+    `experts` (see `expert_cache.Places`), `expert_size` (number of experts, bytes of one), `embeddings`, `total` bytes.
     """
 
     model: nn.Module
@@ -65,7 +65,7 @@ class Layout:
 
 
 def layout(folder: Path, drop: bool, device: str) -> Layout:
-    """Return the layout of a checkpoint folder. Raises UserError for a damaged one or a missing tensor."""
+    """Return the layout of a checkpoint folder. Raises UserError if it is damaged or lacks a tensor."""
     file = WeightFile(folder, drop=drop)
     model = _skeleton(folder, file, device)
     view = anatomy(model)
@@ -88,7 +88,7 @@ def unit_bytes(units: Mapping[str, list[Part]]) -> dict[str, int]:
 
 
 def _skeleton(folder: Path, file: WeightFile, device: str) -> nn.Module:
-    """Build the architecture with an empty parameter for every tensor, in the stored shape and the dtype of most."""
+    """Return the model built with empty parameters, in the stored shapes and the dtype in which most are stored."""
     configuration = tying.settle(AutoConfig.from_pretrained(folder), folder)
     with init_empty_weights(include_buffers=False):
         built = architecture.auto_class(configuration).from_config(configuration)
@@ -119,7 +119,7 @@ def _skeleton(folder: Path, file: WeightFile, device: str) -> nn.Module:
 
 
 def _as_named(model: Any, places: Mapping[str, TensorPlace]) -> dict[str, TensorPlace]:
-    """Return the places by the names that the tensors have in the model, as transformers renames them in loading."""
+    """Return the places by the tensors' names in the model, renamed as transformers does while loading."""
     known = model.state_dict()
     renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
     renamed = {
@@ -131,8 +131,8 @@ def _as_named(model: Any, places: Mapping[str, TensorPlace]) -> dict[str, Tensor
 
 
 def _under_first_names(model: nn.Module, places: Mapping[str, TensorPlace]) -> dict[str, TensorPlace]:
-    """Return the places, those of tied tensors also under the name by which the model lists them: of embeddings and
-    head either may be stored.
+    """Return the places, with tied tensors also under the name by which the model lists them, since files may store
+    either the embeddings or the head.
     """
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -142,7 +142,7 @@ def _under_first_names(model: nn.Module, places: Mapping[str, TensorPlace]) -> d
 
 
 def _usual_dtype(places: Iterable[TensorPlace]) -> torch.dtype:
-    """Return the dtype in which most numbers are stored: of a tuned model, norms or embeddings may have another one."""
+    """Return the dtype of most stored elements; in a fine-tuned model, norms or embeddings may have another dtype."""
     counts: Counter[torch.dtype] = Counter()
     for place in places:
         counts[place.dtype] += math.prod(place.shape) if place.dtype.is_floating_point else 0
@@ -152,7 +152,7 @@ def _usual_dtype(places: Iterable[TensorPlace]) -> torch.dtype:
 def _experts(
     view: Anatomy, names: Mapping[int, str], file: WeightFile
 ) -> dict[int, Callable[[int], list[TensorPlace]]]:
-    """Return for each block with routed experts a function from an expert to its places: in a stack, or by itself."""
+    """Return for each block with routed experts a function from an expert's index to its places, stacked or not."""
     by_block: dict[int, Callable[[int], list[TensorPlace]]] = {}
     for block in view.blocks:
         experts = block.feed_forward.experts
@@ -214,8 +214,8 @@ def _experts_of(view: Anatomy, block: int) -> Experts:
 def unit_modules(view: Anatomy) -> dict[str, nn.Module]:
     """Return the modules that are units, by name, in order of use.
 
-    First the parts of the vision tower that have matrices (the members of its lists one by one), then the decoder
-    blocks.
+    First come the parts of the vision tower that have matrices (with each member of its lists as a unit), then the
+    decoder blocks.
     """
     modules: dict[str, nn.Module] = {}
     for name, child in view.vision.named_children() if view.vision is not None else ():
@@ -233,7 +233,7 @@ def _fixed(
     experts: expert_cache.Places,
     file: WeightFile,
 ) -> dict[str, int]:
-    """Return the bytes of everything that always stays in memory: norms, small parts of a vision tower, buffers."""
+    """Return name → bytes of all tensors that always stay in memory: norms, small parts of a vision tower, buffers."""
     elsewhere = {id(part.empty) for parts in units.values() for part in parts}
     elsewhere |= {id(parameter) for index in experts for parameter in _experts_of(view, index).module.parameters()}
     elsewhere |= {id(view.embeddings.weight), id(view.head.weight)}

@@ -1,14 +1,14 @@
-"""Weights used directly in the page cache: pages of a mapped file are made present, used, and released.
+"""Uses weights directly in the page cache: pages of a mapped file are made present, used, and released.
 
 Reading copies every byte from the page cache into private memory, at half the bandwidth that computing needs. A mapping
-shows the same pages without a copy; `hold` makes the pages of some places present at once (MADV_POPULATE_READ, Linux
-5.14), from the disk if the page cache lacks them, and `release` unmaps them again, so that the resident memory of the
-process is what is held and no more. The system decides what stays in the page cache, as with reading. What is expected
-or held is read, and nothing around it (MADV_RANDOM): where memory is short, pages beyond the end of a unit would push
-out those of the next one, which would then be read twice.
+exposes the same pages without a copy. `hold` makes the pages of some places present at once (MADV_POPULATE_READ, Linux
+5.14), from the disk if the page cache lacks them, and `release` unmaps them again, so that the process's resident
+memory contains only what is held. The system decides what stays in the page cache, as with reading. Only expected or
+held pages are read, and none around them (MADV_RANDOM): with scarce memory, pages beyond the end of a unit would evict
+those of the next unit, which would then be read twice.
 
-`hold` raises UserError for a file that has become too short. A file truncated between `hold` and use, the time of one
-unit's computation, ends the process (SIGBUS). Knows nothing of models.
+`hold` raises UserError for a file that has become too short. A file truncated between `hold` and use, while one unit
+computes, ends the process (SIGBUS). Knows nothing of models.
 """
 
 import ctypes
@@ -47,7 +47,7 @@ class Span(NamedTuple):
 
 
 def spans(places: Sequence[TensorPlace]) -> tuple[Span, ...]:
-    """Return the spans of these places, neighbours merged: a system call costs as much as a small tensor."""
+    """Return the spans of `places` with neighbours merged, since a system call costs as much as a small tensor."""
     merged: list[Span] = []
     for place in sorted(places, key=lambda place: (str(place.file), place.offset)):
         end = place.offset + place.nbytes
@@ -59,9 +59,9 @@ def spans(places: Sequence[TensorPlace]) -> tuple[Span, ...]:
 
 
 class FilePages:
-    """The mapped files of an open `WeightFile`, which counts and logs what is held.
+    """The mapped files of an open `WeightFile`, which counts and logs the bytes held.
 
-    With `read_around` the system may read what lies around a page that is touched, as it does by default.
+    With `read_around`, the system may also read pages around an accessed page, as it does by default.
     """
 
     def __init__(self, file: WeightFile, *, read_around: bool = False):
@@ -71,14 +71,14 @@ class FilePages:
         self._bytes: dict[Path, torch.Tensor] = {}
         for path in sorted({place.file for place in file.places.values()}):
             with path.open("rb") as opened:
-                # A private mapping, never written to: tensors over one that forbids writing are warned about.
+                # A private mapping, never written to: torch warns about tensors over read-only memory.
                 self._maps[path] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
             if not read_around:
                 self._maps[path].madvise(mmap.MADV_RANDOM)
             self._bytes[path] = torch.frombuffer(self._maps[path], dtype=torch.uint8)
 
     def view(self, place: TensorPlace) -> torch.Tensor:
-        """Return the tensor at a place; valid only while the place is held."""
+        """Return the tensor at a place, valid only while the place is held. Raises UserError if it is misaligned."""
         raw = self._bytes[place.file][place.offset : place.offset + place.nbytes]
         if place.offset % place.dtype.itemsize:
             raise UserError(
@@ -87,13 +87,13 @@ class FilePages:
         return raw.view(place.dtype).view(place.shape)
 
     def hold(self, spans: tuple[Span, ...]) -> None:
-        """Make the pages of these spans present. Raises UserError if a file ends early or cannot be read."""
-        if spans not in self._expected:  # page by page they would be read slowly
+        """Make the pages of `spans` present. Raises UserError if a file ends early or cannot be read."""
+        if spans not in self._expected:  # otherwise the pages would be read one by one, which is slow
             self.expect(spans)
         self._expected.discard(spans)
         for span in spans:
             size = self.file.size(span.file)
-            if span.end > size:  # the last page of a file is present, with zeros after its end
+            if span.end > size:  # within the last page, which it fills with zeros, the system reports no error
                 raise UserError(
                     f"{span.file}: truncated while it was being streamed: it ends at byte {size}, {span.end - size} "
                     "bytes early; copy it again"
@@ -103,18 +103,18 @@ class FilePages:
         self.file.count(sum(span.end - span.first for span in spans), lambda: self._again(spans))
 
     def expect(self, spans: tuple[Span, ...]) -> None:
-        """Tell the system that these spans are needed soon, so that it reads missing pages ahead."""
+        """Announce to the system that `spans` are needed soon, so that it reads missing pages ahead."""
         for span in spans:
             self._advise(span.file, span.first // PAGE * PAGE, span.end, WILLNEED)
         self._expected.add(spans)
 
     def release(self, spans: Sequence[Span]) -> None:
-        """Remove these spans from the memory of the process; pages shared with neighbours stay."""
+        """Remove `spans` from the memory of the process; pages shared with neighbours stay."""
         for span in spans:
             self._advise(span.file, -(-span.first // PAGE) * PAGE, span.end // PAGE * PAGE, DONTNEED)
 
     def _advise(self, file: Path, first: int, end: int, advice: int) -> int:
-        """Return 0 or the error number. Other threads run meanwhile."""
+        """Call madvise on a range of a file; return 0 or the error number. Other threads can run meanwhile."""
         if end <= first:
             return 0
         address = ctypes.c_void_p(self._bytes[file].data_ptr() + first)

@@ -1,9 +1,9 @@
-"""Plans what of a model stays in memory under an allowance and what is read for every token: bytes only, no tensors.
+"""Plans, from byte counts, which weights stay in memory under an allowance and which are read for every token.
 
-A unit is what is needed at once: a decoder block, a block of a vision tower, some rows of the head. All units are used
-once per token, so each resident byte saves reading one byte per token, whichever unit it belongs to; a cached expert
-saves reading only when it is routed to, so experts come last. Two slots of the size of the largest streamed unit are
-the double buffer. Knows nothing of files or of torch.
+A unit is the set of weights needed at once: a decoder block, a block of a vision tower, some rows of the head. All
+units are used once per token, so each resident byte saves reading one byte per token, whichever unit it belongs to. A
+cached expert saves reading only when tokens are routed to it, so experts come last. Two slots of the size of the
+largest streamed unit are the double buffer. Knows nothing of files, tensors or torch.
 """
 
 import math
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from lib.errors import NotApplicable
 
-LEAST_EXPERTS = 2  # one that computes, one that is being read
+LEAST_EXPERTS = 2  # one computes while one is read
 SLOTS = 2
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What stays in memory under an allowance, in bytes. `resident` and `streamed` name units in order of use."""
+    """What stays in memory under an allowance, in bytes. `resident` and `streamed`: names of units, in order of use."""
 
     allowance_bytes: int
     total_bytes: int
@@ -33,7 +33,7 @@ class Plan:
 
     @property
     def in_memory_bytes(self) -> int:
-        """The most bytes of weights in memory: fixed parts, resident units, the double buffer, the cache of experts."""
+        """The maximum bytes of weights in memory: fixed parts, resident units, double buffer, cache of experts."""
         slots = SLOTS * self.slot_bytes if self.streamed else 0
         return self.fixed_bytes + self.resident_bytes + slots + self.expert_slots * self.expert_bytes
 
@@ -41,8 +41,8 @@ class Plan:
 def plan(units: Mapping[str, int], fixed: int, experts: tuple[int, int], total: int, allowance: int) -> Plan:
     """Return the plan that streams the fewest bytes within `allowance` bytes.
 
-    `units`: name → bytes in order of use; `fixed`: bytes that always stay; `experts`: how many, and bytes of one;
-    `total`: bytes of the whole model. Raises NotApplicable, naming the smallest allowance, if this one is too small.
+    `units`: name → bytes in order of use; `fixed`: bytes that always stay; `experts`: number, and bytes of one;
+    `total`: bytes of the whole model. Raises NotApplicable, naming the smallest allowance, if `allowance` is too small.
     """
     count, expert = experts
     reserve = fixed + min(LEAST_EXPERTS, count) * expert
@@ -73,14 +73,14 @@ def plan(units: Mapping[str, int], fixed: int, experts: tuple[int, int], total: 
 
 
 def smallest(units: Mapping[str, int], fixed: int, experts: tuple[int, int]) -> int:
-    """Return the smallest allowance, in bytes, that has a plan."""
+    """Return the smallest allowance in bytes for which there is a plan."""
     count, expert = experts
     descending = sorted(units, key=units.__getitem__, reverse=True)
     return fixed + min(LEAST_EXPERTS, count) * expert + min(_costs(units, descending))
 
 
 def _costs(units: Mapping[str, int], descending: list[str]) -> list[int]:
-    """Return the bytes for keeping the k largest units and streaming the others, for k = 0 … all."""
+    """Return the bytes needed to keep the k largest units and stream the others, for k = 0, 1, … all."""
     costs, resident = [], 0
     for name in descending:
         costs.append(resident + SLOTS * units[name])
@@ -89,7 +89,7 @@ def _costs(units: Mapping[str, int], descending: list[str]) -> list[int]:
 
 
 def _fitting(units: Mapping[str, int], names: list[str], spare: int) -> list[str]:
-    """Return those of `names`, taken largest first, that fit into `spare` bytes together."""
+    """Return the units of `names` (largest first) that fit into `spare` bytes together, chosen greedily."""
     fitting = []
     for name in names:
         if units[name] <= spare:

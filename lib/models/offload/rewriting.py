@@ -1,10 +1,10 @@
 """Changes a checkpoint that need not fit into memory, block by block, from file to file.
 
-`rewrite` walks calibration text through the blocks (`lib.models.calibration.walk`); each is read from the source when
-its turn comes, changed, used to carry the text on, written to a shard of the target, and leaves memory
-(`lib.models.offload.file_blocks`). Shards are written into a folder beside the target, which becomes the target when
-all are there and were read again: an interrupted run leaves no half checkpoint, and the next one resumes after the last
-shard. One run at a time writes into it. Knows nothing of what is changed.
+`rewrite` passes calibration text through the blocks (`lib.models.calibration.walk`). Each block in turn is read from
+the source, changed, run on the text, written to a shard of the target and freed (`lib.models.offload.file_blocks`).
+Shards are written into a folder next to the target, which becomes the target once all shards are complete and were read
+back: an interrupted run leaves no half checkpoint, and the next run resumes after the last shard. Only one run at a
+time writes into the folder. Knows nothing of what is changed.
 """
 
 import hashlib
@@ -38,12 +38,12 @@ def rewrite(
     device: str = "cpu",
     shards: Path | None = None,
 ) -> Path:
-    """Write the checkpoint in `source`, changed, to the new folder `target`; return it.
+    """Write a changed copy of the checkpoint in `source` to the new folder `target`; return `target`.
 
-    `change(model, walk, block)` changes in place the block in front of which the walk stands. `about` says what is
-    changed, as plain JSON: an unfinished run of the same change, on the same text and source, resumes after its last
-    block; a different one is refused. `shards`: the folder of an unfinished run, on the disk of `target` (default:
-    beside it, `.part` behind its name). Raises UserError as `reserved` and `write_into` do.
+    `change(model, walk, block)` changes the current block of the walk in place. `about` describes the change as plain
+    JSON: an unfinished run with the same change, text and source resumes after its last block; a different one is
+    refused. `shards`: the folder of an unfinished run, on the same disk as `target` (default: next to it, with `.part`
+    added to its name). Raises UserError as `reserved` and `write_into` do.
     """
     with reserved(source, target, calibration, about=about, shards=shards) as free:
         return write_into(free, source, target, calibration, change, about=about, device=device)
@@ -59,17 +59,17 @@ def write_into(
     about: dict[str, Any],
     device: str = "cpu",
 ) -> Path:
-    """As `rewrite`, into the folder of shards that the caller has `reserved` for the same arguments.
+    """Do what `rewrite` does, in a folder of shards that the caller has `reserved` for the same arguments.
 
-    Raises UserError for a block that cannot be read, for answers that are not finite, and for a disk that is full.
-    However it ends early, the blocks before are kept, and without one nothing is.
+    Raises UserError for a block that cannot be read, for outputs that are not finite, and for a full disk. After any
+    error, finished blocks are kept; without a finished block the folder is removed.
     """
     source, target = Path(source), Path(target)
-    _begin(shards, _made_by(source, calibration, about))
+    _begin(shards, _run_description(source, calibration, about))
     try:
         with closing(FileBlocks(source, shards, device)) as store:
             _change_blocks(store, calibration, change)
-        del store  # and what it holds in memory
+        del store  # to free its memory
         with closing(FileBlocks(source, shards, device)) as written:
             _require_answers(written, calibration[:1])
             return written.finish(target)
@@ -79,16 +79,16 @@ def write_into(
             shutil.rmtree(shards, ignore_errors=True)
         if not isinstance(error, (UserError, OSError)):
             raise
-        what = str(error) if isinstance(error, UserError) else _not_written(error, shards)
+        message = str(error) if isinstance(error, UserError) else _not_written(error, shards)
         if begun and isinstance(error, _Unusable):
-            what += f"; delete {shards}"
+            message += f"; delete {shards}"
         elif begun:
-            what += f"; {shards} keeps the blocks before it, and the same command resumes there"
-        raise UserError(what) from None
+            message += f"; {shards} keeps the blocks before it, and the same command resumes there"
+        raise UserError(message) from None
 
 
 class _Unusable(UserError):
-    """What was written is of no use, so that resuming would end in the same way."""
+    """The written blocks cannot be used, and resuming would end the same way."""
 
 
 @contextmanager
@@ -100,11 +100,11 @@ def reserved(
     about: dict[str, Any],
     shards: Path | None = None,
 ) -> Iterator[Path]:
-    """Yield the folder of shards of a `rewrite` with these arguments, held against other processes inside the block:
-    for callers with long work ahead of it.
+    """Yield the folder of shards of a `rewrite` with these arguments, locked against other processes while the context
+    is open; for callers that work for a long time before they write.
 
-    Raises UserError where another run holds it, for an existing target, shards on another disk, and a folder that holds
-    another unfinished run. The lock's file lies beside the folder as long as that is there.
+    Raises UserError if another run holds the lock, for an existing target, for shards on another disk, and for a folder
+    with another unfinished run. The lock file lies next to the folder as long as the folder exists.
     """
     target = Path(target)
     shards = Path(shards) if shards else target.with_name(f"{target.name}.part")
@@ -123,9 +123,9 @@ def reserved(
             yield shards
         finally:
             if not shards.exists():
-                for left in (lock, lock.with_name(f"{lock.name}.holder")):
-                    with suppress(OSError):  # where a file that is open cannot be removed it stays
-                        left.unlink(missing_ok=True)
+                for leftover in (lock, lock.with_name(f"{lock.name}.holder")):
+                    with suppress(OSError):  # some systems cannot remove open files
+                        leftover.unlink(missing_ok=True)
 
 
 def _require_free(
@@ -137,13 +137,13 @@ def _require_free(
         raise UserError(f"{shards}: lies on another disk than {target}; name a folder on the same one")
     if shards.is_dir() and any(shards.iterdir()):
         about_path = shards / ABOUT
-        expected = _made_by(source, calibration, about)
+        expected = _run_description(source, calibration, about)
         if not about_path.is_file() or about_path.read_text(encoding="utf-8") != expected:
             raise UserError(f"{shards}: holds an unfinished run of something else; delete it")
 
 
 def _disk(path: Path) -> int:
-    """Return the number of the disk on which a path lies, or would lie."""
+    """Return the device number of the disk of a path, which need not exist."""
     return next(folder for folder in (path, *path.absolute().parents) if folder.exists()).stat().st_dev
 
 
@@ -158,19 +158,19 @@ def _change_blocks(store: FileBlocks, calibration: Sequence[dict[str, torch.Tens
             change(store.model, walk, block)
 
 
-def _begin(shards: Path, made_by: str) -> None:
-    """Make the folder of shards, or resume in it."""
+def _begin(shards: Path, description: str) -> None:
+    """Create the folder of shards if necessary, and write the description of the run into it."""
     try:
         shards.mkdir(parents=True, exist_ok=True)
-        write_atomically(shards / ABOUT, made_by)
+        write_atomically(shards / ABOUT, description)
     except OSError as error:
         raise UserError(_not_written(error, shards)) from None
 
 
-def _made_by(source: Path, calibration: Sequence[dict[str, torch.Tensor]], about: dict[str, Any]) -> str:
-    """Return as JSON what tells one run from another."""
-    made_by = {"about": about, "text": _digest(calibration), "source": _identity(source)}
-    return json.dumps(made_by, sort_keys=True)
+def _run_description(source: Path, calibration: Sequence[dict[str, torch.Tensor]], about: dict[str, Any]) -> str:
+    """Return the JSON that identifies a run."""
+    description = {"about": about, "text": _digest(calibration), "source": _identity(source)}
+    return json.dumps(description, sort_keys=True)
 
 
 def _digest(calibration: Sequence[dict[str, torch.Tensor]]) -> str:
@@ -184,13 +184,13 @@ def _digest(calibration: Sequence[dict[str, torch.Tensor]]) -> str:
 
 
 def _identity(source: Path) -> list[list[Any]]:
-    """Return what tells one state of a checkpoint from another: its path, and size and time of every weight file."""
+    """Return what identifies a state of a checkpoint: path, size and modification time of every weight file."""
     files = sorted(weight_files(source.resolve()))
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def _require_answers(written: FileBlocks, text: Sequence[dict[str, torch.Tensor]]) -> None:
-    """Raise UserError unless the blocks that were written, read again one by one, give finite states."""
+    """Raise UserError unless the written blocks, read back one by one, give finite outputs on `text`."""
     walk = Walk(written.model, text, store=written)
     last = len(written.prefixes) - 1
     try:

@@ -1,7 +1,7 @@
-"""A model larger than its memory allowance: its blocks are filled from a file just before they run, and read ahead.
+"""Runs a model larger than its memory allowance: blocks are read from files just before they run, and read ahead.
 
 `open_streamed` builds the architecture without weights (`lib.models.offload.layout`) and attaches a streamer of its
-units (`lib.models.offload.unit_streamer`). Embeddings are read row by row, experts by
+units (`lib.models.offload.unit_streamer`). Embeddings are read row by row, experts through
 `lib.models.offload.expert_cache`; `lib.models.offload.residency` decides what stays in memory. Knows nothing of
 measuring.
 
@@ -36,14 +36,14 @@ def open_streamed(
     page_cache: str = "keep",
     device: str = "cpu",
 ) -> nn.Module:
-    """Open a checkpoint folder so that at most `allowance_bytes` of its weights are in memory at a time.
+    """Return the model of a checkpoint folder with at most `allowance_bytes` of its weights in memory at a time.
 
     `allowance_bytes` defaults to the share `memory_ratio` of all weights. `page_cache`: "keep", weights are used
     directly in the page cache (on a CPU, if the system supports it: `lib.models.offload.mapped_pages`); "copy", they
-    are copied from there; "drop", every read comes from the disk. Weights have the dtype in which most are stored, and
-    are looked through when they are read for the first time: NaN or an infinite value is a UserError that names them.
-    `streamer(model)` has counts and the plan. Raises UserError for an allowance below the smallest possible one, which
-    it names, and for a damaged checkpoint.
+    are copied from there; "drop", every read comes from the disk. Weights have the dtype in which most are stored.
+    Weights are checked at their first read, and NaN or infinite values raise a UserError that names them.
+    `streamer(model)` has counts and the plan. Raises NotApplicable for an allowance that is too small, naming the
+    smallest possible one, and UserError for a damaged checkpoint.
     """
     if page_cache not in PAGE_CACHE:
         raise UserError(f'page_cache "{page_cache}"; expected one of {", ".join(PAGE_CACHE)}')
@@ -67,7 +67,7 @@ def open_streamed(
 
 
 def smallest(folder: Path | str) -> tuple[int, int]:
-    """Return the smallest allowance for the checkpoint in `folder`, and the size of all its weights, both in bytes."""
+    """Return (smallest allowance, size of all weights) for the checkpoint in `folder`, in bytes."""
     parts = layout(Path(folder), False, "cpu")
     parts.file.close()
     expert_cache.require_equal(parts.experts, folder)
@@ -75,12 +75,12 @@ def smallest(folder: Path | str) -> tuple[int, int]:
 
 
 def streamer(model: nn.Module) -> Streamer | None:
-    """Return the streamer of the weights of `model`, or None if they are in memory."""
+    """Return the streamer of the weights of `model`, or None if all weights are in memory."""
     return getattr(getattr(model, "lm_head", None), "streamer", None)
 
 
 class StreamedHead(nn.Module):
-    """A head whose rows are streamed in pieces: logits [..., V] of hidden [..., H], one product per piece."""
+    """A head whose rows are streamed in pieces, with one product per piece: hidden [..., H] to logits [..., V]."""
 
     def __init__(self, weight: torch.Tensor, streamer: Streamer, pieces: list[tuple[str, int, int]]):
         super().__init__()
@@ -98,7 +98,7 @@ class StreamedHead(nn.Module):
 
 
 class StreamedEmbedding(nn.Module):
-    """Embeddings read row by row: ids [B, T] to vectors [B, T, H]; each distinct row is read once.
+    """Embeddings read row by row: ids [B, T] to vectors [B, T, H]. Each distinct row is read once per call.
 
     The rows pass through the architecture's own module, which may scale them (Gemma).
     """
@@ -107,16 +107,16 @@ class StreamedEmbedding(nn.Module):
         super().__init__()
         self.weight, self.file, self.place = stock.weight, file, place
         self.num_embeddings, self.embedding_dim = stock.weight.shape
-        stock.padding_idx = None  # matters to gradients alone, and counts rows that are not in memory
-        self._stock = [stock]  # not a part: its weight is this module's
-        self._seen: set[int] = set()  # rows that were looked through
+        stock.padding_idx = None  # affects only gradients, and its index may be beyond the rows in memory
+        self._stock = [stock]  # in a list, so that it is no submodule: its weight is that of this module
+        self._seen: set[int] = set()  # rows already checked for finite values
 
     def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
         rows, where_BT = ids_BT.unique(return_inverse=True)
         row, indices = self.place.nbytes // self.place.shape[0], rows.tolist()
         if wrong := [index for index in indices if not 0 <= index < self.num_embeddings]:
             raise UserError(
-                f"{self.file.folder}: token id {wrong[0]} is none of the {self.num_embeddings} rows of the embeddings; "
+                f"{self.file.folder}: token id {wrong[0]} is outside the {self.num_embeddings} rows of the embeddings; "
                 "give ids of this model's own tokenizer"
             )
         memory = buffer(row * len(indices))
@@ -136,7 +136,7 @@ class StreamedEmbedding(nn.Module):
 
 
 def _load(model: nn.Module, name: str, file: WeightFile, device: str) -> None:
-    """Read one tensor that always stays in memory."""
+    """Read the tensor `name`, which always stays in memory, into the model."""
     place = file.places[name]
     memory = buffer(place.nbytes)
     file.read([(place, memory)])
@@ -150,7 +150,7 @@ def _load(model: nn.Module, name: str, file: WeightFile, device: str) -> None:
 
 
 def _attach_experts(parts: Layout, pages: FilePages | None, slots: int, device: str) -> ExpertCache:
-    """Make every block with routed experts take them from one cache; return the cache."""
+    """Make all blocks with routed experts take them from one cache; return the cache."""
     if pages is not None and expert_cache.in_one_piece(parts.experts):
         cache: ExpertCache = MappedExperts(pages, parts.experts, slots)
     else:
@@ -164,7 +164,7 @@ def _attach_experts(parts: Layout, pages: FilePages | None, slots: int, device: 
 
 
 def _attach_units(model: Any, view: Anatomy, unit_streamer: Streamer, embeddings: TensorPlace) -> None:
-    """Register the hooks of the units' modules; replace head and embeddings by streamed ones."""
+    """Register hooks on the modules of the streamed units; replace head and embeddings by streamed ones."""
     for name, module in unit_modules(view).items():
         if name not in unit_streamer.plan.resident:
             module.register_forward_pre_hook(functools.partial(unit_streamer.hook, name))

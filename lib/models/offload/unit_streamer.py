@@ -1,10 +1,10 @@
-"""Weights of one unit at a time: filled from a file just before the unit runs, and read ahead.
+"""Streams the weights of one unit at a time: read from a file just before the unit runs, and read ahead.
 
 Before a unit (a decoder block, a block of a vision tower, some rows of the head) runs, a hook binds views of one of two
-slots to its modules, and a background thread starts reading the next unit into the other slot. Or, without a copy, the
-views are into the mapped file, whose pages are released afterwards. A parameter that is not in memory is NaN, never an
-old value; one that the file holds as NaN is an error when it is read for the first time. Knows nothing of which units
-stay in memory (`lib.models.offload.residency`).
+slots to its modules, and a background thread starts reading the next unit into the other slot. On a CPU, the views may
+instead point into the mapped file without a copy; its pages are released afterwards. A parameter that is not in memory
+is NaN, never an old value. A value that is not finite in the file is an error at its first read. Knows nothing of which
+units stay in memory (`lib.models.offload.residency`).
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ from lib.models.offload.residency import Plan
 
 @dataclass(eq=False)
 class UnitSlot:
-    """Memory for one unit at a time: the unit it holds or is being filled with, and the pending read."""
+    """Memory for one unit: the unit that it holds or receives, and the pending read."""
 
     memory: torch.Tensor
     unit: str | None = None
@@ -34,9 +34,9 @@ class UnitSlot:
 
 
 class Streamer:
-    """Fills units in the order of their requests, and reads ahead in the order of earlier requests.
+    """Reads units on request, and reads ahead in the order of earlier requests.
 
-    `plan`: what stays in memory; `file` counts the bytes read; `experts`: the cache of experts, or None.
+    `plan`: which units stay in memory; `file`: counts the bytes read; `experts`: the cache of experts, or None.
     """
 
     slot_count = residency.SLOTS
@@ -53,7 +53,7 @@ class Streamer:
         self._resident: dict[str, list[nn.Parameter]] = {}
         self._next = dict(zip(plan.streamed, [*plan.streamed[1:], *plan.streamed[:1]]))
         self._last: str | None = None
-        self._finite: set[str] = set()  # units that were looked through
+        self._finite: set[str] = set()  # units already checked for finite values
         sizes = unit_bytes(units)
         for name in plan.resident:
             memory = self._memory(sizes[name])
@@ -76,7 +76,7 @@ class Streamer:
 
     @property
     def private_bytes(self) -> int:
-        """The bytes of weights in memory of this process's own; those that are used in the page cache do not count."""
+        """The bytes of weights in this process's private memory, without those used in the page cache."""
         slots = sum(slot.memory.numel() for slot in self.slots)
         experts = self.experts.private_bytes if self.experts is not None else 0
         return self.plan.fixed_bytes + self.plan.resident_bytes + slots + experts
@@ -110,14 +110,14 @@ class Streamer:
         return views
 
     def _require_finite(self, name: str, weights: list[nn.Parameter]) -> None:
-        """Raise UserError that names a weight of unit `name` with a NaN or an infinite value; looks once."""
+        """Raise UserError naming a weight of unit `name` with a NaN or infinite value; checks each unit once."""
         if name not in self._finite:
             for part, weight in zip(self.units[name], weights):
                 finite.require_read(self.file, part.place, weight)
             self._finite.add(name)
 
     def _fill(self, slot: UnitSlot, name: str) -> None:
-        """Start reading a unit into a slot; the unit that it held loses its weights first."""
+        """Start reading a unit into a slot, after unbinding the weights of the unit in it."""
         if slot.filled is not None:
             wait([slot.filled])
         if slot.unit is not None:
@@ -126,7 +126,7 @@ class Streamer:
         slot.unit, slot.filled = name, self._reader.submit(self._read, name, slot.memory, ready)
 
     def _read(self, name: str, memory: torch.Tensor, ready: torch.cuda.Event | None = None) -> None:
-        """Read a unit into memory; on CUDA through pinned memory and a side stream, once `ready` frees the slot."""
+        """Read a unit into memory; on CUDA through pinned memory and a side stream, after the event `ready`."""
         target = memory if self._staging is None else self._staging
         self.file.read(zip([part.place for part in self.units[name]], _split(self.units[name], target)))
         if self._staging is not None and self._side is not None:
@@ -154,7 +154,7 @@ class Streamer:
         self.weights(name)
 
     def refuse(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        """Raise UserError instead of listing weights that are not in memory."""
+        """Raise UserError instead of returning a state dictionary, whose weights are not in memory."""
         raise UserError(
             f"{self.file.folder}: the weights of this model stream from here and are not in memory; "
             "copy that folder, or load it whole"
@@ -177,7 +177,7 @@ class Streamer:
             self.experts.forget()
 
     def close(self) -> None:
-        """Stop the reading threads and close the file; the model cannot run any more."""
+        """Stop the reading threads and close the file; the model can no longer run."""
         self._reader.shutdown(wait=True, cancel_futures=True)
         if self.experts is not None:
             self.experts.close()
@@ -185,9 +185,9 @@ class Streamer:
 
 
 class MappedStreamer(Streamer):
-    """As `Streamer`, but units are used in the pages of the mapped file, on a CPU, without a copy.
+    """A streamer that uses units directly in the pages of the mapped file, on a CPU, without a copy.
 
-    One unit is held at a time, and the system reads the next one ahead.
+    Holds one unit at a time, while the system reads the next one ahead.
     """
 
     slot_count = 0
@@ -202,7 +202,7 @@ class MappedStreamer(Streamer):
         return nn.Parameter(self.pages.view(place), requires_grad=False)
 
     def weights(self, name: str) -> list[nn.Parameter]:
-        """Return the weights of unit `name`, bound to its modules, and release the unit before it.
+        """Return the weights of unit `name`, bound to its modules, after releasing the previous unit.
 
         They are valid until the next request. Raises UserError if they cannot be read.
         """
@@ -224,7 +224,7 @@ class MappedStreamer(Streamer):
         self.pages.release(self._spans[name])
 
     def forget(self) -> None:
-        """Release the unit that is held, and forget the order of units."""
+        """Release the current unit, and forget the order of units."""
         if self._last is not None:
             self._release(self._last)
         super().forget()
@@ -240,7 +240,7 @@ def _split(parts: list[Part], memory: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _bind(parts: list[Part], weights: list[nn.Parameter]) -> None:
-    """Give the modules of a unit its weights, those that are stored in another dtype than most converted."""
+    """Bind weights to the modules of a unit, converted to the model's dtype if they are stored in another one."""
     for part, weight in zip(parts, weights):
         if part.owner is not None and part.empty is not None:
             same = weight.dtype == part.empty.dtype

@@ -1,9 +1,9 @@
-"""Supervise the attention of a few heads, so that copying is learned in tens of steps instead of many hundreds.
+"""Supervises the attention of a few heads, so that copying is learned in tens of steps instead of many hundreds.
 
-Copying what followed an earlier occurrence of the present token takes two heads in a row (Olsson et al., 2022): one
-attends to the previous token, a later one to the tokens after earlier occurrences of the present one (an induction
-head). Small models discover the pair late and abruptly. While rows repeat one span, the right attention of both is
-known, and its negative log-likelihood is added to the loss. Used in training only.
+Copying the token that followed an earlier occurrence of the current token takes two heads in a row (Olsson et al.,
+2022): one attends to the previous token, a later one (an induction head) to the tokens after earlier occurrences of the
+current token. Small models discover the pair late and abruptly. While rows repeat one span, the correct attention of
+both heads is known, and its negative log-likelihood is added to the loss. Used in training only.
 
 Shapes: B rows, Q heads, T queries, S keys.
 """
@@ -20,18 +20,21 @@ INDUCTION_HEADS = ((2, 0), (3, 2))
 def supervised_forward(
     model: nn.Module, inputs: dict[str, torch.Tensor], spans_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (logits, loss) on rows that repeat spans of spans_B tokens. The loss is the mean negative log-likelihood
-    of the right keys under the attention of the supervised heads, in nats per query."""
+    """Return (logits, loss) on rows that repeat spans of spans_B tokens.
+
+    The loss is the mean negative log-likelihood of the correct keys under the attention of the supervised heads, in
+    nats per query.
+    """
     assert isinstance(model, PreTrainedModel)
     implementation = model.config._attn_implementation
-    model.set_attn_implementation("eager")  # the only one that returns its attention
+    model.set_attn_implementation("eager")  # the only implementation that returns attention weights
     try:
         output = model(**inputs, use_cache=False, output_attentions=True)
     finally:
         model.set_attn_implementation(implementation)
     length = inputs["input_ids"].shape[1]
     distance_TS = torch.arange(length)[:, None] - torch.arange(length)[None, :]
-    behind_BTS = (distance_TS > 0) & ((distance_TS + 1) % spans_B[:, None, None] == 0)
+    correct_BTS = (distance_TS > 0) & ((distance_TS + 1) % spans_B[:, None, None] == 0)
     repeated_BT = torch.arange(length) >= spans_B[:, None]
     blocks = len(output.attentions)
     losses = []
@@ -40,6 +43,6 @@ def supervised_forward(
         losses.append(-(attention_BTS.diagonal(-1, 1, 2) + 1e-6).log().mean())
     for block, head in INDUCTION_HEADS:
         attention_BTS = output.attentions[min(block, blocks - 1)][:, head]
-        behind_BT = (attention_BTS * behind_BTS).sum(-1)
-        losses.append(-(behind_BT + 1e-6).log()[repeated_BT].mean())
+        correct_BT = (attention_BTS * correct_BTS).sum(-1)
+        losses.append(-(correct_BT + 1e-6).log()[repeated_BT].mean())
     return output.logits, torch.stack(losses).mean()

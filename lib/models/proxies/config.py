@@ -1,4 +1,4 @@
-"""How a proxy model is trained: the keys that `proxy.training` of a parameter file may hold."""
+"""The training settings of a proxy model: the keys of `proxy.training` in a parameter file."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -7,7 +7,7 @@ from typing import Any
 from lib.errors import suggest
 
 AT_LEAST_ONE = ("steps", "text_every", "warmup_steps", "threads")
-# Former keys of `proxy.training`, still read, and the present ones.
+# Former key of `proxy.training`, still accepted → current key.
 RENAMED = {
     "tokens": "text_tokens",
     "questions": "prompts",
@@ -22,13 +22,15 @@ RENAMED = {
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How to train. Learning rates hold at 1 until `decay_from` of the steps, then fall to 0 in a straight line."""
+    """Training settings. After the warm-up, learning rates are constant up to the share `decay_from` of the steps, then
+    fall linearly to 0.
+    """
 
     steps: int
     seed: int = 0
-    start_from: str = ""  # the proxy model whose weights are copied; by default none
+    start_from: str = ""  # the proxy model whose weights are copied; none by default
     text_tokens: int = 2048  # of running text per step
-    text_every: int = 1  # steps from one with running text to the next
+    text_every: int = 1  # every how many steps there is running text
     prompts: int = 8  # per step
     muon_rate: float = 0.015
     adam_rate: float = 0.005
@@ -39,16 +41,16 @@ class TrainingConfig:
     repeat_weight: float = 1.0
     attention_weight: float = 2.0
     balance_weight: float = 0.02
-    balance_rate: float = 0.01  # of the router's correction bias, where there is one
-    copy_until: float = 0.22  # share of the steps in which nothing but copying is learned
+    balance_rate: float = 0.01  # of the router's correction bias, if it has one
+    copy_until: float = 0.22  # share of the steps that train only copying
     row_lengths: tuple[tuple[float, int], ...] = ((0.5, 256), (0.65, 512), (0.8, 1024), (1.0, 2048))
-    joined_share: float = 0.0  # of the prompts, those about two excerpts joined
-    teacher_share: float = 0.0  # of the prompts, those about text without a label, answered by the teacher
-    replaced_share: float = 0.0  # at most this share of a prompt's tokens is replaced by random ones
+    joined_share: float = 0.0  # share of the prompts that are about two joined excerpts
+    teacher_share: float = 0.0  # share of the prompts that are about unlabelled text, answered by the teacher
+    replaced_share: float = 0.0  # largest share of a prompt's tokens that is replaced by random tokens
     dropout: float = 0.0  # of the outputs of attention and feed-forward parts
-    average_decay: float = 0.0  # of the moving average of the weights; 0: the last weights are kept
+    average_decay: float = 0.0  # of the moving average of the weights; 0 keeps the last weights
     threads: int = 1
-    refine: dict[str, Any] | None = None  # the second phase: the keys in which it differs from the first
+    refine: dict[str, Any] | None = None  # the keys in which the second phase differs from the first
 
     def rate(self, step: int) -> float:
         """Return the factor on the learning rates at `step`."""
@@ -63,13 +65,14 @@ class TrainingConfig:
 
 
 def present_keys(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a section with its former keys replaced by the present ones."""
+    """Return a section with former keys replaced by the current keys."""
     return {RENAMED.get(key, key): value for key, value in section.items()}
 
 
 def fault(section: Mapping[str, Any], where: str = "section proxy.training") -> str | None:
-    """Return None, or in words which key of `proxy.training` is unknown, missing, or of another type. Those of the
-    second phase are looked at too: it begins minutes or hours after the first.
+    """Return None, or a message on a key of `proxy.training` that is unknown, missing or of a wrong type.
+
+    The keys of the second phase are checked too, since it begins minutes or hours after the first.
     """
     second = where.endswith(".refine")
     kinds = {field.name: field.type for field in fields(TrainingConfig) if not (second and field.name == "refine")}
@@ -84,7 +87,7 @@ def fault(section: Mapping[str, Any], where: str = "section proxy.training") -> 
 
 
 def _expected(key: str, kind: Any, value: Any) -> str | None:
-    """Return None, or in words what the value of a key has to be, and is not."""
+    """Return None if the value of a key is valid, else a phrase for what is expected."""
     if kind is int:
         least = 1 if key in AT_LEAST_ONE else 0
         return None if type(value) is int and value >= least else f"a whole number of at least {least}"

@@ -1,4 +1,4 @@
-"""Score a proxy model on held-out text, for its README and for choosing between training configurations.
+"""Scores a proxy model on held-out text, for its README and for choosing between training configurations.
 
 Shapes: N items or windows, B rows, T tokens, V tokens of a value, C vocabulary, L labels.
 """
@@ -20,7 +20,8 @@ WINDOW = 512  # tokens of a window for the perplexity
 @torch.no_grad()
 def scores(loaded: LoadedModel, limit: int | None = None, prompts: int = RETRIEVAL_PROMPTS) -> dict[str, float]:
     """Return the scores on the split `final`: macro-F1 per task, retrieval by distance, perplexity, and the share of
-    the least used expert."""
+    the least used expert.
+    """
     balance = RouterBalance(anatomy(loaded.model))
     values = classification_scores(loaded, "final", limit)
     windows_NT = tasks.text_windows(loaded, "final", 64, WINDOW)
@@ -52,17 +53,17 @@ def classification_scores(loaded: LoadedModel, split: str, limit: int | None = N
 
 @torch.no_grad()
 def token_losses(loaded: LoadedModel, ids_BT: torch.Tensor) -> torch.Tensor:
-    """Return the cross-entropy of every token after the first of each row, in nats, rows one after the other."""
+    """Return the cross-entropy of every token after the first of each row, in nats, with the rows concatenated."""
     logits_BTC = loaded.model(input_ids=ids_BT, use_cache=False).logits[:, :-1].float()
     return cross_entropy(logits_BTC.flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="none")
 
 
 @torch.no_grad()
 def retrieval_accuracy(loaded: LoadedModel, distance: int, count: int, seed: int = 1) -> float:
-    """Return the share of values reproduced exactly.
+    """Return the share of values that greedy generation reproduces exactly.
 
-    Greedy generation reproduces a value if and only if each of its tokens is the likeliest one after the tokens before
-    it, which one forward pass shows.
+    It reproduces a value if and only if each of its tokens is the most likely one after the tokens before it, which one
+    forward pass shows.
     """
     ids_BT, target_BV = tasks.retrieval_prompts(loaded, distance, count, seed)
     reproduced = 0

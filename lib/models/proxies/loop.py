@@ -1,6 +1,6 @@
-"""One training phase of a proxy model: losses, optimizers, schedule, and a state from which it can be resumed.
+"""One training phase of a proxy model: losses, optimizers, schedule, and a state from which it resumes.
 
-Knows the anatomy of a model and the batches; knows nothing of files other than its own state, or of scores.
+Uses the structure of a model and the batches; knows nothing of scores, or of files except its own state.
 
 Shapes: B rows, T tokens, C vocabulary, L labels, N target tokens of a batch.
 """
@@ -22,12 +22,12 @@ from lib.models.proxies.router_balance import RouterBalance
 from lib.models.proxies.training_data.batches import ANSWER, IGNORED, REPEAT, TEXT, TrainingBatch, TrainingBatches
 from lib.models.structure.anatomy import anatomy
 
-ATTENTION = -1  # beside the kinds of tokens: the loss of the supervised heads
+ATTENTION = -1  # in addition to the kinds of tokens: the loss of the supervised heads
 LOSS_NAMES = {ATTENTION: "attention", TEXT: "text", ANSWER: "answer", REPEAT: "repeat"}
 
 
 def losses(model: nn.Module, batch: TrainingBatch, balance: RouterBalance) -> dict[int, torch.Tensor]:
-    """Return the mean loss of each kind of token in `batch`, and that of the supervised heads if there is one."""
+    """Return the mean loss by kind of token in `batch`, and of the supervised heads for rows that repeat one span."""
     balance.keep_N = batch.real_BT.flatten()
     attention_loss = {}
     if batch.spans_B is None:
@@ -46,7 +46,7 @@ def losses(model: nn.Module, batch: TrainingBatch, balance: RouterBalance) -> di
 
 
 def add_dropout(model: nn.Module, share: float) -> list[RemovableHandle]:
-    """Apply dropout to the output of every attention and feed-forward part, in training; return the hooks' handles."""
+    """Apply dropout to the outputs of all attention and feed-forward parts in training; return the hooks' handles."""
 
     def drop(module: nn.Module, _inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         return nn.functional.dropout(output, share, model.training)
@@ -73,7 +73,7 @@ def optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Opt
 
 @dataclass
 class TrainingRun:
-    """One phase in progress. `seconds` and `tokens` count what was spent, over all interruptions."""
+    """A phase in progress. `seconds` and `tokens`: totals so far, including before interruptions."""
 
     model: nn.Module
     batches: TrainingBatches
@@ -82,7 +82,7 @@ class TrainingRun:
     step: int = 0
     seconds: float = 0.0
     tokens: int = 0
-    plans: list[int] = field(default_factory=list)  # the numbers of steps that were planned, in order
+    plans: list[int] = field(default_factory=list)  # the planned numbers of steps, in order of planning
     revised: list[int] = field(default_factory=list)  # steps at which the configuration changed
     earlier_phases: list[dict[str, Any]] = field(default_factory=list)  # their summaries
 
@@ -95,7 +95,7 @@ class TrainingRun:
         self.average = {key: value.clone() for key, value in self.model.state_dict().items()}
 
     def advance(self) -> dict[str, float]:
-        """Do one step; return the losses by name, and `norm`, the norm of the gradients that Adam gets."""
+        """Take one step; return the losses by name, and `norm`, the norm of Adam's gradients."""
         start = time.perf_counter()
         factor = self.config.rate(self.step)
         for optimizer, rate in zip(self.optimizers, self.rates):
@@ -103,7 +103,7 @@ class TrainingRun:
                 group["lr"] = rate * factor
         self.model.train()
         self.balance.reset()
-        torch.manual_seed(self.config.seed + self.step)  # dropout depends on the step alone
+        torch.manual_seed(self.config.seed + self.step)  # so that dropout depends only on the step
         values: dict[str, float] = {}
         for batch in self.batches.at(self.step):
             values |= self._backward(batch)
@@ -119,7 +119,9 @@ class TrainingRun:
 
     @torch.no_grad()
     def _update_average(self) -> None:
-        """Move the averaged weights towards the present ones; over all steps at first, then over the last ones."""
+        """Move the averaged weights towards the current weights: an average over all steps at first, later over the
+        last steps.
+        """
         keep = min(self.config.average_decay, self.step / (self.step + 9))
         for key, value in self.model.state_dict().items():
             self.average[key].lerp_(value, 1 - keep) if value.is_floating_point() else self.average[key].copy_(value)
@@ -148,7 +150,7 @@ class TrainingRun:
             handle.remove()
 
     def summary(self) -> dict[str, Any]:
-        """Return how this phase went, as it is stored in `training.json`."""
+        """Return the summary of this phase for `training.json`."""
         config = self.config
         return {
             "steps": self.step,
@@ -164,18 +166,18 @@ class TrainingRun:
         }
 
     def save(self, path: Path) -> None:
-        """Write the state to `path`, by way of a file beside it that is renamed."""
+        """Write the state to `path` atomically, through a temporary file next to it."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".part")
+        temporary = path.with_suffix(".part")
         state = {key: getattr(self, key) for key in ("identity", "step", "seconds", "tokens", "plans", "revised")}
         state |= {"model": self.model.state_dict(), "average": self.average}
         state |= {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
-        torch.save(state, beside)
-        beside.replace(path)
+        torch.save(state, temporary)
+        temporary.replace(path)
 
     def resume(self, path: Path, below: int | None = None) -> bool:
-        """Load the state in `path` if it is of the same model, configuration and data, and has done fewer steps than
-        `below`; return whether it was loaded.
+        """Load the state in `path` if it has the same model, configuration and data, and fewer steps than `below`;
+        return whether it was loaded.
         """
         if not path.is_file():
             return False

@@ -1,6 +1,6 @@
-"""The history of a proxy model: `training.json` beside its weights, one entry per phase, and the README made from it.
+"""The history of a proxy model: `training.json` next to its weights, with an entry per phase, and its README.
 
-Knows the summaries of phases and the names of scores; knows nothing of training.
+Knows the summaries of phases and the names of scores, but nothing of training.
 """
 
 import json
@@ -40,7 +40,7 @@ def readme(name: str, model: nn.Module, phases: list[dict[str, Any]], scores: Ma
 
 
 def page(name: str, structure: str, phases: list[dict[str, Any]], scores: Mapping[str, float]) -> str:
-    """Return the README; `structure` is its sentence about class and size."""
+    """Return the text of the README; `structure` is its sentence about class and size."""
     description = parameters.read(name)
     text = ", ".join(sorted({tasks.CORPUS[task] for task in description.tasks if task in tasks.CORPUS}))
     pictures = "; scikit-learn's bundled digits, those of the split `train`" if "digits" in description.tasks else ""
@@ -76,7 +76,7 @@ def page(name: str, structure: str, phases: list[dict[str, Any]], scores: Mappin
 
 
 def phase_line(phase: Mapping[str, Any], place: str) -> str:
-    """Return the line of a README about one phase of a training."""
+    """Return the README's line about one training phase; `place`: "first" or "second"."""
     extended = ", then ".join(map(str, phase["plans"]))
     plans = "" if len(phase["plans"]) == 1 else f" (extended: planned for {extended})"
     notes = ""

@@ -1,7 +1,7 @@
-"""Muon for models with experts: torch's optimizer, which takes matrices only, on the matrices of stacked weights.
+"""Muon for models with experts: torch's optimizer, which accepts only matrices, applied to each matrix of a stack.
 
 Muon (Jordan et al., 2024) replaces the momentum of a matrix by an approximation of its nearest semi-orthogonal matrix,
-and needs about half the steps of Adam at the size of a proxy model. Each expert of a stack is a matrix of its own.
+and needs about half the steps of Adam at the size of a proxy model. Each expert of a stack is a separate matrix.
 
 Shapes: E experts.
 """
@@ -13,7 +13,7 @@ import torch
 
 
 class MatrixMuon(torch.optim.Muon):
-    """torch's Muon on matrices and on stacks of matrices [E, out, in], whose slices it updates in place."""
+    """torch's Muon for matrices and for stacks of matrices [E, out, in], whose slices it updates in place."""
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], lr: float, weight_decay: float) -> None:
         weights = list(parameters)

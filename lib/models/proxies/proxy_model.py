@@ -1,4 +1,4 @@
-"""Build an untrained proxy model from its parameter file: configuration, weights, tokenizer, image processor."""
+"""Builds an untrained proxy model from its parameter file: configuration, weights, tokenizer, image processor."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ EMBEDDING_STD = 0.5
 
 @dataclass
 class ProxyModel:
-    """A proxy model with what training and tasks need beside it."""
+    """A proxy model with tokenizer, image processor and parameter file, as training and tasks need them."""
 
     model: torch.nn.Module
     tokenizer: PreTrainedTokenizerBase
@@ -47,8 +47,8 @@ def untrained_proxy(name: str) -> ProxyModel:
 
 
 def training_config(name: str) -> TrainingConfig:
-    """Return how model `name` is trained. Raises UserError for a key of `proxy.training`, or of its second phase, that
-    is unknown or of another type.
+    """Return the training settings of model `name`. Raises UserError for a key of `proxy.training`, or of its second
+    phase, that is unknown, missing or of a wrong type.
     """
     section = parameters.read(name).training()
     if reason := fault(section):
@@ -57,10 +57,10 @@ def training_config(name: str) -> TrainingConfig:
 
 
 def scale_initial_weights(model: torch.nn.Module) -> torch.nn.Module:
-    """Scale the embeddings of a new model up to what its blocks soon add to them; return the model.
+    """Scale the embeddings of a new model, in place, to the size of its blocks' later contributions; return the model.
 
-    With the usual standard deviation of 0.02 the embeddings drown in the first block's output, and a later head cannot
-    recover them for copying. Where the head is tied to the embeddings, the last norm compensates for their size.
+    With the usual standard deviation of 0.02, the embeddings drown in the first block's output, and later heads cannot
+    recover them for copying. If the head is tied to the embeddings, the last norm compensates for their size.
     """
     view = anatomy(model)
     with torch.no_grad():
@@ -77,7 +77,7 @@ def scale_initial_weights(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def make_image_processor(vision: dict[str, Any]) -> Qwen2VLImageProcessorPil:
-    """Return the image processor for a vision tower: pictures keep their size, values go to [-1, 1]."""
+    """Return the image processor for a vision tower: it keeps the size of pictures and scales values to [-1, 1]."""
     return Qwen2VLImageProcessorPil(
         patch_size=vision["patch_size"],
         merge_size=vision["spatial_merge_size"],

@@ -1,4 +1,4 @@
-"""Balance the experts of a model in training: an auxiliary loss, the routers' correction bias, and the experts' shares.
+"""Balances the experts of a model in training: auxiliary loss, correction bias of the routers, shares of the experts.
 
 Shapes: E experts, N tokens of a batch, K experts per token.
 """
@@ -16,7 +16,7 @@ from lib.models.structure.anatomy import Anatomy, Experts
 class RouterBalance:
     """Observes the routers of a model: the balance loss of a forward pass, and the number of tokens of each expert.
 
-    keep_N: which tokens of the next forward pass count, or None for all; padding should not.
+    keep_N: mask of the tokens of the next forward pass to include, without padding; None for all.
     """
 
     view: Anatomy
@@ -48,7 +48,7 @@ class RouterBalance:
         return hook
 
     def reset(self) -> None:
-        """Forget the loss and the counts so far."""
+        """Reset the loss and the counts."""
         self.loss, self.counts = 0.0, {}
 
     def adjust(self, rate: float) -> None:
@@ -59,7 +59,7 @@ class RouterBalance:
                 bias_E += rate * torch.sign(count_E.mean() - count_E)
 
     def shares(self) -> dict[int, list[float]]:
-        """Return, per block, each expert's tokens over its fair share."""
+        """Return by block the number of tokens of each expert divided by its fair share."""
         return {index: (count_E / count_E.mean()).tolist() for index, count_E in self.counts.items()}
 
     def close(self) -> None:

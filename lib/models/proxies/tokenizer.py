@@ -1,4 +1,4 @@
-"""The proxies' tokenizer: byte-level pairs learned from the frozen training text, one token for every label."""
+"""The proxy models' tokenizer: byte-level BPE trained on the frozen training text, with one token for every label."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lib.models.tasks import corpus
 
-# In this order they get the ids 0 to 6, which the proxies' configurations name.
+# In this order they get the ids 0 to 6, to which the proxy models' configurations refer.
 SPECIAL = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -17,11 +17,11 @@ SPECIAL = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-CHARACTERS = 3_000_000  # of each corpus; more does not change the merges that matter
+CHARACTERS = 3_000_000  # of each corpus; more text does not change the frequent merges
 
 
 def train(size: int) -> PreTrainedTokenizerFast:
-    """Learn a tokenizer of exactly `size` entries from both corpora: special tokens, bytes, merges, labels."""
+    """Return a tokenizer of exactly `size` entries trained on both corpora: special tokens, bytes, merges, labels."""
     names = {name for part in corpus.CORPORA for name in corpus.classes(part)} | set("0123456789")
     labels = sorted(f" {name}" for name in names)
     tokenizer = Tokenizer(models.BPE())

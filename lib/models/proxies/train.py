@@ -1,9 +1,9 @@
-"""Train the proxy models: `python -m lib.models.proxies.train [--model M ...]`.
+"""Trains the proxy models: `python -m lib.models.proxies.train [--model M ...]`.
 
-From a parameter file and the frozen text to an ordinary checkpoint folder, `parameters/proxies/<model>`, with a README
-whose every number is measured by this command, and `training.json`, the history of the weights. Training has one phase
-or two; `--refine` does the second alone, from the stored checkpoint. An interrupted training resumes from its last
-saved state; one that was published begins anew, or goes on where more steps are planned than it has done.
+From a parameter file and the frozen text, writes an ordinary checkpoint folder, `parameters/proxies/<model>`, with a
+README whose every number is measured by this command, and `training.json`, the history of the weights. Training has one
+or two phases; `--refine` runs only the second, from the stored checkpoint. An interrupted training resumes from its
+last saved state. A published training starts again, or continues if more steps are planned than it has done.
 """
 
 import argparse
@@ -37,7 +37,7 @@ SAVE_EVERY, REPORT_EVERY, SCORE_EVERY = 50, 10, 100  # steps
 
 
 def identity(name: str) -> str:
-    """Return a hash of everything that decides what the first phase learns, except for the number of steps."""
+    """Return a hash of everything that determines the first phase, except the number of steps."""
     description = parameters.read(name)
     training = {key: value for key, value in description.training().items() if key not in ("steps", "refine")}
     digest = hashlib.sha256(json.dumps([description.config("proxy"), training], sort_keys=True).encode())
@@ -59,8 +59,7 @@ def first_phase(name: str) -> TrainingRun:
 def second_phase(name: str, model: torch.nn.Module, earlier_phases: list[dict[str, Any]]) -> TrainingRun:
     """Return the second phase, new or resumed; it starts from the weights of `model`, rounded as in a checkpoint.
 
-    `earlier_phases`: the summaries of the phases that `model` has gone through. Raises UserError where none is
-    configured.
+    `earlier_phases`: the summaries of the earlier phases of `model`. Raises UserError if no second phase is configured.
     """
     if not training_config(name).refine:
         raise UserError(f"parameters/{name}.yaml: section proxy.training: no second phase; add the key refine")
@@ -82,8 +81,9 @@ def rounded(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def resumed(name: str, run: TrainingRun, phase: str) -> TrainingRun:
-    """Return `run` in its last saved state, if there is one; add the planned number of steps to its plans. A state that
-    was published counts only where more steps are planned than it has done.
+    """Return `run` in its last saved state, if there is one, with the planned number of steps added to its plans.
+
+    A published state is used only if more steps are planned than it has done.
     """
     if run.resume(state_file(name, phase)) or run.resume(published_state(name, phase), below=run.config.steps):
         LOG.info("%s: resumed the %s phase at step %d of %d", name, phase, run.step, run.config.steps)
@@ -105,7 +105,7 @@ def published_state(name: str, phase: str) -> Path:
 def train(name: str, folder: Path | None = None, only_refine: bool = False) -> Path:
     """Train the proxy model `name` to the end and write its folder; return the folder.
 
-    `only_refine`: do the second phase alone, from the checkpoint in `folder`.
+    `only_refine`: run only the second phase, from the checkpoint in `folder`.
     """
     folder = folder or parameters.PARAMETERS / "proxies" / name
     publish(name, _to_end(name, folder, only_refine), folder)
@@ -116,7 +116,7 @@ def train(name: str, folder: Path | None = None, only_refine: bool = False) -> P
 
 
 def _to_end(name: str, folder: Path, only_refine: bool) -> TrainingRun:
-    """Return the last phase of a training, done to its end."""
+    """Run all phases, or only the second, to the end; return the last phase."""
     if only_refine:
         history = read_history(folder)
         if len(history) != 1:
@@ -135,7 +135,7 @@ def _to_end(name: str, folder: Path, only_refine: bool) -> TrainingRun:
 
 
 def run_to_end(name: str, run: TrainingRun, phase: str) -> None:
-    """Do the remaining steps; save the state and log the losses at intervals."""
+    """Run the remaining steps; save the state and log the losses at intervals."""
     while run.step < run.config.steps:
         losses = run.advance()
         last = run.step == run.config.steps
@@ -149,38 +149,38 @@ def run_to_end(name: str, run: TrainingRun, phase: str) -> None:
 
 
 def search_scores(run: TrainingRun) -> dict[str, float]:
-    """Return the scores of the averaged weights on the split `search`, which serves to choose configurations."""
-    present = {key: value.clone() for key, value in run.model.state_dict().items()}
+    """Return the scores of the averaged weights on the split `search`, used to choose configurations."""
+    current = {key: value.clone() for key, value in run.model.state_dict().items()}
     run.model.load_state_dict(run.average)
     run.model.eval()
-    run.balance.keep_N = None  # it was of a training batch
+    run.balance.keep_N = None  # the mask belongs to the last training batch
     values = classification_scores(run.batches.loaded, "search")
-    run.model.load_state_dict(present)
+    run.model.load_state_dict(current)
     return {key: round(value, 4) for key, value in values.items()}
 
 
 def publish(name: str, run: TrainingRun, folder: Path) -> Path:
-    """Write checkpoint, tokenizer, image processor and README beside `folder`, then replace it."""
+    """Write checkpoint, tokenizer, image processor and README next to `folder`, then replace `folder`; return it."""
     run.finish()
-    beside = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(beside, ignore_errors=True)
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
     model = cast(PreTrainedModel, run.model.eval().requires_grad_(False))
     weights = rounded(model)
     model.config.dtype = torch.bfloat16
     run.model.to(torch.bfloat16).load_state_dict(weights)
-    model.save_pretrained(beside)
-    run.batches.loaded.tokenizer.save_pretrained(beside)
+    model.save_pretrained(part)
+    run.batches.loaded.tokenizer.save_pretrained(part)
     if run.batches.loaded.image_processor is not None:
-        run.batches.loaded.image_processor.save_pretrained(beside)
-    write_history(beside, [*run.earlier_phases, run.summary()])
-    describe(name, beside)
+        run.batches.loaded.image_processor.save_pretrained(part)
+    write_history(part, [*run.earlier_phases, run.summary()])
+    describe(name, part)
     folder.parent.mkdir(parents=True, exist_ok=True)
     old = folder.with_name(f".{folder.name}.old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
-    beside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)  # or what a run left that was killed between the two
+    part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)  # also the leftover of a run that was killed between the renames
     return folder
 
 
@@ -194,12 +194,12 @@ def describe(name: str, folder: Path) -> None:
 
 
 def in_order(names: list[str]) -> list[str]:
-    """Return the models so that each comes after the one whose proxy model it starts from."""
+    """Return the names of the models, with those that start from another proxy model's weights last."""
     return sorted(names, key=lambda name: (bool(training_config(name).start_from), names.index(name)))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train the requested proxy models, by default all; return the exit code."""
+    """Train the requested proxy models, or all by default; return the exit code."""
     parser = argparse.ArgumentParser(prog="build.py proxies", description="Train the proxy models again.")
     parser.add_argument("--model", action="append", metavar="M", help="only this model; may be repeated")
     only = parser.add_mutually_exclusive_group()

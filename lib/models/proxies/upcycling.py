@@ -1,8 +1,8 @@
-"""Start a proxy model from another one's weights, as real model families do.
+"""Initialises a proxy model from the weights of another proxy model, as real model families do.
 
-Every tensor of the decoder with the same name and shape is copied; where the target has experts and the source a dense
-feed-forward part, the experts become slices of it (sparse upcycling, Komatsuzaki et al., 2023). Vision towers and
-routers keep their random weights.
+Every tensor of the decoder with the same name and shape is copied. Where the target has experts and the source a dense
+feed-forward part, the experts become slices of the dense part (sparse upcycling, Komatsuzaki et al., 2023). Vision
+towers and routers keep their random weights.
 
 Shapes: E experts, I width of one expert, C channels of the dense part, H hidden.
 """
@@ -18,9 +18,9 @@ from lib.models.structure.anatomy import Experts, FeedForward, anatomy
 
 @torch.no_grad()
 def copy_weights(model: torch.nn.Module, folder: Path) -> list[str]:
-    """Copy into `model` all matching tensors of the checkpoint in `folder`; return their names.
+    """Copy all matching tensors of the checkpoint in `folder` into `model`, in place; return their names.
 
-    Raises UserError if the checkpoint is missing, or its vocabulary or hidden size differ.
+    Raises UserError if the checkpoint is missing, or its vocabulary or hidden size differs.
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no checkpoint to start from; train {folder.name} first")
@@ -42,10 +42,10 @@ def copy_weights(model: torch.nn.Module, folder: Path) -> list[str]:
 
 
 def slice_experts(dense: FeedForward, experts: Experts) -> None:
-    """Make every expert a slice of a dense feed-forward part, evenly spaced, wrapping around at the end.
+    """Make every expert a slice of a dense feed-forward part, in place: evenly spaced, wrapping around at the end.
 
     The router's weights sum to one over the chosen experts, so the slices are scaled by the number of chosen experts to
-    count as much as they do in the dense part.
+    contribute as much as in the dense part.
     """
     assert dense.gate is not None and dense.up is not None and dense.down is not None, "a dense part has all three"
     count, channels = experts.count, dense.channels

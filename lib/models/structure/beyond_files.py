@@ -1,6 +1,6 @@
-"""What no checkpoint holds of a model: the steps that make a freshly loaded one the same again (prompts in chunks,
-another attention), and how one is opened whose weights stream from a file. Whoever changes a model so notes it on the
-model, and another process can do it again. Knows nothing of what the steps do.
+"""What no checkpoint holds of a model: the steps to repeat on a freshly loaded one (prompts in chunks, another
+attention), and how to open a model whose weights stream from a file. Code that changes a model this way notes it on the
+model, so that another process can repeat it. Knows nothing of what the steps do.
 """
 
 import importlib
@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import nn
 
-STEPS, OPENING = "steps_beyond_files", "opened_from"  # entries of a model's __dict__, which its copies inherit
+STEPS, OPENING = "steps_beyond_files", "opened_from"  # entries of a model's __dict__, copied with the model
 
 Step = tuple[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Opening:
-    """How a model was opened: `function` is "module:function", called with the folder and the arguments, plain JSON."""
+    """How a model was opened: `function` ("module:function"), called with `folder` and `arguments` (plain JSON)."""
 
     folder: str
     function: str
@@ -25,21 +25,21 @@ class Opening:
 
 
 def note(model: nn.Module, function: str, **arguments: Any) -> nn.Module:
-    """Note that `function` ("module:function", called with the model and the arguments, plain JSON) changed `model`,
-    in place of an earlier note of the same function; return the model.
+    """Note on `model` that `function` ("module:function") changed it, called with the model and `arguments` (plain
+    JSON). Replaces an earlier note of the same function; returns the model.
     """
     model.__dict__[STEPS] = [*_without(model, function), (function, arguments)]
     return model
 
 
 def forget(model: nn.Module, function: str) -> nn.Module:
-    """Take back what `note` noted of `function`; return the model."""
+    """Remove the note of `function` from `model`; return the model."""
     model.__dict__[STEPS] = _without(model, function)
     return model
 
 
 def note_opening(model: nn.Module, opening: Opening) -> nn.Module:
-    """Note how the whole model is opened, which takes the place of all steps so far; return the model."""
+    """Note on `model` how it was opened, replacing all steps noted so far; return the model."""
     model.__dict__[OPENING] = opening
     model.__dict__.pop(STEPS, None)
     return model
@@ -51,19 +51,19 @@ def steps(model: nn.Module) -> list[Step]:
 
 
 def opening(model: nn.Module) -> Opening | None:
-    """Return how the model was opened; None for one that was loaded."""
+    """Return how the model was opened; None for a model that was loaded into memory."""
     return model.__dict__.get(OPENING)
 
 
 def restore(model: nn.Module, steps: Sequence[Step]) -> nn.Module:
-    """Return the freshly loaded `model` after the steps of another."""
+    """Return the freshly loaded `model` with `steps` applied to it in order."""
     for function, arguments in steps:
         model = named(function)(model, **arguments)
     return model
 
 
 def reopen(folder: str, *, function: str, arguments: Mapping[str, Any], steps: Sequence[Step]) -> nn.Module:
-    """Return the model that `Opening` describes, after the steps that followed."""
+    """Return the model opened with the fields of an `Opening`, with `steps` applied to it in order."""
     return restore(named(function)(folder, **arguments), steps)
 
 

@@ -1,9 +1,9 @@
-"""Logits of hidden states as the model itself computes them: head, and whatever it does to the head's output.
+"""Logits of hidden states as the model itself computes them: the head, and what the model does to the head's output.
 
-Some architectures divide the logits (granite) or cap them softly (gemma 2) after the head, so that a product with the
-head's weight alone is not the model's output. `logits_of` runs the model's own forward with its decoder replaced by the
-given states, so that every architecture, and every head that an optimization put in its place, is right without being
-named. Knows nothing of what the logits are used for.
+Some architectures scale the logits (granite) or soft-cap them (gemma 2) after the head, so a product with the head's
+weight alone is not the model's output. `logits_of` runs the model's own forward with a decoder that returns the given
+states, which is right for every architecture and every head that an optimization replaces, without special cases. Knows
+nothing of what the logits are used for.
 
 Shapes: B sequences, T tokens, H hidden, V vocabulary, C tokens of a chunk; `...` any leading dimensions.
 """
@@ -19,7 +19,7 @@ CHUNK_ELEMENTS = 2**24  # logits held at a time
 
 
 class GivenStates(nn.Module):
-    """Stands where a decoder stood: returns the hidden states that it is given, whatever the decoder is asked."""
+    """Takes the place of a decoder and returns the hidden states passed to it, whatever the other arguments are."""
 
     def forward(self, *_: object, inputs_embeds: torch.Tensor, **__: object) -> "Outputs":
         """Return `inputs_embeds` as the last hidden states."""
@@ -27,7 +27,7 @@ class GivenStates(nn.Module):
 
 
 class Outputs:
-    """The outputs of a decoder of which only the last hidden states are known; every other one is None."""
+    """The outputs of a decoder with nothing but the last hidden states; every other attribute is None."""
 
     def __init__(self, hidden_BTH: torch.Tensor):
         self.last_hidden_state = hidden_BTH
@@ -40,9 +40,9 @@ class Outputs:
 
 
 def without_decoder(model: nn.Module) -> Any:
-    """Return a copy of the outermost module alone, sharing all parts, whose decoder returns the states given to it."""
+    """Return a shallow copy of the outermost module, sharing all parts, whose decoder is a `GivenStates`."""
     shell: Any = copy.copy(model)
-    shell.__dict__.pop("forward", None)  # one that was put in its place is bound to the model
+    shell.__dict__.pop("forward", None)  # a replaced forward is bound to the original model
     shell.__dict__["_modules"] = dict(model._modules) | {"model": GivenStates()}
     for name in ("_forward_hooks", "_forward_pre_hooks"):
         shell.__dict__[name] = type(getattr(model, name))()
@@ -64,6 +64,6 @@ def in_chunks(model: nn.Module, hidden_TH: torch.Tensor, elements: int = CHUNK_E
 
 
 def rows_at_once(model: nn.Module, elements: int = CHUNK_ELEMENTS) -> int:
-    """Return how many rows of logits hold about `elements` numbers: at least one."""
+    """Return how many rows of logits have about `elements` elements together; at least 1."""
     head: Any = model.get_submodule("lm_head")
     return max(1, elements // head.weight.shape[0])

@@ -1,4 +1,5 @@
-"""What a configuration cannot say about a changed model, as plain JSON: widths of each block, factors, sparse layouts.
+"""The manifest of a changed model as plain JSON, with what its configuration cannot express: widths of each block,
+factors, sparse layouts.
 
 Knows nothing of files.
 """
@@ -14,13 +15,13 @@ from lib.models.structure.replacements.quantized import QuantizedExperts, Quanti
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """Return the manifest of a model: `blocks` (a list of widths, experts, absent parts), `factors` and `sparse`, where
-    there are any.
+    """Return the manifest of a model: `blocks` (a list of widths, experts, absent parts) and, if the model has any,
+    `factors` and `sparse`.
 
-    Raises UserError for quantized matrices: their layout is that of one device's kernel.
+    Raises UserError for quantized matrices, whose layout is specific to one device's kernel.
     """
     if any(isinstance(module, (QuantizedLinear, QuantizedExperts)) for module in model.modules()):
-        raise UserError("int8 and int4 matrices are packed for one device's kernel and are not saved; save it unpacked")
+        raise UserError("int8 and int4 matrices are packed for one device's kernel; save the model before quantizing")
     blocks = [
         {
             "heads": block.attention.heads,

@@ -1,4 +1,4 @@
-"""A second model of the same tensors: what is changed in it becomes its own, everything else stays in memory once."""
+"""A copy of a model that shares its tensors: only what is replaced in the copy takes memory of its own."""
 
 import copy
 
@@ -8,6 +8,6 @@ from torch import nn
 def sharing(model: nn.Module) -> nn.Module:
     """Return a copy of the modules and configuration of `model` that shares every tensor with it.
 
-    Replace a parameter of the copy, never write into it; train a copy of its tensors.
+    Replace parameters of the copy, never write into them in place; to train one, clone its tensor first.
     """
     return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})

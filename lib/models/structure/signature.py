@@ -1,6 +1,7 @@
-"""What a model is made of, in one digest: two models with the same signature run the same code on tensors of the same
-shapes. Tells whether a model that was saved and loaded again is still the optimized one, or lost what no file holds
-(hooks, replaced forward methods, another attention).
+"""A digest of a model's structure: two models with the same signature run the same code on tensors of the same shapes.
+
+Shows whether a model that was saved and reloaded is still the optimized one, or lost what no file holds (hooks,
+replaced forward methods, another attention implementation).
 """
 
 import hashlib
@@ -10,7 +11,7 @@ from torch import nn
 
 
 def signature(model: nn.Module) -> str:
-    """Return a digest of modules, hooks, replaced methods, and of names, shapes, dtypes and layouts of all tensors."""
+    """Return a digest of modules, hooks and replaced methods, and of all tensors' names, shapes, dtypes and layouts."""
     config: Any = model.config
     text = config.get_text_config()
     lines = [f"{getattr(text, '_attn_implementation', None)} {getattr(text, '_experts_implementation', None)}"]

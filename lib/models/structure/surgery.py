@@ -1,7 +1,7 @@
 """Removes parts of a block in place: experts, channels, key-value groups. The tensors shrink.
 
-Call `synchronise` afterwards: it makes the counts that modules and configuration store beside the tensors (widths,
-numbers of heads and experts) agree with their shapes. Knows nothing of which parts to remove.
+Call `synchronise` afterwards: it updates the counts stored in modules and configuration (widths, numbers of heads and
+experts) to the new shapes of the tensors. Knows nothing of which parts to remove.
 
 Shapes: E experts, I width of one expert, J kept channels of each, H hidden.
 """
@@ -15,13 +15,13 @@ from lib.errors import NotApplicable, UserError
 from lib.models.structure.anatomy import Anatomy, Attention, Block, Experts, anatomy
 from lib.models.structure.anatomy import attention as view_attention
 
-POSITION = "block_position"  # of a decoder block: where it stood when the configuration was last written
+POSITION = "block_position"  # attribute of a decoder block: its index when the configuration was last written
 # Lists of the configuration with an entry for every block.
 BY_BLOCK = ("layer_types", "no_rope_layers")
 
 
 def head_projections(attention: Attention) -> list[nn.Linear]:
-    """Return the layers whose rows (columns, for the last one) belong to heads; empty without attention."""
+    """Return the linear layers whose rows (columns in the last layer) belong to heads; empty without attention."""
     if attention.kind == "none":
         return []
     module = attention.module
@@ -31,7 +31,7 @@ def head_projections(attention: Attention) -> list[nn.Linear]:
 
 
 def norms_over_heads(attention: Attention) -> list[Any]:
-    """Return the norms whose scale has an element for every channel of all queries, or keys, at once (OLMoE)."""
+    """Return the query and key norms that normalise all heads together, with a scale for every channel (OLMoE)."""
     counts = {"q_norm": attention.heads, "k_norm": attention.key_value_heads}
     norms = [(getattr(attention.module, name, None), heads) for name, heads in counts.items()]
     wide = [(norm, heads) for norm, heads in norms if norm is not None and heads > 1]
@@ -39,16 +39,17 @@ def norms_over_heads(attention: Attention) -> list[Any]:
 
 
 def keep_experts(experts: Experts, indices: torch.Tensor) -> None:
-    """Keep the experts `indices` (ascending) in place: tensors, router rows and correction bias.
+    """Keep only the experts `indices` (ascending), in place: tensors, router rows and correction bias.
 
-    Raises UserError where the router chooses among groups and these would not stay of equal size (`best_experts`).
+    Raises UserError if the router chooses among groups of experts and the groups would differ in size (see
+    `best_experts`).
     """
     module, router = experts.module, experts.router
     members = torch.bincount(indices.cpu() // (experts.count // experts.groups), minlength=experts.groups)
     if experts.groups > 1 and len(set(members.tolist())) > 1:
         raise UserError(
-            f"the router chooses among {experts.groups} groups of experts of equal size: each must keep as many, not "
-            f"{', '.join(map(str, members.tolist()))}"
+            f"the router chooses among {experts.groups} groups of experts: each must keep the same number of experts, "
+            f"not {', '.join(map(str, members.tolist()))}"
         )
     for owner, name in ((module, "gate_up_proj"), (module, "down_proj"), (router, "weight")):
         tensor = getattr(owner, name)
@@ -59,8 +60,9 @@ def keep_experts(experts: Experts, indices: torch.Tensor) -> None:
 
 
 def best_experts(experts: Experts, scores_E: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the indices (ascending) of about `count` experts with the highest scores: as many of every group of the
-    router, and enough for it to choose `top_k`.
+    """Return the indices (ascending) of about `count` experts with the highest scores.
+
+    Every group of the router keeps the same number, and at least enough for the router to choose `top_k`.
     """
     per_group = max(experts.least_per_group, round(count / experts.groups))
     grouped = scores_E.unflatten(0, (experts.groups, -1))
@@ -70,7 +72,7 @@ def best_experts(experts: Experts, scores_E: torch.Tensor, count: int) -> torch.
 
 
 def keep_channels(block: Block, indices: torch.Tensor) -> None:
-    """Keep the channels `indices` of the dense part (or shared expert) in place, with their biases."""
+    """Keep only the channels `indices` of the dense part (or shared expert), with their biases, in place."""
     part = block.feed_forward
     assert part.gate is not None and part.up is not None and part.down is not None, "the block has no dense part"
     resize_linear(part.down, part.down.weight[:, indices])
@@ -81,7 +83,7 @@ def keep_channels(block: Block, indices: torch.Tensor) -> None:
 
 
 def keep_expert_channels(experts: Experts, indices_EJ: torch.Tensor) -> None:
-    """Keep in every expert its own channels [E, J] in place."""
+    """Keep only the channels `indices_EJ[e]` of each expert e, in place."""
     width, module = experts.channels, experts.module
     gate_and_up_EJ = torch.cat([indices_EJ, indices_EJ + width], dim=1)
     gate_up = experts.gate_up.gather(1, gate_and_up_EJ[:, :, None].expand(-1, -1, experts.gate_up.shape[2]))
@@ -91,9 +93,10 @@ def keep_expert_channels(experts: Experts, indices_EJ: torch.Tensor) -> None:
 
 
 def keep_groups(attention: Attention, indices: torch.Tensor) -> None:
-    """Keep the key-value groups `indices`, each with its query heads, in place; for latent attention, heads.
+    """Keep only the key-value groups `indices` with their query heads (the heads `indices` of latent attention), in
+    place.
 
-    Norms over all queries or keys at once (OLMoE) lose the same channels.
+    Norms over all heads together (OLMoE) lose the same channels.
     """
     per_group = attention.heads // attention.key_value_heads
     *inputs, output = head_projections(attention)
@@ -112,7 +115,7 @@ def keep_groups(attention: Attention, indices: torch.Tensor) -> None:
 
 
 def resize_linear(linear: nn.Linear, weight: torch.Tensor) -> None:
-    """Replace the weight of `linear` by another [out, in]; its bias must already fit.
+    """Replace the weight of `linear` by `weight` [out, in], in place. The caller adapts the bias.
 
     Raises UserError for a matrix that is not stored dense.
     """
@@ -126,15 +129,15 @@ def resize_linear(linear: nn.Linear, weight: torch.Tensor) -> None:
 
 
 def synchronise(model: nn.Module) -> nn.Module:
-    """Make the counts stored in modules and configuration agree with the shapes of the tensors; return the model.
+    """Update the counts stored in modules and configuration to the shapes of the tensors; return the model.
 
     Where widths differ between blocks, the configuration states the largest; `lib.models.checkpoints.io.save` writes
-    each block's own into its manifest. Blocks that remain keep their entries in lists of the configuration. Raises
-    NotApplicable where blocks without attention would shift the kinds of the others' caches.
+    the widths of each block into its manifest. Remaining blocks keep their entries in the configuration's lists. Raises
+    NotApplicable if removing attention from a block would give other blocks a cache of the wrong kind.
     """
     view = anatomy(model)
     _keep_entries(view)
-    with_attention = 0  # only these fill a layer of the cache
+    with_attention = 0  # only blocks with attention have a layer in the cache
     for block in view.blocks:
         if block.attention.kind != "none":
             block.attention.module.layer_idx = with_attention
@@ -147,20 +150,20 @@ def synchronise(model: nn.Module) -> nn.Module:
 
 
 def _keep_entries(view: Anatomy) -> None:
-    """Cut the configuration's lists of blocks to those that are left, each with its own entry."""
+    """Reduce the configuration's per-block lists to the entries of the remaining blocks."""
     positions = []
     for block in view.blocks:
-        usual = getattr(block.attention.module, "layer_idx", block.index)
-        positions.append(getattr(block.module, POSITION, usual))
+        default = getattr(block.attention.module, "layer_idx", block.index)
+        positions.append(getattr(block.module, POSITION, default))
         setattr(block.module, POSITION, block.index)
     for name in BY_BLOCK:
         entries = getattr(view.config, name, None)
         if entries:
             setattr(view.config, name, [entries[min(position, len(entries) - 1)] for position in positions])
     kinds = getattr(view.config, "layer_types", None) or []
-    filled = [kind for kind, block in zip(kinds, view.blocks) if block.attention.kind != "none"]
-    if filled != kinds[: len(filled)]:  # a cache's layers have the kinds of as many first blocks
-        raise NotApplicable("its blocks attend in different ways (sliding, full): a block's attention cannot go alone")
+    cached = [kind for kind, block in zip(kinds, view.blocks) if block.attention.kind != "none"]
+    if cached != kinds[: len(cached)]:  # layer i of a cache takes entry i of `layer_types`
+        raise NotApplicable("its blocks attend differently (sliding, full): attention cannot be removed from one block")
 
 
 def _synchronise_block(block: Block) -> None:
@@ -186,7 +189,7 @@ def _state_in_config(view: Anatomy) -> None:
     config.num_attention_heads = max(block.attention.heads for block in blocks)
     config.num_key_value_heads = max(block.attention.key_value_heads for block in blocks)
     sizes = {block.attention.head_dim for block in blocks if block.attention.kind == "grouped_query"}
-    if sizes:  # otherwise it would follow from the number of heads
+    if sizes:  # if left out, transformers derives it from the number of heads
         config.head_dim = max(sizes)
     dense = [block.feed_forward for block in blocks if block.feed_forward.kind == "dense"]
     if dense:

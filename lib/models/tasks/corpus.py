@@ -1,8 +1,8 @@
 """The frozen text: training documents of the proxy models, and held-out text and items to evaluate every model.
 
-Two corpora, `docs` (documentation and docstrings) and `code` (source), each in three files of
+Two corpora, `docs` (documentation and docstrings) and `code` (source code), each in three files of
 `parameters/evaluation`: training documents, labelled items, running text. Items and text carry their split. Knows
-nothing of torch, tokenizers or prompts; the README beside the files says how the text was extracted and split.
+nothing of torch, tokenizers or prompts; the README in the same folder describes how the text was extracted and split.
 """
 
 import functools
@@ -21,7 +21,7 @@ SPLITS = ("calibration", "search", "final")
 
 @dataclass(frozen=True)
 class Document:
-    """A training document: its pieces in order, and their class, or None."""
+    """A training document: its pieces in order, and their class (`label`) or None."""
 
     source: str
     label: str | None
@@ -80,5 +80,5 @@ def classes(corpus: str) -> tuple[str, ...]:
 
 
 def masked(text: str, corpus: str) -> str:
-    """Return `text` with the name of every class of `corpus` replaced by `_`, so that no text names its own label."""
+    """Return `text` with the names of all classes of `corpus` replaced by `_`, so that it does not reveal its label."""
     return re.sub("|".join(map(re.escape, classes(corpus))), "_", text, flags=re.IGNORECASE)

@@ -1,7 +1,7 @@
-"""A context and its continuation as token ids, by the convention of lm-evaluation-harness, and what shapes both.
+"""Encodes a context and its continuation as in lm-evaluation-harness, and fingerprints a tokenizer.
 
-The context opens with what the tokenizer puts before every text (`lib.models.tokenizing`). Tokens that it puts after a
-text are left out: no text ends where a prompt does. Knows no task.
+The context begins with the tokenizer's prefix (`lib.models.tokenizing`). Tokens that the tokenizer adds after a text
+are left out, since the text continues after a prompt. Knows no task.
 """
 
 import hashlib
@@ -12,12 +12,12 @@ from lib.models import tokenizing
 
 
 def ids_without(tokenizer: Any, text: str) -> list[int]:
-    """Return the ids of a text alone, as a continuation."""
+    """Return the ids of a text without special tokens, as for a continuation."""
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def ids(tokenizer: Any, text: str) -> list[int]:
-    """Return the ids of a text as the beginning of a sequence; a text that states the prefix itself gets no second."""
+    """Return the ids of a text at the beginning of a sequence, with the tokenizer's prefix unless the text has it."""
     before, bare = [*tokenizing.prefix(tokenizer)], ids_without(tokenizer, text)
     return bare if before and bare[: len(before)] == before else before + bare
 
@@ -26,8 +26,8 @@ def pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], li
     """Return the ids of a context and of its continuation, encoded together and then split (Gao et al. 2021,
     `TemplateLM._encode_pair`).
 
-    Spaces at the end of the context belong to the continuation. An empty context is the beginning-of-sequence token, or
-    the end-of-text token where there is none.
+    Spaces at the end of the context are moved to the continuation. An empty context becomes the beginning-of-sequence
+    token, or the end-of-text token if the tokenizer has no such token.
     """
     if not context:
         first, rest = [beginning(tokenizer)], ids_without(tokenizer, continuation)
@@ -40,12 +40,12 @@ def pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], li
 
 
 def beginning(tokenizer: Any) -> int:
-    """Return the id with which a text without context begins."""
+    """Return the id that stands for an empty context."""
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """Return a hash of everything of a tokenizer that shapes a prompt: vocabulary, processors, chat template."""
+    """Return a hash of everything in a tokenizer that affects prompts: vocabulary, processors, chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     stored = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
     for transient in ("padding", "truncation"):  # left behind by the last call

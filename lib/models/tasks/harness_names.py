@@ -1,4 +1,4 @@
-"""Which tasks of lm-evaluation-harness there are, read from its files: importing it takes seconds, and loads torch.
+"""The names of the tasks of lm-evaluation-harness, read from its files: importing it takes seconds and loads torch.
 
 Knows nothing of what a task asks.
 """
@@ -14,21 +14,21 @@ import yaml
 from lib.errors import UserError, suggest
 from lib.files import expanded
 
-HARNESS = "lm_eval:"  # before the name of a task or a group of the harness, or of a file that describes one
+HARNESS = "lm_eval:"  # prefix for a task or group of the harness, or for a file that describes one
 INSTALL = 'pip install "lm-eval>=0.4.13,<0.5"'
 FILES = (".yaml", ".yml")
-DESCRIBES = ("task", "group", "class", "include")  # one of these keys makes a file that of a task
+DESCRIBES = ("task", "group", "class", "include")  # the file of a task has at least one of these keys
 NAME = re.compile(
     r"^(?:task|group|tag):[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*$|^[ \t]*-[ \t]*[\"']?([\w.+-]+)[\"']?[ \t]*$", re.M
 )
 
 
 class Tolerant(yaml.SafeLoader):
-    """YAML whose own tags are read as nothing, but for `!function`: as the file of the function's module."""
+    """A loader that reads custom YAML tags as None, and `!function` as the file of the function's module."""
 
 
 def _file_of_function(loader: yaml.SafeLoader, node: yaml.Node) -> str | None:
-    """Return "utils.py" of `!function utils.name`, which the harness looks for beside the task."""
+    """Return "utils.py" for `!function utils.name`; the harness looks for it in the folder of the task."""
     module, dot, _ = str(node.value).rpartition(".")
     return f"{module.replace('.', '/')}.py" if dot else None
 
@@ -38,8 +38,10 @@ Tolerant.add_constructor("!function", _file_of_function)
 
 
 def check(task: str) -> str:
-    """Return `task` (with HARNESS before it), a file's path absolute. Raises UserError where there is no such file, it
-    describes no task, the harness is not installed, or has no task of this name.
+    """Return `task` (which begins with HARNESS), with the path of a file made absolute.
+
+    Raises UserError if the file is missing or describes no task, if the harness is not installed, or if it has no task
+    of this name.
     """
     name = task.removeprefix(HARNESS)
     if name.endswith(FILES):
@@ -55,8 +57,9 @@ def check(task: str) -> str:
 
 
 def described(path: Path, task: str) -> dict[str, Any]:
-    """Return what a file says of a task or a group of the harness, functions as the files that hold them. Raises
-    UserError, opening with `task`, where there is no such file, or it is none of a task.
+    """Return the description of a harness task or group in a file, with functions replaced by the files that hold them.
+
+    Raises UserError, beginning with `task`, if the file is missing or describes no task.
     """
     if not path.is_file():
         raise UserError(f"{task}: there is no such file")
@@ -71,7 +74,7 @@ def described(path: Path, task: str) -> dict[str, Any]:
 
 
 def listed(described: dict[str, Any]) -> set[str]:
-    """Return the names of the tasks and groups that the description of a group lists."""
+    """Return the names of the tasks and groups in the description of a group."""
     items = described.get("task")
     listed_items = items if isinstance(items, list) else []
     members = (item.get("task", item.get("group")) if isinstance(item, dict) else item for item in listed_items)
@@ -80,7 +83,7 @@ def listed(described: dict[str, Any]) -> set[str]:
 
 @functools.cache
 def names() -> frozenset[str] | None:
-    """Return the names of all tasks, groups and tags of the installed harness, None where there is none."""
+    """Return the names of all tasks, groups and tags of the installed harness, or None if it is not installed."""
     try:
         spec = importlib.util.find_spec("lm_eval")
     except ValueError:  # blocked, as tests do

@@ -1,4 +1,4 @@
-"""The items of the classification tasks: a text or a picture, and the right one of several labels.
+"""The items of the classification tasks: a text or a picture, and its label.
 
 Turns frozen text and scikit-learn's handwritten digits into items of three disjoint splits. Knows nothing of
 tokenizers, models or few-shot examples.
@@ -16,13 +16,13 @@ from lib.models.tasks.corpus import SPLITS
 from lib.models.tasks.registry import CLASSIFY
 from lib.models.tasks.retrieval import CORPUS
 
-PICTURE = 32  # pixels; every pixel of the original 8 × 8 pictures becomes a square of 4
+PICTURE = 32  # pixels of a side; the original 8 × 8 pictures are enlarged four times
 
 
 @dataclass(frozen=True)
 class Item:
-    """A prompt of a task and its right label; `pixels` [H, W] uint8 where the prompt is about a picture, `source` the
-    document that its text comes from.
+    """A prompt of a task and its label. `pixels`: the picture [H, W] uint8 that the prompt is about, if any; `source`:
+    the document that its text comes from.
     """
 
     id: str
@@ -41,7 +41,7 @@ def class_labels(task: str) -> list[str]:
 
 
 def prompt_of(task: str, text: str = "") -> str:
-    """Return the prompt of `task` about `text`; the answer is a space and a label."""
+    """Return the prompt of `task` about `text`; the expected answer is a space and a label."""
     if task == "digits":
         return "Which digit is this?\nDigit:"
     names = ", ".join(class_labels(task))
@@ -49,7 +49,7 @@ def prompt_of(task: str, text: str = "") -> str:
 
 
 def items(task: str, split: str, limit: int | None = None, seed: int = 0) -> list[Item]:
-    """Return the items of one split, shuffled by `seed`, at most `limit`. The splits of a task share no item."""
+    """Return at most `limit` items of one split, shuffled by `seed`. The splits of a task are disjoint."""
     if split not in SPLITS:
         raise UserError(f'unknown split "{split}"; expected one of {", ".join(SPLITS)}.{suggest(split, SPLITS)}')
     labels = class_labels(task)
@@ -74,7 +74,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def digit_indices(split: str) -> list[int]:
-    """Return the indices of scikit-learn's digits in a split, or in "train". Two in five are in the final split."""
+    """Return the indices of scikit-learn's digits in a split or in "train". Two of five digits are in "final"."""
     return [index for index in range(len(_digits()[1])) if _digit_split(index) == split]
 
 
@@ -87,7 +87,7 @@ def _digit_split(index: int) -> str:
 
 
 def digit(index: int) -> tuple[np.ndarray, str]:
-    """Return picture `index` as [PICTURE, PICTURE] uint8, enlarged smoothly, and its label."""
+    """Return picture `index` as [PICTURE, PICTURE] uint8 (bicubic interpolation), and its label."""
     images, targets = _digits()
     picture = Image.fromarray(images[index]).resize((PICTURE, PICTURE), Image.Resampling.BICUBIC)
     return np.asarray(picture), str(targets[index])

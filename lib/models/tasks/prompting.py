@@ -1,9 +1,9 @@
 """Prompts: a proxy model gets the bare prompt it was trained on; a real checkpoint gets few-shot examples before it, as
-turns of its own chat template where it has one.
+turns of its chat template if it has one.
 
-Examples come from the calibration split, each of a different class where there are enough, the same for every item of
-a task, never the item itself. A picture is one placeholder token in the text, which `lib.models.tasks.tasks` expands.
-Knows the tokenizer; knows nothing of batches or scores.
+Examples come from the calibration split, from different classes if there are enough, and are the same for every item of
+a task, without the item itself. A picture is one placeholder token in the text, which `lib.models.tasks.tasks` expands.
+Uses the tokenizer; knows nothing of batches or scores.
 """
 
 import functools
@@ -26,16 +26,16 @@ def shown(loaded: LoadedModel, item: Item) -> list[Item]:
 
 @functools.cache
 def _examples(task: str, count: int) -> tuple[Item, ...]:
-    """Return `count` calibration items of different classes, or of as many as there are."""
+    """Return `count` calibration items, from different classes as far as possible."""
     by_label: dict[str, list[Item]] = {}
     for item in items(task, "calibration"):
         by_label.setdefault(item.label, []).append(item)
-    turns = max(map(len, by_label.values()))
-    return tuple(group[turn] for turn in range(turns) for group in by_label.values() if turn < len(group))[:count]
+    rounds = max(map(len, by_label.values()))
+    return tuple(group[index] for index in range(rounds) for group in by_label.values() if index < len(group))[:count]
 
 
 def text(loaded: LoadedModel, row: Sequence[Item]) -> str:
-    """Return the prompt of `shown` items: all but the last with their labels."""
+    """Return the prompt for the items `row` that `shown` returned: all but the last with their labels."""
     *examples, last = row
     if not chats(loaded):
         answered = [f"{_question(example)} {example.label}\n\n" for example in examples]
@@ -48,15 +48,15 @@ def text(loaded: LoadedModel, row: Sequence[Item]) -> str:
 
 
 def prompt_ids(loaded: LoadedModel, row: Sequence[Item]) -> list[int]:
-    """Return the tokens of the prompt of `shown` items: after what the tokenizer puts before every text, which a chat
-    template writes itself.
+    """Return the token ids of the prompt for the items `row`, with the tokenizer's prefix, which a chat template writes
+    itself.
     """
     ids = loaded.tokenizer(text(loaded, row), add_special_tokens=False).input_ids
     return ids if chats(loaded) else [*tokenizing.prefix(loaded.tokenizer), *ids]
 
 
 def answer(loaded: LoadedModel, label: str) -> str:
-    """Return a label as it follows a prompt: at the start of a turn of a chat, else after a space."""
+    """Return a label as it follows a prompt: at the start of a chat turn, else after a space."""
     return label if chats(loaded) else f" {label}"
 
 

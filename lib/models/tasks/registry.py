@@ -1,6 +1,6 @@
-"""The names of the tasks, and the names they had in earlier versions.
+"""The names of the tasks, and their former names.
 
-Importing it is cheap, so that a request can be checked before anything runs. It holds no items.
+Cheap to import, so that a request can be checked before anything runs. Holds no items.
 """
 
 import functools
@@ -18,39 +18,39 @@ CLASSIFY = {
     "digits": "the handwritten digit in a picture",
 }
 GENERATE = {"retrieval": "the value that followed a key many tokens ago"}
-# Former names and the present ones; `lib.report.records.migration.TASKS` holds the same for stored records.
+# Former name → current name; `lib.report.records.migration.TASKS` holds the same for stored records.
 RENAMED = {"recall": "retrieval"}
 
 log = logging.getLogger(__name__)
 
 
 def check_tasks(names: Iterable[str]) -> list[str]:
-    """Return the present names of the tasks, in order, each once, the paths of files absolute. A former name is
-    accepted, with one log line per process.
+    """Return the current names of the tasks, in order, without duplicates and with absolute paths of files.
 
-    Raises UserError for a name that is not a task, of the harness either.
+    A former name is accepted, with one log line per process. Raises UserError for a name that is neither a task here
+    nor one of the harness.
     """
     known = [*CLASSIFY, *GENERATE, *BENCHMARKS]
-    present = []
+    checked = []
     for name in names:
-        name = _present(name)
+        name = _current(name)
         if name.startswith(HARNESS):
             name = harness_names.check(name)
         elif name not in known:
             raise UserError(
                 f'unknown task "{name}"; expected one of {", ".join(known)}, or {HARNESS}NAME.{suggest(name, known)}'
             )
-        present.append(name)
-    return list(dict.fromkeys(present))
+        checked.append(name)
+    return list(dict.fromkeys(checked))
 
 
 def classifies(name: str) -> bool:
-    """Return whether a task is put item by item, with answers that are right or wrong (of the harness: mostly)."""
+    """Return whether a task has items with right and wrong answers, as most tasks of the harness have."""
     return name in CLASSIFY or name in BENCHMARKS or name.startswith(HARNESS)
 
 
 @functools.cache
-def _present(name: str) -> str:
+def _current(name: str) -> str:
     if name in RENAMED:
         log.warning('task "%s" is now called "%s"; please use the new name', name, RENAMED[name])
     return RENAMED.get(name, name)

@@ -3,7 +3,7 @@
 `retrieval_prompts` puts a random key and value before `distance` tokens of held-out text and repeats the key, after
 which the model should generate the value. All draws are seeded. Knows nothing of scoring.
 
-Shapes: N windows, B prompts, T tokens, V tokens of a value, P tokens before every text.
+Shapes: N windows, B prompts, T tokens, V tokens of a value, P tokens of the tokenizer's prefix.
 """
 
 import functools
@@ -22,16 +22,16 @@ from lib.models.tasks import corpus
 CORPUS = {"topic": "docs", "code_origin": "code", "digits": "docs"}
 KEY, VALUE = 4, 8  # tokens
 LEAD = 8  # tokens of text before the key
-FEWEST_CHARACTERS = 10  # of which keys and values are drawn; a tokenizer with fewer gives any tokens instead
+FEWEST_CHARACTERS = 10  # from which keys and values are drawn; with fewer, any tokens are used
 
 
 def corpus_of(loaded: LoadedModel) -> str:
-    """Return which corpus the text of this model's tasks comes from: "docs" or "code"."""
+    """Return the corpus of this model's tasks: "docs" or "code"."""
     return next((CORPUS[task] for task in loaded.parameters.tasks if task in CORPUS), "docs")
 
 
 def text_windows(loaded: LoadedModel, split: str, windows: int, length: int, seed: int = 0) -> torch.Tensor:
-    """Return ids_NT of held-out text as `available_windows` does. Raises UserError where not one fits into it."""
+    """Return `available_windows`. Raises UserError if the held-out text is shorter than one window."""
     if loaded.tokenizer is not None:
         stream_T, _ = _stream(loaded.tokenizer, corpus_of(loaded), split)
         _require_text(stream_T, length - len(tokenizing.prefix(loaded.tokenizer)), split)
@@ -40,10 +40,10 @@ def text_windows(loaded: LoadedModel, split: str, windows: int, length: int, see
 
 def available_windows(loaded: LoadedModel, split: str, windows: int, length: int, seed: int = 0) -> torch.Tensor:
     """Return ids_NT of held-out text of this model's corpus: at most `windows` disjoint windows of `length` tokens,
-    each from another document as far as there are so many.
+    from different documents as far as possible.
 
-    Each opens with what the tokenizer puts before every text. Fewer come back where the split holds fewer, or none.
-    Without a tokenizer (random weights) the ids are random.
+    Each begins with the tokenizer's prefix. If the split is short, fewer windows are returned, or none. Without a
+    tokenizer (random weights) the ids are random.
     """
     random = torch.Generator().manual_seed(seed)
     if loaded.tokenizer is None:
@@ -55,7 +55,7 @@ def available_windows(loaded: LoadedModel, split: str, windows: int, length: int
 
 
 def _require_text(stream_T: torch.Tensor, length: int, split: str) -> None:
-    """Raise UserError where the text of a split is shorter than one prompt: nothing would be read, and timed."""
+    """Raise UserError if the text of a split is shorter than one prompt, so that no empty prompt is timed."""
     if len(stream_T) < length:
         raise UserError(
             f"the held-out text of the split {split} holds {len(stream_T):,} tokens of this model; a prompt of "
@@ -64,7 +64,7 @@ def _require_text(stream_T: torch.Tensor, length: int, split: str) -> None:
 
 
 def with_prefix(loaded: LoadedModel, ids_NT: torch.Tensor) -> torch.Tensor:
-    """Return rows of text with what the tokenizer puts before every text: a beginning of sequence, or nothing."""
+    """Return rows of text with the tokenizer's prefix (such as a beginning of sequence), if it has one."""
     prefix = tokenizing.prefix(loaded.tokenizer) if loaded.tokenizer is not None else ()
     return (
         torch.cat([torch.tensor(prefix, dtype=ids_NT.dtype).expand(len(ids_NT), -1), ids_NT], 1) if prefix else ids_NT
@@ -72,7 +72,7 @@ def with_prefix(loaded: LoadedModel, ids_NT: torch.Tensor) -> torch.Tensor:
 
 
 def window_sources(loaded: LoadedModel, split: str, windows: int, length: int, seed: int = 0) -> np.ndarray | None:
-    """Return the document in which each window of `text_windows` begins, as a number; None for random ids."""
+    """Return the number of the document in which each window of `text_windows` begins; None for random ids."""
     if loaded.tokenizer is None:
         return None
     random = torch.Generator().manual_seed(seed)
@@ -82,16 +82,16 @@ def window_sources(loaded: LoadedModel, split: str, windows: int, length: int, s
 
 
 def _places(source_T: torch.Tensor, length: int, random: torch.Generator) -> torch.Tensor:
-    """Return where disjoint stretches of `length` tokens begin in a stream, [N], in random order, but one that begins
-    in every document before a second of any: few stretches are as many sources as there can be.
+    """Return the starts of disjoint stretches of `length` tokens in a stream, [N], in random order, but one stretch of
+    every document before a second one of any, so that few stretches come from as many documents as possible.
     """
     start_N = torch.arange(len(source_T) // length) * length
     start_N = start_N[torch.randperm(len(start_N), generator=random)]
-    begun: Counter[int] = Counter()
-    earlier = []  # stretches of the same document
+    counts: Counter[int] = Counter()
+    earlier = []  # number of earlier stretches of the same document
     for source in source_T[start_N].tolist():
-        earlier.append(begun[source])
-        begun[source] += 1
+        earlier.append(counts[source])
+        counts[source] += 1
     return start_N[torch.tensor(earlier, dtype=torch.long).argsort(stable=True)]
 
 
@@ -108,7 +108,7 @@ def _stream(tokenizer, part: str, split: str) -> tuple[torch.Tensor, torch.Tenso
 
 @functools.lru_cache(maxsize=8)
 def single_token_chars(tokenizer) -> tuple[int, ...]:
-    """Return the ids of the letters and digits that are one token each, of which keys and values consist."""
+    """Return the ids of the letters and digits that are single tokens, for keys and values."""
     ids = (
         tokenizer(character, add_special_tokens=False).input_ids for character in string.ascii_letters + string.digits
     )
@@ -116,8 +116,8 @@ def single_token_chars(tokenizer) -> tuple[int, ...]:
 
 
 def random_ids(loaded: LoadedModel, shape: tuple[int, ...], random: torch.Generator) -> torch.Tensor:
-    """Return random letters and digits; where there is no tokenizer, or hardly a letter or digit is one token of it,
-    random ids above the first sixth of the vocabulary, none of them special.
+    """Return the ids of random letters and digits. Without a tokenizer, or if fewer than FEWEST_CHARACTERS of them are
+    single tokens, random ids above the first sixth of the vocabulary, without special tokens.
     """
     characters = () if loaded.tokenizer is None else single_token_chars(loaded.tokenizer)
     if len(characters) >= FEWEST_CHARACTERS:
@@ -133,11 +133,11 @@ def random_ids(loaded: LoadedModel, shape: tuple[int, ...], random: torch.Genera
 def retrieval_prompts(
     loaded: LoadedModel, distance: int, count: int, seed: int = 0, lead: int = LEAD, split: str = "final"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (ids_BT, target_BV): key, value, `distance` tokens of a split's text, the key again; then the value.
+    """Return (ids_BT, target_BV): prompts of key, value, `distance` tokens of a split's text and the key again, and the
+    values.
 
-    `lead` tokens of text come first, so that the key is not at position 0; before them, what the tokenizer puts before
-    every text. No padding. Greedy generation of VALUE
-    tokens must reproduce target_BV exactly.
+    `lead` tokens of text come first, so that the key is not at position 0, after the tokenizer's prefix. No padding.
+    Greedy generation of VALUE tokens must reproduce target_BV exactly.
     """
     random = torch.Generator().manual_seed(seed)
     filler_BT = _fillers(loaded, count, lead + distance, random, split)
@@ -148,13 +148,13 @@ def retrieval_prompts(
 
 
 def overhead(loaded: LoadedModel) -> int:
-    """Return how many tokens a prompt of `retrieval_prompts` and its answer take beside `distance`."""
+    """Return how many tokens a prompt of `retrieval_prompts` and its answer take in addition to `distance`."""
     prefix = 0 if loaded.tokenizer is None else len(tokenizing.prefix(loaded.tokenizer))
     return prefix + LEAD + 2 * KEY + 2 * VALUE
 
 
 def _fillers(loaded: LoadedModel, count: int, length: int, random: torch.Generator, split: str) -> torch.Tensor:
-    """Return stretches of a split's text, disjoint while it holds so many; what it does not hold repeats others."""
+    """Return `count` stretches of a split's text, disjoint as long as the text suffices, then repeated."""
     if loaded.tokenizer is None:
         return random_ids(loaded, (count, length), random)
     stream_T, source_T = _stream(loaded.tokenizer, corpus_of(loaded), split)
@@ -164,7 +164,7 @@ def _fillers(loaded: LoadedModel, count: int, length: int, random: torch.Generat
 
 
 def _starts(source_T: torch.Tensor, length: int, count: int, random: torch.Generator) -> torch.Tensor:
-    """Return where `count` fillers begin, [B]: no two overlap unless they are one."""
+    """Return the starts of `count` fillers, [B]; two fillers are either disjoint or identical."""
     place_N = _places(source_T, length, random)
     return place_N[torch.arange(count) % len(place_N)]
 
@@ -172,8 +172,9 @@ def _starts(source_T: torch.Tensor, length: int, count: int, random: torch.Gener
 def filler_sources(
     loaded: LoadedModel, distance: int, count: int, seed: int = 0, lead: int = LEAD, split: str = "final"
 ) -> np.ndarray | None:
-    """Return the document in which the text of each prompt of `retrieval_prompts` begins; None for random ids. Texts
-    that overlap are one, so they begin in one document.
+    """Return the number of the document in which the text of each prompt of `retrieval_prompts` begins.
+
+    None for random ids. Texts that overlap are identical, so they have the same document.
     """
     if loaded.tokenizer is None:
         return None

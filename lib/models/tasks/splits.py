@@ -1,7 +1,7 @@
-"""Which items of a public task belong to calibration, search and judgement, and which of them a run asks.
+"""Assigns the items of a public task to the splits calibration, search and final, and selects those that a run uses.
 
-Drawn by the name of the task alone, so that every model and every arm is asked the same ones, and a longer run asks
-those of a shorter one too. Knows nothing of what an item is.
+The draw depends only on the name of the task, so that every model and every arm gets the same items, and a longer run
+includes those of a shorter one. Knows nothing of what an item is.
 """
 
 import zlib
@@ -15,9 +15,9 @@ SHARES = {"calibration": 0.1, "search": 0.2, "final": 0.7}
 
 
 def chosen(task: str, count: int, split: str, limit: int | None = None) -> list[int]:
-    """Return the indices, ascending, of at most `limit` of the `count` items of a task that belong to a split.
+    """Return the indices (ascending) of the items of a split, at most `limit`, for a task of `count` items.
 
-    The splits share no index. Raises UserError for an unknown split, and where a split holds none.
+    The splits are disjoint. Raises UserError for an unknown split and for an empty one.
     """
     if split not in SPLITS:
         raise UserError(f'unknown split "{split}"; expected one of {", ".join(SPLITS)}.{suggest(split, SPLITS)}')

@@ -1,8 +1,8 @@
-"""The tasks as tensors: classify a text, a function or a picture of a digit, retrieve a value by its key.
+"""The tasks as tensors: classifying a text, a function or a picture of a digit, and retrieving a value by its key.
 
-Turns items (`lib.models.tasks.items`), with the prompts of `lib.models.tasks.prompting`, into batches for any model
-with a tokenizer, and scores labels by their log-likelihood as a continuation. Also builds calibration batches. Knows
-nothing of metrics over items.
+Turns items (`lib.models.tasks.items`) into batches for any model with a tokenizer, with the prompts of
+`lib.models.tasks.prompting`, and scores labels by their log-likelihood as continuations. Also builds calibration
+batches. Knows nothing of metrics over items.
 
 Shapes: N items, B items of one batch, T tokens, V tokens of a value, H hidden, L labels.
 """
@@ -64,10 +64,10 @@ TOKENS_AT_ONCE = 4096  # of one calibration batch
 def batches(
     loaded: LoadedModel, items: list[Item], batch_size: int = 32
 ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-    """Yield (inputs, last_B): keyword arguments of the model, right padded, and the index of each last real token.
+    """Yield (inputs, last_B): the model's keyword arguments, right-padded, and the index of each row's last real token.
 
-    Items keep their order. No mask is needed: attention is causal, so padding on the right changes nothing
-    before it. With pictures, the inputs carry them as the model's own image processor returns them.
+    Items keep their order. No mask is needed, since attention is causal and padding on the right changes nothing
+    before it. Pictures are included as the model's own image processor returns them.
     """
     for start in range(0, len(items), batch_size):
         rows = [prompting.shown(loaded, item) for item in items[start : start + batch_size]]
@@ -85,7 +85,7 @@ def batches(
 
 
 def pad(ids: list[list[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (ids_BT padded on the right, last_B the index of each last real token)."""
+    """Return (ids_BT, last_B): the rows padded on the right, and the index of each row's last real token."""
     ids_BT = torch.full((len(ids), max(map(len, ids))), padding)
     for row, tokens in enumerate(ids):
         ids_BT[row, : len(tokens)] = torch.tensor(tokens)
@@ -97,7 +97,7 @@ def _image_token(loaded: LoadedModel) -> int:
 
 
 def _pictures(loaded: LoadedModel, pixels: list[np.ndarray | None]) -> dict[str, torch.Tensor]:
-    """Return `pixel_values` and `image_grid_thw` of the pictures, or an empty dict where there are none."""
+    """Return `pixel_values` and `image_grid_thw` of the pictures; an empty dict if any item has no picture."""
     pictures = [picture for picture in pixels if picture is not None]
     if len(pictures) < len(pixels):
         return {}
@@ -115,12 +115,12 @@ def _picture_tokens(loaded: LoadedModel, pictures: dict[str, torch.Tensor]) -> l
 
 
 def _widened(tokens: list[int], image: int, counts: Iterator[int]) -> list[int]:
-    """Return the tokens with the placeholder of each picture repeated as often as the picture takes tokens."""
+    """Return the tokens with the placeholder of each picture repeated by the picture's number of tokens."""
     return [copy for token in tokens for copy in ([image] * next(counts) if token == image else [token])]
 
 
 def label_ids(loaded: LoadedModel, task: str) -> list[list[int]]:
-    """Return each label's tokens as the continuation of a prompt: one token in a proxy, perhaps several elsewhere."""
+    """Return each label's token ids as the continuation of a prompt: one in a proxy model, otherwise one or more."""
     answers = [prompting.answer(loaded, name) for name in class_labels(task)]
     return [loaded.tokenizer(answer, add_special_tokens=False).input_ids for answer in answers]
 
@@ -129,9 +129,9 @@ def label_ids(loaded: LoadedModel, task: str) -> list[list[int]]:
 def label_scores(loaded: LoadedModel, task: str, items: list[Item], batch_size: int = 32) -> torch.Tensor:
     """Return the log-likelihood of every label after every item's prompt, scores_NL in float32 on the CPU.
 
-    Items of similar length share a batch, so that little of it is padding. Where a label has several tokens, or a
-    prompt more than the model reads (its beginning goes, as in lm-evaluation-harness), what the prompts share is read
-    once (`lib.models.decoding.continuations`); not so with pictures.
+    Items of similar length share a batch, so that it contains little padding. If a label has several tokens, or if a
+    prompt is longer than the model allows (and loses its beginning, as in lm-evaluation-harness), the common prefix of
+    the prompts is processed once (`lib.models.decoding.continuations`), but not with pictures.
     """
     labels = label_ids(loaded, task)
     several = any(len(label) > 1 for label in labels)
@@ -171,7 +171,7 @@ def _continuation(
 
 
 def _logits(model: Any, inputs: dict[str, torch.Tensor], rows: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    """Return the logits of some positions only: those of all positions would take gigabytes with a real vocabulary."""
+    """Return the logits at some positions; all positions would take gigabytes with a real vocabulary."""
     hidden_BTH = model.model(**inputs, use_cache=False).last_hidden_state
     return logits_of(model, hidden_BTH[rows, at])
 
@@ -185,11 +185,11 @@ def calibration(
     tokens_at_once: int = TOKENS_AT_ONCE,
     split: str = "calibration",
 ) -> list[dict[str, torch.Tensor]]:
-    """Return model(**inputs) batches of the calibration split: `sequences` windows of `length` tokens in all.
+    """Return batches of calibration inputs for model(**inputs): `sequences` windows of `length` tokens in total.
 
     Half are running text, half prompts with their answers; a key and a value repeat in each window, so that retrieval
     is calibrated for too. A vision-language model gets additional batches of pictures, one picture per sequence.
-    `split`: another split gives a search text that it was not calibrated on.
+    `split`: a split other than "calibration" gives a search text that differs from the calibration text.
     """
     random = torch.Generator().manual_seed(seed)
     rows_NT = available_windows(loaded, split, sequences - sequences // 2, length, seed).cpu()
@@ -211,7 +211,7 @@ def calibration(
 def _questions(
     loaded: LoadedModel, rows: int, length: int, seed: int, random: torch.Generator, split: str = "calibration"
 ) -> torch.Tensor:
-    """Return windows packed with prompts and answers of a split, repeated where there are too few."""
+    """Return windows packed with prompts and answers of a split, which repeat if there are too few."""
     if loaded.tokenizer is None:
         return random_ids(loaded, (rows, length), random)
     task = next((t for t in loaded.parameters.tasks if t in CLASSIFY and t != "digits"), "topic")

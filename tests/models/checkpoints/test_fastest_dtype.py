@@ -43,7 +43,7 @@ def test_it_is_measured_once(monkeypatch, own_cache):
     assert set(dtypes) == {(96, 160, 1), (96, 160, 256)}
     _planted(monkeypatch, 1e-6, 2e-6)  # another day: the arms of a run still agree
     assert fastest_dtype.fastest(CONFIG) == "float32"
-    assert "96 × 160 takes in bfloat16 for a new token 2 µs, in float32 1 µs" in fastest_dtype.reason(CONFIG)
+    assert "96 × 160 takes 2 µs in bfloat16 and 1 µs in float32 for a new token" in fastest_dtype.reason(CONFIG)
     assert fastest_dtype.reason(CONFIG, "float32").endswith("; float32 needs twice the memory")
     slower = fastest_dtype.reason(CONFIG, "bfloat16")
     assert slower.endswith("; float32 would not fit into memory")

@@ -187,7 +187,7 @@ def test_what_needs_room_or_answers_does_not_apply_without(source, name, monkeyp
         loaded = loading.Loaded(source, None, None, parameters=described, random_weights=random, **place)
         for scale in ("slice", "full"):
             if random or scale == "slice":
-                with pytest.raises(NotApplicable, match="the search is steered by answers; random weights"):
+                with pytest.raises(NotApplicable, match="the search depends on the model's answers; random weights"):
                     parameters.require_answers("the search", scale, random)
             else:
                 parameters.require_answers("the search", scale, random)

@@ -181,7 +181,7 @@ def test_keys_that_rotate_in_an_unknown_way_are_refused(monkeypatch):
     model = build("llama")
     file = sys.modules[type(model.model.layers[0].self_attn).__module__]
     monkeypatch.setattr(file, "apply_rotary_pos_emb", lambda query, key, cos, sin: (query, key.flip(-1)))
-    with pytest.raises(NotApplicable, match="LlamaAttention rotates its keys in a way that is not known"):
+    with pytest.raises(NotApplicable, match="LlamaAttention rotates its keys in an unknown way"):
         sink_window.windowed_cache(model, sinks=2, window=8)
 
 

@@ -197,7 +197,7 @@ def test_a_disk_that_returns_other_bytes_is_told(folder, text, tmp_path, monkeyp
         path.write_bytes(content)
 
     monkeypatch.setattr(file_blocks.weight_file, "write", damaged)
-    with pytest.raises(UserError, match="reads otherwise than it was written"):
+    with pytest.raises(UserError, match="differs from what was written"):
         sparsify(folder, tmp_path / "sparse", text)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["whole"]
 

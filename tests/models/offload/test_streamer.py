@@ -227,7 +227,7 @@ def test_ids_beyond_the_embeddings_are_told(saved):
     streamed = streamer.open_streamed(folder, memory_ratio=1.0)
     rows = anatomy(streamed).vocabulary
     for wrong in (rows, -1):
-        with pytest.raises(UserError, match=f"token id {wrong} is none of the {rows} rows of the embeddings"):
+        with pytest.raises(UserError, match=f"token id {wrong} is outside the {rows} rows of the embeddings"):
             streamed(torch.tensor([[7, wrong]]))
     assert streamed(torch.tensor([[7, rows - 1]])).logits.isfinite().all()
     streamer.streamer(streamed).close()

@@ -149,7 +149,7 @@ PASSED_OVER = {
     ),
     "rotations divided otherwise": (
         {"tensors": {"rope_freqs.weight": np.linspace(1, 2, SIZE // 2, dtype=np.float32)}},
-        "otherwise than Llama 3.1 does",
+        "differently from Llama 3.1",
     ),
     "logits are scaled": ({"keys": {"llama.logit_scale": 0.5}}, "states llama.logit_scale"),
     "logits are capped": ({"keys": {"llama.final_logit_softcapping": 30.0}}, "transformers takes 0"),

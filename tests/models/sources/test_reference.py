@@ -43,9 +43,9 @@ def test_what_is_none_of_them(text):
     ("text", "hint"),
     [
         ("https://huggingface.co/organisation/model/tree/main", "; that is organisation/model"),
-        ("organisation/model@v1.0", "; a revision cannot be named: download it into a folder, and give that"),
+        ("organisation/model@v1.0", "; revisions are not supported: download it into a folder, and give the folder"),
         ("https://somewhere/model", "or a hub id such as organisation/model"),
-        ("nobody@home", "; a revision cannot be named: download it into a folder, and give that"),
+        ("nobody@home", "; revisions are not supported: download it into a folder, and give the folder"),
     ],
 )
 def test_what_is_often_taken_for_a_hub_id_has_a_hint(text, hint):

@@ -267,7 +267,7 @@ def test_sparse_attention_does_not_apply_to_capped_scores_and_says_so():
     """Its kernels, and the stock sdpa behind them, know no cap: answers would differ even with every block kept."""
     model = build("gemma2", layer_types=["full_attention"] * 4, attn_logit_softcapping=0.5)
     assert all(block.attention.window is None for block in anatomy(model).blocks)
-    assert "no plain softmax" in sparse_attention.applies_to(model)
+    assert "not a plain softmax" in sparse_attention.applies_to(model)
     assert sparse_attention.applies_to(build("qwen2")) is None
 
 
@@ -283,11 +283,11 @@ def test_other_structures_are_refused_in_one_line_that_says_what_is_supported(na
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("diffllama", r"attention with a weight of an unknown kind \(lambda_q1\)"),
-        ("doge", r"attention with a weight of an unknown kind \(A\)"),
-        ("bitnet", r"attention with a weight of an unknown kind \(attn_sub_norm.weight\)"),
-        ("ernie4_5_moe", r"beside them or their router \(moe_statics.e_score_correction_bias\)"),
-        ("minimax_m2", r"beside them or their router \(e_score_correction_bias\)"),
+        ("diffllama", r"attention with an unknown weight \(lambda_q1\)"),
+        ("doge", r"attention with an unknown weight \(A\)"),
+        ("bitnet", r"attention with an unknown weight \(attn_sub_norm.weight\)"),
+        ("ernie4_5_moe", r"experts or a router with an unknown tensor \(moe_statics.e_score_correction_bias\)"),
+        ("minimax_m2", r"experts or a router with an unknown tensor \(e_score_correction_bias\)"),
         ("deepseek_v2", "latent attention that rotates by none of"),
     ],
 )
@@ -299,7 +299,7 @@ def test_parts_with_weights_that_no_method_would_cut_are_named(name, part):
 def test_a_matrix_beside_the_parts_of_a_block_is_named():
     model = build("llama")
     model.model.layers[1].per_layer_projection = torch.nn.Linear(4, 4)
-    assert "block 1: a matrix beside attention" in support.unsupported(model)
+    assert "block 1: a matrix outside attention" in support.unsupported(model)
 
 
 def test_experts_with_a_gate_of_their_own_are_refused():
@@ -308,7 +308,7 @@ def test_experts_with_a_gate_of_their_own_are_refused():
     for block in anatomy(model).blocks:
         experts = block.feed_forward.experts.module
         experts._apply_gate = lambda both: torch.relu(both.chunk(2, -1)[0]) * (both.chunk(2, -1)[1] + 1)
-    assert "experts with a gate of their own" in support.unsupported(model)
+    assert "experts with an unknown gating function" in support.unsupported(model)
 
 
 @pytest.mark.parametrize(("name", "own"), [("cohere", {"use_qk_norm": True}), ("stablelm", {})])

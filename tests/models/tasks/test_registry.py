@@ -13,7 +13,7 @@ from lib.suite.plan import plan
 
 @pytest.fixture(autouse=True)
 def nothing_reported():
-    registry._present.cache_clear()
+    registry._current.cache_clear()
 
 
 def test_a_former_name_is_accepted_and_reported_once(caplog):

@@ -1,1 +1,1 @@
-"""What proxy models are trained on: batches of text and prompts, and the teacher that labels them."""
+"""Training data of the proxy models: batches of text and prompts, and the teacher that labels prompts."""

@@ -1,12 +1,12 @@
-"""The batches that proxy models are trained on: text with repeated spans, classification prompts, pictures of digits.
+"""The training batches of the proxy models: text with repeated spans, classification prompts, pictures of digits.
 
-Every batch is a function of seed and step alone, so a training that was interrupted resumes without a difference. Reads
-training text only. Knows the tokenizer; knows nothing of losses or optimizers.
+Every batch depends only on seed and step, so an interrupted training resumes without a difference. Reads training text
+only. Uses the tokenizer; knows nothing of losses or optimizers.
 
 Key-value retrieval needs dense supervision: a pair answered once per sequence teaches nothing in a thousand steps. So
 spans of random letters and digits repeat throughout each row, and every token of a repeat counts. At first there are
-only short rows of one span over and over, because beside text copying is learned much later; then text and prompts
-follow, and rows lengthen until they hold the longest distance that is evaluated.
+only short rows that repeat one span, because mixed with text copying is learned much later. Then text and prompts
+follow, and rows lengthen until they cover the longest distance that is evaluated.
 
 Shapes: B rows, T tokens, L labels.
 """
@@ -26,18 +26,18 @@ from lib.models.structure.loaded_model import LoadedModel
 from lib.models.tasks import corpus, tasks
 from lib.models.tasks.retrieval import single_token_chars
 
-IGNORED, TEXT, ANSWER, REPEAT = 0, 1, 2, 3  # the kind of a token as a target; IGNORED tokens carry no loss
-COPY_LENGTH = 128  # of rows in the steps that learn only copying
-COPY_SHARE = 0.25  # of the text tokens, afterwards, while rows have their first length
+IGNORED, TEXT, ANSWER, REPEAT = 0, 1, 2, 3  # the kind of a token as a target; IGNORED tokens have no loss
+COPY_LENGTH = 128  # of rows in the steps that train only copying
+COPY_SHARE = 0.25  # of the text tokens after these steps, while rows have their first length
 
 
 @dataclass
 class TrainingBatch:
-    """One batch: inputs of the model, kind_BT of each token as a target, real_BT the tokens that are not padding.
+    """One batch: inputs of the model, kind_BT of each token as a target, mask real_BT of the tokens without padding.
 
-    spans_B: the length of the span that each row repeats, only where rows repeat one span and nothing else.
-    answers_BL: the probability of each label as the answer of each row, labels_L their tokens, only where the answers
-    are not single labels; else the tokens of kind ANSWER are the targets. weight: of the batch's losses.
+    spans_B: the length of the span that each row repeats, if rows consist of one repeated span. answers_BL and
+    labels_L: the probability of each label as the answer of each row, and the labels' tokens, if answers are not single
+    labels; otherwise the tokens of kind ANSWER are the targets. weight: of the batch's losses.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -51,7 +51,7 @@ class TrainingBatch:
 
 @dataclass
 class TrainingBatches:
-    """All training batches of one model, its text tokenized once."""
+    """The training batches of one model, whose text is tokenized once."""
 
     loaded: LoadedModel
     config: TrainingConfig
@@ -103,13 +103,13 @@ class TrainingBatches:
         """Write one random span at two places of a row, in place."""
         ids_T[first : first + span] = ids_T[second : second + span] = random.choice(self.characters, span)
         kind_T[first : first + span] = IGNORED
-        kind_T[second : second + 2] = IGNORED  # nothing shows yet which span repeats
+        kind_T[second : second + 2] = IGNORED  # it is not yet predictable which span repeats
         kind_T[second + 2 : second + span] = REPEAT
         for end in (first + span, second + span):
             kind_T[end : end + 1] = np.where(kind_T[end : end + 1] == TEXT, IGNORED, kind_T[end : end + 1])
 
     def _copy_rows(self, random: np.random.Generator, tokens: int, length: int) -> TrainingBatch:
-        """Return rows of one short span over and over: with few different tokens copying is easy to learn."""
+        """Return rows that repeat one short span; with few different tokens, copying is easy to learn."""
         rows = max(1, tokens // length)
         ids_BT, kind_BT = np.zeros((rows, length), dtype=np.int64), np.full((rows, length), REPEAT)
         longest = min(length / 2, len(self.characters))
@@ -125,7 +125,7 @@ class TrainingBatches:
         )
 
     def _prompts(self, random: np.random.Generator) -> list[TrainingBatch]:
-        """Return prompts with answers; varied ones as two batches, the shorter and the longer half."""
+        """Return prompts with answers; varied prompts as two batches, the shorter and the longer half."""
         config = self.config
         if not (config.teacher_share or config.joined_share):
             return [self._prompt_batch(prompts.plain(random, self.loaded, self.pieces, config))]
@@ -161,7 +161,7 @@ class TrainingBatches:
 
 @functools.lru_cache(maxsize=2)
 def _tokenized(tokenizer: Any, part: str) -> tuple[np.ndarray, dict[str, list[str]], list[str]]:
-    """Return the training text of a corpus as one stream of tokens, the pieces of each class, and those without one."""
+    """Return the training text of a corpus as a stream of tokens, the pieces of each class, and unlabelled pieces."""
     documents = corpus.documents(part)
     texts = ["\n\n".join(document.pieces) for document in documents]
     ids = [[*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for text in texts]
@@ -173,7 +173,7 @@ def _tokenized(tokenizer: Any, part: str) -> tuple[np.ndarray, dict[str, list[st
 
 
 def _span_places(random: np.random.Generator, length: int) -> list[tuple[int, int, int]]:
-    """Return (first, second, span): where disjoint spans repeat, at distances of all magnitudes up to the row's."""
+    """Return (first place, second place, length) of disjoint repeated spans, at distances of all magnitudes."""
     occupied = np.zeros(length, dtype=bool)
     places = []
     for _ in range(max(3, length // 100)):
@@ -189,7 +189,7 @@ def _span_places(random: np.random.Generator, length: int) -> list[tuple[int, in
 
 
 def _kinds(batch: prompts.TrainingPrompts, row: int) -> list[int]:
-    """Return the kind of each token of a prompt; replaced tokens are no targets."""
+    """Return the kind of each token of a prompt; replaced tokens are ignored as targets."""
     count = len(batch.rows[row]) - batch.answer_length
     kind_T = np.array(
         [IGNORED] * batch.prefix_length + [TEXT] * (count - batch.prefix_length) + [ANSWER] * batch.answer_length
@@ -201,8 +201,8 @@ def _kinds(batch: prompts.TrainingPrompts, row: int) -> list[int]:
 
 def _distorted(random: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
     """Return a picture rotated by up to 12 degrees, shifted by up to an eighth of its width, scaled by up to 10 %."""
-    turn, scale = np.deg2rad(random.uniform(-12, 12)), random.uniform(0.9, 1.1)
-    a, b = np.cos(turn) * scale, np.sin(turn) * scale
+    angle, scale = np.deg2rad(random.uniform(-12, 12)), random.uniform(0.9, 1.1)
+    a, b = np.cos(angle) * scale, np.sin(angle) * scale
     centre = len(pixels) / 2
     dx, dy = random.uniform(-1, 1, 2) * len(pixels) / 8
     offset = (centre - a * centre - b * centre + dx, centre + b * centre - a * centre + dy)

@@ -1,8 +1,8 @@
-"""The classification prompts of training: which class a text is of, answered by its label or by the teacher.
+"""The classification prompts of training, which ask for the class of a text and are answered by label or teacher.
 
 Labelled pieces are few, and a model that sees each of them dozens of times memorises them. Varied prompts are about
-excerpts that start anywhere, two excerpts joined, or text without a class, with some tokens replaced; the teacher
-answers those without a label. Knows the tokenizer and the training text; knows nothing of rows of running text.
+excerpts that start anywhere, two joined excerpts, or unlabelled text, with some tokens replaced; the teacher answers
+prompts without a label. Uses the tokenizer and the training text; knows nothing of rows of running text.
 
 Shapes: B prompts, L classes.
 """
@@ -17,15 +17,16 @@ from lib.models.structure.loaded_model import LoadedModel
 from lib.models.tasks import tasks
 
 CHARACTERS = 560
-CANDIDATES = 3  # texts without a class, of which the one that the teacher is surest about is used
+CANDIDATES = 3  # unlabelled texts, of which the one with the teacher's most confident answer is used
 
 
 @dataclass
 class TrainingPrompts:
     """Rows of token ids, each a prompt that ends with its answer.
 
-    prefix_length: tokens that all rows begin with. answer_length: tokens of each answer. corrupted: per row, which
-    tokens were replaced. answers_BL: the probability of each class, where the answer is not a single label.
+    prefix_length: number of tokens that all rows share at the beginning. answer_length: tokens of each answer.
+    corrupted: mask of the replaced tokens of each row. answers_BL: the probability of each class, if answers are not
+    single labels.
     """
 
     rows: list[list[int]]
@@ -35,7 +36,7 @@ class TrainingPrompts:
     answers_BL: np.ndarray | None = None
 
     def halves(self) -> list["TrainingPrompts"]:
-        """Return the shorter and the longer half of the rows, so that less of a batch is padding."""
+        """Return the shorter and the longer half of the rows, which as batches contain less padding."""
         order = np.argsort([len(row) for row in self.rows], kind="stable")
         parts = [part for part in np.array_split(order, 2) if len(part)]
         return [
@@ -53,7 +54,7 @@ class TrainingPrompts:
 def plain(
     random: np.random.Generator, loaded: LoadedModel, pieces: dict[str, list[str]], config: TrainingConfig
 ) -> TrainingPrompts:
-    """Return prompts about single excerpts, every class equally often."""
+    """Return prompts about single excerpts, with all classes equally likely."""
     task = task_of(loaded)
     labels = random.choice(list(pieces), config.prompts)
     texts = [excerpt(random, _pick(random, pieces[label])) for label in labels]
@@ -69,7 +70,7 @@ def varied(
     stream_T: np.ndarray,
     config: TrainingConfig,
 ) -> TrainingPrompts:
-    """Return prompts about varied texts, a share of them without a class; answers are labels or the teacher's."""
+    """Return prompts about varied texts, answered by the teacher's probabilities, averaged with the label if any."""
     task, labels = task_of(loaded), list(pieces)
     part = tasks.CORPUS[task]
     texts, text_labels = [], []
@@ -102,7 +103,7 @@ def _varied_text(
     unlabelled: list[str],
     config: TrainingConfig,
 ) -> tuple[str, str | None]:
-    """Return a text and its label, None where the teacher alone answers: for text without a class or of two classes."""
+    """Return a text and its label; None, so that only the teacher answers, for unlabelled text or two classes."""
     kind = random.random()
     if kind < config.teacher_share:
         candidates = [excerpt(random, _pick(random, unlabelled), 200) for _ in range(CANDIDATES)]
@@ -116,14 +117,14 @@ def _varied_text(
 
 
 def excerpt(random: np.random.Generator, piece: str, least: int = 300, most: int = CHARACTERS) -> str:
-    """Return at least `least`, at most `most` characters of `piece` if it has them, from the start of some line."""
+    """Return `least` to `most` characters of `piece` (fewer if it is short), starting at a random line or the first."""
     lines = [at + 1 for at, character in enumerate(piece[:-200]) if character == "\n"]
     start = int(random.choice(lines)) if lines and random.random() < 0.5 else 0
     return piece[start : start + int(random.integers(least, most + 1))].strip("\n")
 
 
 def task_of(loaded: LoadedModel) -> str:
-    """Return the classification task of a model that is about its own corpus."""
+    """Return the classification task of a model on its own corpus."""
     part = tasks.corpus_of(loaded)
     return next(task for task in loaded.parameters.tasks if tasks.CORPUS.get(task) == part)
 

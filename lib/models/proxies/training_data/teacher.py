@@ -1,9 +1,9 @@
 """The teacher: a linear classifier on words and letters that gives the probability of each class for a text.
 
-On a few thousand labelled pieces such a classifier generalises better than a small language model does. Fitted to the
-same training text, it labels prompts that have no label of their own: text without a class, cut anywhere, or joined
-from several pieces. A proxy model that learns from its probabilities sees far more than the labelled pieces
-(distillation, Hinton et al., 2015). Reads training text only.
+With a few thousand labelled pieces, such a classifier generalises better than a small language model. Fitted to the
+same training text, it labels prompts without a label: unlabelled text, text cut anywhere, or joined pieces. A proxy
+model that learns from its probabilities sees far more text than the labelled pieces (distillation, Hinton et al.,
+2015). Reads training text only.
 
 Shapes: N texts, L classes in the order of `corpus.classes`.
 """
@@ -18,7 +18,7 @@ from sklearn.pipeline import Pipeline, make_pipeline, make_union
 
 from lib.models.tasks import corpus
 
-SHORTEST, LONGEST = 130, 560  # characters of a text that it is fitted to
+SHORTEST, LONGEST = 130, 560  # characters of the texts that it is fitted to
 
 
 @functools.cache
@@ -38,5 +38,5 @@ def fitted(part: str) -> Pipeline:
 
 
 def probabilities(part: str, texts: Sequence[str]) -> np.ndarray:
-    """Return the probability of each class for each text of corpus `part`, [N, L]. Texts are masked here."""
+    """Return the probability of each class for each text of corpus `part`, [N, L]. Class names in texts are masked."""
     return fitted(part).predict_proba([corpus.masked(text, part) for text in texts])

@@ -1,1 +1,1 @@
-"""Modules that take the place of a model's own: factored, sparse, quantized, and parts that do nothing."""
+"""Modules that replace a model's own: factored, sparse and quantized matrices, and parts that do nothing."""

@@ -1,11 +1,11 @@
-"""Matrices stored and executed as two thin factors: a linear layer, and the stacked experts of one block.
+"""Linear layers and stacked experts whose matrices are stored and executed as two thin factors.
 
 `FactoredLinear` is two thin products in a row. `FactoredExperts` is the Tucker form of both stacked tensors along the
 hidden dimension (Tucker 1966; De Lathauwer et al. 2000, HOSVD): one input factor, applied once to every token, a core
 per expert for the tokens routed to it, and one output factor, applied once per token to the weighted sum. Only the
-hidden dimension can be shared this way: the channels of an expert lie between its own two products. The cores run
-through the same three experts backends as dense experts. No dense matrix is restored while a model runs. Knows nothing
-of how factors are computed.
+hidden dimension can be shared this way, since the channels of an expert lie between its own two products. The cores run
+on the same three experts backends as dense experts. No dense matrix is restored while a model runs. Knows nothing of
+how factors are computed.
 
 Shapes: E experts, H hidden, I width of one expert, T tokens, K experts per token, S = T·K pairs of token and expert,
 R rank (P of the input factor, Q of the output factor).
@@ -33,7 +33,7 @@ class FactoredLinear(nn.Module):
 
     @property
     def in_features(self) -> int:
-        return self.inner.in_features  # not the shape of its weight, which may be packed
+        return self.inner.in_features  # not from the shape of the weight, which may be packed
 
     @property
     def out_features(self) -> int:
@@ -56,8 +56,8 @@ class FactoredLinear(nn.Module):
 class FactoredExperts(nn.Module):
     """Experts with cores `gate_up_proj` [E, 2I, P] and `down_proj` [E, Q, I] between two shared factors.
 
-    `input_factor` [P, H] or None (then P = H), `output_factor` [H, Q] or None (then Q = H). Attributes and call are
-    those of the dense experts.
+    `input_factor` [P, H] or None (then P = H), `output_factor` [H, Q] or None (then Q = H). Has the attributes and the
+    call signature of dense experts.
     """
 
     gate_up_proj: nn.Parameter
@@ -101,23 +101,26 @@ class FactoredExperts(nn.Module):
 
 
 def each_product(x_SI: torch.Tensor, weight_EOI: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
-    """Return [S, O]: rows sorted by expert, `counts_E` of them each, times their expert's matrix; one product each."""
+    """Return [S, O]: each row of `x_SI` (sorted by expert, `counts_E` rows each) times its expert's matrix.
+
+    Computes one product per expert.
+    """
     parts = x_SI.split(counts_E.tolist())
     return torch.cat([nn.functional.linear(part, weight_EOI[e]) for e, part in enumerate(parts) if len(part)])
 
 
 def grouped_product(x_SI: torch.Tensor, weight_EOI: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
-    """As `each_product`, in one grouped kernel."""
+    """Return the same as `each_product`, computed in one grouped kernel."""
     return _grouped_linear(x_SI, weight_EOI, counts_E.cumsum(0).int())
 
 
 def batched_product(x_SI: torch.Tensor, weight_EOI: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
-    """As `each_product`, with a copy of the matrix for each row: for few rows."""
+    """Return the same as `each_product`, computed with a copy of the matrix for every row; suited to few rows."""
     expert_S = torch.repeat_interleave(torch.arange(len(counts_E), device=x_SI.device), counts_E)
     return torch.bmm(weight_EOI[expert_S], x_SI.unsqueeze(-1)).squeeze(-1)
 
 
-# By the names of transformers' experts implementations.
+# Keys are the names of transformers' experts implementations.
 PRODUCTS: dict[str, Callable] = {
     "eager": each_product,
     "grouped_mm": grouped_product,
@@ -126,7 +129,7 @@ PRODUCTS: dict[str, Callable] = {
 
 
 def factor_linear(model: nn.Module, name: str, outer_OR: torch.Tensor, inner_RI: torch.Tensor) -> None:
-    """Replace the linear layer `name` of `model` by factors, in its dtype; its bias stays."""
+    """Replace the linear layer `name` of `model` by two factors in the layer's dtype, in place; the bias is kept."""
     linear: Any = model.get_submodule(name)
     _replace(
         model, name, FactoredLinear(_linear(inner_RI, linear.weight), _linear(outer_OR, linear.weight, linear.bias))
@@ -140,7 +143,7 @@ def factor_experts(
     gate_up: tuple[torch.Tensor, torch.Tensor] | None = None,
     down: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
-    """Replace the experts `name` of `model` by Tucker factors; a stack without factors stays as it is.
+    """Replace the experts `name` of `model` by Tucker factors, in place; a stack without factors is unchanged.
 
     gate_up: (cores [E, 2I, P], input factor [P, H]); down: (output factor [H, Q], cores [E, Q, I]).
     """
@@ -175,9 +178,9 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def ranks(model: nn.Module) -> dict[str, dict[str, int | None]]:
-    """Return the ranks of every factored module of `model` by its name: {"rank"} or {"input_rank", "output_rank"}.
+    """Return the ranks of the factored modules of `model`, by name: {"rank"} or {"input_rank", "output_rank"}.
 
-    Plain JSON, the input of `restore`.
+    The result is plain JSON and the input of `restore`.
     """
     by_name: dict[str, dict[str, int | None]] = {}
     for name, module in model.named_modules():
@@ -190,13 +193,17 @@ def ranks(model: nn.Module) -> dict[str, dict[str, int | None]]:
 
 
 def shared_factors(module: nn.Module) -> tuple[nn.Linear | None, nn.Linear | None] | None:
-    """Return (input, output) factor of experts that share at least one, however their cores are stored; else None."""
+    """Return the (input, output) factors of experts if they share at least one, else None.
+
+    Works for cores stored dense, sparse or quantized.
+    """
     factors = getattr(module, "input_factor", None), getattr(module, "output_factor", None)
     return None if factors == (None, None) else factors
 
 
 def restore(model: nn.Module, stored: Mapping[str, Mapping[str, Any]]) -> None:
-    """Insert the factored modules that `ranks` described into a dense `model` on device `meta`, in place.
+    """Insert factored modules of the ranks in `stored`, as `ranks` returns them, into a dense `model` on device `meta`,
+    in place.
 
     Raises UserError for a module that the model lacks.
     """
@@ -204,7 +211,7 @@ def restore(model: nn.Module, stored: Mapping[str, Mapping[str, Any]]) -> None:
         try:
             module: Any = model.get_submodule(name)
         except AttributeError:
-            raise UserError(f"factors: this model has no module {name}; the manifest belongs to another one") from None
+            raise UserError(f"factors: this model has no module {name}; the manifest is of another model") from None
         if "rank" in rank:
             rows, columns = module.weight.shape
             empty = module.weight.new_empty

@@ -1,7 +1,7 @@
-"""Blocks without attention or feed-forward part: the part returns zeros, so that only the residual stream passes.
+"""Blocks without attention or feed-forward part: a module that returns zeros leaves only the residual stream.
 
-A decoder reads the length of the text from the first layer of its cache, so a block without attention must not have a
-layer there: `lib.models.structure.surgery.synchronise` numbers the others. Knows nothing of which part is worth
+A decoder reads the number of cached tokens from the first layer of its cache, so a block without attention must not
+have a layer there: `lib.models.structure.surgery.synchronise` numbers the others. Knows nothing of which part is worth
 removing.
 
 Shapes: B batch, T tokens, H hidden.
@@ -18,7 +18,7 @@ PARTS = ("attention", "feed_forward")
 
 
 class NoAttention(nn.Module):
-    """Replaces an attention module: adds nothing and stores nothing in the cache."""
+    """Replaces an attention module; adds nothing to the residual stream and stores nothing in the cache."""
 
     absent = True
 
@@ -28,7 +28,7 @@ class NoAttention(nn.Module):
 
 
 class NoFeedForward(nn.Module):
-    """Replaces a feed-forward module: adds nothing."""
+    """Replaces a feed-forward module; adds nothing to the residual stream."""
 
     absent = True
 
@@ -53,7 +53,7 @@ def describe(model: nn.Module) -> list[dict[str, object]]:
 
 
 def restore(model: nn.Module, stored: list[dict]) -> None:
-    """Remove the parts, and set the numbers of experts per token, that `describe` returned, in place.
+    """Remove the absent parts and set the experts per token as `stored`, which `describe` returned, says; in place.
 
     Raises UserError if the number of blocks differs.
     """

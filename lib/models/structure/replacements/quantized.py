@@ -1,11 +1,11 @@
-"""Matrices stored in int8 or int4 and multiplied with activations of full precision: a linear layer, stacked experts.
+"""Linear layers and stacked experts with weights in int8 or int4 and activations in full precision.
 
-Weights alone are quantized, rounded to nearest: int8 symmetric with a scale per output row; int4 asymmetric with scale
-and zero point per group of 128 inputs (of the largest of 64, 32, 16 that divides the width where 128 does not). No text
-is needed. Products run in torch's own packed kernels (`_weight_int8pack_mm`, `_weight_int4pack_mm`), which read the
-small weights. The kernels are quick in bfloat16 alone (on a CPU, those of float32 take a hundred times as long), so
-scales are bfloat16, and so are inputs while a kernel runs. Where no kernel takes the shape, and in int8 for so many
-tokens that arithmetic is the limit, the matrix is restored for the product. Runs forward only. Knows nothing of which
+Only weights are quantized, rounded to nearest: int8 symmetric with a scale per output row; int4 asymmetric with scale
+and zero point per group of 128 inputs (if 128 does not divide the width, the largest of 64, 32, 16 that does). No
+calibration text is needed. Products run in torch's own kernels for packed weights (`_weight_int8pack_mm`,
+`_weight_int4pack_mm`). They are fast only in bfloat16 (on a CPU, float32 takes a hundred times as long), so scales are
+bfloat16, and inputs are converted to it for the product. The matrix is restored for a product if no kernel accepts its
+shape, and in int8 for many tokens, when arithmetic is the bottleneck. Forward pass only. Knows nothing of which
 matrices are quantized.
 
 Shapes: T tokens, O outputs, I inputs, G inputs of a group, E experts, K experts per token.
@@ -20,23 +20,23 @@ from torch import nn
 from lib.errors import UserError
 
 BITS = (8, 4)
-GROUPS = (128, 64, 32, 16)  # the first that divides the width
+GROUPS = (128, 64, 32, 16)  # group sizes; the first that divides the width is used
 KERNEL_GROUPS = (32, 64, 128, 256)
-FEW_TOKENS = 32  # up to here reading the weights is the limit
-LANES = 32  # inputs that a kernel of int8 takes at a time; it reads beyond the end of narrower rows
+FEW_TOKENS = 32  # up to this number, reading the weights is the bottleneck
+LANES = 32  # inputs that the int8 kernel processes at a time; it reads beyond the end of narrower rows
 SCALES = torch.bfloat16
-TILES = 8  # of the int4 kernel's layout on CUDA
+TILES = 8  # inner tiles in the layout of the int4 kernel on CUDA
 STACKS = ("gate_up_proj", "down_proj")
 Packed = tuple[torch.Tensor, torch.Tensor]  # values and scales, as `pack` returns them
 
 
 def group_size(inputs: int) -> int:
-    """Return how many inputs of a row share a scale in int4: 128 where that divides the width."""
+    """Return how many inputs of a row share a scale in int4: 128 if it divides the number of `inputs`."""
     return next((group for group in GROUPS if inputs % group == 0), inputs)
 
 
 def has_kernel(weight_OI: torch.Tensor, bits: int) -> bool:
-    """Return whether torch multiplies with this matrix as it is packed."""
+    """Return whether torch has a kernel that multiplies with this matrix packed in `bits`."""
     outputs, inputs = weight_OI.shape
     if bits == 8:
         return outputs % 16 == 0 and inputs % LANES == 0
@@ -48,10 +48,10 @@ def has_kernel(weight_OI: torch.Tensor, bits: int) -> bool:
 
 
 def pack(weight_OI: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (packed values, scales): int8 [O, I] and [O]; int4 in the layout of its kernel, else two to a byte
-    [O, I/2], with scale and zero point [I/G, O, 2].
+    """Return (packed values, scales) of a matrix.
 
-    Raises UserError for an odd width in int4.
+    int8: [O, I] and [O]. int4: values in the layout of the kernel, or without one two to a byte [O, I/2], and scale
+    with zero point [I/G, O, 2]. Raises UserError for an odd width in int4.
     """
     weight = weight_OI.detach().float()
     if bits == 8:
@@ -65,32 +65,32 @@ def pack(weight_OI: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def require_pairs(inputs: int) -> None:
-    """Raise UserError for a width that int4 cannot pack."""
+    """Raise UserError if int4 cannot pack a width of `inputs`, because it is odd."""
     if inputs % 2:
         raise UserError(f"int4 packs two weights to a byte, but this matrix has {inputs} inputs")
 
 
 def grid(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (scale, zero point) [...] of the 16 values that stand for a group of weights [..., I] in int4."""
+    """Return (scale, zero point) [...] of the int4 grid of 16 values for groups of weights [..., I]."""
     low, high = weights.amin(-1), weights.amax(-1)
     scale = ((high - low) / 15).clamp_min(1e-12).to(SCALES)
     return scale, (low + 8 * scale.float()).to(SCALES)
 
 
 def steps(weights: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    """Return for weights [..., I] the nearest step 0 to 15 of their group's grid, float32."""
+    """Return the nearest step (0 to 15) of the group's grid for each of the weights [..., I], float32."""
     return ((weights - zero.float()[..., None]) / scale.float()[..., None] + 8).round().clamp(0, 15)
 
 
 def at_steps(steps: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    """Return the weights [..., I] that these steps of a group's grid stand for, float32."""
+    """Return the weights [..., I] that `steps` of a group's grid represent, float32."""
     return (steps - 8) * scale.float()[..., None] + zero.float()[..., None]
 
 
 def pack_steps(
     steps_OI: torch.Tensor, scale_OG: torch.Tensor, zero_OG: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return int4 (packed values, scales), as `pack` does, of steps that were chosen already."""
+    """Return (packed values, scales) in int4, as `pack` does, for given steps of the grids."""
     values_OI = steps_OI.to(torch.int32)
     scales = torch.stack([scale_OG, zero_OG], -1).transpose(0, 1).contiguous()
     if not has_kernel(values_OI, 4):
@@ -105,10 +105,10 @@ def _two_to_a_byte(values_OI: torch.Tensor) -> torch.Tensor:
 
 
 def restored(values: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], kernel: bool) -> torch.Tensor:
-    """Return the matrix [O, I] that packed values stand for, float32."""
+    """Return the matrix [O, I] that packed values represent, float32."""
     if values.dtype == torch.int8:
         return values.float() * scales.float()[:, None]
-    if kernel:  # only the kernel knows its layout: the rows of the identity give the columns of the matrix
+    if kernel:  # only the kernel can read its layout: a product with the identity gives the transposed matrix
         eye_II = torch.eye(shape[1], dtype=scales.dtype, device=scales.device)
         return _int4_product(values, scales, eye_II).float().T
     both = torch.stack([values >> 4, values & 15], -1).view(shape[0], scales.shape[0], -1).float()
@@ -139,9 +139,9 @@ def _fixed(tensor: torch.Tensor) -> nn.Parameter:
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer whose weight is packed in `bits`; the bias stays as it was.
+    """A linear layer whose weight is packed in `bits`; the bias is unchanged.
 
-    `packed` are values and scales that were chosen otherwise than by rounding to nearest.
+    `packed`: values and scales to use instead of rounding to nearest.
     """
 
     def __init__(self, dense: nn.Linear, bits: int, packed: Packed | None = None) -> None:
@@ -159,11 +159,11 @@ class QuantizedLinear(nn.Module):
 
     @property
     def elements(self) -> int:
-        """How many weights the packed values stand for."""
+        """Number of weights that the packed values represent."""
         return self.out_features * self.in_features
 
     def restored(self) -> torch.Tensor:
-        """Return the matrix [O, I] that the packed values stand for, float32."""
+        """Return the matrix [O, I] that the packed values represent, float32."""
         return restored(self.weight, self.scales, (self.out_features, self.in_features), self.kernel)
 
     def extra_repr(self) -> str:
@@ -173,7 +173,7 @@ class QuantizedLinear(nn.Module):
 class QuantizedExperts(nn.Module):
     """Routed experts whose matrices are packed in `bits`; they run one after the other, each on its own tokens.
 
-    `packed`: by stack, the values and scales of each expert, where they were chosen otherwise than by rounding.
+    `packed`: the values and scales of each expert, by stack, to use instead of rounding to nearest.
     """
 
     act_fn: Callable[[torch.Tensor], torch.Tensor]
@@ -205,11 +205,11 @@ class QuantizedExperts(nn.Module):
 
     @property
     def elements(self) -> int:
-        """How many weights the packed values of all experts stand for."""
+        """Number of weights that the packed values of all experts represent."""
         return self.num_experts * sum(outputs * inputs for outputs, inputs in self.shapes.values())
 
     def multiply(self, name: str, expert: int, x_TI: torch.Tensor) -> torch.Tensor:
-        """Return the product of one matrix of an expert with x [T, I]."""
+        """Return the product of x [T, I] with the matrix of `expert` in the stack `name`."""
         values, scales = getattr(self, name)[expert], getattr(self, f"{name}_scales")[expert]
         return product(x_TI, values, scales, self.shapes[name], self.kernels[name])
 

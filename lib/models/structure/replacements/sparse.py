@@ -1,15 +1,15 @@
-"""Matrices stored and executed sparse: a linear layer and a stack of experts, and their form on disk.
+"""Linear layers and stacked experts whose matrices are stored and executed sparse, and their form on disk.
 
-Three layouts, each a parameter of its own tensor type, so that a count of bytes includes indices and values:
+Three layouts, each a parameter with a tensor type of its own, so that byte counts include indices and values:
 
 - `csr`: values with 32-bit column indices; a product with few tokens is bound by reading them. MKL has no bfloat16
   kernel, so on a CPU values are float32 and inputs are converted, which costs little for a few tokens; on CUDA values
   keep the dtype of the model.
-- `columns`: groups of R rows share their columns, all groups the same number of them; executed as dense products of
-  gathered inputs, in the dtype of the model. Stored as blocks of R × 1.
+- `columns`: the rows of each group of R keep the same columns, and all groups keep the same number; executed as dense
+  products of gathered inputs, in the dtype of the model. Stored as blocks of R × 1.
 - `semi_structured`: two of every four inputs, in the format of the tensor cores; CUDA only.
 
-The modules run forward only, without gradients. Knows nothing of which weights are dropped.
+The modules support the forward pass only, without gradients. Knows nothing of which weights are dropped.
 
 Shapes: T tokens, O outputs, I inputs, E experts, K experts per token, G groups of R rows, N stored values.
 """
@@ -24,11 +24,11 @@ from torch import nn
 
 from lib.errors import UserError
 
-# Torch warns once per process that these layouts are in beta: noise in a notebook.
+# Torch warns once per process that these layouts are in beta, which only clutters a notebook.
 warnings.filterwarnings("ignore", message="Sparse (CSR|BSR) tensor support is in beta")
 
 LAYOUTS = ("csr", "columns", "semi_structured")
-MANY_TOKENS = 64  # from here on the embedding kernel is the faster of the two
+MANY_TOKENS = 64  # from this number on, `embedding_bag` is faster than `mm` on a CPU
 LINEAR_NAMES = ("weight",)
 EXPERT_NAMES = ("gate_up_proj", "down_proj")
 
@@ -37,10 +37,10 @@ EXPERT_NAMES = ("gate_up_proj", "down_proj")
 
 
 def compress(weight: torch.Tensor, mask: torch.Tensor, layout: str = "csr", rows: int = 1) -> torch.Tensor:
-    """Return `weight` [O, I] or [E, O, I] with only the elements of `mask` (bool, same shape), in a sparse layout.
+    """Return the elements of `weight` [O, I] or [E, O, I] that `mask` (bool, same shape) keeps, in a sparse layout.
 
-    Experts need the same number of kept elements each; `columns` needs groups of `rows` rows that keep the same
-    columns, every group equally many. Raises ValueError otherwise.
+    Every expert must keep the same number of elements. In `columns`, the rows of each group of `rows` must keep the
+    same columns, and every group the same number. Raises ValueError otherwise.
     """
     if layout == "semi_structured":
         return torch.sparse.to_sparse_semi_structured(weight * mask)
@@ -84,25 +84,25 @@ def _bsr(crow: torch.Tensor, columns: torch.Tensor, values_NR: torch.Tensor, sha
 
 
 def is_dense(weight: torch.Tensor) -> bool:
-    """Return whether a weight is a plain tensor: neither of a sparse layout nor of a class that packs it."""
+    """Return whether a weight is a plain tensor: neither in a sparse layout nor in a packed tensor subclass."""
     return weight.layout == torch.strided and not hasattr(weight, "__tensor_flatten__")
 
 
 def layout_of(weight: torch.Tensor) -> str:
-    """Return the layout of a stored weight, one of LAYOUTS."""
+    """Return the layout of a sparsely stored weight, one of LAYOUTS."""
     names = {torch.sparse_csr: "csr", torch.sparse_bsr: "columns"}
     return names.get(weight.layout, "semi_structured")
 
 
 def parts(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the plain tensors of a stored weight by suffix, as a checkpoint stores them."""
+    """Return the plain tensors of a sparsely stored weight by name suffix, as a checkpoint stores them."""
     if layout_of(weight) == "semi_structured":
         return {"dense": weight.to_dense()}
     return {"crow": weight.crow_indices(), "columns": weight.col_indices(), "values": weight.values()}
 
 
 def from_parts(tensors: dict[str, torch.Tensor], layout: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return the stored weight that consists of `tensors`, as `parts` returned them."""
+    """Return the sparse weight of `shape` with the `tensors` that `parts` returned."""
     if layout == "semi_structured":
         return torch.sparse.to_sparse_semi_structured(tensors["dense"])
     values = tensors["values"]
@@ -122,7 +122,7 @@ def slices(weight: torch.Tensor) -> list[torch.Tensor]:
 
 
 def product(weight: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
-    """Return x·Wᵀ [T, O] in the dtype of x, for a stored weight [O, I]."""
+    """Return x·Wᵀ [T, O] in the dtype of x, for a sparsely stored weight [O, I]."""
     if weight.layout == torch.sparse_csr:
         return _csr_product(weight, x_TI.to(weight.dtype)).to(x_TI.dtype)
     if weight.layout == torch.sparse_bsr:
@@ -131,9 +131,9 @@ def product(weight: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
 
 
 def _csr_product(weight: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
-    """Return x·Wᵀ, tokens contiguous in memory: each stored value meets all of them in one vector operation.
+    """Return x·Wᵀ. Tokens are contiguous in memory, so that each stored value multiplies all of them at once.
 
-    For many tokens the weighted sum of rows that embeddings use computes the same product faster on a CPU.
+    For many tokens on a CPU, `embedding_bag` (a weighted sum of rows) computes the same product faster.
     """
     if len(x_TI) == 1:
         return torch.mv(weight, x_TI[0])[None]
@@ -151,7 +151,7 @@ def _csr_product(weight: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
 
 
 def _columns_product(weight: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
-    """Gather each group's inputs, then one dense product per group."""
+    """Return x·Wᵀ: gather the inputs of each group, then multiply them by its dense matrix."""
     rows = weight.values().shape[1]
     groups = weight.shape[0] // rows
     columns_GN, values_GNR = weight.col_indices().view(groups, -1), weight.values().view(groups, -1, rows)
@@ -162,7 +162,7 @@ def _columns_product(weight: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
 
 
 def _copied(weight: torch.Tensor) -> torch.Tensor:
-    """Return a copy; of a packed weight part by part, since torch before 2.13 cannot clone the whole."""
+    """Return a copy of a weight. Packed weights are copied part by part, since torch before 2.13 cannot clone them."""
     if layout_of(weight) != "semi_structured":
         return weight.clone()
     packed: Any = weight  # a tensor subclass with the protocol of torch.utils._python_dispatch
@@ -172,7 +172,7 @@ def _copied(weight: torch.Tensor) -> torch.Tensor:
 
 
 class _Stored(nn.Module):
-    """Base of the sparse modules: state dictionaries hold plain tensors, and deep copies work."""
+    """Base class of the sparse modules, whose state dictionaries hold plain tensors and which can be deep-copied."""
 
     stored: tuple[str, ...] = ()
 
@@ -183,7 +183,7 @@ class _Stored(nn.Module):
             destination.update({f"{prefix}{name}.{part}": tensor for part, tensor in parts(weight).items()})
 
     def __deepcopy__(self, memo: dict) -> "_Stored":
-        """Copy the sparse parameters by hand, since torch cannot."""
+        """Return a deep copy. Sparse parameters are copied here, since torch cannot."""
         for name in self.stored:
             weight = getattr(self, name)
             if id(weight) not in memo:
@@ -195,7 +195,7 @@ class _Stored(nn.Module):
 
 
 class SparseLinear(_Stored):
-    """A linear layer whose weight [O, I] is stored and executed sparse; the bias stays as it was."""
+    """A linear layer whose weight [O, I] is stored and executed sparse; the bias is unchanged."""
 
     stored = LINEAR_NAMES
 
@@ -217,9 +217,9 @@ class SparseLinear(_Stored):
 class SparseExperts(_Stored):
     """Routed experts whose matrices `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I] are stored and executed sparse.
 
-    The experts run one after the other, each on its own tokens, as in transformers' `eager` backend. A stack may stay
-    dense, and factors that experts share (`lib.models.structure.replacements.factored`) do: only their cores are stored
-    sparse.
+    The experts run one after the other, each on its own tokens, as in transformers' `eager` backend. Either stack may
+    stay dense. Factors that experts share (`lib.models.structure.replacements.factored`) always do: only the cores are
+    stored sparse.
     """
 
     act_fn: Callable[[torch.Tensor], torch.Tensor]
@@ -246,12 +246,12 @@ class SparseExperts(_Stored):
         return total_TH if self.output_factor is None else self.output_factor(total_TH)
 
     def _stacks(self) -> list[list[torch.Tensor]]:
-        """Return the matrices of each expert, cached: slicing a stack takes longer than a small product."""
+        """Return each expert's matrices, cached, since slicing a stack takes longer than a small product."""
         weights = [getattr(self, name) for name in EXPERT_NAMES]
-        at = [w.data_ptr() if w.layout == torch.strided else w.values().data_ptr() for w in weights]
-        if self.__dict__.get("views", (None,))[0] != at:
-            cut = [list(w.detach()) if w.layout == torch.strided else slices(w.detach()) for w in weights]
-            self.__dict__["views"] = (at, cut)
+        addresses = [w.data_ptr() if w.layout == torch.strided else w.values().data_ptr() for w in weights]
+        if self.__dict__.get("views", (None,))[0] != addresses:
+            matrices = [list(w.detach()) if w.layout == torch.strided else slices(w.detach()) for w in weights]
+            self.__dict__["views"] = (addresses, matrices)
         return self.__dict__["views"][1]
 
 
@@ -263,7 +263,7 @@ def _apply(weight: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
 
 
 def store(model: nn.Module, weights: dict[str, torch.Tensor]) -> nn.Module:
-    """Replace dense weights of the model by stored ones (parameter name → sparse tensor) in place; return the model."""
+    """Replace dense weights of `model` by sparse ones (parameter name → sparse tensor), in place; return the model."""
     owners: dict[str, dict[str, torch.Tensor]] = {}
     for name, weight in weights.items():
         owners.setdefault(name.rpartition(".")[0], {})[name.rpartition(".")[2]] = weight
@@ -296,11 +296,11 @@ def restore(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> None:
-    """Insert the stored weights `described` into the dense `model` (possibly without weights), in place, on `device`.
+    """Insert the sparse weights `described` into the dense `model` (possibly without weights), in place, on `device`.
 
-    `tensors`: name → function that reads the tensor; those that are used are removed from it. `dtype`: of the model's
-    other parameters; values in `csr` keep their own, but on a CPU those that were stored on CUDA. Raises UserError
-    naming a missing tensor.
+    `tensors`: name → function that reads the tensor; entries that are used are removed. `dtype`: of the model's other
+    parameters. Values in `csr` keep their stored dtype on CUDA and are float32 on a CPU. Raises UserError naming a
+    missing tensor.
     """
     weights = {}
     for name, entry in described.items():
