@@ -1,1 +1,1 @@
-"""Adaptive batch sizes: what it does to a model, and how it is measured."""
+"""Adaptive batch sizes: the serving policy, its rivals, and its measurement."""

@@ -1,6 +1,6 @@
-"""Whether answers that are computed together with others equal those computed alone, as accuracy on held-out items.
+"""Compare answers computed in a batch with answers computed alone, as accuracy on held-out items.
 
-A different batch size rounds differently; a batch may change nothing else. Knows no policy: the caller passes it in.
+A different batch size rounds differently; batching may change nothing else. The caller passes in the policy.
 """
 
 from dataclasses import replace
@@ -20,20 +20,19 @@ from lib.measure.serving.traffic import ServingRequest, Trace
 from lib.models.loading import Loaded
 from lib.models.tasks import tasks
 
-ALONE = 160  # items that are answered one at a time, at most
-TOGETHER = 2  # rows of the longest kind for which the cache has room at least: answers are to be computed together
-FEWER = 2  # times fewer items, and values to be retrieved, at effort preview
+ALONE = 160  # most items answered one at a time
+TOGETHER = 2  # the cache has room for at least this many rows of the longest kind, so that answers share a batch
+FEWER = 2  # effort preview divides the numbers of items and of retrieved values by it
 
 
 def retrieved_among_chats(
     loaded: Loaded, effort: Effort, policy: Policy, limits: Limits, rate: float, seed: int = 0
 ) -> tuple[Retrieved, Served]:
-    """Return which values of key-value retrieval come back right when their prompts are served among others, and the
-    run.
+    """Return which values of key-value retrieval are right when their prompts are served among chats, and the run.
 
-    Every second request is a chat of a different length, so rows join, are padded and leave all the time. Times of the
-    engine are real, idle time is skipped. No request is refused: where the cache's bound has no room for TOGETHER of
-    the longest, it is that large, since it is made for other requests, and an answer that nobody computed is not wrong.
+    Every second request is a chat of a different length, so rows join, are padded and leave all the time. Engine times
+    are real, idle time is skipped. No request is refused: the cache's bound, set for other requests, is raised if
+    needed to hold TOGETHER of the longest ones, since an answer that was never computed is not a wrong one.
     """
     ids_BT, target_BV = tasks.retrieval_prompts(loaded, effort.retrieval_distance, effort.retrieval_prompts, seed)
     text_T = tasks.text_windows(loaded, "final", 4, 128, seed).flatten().cpu()
@@ -48,7 +47,7 @@ def retrieved_among_chats(
 
     def prompt_of(request: ServingRequest) -> torch.Tensor:
         if request.id % 2:
-            start = request.id * 31 % max(1, len(text_T) - request.prompt_tokens)  # whatever a split's text holds
+            start = request.id * 31 % max(1, len(text_T) - request.prompt_tokens)  # the text may be short
             return text_T[start : start + request.prompt_tokens]
         return ids_BT[request.id // 2].cpu()
 
@@ -58,16 +57,18 @@ def retrieved_among_chats(
     engine = ModelEngine(loaded.model, prompt_of, limits.cache_bytes)
     limits = replace(limits, patience_seconds=None)
     served = serve(trace, policy, engine, VirtualClock(), limits, drain_seconds=float("inf"))
-    given = [engine.output.get(2 * index, []) for index in range(len(target_BV))]
-    right = [output == target.tolist() for output, target in zip(given, target_BV)]
-    whole = all(len(output) == answer_tokens for output in given)
-    given_NV = np.array(given) if whole else None
+    outputs = [engine.output.get(2 * index, []) for index in range(len(target_BV))]
+    right = [output == target.tolist() for output, target in zip(outputs, target_BV)]
+    complete = all(len(output) == answer_tokens for output in outputs)
+    given_NV = np.array(outputs) if complete else None
     return Retrieved(effort.retrieval_distance, np.array(right), given_NV=given_NV), served
 
 
 def classified(loaded: Loaded, effort: Effort, batch: int, seed: int = 0) -> list[Classified]:
-    """Return the answers to the model's classification tasks, `batch` prompts read together; of a real model, what
-    prompts share is read once and they share passes whatever `batch` is, so that one alone is asked alone.
+    """Return the answers to the model's classification tasks, reading `batch` prompts together.
+
+    A real model reads a shared prefix once and shares passes whatever `batch` is, so for a batch of 1 each item is
+    scored in a call of its own.
     """
     answers = []
     for task in (name for name in loaded.tasks if name in tasks.CLASSIFY):
@@ -84,10 +85,10 @@ def classified(loaded: Loaded, effort: Effort, batch: int, seed: int = 0) -> lis
 def alone_and_together(
     loaded: Loaded, effort: Effort, policy: Policy, limits: Limits, rate: float, seed: int = 0
 ) -> list[Measurement]:
-    """Return the accuracy of answers computed one at a time (baseline) against those computed together (optimized).
+    """Return the accuracy of answers computed one at a time (baseline) against answers computed together (optimized).
 
-    Classification: one prompt per pass against 32, of at most ALONE items. Key-value retrieval: alone against
-    served among others with `policy`. At effort preview there are FEWER of both.
+    Classification: one prompt per pass against 32, on at most ALONE items. Key-value retrieval: alone against served
+    among chats with `policy`. Effort preview divides both numbers of items by FEWER.
     """
     if loaded.random_weights:
         reason = "random weights: answers carry no information"

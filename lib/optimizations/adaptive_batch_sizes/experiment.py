@@ -1,7 +1,7 @@
-"""The protocol of the adaptive batch size: what the notebook shows, from the calibration to the answers.
+"""The protocol of adaptive batch sizes: the notebook's results, from the calibration to the answers.
 
 The functions take a `TrafficStudy` and return plain data (rows, measurements, frames); nothing is displayed and no
-policy is tuned here. The policies in simulation are in `simulated`, the replays on the real model in `real_model`.
+policy is tuned here. Simulations of the policies are in `simulated`, replays on the real model in `real_model`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,8 +47,10 @@ Row = dict[str, Any]
 
 
 def primaries(size: int) -> dict[str, tuple[str, str]]:
-    """Return the primary measurement of each dimension: one of the replays against the fixed `size`, which was chosen
-    on other traffic, and the weights, which no policy changes. Declared before any of them is served.
+    """Return the primary measurement of each dimension, declared before anything is served.
+
+    Performance and efficiency come from the replays against the fixed `size`, which was chosen on other traffic;
+    resources are the weights, which no policy changes.
     """
     workload = real_model.workload(size)
     return {
@@ -69,12 +71,12 @@ def conditions(setup: ServingSetup) -> str:
 
 
 def finding(what: str, served: Served, objective: Objectives) -> str:
-    """Return what a timeline shows as one line: the share of the counted requests within both objectives."""
+    """Return the finding of a timeline as one line: the share of counted requests within both objectives."""
     return f"{what}; within both objectives: {percent(slo.goodput_share(served, objective) or 0)}."
 
 
 def step_curves(setup: ServingSetup, learned: Adaptive) -> pd.DataFrame:
-    """Return ms per decode step over rows for each kind of request: measured, and what the policy has learned."""
+    """Return ms per decode step by rows for each kind of request: as measured, and as learned by the policy."""
     points = []
     for name, lengths in setup.kinds.items():
         context = lengths.prompt_tokens + lengths.new_tokens // 2
@@ -95,11 +97,11 @@ def controls(
 
 
 def at_constant_rates(study: TrafficStudy, rows: Sequence[Row], strays: SimulationError) -> tuple[bool | None, str]:
-    """Return whether the policy falls short of the best fixed size at a constant rate, and the evidence: an interval of
-    goodput for each such traffic, over its seeds, with the simulation's error; unlike traffics are not pooled.
+    """Return whether the policy falls short of the best fixed size at a constant rate, and the evidence.
 
-    It does where one of the intervals lies below LEAST_AT_CONSTANT_RATE; it does not where none reaches below it. Not
-    told where nothing simulated is judged.
+    The evidence is an interval of goodput ÷ best fixed size for each such traffic, over its seeds and with the
+    simulation error; different traffics are not pooled. The answer is True if any interval lies below
+    LEAST_AT_CONSTANT_RATE, False if none reaches below it, and otherwise, or if simulations are not judged, None.
     """
     ends: dict[str, tuple[float, float] | None] = {}
     for row in rows:
@@ -123,7 +125,7 @@ def _known(ends: Mapping[str, tuple[float, float] | None]) -> list[tuple[str, tu
 
 
 def _interval(fixed: Sequence[float], ours: Sequence[float], strays: SimulationError) -> tuple[float, float] | None:
-    """Return the interval of ours ÷ fixed; None where a run served no request in time, or where runs are too few."""
+    """Return the interval of ours ÷ fixed; None if a run served no request in time, or if there are too few runs."""
     if min(*fixed, *ours) <= 0 or len(fixed) < paired_stats.MINIMUM_BLOCKS:
         return None
     ratios = paired_stats.differences(fixed, ours)
@@ -137,9 +139,9 @@ def _interval(fixed: Sequence[float], ours: Sequence[float], strays: SimulationE
 def costs(
     loaded: Loaded, study: TrafficStudy, trial: RealModelTrial, calibration_seconds: float, effort: Effort
 ) -> list[Measurement]:
-    """Return weights, cache per token, peaks of memory, and the seconds of the calibration.
+    """Return weights, cache per token, peak memory, and the seconds of the calibration.
 
-    Raises AssertionError where the cache does not hold what the formula gives.
+    Raises AssertionError if the bytes of the cache differ from the formula.
     """
     model = loaded.model
     results = [item for item in resources(model, model, tokens=effort.prompt_tokens) if "weights" in item.metric]
@@ -153,9 +155,10 @@ def costs(
 
 
 def peaks(loaded: Loaded, study: TrafficStudy, trial: RealModelTrial) -> list[Measurement]:
-    """Return peaks of memory of fresh child processes, which repeat each policy's schedule of the replayed trace on
-    which its cache grows largest: the server's own prompts and batches, the same in every child. Not judged: a
-    different run measures different step times, and so has a different schedule.
+    """Return the peak memory of fresh child processes that repeat each policy's schedule.
+
+    The schedule is that of the replayed trace on which the policy's cache grows largest, the same in every child. Not
+    judged: another run measures other step times and so gets another schedule.
     """
     weight = next(loaded.model.parameters())
     where = {"folder": str(loaded.folder)} if loaded.folder else {}
@@ -169,13 +172,13 @@ def peaks(loaded: Loaded, study: TrafficStudy, trial: RealModelTrial) -> list[Me
         arm |= {"transform": saved.transform(loaded.model)}
         arms.append(memory.Arm(**arm))
     read = memory.measurements(*memory.peaks(*arms, turns=1, watched=False), workload=trial.workload)
-    # Loading follows no schedule: what was read of it says by itself why it is not judged.
+    # Loading follows no schedule: its measurements carry their own reason for not being judged.
     served = [item for item in read if item.workload == trial.workload and item.verdict != "unavailable"]
     return [measurement.unjudged(item, ONE_SCHEDULE) if item in served else item for item in read]
 
 
 def targets(rows: Sequence[Row], trial: RealModelTrial) -> list[Row]:
-    """Return a row per target: what was measured, and whether it was reached."""
+    """Return a row per target: the measured value, and whether it reaches the target."""
     constant = [row["adaptive ÷ best fixed"] for row in rows if row["traffic"] in policy_comparison.CONSTANT]
     least = min((value for value in constant if value is not None), default=None)
     changing = next((row["adaptive ÷ best rival"] for row in rows if row["traffic"] == "changing"), None)
@@ -199,7 +202,7 @@ def targets(rows: Sequence[Row], trial: RealModelTrial) -> list[Row]:
 
 
 def _reached(headline: Measurement) -> bool | str:
-    """Return whether the headline reaches its target: told by its interval, and not where it has no verdict."""
+    """Return whether the interval of the headline reaches its target; not judged if the headline has no verdict."""
     if headline.verdict not in ("better", "worse", "equivalent") or headline.ratio is None:
         return f"not judged: {headline.reason or headline.verdict}"
     low, high = headline.ci or (headline.ratio, headline.ratio)
@@ -207,7 +210,7 @@ def _reached(headline: Measurement) -> bool | str:
 
 
 def _real_rivals(trial: RealModelTrial) -> list[tuple[str, float | None, str, float]]:
-    """Return the target against the best rival on the real model, where the rivals were replayed."""
+    """Return the target against the best rival on the real model, if the rivals were replayed."""
     if not trial.rivals.rounds:
         return []
     name = "changing trace, real model: adaptive ÷ best rival"
@@ -243,10 +246,10 @@ def simulated_by(setup: ServingSetup) -> str:
 
 
 def beside_prefix_caching(loaded: Loaded, study: TrafficStudy, size: int, share: float) -> PrefixStudy:
-    """Return the policies with the beginning of documents read every time and kept; see `prefix_caching.compare`."""
+    """Return the policies without and with cached document prefixes; see `prefix_caching.compare`."""
     return prefix_caching.compare(loaded, study, size, share)
 
 
 def size_curve(by_size: Mapping[int, float]) -> list[Row]:
-    """Return the points of the record's impact curve: goodput over the fixed sizes."""
+    """Return the points of the record's impact curve: goodput by fixed size."""
     return [{"arm": "one fixed size", "strength": rows, "value": value} for rows, value in by_size.items()]

@@ -1,15 +1,15 @@
-"""Adaptive batch sizes: how many requests a server decodes together, decided anew at every step.
+"""Adaptive batch sizes: decide at every step how many requests a server decodes together.
 
-A larger batch produces more tokens per second, and each of them later. The right size depends on the load and on the
-lengths, which change. The policy here has an online model of step time T(rows, context) and of prefill time, learned
-while serving; it takes the largest batch predicted to keep the time per token, with hysteresis (the *cap*), and admits
-no request whose prompt would push more rows beyond their objective than it saves (the *admission rule*). A variant
-also reads a prompt in parts, each sharing a step with decoding, where that pushes fewer: here parts take longer than
-the whole, and whatever waits pays for that. The idea is that of Pang et al. 2025, arXiv 2503.05248: memory- and
-latency-aware dynamic batching. The other policies are in `rivals`.
+A larger batch produces more tokens per second, but each of them later. The right size depends on the load and on the
+lengths of requests, and both change. The policy learns an online model of step time T(rows, context) and of prefill
+time while serving. It takes the largest batch predicted to keep the time per token, with hysteresis (the *cap*), and
+admits no request whose prompt would push more rows beyond their objective than it saves (the *admission rule*). A
+variant also reads prompts in parts that share steps with decoding, if that pushes fewer rows; parts take longer than
+the whole prompt, and all waiting requests pay for it. The idea is that of Pang et al. 2025, arXiv 2503.05248: memory-
+and latency-aware dynamic batching. The other policies are in `rivals`.
 
-The model's weights do not change, and the same tokens come out, up to the rounding of a different batch size. The
-server loop enforces the memory bound for every policy. Knows nothing of clocks or engines.
+The model's weights do not change, and it produces the same tokens, up to the rounding of a different batch size. The
+server loop enforces the memory bound for every policy.
 """
 
 import math
@@ -48,24 +48,25 @@ SEARCH_SPACE: dict[str, dict[str, Any]] = {
 }
 LOOK_AHEAD = 8  # waiting requests whose lengths count
 PATIENCE = 3  # decisions in a row that must ask for a larger batch before it grows
-SOON = 8  # steps: a request that would be late after so many more is saved by being admitted now
+SOON = 8  # steps: a request that would be late after this many more is saved by being admitted now
 CHUNKS = (32, 64, 128)  # prompt tokens that may share a step
-MOST_OVERHEAD = 1.25  # reading in parts may take so many times as long as at once: what follows waits for it too
-GUESSED, LEARNED = 32.0, 1 / 16  # a blind policy's first guess of an answer's length; weight of a new one
+MOST_OVERHEAD = 1.25  # largest time of reading in parts ÷ at once: later requests wait for it too
+GUESSED, LEARNED = 32.0, 1 / 16  # a blind policy's first guess of the answer length; weight of each new length
 
 
 def applies_to(model: nn.Module) -> str | None:
-    """Return None where rows can join this model's running batch, else the reason why not."""
+    """Return None if rows can join this model's running batch, else the reason why not."""
     return batch_cache.joinable(model)
 
 
 class Adaptive:
-    """Takes the largest batch predicted to keep the objective per token, and no prompt that costs more than it saves.
+    """A policy that takes the largest batch predicted to keep the objective per token, and no prompt that costs more
+    than it saves.
 
-    `single` are the times of one request alone (seconds of its prefill and of a step, prompt tokens): the first guess
-    of the step-time model. `size` is the present limit. blind: an answer's length is not known before it ends, and is
-    taken to be the running mean of those that have ended. cap, admission, chunked: which parts of the policy are at
-    work; without `cap` it admits up to `most` rows, without `admission` as many as the cap allows.
+    `single` holds the times of one request alone (seconds of its prefill and of a step, prompt tokens), the first guess
+    of the step-time model. `size` is the present limit. blind: the length of an answer is unknown until it ends, and
+    estimated as the running mean of finished answers. cap, admission, chunked: which parts of the policy are active;
+    without `cap` it admits up to `most` rows, without `admission` as many as the cap allows.
     """
 
     def __init__(
@@ -86,10 +87,10 @@ class Adaptive:
         self.objectives, self.headroom, self.most, self.name = objectives, headroom, most, name
         self.blind, self.cap, self.admission, self.chunks = blind, cap, admission, CHUNKS if chunked else ()
         step, prompt = single.step_seconds, single.prompt_tokens
-        # Before anything is seen: a step of one row, a seventh of it per row; a prefill in proportion to its tokens.
+        # First guess: 15 % of a one-row step scales with the rows, and a prefill is proportional to its tokens.
         self.steps = StepModel([0.85 * step, 0.15 * step, 0.0], [(1, batch, batch * prompt) for batch in (1, 4, 16)])
         self.reads = StepModel([0.0, single.prefill_seconds / prompt, 0.0], [_read_terms(1, prompt), _read_terms(4, 1)])
-        self.leaving = 0.0  # seconds that taking a row out takes
+        self.leaving = 0.0  # seconds to remove a row
         self.size, self.requested = 1, 0
         self.answer = GUESSED  # mean tokens of the answers that have ended
         self.chunk: int | None = None  # prompt tokens per shared step, for the prompts being read
@@ -121,7 +122,7 @@ class Adaptive:
             self.leaving += 0.1 * (step.seconds - self.leaving)
         elif step.kind == "prefill":
             self.reads.learn(_read_terms(step.batch, step.tokens), step.seconds)
-        elif step.read:  # what a shared step took beyond its decoding
+        elif step.read:  # a shared step: its seconds beyond decoding
             decoding = self.step_seconds(step.batch, step.tokens) if step.batch else 0.0
             self.reads.learn(_read_terms(1, step.read), step.seconds - decoding)
 
@@ -132,9 +133,9 @@ class Adaptive:
     def largest(self, budget: float, context: float, prompt: float, answer: float, batching: str = "iteration") -> int:
         """Return the largest batch whose predicted seconds per token stay within `budget`; at least 1.
 
-        context: of the batch; prompt, answer: mean tokens of the requests at hand.
+        context: tokens of context in the batch; prompt, answer: mean tokens of the requests at hand.
 
-        While a row lives, about as many others join as the batch has rows, and each join's prefill stops it.
+        While a row is decoded, about as many others join as the batch has rows, and the prefill of each stalls it.
         """
         fixed = self.step_seconds(0, context)
         each = self.step_seconds(1, context) - fixed
@@ -143,11 +144,11 @@ class Adaptive:
         return int(min(self.most, max(1.0, (budget - fixed) / max(each, 1e-9))))
 
     def _length(self, request: ServingRequest, produced: int = 0) -> float:
-        """Return how many tokens an answer is taken to have."""
+        """Return the number of tokens that the policy expects of an answer."""
         return max(self.answer, produced + 1.0) if self.blind else request.new_tokens
 
     def _resize(self, context: float, prompt: float, answer: float, batching: str) -> None:
-        """Shrink when the present size is predicted to miss the objective, grow when a larger one keeps some room."""
+        """Shrink if the present size is predicted to miss the objective, grow if a larger one leaves the headroom."""
         objective = self.objectives.token_seconds
         if self.size > (most := self.largest(objective, context, prompt, answer, batching)):
             self.size, self.requested = most, 0
@@ -158,22 +159,22 @@ class Adaptive:
             self.size, self.requested = min(target, 2 * self.size), 0
 
     def _worthwhile(self, view: View, count: int, context: float) -> tuple[int, int | None]:
-        """Return how many of at most `count` to admit so that most requests keep their objectives, and the tokens per
+        """Return how many requests, at most `count`, to admit so that most keep their objectives, and the tokens per
         part in which their prompts are read (None: at once).
 
-        Every admission stops the rows under way for one prefill; read in parts, a row waits for no more parts than it
-        has tokens left. A row is pushed over when that takes more than what it has left. Against it stand the waiting
-        whose time to first token would be missed by waiting a little longer.
+        Every admission stalls the running rows for one prefill; if it is read in parts, a row waits for at most as many
+        parts as it has tokens left. A row is pushed over its objective if this wait exceeds its slack. The gain is the
+        number of waiting requests that would miss their time to first token by waiting a little longer.
         """
         seconds = self.step_seconds(view.rows + count, context)
         rows = [(self._slack(row, view.now, seconds), self._left(row)) for row in view.running]
-        rows = [(rest, left) for rest, left in rows if rest >= 0]  # what is lost already cannot be lost again
-        begun = sum(row.request.prompt_tokens - row.read for row in view.reading)
+        rows = [(rest, left) for rest, left in rows if rest >= 0]  # the others are late already
+        unread = sum(row.request.prompt_tokens - row.read for row in view.reading)
         options: Sequence[int | None] = (self.chunk,) if view.reading else (None, *self.chunks)
         if view.batching != "iteration":
             options = (None,)
         best: tuple[int, int | None] = 0, self.chunk if view.reading else None
-        gained, longest, tokens = 0.0, 0, begun
+        gained, longest, tokens = 0.0, 0, unread
         for admitted, request in enumerate(list_head(view.waiting, count), start=1):
             longest, tokens = max(longest, request.prompt_tokens), tokens + request.prompt_tokens
             due = [
@@ -197,11 +198,11 @@ class Adaptive:
         return best
 
     def _left(self, row: RequestOutcome) -> float:
-        """Return how many tokens a row has still to produce."""
+        """Return the number of tokens that a row has yet to produce."""
         return self._length(row.request, row.produced) - row.produced
 
     def _slack(self, row: RequestOutcome, now: float, seconds: float) -> float:
-        """Return the seconds for which a row can still be stopped and keep its objective."""
+        """Return the seconds for which a row can be stalled and still keep its objective."""
         length, first = self._length(row.request, row.produced), now if row.first is None else row.first
         return (length - 1) * self.objectives.token_seconds - (now - first) - (length - row.produced) * seconds
 

@@ -1,8 +1,8 @@
-"""Prefix caching beside every policy: documents begin alike (instructions, examples), and the cache of that beginning
-is kept and copied instead of read again (Zheng et al. 2024, SGLang, NeurIPS, section 3; also in vLLM).
+"""Prefix caching under every policy: documents share a prefix (instructions, examples) whose cache is kept and copied
+instead of computed again (Zheng et al. 2024, SGLang, NeurIPS, section 3; also in vLLM).
 
-It asks whether a batch size that follows traffic still gains something where an engine reads less. Lengths, rates and
-traces stay as they are; only what is read changes. Rows here hold whole copies, so time is saved and no memory is.
+The question is whether an adaptive batch size still gains if the engine has less prefill to do. Lengths, rates and
+traces stay the same. Rows here hold whole copies of the prefix, so time is saved but no memory.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,15 +25,15 @@ from lib.optimizations.adaptive_batch_sizes.simulated import Carry, Row
 from lib.optimizations.adaptive_batch_sizes.study import ADAPTIVE, TrafficStudy
 
 READ, KEPT = "read every time", "kept"
-ROUNDS = 5  # of a document's prefill on the real model, with and without
+ROUNDS = 5  # of a document's prefill on the real model, with and without the cached prefix
 TRAFFIC = "changing"
 
 
 @dataclass(frozen=True)
 class PrefixStudy:
-    """The study in which the first `tokens` of documents are kept, its best fixed `size`, and `rows` of both studies.
+    """The study in which the first `tokens` of documents are cached, its best fixed `size`, and `rows` of both studies.
 
-    `shares`: seconds of one document's prefill, kept ÷ read, on the real model and in simulation.
+    `shares`: seconds of one document's prefill with ÷ without the cached prefix, on the real model and in simulation.
     """
 
     kept: TrafficStudy
@@ -48,16 +48,16 @@ class PrefixStudy:
 
     @property
     def caption(self) -> str:
-        """How much is shared, and what keeping it saves of one document's prefill, measured and simulated."""
+        """The number of shared tokens, and the saving for one document's prefill, measured and simulated."""
         real, simulation = self.shares
         return (
-            f"Changing trace, simulated; documents share {self.tokens} tokens. One document's prefill with them kept "
-            f"takes {real:.2f} of the time on the real model, {simulation:.2f} in simulation."
+            f"Changing trace, simulated; documents share {self.tokens} tokens. With these cached, one prefill takes "
+            f"{real:.2f} of the time on the real model, {simulation:.2f} in simulation."
         )
 
     def control(self, carry: Carry) -> tuple[str, str, list[Measurement]]:
-        """Return (name, purpose, measurements): the policy against the best fixed size, both with the beginning kept;
-        `carry` adds the simulation's error.
+        """Return (name, purpose, measurements): the policy against the best fixed size, both with the cached prefix;
+        `carry` adds the simulation error.
         """
         arms = ADAPTIVE, self.kept.adaptive
         workload = f"serve, simulated, prefix kept, fixed {self.size}"
@@ -70,8 +70,9 @@ class PrefixStudy:
 
 
 def tokens_shared(study: TrafficStudy, share: float) -> int:
-    """Return the tokens with which all documents begin: `share` of the shortest one. Raises UserError for a share
-    outside [0, 1).
+    """Return the length in tokens of the prefix of all documents: `share` of the shortest one.
+
+    Raises UserError for a share outside [0, 1).
     """
     if not 0 <= share < 1:
         raise UserError(f"prefix caching: shared {share}; expected 0 <= shared < 1")
@@ -79,15 +80,16 @@ def tokens_shared(study: TrafficStudy, share: float) -> int:
 
 
 def keeping(study: TrafficStudy, tokens: int) -> TrafficStudy:
-    """Return the same study with the first `tokens` of longer prompts kept."""
+    """Return the same study with the first `tokens` of longer prompts cached."""
     setup = replace(study.setup, kept=tokens)
     return TrafficStudy(setup, study.headroom, study.requests, study.seeds, study.chunk)
 
 
 def compare(loaded: Loaded, study: TrafficStudy, size: int, share: float) -> PrefixStudy:
-    """Return the best fixed size, chunked prefill and the adaptive policy on the changing trace, with the beginning of
-    documents read every time and kept. `size` is the best fixed one where it is read; where it is kept it is chosen
-    anew, on the seeds kept for that.
+    """Return the best fixed size, chunked prefill and the adaptive policy on the changing trace, without and with
+    cached document prefixes.
+
+    `size` is the best fixed size without caching; with caching it is chosen again, on the seeds for choosing.
     """
     tokens = tokens_shared(study, share)
     kept = keeping(study, tokens)
@@ -118,8 +120,8 @@ def _simulated_share(kept: TrafficStudy) -> float:
 
 
 def _measured_share(loaded: Loaded, study: TrafficStudy, tokens: int) -> float:
-    """Return the seconds of one document's prefill behind the kept beginning ÷ those of reading it all; medians of
-    calls in turn on the real model.
+    """Return the seconds of one document's prefill after the cached prefix ÷ those of the whole prefill: medians over
+    calls taking turns on the real model.
     """
     request = _document(study)
     prompt_of = serving.prompts(loaded, request.prompt_tokens, study.seeds[0])

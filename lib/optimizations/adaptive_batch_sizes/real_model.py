@@ -1,7 +1,6 @@
-"""The fixed size and the adaptive policy on the real model, arms in turn step by step: the headline, and the test of
-the simulation, which serves the same traces.
+"""Replay the fixed size and the adaptive policy on the real model, arms taking turns step by step.
 
-Says how far the simulation strays from the replays. Knows the study that it belongs to, and no figure.
+The replays give the headline, and test the simulation, which serves the same traces: how far does it stray?
 """
 
 from collections.abc import Sequence
@@ -25,19 +24,20 @@ from lib.optimizations.adaptive_batch_sizes.real_rivals import RivalReplays
 from lib.optimizations.adaptive_batch_sizes.rivals import FixedSize
 from lib.optimizations.adaptive_batch_sizes.study import ADAPTIVE, TrafficStudy
 
-JITTERS = 10  # simulations of every trace beside its replay
-ROUNDS = {"preview": 2, "quick": 6, "standard": 6, "thorough": 12}  # six pairs are the fewest that give an interval
+JITTERS = 10  # simulations of every replayed trace
+ROUNDS = {"preview": 2, "quick": 6, "standard": 6, "thorough": 12}  # an interval takes at least six pairs
 LEAST_REQUESTS = {"preview": 1, "quick": 6, "standard": 6, "thorough": 6}  # in each phase
 LONGER = {"preview": 0.15, "quick": 1, "standard": 2, "thorough": 5}  # times the seconds of a quick replay
 FIXED, AGAIN = "fixed", "fixed again"
-SEEDS_FROM = 1000  # added to the first seed: traces that no simulation has chosen on
+SEEDS_FROM = 1000  # added to the first seed: traces on which no simulation has chosen a size
 
 
 @dataclass(frozen=True)
 class RealModelTrial:
-    """Replays of the fixed `size` (twice) and of the adaptive policy, a trace per round; simulations of the same
-    requests beside them (`rows`), and their mean `error`; the `rivals` on the first of these traces; how many times as
-    `longer` as tabled decode steps took (None without a step).
+    """Replays of the fixed `size` (twice) and of the adaptive policy, one trace per round.
+
+    `rows` compare them with simulations of the same requests, `error` is the mean error of these, `rivals` are replayed
+    on the first of the traces. `longer` is the mean time of decode steps ÷ the tabled time (None without a step).
     """
 
     size: int
@@ -51,7 +51,7 @@ class RealModelTrial:
 
     @property
     def workload(self) -> str:
-        """The workload of the measurements, which names the size that was chosen."""
+        """The workload of the measurements, which names the chosen size."""
         return workload(self.size)
 
     @property
@@ -71,7 +71,7 @@ class RealModelTrial:
 
     @property
     def caption(self) -> str:
-        """How many requests were served, how much longer steps took than tabled, and what disturbed the machine."""
+        """The number of requests, how much longer decode steps took than tabled, and what disturbed the machine."""
         requests = sum(len(trace.requests) for trace in self.traces)
         text = f"{requests} requests, every arm in every round"
         text += f"; decode steps took {self.longer:.2f} times as long as tabled" if self.longer is not None else ""
@@ -88,13 +88,14 @@ class RealModelTrial:
 
 
 def workload(size: int) -> str:
-    """Return the name of the replays' workload: the baseline is the fixed size that was chosen."""
+    """Return the name of the replays' workload; the baseline is the fixed `size`."""
     return f"{replay.WORKLOAD}, fixed {size}"
 
 
 def traces(study: TrafficStudy, effort: str, seconds: float) -> list[Trace]:
-    """Return the changing traces to replay, each about `seconds` long at effort quick, and longer where that is too
-    short for goodput to be counted: a large model serves few requests in a second.
+    """Return the changing traces to replay, each about `seconds` long at effort quick.
+
+    They are longer if that is too short to count goodput: a large model serves few requests per second.
     """
     each = policy_comparison.requests_in(study.setup, "changing", LONGER[effort] * seconds)
     each = max(each, LEAST_REQUESTS[effort])
@@ -105,9 +106,9 @@ def traces(study: TrafficStudy, effort: str, seconds: float) -> list[Trace]:
 def serve(
     loaded: Loaded, study: TrafficStudy, size: int, effort: str, seconds: float, rival_rounds: int = -1
 ) -> RealModelTrial:
-    """Serve short changing traces with the real model, arms in turn; then the first `rival_rounds` of them (-1: by
-    effort) with every rival beside the two. At effort preview no disturbed round is served again. Raises AssertionError
-    where the cache outgrew its bound.
+    """Serve short changing traces with the real model, arms taking turns; then the first `rival_rounds` of them (-1: by
+    effort) under every policy. At effort preview disturbed rounds are not repeated. Raises AssertionError if the cache
+    outgrew its bound.
     """
     setup, seed, preview = study.setup, study.seeds[0], settings.read(effort).preview
     arms: dict[str, PolicyFactory] = {FIXED: lambda: FixedSize(size)}
@@ -146,8 +147,8 @@ def serve(
 
 
 def control(study: TrafficStudy, trial: RealModelTrial) -> Measurement:
-    """Return the baseline against its own second replay, judged by the margin alone: a control that has its own
-    difference as a floor could not fail.
+    """Return the baseline against its own repeated replay, judged by the margin alone: a control whose noise floor is
+    its own difference could not fail.
     """
     return replay.control(trial.rounds, study.setup.objective, FIXED, AGAIN, trial.workload)
 
@@ -156,11 +157,11 @@ def read_timeline(served: Served, objective: slo.Objectives) -> tuple[str, str]:
     """Return two sentences on how to read the timeline of a run."""
     numbers = slo.summary(served, objective)
     if not served.counted:
-        return "No request was served.", "Without requests the timeline says nothing."
+        return "No request was served.", "Without requests the timeline shows nothing."
     good = sum(slo.met(outcome, objective) for outcome in served.counted)
     longest = max((step.waiting for step in served.steps), default=0)
     first = (
-        f"{good} of {len(served.counted)} counted requests met both objectives, at most {longest} waited at once, and "
+        f"{good} of {len(served.counted)} counted requests met both objectives; at most {longest} waited at once, and "
         f"the largest batch had {numbers['largest batch']} rows."
     )
     late, slow = numbers["first token late"] or 0.0, numbers["tokens late"] or 0.0
@@ -172,8 +173,8 @@ def read_timeline(served: Served, objective: slo.Objectives) -> tuple[str, str]:
 def simulation_refuted(trial: RealModelTrial) -> tuple[bool | None, str]:
     """Return whether the simulation strays from the replays, and the evidence.
 
-    Not where the error that simulated numbers carry is small. Where it is large, only if most quantities of both arms
-    lie outside the range of the jitters and nothing disturbed the replays: else they cannot tell.
+    It does not if its error is small. If the error is large, it does only if most quantities of both arms lie outside
+    the range of the jitters and nothing disturbed the replays; otherwise the answer is None.
     """
     rows = [row for row in trial.rows if row["error"] is not None]
     error, disturbed = trial.strays, trial.rounds.disturbed
@@ -190,7 +191,7 @@ def simulation_refuted(trial: RealModelTrial) -> tuple[bool | None, str]:
 
 
 def longer_than_tabled(study: TrafficStudy, served: Sequence[Served]) -> float | None:
-    """Return how many times as long as tabled the decode steps of some runs took, on average; None without a step."""
+    """Return the mean ratio of measured to tabled time over the decode steps of `served`; None without a step."""
     ratios = [
         step.seconds / study.setup.times.decode(step.batch, step.tokens)
         for run in served

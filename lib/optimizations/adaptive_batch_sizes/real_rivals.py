@@ -1,8 +1,8 @@
-"""Every rival on the real model: the fixed size (twice), the others and the adaptive policy replay the same traces, all
-in turn step by step. What simulation says of the rivals is thereby tested on the machine itself.
+"""Replay every policy on the real model: the fixed size (twice), its rivals and the adaptive policy serve the same
+traces, taking turns step by step. This tests the simulation's results for the rivals on the machine itself.
 
-It takes several times as long as the headline, which needs the fixed size alone; so it is done at effort thorough, or
-where rounds are asked for. Knows no figure.
+It takes several times as long as the headline, which needs only the fixed size and the adaptive policy, so it is done
+at effort thorough or if rounds are requested.
 """
 
 import math
@@ -23,14 +23,14 @@ from lib.measure.serving.traffic import Trace
 from lib.optimizations.adaptive_batch_sizes.simulated import SHOWN, TAIL
 from lib.optimizations.adaptive_batch_sizes.study import ADAPTIVE, BLIND, TrafficStudy
 
-ROUNDS = {"preview": 0, "quick": 0, "standard": 0, "thorough": 6}  # by effort, where none are asked for
+ROUNDS = {"preview": 0, "quick": 0, "standard": 0, "thorough": 6}  # default by effort
 AGAIN = "fixed again"
 PURPOSE = "another policy on the same replays of the real model"
 
 
 @dataclass(frozen=True)
 class RivalReplays:
-    """The replays of every policy (`rounds`, None where nothing was replayed), and the name of the fixed size's arm."""
+    """The replays of every policy (`rounds`, None if nothing was replayed), and the name of the fixed size's arm."""
 
     rounds: ServingRounds | None
     objective: Objectives
@@ -39,14 +39,14 @@ class RivalReplays:
 
     @property
     def policies(self) -> list[str]:
-        """The policies that were replayed, the fixed size first; without its second replay."""
+        """The policies that were replayed, the fixed size first, without its repeated replay."""
         return [name for name in self.rounds.runs if name != AGAIN] if self.rounds else []
 
     @property
     def caption(self) -> str:
-        """What was replayed, or what replays it."""
+        """What was replayed, or how to replay it."""
         if not self.rounds:
-            return "The rivals were not replayed; -p rival_rounds=6 does it, and so does effort thorough."
+            return "The rivals were not replayed; to replay them, use -p rival_rounds=6 or effort thorough."
         requests = sum(len(trace.requests) for trace in self.rounds.traces)
         return f"{requests} requests under every policy; disturbed by: {self.rounds.disturbed}"
 
@@ -68,25 +68,26 @@ class RivalReplays:
         return rows
 
     def table(self) -> pd.DataFrame:
-        """Return `rows` as a frame; a line that says so where nothing was replayed."""
+        """Return `rows` as a frame, or a single row that says that nothing was replayed."""
         return pd.DataFrame(self.rows() or [{"policy": "none was replayed"}])
 
     @property
     def best(self) -> str | None:
-        """The rival that serves most in time, the fixed size among them; None where nothing was replayed."""
+        """The rival (or fixed size) with the highest goodput; None if nothing was replayed."""
         rivals = [name for name in self.policies if name not in (ADAPTIVE, BLIND)]
         return max(rivals, key=self.goodput, default=None)
 
     @property
     def gain(self) -> float | None:
-        """Goodput of the adaptive policy ÷ that of the best rival; None without a number."""
+        """Goodput of the adaptive policy ÷ goodput of the best rival; None if the latter is unknown or zero."""
         best = self.goodput(self.best) if self.best else 0.0
         return self.goodput(ADAPTIVE) / best if best else None
 
     def reaches(self, least: float) -> bool | str:
-        """Return whether the adaptive policy serves at least `least` times as much in time as the best rival: told by
-        the interval of the rounds' ratios, and not where the machine was disturbed, a replay served nothing in time, or
-        so few requests were counted that the headline is not judged either.
+        """Return whether the adaptive policy serves at least `least` times as much in time as the best rival.
+
+        The interval of the rounds' ratios decides. It is not judged if the machine was disturbed, a replay served
+        nothing in time, or too few requests were counted to judge the headline.
         """
         if self.rounds is None or self.best is None:
             return "unknown"
@@ -105,7 +106,7 @@ class RivalReplays:
         return "cannot tell" if low < least <= high else low >= least
 
     def controls(self) -> list[tuple[str, str, list[Measurement]]]:
-        """Return (name, purpose, measurements): each policy but ours against the fixed size, on the same replays."""
+        """Return (name, purpose, measurements) for each rival against the fixed size, on the same replays."""
         return [
             (f"{name}, real model", PURPOSE, [self._against_fixed(name)])
             for name in self.policies
@@ -118,7 +119,7 @@ class RivalReplays:
 
 
 def rounds_of(effort: str, requested: int) -> int:
-    """Return the rounds to replay: as many as `requested`; by effort where that is below 0."""
+    """Return the number of rounds to replay: `requested`, or the default of the effort if that is negative."""
     return ROUNDS[effort] if requested < 0 else requested
 
 
@@ -133,10 +134,9 @@ def replayed(
     device: str = "cpu",
     slowness: Callable[[], float] | None = None,
 ) -> RivalReplays:
-    """Replay the traces under every policy, the fixed `size` twice; nothing where there is no trace. `slowness` as in
-    `replay.in_turn`.
+    """Replay the traces under every policy, the fixed `size` twice; without a trace nothing is replayed.
 
-    Raises RuntimeError if a cache ever outgrows its bound.
+    `slowness` as in `replay.in_turn`. Raises RuntimeError if a cache ever outgrows its bound.
     """
     setup, fixed = study.setup, f"fixed {size}"
     if not traces:

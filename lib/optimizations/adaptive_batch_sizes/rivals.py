@@ -1,12 +1,12 @@
-"""The policies that the adaptive one is compared with, and the oracle. All are first come, first served.
+"""The rivals of the adaptive policy, and the oracle. All serve first come, first served.
 
 - `FixedSize`: admit up to a size at once; the baseline is the best such size, chosen on other traffic.
 - `Timeout`: gather a group first, but let no request wait longer than a delay (NVIDIA Triton's dynamic batcher).
-- `AimdSize`: one row more for a batch that keeps the objective, a tenth fewer after one that did not (Crankshaw et al.
-  2017, Clipper, NSDI, section 4.3.1), with a slow start.
+- `AimdSize`: one more row after a batch that kept the objective, a tenth fewer after one that missed it (Crankshaw et
+  al. 2017, Clipper, NSDI, section 4.3.1), with a slow start.
 - `Chunked`: admit every request that fits (the default of vLLM), or up to a size, and read prompts in parts that share
-  steps with decoding, up to a number of tokens a step (Agrawal et al. 2024, Sarathi-Serve, OSDI).
-- `Scheduled`: sizes by the clock; with sizes found in hindsight it is the oracle.
+  steps with decoding, up to a number of tokens per step (Agrawal et al. 2024, Sarathi-Serve, OSDI).
+- `Scheduled`: sizes by the clock; with sizes chosen in hindsight it is the oracle.
 """
 
 import math
@@ -20,7 +20,7 @@ from lib.measure.serving.protocol import MOST_ROWS, Decision, Policy, RequestOut
 from lib.measure.serving.slo import Objectives, goodput
 from lib.measure.serving.traffic import Trace
 
-BACKOFF, START = 0.9, 8  # AIMD: factor after a miss; rows to begin with
+BACKOFF, START = 0.9, 8  # AIMD: factor after a miss; initial rows
 CHUNK = 64  # prompt tokens that share a step
 MARGIN = catalogue.metric("goodput_requests_per_second").margin or 0.0  # of goodput, within which sizes are near-ties
 
@@ -58,41 +58,41 @@ class Timeout(FixedSize):
 
 
 class AimdSize(FixedSize):
-    """One row more after a batch that left in time, a tenth fewer after rows that did not.
+    """Add one row after a batch that finished in time, remove a tenth of the rows after a miss.
 
-    A batch is as many rows as the size: in Clipper it leaves at once, and here its rows leave one by one, so that each
-    adds its share of a row. Until the first miss every group of rows that leave in time adds a whole one, or it would
-    not arrive within a phase (slow start: Jacobson 1988, *Congestion avoidance and control*, SIGCOMM). Later that would
-    raise the size by as many rows as it has within one batch, against a tenth that a miss takes off. The size grows
-    only while it is what keeps requests waiting, or it would wind up in calm hours. Rows that were admitted before the
-    size was last reduced say nothing of the present one, or each of them would reduce it once more.
+    In Clipper a batch finishes at once. Here its rows finish one by one, so each adds its share of a row. Until the
+    first miss every group of rows that finishes in time adds a whole row, or the size would not converge within a phase
+    (slow start: Jacobson 1988, *Congestion avoidance and control*, SIGCOMM). Later that would double the size within
+    one batch, while a miss removes only a tenth. The size grows only while it is what keeps requests waiting, or it
+    would wind up in calm periods. Rows admitted before the last reduction are ignored, or each of them would reduce the
+    size again.
     """
 
     def __init__(self, objectives: Objectives, most: int = MOST_ROWS):
         super().__init__(min(START, most), "AIMD")
         self.objectives, self.most, self.exact, self.bound = objectives, most, float(self.size), False
-        self.since = -math.inf  # the second at which it was last reduced
-        self.starting = True  # no miss yet
+        self.since = -math.inf  # the time of the last reduction, s
+        self.starting = True  # slow start: no miss yet
 
     def decide(self, view: View) -> Decision:
         self.bound |= self.size - view.rows < len(view.waiting)
         return super().decide(view)
 
     def observe(self, step: ServerStep, finished: Sequence[RequestOutcome]) -> None:
-        fresh = [outcome for outcome in finished if outcome.admitted is None or outcome.admitted >= self.since]
-        if not fresh:
+        recent = [outcome for outcome in finished if outcome.admitted is None or outcome.admitted >= self.since]
+        if not recent:
             return
-        if any((outcome.token_seconds or 0.0) > self.objectives.token_seconds for outcome in fresh):
+        if any((outcome.token_seconds or 0.0) > self.objectives.token_seconds for outcome in recent):
             self.exact, self.since = max(1.0, self.exact * BACKOFF), step.start + step.seconds
             self.starting = False
         elif self.bound:
-            more = 1.0 if self.starting else len(fresh) / self.size
-            self.exact = min(float(self.most), self.exact + more)
+            increase = 1.0 if self.starting else len(recent) / self.size
+            self.exact = min(float(self.most), self.exact + increase)
         self.size, self.bound = math.floor(self.exact), False
 
 
 class Chunked(FixedSize):
-    """Admit every request that fits below `size`; prompts are read `chunk` tokens at a time, in steps shared with
+    """Admit every request that fits below `size`, reading prompts `chunk` tokens at a time in steps shared with
     decoding.
     """
 
@@ -107,7 +107,7 @@ class Chunked(FixedSize):
 
 
 class Scheduled(FixedSize):
-    """Size `sizes[i]` from second `starts[i]` on."""
+    """Use size `sizes[i]` from time `starts[i]`, in seconds."""
 
     def __init__(self, starts: Sequence[float], sizes: Sequence[int], name: str = "oracle schedule"):
         super().__init__(sizes[0], name)
@@ -133,10 +133,10 @@ def best_fixed(
 ) -> tuple[int, dict[int, float]]:
     """Return the best fixed size on `traces`, and the mean goodput of every size.
 
-    Sizes whose goodput lies within `margin` of the highest are near-ties: a difference of that size means nothing. Of
-    those the ones that take the least of the processor's time per token are kept, within the same margin, since
-    smaller batches take more of it: the baseline is not to lose there by its choice. Of those the smallest is taken,
-    which holds the least memory. So noise among near-ties does not choose.
+    Sizes whose goodput lies within `margin` of the highest are near-ties: such a difference means nothing. Among them,
+    those within the same margin of the lowest processor time per token are kept: small batches take more of it, and the
+    choice must not put the baseline at a disadvantage. Of these the smallest is chosen, since it holds the least
+    memory. So noise does not decide between near-ties.
     """
     runs = {size: [run(trace, FixedSize(size)) for trace in traces] for size in sizes}
     means = {size: float(np.mean([goodput(each, objective) for each in served])) for size, served in runs.items()}
@@ -146,7 +146,7 @@ def best_fixed(
 
 
 def _seconds_per_token(runs: Sequence[Served]) -> float:
-    """Return the seconds that the server was busy for every token that it produced; infinite without a token."""
+    """Return the busy seconds of the server per token produced; infinite if it produced none."""
     tokens = sum(outcome.produced for served in runs for outcome in served.outcomes)
     return sum(step.seconds for served in runs for step in served.steps) / tokens if tokens else math.inf
 
@@ -154,9 +154,9 @@ def _seconds_per_token(runs: Sequence[Served]) -> float:
 def best_schedule(
     trace: Trace, objective: Objectives, run: Run, sizes: Sequence[int], start: int, rounds: int = 2
 ) -> tuple[Scheduled, float]:
-    """Return the oracle: a size for each phase, found in hindsight by coordinate ascent from the fixed size `start`.
+    """Return the oracle: a size per phase, chosen in hindsight by coordinate ascent from the fixed size `start`.
 
-    It knows the phases and the future; being a search, it is a lower bound of what an oracle could do.
+    It knows the phases and the future. As the result of a search it is a lower bound for a true oracle.
     """
     chosen = [start] * len(trace.phases)
     best = goodput(run(trace, Scheduled(trace.starts, chosen)), objective)

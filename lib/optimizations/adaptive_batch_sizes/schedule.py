@@ -1,8 +1,8 @@
-"""The calls of the engine that a policy makes on a trace, and the same calls made again on the real model.
+"""Record the engine calls that a policy makes on a trace, and repeat them on the real model.
 
-A schedule comes from the simulation without jitter, so it is the same in every process that repeats it: memory is read
-on what a server does (its own prompts, its own batches, rows that join and leave), not on one pass over the largest of
-them, and no slow spell of the machine changes what is read. Knows no policy.
+A schedule comes from the simulation without jitter, so it is the same in every process that repeats it. Memory is thus
+measured on what a server really does (its prompts and batches, rows that join and leave) rather than on one pass over
+the largest batch, and a slow spell of the machine does not change the result.
 """
 
 from collections.abc import Sequence
@@ -20,16 +20,16 @@ from lib.measure.serving.traffic import ServingRequest, Trace
 from lib.measure.timing.workloads import Workload
 from lib.models.structure.anatomy import anatomy
 
-Call = list[Any]  # the engine's method, and its arguments as JSON has them
+Call = list[Any]  # the name of an engine method, then its arguments as plain JSON
 
 
 class Recorder(SimulatedEngine):
-    """The simulated engine, which writes down its calls."""
+    """A simulated engine that records its calls."""
 
     def __init__(self, times: StepTimes):
         super().__init__(times, jitter=False)
         self.calls: list[Call] = []
-        self.inside = False  # a shared step, which decodes too
+        self.inside = False  # whether a shared step, which also decodes, is running
 
     def prefill(self, requests: Sequence[ServingRequest]) -> float:
         self.calls.append(["prefill", [_plain(request) for request in requests]])
@@ -53,14 +53,14 @@ class Recorder(SimulatedEngine):
 
 
 def record(setup: ServingSetup, trace: Trace, make_policy: PolicyFactory) -> tuple[list[Call], float]:
-    """Return the calls that a policy makes on a trace, without jitter, and the most bytes that the cache held."""
+    """Return the calls that a policy makes on a trace, without jitter, and the peak bytes of the cache."""
     engine = Recorder(setup.times)
     served = serve(trace, make_policy(), engine, VirtualClock(), setup.limits, batching=setup.batching)
     return engine.calls, served.peak_bytes
 
 
 def largest(setup: ServingSetup, traces: Sequence[Trace], make_policy: PolicyFactory) -> tuple[list[Call], float]:
-    """Return the calls on that trace on which the cache grew largest, and the most bytes that it held."""
+    """Return the calls on the trace with the largest cache, and the peak bytes of that cache."""
     return max((record(setup, trace, make_policy) for trace in traces), key=lambda recorded: recorded[1])
 
 
@@ -73,7 +73,7 @@ def _request(plain: Sequence[int]) -> ServingRequest:
 
 
 def workload(model: nn.Module, calls: Sequence[Call]) -> Workload:
-    """Return the workload that makes the calls on the real model; prompts are made up, each request has its own."""
+    """Return the workload that makes `calls` on the real model, with a synthetic prompt for each request."""
     vocabulary = anatomy(model).vocabulary
 
     def prompt_of(request: ServingRequest) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""The policies in simulation, on every kind of traffic: rows for tables, frames for figures, measurements.
+"""Simulate the policies on every kind of traffic: rows for tables, frames for figures, measurements.
 
-What is simulated is served on step times that are drawn again for each seed; measurements carry the error that the
-replays on the real model have shown (`lib.measure.serving.validation`). Knows the study that it belongs to.
+Each seed draws its step times anew; measurements carry the simulation error that the replays on the real model have
+shown (`lib.measure.serving.validation`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,7 @@ TAIL = "latency p95"
 SHOWN = (
     "goodput", "goodput share", "first token late", "tokens late", TAIL, "between tokens p99", "batch", "unfinished",
 )  # fmt: skip
-FEW = 3  # seeds of the kinds of traffic that are not judged
+FEW = 3  # seeds for kinds of traffic that get no verdict
 
 Row = dict[str, Any]
 Carry = Callable[[Measurement], Measurement]
@@ -43,19 +43,19 @@ def compare(study: TrafficStudy, traffic: str, policies: Mapping[str, PolicyFact
 
 
 def changing_rows(study: TrafficStudy, size: int) -> list[Row]:
-    """Return a row per policy on the changing traces: the rivals, the policy's variants, the policy."""
+    """Return a row per policy on the changing traces: the rivals, the variants of the adaptive policy, and itself."""
     policies = study.policies(size)
     ours = {ADAPTIVE: policies.pop(ADAPTIVE)}
     return compare(study, "changing", policies | study.variants() | ours)
 
 
 def read_changing(rows: Sequence[Row]) -> tuple[str, str]:
-    """Return two sentences on how to read `changing_rows`: the policy against its best variant, and its best rival."""
+    """Return two sentences on how to read `changing_rows`: the policy against its best variant and its best rival."""
     goodputs = {str(row["policy"]): float(row["goodput"] or 0.0) for row in rows}
     ours = goodputs.pop(ADAPTIVE)
     goodputs.pop(BLIND)
     if not ours > 0:
-        return "The policy serves no request in time.", "So there is nothing to compare it with."
+        return "The policy serves no request in time.", "There is nothing to compare the rivals with."
     variant, rival = (
         max(sorted(names), key=lambda name: goodputs[name]) for names in (set(VARIANTS), set(goodputs) - set(VARIANTS))
     )
@@ -71,8 +71,9 @@ def read_changing(rows: Sequence[Row]) -> tuple[str, str]:
 
 
 def oracle_goodput(study: TrafficStudy, by_size: Mapping[int, float]) -> float:
-    """Return the goodput of schedules of sizes found in hindsight, one for each trace on which the fixed size was
-    chosen: the mean, as every number of `by_size` is. The search begins at the best of these, so it is no worse.
+    """Return the mean goodput of hindsight schedules of sizes, one per trace on which the fixed size was chosen.
+
+    It is a mean like the values of `by_size`. The search starts from the best of these, so it is never worse.
     """
     peak = max(by_size, key=lambda size: by_size[size])
     sizes = [candidate for candidate in ORACLE_SIZES if candidate <= study.setup.limits.rows]
@@ -86,8 +87,9 @@ def _choosing(study: TrafficStudy) -> list:
 
 
 def over_sizes(study: TrafficStudy, size: int, by_size: Mapping[int, float], oracle: float) -> pd.DataFrame:
-    """Return goodput over the fixed sizes, on the traces on which one was chosen; policies without a size are levels
-    (`arm`) on the same traces.
+    """Return goodput by fixed size, on the traces on which the size was chosen.
+
+    Policies without a fixed size are constant levels (column `arm`) on the same traces.
     """
     traces = _choosing(study)
     shown = {name: make for name, make in study.policies(size).items() if name not in (f"fixed {size}", "time-out")}
@@ -99,7 +101,7 @@ def over_sizes(study: TrafficStudy, size: int, by_size: Mapping[int, float], ora
 
 
 def others(frame: pd.DataFrame) -> list[str]:
-    """Return the arms of a frame that are neither the fixed size nor ours: figures draw them dashed."""
+    """Return the arms of a frame other than the fixed size and the adaptive policy: figures draw them dashed."""
     return [arm for arm in frame.arm.unique() if arm not in ("fixed size", ADAPTIVE)]
 
 
@@ -109,10 +111,10 @@ def read_sizes(frame: pd.DataFrame) -> tuple[str, str]:
     peak = fixed.loc[fixed.value.idxmax()]
     levels = frame[frame.arm != "fixed size"].groupby("arm").value.first()
     if not peak.value > 0:
-        return "No fixed size serves a request in time.", "Where goodput is zero there is nothing to choose."
+        return "No fixed size serves a request in time.", "All goodputs are zero, so there is nothing to choose."
     near = fixed[fixed.value >= 0.95 * peak.value].strength
     first = (
-        f"Of the sizes drawn {peak.strength:.0f} serves the most in time, {peak.value:.3g} requests/s, and "
+        f"Of the sizes shown, {peak.strength:.0f} serves the most in time, {peak.value:.3g} requests/s; "
         f"{near.min():.0f} to {near.max():.0f} come within a twentieth of it."
     )
     second = (
@@ -126,7 +128,7 @@ def read_sizes(frame: pd.DataFrame) -> tuple[str, str]:
 
 
 def every_traffic(study: TrafficStudy, size: int) -> list[Row]:
-    """Return a row per kind of traffic: goodput of each policy against the fixed size chosen for that traffic."""
+    """Return a row per kind of traffic: the goodput of each policy and of the fixed size chosen for that traffic."""
     rows = []
     for name in policy_comparison.NAMES:
         changing = name == "changing"
@@ -145,9 +147,9 @@ def every_traffic(study: TrafficStudy, size: int) -> list[Row]:
 
 
 def over_rates(study: TrafficStudy, rows: Sequence[Row]) -> tuple[pd.DataFrame, dict[str, float | None]]:
-    """Return goodput over the offered rate of chats for each policy, and the highest rate that each one attains.
+    """Return goodput by offered rate of chats for each policy, and the highest rate that each policy attains.
 
-    A rate is attained where nine in ten requests keep both objectives; the fixed size is the one chosen at 0.9 of
+    A rate is attained if nine in ten requests meet both objectives. The fixed size is the one chosen at 0.9 of
     capacity.
     """
     named = f"constant {CONSTANT_SHARES[-2]:g}"
@@ -177,7 +179,8 @@ def read_rates(attained: Mapping[str, float | None]) -> tuple[str, str]:
     """Return two sentences on how to read `over_rates`."""
     known = {name: rate for name, rate in attained.items() if rate}
     if "fixed size" not in known or ADAPTIVE not in known:
-        return "No policy keeps nine in ten in time at the lowest rate.", "Below it there is no rate to compare."
+        first = "At no rate do the fixed size and the adaptive policy both serve nine in ten requests in time."
+        return first, "So there are no highest rates to compare."
     highest = max(known.values())
     best = "; ".join(name for name, rate in known.items() if rate == highest)  # all that keep up with the last rate tie
     first = (
@@ -188,7 +191,7 @@ def read_rates(attained: Mapping[str, float | None]) -> tuple[str, str]:
 
 
 def other_batching(study: TrafficStudy) -> tuple[list[Row], str]:
-    """Return the rows of the changing trace with the other kind of batching, two seeds, and a caption."""
+    """Return the rows of the changing trace with the other kind of batching, for two seeds, and a caption."""
     other = study.other_batching()
     size, _ = other.choose("changing", count=1)
     caption = f"The changing trace with {other.setup.batching}-level batching; best fixed size there: {size}"
@@ -218,10 +221,10 @@ def goodput(
 
 
 def comparison(study: TrafficStudy, size: int, attained: Mapping[str, float | None], carry: Carry) -> list[Measurement]:
-    """Return goodput on the changing trace and within capacity, the tail of latency, settling time, and the highest
-    rate attained; `carry` adds the simulation's error.
+    """Return goodput on the changing trace and within capacity, tail latency, settling time, and the highest rate
+    attained; `carry` adds the simulation error.
 
-    The baseline is the fixed `size`; within capacity it is the size chosen for that traffic.
+    The baseline is the fixed `size`, or, within capacity, the size chosen for that traffic.
     """
     within = "changing, within capacity"
     own, _ = study.choose(within)
@@ -234,7 +237,7 @@ def comparison(study: TrafficStudy, size: int, attained: Mapping[str, float | No
     ]
     source = f"simulated on {study.setup.times.samples} timed calls; nine in ten requests within both objectives"
     rates = attained.get("fixed size"), attained.get(ADAPTIVE)
-    missing = None if all(rates) else "an arm does not keep nine in ten in time even at the lowest rate"
+    missing = None if all(rates) else "an arm does not serve nine in ten requests in time even at the lowest rate"
     metric, workload = "requests_per_second", "serve, nine in ten in time"
     if rates == (None, None):
         return [*results, measurement.unavailable(metric, workload, str(missing), source)]
@@ -242,8 +245,9 @@ def comparison(study: TrafficStudy, size: int, attained: Mapping[str, float | No
 
 
 def _tails(study: TrafficStudy, size: int) -> list[Measurement]:
-    """Return tail latencies of both arms on the changing traces, not judged; none of an arm where it is infinite on one
-    of them.
+    """Return tail latencies of both arms on the changing traces, without a verdict.
+
+    An arm whose latency is infinite on any trace has no value.
     """
     names = {
         "latency_p95_ms": TAIL,
@@ -275,8 +279,9 @@ def _milliseconds(seconds: float | None) -> float | None:
 
 
 def _settling(study: TrafficStudy, size: int) -> Measurement:
-    """Return the seconds from the load step until requests are served well for good: medians over the seeds, in which
-    one that never settles takes for ever.
+    """Return the seconds from the load step until requests stay within their objectives: medians over the seeds.
+
+    A seed that never settles counts as infinite.
     """
     policies = ((f"fixed {size}", partial(FixedSize, size)), (ADAPTIVE, study.adaptive))
     arms = [[_settled(study, run) for run in study.served("load step", *policy)] for policy in policies]
@@ -289,13 +294,13 @@ def _settling(study: TrafficStudy, size: int) -> Measurement:
 
 
 def _settled(study: TrafficStudy, served: Served) -> float | None:
-    """Return the settling time of a run after its load stepped up: after the warm-up and a calm phase."""
+    """Return the settling time of a run after the load step, which follows the warm-up and a calm phase."""
     starts = served.trace.starts
     return slo.settling_seconds(served, study.setup.objective, starts[2], starts[3])
 
 
 def controls(study: TrafficStudy, size: int, carry: Carry) -> list[tuple[str, str, list[Measurement]]]:
-    """Return (name, purpose, measurements) of the other policies on the same simulated traces."""
+    """Return (name, purpose, measurements) for each other policy on the same simulated traces."""
     policies = {name: make for name, make in study.policies(size).items() if name not in (f"fixed {size}", ADAPTIVE)}
     policies |= study.variants()
     workload = f"serve, simulated, fixed {size}"

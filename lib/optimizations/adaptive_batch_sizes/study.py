@@ -1,7 +1,7 @@
-"""What every part of the adaptive batch size's protocol shares: the measured setup, the seeds, the policies, and what
-each of them did on each kind of traffic, served once and kept.
+"""The traffic study shared by all parts of the protocol: the measured setup, the seeds, the policies, and the cached
+runs of each policy on each kind of traffic.
 
-The fixed size is chosen on traces of other seeds than those on which it is judged. Knows no figure and no claim.
+The fixed size is chosen and judged on traces of different seeds.
 """
 
 import time
@@ -22,12 +22,12 @@ from lib.optimizations.adaptive_batch_sizes.rivals import CHUNK, AimdSize, Chunk
 REQUESTS = {"preview": 12, "quick": 60, "standard": 120, "thorough": 400}  # in each phase of a simulated trace
 SEEDS = {"preview": 6, "quick": 6, "standard": 6, "thorough": 20}  # on which policies are judged
 CHOOSING = range(5000, 5003)  # added to the seed: traces on which the fixed size is chosen
-# Fixed sizes that are tried, up to the rows. Where only every second one is, the best of them is not the best one: four
-# and eight rows were as good on three models, and the sizes between them had not been tried.
+# The fixed sizes to try, up to the limit of rows. A coarser grid can miss the best size: on three models four and eight
+# rows were equally good, and no size between them had been tried.
 SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256)
 ADAPTIVE, BLIND = "adaptive", "adaptive, blind"
 IN_PARTS = "adaptive, prompts in parts"
-VARIANTS = ("cap alone", "admission alone", IN_PARTS)  # the adaptive policy with a part less, or one more
+VARIANTS = ("cap alone", "admission alone", IN_PARTS)  # the adaptive policy with one part removed or added
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class TrafficStudy:
 
     @property
     def sizes(self) -> list[int]:
-        """The fixed sizes that are tried."""
+        """The fixed sizes to try."""
         most = self.setup.limits.rows
         return [size for size in SIZES if size < most] + [most]
 
     def traces(self, name: str, count: int | None = None) -> list[Trace]:
-        """Return the traces of one kind of traffic, a seed each (the first `count` seeds)."""
+        """Return the traces of one kind of traffic, one per seed (the first `count` seeds)."""
         return policy_comparison.traces(self.setup, name, self.requests, self.seeds[:count])
 
     def adaptive(self, **parts: Any) -> Adaptive:
@@ -57,18 +57,20 @@ class TrafficStudy:
         return Adaptive(self.setup.objective, self.setup.single, headroom=self.headroom, most=most, **parts)
 
     def choose(self, name: str, setup: ServingSetup | None = None, count: int | None = None) -> tuple[int, dict]:
-        """Return the best fixed size for one kind of traffic, and the goodput of every size, on seeds kept for that."""
+        """Return the best fixed size for one kind of traffic, and the goodput of every size, on seeds used for nothing
+        else.
+        """
         setup = setup or self.setup
         seeds = [self.seeds[0] + more for more in CHOOSING][:count]
         traces = policy_comparison.traces(setup, name, self.requests, seeds)
         return best_fixed(traces, setup.objective, setup.run, self.sizes)
 
     def policies(self, size: int) -> dict[str, PolicyFactory]:
-        """Return the policies to compare: the fixed `size` first, ours last.
+        """Return the policies to compare: the fixed `size` first, the adaptive policy last.
 
         The time-out policy gathers up to four requests for at most a quarter of the first-token objective. Chunked
-        prefill comes with all rows, as engines start, and with the rows of the fixed size, as who has objectives to
-        keep would set it: too many rows miss the objective per token however prompts are read.
+        prefill comes twice: with all rows, the default of engines, and with the rows of the fixed size, the sensible
+        setting under objectives, since too many rows miss the objective per token however prompts are read.
         """
         objective, most = self.setup.objective, self.setup.limits.rows
         few = f"chunked {self.chunk}, fixed rows"
@@ -83,7 +85,7 @@ class TrafficStudy:
         }
 
     def variants(self) -> dict[str, PolicyFactory]:
-        """Return the adaptive policy with a part less, or one more."""
+        """Return the variants of the adaptive policy with one part removed or added."""
         return {
             "cap alone": lambda: self.adaptive(admission=False, name="cap alone"),
             "admission alone": lambda: self.adaptive(cap=False, name="admission alone"),
@@ -93,8 +95,8 @@ class TrafficStudy:
     def served(
         self, traffic: str, policy: str, make: PolicyFactory, *, again: bool = False, count: int | None = None
     ) -> list[Served]:
-        """Return what a policy did on the traces of one kind of traffic, simulated once and kept; `again`: with other
-        jitter and step times.
+        """Return the runs of a policy on the traces of one kind of traffic, simulated once and cached; `again`: with
+        other jitter and step times.
         """
         key = traffic, policy, again, count
         if key not in self.kept:
@@ -103,7 +105,7 @@ class TrafficStudy:
         return self.kept[key]
 
     def goodputs(self, traffic: str, policy: str, make: PolicyFactory, **options: Any) -> list[float]:
-        """Return the goodput, requests/s, of each of `served`."""
+        """Return the goodput, requests/s, of each run of `served`."""
         return [slo.goodput(run, self.setup.objective) for run in self.served(traffic, policy, make, **options)]
 
     def other_batching(self) -> "TrafficStudy":
@@ -113,7 +115,7 @@ class TrafficStudy:
 
 
 def calibrate(loaded: Loaded, effort: str, *, seed: int = 0, **options: Any) -> tuple[ServingSetup, float]:
-    """Return the setup that all policies share, and the seconds that measuring the step times took; `options` are those
+    """Return the setup shared by all policies, and the seconds it took to measure the step times; `options` are those
     of `policy_comparison.prepare`.
     """
     start = time.perf_counter()
@@ -125,11 +127,11 @@ def calibrate(loaded: Loaded, effort: str, *, seed: int = 0, **options: Any) -> 
 
 
 def prepare(setup: ServingSetup, headroom: float, effort: str, chunk: int = CHUNK, seed: int = 0) -> TrafficStudy:
-    """Return the study whose seeds begin at `seed`."""
+    """Return the study of an effort, with seeds starting at `seed`."""
     return TrafficStudy(setup, headroom, REQUESTS[effort], tuple(range(seed, seed + SEEDS[effort])), chunk)
 
 
 def mean_goodput(study: TrafficStudy, traces: Sequence[Trace], make: PolicyFactory) -> float:
-    """Return the mean simulated goodput of a policy on some traces, requests/s."""
+    """Return the mean simulated goodput of a policy over `traces`, requests/s."""
     values = study.setup.goodputs(traces, make)
     return sum(values) / len(values)

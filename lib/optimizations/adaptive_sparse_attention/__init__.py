@@ -1,1 +1,1 @@
-"""Adaptive sparse attention: what it does to a model, and how it is measured."""
+"""Adaptive sparse attention: the method and its measurement."""

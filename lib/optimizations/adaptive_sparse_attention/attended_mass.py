@@ -1,8 +1,8 @@
-"""What a block pattern attends to: density and recall of mass of the heads of single blocks, over context.
+"""Measure what a block pattern attends to: density and recall of attention mass of single blocks, by context length.
 
-Recall of mass is always computed from exact probabilities (of a sample of the blocks of queries), never from the scores
-that chose the pattern. `planted` makes heads whose mass is concentrated by construction, to show what search and kernel
-do where attention is sparse. Knows nothing of time and of answers.
+Recall of mass is always computed from exact probabilities (for a sample of the blocks of queries), never from the
+scores that chose the pattern. `planted` builds heads whose mass is concentrated by construction, to show how the search
+and the kernel behave if attention is sparse.
 
 Shapes: H query heads, G key-value heads, T tokens, D head size, N and M blocks of queries and keys, R sampled rows.
 """
@@ -31,7 +31,7 @@ SHOWN_HEADS = 4
 
 @dataclass(frozen=True)
 class Attended:
-    """What a pattern keeps, per head: the share of causal blocks and the exact share of attention mass."""
+    """The share of causal blocks and the exact share of attention mass that a pattern keeps, per head."""
 
     density_H: np.ndarray
     recall_H: np.ndarray
@@ -46,13 +46,13 @@ class Attended:
 
 
 def sampled_rows(count: int, most: int = SAMPLED_ROWS) -> torch.Tensor:
-    """Return at most `most` rows, spread evenly, the last one among them."""
+    """Return the indices of at most `most` of `count` rows, evenly spread and including the last."""
     return torch.linspace(0, count - 1, min(count, most)).round().long().unique()
 
 
 @torch.inference_mode()
 def attended(heads: Heads, kept_HNM: torch.Tensor, block: int, mass_HRM: torch.Tensor | None = None) -> Attended:
-    """Return density and exact recall of mass of a pattern; `mass_HRM`: `sampled_mass`, where it is known already."""
+    """Return density and exact recall of mass of a pattern; `mass_HRM`: `sampled_mass`, if already computed."""
     rows = sampled_rows(kept_HNM.shape[1])
     mass_HRM = sampled_mass(heads, block) if mass_HRM is None else mass_HRM
     causal = int(blocks.causal_blocks(*kept_HNM.shape[1:]).sum())
@@ -70,7 +70,7 @@ def sampled_mass(heads: Heads, block: int) -> torch.Tensor:
 
 @dataclass
 class Finder:
-    """The search for a pattern: heads → kept blocks [H, N, M]. Arguments as in `block_pattern.choose`."""
+    """Find the pattern of heads: heads → kept blocks [H, N, M]. Arguments as in `block_pattern.choose`."""
 
     tau: float
     block: int
@@ -84,10 +84,10 @@ class Finder:
 
 
 def needed(heads: Heads, block: int, share: float, mass_HRM: torch.Tensor | None = None) -> float:
-    """Return the least density at which an oracle reaches `share` of the mass in every row; no pattern needs less.
+    """Return the lowest density at which an oracle reaches `share` of the mass in every row; no pattern needs less.
 
-    The fewest blocks of most exact mass, over the sampled blocks of queries, weighed by what these rows may see.
-    `mass_HRM`: see `attended`.
+    The oracle takes the fewest blocks with the most exact mass, over the sampled blocks of queries, weighted by their
+    number of visible blocks. `mass_HRM`: see `attended`.
     """
     mass_HRM = sampled_mass(heads, block) if mass_HRM is None else mass_HRM
     rows = sampled_rows(blocks.blocks_of(heads.tokens, block))
@@ -97,11 +97,11 @@ def needed(heads: Heads, block: int, share: float, mass_HRM: torch.Tensor | None
 
 
 def planted(heads: Heads, block: int, share: float = 0.15, seed: int = 0) -> Heads:
-    """Return heads of the same shapes whose mass lies, nearly all of it, in a few blocks: by construction, known.
+    """Return heads of the same shapes with nearly all mass in a few blocks that are known by construction.
 
-    Every block of keys points in its own direction; the queries of a block point along those of the first block, their
-    own, and a random `share` of the blocks that they may see (more in some heads, fewer in others), so strongly that
-    the rest is left with little mass.
+    Every block of keys points in its own direction. The queries of a block point along the directions of the first
+    block, their own, and a random `share` of the visible blocks (more in some heads, fewer in others), so strongly that
+    little mass is left for the rest.
     """
     random = torch.Generator().manual_seed(seed)
     count, tokens = heads.query_HTD.shape[0], heads.tokens
@@ -114,9 +114,9 @@ def planted(heads: Heads, block: int, share: float = 0.15, seed: int = 0) -> Hea
     target_HNM[:, :, 0] = True
     target_HNM |= torch.eye(total, dtype=torch.bool)
     target_HNM &= blocks.causal_blocks(total, total)
-    strength = 12 + 2 * float(np.log(total))  # in nats, above directions that only resemble
+    strength = 12 + 2 * float(np.log(total))  # in nats, above directions that are only similar
     member_HMD = direction_GMD.repeat_interleave(count // groups, 0)
-    # Queries that give every target direction the same score and every other none: least squares, exactly or nearly.
+    # Queries that score every target direction equally and every other about zero, by least squares.
     gram_HMM = member_HMD @ member_HMD.transpose(1, 2) + 1e-2 * torch.eye(total)
     query_HND = torch.linalg.solve(gram_HMM, target_HNM.float().transpose(1, 2)).transpose(1, 2) @ member_HMD
     query_HTD = (strength / heads.scaling) * query_HND.repeat_interleave(block, 1)[:, :tokens]
@@ -130,11 +130,11 @@ def planted(heads: Heads, block: int, share: float = 0.15, seed: int = 0) -> Hea
 def survey(
     heads: Sequence[Heads], find: Finder, lengths: Sequence[int], share: float = SHARE, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Return a row per length and block: what the pattern keeps, and what others of its budget would hold.
+    """Return a row per length and block: density and recall of the pattern, and of controls with the same budget.
 
-    `density` and `recall` are of the pattern; `window` and `random` are the recall of as many blocks in every row,
-    chosen in other ways, `oracle` that of the blocks of most exact mass; `needed` is the least density at which an
-    oracle reaches `share` of the mass in every row. All exact, over sampled blocks of queries.
+    `density` and `recall` belong to the pattern. `window`, `random` and `oracle` are the recall of as many blocks in
+    every row, chosen in other ways or, for `oracle`, by exact mass. `needed` is the lowest density at which an oracle
+    reaches `share` of the mass in every row. All are exact, over sampled blocks of queries.
     """
     rows = []
     for length in lengths:
@@ -157,22 +157,22 @@ def survey(
 def survey_model(
     model: nn.Module, ids_1T: torch.Tensor, find: Finder, lengths: Sequence[int], seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Return `survey` of every block of `model` while it reads a prompt; one block's heads are held at a time."""
+    """Return `survey` of every block of `model` while it reads a prompt, holding the heads of one block at a time."""
     rows: list[dict[str, Any]] = []
     watch(model, ids_1T, visit=lambda heads: rows.extend(survey([heads], find, lengths, seed=seed)))
     return sorted(rows, key=lambda row: (row["length"], row["block"]))
 
 
 def _oracle(kept_HNM: torch.Tensor, mass_HRM: torch.Tensor) -> float:
-    """Return the mean mass of the heaviest blocks, as many in every row as `kept_HNM` has."""
+    """Return the mean mass of the heaviest blocks, as many in every row as `kept_HNM` keeps."""
     count_HR1 = kept_HNM[:, sampled_rows(kept_HNM.shape[1])].sum(-1, keepdim=True)
     reached_HRM = mass_HRM.sort(dim=-1, descending=True).values.cumsum(-1)
     return float(reached_HRM.gather(-1, count_HR1 - 1).mean())
 
 
 def curves(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str] = CURVES) -> pd.DataFrame:
-    """Return `rows` of `survey` for `style.impact`: over length, for each column in `names` (column → arm) the mean
-    over blocks and, as `low` and `high`, the least and the largest block.
+    """Return `rows` of `survey` for `style.impact`: by length, for each column in `names` (column → arm), the mean over
+    blocks and the smallest and largest block as `low` and `high`.
     """
     frame, frames = pd.DataFrame(rows), []
     for column, arm in names.items():
@@ -182,7 +182,7 @@ def curves(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str] = CURVES)
 
 
 def by_length(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return, per length, the means over blocks of what the pattern keeps and of what others of its budget hold."""
+    """Return for each length the means over blocks of the columns of `survey`."""
     columns = ["density", "recall", "oracle", "window", "random", "needed"]
     return pd.DataFrame(rows).groupby("length")[columns].mean().reset_index()
 
@@ -201,14 +201,14 @@ def reading(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def pattern(heads: Heads, find: Finder) -> tuple[Attended, dict[str, np.ndarray]]:
-    """Return what the pattern found for `heads` keeps, and its panels for a figure of masks."""
+    """Return density and recall of the pattern for `heads`, and its panels for a figure of masks."""
     kept_HNM = find(heads)
     measured = attended(heads, kept_HNM, find.block)
     return measured, panels(measured, kept_HNM)
 
 
 def panels(pattern: Attended, kept_HNM: torch.Tensor) -> dict[str, np.ndarray]:
-    """Return the kept blocks [N, M] of a few heads, from the sparsest to the densest, by title."""
+    """Return {title: kept blocks [N, M]} for a few heads, from the sparsest to the densest."""
     order = torch.tensor(pattern.density_H).argsort()
     chosen = order[torch.linspace(0, len(order) - 1, min(SHOWN_HEADS, len(order))).long()].tolist()
     return {f"head {head}: {pattern.density_H[head]:.2f} kept": kept_HNM[head].cpu().numpy() for head in chosen}

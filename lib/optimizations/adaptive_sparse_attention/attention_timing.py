@@ -1,6 +1,6 @@
-"""Time of sparse attention: of one block's attention alone over context, and of decoding, taken apart.
+"""Time sparse attention: one block's attention alone by context length, the whole model, and the parts of decoding.
 
-The time of a pattern always includes the search for it. Knows nothing of answers.
+The time of a pattern always includes the search for it.
 
 Shapes: T tokens, B prompts.
 """
@@ -30,16 +30,16 @@ from lib.optimizations.adaptive_sparse_attention import block_pattern as blocks
 from lib.optimizations.adaptive_sparse_attention.attended_mass import Finder
 from lib.optimizations.common import absorbed_baseline
 
-LONG_PROMPT = 4096  # tokens; from so many on, FEW_BLOCKS blocks are timed
+LONG_PROMPT = 4096  # tokens; prompts at least this long get only FEW_BLOCKS timed blocks
 FEW_BLOCKS = 6
-FEW_STEPS = 4  # decoded tokens of one call
+FEW_STEPS = 4  # decoded tokens per call
 
 
 @dataclass(frozen=True)
 class AttentionTimes:
-    """The attention of one block over context: measurements, and rows for the record with density, recall and gain.
+    """Times of one block's attention by context length: measurements, and rows with density, recall and gain.
 
-    `rows` end with the planted heads, whose measurement is `planted`.
+    The last row is that of the planted heads, whose measurement is `planted`.
     """
 
     measurements: list[Measurement]
@@ -48,12 +48,12 @@ class AttentionTimes:
 
     @property
     def longest(self) -> int:
-        """The tokens of the longest prompt."""
+        """The length of the longest prompt in tokens."""
         return int(self.rows[-1]["length"])
 
 
 class FullAttention:
-    """Stock causal attention of one block's heads, as an arm to be timed."""
+    """Stock causal attention of one block's heads, as an arm to time."""
 
     def __init__(self, heads: Heads):
         self.heads = heads
@@ -72,8 +72,8 @@ class FullAttention:
 def time_attention(
     heads: Heads, find: Finder, count: int, seed: int = 0, control: bool = True
 ) -> tuple[Pairs, Pairs | None]:
-    """Return pairs of (full attention, search for the pattern and attention to it), and the A/A control of full
-    attention (None where not wanted), of `count` blocks.
+    """Return `count` timed pairs of full attention and of sparse attention including the search for its pattern, and
+    the A/A control of full attention (None unless `control`).
     """
     full = FullAttention(heads)
 
@@ -95,7 +95,7 @@ def attention_alone(
 ) -> AttentionTimes:
     """Return the times of one block's attention at every length of `survey`, and of planted heads at the longest.
 
-    `survey` are the rows of `attended_mass.survey`; `count` timed blocks, fewer from LONG_PROMPT tokens on.
+    `survey`: the rows of `attended_mass.survey`; `count`: timed blocks, FEW_BLOCKS for LONG_PROMPT tokens or more.
     """
     measurements: list[Measurement] = []
     rows: list[dict[str, Any]] = []
@@ -123,7 +123,7 @@ def _row(heads: str, length: int, density: float, recall: float, timed: Measurem
 
 
 def table(times: AttentionTimes) -> pd.DataFrame:
-    """Return the rows without their intervals, rounded."""
+    """Return the rows of `times`, rounded and without intervals."""
     return pd.DataFrame(times.rows).drop(columns=["gain_ci"]).round(3)
 
 
@@ -134,7 +134,7 @@ def planted_control(times: AttentionTimes) -> dict[str, Any]:
 
 
 def gains(times: AttentionTimes) -> pd.DataFrame:
-    """Return the gain (full ÷ sparse) over context for `style.impact`, one arm for each kind of heads."""
+    """Return the gain (full ÷ sparse) by context length for `style.impact`, one arm per kind of heads."""
     lines = []
     for row in times.rows:
         low, high = (1 / end for end in reversed(row["gain_ci"]))
@@ -146,18 +146,18 @@ def reading(times: AttentionTimes) -> str:
     """Return two sentences on how to read the figure of `gains`, computed from its numbers."""
     own, planted = times.rows[-2:]
     first = (
-        f"At {times.longest} tokens attention with the search has {own['gain']:.2f} times the speed of full attention "
-        f"on the model's heads (recall of mass {own['recall']:.3f})."
+        f"At {times.longest} tokens sparse attention, search included, has {own['gain']:.2f} times the speed of full "
+        f"attention on the model's heads (recall of mass {own['recall']:.3f})."
     )
     return first + (
-        f" On planted heads, where {planted['density']:.2f} of the blocks are kept, it has "
-        f"{planted['gain']:.2f} times that speed: what the code gives where attention is sparse."
+        f" On planted heads, which keep {planted['density']:.2f} of the blocks, it has "
+        f"{planted['gain']:.2f} times that speed: the gain of this code on sparse attention."
     )
 
 
 def priced(optimized: nn.Module, prompt_1T: torch.Tensor, stride: int) -> dict[str, Any]:
-    """Return the options of `cost_model` for sparse prefill: the density that one pass over the prompt really kept, and
-    the stride of the search; a prompt that is too short for a pattern is read whole, without a search.
+    """Return the options of `cost_model` for sparse prefill: the density kept in one pass over the prompt, and the
+    stride of the search. A prompt too short for a pattern is read whole, without a search.
     """
     method.reset_counts(optimized)
     workloads.prefill(optimized, prompt_1T)()
@@ -166,8 +166,8 @@ def priced(optimized: nn.Module, prompt_1T: torch.Tensor, stride: int) -> dict[s
 
 
 def every_page(baseline: nn.Module, knobs: Mapping[str, Any]) -> nn.Module:
-    """Return `baseline` with the same paged cache, of which a new token reads all pages: the baseline for sparsity
-    alone. Latent attention is decoded in its latent space, as in the sparse arm.
+    """Return `baseline` with the same paged cache, all of whose pages a new token reads: the baseline that isolates
+    sparsity. Latent attention is decoded in its latent space, as in the sparse arm.
     """
     return method.apply(baseline, **{**knobs, "pages": 0})
 
@@ -184,9 +184,9 @@ def whole_model(
     invalid: str | None = None,
     seed: int = 0,
 ) -> tuple[Compared, Compared]:
-    """Return a prompt read up to its first token, and decoding after it: the chosen pages against all pages.
+    """Return the comparisons of prefill, and of decoding after it with the chosen pages against all pages.
 
-    `prefill_costs` and `formula` (of decoding: "costs" and "baseline_costs") are options of `cost_model`.
+    `prefill_costs` and `formula` (for decoding: "costs" and "baseline_costs") are options of `cost_model`.
     """
     few = FEW_BLOCKS if prompt_1T.shape[1] >= LONG_PROMPT else min(effort.blocks, 12)
     effort = replace(effort, blocks=few)
@@ -200,21 +200,22 @@ def whole_model(
 
 
 def all_timed(prefill: Compared, decode: Compared, alone: AttentionTimes) -> list[Measurement]:
-    """Return all that was timed, that of attention alone at the longest prompt last. Nothing of it is judged where the
-    machine was busy or the rounds too few for a part of it: so the record says, and what is shown says the same.
+    """Return all timed measurements; the last is attention alone at the longest prompt.
+
+    None is judged if the machine was busy or the rounds too few for any of them, so that tables agree with the record.
     """
     return withhold_if_busy([*prefill.measurements, *decode.measurements, *alone.measurements])
 
 
 def bounds(prefill: Compared, decode: Compared) -> pd.DataFrame:
-    """Return the rows of both for `style.bound`."""
+    """Return the rows of prefill and decode for `style.bound`."""
     return pd.DataFrame([*prefill.bounds(), *decode.bounds()])
 
 
 @dataclass(frozen=True)
 class PagesRead:
-    """What decoding reads of the cache: its share of the tokens, and block by block the mass that is read (`mass held`)
-    and the mass in the best pages (`in chosen pages`): less in the first blocks, which read all.
+    """The share of cached tokens that decoding reads, and for each block the attention mass read (`mass held`) and the
+    mass in its best pages (`in chosen pages`), which differ in the first blocks, since these read all pages.
     """
 
     share: float | None
@@ -227,10 +228,10 @@ class PagesRead:
 
 
 def pages_read(optimized: nn.Module, timed: Compared, context_1T: torch.Tensor) -> PagesRead:
-    """Return what the pages read by new tokens after `context_1T` hold of the exact mass, and what as many of the best
-    pages hold in the blocks that read all.
+    """Return the exact mass in the pages read by new tokens after `context_1T`, and, for blocks that read all pages,
+    the mass in as many of the best.
 
-    The workload is that of `timed`, where decoding was timed.
+    Uses the decoding workload of `timed` if there is one.
     """
     masses: list[tuple[int, float]] = []
     states = method.sparsities(optimized)
@@ -258,20 +259,18 @@ def decode_apart(
     invalid: str | None = None,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Return name, purpose and measurements of what decoding gains beside sparsity: the paged cache and its kernel,
-    these and sparsity together, and for latent attention what is gained over the stock path, which expands its cache
-    at every token.
+    """Return name, purpose and measurements of the other gains of decoding: from the paged cache and its kernel, from
+    these and sparsity together, and for latent attention over the stock path, which expands its cache at every token.
 
-    A name is "… against …": the arm that it names first is the optimized one, the other the baseline. Empty where the
-    output is `invalid`. Works of `timed` are used again where they are as long; the long prompt is read once for each
-    arm.
+    In a name "… against …" the first arm is the optimized one, the second the baseline. Empty if the output is
+    `invalid`. Workloads of `timed` are reused if they decode as many tokens; each arm reads the long prompt once.
     """
     if invalid:
         return []
     every = timed.timed["decode"].baseline if timed.timed else None
     count = min(new_tokens, FEW_STEPS)
     works: dict[str, Workload] = {}
-    if every is not None and every.new_tokens == count:  # that one call decodes: of several turns, each is shorter
+    if every is not None and every.new_tokens == count:  # tokens per call; a workload of several turns has fewer
         works = {"every": every, "sparse": timed.timed["decode"].optimized}
     arms: dict[str, Callable[[], nn.Module]] = {
         "fair": lambda: absorbed_baseline.absorbed_baseline(baseline),
@@ -295,5 +294,5 @@ def decode_apart(
 
 
 def time_calls(baseline: Callable[[], object], optimized: Callable[[], object], count: int, seed: int = 0) -> Pairs:
-    """Return pairs of two calls that last long enough by themselves."""
+    """Return timed pairs of two calls that each last long enough to need no repetition."""
     return interleaved.paired(baseline, optimized, blocks=count, warmup=1, seed=seed, disturbance=disturbance.watch)

@@ -1,17 +1,16 @@
-"""Block-sparse causal attention: which blocks of keys a block of queries needs, and attention to those blocks alone.
+"""Block-sparse causal attention: choose the blocks of keys that a block of queries needs, and attend to those alone.
 
-The pattern is computed per input and per head from anti-diagonal scores (Xu et al. 2025, XAttention): of every stride ×
-stride square of the score matrix only the anti-diagonal is summed, by one small product of reshaped queries and keys; a
+The pattern is computed per input and head from anti-diagonal scores (Xu et al. 2025, XAttention). Of every stride ×
+stride square of the score matrix only the anti-diagonal is summed, by one small product of reshaped queries and keys. A
 causal softmax over these sums, added up per block, estimates the block's share of attention mass. Each block of queries
-keeps the first block, the diagonal block and the one before it, and the fewest others whose estimated mass reaches τ:
-the budget adapts.
+keeps the first block, the diagonal block and the one before it, and the fewest others whose estimated mass reaches τ,
+so the budget adapts.
 
-Heads are not merged: query heads that share keys keep patterns of their own. (The union over such heads saves a copy of
-keys but keeps more blocks; a copied block of keys serves a whole block of queries, so the copy is cheap.) Knows nothing
-of models, caches or padding.
+Heads are not merged: query heads that share keys have their own patterns. (The union over such heads saves a copy of
+keys but keeps more blocks; a copied block of keys serves a whole block of queries, so the copy is cheap.)
 
-Shapes: H query heads, G key-value heads, T query tokens, K key tokens (the last T of them are the queries'), D and V
-head sizes, N and M blocks of queries and keys, P pairs of a head and a block of queries, B tokens of a block.
+Shapes: H query heads, G key-value heads, T query tokens, K key tokens (the last T are the queries' own), D and V head
+sizes, N and M blocks of queries and keys, P pairs of a head and a block of queries, B tokens of a block.
 """
 
 import functools
@@ -23,11 +22,11 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 ALWAYS = 3  # blocks that every row keeps: the first, the one before the diagonal, the diagonal
 PATTERNS = ("antidiagonal", "window", "random", "oracle")
-GATHERED_ELEMENTS = 2**20  # keys and values copied at a time: about what a CPU's cache holds
+GATHERED_ELEMENTS = 2**20  # keys and values copied at a time: about the size of a CPU's cache
 SCORED_ROWS = 1024  # rows of the small score matrix computed at a time
 KERNEL_BLOCK = 128  # FlexAttention's kernels work on blocks of this size, or on smaller powers of two,
 KERNEL_WIDTH = 16  # and on heads of at least this size
-RECOMPILATIONS = 64  # a sweep over lengths and heads asks for more kernels than the eight that torch allows
+RECOMPILATIONS = 64  # a sweep over lengths and heads needs more kernels than torch's default of eight
 
 
 def blocks_of(tokens: int, block: int) -> int:
@@ -36,21 +35,21 @@ def blocks_of(tokens: int, block: int) -> int:
 
 
 def whole(tensor_HTD: torch.Tensor, block: int) -> torch.Tensor:
-    """Return the tensor with zeros after its tokens, so that they fill whole blocks."""
+    """Return the tensor padded with zeros after its tokens to whole blocks."""
     missing = -tensor_HTD.shape[-2] % block
     return pad(tensor_HTD, (0, 0, 0, missing)) if missing else tensor_HTD
 
 
 def causal_blocks(rows: int, columns: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Return bool [N, M]: the blocks that the causal mask does not empty; the last rows and columns coincide."""
+    """Return bool [N, M]: the blocks visible under the causal mask, with the last rows and columns aligned."""
     return torch.ones(rows, columns, dtype=torch.bool, device=device).tril(columns - rows)
 
 
 def scores(query_HTD: torch.Tensor, key_GKD: torch.Tensor, scaling: float, block: int, stride: int) -> torch.Tensor:
     """Return the estimated share of attention mass of every block, float32 [H, N, M]; each row sums to 1.
 
-    Queries begin at a block's edge: K − T is a multiple of `block`, and `block` one of `stride`. In the last block,
-    rows of the small matrix that hold no query are left out of its mean.
+    Queries start at a block edge: K − T is a multiple of `block`, and `block` a multiple of `stride`. The mean over the
+    last block excludes rows of the small matrix that hold no query.
     """
     real_rows = -(-query_HTD.shape[1] // stride)
     query_HTD, key_GKD = whole(query_HTD, block), whole(key_GKD, block)
@@ -58,8 +57,8 @@ def scores(query_HTD: torch.Tensor, key_GKD: torch.Tensor, scaling: float, block
     groups, length, _ = key_GKD.shape
     small, offset = block // stride, (length - tokens) // stride
     shrunk = 1.0
-    if query_HTD.dtype == torch.float16:  # which ends at 65,504: sums over a stride may be more
-        shrunk = 2.0 ** math.floor(math.log2(scaling / stride))  # a power of two takes no digit
+    if query_HTD.dtype == torch.float16:  # at most 65,504: sums over a stride may overflow
+        shrunk = 2.0 ** math.floor(math.log2(scaling / stride))  # a power of two loses no precision
         query_HTD = query_HTD * shrunk
     query_HTS = query_HTD.reshape(heads, tokens // stride, stride * width)
     key_GKS = key_GKD.reshape(groups, length // stride, stride, width).flip(2).reshape(groups, -1, stride * width)
@@ -84,10 +83,9 @@ def scores(query_HTD: torch.Tensor, key_GKD: torch.Tensor, scaling: float, block
 def choose(share_HNM: torch.Tensor, tau: float, most: float = 1.0) -> torch.Tensor:
     """Return bool [H, N, M]: for each block of queries the fewest blocks of keys whose share of mass reaches τ.
 
-    The first, the diagonal block and the one before it are always kept and count towards τ: the first token of a block
-    often reads the token just before it, which weighs next to nothing in the mass of a whole row. `most` limits the
-    kept share of the blocks that a row may see (at least these three). τ = 1 keeps every block that the causal mask
-    leaves.
+    The first block, the diagonal block and the one before it are always kept and count towards τ: the first token of a
+    block often reads the token just before it, which hardly matters in the mass of a whole row. `most` limits the kept
+    share of a row's visible blocks (but never below these three). τ = 1 keeps every visible block.
     """
     rows, columns = share_HNM.shape[1:]
     causal_NM = causal_blocks(rows, columns, share_HNM.device)
@@ -113,8 +111,8 @@ def same_budget(
 ) -> torch.Tensor:
     """Return a control, bool [H, N, M]: as many blocks in every row as `kept_HNM`, chosen in another way.
 
-    `window`: the first block and the last ones; `random`: others at random; `oracle`: those with the most exact mass
-    (`mass_HNM`). All of them keep what `choose` always keeps.
+    `window`: the first block and the latest ones; `random`: others at random; `oracle`: the blocks with the most exact
+    mass (`mass_HNM`). All keep the blocks that `choose` always keeps.
     """
     rows, columns = kept_HNM.shape[1:]
     causal_NM = causal_blocks(rows, columns, kept_HNM.device)
@@ -124,7 +122,7 @@ def same_budget(
         generator = torch.Generator().manual_seed(seed)
         rank_HNM = torch.rand(kept_HNM.shape, generator=generator).to(kept_HNM.device)
     else:
-        assert mass_HNM is not None, "an oracle knows the exact mass"
+        assert mass_HNM is not None, "an oracle needs the exact mass"
         rank_HNM = mass_HNM.clone()
     rank_HNM.masked_fill_(~causal_NM, -1.0)
     diagonal_N = torch.arange(columns - rows, columns, device=kept_HNM.device)
@@ -140,8 +138,8 @@ def same_budget(
 def attend(query_HTD, key_GKD, value_GKV, kept_HNM, scaling: float, block: int) -> torch.Tensor:
     """Return causal attention [H, T, V] to the kept blocks alone.
 
-    Pairs of a head and a block of queries with equally many kept blocks are computed together: their keys and values
-    are copied side by side, the diagonal block last, so that the end of one mask serves them all.
+    Pairs of a head and a block of queries with the same number of kept blocks are computed together: their keys and
+    values are copied side by side, the diagonal block last, so that the end of one mask serves them all.
     """
     if query_HTD.is_cuda and flexible(block):
         return attend_flex(query_HTD, key_GKD, value_GKV, kept_HNM, scaling, block)
@@ -183,13 +181,13 @@ def attend_all(query_HTD, key_GKD, value_GKV, scaling: float) -> torch.Tensor:
 
 
 def _equal_widths(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return all three as wide as the widest: the fast kernels take one head size, and zeros change no result."""
+    """Return all three padded to the widest: the fast kernels need one head size, and zeros change no result."""
     width = max(key.shape[-1], value.shape[-1])
     return tuple(wide(x, width) for x in (query, key, value))
 
 
 def wide(tensor_HTD: torch.Tensor, width: int) -> torch.Tensor:
-    """Return the tensor with zeros after the numbers of each token, so that there are at least `width`."""
+    """Return the tensor with each token padded with zeros to a width of at least `width`."""
     missing = width - tensor_HTD.shape[-1]
     return pad(tensor_HTD, (0, missing)) if missing > 0 else tensor_HTD
 
@@ -200,9 +198,9 @@ def flexible(block: int) -> bool:
 
 
 def attend_flex(query_HTD, key_GKD, value_GKV, kept_HNM, scaling: float, block: int) -> torch.Tensor:
-    """Return what `attend` returns, by FlexAttention with a block mask: compiled on CUDA, plain and slow elsewhere.
+    """Return the result of `attend` by FlexAttention with a block mask: compiled on CUDA, slow elsewhere.
 
-    The diagonal blocks are masked, the others are read whole.
+    Diagonal blocks are masked, the others are read whole.
     """
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -220,7 +218,7 @@ def attend_flex(query_HTD, key_GKD, value_GKV, kept_HNM, scaling: float, block: 
     def causal_and_kept(b, h, q, k):
         return (q + offset >= k) & kept_HNM[h, q // block, k // block]
 
-    compiled = query.is_cuda  # whose kernels read the listed blocks alone; uncompiled, the mask has to say all
+    compiled = query.is_cuda  # compiled kernels read only the listed blocks; otherwise the mask must exclude the rest
     mask = BlockMask.from_kv_blocks(
         masked_count,
         masked_index,
@@ -240,14 +238,14 @@ def attend_flex(query_HTD, key_GKD, value_GKV, kept_HNM, scaling: float, block: 
 
 
 def _listed(kept_HNM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return how many blocks each row keeps [1, H, N], and their indices, ascending, before those of the others."""
+    """Return the number of kept blocks of each row [1, H, N], and all block indices, ascending, kept blocks first."""
     order_HNM = kept_HNM.int().argsort(dim=-1, descending=True, stable=True)
     return kept_HNM.sum(-1).int()[None], order_HNM.int()[None]
 
 
 @functools.cache
 def _compiled() -> Callable:
-    """Return FlexAttention compiled; once per process, so that calls of one shape share a kernel."""
+    """Return compiled FlexAttention, one per process, so that calls of one shape share a kernel."""
     import torch._dynamo
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -258,8 +256,8 @@ def _compiled() -> Callable:
 def exact_mass(query_HTD, key_GKD, scaling: float, block: int, rows: torch.Tensor | None = None) -> torch.Tensor:
     """Return the exact share of attention mass of every block, float32 [H, N, M], from full probabilities.
 
-    Averaged over the queries of a block. `rows` [R] computes these blocks of queries only: then [H, R, M]. In single
-    precision, whatever the heads are in: a product rounded to half of it is off by tenths of a nat where mass lies.
+    Averaged over the queries of a block. With `rows` [R] only these blocks of queries are computed: [H, R, M]. Always
+    in single precision: rounded to half precision, a product is off by tenths of a nat where the mass lies.
     """
     query_HTD, key_GKD = query_HTD.float(), key_GKD.float()
     heads, tokens, _ = query_HTD.shape

@@ -1,8 +1,7 @@
-"""What the notebook on sparse attention shows: the lengths of its prompts, exactness, costs, and what would refute the
-claims.
+"""The protocol of the notebook on sparse attention: prompt lengths, exactness, costs, and refutations of its claims.
 
-Its longer protocols have modules of their own: `attended_mass` (the heads of single blocks), `quality_controls`,
-`attention_timing`. Returns plain data; knows nothing of records and figures.
+Longer protocols have their own modules: `attended_mass` (the heads of single blocks), `quality_controls`,
+`attention_timing`. All return plain data.
 
 Shapes: B prompts, T tokens.
 """
@@ -48,7 +47,7 @@ CLAIMS = (
     "Finding the pattern costs what it saves.",
     "Values in the middle of a prompt are lost.",
 )
-# The measurement that decides the verdict of each dimension, declared before any is taken.
+# The measurement that decides the verdict of each dimension, declared before anything is measured.
 PRIMARIES = {
     "performance": ("prefill_tokens_per_second", "prefill"),
     "accuracy": ("retrieval_exact_match", "generate"),
@@ -61,7 +60,7 @@ CONTEXTS = {
     "standard": (1024, 2048, 4096),
     "thorough": (1024, 2048, 4096, 8192, 16384),
 }
-# At real dimensions, where reading the longest takes seconds and the shortest shows little.
+# For real dimensions: reading the longest takes seconds, and shorter prompts show little.
 AT_REAL_SIZE = {"preview": (2048,), "quick": (2048,), "standard": (4096, 8192), "thorough": (4096, 8192, 16384)}
 LEAST_CONTEXT = 64
 CACHES = ("kv_cache_bytes_per_token", full_depth.CACHE)
@@ -70,8 +69,8 @@ TIMED_PROMPT = {"preview": 1024, "quick": 2048, "standard": 4096, "thorough": 81
 
 @dataclass(frozen=True)
 class PromptLengths:
-    """Tokens of this run's prompts: of the curves over context, and of the prompt that is timed, after which tokens
-    are decoded, and at which answers are judged. At most `behind` tokens more are read or generated after it.
+    """Lengths in tokens of this run's prompts: `curves` by context, and `timed`, the prompt on which prefill, decoding
+    and answers are measured. At most `behind` more tokens are read or generated after it.
     """
 
     curves: list[int]
@@ -80,15 +79,15 @@ class PromptLengths:
 
     @property
     def longest(self) -> int:
-        """The longest of the curves."""
+        """The longest prompt of the curves, in tokens."""
         return self.curves[-1]
 
 
 def lengths_of(loaded: Loaded, effort: str, longest: int = 0) -> PromptLengths:
-    """Return the lengths of a run by effort and scale; `longest`, where not 0, is the longest prompt.
+    """Return the prompt lengths of a run by effort and scale; `longest`, if not 0, sets the longest prompt.
 
-    Where nobody asked for a length, none exceeds the positions of the model, which what comes behind the timed prompt
-    needs too. Raises UserError for a length that is too short to ask anything about.
+    Default lengths stay within the positions of the model, including the tokens after the timed prompt. Raises
+    UserError for a length too short for a question.
     """
     if 0 < longest < LEAST_CONTEXT:
         raise UserError(
@@ -99,14 +98,14 @@ def lengths_of(loaded: Loaded, effort: str, longest: int = 0) -> PromptLengths:
     timed = longest or min(curves[-1], max(curves[0], TIMED_PROMPT.get(effort, 8192)))
     behind = max(settings.read(effort, loaded.scale).new_tokens, KEY + VALUE)
     most = 0 if longest else kernels.most_positions(loaded.model)
-    if most - behind >= LEAST_CONTEXT:  # else `facts` says what is missing
+    if most - behind >= LEAST_CONTEXT:  # else `facts` raises
         timed = min(timed, most - behind)
         curves = [tokens for tokens in curves if tokens <= most] or [timed]
     return PromptLengths(curves, timed, behind)
 
 
 def contexts(effort: str, scale: str, longest: int = 0) -> list[int]:
-    """Return the lengths of the curves: by effort and scale, or powers of two up to `longest`, and that length too."""
+    """Return the lengths of the curves: by effort and scale, or powers of two below `longest` and `longest` itself."""
     if longest:
         return [2**i for i in range(10, 24) if 2**i < longest] + [longest]
     return list((CONTEXTS if scale == "proxy" else AT_REAL_SIZE)[effort])
@@ -115,8 +114,8 @@ def contexts(effort: str, scale: str, longest: int = 0) -> list[int]:
 def facts(loaded: Loaded, lengths: PromptLengths) -> pd.DataFrame:
     """Return the model and the lengths of this run as text.
 
-    Raises NotApplicable where the model has too few positions for these prompts and what comes behind them: now, not
-    when the first token is decoded.
+    Raises NotApplicable if the model has too few positions for these prompts and the tokens after them, before
+    anything is decoded.
     """
     kernels.check_context(loaded.model, lengths.longest)
     kernels.check_context(loaded.model, lengths.timed, lengths.behind)
@@ -129,7 +128,7 @@ def facts(loaded: Loaded, lengths: PromptLengths) -> pd.DataFrame:
 
 
 def _attending(model: nn.Module) -> list[Block]:
-    """Return the blocks that have an attention: an optimization may have taken that of others."""
+    """Return the blocks with an attention: an optimization may have removed it from others."""
     return [block for block in anatomy(model).blocks if block.attention.kind != "none"]
 
 
@@ -140,9 +139,9 @@ def sizes(effort: str, scale: str, knobs: Mapping[str, Any]) -> Effort:
 
 
 def watched(loaded: Loaded, tokens: int, seed: int = 0) -> tuple[torch.Tensor, Heads]:
-    """Return a held-out text [1, T] of `tokens` tokens, and the heads of the middle block that read it.
+    """Return a held-out text [1, T] of `tokens` tokens, and the heads of the middle block while it is read.
 
-    Raises UserError where the model allows no such context.
+    Raises NotApplicable if the model does not allow such a context.
     """
     kernels.check_context(loaded.model, tokens)
     ids_1T = task_list.text_windows(loaded, "final", 1, tokens, seed)
@@ -151,7 +150,7 @@ def watched(loaded: Loaded, tokens: int, seed: int = 0) -> tuple[torch.Tensor, H
 
 
 def applied(baseline: nn.Module, knobs: Mapping[str, Any]) -> tuple[nn.Module, float]:
-    """Return the sparse model and the seconds that applying took. Raises AssertionError where weights were copied."""
+    """Return the sparse model and the seconds it took to apply. Raises AssertionError if weights were copied."""
     start = time.perf_counter()
     optimized = method.apply(baseline, **knobs)
     seconds = time.perf_counter() - start
@@ -161,11 +160,11 @@ def applied(baseline: nn.Module, knobs: Mapping[str, Any]) -> tuple[nn.Module, f
 
 @torch.inference_mode()
 def exactness(loaded: Loaded, optimized: nn.Module, knobs: Mapping[str, Any], seed: int = 0) -> dict[str, float]:
-    """Return the largest differences of logits, in their standard deviations: `all_kept`, everything kept against full
-    attention, in a batch padded on the left; `leak`, earlier positions when later tokens change.
+    """Return the largest differences of logits, in units of their standard deviation.
 
-    A later token may change nothing before it but the pattern of its own block of queries. At real dimensions some
-    positions stand for all: the head would be most of the work.
+    `all_kept`: everything kept against full attention, in a batch padded on the left. `leak`: earlier positions when
+    later tokens change, which may only change the pattern of their own block of queries. At real dimensions only some
+    positions are compared, since the head would be most of the work.
     """
     block = knobs["block_size"]
     tokens = 4 * block + 20
@@ -196,10 +195,10 @@ def exactness_table(differences: Mapping[str, float]) -> pd.DataFrame:
 
 
 def attended(model: nn.Module, knobs: Mapping[str, Any], context: int) -> float:
-    """Return how many tokens' worth of the cache a new token reads after `context` tokens, as a mean over the blocks
-    that have an attention.
+    """Return the mean amount of cache, in tokens, that a new token reads per block after `context` tokens.
 
-    The chosen pages, and the bounds of all full pages. The first `dense_blocks` read all.
+    It reads the chosen pages and the bounds of all full pages; the first `dense_blocks` blocks read everything. The
+    mean is over the blocks with an attention.
     """
     blocks, pages = _attending(model), context // knobs["page_size"]
     read = knobs["pages"] * knobs["page_size"]
@@ -213,8 +212,9 @@ def attended(model: nn.Module, knobs: Mapping[str, Any], context: int) -> float:
 
 
 def _bounds(attention: Attention) -> float:
-    """Return the size of a page's bounds in tokens of the cache: a minimum and a maximum of the page's keys, which are
-    half of a token each where keys are half of what is cached, and a whole one for latents.
+    """Return the size of a page's bounds, a minimum and a maximum of its keys, in tokens of the cache.
+
+    Each takes half a token if keys are half of the cache, and a whole token for latents.
     """
     if attention.kind == "latent":
         return 2.0
@@ -222,8 +222,8 @@ def _bounds(attention: Attention) -> float:
 
 
 def _with_bounds(counted: Measurement, model: nn.Module, knobs: Mapping[str, Any], tokens: int) -> Measurement:
-    """Return what was counted; where it is the cache per token, with the bounds that the optimized arm keeps beside
-    `tokens` cached ones. The first `dense_blocks` of a model, a slice or the whole, read all pages and keep none.
+    """Return `counted`; if it is the cache per token, add the page bounds that the optimized arm keeps for `tokens`
+    cached tokens. The first `dense_blocks` blocks, of a slice or of the whole model, read all pages and keep no bounds.
     """
     dense, blocks = knobs.get("dense_blocks", 0), _attending(model)
     if counted.metric == full_depth.CACHE:
@@ -241,8 +241,8 @@ def _with_bounds(counted: Measurement, model: nn.Module, knobs: Mapping[str, Any
 def formulas(
     loaded: Loaded, prefill_costs: Mapping[str, Any], knobs: Mapping[str, Any], context: int
 ) -> dict[str, dict[str, Any]]:
-    """Return the options of `cost_model` for both arms: `prefill_costs`, what decoding after `context` tokens attends
-    to, and whether latent attention is absorbed, as it is in both.
+    """Return the options of `cost_model` for both arms: `prefill_costs`, the tokens that decoding after `context`
+    tokens attends to, and absorbed decoding of latent attention, which both arms use.
     """
     latent = absorbed_baseline.has_latents(loaded.model)
     read = {"attended": attended(loaded.model, knobs, context), "absorbed": latent}
@@ -265,8 +265,8 @@ def costs(
     timings: Sequence[Measurement],
     apply_seconds: float,
 ) -> list[Measurement]:
-    """Return `timings`, peaks of memory from fresh child processes on a prompt of `tokens` tokens (latents absorbed),
-    what is counted, and when applying has paid.
+    """Return `timings`, peak memory from fresh child processes on a prompt of `tokens` tokens (latents absorbed), the
+    counted resources, and the break-even of applying.
 
     `load`: see `origin`; `formula`: see `formulas`.
     """
@@ -291,7 +291,7 @@ def shares(
     pages: PagesRead,
     lengths: PromptLengths,
 ) -> list[Measurement]:
-    """Return density, recall of mass and the share of the cache that is read, for prefill and decoding."""
+    """Return density and recall of mass for prefill, and the share of the cache read and recall for decoding."""
     tokens = next(row["length"] for row in reversed(survey) if row["length"] <= lengths.timed)
     recall = float(np.mean([row["recall"] for row in survey if row["length"] == tokens]))
     kept = f"blocks kept, prompt of {lengths.timed} tokens"
@@ -315,8 +315,8 @@ def replications(
 ) -> list[relations.Judged]:
     """Return the published relations on sparse attention, judged by this run. `times`: rows of `attention_alone`.
 
-    The gain of the kernel is that at the length whose prompt is timed as a whole. Where a model's mass lies says
-    nothing with random weights, and a time nothing where the machine was too busy to judge one.
+    The kernel's gain is taken at the length of the timed prompt. Relations on attention mass are undecided with random
+    weights, and relations on times if the machine was busy.
     """
     busy = why_busy(prefill.measurements)
     density = attended_mass.by_length(survey).set_index("length")["density"].to_dict()
@@ -334,7 +334,7 @@ def replications(
 
 
 def _mass(loaded: Loaded, workload: str, share: float, source: str) -> Measurement:
-    """Return the recall of mass, which says nothing of a model with random weights."""
+    """Return the recall of mass; unavailable for random weights, where it means nothing."""
     if (reason := loaded.quality_unavailable) is not None:
         return measurement.unavailable("attention_mass_recall", workload, reason)
     return measurement.informative("attention_mass_recall", workload, 1.0, share, source)
@@ -346,7 +346,7 @@ def details(
     impact: pd.DataFrame,
     differences: Mapping[str, float],
 ) -> dict[str, tuple[object, str, str]]:
-    """Return value, provenance and source of every detail of the record."""
+    """Return the record's details: name → (value, provenance, source)."""
     return {
         "survey": (survey, "measured", "exact probabilities of sampled blocks of queries"),
         "attention_alone": (timed_rows, "measured", "paired blocks, search included; planted heads apart"),
@@ -363,10 +363,10 @@ def card(baseline: nn.Module) -> dict[str, object]:
 def others_hold_as_much(
     loaded: Loaded, survey: Sequence[Mapping[str, Any]], seed: int = 0
 ) -> tuple[str, bool | None, str]:
-    """Return the first of `CLAIMS`, whether it is so at the longest prompt, and the evidence.
+    """Return the first of `CLAIMS`, whether it is true at the longest prompt, and the evidence.
 
-    Judged by the interval, over blocks of the model, of recall less that of the better control. None where it holds 0,
-    where all blocks were kept, and for random weights.
+    Judged by the interval, over blocks of the model, of recall minus that of the better control. None if the interval
+    contains 0, if all blocks were kept, and for random weights.
     """
     rows = [row for row in survey if row["length"] == survey[-1]["length"]]
     lead_B = np.array([row["recall"] - max(row["window"], row["random"]) for row in rows])

@@ -1,9 +1,10 @@
-"""Attention that a pattern of blocks or of pages makes sparse: registered by name with transformers, with its mask.
+"""The attention function that a pattern of blocks or pages makes sparse, and its mask function, registered by name
+with transformers.
 
 A name without a mask function gets no mask at all, so both are registered. Left-padded sequences are computed one by
-one without their padding. Full attention serves what a pattern cannot: short prompts, pieces of a prompt that do not
-begin at a block's edge, masks that are not causal (the vision tower calls the same function), padding in the middle,
-and modules without a `Sparsity`. Knows nothing of how the knobs were chosen.
+one without their padding. Full attention handles what a pattern cannot: short prompts, parts of a prompt that do not
+start at a block edge, masks that are not causal (the vision tower calls the same function), padding in the middle, and
+modules without a `Sparsity`.
 
 Shapes: B batch, H query heads, G key-value heads, T query tokens, K key tokens, D and V head sizes, N and M blocks,
 E expanded size of a head, L latent size.
@@ -32,11 +33,11 @@ NAME = "adaptive_sparse"
 
 @dataclass
 class Sparsity:
-    """The knobs of one attention module, and counts: blocks of prompts kept of the causal ones, cached tokens read.
+    """The knobs of one attention module, and its counts: prompt blocks kept and causal, cached tokens read and held.
 
-    `observed_BGK` is what the end of the last prompt attended to, where `page_choice` asks for it
-    (`page_controls.observe`). `watch`, where set, is called while decoding with (index, exact share of mass [B, H] that
-    the pages read hold, or as many of the best as `watched_pages` says, though more be read).
+    `observed_BGK` holds what the end of the last prompt attended to, if `page_choice` needs it
+    (`page_controls.observe`). `watch`, if set, is called while decoding with the block's index and the exact share of
+    mass [B, H] in the pages read, or in the best `watched_pages` pages if that is set, even if more are read.
     """
 
     index: int
@@ -60,13 +61,13 @@ class Sparsity:
 
 
 def check_context(model: nn.Module | object, tokens: int, behind: int = 0) -> None:
-    """Raise NotApplicable where `tokens` of context, and as many as `behind` more after them, are more than the model,
-    or its configuration, allows.
+    """Raise NotApplicable if a context of `tokens` tokens, followed by up to `behind` more, exceeds the positions of a
+    model or configuration.
     """
     longest = most_positions(model)
     if longest and tokens + behind > longest:
-        after = f" with {behind} behind it" if behind else ""
-        limit = f"{longest - behind}, the model's {longest} less these {behind}" if behind else longest
+        after = f", with {behind} more after it," if behind else ""
+        limit = f"{longest - behind}, the model's {longest} minus these {behind}" if behind else longest
         raise NotApplicable(
             f"adaptive_sparse_attention: a context of {tokens} tokens{after} is longer than this model allows; "
             f"expected at most {limit} (max_position_embeddings)"
@@ -74,7 +75,7 @@ def check_context(model: nn.Module | object, tokens: int, behind: int = 0) -> No
 
 
 def most_positions(model: nn.Module | object) -> int:
-    """Return the longest context that the model, or its configuration, allows; 0 where it names none."""
+    """Return the longest context that a model or configuration allows; 0 if it states none."""
     config = anatomy(model).config if isinstance(model, nn.Module) else model
     return getattr(config, "max_position_embeddings", None) or 0
 
@@ -90,8 +91,8 @@ def mask(
     config: object = None,
     **kwargs,
 ) -> torch.Tensor | None:
-    """Return the mask for `attention`: None for plain causal, bool [B, K] of real tokens where the padding is on the
-    left or on the right, else the stock mask [B, 1, T, K].
+    """Return the mask for `attention`: None for plain causal, bool [B, K] of real tokens for padding on the left or on
+    the right only, else the stock mask [B, 1, T, K].
 
     Raises NotApplicable for a context longer than the model allows.
     """
@@ -108,7 +109,7 @@ def mask(
 
 
 def _one_sided(real_BK: torch.Tensor, right_too: bool) -> bool:
-    """Return whether each sequence is padded on the left alone, or (where `right_too`) on the right alone."""
+    """Return whether each sequence is padded only on the left, or (if `right_too`) only on the right."""
     step_BK = real_BK[:, 1:].int() - real_BK[:, :-1].int()
     left_B, right_B = (step_BK >= 0).all(1) & real_BK[:, -1], (step_BK <= 0).all(1) & real_BK[:, 0]
     return bool((left_B | right_B if right_too else left_B).all())
@@ -125,7 +126,7 @@ def attention(
     is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attention function of transformers: query [B, H, T, D], key [B, G, K, D], value [B, G, K, V] → [B, T, H, V]."""
+    """The attention function: query [B, H, T, D], key [B, G, K, D], value [B, G, K, V] → [B, T, H, V]."""
     state: Sparsity | None = getattr(module, "sparsity", None)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling  # the stock attention's own default
@@ -136,7 +137,7 @@ def attention(
         pages = 0 if square else state.pages
         padding: dict[str, Any] = {"square": attention_mask} if square else {"start_B": _start(attention_mask)}
         weight_HEL = module.kv_b_proj.weight.view(query.shape[1], -1, layer.cached()[0].shape[-1])
-        if not square:  # all is read, as where latents are not involved
+        if not square:  # with a square mask all pages are read and nothing is counted, as without latents
             _count_read(state, layer, query, scale, weight_HEL)
         padding["rank"] = _rank(state)
         return paged.decode_latent(query[:, :, 0], layer, scale, pages, weight_HEL, **padding)[:, None], None
@@ -161,7 +162,7 @@ AttentionMaskInterface.register(NAME, mask)
 
 
 def _spans(real_BK: torch.Tensor | None, batch: int, length: int) -> list[tuple[int, int]]:
-    """Return where the real tokens of each sequence begin and end."""
+    """Return the (start, end) of the real tokens of each sequence."""
     if real_BK is None:
         return [(0, length)] * batch
     starts = real_BK.int().argmax(1).tolist()
@@ -169,7 +170,7 @@ def _spans(real_BK: torch.Tensor | None, batch: int, length: int) -> list[tuple[
 
 
 def _fits(state: Sparsity, tokens: int, length: int, spans: list[tuple[int, int]]) -> bool:
-    """Return whether a pattern applies to these queries: they start at a block's edge, and see more than two blocks."""
+    """Return whether a pattern applies to these queries: they start at a block edge and see more than two blocks."""
     aligned = all(max(0, length - tokens - start) % state.block_size == 0 for start, _ in spans)
     return aligned and max(end - start for start, end in spans) > 2 * state.block_size
 
@@ -177,8 +178,8 @@ def _fits(state: Sparsity, tokens: int, length: int, spans: list[tuple[int, int]
 def _sparse(state: Sparsity, query, key, value, scaling: float, spans: list[tuple[int, int]]) -> torch.Tensor:
     """Return sparse attention [B, H, T, V], sequence by sequence, without the padding outside of `spans`.
 
-    The last `full_last` real queries, the question, attend to all: what they alone look for weighs little in the mean
-    of their block.
+    The last `full_last` real queries, the question, attend to everything: keys that only they look for weigh little in
+    the mean of their block.
     """
     out = query.new_zeros(*query.shape[:3], value.shape[-1])
     before = key.shape[2] - query.shape[2]
@@ -197,13 +198,13 @@ def _sparse(state: Sparsity, query, key, value, scaling: float, spans: list[tupl
 
 
 def _leaves_out(kept_HNM: torch.Tensor, rows: int) -> bool:
-    """Return whether the last `rows` blocks of queries leave out a block that they may see."""
+    """Return whether the last `rows` blocks of queries leave out a visible block."""
     causal_NM = blocks.causal_blocks(kept_HNM.shape[1], kept_HNM.shape[2], device=kept_HNM.device)
     return not bool(torch.equal(kept_HNM[:, -rows:], causal_NM[-rows:].expand_as(kept_HNM[:, -rows:])))
 
 
 def _more_kept(kept_HNM: torch.Tensor, tokens: int, dense: int, size: int) -> float:
-    """Return how many blocks more are read because the last `dense` of `tokens` queries attend to all."""
+    """Return the number of extra blocks read because the last `dense` of `tokens` queries attend to everything."""
     causal_N = blocks.causal_blocks(*kept_HNM.shape[1:]).sum(1)
     more = 0.0
     for row in range(max(0, (tokens - dense) // size), kept_HNM.shape[1]):
@@ -218,7 +219,7 @@ def _rank(state: Sparsity) -> paged.Rank:
 
 
 def pattern(state: Sparsity, query_HTD: torch.Tensor, key_GKD: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Return the kept blocks [H, N, M] of one sequence, and count them."""
+    """Return the kept blocks [H, N, M] of one sequence, and add them to the counts of `state`."""
     size = state.block_size
     share_HNM = blocks.scores(query_HTD, key_GKD, scaling, size, state.stride)
     kept_HNM = blocks.choose(share_HNM, state.tau, state.max_density)
@@ -243,12 +244,12 @@ def _count_read(state: Sparsity, layer: paged.PagedLayer, query, scaling: float,
 
 
 def _start(real_BK: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the first real token of each sequence [B], or None where nothing is padded."""
+    """Return the index of the first real token of each sequence [B], or None without padding."""
     return None if real_BK is None else real_BK.int().argmax(1)
 
 
 def _square(real_BK: torch.Tensor | None, tokens: int, length: int, device) -> torch.Tensor | None:
-    """Return the full mask [B, 1, T, K] that `mask` stands for; None where stock attention needs none."""
+    """Return the full mask [B, 1, T, K] for the result of `mask`; None if stock attention needs none."""
     if real_BK is None and (tokens == length or tokens == 1):
         return None
     causal_TK = torch.ones(tokens, length, dtype=torch.bool, device=device).tril(length - tokens)
@@ -256,7 +257,7 @@ def _square(real_BK: torch.Tensor | None, tokens: int, length: int, device) -> t
 
 
 def page_the_cache(decoder: Any, args: tuple, kwargs: dict):
-    """Before the decoder runs: pass it a paged cache where it would make a cache, or got an empty stock one."""
+    """Forward pre-hook of the decoder: pass a paged cache where it would create a cache or got an empty stock one."""
     cache, use_cache = cache_names.pop_from(kwargs), kwargs.get("use_cache")
     kwargs |= cache_names.as_kwargs(cache)
     attentions = [block.self_attn for block in decoder.layers if not getattr(block.self_attn, "absent", False)]
@@ -267,7 +268,7 @@ def page_the_cache(decoder: Any, args: tuple, kwargs: dict):
         kwargs |= cache_names.as_kwargs(cache)
     stock = isinstance(cache, Cache) and all(type(layer) is DynamicLayer for layer in cache.layers)
     if stock and cache.get_seq_length() == 0 and isinstance(cache, DynamicCache):
-        cache.layers[:] = [_paged_layer(module) for module in attentions]  # a layer for each that fills one
+        cache.layers[:] = [_paged_layer(module) for module in attentions]  # one per attention
     return args, kwargs
 
 
@@ -276,8 +277,8 @@ def _paged_layer(module: Any) -> paged.PagedLayer:
 
 
 def expand_or_not(module: Any, latent_B1KL: torch.Tensor, rope_B1KE: torch.Tensor):
-    """Replaces `expand_kv`: for one new token over a paged cache the latents stay as they are; else all are expanded,
-    also where the matrix that expands them is no longer stored dense.
+    """Replacement of `expand_kv`: for one new token over a paged cache the latents stay as they are; otherwise, and if
+    the expansion matrix is not stored dense, all are expanded.
     """
     layer = getattr(latent_B1KL, "pages", lambda: None)()
     dense = isinstance(module.kv_b_proj, nn.Linear)

@@ -1,12 +1,11 @@
-"""Many values retrieved from one long prompt: enough answers to judge, at the length that is timed.
+"""Retrieve many values from one long prompt: enough answers to judge, at the length that is timed.
 
-Keys and values are spread all over a prompt of held-out text. It is read once; then each key is given token by token,
-on a copy of the cache, and the model's probability of the value's tokens is read off: the log-likelihood of the answer,
-and whether greedy generation would have repeated it exactly (it would where every token of the value is the most likely
-one after those before it). So prompts are read through the pattern, and questions are decoded from the chosen pages.
-Knows nothing of sparsity.
+Keys and values are spread over a prompt of held-out text, which is read once. Then each key is fed token by token on a
+copy of the cache, and the model's probabilities of the value's tokens give the log-likelihood of the answer, and
+whether greedy generation would repeat it exactly (it does if every token of the value is the most likely next one). So
+prompts are read through the pattern, and questions are decoded from the chosen pages.
 
-Shapes: N prompts, T tokens, Q questions to each prompt, B of them asked side by side, K tokens of a key, V of a value.
+Shapes: N prompts, T tokens, Q questions per prompt, B of them asked side by side, K tokens of a key, V of a value.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,16 +31,16 @@ from lib.models.tasks import tasks as task_list
 from lib.models.tasks.retrieval import KEY, LEAD, VALUE, random_ids
 from lib.optimizations.adaptive_sparse_attention.paged_cache import PagedLayer
 
-QUESTIONS = 25  # to each prompt
-PAGE = 16  # tokens, of a cache whose pages nobody chooses
-COPIED_BYTES = 2**31  # of cache, for questions asked side by side
+QUESTIONS = 25  # per prompt
+PAGE = 16  # tokens per page of a cache from which no pages are chosen
+COPIED_BYTES = 2**31  # most bytes of cache copies for questions asked side by side
 PLACES = ("start", "middle", "end")  # thirds of a prompt
 
 
 @dataclass(frozen=True)
 class LongPrompts:
-    """Prompts [N, T] with the keys [N, Q, K] and values [N, Q, V] that stand in them, the first key first; `source_N`
-    is the document in which each prompt's text begins, where it is known.
+    """Prompts [N, T] with their keys [N, Q, K] and values [N, Q, V] in order; `source_N` is the document in which each
+    prompt's text starts, if known.
     """
 
     ids_NT: torch.Tensor
@@ -54,18 +53,17 @@ class LongPrompts:
         return self.ids_NT.shape[1]
 
     def first(self, prompts: int) -> "LongPrompts":
-        """Return the first prompts."""
+        """Return the first `prompts` prompts."""
         few = (self.ids_NT[:prompts], self.key_NQK[:prompts], self.value_NQV[:prompts])
         return LongPrompts(*few, None if self.source_N is None else self.source_N[:prompts])
 
 
 @dataclass(frozen=True)
 class LongAnswers:
-    """Answers of one arm, prompt by prompt: whether each value was repeated exactly, and its nats per token, [N, Q];
-    `source_N` is the document of each prompt, by default one of its own; `idle` says that what the arm was changed by
-    never acted on these prompts.
+    """Answers of one arm: whether each value was repeated exactly, and its nats per token, [N, Q].
 
-    Questions about one prompt share it, so what is judged is resampled by document.
+    `source_N` is the document of each prompt, by default a separate one. `idle`: the optimization never acted on these
+    prompts. Questions about one prompt share it, so answers are resampled by document.
     """
 
     tokens: int
@@ -85,7 +83,7 @@ class LongAnswers:
         return self._retrieved(self.right_NQ)
 
     def first(self, prompts: int) -> "LongAnswers":
-        """Return the answers to the first prompts."""
+        """Return the answers to the first `prompts` prompts."""
         few = None if self.source_N is None else self.source_N[:prompts]
         return LongAnswers(self.tokens, self.right_NQ[:prompts], self.loss_NQ[:prompts], few, self.idle)
 
@@ -99,8 +97,8 @@ class LongAnswers:
 
 
 def prompts(loaded: Loaded, tokens: int, count: int, questions: int = QUESTIONS, seed: int = 0) -> LongPrompts:
-    """Return `count` prompts of `tokens` tokens of held-out text, with `questions` keys and values spread evenly, or
-    as many as stand there without overlap. Raises UserError where there is not one for each of PLACES.
+    """Return `count` prompts of `tokens` tokens of held-out text with `questions` evenly spread keys and values, or as
+    many as fit without overlap. Raises UserError if fewer fit than there are PLACES.
     """
     fitting = (tokens - LEAD - KEY - VALUE) // (KEY + VALUE + 1)  # one token apart
     if fitting < len(PLACES):
@@ -125,7 +123,7 @@ def prompts(loaded: Loaded, tokens: int, count: int, questions: int = QUESTIONS,
 
 @torch.inference_mode()
 def ask(model: Any, long_prompts: LongPrompts, acted: Callable[[], float] | None = None) -> LongAnswers:
-    """Return how `model` answers: every prompt is read once, and all its questions are answered from copies of the
+    """Return the answers of `model`: it reads every prompt once and answers all its questions from copies of the
     cache. `acted` returns how much the optimization has acted so far, as in `evaluate.evaluate`.
     """
     before = acted() if acted else None
@@ -148,7 +146,7 @@ def ask(model: Any, long_prompts: LongPrompts, acted: Callable[[], float] | None
 
 
 def _appending(model: nn.Module) -> DynamicCache:
-    """Return an empty cache that appends in place: the stock one copies all it holds for every token of every copy."""
+    """Return an empty cache that appends in place; the stock cache would copy all it holds for every token."""
     cache = DynamicCache()
     modules = [block.attention.module for block in anatomy(model).blocks if block.attention.kind != "none"]
     latent = ["expand_kv" in vars(module) for module in modules]
@@ -158,14 +156,14 @@ def _appending(model: nn.Module) -> DynamicCache:
 
 
 def _side_by_side(model: nn.Module, tokens: int, questions: int) -> int:
-    """Return how many questions are asked at once: a divisor of all, whose copies of the cache stay small."""
+    """Return how many questions to ask at once: a divisor of `questions` whose cache copies fit into COPIED_BYTES."""
     each = tokens * cost_model.kv_cache_bytes_per_token(model)
     fitting = [rows for rows in range(1, questions + 1) if questions % rows == 0 and rows * each <= COPIED_BYTES]
     return max(fitting, default=1)
 
 
 def _answer(model: Any, cache: Any, key_BK: torch.Tensor, value_BV: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Return whether each value is the most likely answer, and its nats per token, [B]; the cache is as before."""
+    """Return whether each value is the most likely answer, and its nats per token, [B]; the cache is restored."""
     fed_BX, likely, nats = torch.cat([key_BK, value_BV[:, :-1]], dim=1), [], []
     for step in range(fed_BX.shape[1]):
         inputs = {"input_ids": fed_BX[:, step : step + 1], "use_cache": True, "logits_to_keep": 1}
@@ -180,10 +178,10 @@ def _answer(model: Any, cache: Any, key_BK: torch.Tensor, value_BV: torch.Tensor
 
 
 def compare(baseline: LongAnswers, optimized: LongAnswers, **options: int) -> list[Measurement]:
-    """Return exact match over all values, and the perplexity of the answers over prompts; both are judged, by
-    document, unless the optimized arm was idle.
+    """Return exact match over all values and the perplexity of the answers over prompts.
 
-    `options` are those of `answer_comparison.compare`: resamples, seed.
+    Both are judged with resampling by document, unless the optimized arm was idle. `options` are those of
+    `answer_comparison.compare`: resamples, seed.
     """
     match = answer_comparison.compare_retrieved(baseline.retrieved, optimized.retrieved, **options)
     count, questions = baseline.loss_NQ.shape
@@ -195,8 +193,8 @@ def compare(baseline: LongAnswers, optimized: LongAnswers, **options: int) -> li
 
 
 def bars(answers: Mapping[str, LongAnswers]) -> pd.DataFrame:
-    """Return the shares repeated for `style.bars`: a bar for each third of a prompt and arm, with Wilson's interval,
-    as if questions of one prompt were independent.
+    """Return the shares of values repeated for `style.bars`: a bar per third of a prompt and arm, with Wilson's
+    interval, which treats questions about one prompt as independent.
     """
     rows = []
     for place in PLACES:

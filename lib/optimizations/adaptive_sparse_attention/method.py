@@ -1,12 +1,12 @@
-"""Adaptive sparse attention: a prompt attends to the blocks that hold the mass, a new token to the pages that matter.
+"""Adaptive sparse attention: prompts attend to the blocks that hold the attention mass, new tokens to the best pages.
 
-- Prefill: block-sparse, a pattern per input and head from anti-diagonal scores, the fewest blocks that reach τ
+- Prefill: block-sparse, with a pattern per input and head from anti-diagonal scores, the fewest blocks that reach τ
   (Xu et al. 2025, XAttention); `block_pattern`.
 - Decode: the best pages of the cache by the bounds of their keys (Tang et al. 2024, Quest); `paged_cache`. Latent
-  attention is decoded in the latent space, so that only chosen pages are read and the cache is not expanded again.
+  attention is decoded in the latent space, so that only the chosen pages are read and the cache is not expanded.
 
 Both are one attention function, in `kernels`. `apply` shares every weight with the caller's model and does not change
-it; `revert` restores the stock attention. Knows nothing of measuring.
+it; `revert` restores the stock attention.
 """
 
 import types
@@ -56,13 +56,15 @@ COMPOSES = {
 
 
 def applies_to(model: nn.Module) -> str | None:
-    """Return None, or why not: blocks that attend to a sliding window are sparse already, and the kernels here cannot
-    cap or shift scores before their softmax, as Gemma 2 does (transformers has no sdpa for it).
+    """Return None if the method applies to `model`, else the reason why not.
+
+    Blocks with a sliding window are sparse already, and the kernels here cannot cap or shift scores before the softmax,
+    as Gemma 2 does (transformers has no sdpa for it).
     """
     if any(block.attention.window is not None for block in anatomy(model).blocks):
         return "its blocks attend to a sliding window already"
     plain = getattr(model, "_supports_sdpa", True)
-    return None if plain else "its attention is no plain softmax of scaled products (capped scores, Gemma 2)"
+    return None if plain else "its attention is not a plain softmax of scaled products (capped scores, Gemma 2)"
 
 
 def apply(
@@ -83,10 +85,10 @@ def apply(
 ) -> nn.Module:
     """Return a model with the same weights (shared, not copied) that attends sparsely.
 
-    The pattern is computed from each input, so `calibration` is not used. `full_last` queries at the end of a prompt
-    attend to all; the first `dense_blocks` blocks of the model read all pages when they decode, as Quest has it. Values
-    of `pattern` other than "antidiagonal", and of `page_choice` other than "bounds", are controls with as many blocks
-    in every row, or as many pages, chosen in other ways. Raises UserError for a knob out of range.
+    The pattern is computed from each input, so `calibration` is not used. The last `full_last` queries of a prompt
+    attend to everything; the first `dense_blocks` blocks of the model read all pages when decoding, as in Quest.
+    Values of `pattern` other than "antidiagonal", and of `page_choice` other than "bounds", are controls: as many
+    blocks in every row, or as many pages, chosen in other ways. Raises UserError for a knob out of range.
     """
     arguments = {name: value for name, value in locals().items() if name not in ("model", "calibration")}
     check(tau, block_size, stride, max_density, full_last, pages, page_size, pattern, dense_blocks, page_choice)
@@ -94,11 +96,11 @@ def apply(
     sparse: Any = sharing(revert(model) if is_sparse(model) else model)  # Any: a model of transformers
     view = anatomy(sparse)
     view.decoder.stock_decoding = mla_absorption.is_absorbed(sparse)
-    mla_absorption.expand(sparse)  # sparse attention decodes latents in their own space by itself
+    mla_absorption.expand(sparse)  # sparse attention decodes in the latent space by itself
     knobs = (tau, block_size, stride, max_density, full_last)
     for block in view.blocks:
         module, read = block.attention.module, 0 if block.index < dense_blocks else pages
-        setattr(block.module, slice_depth.ALONE, read != pages)  # there are no more of them in a deeper model
+        setattr(block.module, slice_depth.ALONE, read != pages)  # a deeper model has no more such blocks
         module.sparsity = Sparsity(block.index, *knobs, read, page_size, page_choice, pattern, seed)
         if block.attention.kind == "latent" and isinstance(module.kv_b_proj, nn.Linear):
             module.expand_kv = types.MethodType(expand_or_not, module)
@@ -127,7 +129,7 @@ def revert(model: nn.Module) -> nn.Module:
 
 
 def is_sparse(model: nn.Module) -> bool:
-    """Whether `apply` made this model."""
+    """Return whether `model` is the result of `apply`."""
     return any(hasattr(block.attention.module, "sparsity") for block in anatomy(model).blocks)
 
 
@@ -143,7 +145,7 @@ def check(
     dense_blocks: int = 2,
     page_choice: str = "bounds",
 ) -> None:
-    """Raise UserError, one line, for the first knob that is out of range."""
+    """Raise a one-line UserError for the first knob that is out of range."""
     for name, share in (("tau", tau), ("max_density", max_density)):
         options.in_range(WHERE, name, share, 0, 1, closed="high")
     for name, size in (("block_size", block_size), ("stride", stride), ("page_size", page_size)):
@@ -166,7 +168,9 @@ def sparsities(model: nn.Module) -> list[Sparsity]:
 
 
 def density(model: nn.Module) -> dict[str, float | None]:
-    """Return the shares since `reset_counts`: blocks of prompts kept, cached tokens read by decoding; None for none."""
+    """Return the shares since `reset_counts` of prompt blocks kept and of cached tokens read while decoding; None if
+    nothing was counted.
+    """
     states = sparsities(model)
     causal, cached = sum(state.causal for state in states), sum(state.cached_tokens for state in states)
     return {
@@ -176,8 +180,9 @@ def density(model: nn.Module) -> dict[str, float | None]:
 
 
 def left_out(model: nn.Module) -> float:
-    """Return how much attention was left out since `reset_counts`: blocks of prompts and cached tokens together. While
-    it does not grow, the model attends to everything and its answers are those of full attention.
+    """Return how much was left out since `reset_counts`: the number of prompt blocks plus that of cached tokens.
+
+    While it does not grow, the model attends to everything and answers as with full attention.
     """
     return sum(s.causal - s.kept + s.cached_tokens - s.read_tokens for s in sparsities(model))
 

@@ -1,12 +1,12 @@
-"""Controls for the pages that a new token reads: as many of them, not chosen by the bounds of their keys.
+"""Controls for the pages that a new token reads: the same number of pages, not chosen by the bounds of their keys.
 
 - recent: the first page and the latest (StreamingLLM, Xiao et al. 2024);
 - random: the first page and others at random;
-- observed: the pages to which the prompt's last queries attended most, the same for every new token, and all that came
+- observed: the pages to which the prompt's last queries attended most, the same for every new token, and all pages
   after the prompt (SnapKV, Li et al. 2024).
 
-Knows nothing of models. Shapes: B batch, H query heads, G key-value heads, R query heads of each, T query tokens, K key
-tokens, D head size, P full pages before the last one.
+Shapes: B batch, H query heads, G key-value heads, R query heads of each, T query tokens, K key tokens, D head size, P
+full pages before the last one.
 """
 
 import torch
@@ -15,11 +15,11 @@ from torch.nn.functional import pad
 from lib.optimizations.adaptive_sparse_attention.paged_cache import PagedLayer, Rank, by_bounds
 
 PAGE_CHOICES = ("bounds", "recent", "random", "observed")
-OBSERVED_QUERIES = 32  # of the end of a prompt
+OBSERVED_QUERIES = 32  # at the end of a prompt
 
 
 def rank_of(choice: str, seed: int = 0, observed_BGK: torch.Tensor | None = None) -> Rank:
-    """Return how pages are ranked under one of PAGE_CHOICES; `observed_BGK`: see `observe`."""
+    """Return the ranking function for one of PAGE_CHOICES; `observed_BGK`: see `observe`."""
     if choice == "bounds":
         return by_bounds
     if choice == "recent":
@@ -30,7 +30,9 @@ def rank_of(choice: str, seed: int = 0, observed_BGK: torch.Tensor | None = None
 
 
 def observe(query_BHTD: torch.Tensor, key_BGKD: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Return the mean mass [B, G, K] that the last queries of a prompt give to every key, the most of its heads."""
+    """Return the mean attention mass [B, G, K] from the last queries of a prompt to every key, the maximum over the
+    query heads of each key-value head.
+    """
     query_BHTD, groups = query_BHTD[:, :, -OBSERVED_QUERIES:], key_BGKD.shape[1]
     tokens, length = query_BHTD.shape[2], key_BGKD.shape[2]
     query_BGRTD = query_BHTD.unflatten(1, (groups, -1))
@@ -58,5 +60,5 @@ def _observed(layer: PagedLayer, observed_BGK: torch.Tensor | None) -> torch.Ten
         observed_BGK = observed_BGK.amax(1, keepdim=True)
     length = layer.full_pages * layer.page_size
     behind = max(0, length - observed_BGK.shape[2])
-    held_BGK = pad(observed_BGK[..., :length], (0, behind), value=1.0)  # what came after the prompt is read
+    held_BGK = pad(observed_BGK[..., :length], (0, behind), value=1.0)  # pages after the prompt rank highest
     return held_BGK.unflatten(-1, (layer.full_pages, layer.page_size)).sum(-1)[:, :, None].expand(batch, -1, -1, -1)

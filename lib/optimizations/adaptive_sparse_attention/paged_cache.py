@@ -1,13 +1,12 @@
 """A key-value cache in pages with the bounds of every page, and attention of one new token to the best pages (Quest).
 
-Keys and values lie in buffers with room to grow: a new token is written into its place, where the stock cache copies
-all it holds. Every full page also stores its largest and smallest key, channel by channel: Σ max(q·max, q·min) bounds
-every score of the page from above (Tang et al. 2024, Quest, section 3). Full pages never change, so each is bounded
-once. The last page, full or not, is not ranked but always read: the new token is among its keys.
+Keys and values lie in buffers with room to grow: a new token is written in place, whereas the stock cache copies all it
+holds. Every full page also stores its largest and smallest key, channel by channel: Σ max(q·max, q·min) bounds every
+score of the page from above (Tang et al. 2024, Quest, section 3). Full pages never change, so the bounds are computed
+once. The last page, full or not, is not ranked but always read: it holds the new token's key.
 
-Query heads that share keys also share their pages: a page is ranked by its highest score among these heads, relative to
-each head's best page. For latent attention the page holds latents and rotary keys, shared by all heads.
-Knows nothing of models or masks.
+Query heads that share keys also share pages: a page is ranked by its highest score among these heads, relative to each
+head's best page. For latent attention a page holds latents and rotary keys, shared by all heads.
 
 Shapes: B batch, G key-value heads, R query heads of each, D and V sizes, C tokens cached, P full pages before the
 last one, N chosen pages.
@@ -23,16 +22,16 @@ from transformers.cache_utils import DynamicLayer
 
 from lib.models.decoding import latent_products
 
-ROOM_TOKENS = 256  # least room left behind the tokens when a buffer grows
-SHRUNK = 2.0**-8  # of queries of float16, whose products with the bounds of a page would overflow
+ROOM_TOKENS = 256  # least free room after the tokens when a buffer grows
+SHRUNK = 2.0**-8  # factor on float16 queries, whose products with the bounds of a page would overflow
 Rank = Callable[[torch.Tensor, "PagedLayer"], torch.Tensor]  # queries and cache → scores of the full pages
 
 
 class PagedLayer(DynamicLayer):
     """One layer of a transformers cache whose tensors can be read page by page.
 
-    `latent`: bounds are taken over keys and values together (the latents and the rotary keys of latent attention).
-    `added` is the number of tokens that the last update brought.
+    `latent`: bounds cover keys and values together (the latents and rotary keys of latent attention). `added` is the
+    number of tokens added by the last update.
     """
 
     def __init__(self, page_size: int, latent: bool = False):
@@ -61,8 +60,8 @@ class PagedLayer(DynamicLayer):
         return keys, values
 
     def cached(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return all keys and values, as views; there are none before the first update."""
-        assert self.keys is not None and self.values is not None, "nothing was cached yet"
+        """Return all keys and values, as views. Raises AssertionError before the first update."""
+        assert self.keys is not None and self.values is not None, "nothing is cached yet"
         return self.keys, self.values
 
     def _view(self, buffer: torch.Tensor, length: int) -> torch.Tensor:
@@ -82,7 +81,7 @@ class PagedLayer(DynamicLayer):
     def _grow(
         self, key_states: torch.Tensor, value_states: torch.Tensor, old: int, new: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return new buffers with room for more than `new` tokens, which hold the `old` ones."""
+        """Return new buffers with room for more than `new` tokens, filled with the `old` tokens."""
         if not self._holds(old):
             self._bounds_BGPE = None
         room = new + max(ROOM_TOKENS, new // 8)
@@ -98,7 +97,7 @@ class PagedLayer(DynamicLayer):
 
     @property
     def full_pages(self) -> int:
-        """How many pages lie before the last one, full or not: that one is always read, the newest token lies in it."""
+        """The number of pages before the last one, which is always read, full or not: it holds the newest token."""
         return max(0, self.get_seq_length() - 1) // self.page_size
 
     def bounds(self) -> torch.Tensor:
@@ -115,10 +114,10 @@ class PagedLayer(DynamicLayer):
         return bounds_BGPE
 
     def gather(self, page_BGN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values of the chosen pages and of the last one: [B, G, N·page + rest, ·]."""
+        """Return keys and values of the chosen pages and the last page: [B, G, N·page + rest, ·]."""
         batch, groups, chosen = page_BGN.shape
         edge, gathered = self.full_pages * self.page_size, []
-        assert self.buffers is not None, "nothing was cached yet"
+        assert self.buffers is not None, "nothing is cached yet"
         for buffer, states in zip(self.buffers, self.cached()):
             pages = buffer.shape[2] // self.page_size
             first_BG1 = torch.arange(batch * groups, device=buffer.device).view(batch, groups, 1) * pages
@@ -130,7 +129,7 @@ class PagedLayer(DynamicLayer):
 
 
 def page_scores(query_BGRD: torch.Tensor, bounds_BGPE: torch.Tensor) -> torch.Tensor:
-    """Return an upper bound of the scores of every page, [B, G, R, P]."""
+    """Return an upper bound on the scores in every page, [B, G, R, P]."""
     both_BGRE = torch.cat([query_BGRD.clamp_min(0), query_BGRD.clamp_max(0)], dim=-1)
     return latent_products.scores(both_BGRE.flatten(0, 1), bounds_BGPE.flatten(0, 1)).unflatten(
         0, bounds_BGPE.shape[:2]
@@ -138,8 +137,9 @@ def page_scores(query_BGRD: torch.Tensor, bounds_BGPE: torch.Tensor) -> torch.Te
 
 
 def by_bounds(query_BGRD: torch.Tensor, layer: PagedLayer) -> torch.Tensor:
-    """Return the scores of every full page, [B, G, R, P], by the bounds of their keys; in float16 a fixed share of
-    each, since a bound may be beyond its largest number where no score is.
+    """Return the score of every full page, [B, G, R, P], from the bounds of its keys.
+
+    In float16 all are scaled by SHRUNK, since a bound may overflow where no score does.
     """
     shrunk = query_BGRD * SHRUNK if query_BGRD.dtype == torch.float16 else query_BGRD
     return page_scores(shrunk, layer.bounds())
@@ -148,10 +148,10 @@ def by_bounds(query_BGRD: torch.Tensor, layer: PagedLayer) -> torch.Tensor:
 def best_pages(
     query_BGRD, layer: PagedLayer, pages: int, start_B: torch.Tensor | None = None, rank: Rank = by_bounds
 ) -> torch.Tensor:
-    """Return the `pages` best full pages by `rank`, ascending, [B, G, N]; the first page with real tokens is always
-    among them.
+    """Return the indices of the `pages` best full pages by `rank`, ascending, [B, G, N]; the first page with real
+    tokens is always among them.
 
-    `start_B` is the first real token of each sequence, where sequences are padded on the left.
+    `start_B` is the first real token of each sequence if sequences are padded on the left.
     """
     score_BGRP = rank(query_BGRD, layer).float()
     first_B = torch.zeros(len(score_BGRP), dtype=torch.long, device=score_BGRP.device)
@@ -165,7 +165,7 @@ def best_pages(
 
 
 def real_tokens(page_BGN: torch.Tensor, layer: PagedLayer, start_B: torch.Tensor | None) -> torch.Tensor | None:
-    """Return bool [B, G, 1, gathered tokens]: which of them are not padding; None where nothing is padded."""
+    """Return bool [B, G, 1, gathered tokens]: which tokens are not padding; None if nothing is padded."""
     if start_B is None:
         return None
     size, length = layer.page_size, layer.get_seq_length()
@@ -183,8 +183,10 @@ def decode(
     start_B: torch.Tensor | None = None,
     rank: Rank = by_bounds,
 ) -> torch.Tensor:
-    """Return attention [B, H, V] of one new token to the best `pages` pages and the last one; to all where `pages` is 0
-    or there are no more, by the same kernel: query heads that share keys are rows of one product.
+    """Return attention [B, H, V] of one new token to the best `pages` pages and the last page.
+
+    If `pages` is 0 or there are no more than that, the token attends to all, by the same kernel. Query heads that share
+    keys are rows of one product.
     """
     groups = layer.cached()[0].shape[1]
     query_BGRD = query_BHD.unflatten(1, (groups, -1))
@@ -211,9 +213,9 @@ def decode_latent(
 ) -> torch.Tensor:
     """Return attention [B, H, V] of one new token over latents: only the chosen pages are read, and none is expanded.
 
-    `weight_HEL` expands latents (L) to keys and values of each head (E = D_nope + V); it is multiplied into the query
-    and into the result instead (absorbed, exact up to rounding). `layer` caches latents [B, 1, C, L] as keys and rotary
-    keys [B, 1, C, ·] as values; `pages` of 0 means all, and then `square` may be a mask [B, 1, 1, C] of any shape.
+    `weight_HEL` would expand latents (L) to keys and values of each head (E = D_nope + V); instead it is multiplied
+    into the query and into the result (absorbed, exact up to rounding). `layer` caches latents [B, 1, C, L] as keys and
+    rotary keys [B, 1, C, ·] as values. If `pages` is 0 (all), `square` may be any mask [B, 1, 1, C].
     """
     latent_B1CL, rope_B1CE = layer.cached()
     latent_width, rope_width = latent_B1CL.shape[-1], rope_B1CE.shape[-1]
@@ -243,9 +245,9 @@ def decode_latent(
 def mass_read(
     query_BHD, layer: PagedLayer, scaling: float, pages: int, weight_HEL=None, rank: Rank = by_bounds
 ) -> torch.Tensor:
-    """Return the exact share of attention mass [B, H] that the chosen pages and the last one hold.
+    """Return the exact share of attention mass [B, H] in the chosen pages and the last page.
 
-    From full probabilities over the whole cache, in single precision. Nothing is padded. `weight_HEL`: see
+    Computed from full probabilities over the whole cache, in single precision and without padding. `weight_HEL`: see
     `decode_latent`.
     """
     key_BGCD, value_BGCV = layer.cached()

@@ -1,6 +1,5 @@
-"""Is sparse attention still right, at the length at which it is timed? The same questions to both arms, controls of
-equal budget for prompts and for decoding, divergence over τ, and questions that stand inside a prompt. Knows nothing of
-time.
+"""Judge the quality of sparse attention at the length at which it is timed: the same questions to both arms, controls
+of equal budget for prompts and for decoding, divergence by τ, and questions inside a prompt.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,43 +34,41 @@ PAGE_PURPOSES = {
     "observed": "pages that the prompt's end attended to",
 }
 AXES = {"x_label": "density: share of the causal blocks kept", "y_label": "KL, nats/token"}
-PROMPTS = {"preview": 2, "quick": 6, "standard": 6, "thorough": 12}  # long ones, each with many questions
-PREVIEW_QUESTIONS = 9  # to each of them at preview
-CONTROL_PROMPTS = 2  # of these, for arms that only inform
-INSIDE, PREVIEW_INSIDE = 4, 2  # questions that stand inside their prompt
-INSIDE_ALL, INSIDE_SPARSE = "question inside the prompt", "question sparse"  # what its queries attend to
-FEWEST_REPEATED = 10  # values of the middle, by full attention: of fewer, none or a few lost say little
-LOST_SHARE = 0.25  # of them: what is meant by lost
+PROMPTS = {"preview": 2, "quick": 6, "standard": 6, "thorough": 12}  # long prompts, each with many questions
+PREVIEW_QUESTIONS = 9  # per prompt at effort preview
+CONTROL_PROMPTS = 2  # for arms without a verdict
+INSIDE, PREVIEW_INSIDE = 4, 2  # questions inside their prompt
+INSIDE_ALL, INSIDE_SPARSE = "question inside the prompt", "question sparse"  # its queries attend to all; sparsely
+FEWEST_REPEATED = 10  # values in the middle that full attention must repeat, or a loss among them means little
+LOST_SHARE = 0.25  # a larger share of these counts as lost
 MOST_ITEMS, FEWEST_ITEMS = 96, 12  # of the model's own tasks, most of which are too short to be exercised
-WINDOWS, PREVIEW_WINDOWS = 6, 2  # the fewest that carry a verdict; a preview shows no more than numbers
-CONTROL_WINDOWS = 2  # of these, for arms that only inform
+WINDOWS, PREVIEW_WINDOWS = 6, 2  # the fewest that carry a verdict; a preview only shows numbers
+CONTROL_WINDOWS = 2  # for arms without a verdict
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Answers of both arms and what they are worth; `degenerate` says why the sparse model's output is, or is None.
+    """Answers of both arms and their measurements; `degenerate` says why the sparse output is degenerate (None: not).
 
-    `prompts` are the long prompts, `answers` those of each arm; both empty where no answer means anything.
+    `prompts` are the long prompts, `answers` the answers of each arm to them; both are None if answers mean nothing.
     """
 
     full: Answers
     sparse: Answers
     measurements: list[Measurement]
     degenerate: str | None
-    options: dict[str, int]  # of `answer_comparison.compare`
+    options: dict[str, int]  # for `answer_comparison.compare`
     prompts: LongPrompts | None = None
     answers: dict[str, LongAnswers] | None = None
-    patterns: dict[tuple, tuple[list[Measurement], float | None]] = field(
-        default_factory=dict
-    )  # that were read: see `_read`
+    patterns: dict[tuple, tuple[list[Measurement], float | None]] = field(default_factory=dict)  # cache of `_read`
 
 
 def quality(loaded: Loaded, optimized: nn.Module, effort: Effort, tokens: int, level: str, seed: int = 0) -> Quality:
-    """Return the answers of both arms: text and long prompts (PROMPTS, by effort `level`) of `tokens` tokens, and the
-    model's own tasks.
+    """Return the answers of both arms on text and long prompts of `tokens` tokens (PROMPTS, by effort `level`), and on
+    the model's own tasks.
 
-    Prompts that the sparse arm reads whole are not exercised: their answers cannot change. Latent attention is decoded
-    absorbed in both arms.
+    Prompts that the sparse arm reads whole count as not exercised: their answers cannot change. Latent attention is
+    decoded absorbed in both arms.
     """
     options = {"resamples": effort.resamples, "seed": seed}
     probe_BT = task_list.text_windows(loaded, "final", 2, tokens, seed).to(loaded.device)
@@ -90,7 +87,7 @@ def quality(loaded: Loaded, optimized: nn.Module, effort: Effort, tokens: int, l
     prompts = long_answers.prompts(loaded, tokens, PROMPTS[level], questions, seed)
     answers = {"full": long_answers.ask(absorbed_baseline.absorbed_baseline(loaded.model), prompts)}
     answers["sparse"] = _answers(optimized, prompts)
-    measurements = [m for m in measurements if m.metric != "retrieval_exact_match"]  # long prompts ask for it
+    measurements = [m for m in measurements if m.metric != "retrieval_exact_match"]  # long prompts measure it
     measurements += long_answers.compare(answers["full"], answers["sparse"], **options)
     if degenerate:
         measurements = [measurement.invalid(m.metric, m.workload, degenerate) for m in measurements]
@@ -110,7 +107,7 @@ def patterns(loaded: Loaded, knobs: Mapping[str, Any], judged: Quality) -> list[
 def _read(
     loaded: Loaded, knobs: Mapping[str, Any], pattern: str, judged: Quality
 ) -> tuple[list[Measurement], float | None]:
-    """Return how an arm with this pattern reads a few windows, and the density that it kept; each is read once."""
+    """Return the divergence of an arm with this pattern on a few windows, and the density it kept; cached."""
     key = (pattern, *sorted(knobs.items()))
     if key not in judged.patterns:
         arm = method.apply(loaded.model, **knobs, pattern=pattern)
@@ -119,7 +116,7 @@ def _read(
 
 
 def _divergence(arm: nn.Module, judged: Quality) -> list[Measurement]:
-    """Return how `arm` reads a few of the windows that both arms have read, against full attention."""
+    """Return the measurements of `arm` against full attention on a few of the windows read by both arms."""
     text = judged.full.text
     if text is None:
         raise ValueError("the baseline has read no text")
@@ -133,8 +130,8 @@ def _divergence(arm: nn.Module, judged: Quality) -> list[Measurement]:
 def over_tau(
     loaded: Loaded, knobs: Mapping[str, Any], judged: Quality, taus: Sequence[float] = (0.5, 0.9)
 ) -> pd.DataFrame:
-    """Return the divergence over the density that a pattern really kept, for the pattern found and for a window of the
-    same size: a row per τ and arm; empty for random weights.
+    """Return the divergence by kept density, for the anti-diagonal pattern and for a window of the same size: a row per
+    τ and arm; empty for random weights.
     """
     rows = []
     for tau in () if loaded.random_weights else taus:
@@ -148,21 +145,22 @@ def over_tau(
 
 
 def page_controls(loaded: Loaded, knobs: Mapping[str, Any], judged: Quality) -> dict[str, LongAnswers]:
-    """Return the answers of both arms and of arms that read as many pages, chosen otherwise, to a few of the prompts;
-    empty where none means anything. Where these are all pages of a prompt nothing was chosen, and such arms are idle.
+    """Return the answers to a few prompts by both arms, and by arms that read as many pages chosen in other ways.
+
+    Empty if answers mean nothing. Control arms that read all pages of a prompt have chosen nothing and are idle.
     """
     if judged.prompts is None or judged.answers is None:
         return {}
     arms = {f"{name} pages": method.apply(loaded.model, **knobs, page_choice=name) for name in PAGE_PURPOSES}
     few = judged.prompts.first(CONTROL_PROMPTS)
     answers = {name: answered.first(CONTROL_PROMPTS) for name, answered in judged.answers.items()}
-    every = not knobs["pages"] or knobs["pages"] * knobs["page_size"] >= few.tokens
-    answered_by = {name: _answers(model, few) for name, model in arms.items()}
-    return answers | {name: replace(answered, idle=answered.idle or every) for name, answered in answered_by.items()}
+    reads_all = not knobs["pages"] or knobs["pages"] * knobs["page_size"] >= few.tokens
+    controls = {name: _answers(model, few) for name, model in arms.items()}
+    return answers | {name: replace(control, idle=control.idle or reads_all) for name, control in controls.items()}
 
 
 def _answers(arm: nn.Module, prompts: LongPrompts) -> LongAnswers:
-    """Return the answers of a sparse arm, which are idle where it left nothing out."""
+    """Return the answers of a sparse arm; they are idle if it left nothing out."""
     return long_answers.ask(arm, prompts, lambda: float(method.left_out(arm)))
 
 
@@ -183,7 +181,7 @@ def dashed(answers: Mapping[str, LongAnswers]) -> list[str]:
 
 
 def page_records(answers: Mapping[str, LongAnswers], options: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Return name, purpose and measurements, against full attention, of every arm but the two that are judged."""
+    """Return name, purpose and measurements against full attention for every control arm."""
     return [
         {"name": arm, "purpose": PAGE_PURPOSES[arm.removesuffix(" pages")]}
         | {"measurements": long_answers.compare(answers["full"], answers[arm], **options)}
@@ -194,9 +192,10 @@ def page_records(answers: Mapping[str, LongAnswers], options: Mapping[str, int])
 def question_inside(
     loaded: Loaded, optimized: nn.Module, knobs: Mapping[str, Any], tokens: int, effort: Effort, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Return name, purpose and exact match, against full attention, of a few prompts of `tokens` tokens that end with
-    their question: with its queries attending to all, and without. The value stands in the middle. Empty for random
-    weights.
+    """Return name, purpose and exact match against full attention on a few prompts of `tokens` tokens that end with
+    their question, once with its queries attending to everything and once not.
+
+    The value stands in the middle of the prompt. Empty for random weights.
     """
     if loaded.random_weights or not settings.wants("accuracy"):
         return []
@@ -221,23 +220,23 @@ def question_inside(
 
 
 def read_inside(inside: Sequence[Mapping[str, Any]]) -> str:
-    """Return two sentences on `question_inside`: the shares repeated, and whether so few answers tell the two apart."""
+    """Return two sentences on `question_inside`: the shares repeated, and whether so few answers show a difference."""
     if not inside:
         return "No question was asked inside a prompt."
     every, sparse = (value["measurements"][0] for value in inside)
     sentence = f"Full attention repeats {every.baseline:.3f} of {every.n} values, the sparse arm {every.optimized:.3f}"
-    sentence += f" where the question attends to all and {sparse.optimized:.3f} where it does not"
+    sentence += f" if the question attends to everything and {sparse.optimized:.3f} if it does not"
     same = every.optimized == sparse.optimized
     conclusion = "Between the last two no difference is shown." if same else "These are too few for a verdict."
     return f"{sentence}. {conclusion}"
 
 
 def lost_in_the_middle(claim: str, judged: Quality) -> tuple[str, bool | None, str]:
-    """Return the claim that values in the middle of a prompt are lost, whether they are, and the evidence: the values
-    of the middle third alone.
+    """Return the claim that values in the middle of a prompt are lost, whether they are, and the evidence, from the
+    values of the middle third alone.
 
-    Lost means more than LOST_SHARE of those that full attention repeats, net of what is gained. None where those are
-    fewer than FEWEST_REPEATED, or too few for a verdict, and where nothing was left out.
+    They are lost if the arm misses more than LOST_SHARE of those that full attention repeats, net of those it gains.
+    None if full attention repeats fewer than FEWEST_REPEATED or too few for a verdict, or if nothing was left out.
     """
     if judged.answers is None:
         return claim, None, judged.full.reason or "nothing was asked"
@@ -256,4 +255,4 @@ def lost_in_the_middle(claim: str, judged: Quality) -> tuple[str, bool | None, s
     refuted = {"not_maintained": True, "maintained": False, "better": False}.get(verdict)
     limit = f"{100 * LOST_SHARE:.0f} %"
     shown: dict[bool | None, str] = {True: f"a loss of more than {limit}", False: f"a loss of less than {limit}"}
-    return claim, refuted, f"{evidence}: {shown.get(refuted, f'not told from a loss of {limit}')}"
+    return claim, refuted, f"{evidence}: {shown.get(refuted, f'cannot be told from a loss of {limit}')}"

@@ -1,1 +1,1 @@
-"""AutoML components: what it does to a model, and how it is measured."""
+"""AutoML components: the search over stacks of optimizations, and its measurement."""

@@ -1,7 +1,5 @@
-"""Controls of the search over configurations: random ones for the same seconds, and a small grid of which every cell is
-judged.
-
-Knows nothing of how the search chose.
+"""Controls of the search over configurations: random configurations for the same seconds, and a small grid with every
+cell judged.
 """
 
 import math
@@ -37,17 +35,17 @@ from lib.optimizations.common.evidence.claims import ThirdArm
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.common.search import pareto
 
-OPTIMUM_SHARE = 0.95  # that a quarter of a grid's evaluations are to find
-VOLUME_MARGIN = 0.05  # of a hypervolume: what stacks that are timed again move it by, so less is not "better"
-SCATTER = "no gain in time among these is sure, so the areas may be what few timings scatter"
+OPTIMUM_SHARE = 0.95  # to be reached with a quarter of a grid's evaluations
+VOLUME_MARGIN = 0.05  # of a hypervolume: timing the same stacks again changes it by this much
+SCATTER = "no gain in time among these is sure, so the areas may be timing noise"
 AS_GOOD = f"at most {percent(VOLUME_MARGIN)} more is as good"
 
 
 def at_random(
     bench: Bench, parts: Sequence[Component], seconds: float, seed: int, first: Sequence[JudgedStack] = ()
 ) -> list[JudgedStack]:
-    """Return outcomes of configurations, as many as take `seconds`: `first`, with which the search began too, then
-    random ones, at least one.
+    """Return outcomes of configurations for `seconds` of judging: `first`, the start of the search, then at least one
+    random configuration.
     """
     draw = np.random.default_rng(seed)
     every = space(parts)
@@ -71,9 +69,9 @@ def drawn(distribution: BaseDistribution, draw: np.random.Generator) -> object:
 def grid(outcomes: Sequence[JudgedStack], parts: Sequence[Component], levels: int) -> list[list[list[RecipeStep]]]:
     """Return stacks [levels][levels] of two components: level 0 leaves one out, the others spread its strength.
 
-    The two are those whose first trial, defaults alone, dominates most; among equals one that was not cut (one that
-    does not apply is cut at once), and of these the quicker. A component's strength is its first knob of real numbers.
-    Steps of training are as few as can be: every cell is made.
+    The two components are those whose defaults alone dominate most; ties go to one that was not cut (a component that
+    does not apply is cut at once), then to the faster to judge. The strength of a component is its first float knob.
+    Training steps are at their minimum, since every cell is built. Raises UserError for fewer than two such components.
     """
     alone = {judged.stack[0].optimization: judged for judged in reversed(outcomes) if len(judged.stack) == 1}
     worth = {stem: (-utility(judged), judged.reason is not None, judged.seconds) for stem, judged in alone.items()}
@@ -94,20 +92,20 @@ def grid(outcomes: Sequence[JudgedStack], parts: Sequence[Component], levels: in
         return [RecipeStep(optimization=part.stem, knobs=part.defaults | least | {name: rounded(value)})]
 
     if len(pair) < 2:
-        raise UserError("automl_components: a grid needs two components with a knob of real numbers")
+        raise UserError("automl_components: the grid needs two components with a float knob")
     return [[step(pair[0], row) + step(pair[1], column) for column in range(levels)] for row in range(levels)]
 
 
 def regret(utilities: np.ndarray, evaluations: int, seed: int) -> list[float]:
-    """Return the best utility over the optimum after each of `evaluations` that Optuna makes on a judged grid [L, L].
+    """Return the best utility ÷ the optimum after each of `evaluations` by Optuna on a judged grid [L, L].
 
-    It begins in the middle, then with one at random, and passes over what it evaluated before, as the search does.
+    It starts with the middle and one random cell, and skips cells already evaluated, as the search does.
     """
     study = optuna.create_study(direction="maximize")
     middle = utilities.shape[0] // 2
-    study.enqueue_trial({"one": middle, "other": middle})
+    study.enqueue_trial({"first": middle, "second": middle})
     limits: dict[str, BaseDistribution] = {
-        name: IntDistribution(0, size - 1) for name, size in zip(("one", "other"), utilities.shape)
+        name: IntDistribution(0, size - 1) for name, size in zip(("first", "second"), utilities.shape)
     }
     values: list[float] = []
     evaluated: set[tuple[int, int]] = set()
@@ -116,7 +114,7 @@ def regret(utilities: np.ndarray, evaluations: int, seed: int) -> list[float]:
             draw = seed * 1009 + number + 7919 * attempt
             study.sampler = optuna.samplers.TPESampler(seed=draw, multivariate=True, n_startup_trials=2)
             trial = study.ask(limits)
-            cell = trial.params["one"], trial.params["other"]
+            cell = trial.params["first"], trial.params["second"]
             if cell not in evaluated or attempt == PROPOSALS - 1:
                 break
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
@@ -127,8 +125,8 @@ def regret(utilities: np.ndarray, evaluations: int, seed: int) -> list[float]:
 
 
 def by_chance(areas_LL: np.ndarray, evaluations: int, draws: int = 200) -> float:
-    """Return the share of the optimum that is reached on average by the middle, where `regret` begins as well, and as
-    many other cells, drawn at random, as make up `evaluations`.
+    """Return the mean share of the optimum reached by `evaluations` cells: the middle, where `regret` starts too, and
+    others drawn at random.
     """
     middle = areas_LL.shape[0] // 2
     first = middle * areas_LL.shape[1] + middle
@@ -139,14 +137,14 @@ def by_chance(areas_LL: np.ndarray, evaluations: int, draws: int = 200) -> float
 
 
 def seconds(outcomes: Sequence[JudgedStack]) -> float:
-    """Return how long judging took in all."""
+    """Return the total seconds of judging."""
     return sum(judged.seconds for judged in outcomes)
 
 
 @dataclass(frozen=True)
 class EqualSeconds:
-    """Outcomes of the search, of random arms with its first trials and its seconds, and of the defaults among these
-    trials.
+    """Outcomes of the search, of random arms with the same first trials and the same seconds, and of the defaults among
+    these trials.
     """
 
     arms: dict[str, list[JudgedStack]]
@@ -164,17 +162,17 @@ class EqualSeconds:
 
     @property
     def gain(self) -> float | None:
-        """Hypervolume of the search ÷ the mean of the random ones; None where those dominate nothing."""
+        """Hypervolume of the search ÷ the mean of the random arms; None if these dominate nothing."""
         return pareto.gain(self.volumes)
 
     @property
     def unsure(self) -> bool:
-        """Whether the search dominates something, and nothing of what does so is surely faster than the baseline."""
+        """Whether the search dominates an area, but no stack that does is surely faster than the baseline."""
         return bool(self.volumes["search"]) and surely_faster(self.arms["search"]) is False
 
     @property
     def _each(self) -> list[tuple[str, JudgedStack]]:
-        """Every outcome once, with the first arm that holds it: the arms share those with which the search began."""
+        """Every outcome once, with the first arm that holds it: the arms share the first trials."""
         first: dict[int, tuple[str, JudgedStack]] = {}
         for arm, outcomes in self.arms.items():
             for judged in outcomes:
@@ -183,7 +181,7 @@ class EqualSeconds:
 
     @property
     def crashed(self) -> int:
-        """How many configurations raised something else than a refusal."""
+        """The number of configurations that raised an error other than UserError."""
         return sum((judged.reason or "").startswith("crashed: ") for _, judged in self._each)
 
     def table(self) -> pd.DataFrame:
@@ -195,8 +193,8 @@ class EqualSeconds:
         return pd.DataFrame(lines)
 
     def points(self) -> pd.DataFrame:
-        """Return time (x, percent of the baseline) and divergence (y) of all that were timed, each once; no row where
-        every configuration was refused or cut.
+        """Return time (x, percent of the baseline) and divergence (y) of every timed configuration once; no row if all
+        were refused or cut.
         """
         points = [
             {"x": 100 * judged.point[0], "y": judged.point[1], "arm": arm}
@@ -206,7 +204,7 @@ class EqualSeconds:
         return pd.DataFrame(points, columns=["x", "y", "arm"])
 
     def impact(self) -> list[dict]:
-        """Return hypervolume (value) over configurations judged (strength), per arm."""
+        """Return hypervolume (value) by number of configurations judged (strength), per arm."""
         return [
             {"arm": arm, "strength": n, "value": pareto.hypervolume([j.point for j in outcomes[:n]], REFERENCE)}
             for arm, outcomes in self.arms.items()
@@ -215,7 +213,7 @@ class EqualSeconds:
         ]
 
     def controls(self) -> list[ThirdArm]:
-        """Return the hypervolume of each arm but the search, against the search's."""
+        """Return each arm except the search, with its hypervolume as the baseline of the search's."""
         volumes, rows = self.volumes, []
         for arm in [arm for arm in self.arms if arm != "search"]:
             source = f"time and KL on search text, reference {REFERENCE}, baseline: {arm}"
@@ -225,7 +223,7 @@ class EqualSeconds:
         return rows
 
     def reading(self) -> str:
-        """Return two sentences on the configurations: what was timed, and what each arm's front dominates."""
+        """Return two sentences on the configurations: how many were timed, and the area each arm's front dominates."""
         own, timed = self.volumes["search"], len(self.points())
         others = ", ".join(f"{volume:.4g}" for volume in self.random_volumes)
         defaults = f"the defaults {self.volumes['defaults']:.4g}"
@@ -236,15 +234,16 @@ class EqualSeconds:
 
     def described(self) -> str:
         """Return the alternative text of a figure of `points`."""
-        begun = f"{len(self.points())} configurations; the search dominates "
+        start = f"{len(self.points())} configurations; the search dominates "
         if self.gain is None:
-            return f"{begun}{self.volumes['search']:.4g}, random ones dominate nothing."
-        return f"{begun}{self.gain:.2f} times what random ones do."
+            return f"{start}{self.volumes['search']:.4g}, random configurations dominate nothing."
+        return f"{start}{self.gain:.2f} times the area of random configurations."
 
     def random_refuted(self) -> tuple[bool | None, str]:
-        """Return whether random configurations are as good, and the hypervolumes; None where one draw tells nothing,
-        where no gain in time is sure, or where the search is better than some draws and not than others. Better is more
-        than VOLUME_MARGIN above.
+        """Return whether random configurations are as good, and the hypervolumes.
+
+        None if there is only one random arm, if no gain in time is sure, or if the search is better than some random
+        arms but not all. Better means more than VOLUME_MARGIN above.
         """
         own, others = self.volumes["search"], self.random_volumes
         evidence = f"hypervolume {own:.4g}, random {', '.join(f'{volume:.4g}' for volume in others)}"
@@ -256,8 +255,9 @@ class EqualSeconds:
         return (False if all(beaten) else None if any(beaten) else True), f"{evidence}; {AS_GOOD}"
 
     def defaults_refuted(self) -> tuple[bool | None, str]:
-        """Return whether the defaults dominate as much as the search, which judged them first, and both areas: whether
-        the search is not more than VOLUME_MARGIN above. None where no gain in time is sure.
+        """Return whether the defaults are as good as the search, which judged them first, and both hypervolumes.
+
+        They are as good if the search is at most VOLUME_MARGIN above. None if no gain in time is sure.
         """
         own, defaults = self.volumes["search"], self.volumes["defaults"]
         evidence = f"hypervolume {own:.4g}, defaults {defaults:.4g}; {AS_GOOD}"
@@ -268,12 +268,11 @@ class EqualSeconds:
 
 @dataclass(frozen=True)
 class SmallGrid:
-    """Two components at several levels, every pair judged: dominated areas [L, L], and how the search would do there.
+    """Two components at several levels with every pair judged: dominated areas [L, L], and searches on this grid.
 
     `pair` names the component of the rows, then that of the columns. `curves`: share of the optimum after each of
-    `evaluations`, per seed; empty where no pair dominates anything. `chance`: what as many cells, from the same start
-    and drawn at random, reach on average. `sure`: whether a cell is surely faster than the baseline, None where that is
-    not known.
+    `evaluations`, per seed; empty if no pair dominates anything. `chance`: the mean share reached by as many random
+    cells from the same start. `sure`: whether any cell is surely faster than the baseline (None: not known).
     """
 
     pair: str
@@ -285,12 +284,12 @@ class SmallGrid:
 
     @property
     def reached(self) -> float:
-        """The least share of the optimum that a seed reached."""
+        """The lowest share of the optimum reached by any seed."""
         return min((curve[-1] for curve in self.curves), default=0.0)
 
     @property
     def axes(self) -> dict[str, Any]:
-        """The labels of the figure of `frame`, and the share that is to be reached."""
+        """The labels for the figure of `frame`, and its reference line, the share to reach."""
         labels = {"x_label": f"evaluations, of {self.areas_LL.size}", "y_label": "share of the optimum"}
         return labels | {"reference": OPTIMUM_SHARE, "reference_name": f"{percent(OPTIMUM_SHARE)} of the optimum"}
 
@@ -304,18 +303,19 @@ class SmallGrid:
         return pd.concat(frames) if frames else pd.DataFrame(columns=["strength", "value", "arm"])
 
     def reading(self) -> str:
-        """Return two sentences on the curves: where they end, and what chance reaches."""
+        """Return two sentences on the curves: the shares at their ends, and the share reached by chance."""
         if not self.curves:
             return "No pair of the grid dominates anything. So there is no optimum to find."
         ends = ", ".join(f"{curve[-1]:.2f}" for curve in self.curves)
         return (
-            f"After {self.evaluations} of {self.areas_LL.size} evaluations the seeds stand at {ends} of the optimum. "
+            f"After {self.evaluations} of {self.areas_LL.size} evaluations the seeds reach {ends} of the optimum. "
             f"As many cells from the same start, drawn at random, reach {self.chance:.2f} on average."
         )
 
     def refuted(self) -> tuple[bool | None, str]:
-        """Return whether a quarter of the evaluations finds less than OPTIMUM_SHARE, and the shares; None where seeds
-        disagree, and where no cell is surely faster than the baseline.
+        """Return whether a quarter of the evaluations reaches less than OPTIMUM_SHARE, and the shares.
+
+        None if the seeds disagree, or if no cell is surely faster than the baseline.
         """
         if not self.curves:
             return None, "no pair of the grid dominates anything"

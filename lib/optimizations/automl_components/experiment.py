@@ -1,7 +1,7 @@
 """The protocol of the search over configurations: components and study, the interrupted search, finalists, controls.
 
-Every choice is made on text and items of the split "search"; `outcome` has the targets and the answers. Knows nothing
-of templates: the parameters that they declare come as names.
+Every choice is made on text and items of the split "search"; `outcome` computes targets and answers. The parameters
+declared by templates are passed in as names.
 """
 
 import contextlib
@@ -35,30 +35,30 @@ from lib.optimizations.common.recipe import Recipe, RecipeStep
 from lib.optimizations.common.search import search_quality, study
 from lib.optimizations.common.search.study import Study
 
-# The measurement that decides the verdict of each dimension, declared before any is taken.
+# The measurement that decides the verdict of each dimension, declared before anything is measured.
 PRIMARIES = {
     "performance": ("prefill_tokens_per_second", "prefill"),
     "accuracy": ("perplexity", "prefill"),
     "resources": ("peak_tensor_bytes", "generate"),
     "efficiency": ("energy_joules_per_token", "decode"),
 }
-FACTORS = {"preview": 1, "quick": 1, "standard": 2, "thorough": 8}  # of trials and of text, by effort
-PAIRS = {"preview": 2, "quick": 6, "standard": 6, "thorough": 6}  # by whose median a configuration's time is judged
-MOST_STEPS = {"preview": 1, "quick": 4, "standard": 4, "thorough": 16}  # of training in a search, above the least
-PREVIEW_STORE = 32  # models of a proxy that are kept at effort preview, so that few are made twice
+FACTORS = {"preview": 1, "quick": 1, "standard": 2, "thorough": 8}  # on trials and text, by effort
+PAIRS = {"preview": 2, "quick": 6, "standard": 6, "thorough": 6}  # timed pairs per configuration; their median counts
+MOST_STEPS = {"preview": 1, "quick": 4, "standard": 4, "thorough": 16}  # of training in a search, above the minimum
+PREVIEW_STORE = 32  # proxy models cached at effort preview, so that few are built twice
 GRID_SEEDS = 3
 LEFT_TO_A_PERSON = ("memory budget", "margin", "trials", "finalists", "request", "tasks")
 
 
 class TimedRequest(NamedTuple):
-    """The request whose time the search sees: `batch` prompts of `prompt_tokens`, each answered by `new_tokens`."""
+    """The request timed in the search: `batch` prompts of `prompt_tokens` tokens, each answered by `new_tokens`."""
 
     prompt_tokens: int = 256
     new_tokens: int = 8
     batch: int = 1
 
     def within(self, effort: Effort) -> "TimedRequest":
-        """Return the request as it is timed: at effort preview at most half of the effort's own workloads."""
+        """Return the request as timed at `effort`: at preview at most half the length of the effort's own workloads."""
         if not effort.preview:
             return self
         tokens = min(self.prompt_tokens, effort.prompt_tokens // 2), min(self.new_tokens, effort.new_tokens // 2)
@@ -67,9 +67,9 @@ class TimedRequest(NamedTuple):
 
 @dataclass
 class SearchBench:
-    """What a search works with: the model, its components, the space of their knobs, and the bench that judges.
+    """The setup of a search: the model, its components with their knobs, and the bench that judges.
 
-    `finalist_seconds`: what judging the finalists took, once they are judged; a part of what the choice costs.
+    `finalist_seconds`: the seconds spent on judging the finalists, part of the cost of the choice.
     """
 
     loaded: Loaded
@@ -83,7 +83,7 @@ class SearchBench:
 
     @property
     def knobs(self) -> list[tuple[str, str]]:
-        """What is decided, and between what, in words."""
+        """The name and possible values of every decision, in words."""
         return [(name, method.in_words(distribution)) for name, distribution in method.space(self.parts).items()]
 
 
@@ -98,7 +98,7 @@ def prepare(
 ) -> SearchBench:
     """Return the bench of a search at effort `level`. `declared`: stem → parameters that its template declares.
 
-    Raises NotApplicable where memory has no room for the models that are held at once.
+    Raises NotApplicable if memory cannot hold the models needed at once.
     """
     placement.require_room(loaded.model, Bench.largest_store + 2, "a search over configurations")
     factor = FACTORS[level]
@@ -119,8 +119,10 @@ def prepare(
 
 @dataclass
 class SearchStudy:
-    """The study of one search, in a file that is opened for each use. `notes` and `trials` are of the first opening,
-    `served` are stacks that served other models, as plain JSON.
+    """The study of one search, in a file that is opened for each use.
+
+    `notes` and `trials` (the number stored) are from the first opening; `served` are stacks that served other models,
+    as plain JSON.
     """
 
     path: Path
@@ -136,12 +138,12 @@ class SearchStudy:
 
     @property
     def first(self) -> list[list[RecipeStep]]:
-        """Stacks that served other models: they begin this search."""
+        """Stacks that served other models, the first configurations of this search."""
         return [[RecipeStep(**step) for step in stack] for stack in self.served]
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Study]:
-        """Yield the study. Raises UserError where another process holds it."""
+        """Yield the study. Raises UserError if another process holds it."""
         with study.opened(self.path, self.name, self.space, objectives=2) as stored:
             yield stored
 
@@ -149,10 +151,10 @@ class SearchStudy:
 def begin(
     setup: SearchBench, folder: Path | str, stacks: Path | str, name: str, settings: Sequence[object]
 ) -> SearchStudy:
-    """Open the study `name` in `folder` for the first time and return it; it begins with the recipes of other models in
+    """Open the study `name` in `folder` for the first time and return it; it starts with the recipes of other models in
     `stacks`.
 
-    It belongs to these weights, this code, this space and these settings.
+    The study belongs to these weights, data, code, search space and settings, and to this machine.
     """
     space: dict[str, object] = {
         "space": [(name, str(distribution)) for name, distribution in method.space(setup.parts).items()],
@@ -171,7 +173,9 @@ def begin(
 
 
 def one_configuration(setup: SearchBench) -> dict[str, object]:
-    """Judge the first component at its defaults, then again when it is applied already; return what took how long."""
+    """Judge the first component at its defaults twice, the second time already applied; return a row with the seconds
+    of applying and judging, and the outcome.
+    """
     first = setup.parts[0]
     stack = [RecipeStep(optimization=first.stem, knobs=first.defaults)]
     start = time.perf_counter()
@@ -186,7 +190,7 @@ def one_configuration(setup: SearchBench) -> dict[str, object]:
 
 
 def interrupted(setup: SearchBench, file: SearchStudy, trials: int) -> list[JudgedStack]:
-    """Search to half of `trials`, leave the study, open it again and search on; return everything that was judged.
+    """Run half of `trials`, close the study, reopen it and finish the search; return all outcomes.
 
     Asserts that no trial of the first half was lost.
     """
@@ -211,8 +215,8 @@ def rows(outcomes: Sequence[JudgedStack]) -> pd.DataFrame:
 
 
 def judge_finalists(setup: SearchBench, outcomes: Sequence[JudgedStack], count: int) -> list[Finalist]:
-    """Return the `count` best, timed again and asked enough on the split "search"; the empty stack first if allowed.
-    Their seconds are kept as `setup.finalist_seconds`.
+    """Return the `count` best, timed again and evaluated on enough items of the split "search"; the empty stack comes
+    first if the budget allows it. The seconds this takes are kept in `setup.finalist_seconds`.
     """
     start = time.perf_counter()
     quality = search_quality.prepare(setup.loaded, setup.effort, setup.seed)
@@ -224,7 +228,7 @@ def judge_finalists(setup: SearchBench, outcomes: Sequence[JudgedStack], count: 
 
 
 def choose(setup: SearchBench, outcomes: Sequence[JudgedStack], best: Sequence[Finalist], margin: float) -> JudgedStack:
-    """Return the outcome that the fixed rule takes; see `finalists.choose`."""
+    """Return the outcome picked by the fixed rule; see `finalists.choose`."""
     shares = [judged.memory_share for judged in outcomes if judged.memory_share is not None]
     budget: dict[str, Any] = {"memory_budget": setup.bench.memory_budget, "smallest": min(shares, default=None)}
     return finalists.choose(best, margin, **budget).outcome
@@ -233,10 +237,10 @@ def choose(setup: SearchBench, outcomes: Sequence[JudgedStack], best: Sequence[F
 def stored(
     setup: SearchBench, file: SearchStudy, stack: Sequence[RecipeStep], optimized: nn.Module, judged: Judgement
 ) -> Recipe:
-    """Return the recipe of a stack that was judged, with its verdict and the hashes of the weights before and after."""
-    words = {m.verdict for m in judged.measurements if m.dimension == "accuracy"}
+    """Return the recipe of a judged stack, with its verdict and the hashes of the weights before and after."""
+    verdicts = {m.verdict for m in judged.measurements if m.dimension == "accuracy"}
     order = ("invalid", "not_maintained", "worse", "inconclusive", "maintained", "better")
-    accuracy = "invalid" if judged.degenerate else next((word for word in order if word in words), "")
+    accuracy = "invalid" if judged.degenerate else next((verdict for verdict in order if verdict in verdicts), "")
     return Recipe(
         model=setup.loaded.name,
         scale=setup.loaded.scale,
@@ -251,8 +255,10 @@ def stored(
 
 
 def applied(setup: SearchBench, stack: Sequence[RecipeStep]) -> tuple[nn.Module, float]:
-    """Return the model with a stack applied, with all of the effort's calibration text (more where the width needs it),
-    and the seconds it took; a copy where the stack is empty. It is what `apply` saves.
+    """Return the model with a stack applied, and the seconds it took; a copy if the stack is empty.
+
+    It uses all of the effort's calibration text (more if the width needs it): this is the model that `build.py apply`
+    saves.
     """
     calibration = calibration_text.batches(setup.loaded, setup.effort, setup.seed)
     start = time.perf_counter()
@@ -262,14 +268,14 @@ def applied(setup: SearchBench, stack: Sequence[RecipeStep]) -> tuple[nn.Module,
 
 
 def commands(model: str, stack: Sequence[RecipeStep]) -> list[str]:
-    """Return a stack as commands, a line per step."""
+    """Return a stack as commands, one line per step."""
     lines = [" ".join(["python build.py run", *step.request(), "--model", model]) for step in stack]
     return lines or ["nothing: no configuration keeps the scores and is surely faster"]
 
 
 def equal_seconds(setup: SearchBench, outcomes: list[JudgedStack], begun: int = 0) -> EqualSeconds:
-    """Give random configurations the search's first trials and its seconds: once at small efforts, with three seeds
-    elsewhere. `begun`: how many stacks of other models the search began with.
+    """Compare the search with random configurations that get its first trials and the same seconds: one random arm at
+    small efforts, three otherwise. `begun`: the number of stacks of other models among the first trials.
     """
     arms, allowed = {"search": outcomes}, seconds(outcomes)
     first = outcomes[: begun + len(setup.parts)]
@@ -285,7 +291,7 @@ def equal_seconds(setup: SearchBench, outcomes: list[JudgedStack], begun: int = 
 
 
 def small_grid(setup: SearchBench, outcomes: Sequence[JudgedStack]) -> SmallGrid:
-    """Judge every cell of a grid of 3 × 3 (small efforts) or 5 × 5 stacks, and search it with three seeds."""
+    """Judge every cell of a 3 × 3 (small efforts) or 5 × 5 grid of stacks, and search it with three seeds."""
     bench, levels = setup.bench, 3 if setup.factor == 1 else 5
     stacks = controls.grid(outcomes, setup.parts, levels)
     judged = [[bench.judge(stack) if stack else method.nothing(bench) for stack in row] for row in stacks]
@@ -299,7 +305,7 @@ def small_grid(setup: SearchBench, outcomes: Sequence[JudgedStack]) -> SmallGrid
 
 
 def spending(outcomes: Sequence[JudgedStack]) -> list[Measurement]:
-    """Return what the search took: seconds and evaluations."""
+    """Return the cost of the search: seconds and evaluations."""
     why = "the baseline needs no search"
     took = ("search_seconds", "search", None, seconds(outcomes), "perf_counter, all trials")
     counted = ("search_evaluations", "search", None, len(outcomes), "counted")

@@ -1,12 +1,13 @@
-"""One search over every optimization that can be composed: which of them, in which order, with which knobs.
+"""Search over every optimization that can be composed: which of them, in which order, with which knobs.
 
-Components are all other optimizations with `apply` and `SEARCH_SPACE`. A configuration switches each
-on or off, orders them, and sets their knobs. It is judged by two objectives, time of a request and divergence, both as
-small as can be, under a budget of memory; in rungs: bytes, then divergence on little text, then time; the best on more
-text; the best of those on tasks. What fails a rung costs no more. Proposals come from Optuna's tree of Parzen
-estimators after the defaults of each component and what served other models; all of it lies in a study that survives.
+Components are all other optimizations with `apply` and `SEARCH_SPACE`. A configuration switches each on or off, orders
+them, and sets their knobs. It is judged by two objectives to minimize, request time and divergence, under a memory
+budget. Judging goes in rungs: bytes, then divergence on little text, then time; the best go on to more text, the best
+of those to tasks. A configuration that fails a rung costs nothing more. Proposals come from Optuna's tree of Parzen
+estimators, after the defaults of each component and stacks that served other models. All trials are kept in a
+resumable study.
 
-The rule that takes one point is fixed beforehand: `finalists`. Knows nothing of what an optimization does.
+The rule that picks the final configuration is fixed beforehand: `finalists`.
 """
 
 import json
@@ -29,18 +30,18 @@ from lib.optimizations.common import discovery, recipe
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.common.search.study import Study
 
-INNER = (0.05, 0.75)  # of a knob's range, and its default: the ends ask for nothing, or for everything
+INNER = (0.05, 0.75)  # searched part of a knob's range, extended to its default: the ends change nothing or all
 STEM = "automl_components"
-STARTUP = 4  # configurations, the first ones included, before the sampler follows what it saw
+STARTUP = 4  # configurations, including the initial ones, before the sampler uses the trials
 PERPLEXITY_MARGIN = METRICS["perplexity"].margin or 0.0
-MORE_TEXT = 2  # times as many configurations as there are finalists are judged on more text
-PROPOSALS = 8  # looked at before something is judged a second time
-STEPS = 16  # the most that a knob of whole numbers without levels (steps of training) is given above its least
+MORE_TEXT = 2  # times the number of finalists: configurations judged on more text
+PROPOSALS = 8  # attempts to propose a stack that has not been judged
+STEPS = 16  # largest increase above its minimum for an integer knob without levels (training steps)
 
 
 @dataclass(frozen=True)
 class Component:
-    """An optimization that can be composed: its stem, its module, and the knobs that a search may turn."""
+    """An optimization that can be composed: its stem, its module, and the knobs that the search may set."""
 
     stem: str
     module: ModuleType
@@ -49,8 +50,8 @@ class Component:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Its defaults, replaced by those that `COMPOSES` states for trials; steps of training are at most `most_steps`
-        above their least.
+        """The default knobs, overridden by the `trial` values of `COMPOSES`; training steps are at most `most_steps`
+        above their minimum.
         """
         values = {name: knob["default"] for name, knob in self.knobs.items()}
         trial = getattr(self.module, "COMPOSES", {}).get("trial", {})
@@ -60,21 +61,21 @@ class Component:
 
 
 def counts_steps(knob: Mapping) -> bool:
-    """Return whether a knob is a whole number that only costs more the larger it is: no `levels` are named for it."""
+    """Return whether a knob is an integer without `levels`, such as training steps: a larger value only costs more."""
     return knob["type"] == "int" and "levels" not in knob
 
 
 def applies_to(model: nn.Module) -> str | None:
-    """Return None, or that nothing can be composed for this model."""
+    """Return None if any component applies to `model`, else the reason why the search does not."""
     return None if any(part.module.applies_to(model) is None for part in components()) else "no optimization applies"
 
 
 def components(declared: Mapping[str, Collection[str]] | None = None, most_steps: int = STEPS) -> list[Component]:
-    """Return every other optimization that offers `apply` and `SEARCH_SPACE`, by name.
+    """Return every other optimization that offers `apply` and `SEARCH_SPACE`, sorted by name.
 
-    `declared` names, by stem, the parameters that its template takes: other knobs stay at their defaults, so that a
-    chosen configuration can be asked for by the template. A stem that is not in it is left out. `most_steps` is the
-    most that a knob of whole numbers is given above its least.
+    `declared` maps each stem to the parameters of its template. Other knobs stay at their defaults, so that a template
+    can run the chosen configuration; stems not in it are left out. `most_steps` is the largest increase of an integer
+    knob without levels above its minimum.
     """
     parts = []
     for stem in discovery.stems():
@@ -88,14 +89,14 @@ def components(declared: Mapping[str, Collection[str]] | None = None, most_steps
 
 
 def modules(parts: Sequence[Component]) -> dict[str, ModuleType]:
-    """Return the modules of components by stem, for `successive_filtering.py`."""
+    """Return the modules of components by stem, for `successive_filtering`."""
     return {part.stem: part.module for part in parts}
 
 
 def space(parts: Sequence[Component]) -> dict[str, BaseDistribution]:
-    """Return the search space: per component a switch, a place in the order, and its knobs.
+    """Return the search space: per component a switch, a position in the order, and its knobs.
 
-    Raises UserError for a knob whose range is empty, and where there is no component.
+    Raises UserError for a knob with an empty range, or if there is no component.
     """
     if not parts:
         raise UserError("automl_components: no optimization offers apply and SEARCH_SPACE; there is nothing to search")
@@ -125,7 +126,7 @@ def _distribution(part: Component, name: str, knob: Mapping) -> BaseDistribution
 
 
 def in_words(distribution: BaseDistribution) -> str:
-    """Return between what a knob is decided, for a reader: `row or matrix`, `0.05 to 0.75`, `0 to 4, whole`."""
+    """Return the possible values of a knob in words: `row or matrix`, `0.05 to 0.75`, `0 to 4, whole`."""
     if isinstance(distribution, CategoricalDistribution):
         *others, last = map(str, distribution.choices)
         return f"{', '.join(others)} or {last}" if others else last
@@ -145,7 +146,7 @@ def stack_of(params: Mapping[str, Any], parts: Sequence[Component]) -> list[Reci
 
 
 def params_of(stack: Sequence[RecipeStep], parts: Sequence[Component]) -> dict[str, Any]:
-    """Return the configuration of a stack: the inverse of `stack_of`, with defaults for what the stack leaves out."""
+    """Return the configuration of a stack: the inverse of `stack_of`, with defaults for whatever the stack omits."""
     where = {step.optimization: (at, step.knobs) for at, step in enumerate(stack)}
     params: dict[str, Any] = {}
     every = space(parts)
@@ -164,7 +165,7 @@ def params_of(stack: Sequence[RecipeStep], parts: Sequence[Component]) -> dict[s
 
 
 def rounded(value: Any) -> Any:
-    """Return a knob's value as it is stored and written into commands: a float with four decimals."""
+    """Return a knob's value as stored and written into commands: floats are rounded to four decimals."""
     return round(value, 4) if isinstance(value, float) else value
 
 
@@ -178,10 +179,10 @@ def run(
     first: Sequence[Sequence[RecipeStep]] = (),
     stop_after: int | None = None,
 ) -> list[JudgedStack]:
-    """Return the outcomes of `trials` configurations, resumed where the study ended.
+    """Return the outcomes of `trials` configurations, resuming where the study ended.
 
-    The first are `first` (what served others) and each component's defaults alone; then each proposal follows from the
-    seed and the trials before it. Stops early after `stop_after` trials in all.
+    The initial ones are `first` (stacks that served other models) and each component's defaults alone; each later
+    proposal depends only on the seed and the trials before it. Stops early after `stop_after` trials in all.
     """
     every = space(parts)
     begin = [
@@ -198,9 +199,9 @@ def run(
 
 
 def _proposal(study: Study, every: Mapping[str, BaseDistribution], parts: Sequence[Component], seed: int) -> dict:
-    """Return a configuration whose stack has not been judged yet, if a few proposals hold one.
+    """Return a configuration whose stack has not been judged yet, if PROPOSALS attempts give one.
 
-    Many configurations are one stack: the knobs of what is switched off change nothing.
+    Many configurations are the same stack, since the knobs of a switched-off component change nothing.
     """
     judged = [outcome.stack for outcome in outcomes(study)]
     for attempt in range(PROPOSALS):
@@ -216,7 +217,7 @@ def _sampler(seed: int, attempt: int, number: int) -> optuna.samplers.BaseSample
 
 
 def outcomes(study: Study) -> list[JudgedStack]:
-    """Return the outcomes that a study holds, in order."""
+    """Return the outcomes stored in a study, in order."""
     stored = [json.loads(trial.user_attrs["outcome"]) for trial in study.trials]
     return [JudgedStack(**facts | {"stack": [RecipeStep(**step) for step in facts["stack"]]}) for facts in stored]
 
@@ -224,11 +225,10 @@ def outcomes(study: Study) -> list[JudgedStack]:
 def elsewhere(
     stacks: Path, model: str, effort: str, parts: Sequence[Component], most: int = 2
 ) -> list[list[RecipeStep]]:
-    """Return stacks that served other models: the recipes in the folder `stacks` that were not judged to lose, chosen
-    with this effort or more. What a first pass at a smaller one has left would make a build begin elsewhere.
+    """Return stacks that served other models: the recipes in the folder `stacks` that were not judged to lose.
 
-    Recipes that cannot be read or are empty, and stacks of components, knobs or values that are not among those of
-    `parts`, are passed over.
+    Recipes chosen at a lower effort are skipped, or those of an earlier, smaller run would change where a search
+    starts. So are unreadable and empty recipes, and stacks with components, knobs or values unknown to `parts`.
     """
     known = {part.stem: part for part in parts}
     served: list[list[RecipeStep]] = []
@@ -237,7 +237,7 @@ def elsewhere(
             continue
         try:
             chosen = recipe.read(path)
-        except UserError:  # whatever is wrong with another model's file, it is no reason not to search here
+        except UserError:  # a faulty file of another model does not stop this search
             continue
         fit = all(step.optimization in known and _fits(step, known[step.optimization]) for step in chosen.stack)
         measured_enough = recipe.EFFORTS.index(chosen.effort) >= recipe.EFFORTS.index(effort)
@@ -247,27 +247,28 @@ def elsewhere(
 
 
 def _fits(step: RecipeStep, part: Component) -> bool:
-    """Whether the knobs of a stored step are those of its component, with values of the right kind."""
+    """Return whether the knobs of a stored step belong to its component and have values of the right type."""
 
-    def right(value: Any, knob: Mapping) -> bool:
+    def valid(value: Any, knob: Mapping) -> bool:
         if "choices" in knob:
             return value in knob["choices"]
         number = isinstance(value, int) or (isinstance(value, float) and knob["type"] != "int")
         return number and not isinstance(value, bool) and math.isfinite(value)
 
-    return all(name in part.knobs and right(value, part.knobs[name]) for name, value in step.knobs.items())
+    return all(name in part.knobs and valid(value, part.knobs[name]) for name, value in step.knobs.items())
 
 
 def promote(bench: Bench, outcomes: Sequence[JudgedStack], keep: int) -> list[tuple[JudgedStack, float]]:
-    """Return the `keep` best outcomes with their divergence on the next rung's text, on which MORE_TEXT times as many
-    are judged: before that text and after it, first the fastest of those that the text shows within the margin of
-    perplexity, then those that dominate most. A stack that was judged twice is one.
+    """Return the `keep` best outcomes with their divergence on the next rung's text.
+
+    MORE_TEXT times as many are judged on that text. Before and after it the order is the same: first the stacks within
+    the perplexity margin, fastest first, then those that dominate most. Repeated stacks count once.
     """
     every = [judged for judged in outcomes if judged.reason is None and judged.stack]
-    once = [judged for at, judged in enumerate(every) if judged.stack not in [other.stack for other in every[:at]]]
-    fit = sorted(once, key=_rank)
+    unique = [judged for at, judged in enumerate(every) if judged.stack not in [other.stack for other in every[:at]]]
+    ranked = sorted(unique, key=_rank)
     last = len(bench.texts) - 1
-    read = [(judged, bench.divergence(bench.apply(judged.stack), last)) for judged in fit[: MORE_TEXT * keep]]
+    read = [(judged, bench.divergence(bench.apply(judged.stack), last)) for judged in ranked[: MORE_TEXT * keep]]
     return sorted(read, key=lambda pair: _rank(replace(pair[0], divergence=pair[1])))[:keep]
 
 
@@ -277,11 +278,11 @@ def _rank(judged: JudgedStack) -> tuple[bool, float]:
 
 
 def nothing(bench: Bench) -> JudgedStack:
-    """Return the outcome of the empty stack: the baseline itself, cut where its memory is over budget."""
+    """Return the outcome of the empty stack: the baseline itself, cut if its memory is over budget."""
     return unchanged(bench.memory_budget)
 
 
 def automation(parts: Sequence[Component], personal: Sequence[str]) -> float:
-    """Return decisions made by the search over all decisions: `personal` are those that stay with a person."""
+    """Return the share of decisions made by the search; `personal` names those left to a person."""
     automatic = len(space(parts))
     return automatic / (automatic + len(personal))

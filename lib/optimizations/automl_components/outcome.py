@@ -1,6 +1,6 @@
 """The outcome of the search over configurations: targets, the answer to each claim, controls and details of the record.
 
-Everything is computed from what `experiment` and the controls have measured.
+Everything is computed from the measurements of `experiment` and `controls`.
 """
 
 import pandas as pd
@@ -21,10 +21,11 @@ CLAIMS = (
 
 
 def targets(equal: EqualSeconds, grid: SmallGrid, recipe: Recipe) -> pd.DataFrame:
-    """Return each target, the value reached, and whether it suffices; targets were fixed before the first run. Areas of
-    which no gain in time is sure reach none, and a stack that was judged to lose is not better than nothing.
+    """Return each target, its value, and whether it was reached; targets were fixed before the first run.
+
+    Areas without a sure gain in time reach no target, and a stack judged to lose is no better than nothing.
     """
-    found = bool(recipe.stack) and recipe.accuracy not in LOSING
+    improved = bool(recipe.stack) and recipe.accuracy not in LOSING
     gain, own, defaults = equal.gain, equal.volumes["search"], equal.volumes["defaults"]
     above, least = own / defaults if defaults else None, 1 + controls.VOLUME_MARGIN
     share = f"{percent(OPTIMUM_SHARE)} of the grid's optimum in a quarter of its evaluations"
@@ -36,7 +37,7 @@ def targets(equal: EqualSeconds, grid: SmallGrid, recipe: Recipe) -> pd.DataFram
         ),
         (f"hypervolume more than {least:.2f} of the defaults'", above, not equal.unsure and own > least * defaults),
         (share, grid.reached, grid.sure is not False and grid.reached >= OPTIMUM_SHARE),
-        ("something better than nothing was found", float(len(recipe.stack)), found),
+        ("a stack better than no change was found", float(len(recipe.stack)), improved),
     ]
     return pd.DataFrame(lines, columns=["target", "value", "reached"])
 
@@ -61,16 +62,16 @@ def details(
     reached: pd.DataFrame,
     automation: float,
 ) -> dict[str, tuple[object, str, str, dict[str, str]]]:
-    """Return what a record keeps beside measurements: name → (value, provenance, source, names of axes)."""
+    """Return the record's details: name → (value, provenance, source, names of axes)."""
     took = f"{seconds(equal.arms['search']):.1f} s each"
     steps = [step.model_dump() for step in recipe.stack]
-    begun = [file.name, file.trials, file.notes, file.served]
+    study = [file.name, file.trials, file.notes, file.served]
     axes = {"x": "configurations judged", "y": "area that the best of them dominate"}
     timed, curves = equal.points().to_dict("records"), {"search": grid.curves, "chance": grid.chance}
     return {
         "stack": (steps, "derived", "chosen by the rule", {}),
         "finalists": (best.to_dict("records"), "measured", "timed again in common rounds; split search", {}),
-        "study": (begun, "derived", "its file; trials it began with", {}),
+        "study": (study, "derived", "its file; trials it started with", {}),
         "targets": (reached.to_dict("records"), "measured", "computed from this record's numbers", {}),
         "hypervolumes": (equal.volumes, "measured", took, {}),
         "configurations": (timed, "measured", f"{PAIRS[recipe.effort]} balanced pairs each; KL on search text", {}),

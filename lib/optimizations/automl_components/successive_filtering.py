@@ -1,7 +1,7 @@
-"""Judging stacks of optimizations cheaply: in rungs, of which each costs more than the one before.
+"""Judge stacks of optimizations cheaply, in rungs of increasing cost.
 
-First bytes, then divergence on little text, then time of a request; what fails a rung costs no more, and says why.
-Knows nothing of how a stack was thought of, nor of what its optimizations do.
+First bytes, then divergence on little text, then request time. A stack that fails a rung costs nothing more, and its
+outcome states the reason.
 
 Shapes: B batch, T prompt tokens.
 """
@@ -28,15 +28,16 @@ from lib.measure.timing.control import fresh_copy
 from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.common.search import pareto
 
-REFERENCE = (1.0, 0.1)  # of hypervolumes: the baseline's time, and a tenth of a nat per token: 10 % of perplexity
-MAX_DIVERGENCE = 0.5  # nats per token on little text; beyond it nothing is timed
+REFERENCE = (1.0, 0.1)  # of hypervolumes: the baseline's time, and 0.1 nats per token, about 10 % of perplexity
+MAX_DIVERGENCE = 0.5  # nats per token on little text; stacks beyond it are not timed
 INFEASIBLE_POINT = (2.0, 10.0)  # objectives of a stack that was cut
 
 
 @dataclass(frozen=True)
 class JudgedStack:
-    """A stack and how it was judged. Shares are of the baseline; `reason` says why it was cut, or is None; `time_high`
-    is the upper end of the 95 % interval of `time_share`, None where so few pairs have none.
+    """A stack and its outcome. Shares are relative to the baseline; `reason` says why it was cut (None: it was not).
+
+    `time_high` is the upper end of the 95 % interval of `time_share`, None if there were too few pairs for one.
     """
 
     stack: list[RecipeStep]
@@ -49,15 +50,16 @@ class JudgedStack:
 
     @property
     def point(self) -> tuple[float, float]:
-        """The two objectives, time and divergence; INFEASIBLE_POINT where the stack was cut."""
+        """The two objectives, time and divergence; INFEASIBLE_POINT if the stack was cut."""
         if self.reason or self.time_share is None or self.divergence is None:
             return INFEASIBLE_POINT
         return self.time_share, self.divergence
 
 
 def unchanged(memory_budget: float) -> JudgedStack:
-    """Return the outcome of the empty stack: the baseline itself, cut where its memory is over budget. It is known, and
-    not timed: by what the baseline differs from its own copy it would dominate an area.
+    """Return the outcome of the empty stack: the baseline itself, cut if its memory is over budget.
+
+    It is known and not timed: the noise between the baseline and its copy would make it dominate an area.
     """
     reason = "the baseline's own memory is over the budget" if memory_budget < 1 else None
     return JudgedStack([], 1.0, 0.0, 1.0, reason, 0.0)
@@ -65,11 +67,11 @@ def unchanged(memory_budget: float) -> JudgedStack:
 
 @dataclass
 class Bench:
-    """What stacks are judged with: a baseline, text to calibrate on, text to judge on, prompts [B, T] of the request
-    that is timed, and the modules that the steps of a stack name: each with `applies_to` and `apply`.
+    """The setup for judging stacks: a baseline, calibration text, text to judge on, the prompts [B, T] of the timed
+    request, and the modules of the steps by stem, each with `applies_to` and `apply`.
 
-    `texts` are the rungs of text: few windows, then more. `applied` keeps the models of recent prefixes of stacks,
-    for many stacks share them.
+    `texts` are the rungs of text: few windows, then more. `applied` caches the models of recent prefixes of stacks,
+    since many stacks share them.
     """
 
     model: nn.Module
@@ -85,7 +87,7 @@ class Bench:
     seed: int = 0
 
     def apply(self, stack: Sequence[RecipeStep]) -> nn.Module:
-        """Return the model with a stack applied. Raises UserError where a step does not apply or is refused."""
+        """Return the model with a stack applied. Raises UserError if a step does not apply or is refused."""
         model = self.model
         for at, step in enumerate(stack):
             key = json.dumps([step.model_dump() for step in stack[: at + 1]])
@@ -102,8 +104,9 @@ class Bench:
         return model
 
     def judge(self, stack: Sequence[RecipeStep]) -> JudgedStack:
-        """Return the stack judged on the lowest rungs: bytes, divergence on little text, time of a request; the empty
-        one as what it is (`unchanged`).
+        """Return the outcome of a stack on the lowest rungs: bytes, divergence on little text, request time.
+
+        The empty stack is `unchanged`.
         """
         if not stack:
             return unchanged(self.memory_budget)
@@ -114,7 +117,7 @@ class Bench:
             reason = self._rungs(list(stack), shares)
         except UserError as error:
             reason = str(error)
-        except Exception as error:  # whatever a component raises: the other configurations are judged all the same
+        except Exception as error:  # a component that crashes must not stop the search
             reason = f"crashed: {type(error).__name__}: {error}".splitlines()[0]
         return JudgedStack(list(stack), **shares, reason=reason, seconds=time.perf_counter() - start)
 
@@ -141,19 +144,19 @@ class Bench:
         return batch * (prompt_tokens + self.new_tokens) * cost_model.kv_cache_bytes_per_token(model)
 
     def divergence(self, model: nn.Module, rung: int) -> float:
-        """Return nats per token from the baseline on the text of a rung."""
+        """Return the divergence of `model` from the baseline on the text of a rung, nats per token."""
         text = self.texts[rung]
         return float(evaluate.divergence(text, evaluate.read(model, text.ids_NT))[0].mean())
 
 
 def utility(judged: JudgedStack) -> float:
-    """Return the area that one stack dominates by itself, within REFERENCE: one number for one point."""
+    """Return the area within REFERENCE that one stack dominates by itself; 0 if it was cut."""
     return 0.0 if judged.reason else pareto.hypervolume([judged.point], REFERENCE)
 
 
 def surely_faster(outcomes: Iterable[JudgedStack]) -> bool | None:
-    """Return whether one of the outcomes that dominate anything surely takes less time than the baseline, by more than
-    the practical margin: else the area may be what few timings scatter. None where no interval is known.
+    """Return whether any outcome with a dominated area is faster than the baseline by more than the practical margin,
+    by its interval; otherwise the area may be timing noise. None if no interval is known.
     """
     ends = [judged.time_high for judged in outcomes if utility(judged) > 0]
     if ends and all(end is None for end in ends):

@@ -1,1 +1,1 @@
-"""What two or more optimizations share."""
+"""Code shared by two or more optimizations."""

@@ -1,9 +1,9 @@
-"""The baseline of latent attention: the same weights, decoded absorbed, which is exact and changes no answer.
+"""The baseline for latent attention: the same weights with absorbed decoding, which is exact and changes no answer.
 
-Stock latent attention expands its whole cache for every new token, so against it any other decoding looks fast; engines
-decode absorbed. What is gained beyond the absorbed baseline is the optimization's own. What is made of the baseline
-decodes absorbed as well, in whatever form its matrices are stored; formulas of cost and child processes see that by
-themselves. Knows nothing of the optimization that is compared.
+Stock latent attention expands its whole cache for every new token, so any other decoding looks fast next to it, while
+serving engines decode absorbed. Only a gain over the absorbed baseline belongs to the optimization. Models derived from
+this baseline decode absorbed too, however their matrices are stored; cost formulas and child processes detect this
+themselves.
 """
 
 import weakref
@@ -19,12 +19,12 @@ from lib.models.structure.sharing import sharing
 
 
 def has_latents(model: nn.Module) -> bool:
-    """Return whether any block of `model` keeps latents, so that absorbed decoding changes anything."""
+    """Return whether any block of `model` uses latent attention, so that absorbed decoding applies."""
     return any(block.attention.kind == "latent" for block in anatomy(model).blocks)
 
 
 def of(loaded: Loaded) -> Loaded:
-    """Return `loaded` with the absorbed baseline as its model; itself where it has no latents."""
+    """Return `loaded` with the absorbed baseline as its model; `loaded` itself if it has no latent attention."""
     if not has_latents(loaded.model):
         return loaded
     model = absorbed_baseline(loaded.model)
@@ -32,9 +32,9 @@ def of(loaded: Loaded) -> Loaded:
 
 
 def absorbed_baseline(model: nn.Module) -> nn.Module:
-    """Return a copy of `model` that shares its weights and decodes absorbed; `model` itself where it has no latents.
+    """Return a copy of `model` that shares its weights and decodes absorbed; `model` itself if it has no latents.
 
-    A model whose weights stream from a file cannot be copied: it is made to decode absorbed itself.
+    A model whose weights stream from a file cannot be copied: it is switched to absorbed decoding in place.
     """
     if not has_latents(model):
         return model

@@ -1,6 +1,6 @@
-"""Finds the optimizations: the folder is the registry.
+"""List and import the optimizations: the folder is the registry.
 
-An optimization is `lib/optimizations/<stem>.py`, or a folder `<stem>/` with a `method.py`. Names none of them.
+An optimization is `lib/optimizations/<stem>.py`, or a folder `<stem>/` with a `method.py`.
 """
 
 import importlib
@@ -19,13 +19,13 @@ def stems() -> list[str]:
 
 
 def method(stem: str) -> ModuleType:
-    """Return the module that holds an optimization's `applies_to`, and `apply` where it changes the model."""
+    """Return the main module of an optimization: it defines `applies_to`, and `apply` if it changes the model."""
     return importlib.import_module(f"lib.optimizations.{stem}{'.method' if _is_folder(stem) else ''}")
 
 
 def beside_method(stem: str, name: str) -> ModuleType | None:
-    """Return the module `name` of an optimization's folder, such as `experiment`; None where it has none, or is one
-    file.
+    """Return the module `name` (such as `experiment`) of an optimization's folder, or None if there is no such module
+    or no folder.
     """
     full_name = f"lib.optimizations.{stem}.{name}"
     if not _is_folder(stem) or importlib.util.find_spec(full_name) is None:
@@ -34,7 +34,7 @@ def beside_method(stem: str, name: str) -> ModuleType | None:
 
 
 def source(stem: str) -> str:
-    """Return the path of that module from the project's root, for messages."""
+    """Return the path of an optimization's main module, relative to the project root, for messages."""
     return f"lib/optimizations/{stem}{'/method' if _is_folder(stem) else ''}.py"
 
 

@@ -1,4 +1,4 @@
-"""How long a changed model is distilled by default, and what came of it. Knows nothing of what was changed."""
+"""How long a changed model is distilled by default, and a sentence on the result."""
 
 from lib.measure.metrics.settings import Effort
 from lib.models.calibration.distillation import Lessons
@@ -9,11 +9,11 @@ TIMES_THE_CALIBRATION, AT_PREVIEW = 4, 2  # sequences of text to distil on
 
 
 def steps_of(loaded: Loaded, finetune_steps: int, on_proxy: int, effort: Effort) -> int:
-    """Return the steps of distillation of a run; by default (`finetune_steps` is -1) `on_proxy` on a proxy
-    model, a sixth of them at effort preview.
+    """Return the number of distillation steps of a run. The default (`finetune_steps` is -1) is `on_proxy` steps on a
+    proxy model, and a sixth of them at effort preview.
 
-    Models of real size are not trained unless it is asked for: thirty steps of a 135 M model take minutes on a core.
-    Random weights have nothing to be taught.
+    Models of real size are not trained by default: thirty steps of a 135 M model take minutes on one core. Random
+    weights are never trained.
     """
     if loaded.random_weights:
         return 0
@@ -23,14 +23,12 @@ def steps_of(loaded: Loaded, finetune_steps: int, on_proxy: int, effort: Effort)
 
 
 def sequences(effort: Effort) -> int:
-    """Return the sequences of text on which a model is distilled: several times those that choose what is changed."""
+    """Return the number of text sequences to distil on: a multiple of the effort's calibration sequences."""
     return (AT_PREVIEW if effort.preview else TIMES_THE_CALIBRATION) * effort.calibration_sequences
 
 
 def read(lessons: Lessons) -> str:
-    """Return one sentence on what training brought, on text that was set aside from it; empty where nothing was
-    trained.
-    """
+    """Return one sentence on the effect of training, measured on text set aside from it; empty without training."""
     if not lessons.losses:
         return ""
     steps, (first, *later) = len(lessons.losses), lessons.held_out.values()

@@ -1,5 +1,6 @@
-"""Is it still right? The gate, then the same held-out questions to both arms: what every notebook that changes a model
-asks; and whether what was timed is judged at all. Knows no optimization.
+"""Judge the quality of a changed model: a sanity gate, then the same held-out questions to both arms.
+
+Also withholds verdicts on timings that were disturbed.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from lib.models.tasks import tasks
 @dataclass(frozen=True)
 class Judgement:
     """The baseline's answers, the measurements of both arms, and why the optimized output is degenerate (None: it is
-    sound).
+    not).
     """
 
     answers: Answers
@@ -41,16 +42,16 @@ def judge(
 ) -> Judgement:
     """Return the judgement of `optimized` against `loaded.model` on items and text of the split "final".
 
-    `sample_BT` is the text of the gate, by default windows of the split "final". Where the output has degenerated,
-    every measurement is invalid, with that reason. `acted` counts how often the optimization has acted: a
-    workload in which it never did is not exercised (`lib.measure.quality.evaluate.evaluate`).
+    `sample_BT` is the text for the sanity gate, by default windows of the split "final". If the output is degenerate,
+    every measurement is invalid for that reason. `acted` counts how often the optimization has acted: a workload in
+    which it never acts counts as not exercised (`lib.measure.quality.evaluate.evaluate`).
     """
     if sample_BT is None:
         sample_BT = tasks.text_windows(loaded, "final", 4, 128, seed)
     degenerate = sanity.check(optimized, sample_BT, random_weights=loaded.random_weights)
     answers = evaluate.evaluate(loaded, effort, seed=seed)
     changed = evaluate.evaluate(loaded, effort, model=optimized, seed=seed, acted=acted)
-    compared = answers if degenerate else changed  # what is no number can be held against nothing
+    compared = answers if degenerate else changed  # NaN cannot be compared
     measurements = answer_comparison.compare(answers, compared, resamples=effort.resamples, seed=seed)
     if degenerate:
         measurements = invalid(measurements, degenerate)
@@ -58,13 +59,15 @@ def judge(
 
 
 def invalid(measurements: list[Measurement], reason: str) -> list[Measurement]:
-    """Return the measurements without their numbers, invalid for `reason`."""
+    """Return the measurements stripped of their numbers and marked invalid for `reason`."""
     return [measurement.invalid(m.metric, m.workload, reason) for m in measurements]
 
 
 def timed(compared: Compared, beside: Sequence[Measurement] = ()) -> Compared:
-    """Return a comparison in which nothing timed is judged where the record will judge nothing timed: in it, or in what
-    was timed `beside` it, the machine was busy or the rounds too few. So tables, break-even and answers say the same.
+    """Return a comparison whose timing verdicts are withheld wherever the record will withhold them: the machine was
+    busy, or the rounds too few, in `compared` or in the measurements `beside` it.
+
+    So tables, break-even and answers agree with the record.
     """
-    every = withhold_if_busy([*compared.measurements, *beside])
-    return replace(compared, measurements=every[: len(compared.measurements)])
+    withheld = withhold_if_busy([*compared.measurements, *beside])
+    return replace(compared, measurements=withheld[: len(compared.measurements)])

@@ -1,20 +1,20 @@
-"""The recipe of one model: the stack of optimizations chosen for it, in order, with knobs; read, checked, written.
+"""Read, check and write recipes: the ordered stack of optimizations chosen for one model, with their knobs.
 
-A recipe is a YAML file, `stacks/<model>.yaml` among the results of a scale, that a search writes and other runs read:
+A recipe is a YAML file, `stacks/<model>.yaml` in the results of a scale. A search writes it and other runs read it:
 
     model: qwen3-4b-instruct-2507
     scale: proxy
     effort: standard
     chosen_by: automl_components
-    weights: 3f2a…  # hash of the weights that it was chosen for
-    accuracy: maintained  # the verdict on items that chose nothing
+    weights: 3f2a…  # hash of the weights the stack was chosen for
+    accuracy: maintained  # the verdict on items not used in the search
     study: automl_components--qwen3-4b-instruct-2507--standard
     stack:
       - optimization: structured_pruning
         knobs: {ratio: 0.2}
 
-A knob has the name of the template's parameter, so every step is also a request of `build.py run STEM -p NAME=VALUE`.
-Knows nothing of what an optimization does with its knobs, and nothing of torch.
+Knobs are named like the template's parameters, so every step can be run as `build.py run STEM -p NAME=VALUE`. This
+module gives knobs no meaning and needs no torch.
 """
 
 from pathlib import Path
@@ -26,11 +26,11 @@ from lib.errors import UserError, suggest
 from lib.files import aside, hash_of, results_folder, write_atomically
 from lib.models.parameters import SCALES
 
-STACKS = "stacks"  # the folder of recipes among the results
-EARLIER_KNOBS = {"recovery_steps": "finetune_steps", "fine_tuning_steps": "finetune_steps"}  # what they are called now
+STACKS = "stacks"  # the folder of recipes within the results
+EARLIER_KNOBS = {"recovery_steps": "finetune_steps", "fine_tuning_steps": "finetune_steps"}  # old name → present name
 Knob = bool | int | float | str
-LOSING = ("not_maintained", "invalid")  # verdicts of accuracy with which no stack is passed on
-EFFORTS = ("", "preview", "quick", "standard", "thorough")  # from the least trusted on; empty: not stated
+LOSING = ("not_maintained", "invalid")  # accuracy verdicts that bar a stack from use
+EFFORTS = ("", "preview", "quick", "standard", "thorough")  # least trusted first; empty: not stated
 
 
 class RecipeStep(BaseModel):
@@ -54,9 +54,10 @@ class RecipeStep(BaseModel):
 
 
 class Recipe(BaseModel):
-    """What the file holds. `chosen_by` names the search, `study` its trials, `effort` how much was measured; `weights`
-    is the hash of the weights that it was chosen for, `optimized` that of the weights after it, and `accuracy` the
-    verdict that it got afterwards.
+    """The content of a recipe file. `chosen_by` names the search, `study` its trials, `effort` how much was measured.
+
+    `weights` is the hash of the weights the stack was chosen for, `optimized` the hash of the weights after it, and
+    `accuracy` the final verdict on the stack.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -71,32 +72,32 @@ class Recipe(BaseModel):
     accuracy: str = ""
 
     def settings(self) -> list[tuple[str, str, Knob]]:
-        """Return (stem, knob, value) of every knob of the stack, in order."""
+        """Return (stem, knob, value) for every knob of the stack, in order."""
         return [(step.optimization, knob, value) for step in self.stack for knob, value in step.knobs.items()]
 
 
 def path_of(model: str, scale: str, folder: Path | str | None = None) -> Path:
-    """Return the path of the recipe of `model`: in `folder`, by default in that of the results."""
+    """Return the path of the recipe of `model` in `folder`, by default the results folder of `scale`."""
     recipes = Path(folder) if folder else results_folder(scale) / STACKS
     return recipes / f"{model}.yaml"
 
 
 def hashed(model: str, scale: str) -> dict[str, str]:
-    """Return the place of a recipe among the results → the hash of its file, empty where there is none.
+    """Return {path of the recipe within the results: hash of its file}; the hash is empty if there is no file.
 
-    A record keeps it (`details["inputs"]`), so that a run which read another recipe is known as stale.
+    A record keeps it (`details["inputs"]`), so that a run that read a different recipe is recognised as stale.
     """
     path = path_of(model, scale)
     return {f"{STACKS}/{path.name}": hash_of(path)}
 
 
 def read(path: Path | str) -> Recipe:
-    """Read a recipe. Raises UserError, in one line, for a file that is missing, no YAML, or no recipe."""
+    """Read a recipe. Raises a one-line UserError if the file is missing, not YAML, or not a recipe."""
     path = Path(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path.name}: no recipe can be read ({error.strerror}); run automl_components") from None
+        raise UserError(f"{path.name}: the recipe cannot be read ({error.strerror}); run automl_components") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         at = getattr(error, "problem_mark", None)
         where = f" at line {at.line + 1}" if at else ""
@@ -124,9 +125,9 @@ def _checked(content: dict, where: str) -> Recipe:
 
 
 def find(model: str, scale: str, folder: Path | str | None = None) -> Recipe | None:
-    """Return the recipe of `model`, or None where there is none.
+    """Return the recipe of `model`, or None if there is none.
 
-    Raises UserError for a damaged one, and for that of another model or scale.
+    Raises UserError if the file is damaged, or belongs to another model or scale.
     """
     path = path_of(model, scale, folder)
     if not path.is_file():
@@ -139,22 +140,23 @@ def find(model: str, scale: str, folder: Path | str | None = None) -> Recipe | N
 
 
 def unfit(stored: Recipe, weights: str) -> str | None:
-    """Return why a stored recipe must not be taken for weights of this hash, or None: it is of other weights, or was
-    judged to lose more than the margins.
+    """Return why a stored recipe must not be used for weights with the hash `weights`, or None if it may.
+
+    A recipe is unfit if it was chosen for other weights, or judged to lose more than the margins.
     """
     if stored.weights != weights:
-        known = f"for weights {stored.weights[:8]}" if stored.weights else "for weights that it does not name"
-        return f"its stack was chosen {known}, not for {weights[:8] or 'these'}; run {stored.chosen_by} again"
+        chosen_for = f"weights {stored.weights[:8]}" if stored.weights else "weights that are not recorded"
+        return f"its stack was chosen for {chosen_for}, not for {weights[:8] or 'these'}; run {stored.chosen_by} again"
     if stored.accuracy in LOSING:
         return f"its stack was judged {stored.accuracy.replace('_', ' ')}"
     return None
 
 
 def write(chosen: Recipe, folder: Path | str | None = None, *, replace_better: bool = False) -> Path:
-    """Write a recipe where `path_of` says, atomically; return the path.
+    """Write a recipe atomically to `path_of` its model and scale; return the path.
 
-    A recipe of the same weights chosen with more effort stays, unless `replace_better`: then the path is returned and
-    nothing is written. A damaged file is renamed and kept.
+    A stored recipe for the same weights, chosen with more effort, is not overwritten unless `replace_better`; the path
+    is returned all the same. A damaged file is renamed and kept.
     """
     path = path_of(chosen.model, chosen.scale, folder)
     try:

@@ -1,5 +1,5 @@
-"""Third arms that the compressions share: a changed model judged on held-out text with its bytes, and the yardstick of
-weight-only int8 and int4. Knows no optimization.
+"""Third arms shared by the compression methods: a changed model judged on held-out text and by its bytes, and the
+yardstick of weight-only int8 and int4.
 """
 
 import math
@@ -28,16 +28,16 @@ from lib.optimizations.common.evidence.claims import ThirdArm
 
 TIMED = ("prefill", "decode")
 RATES = ("prefill_tokens_per_second", "decode_tokens_per_second")
-PREVIEW_WINDOWS, PREVIEW_TOKENS = 4, 128  # of held-out text, on which rivals are judged at effort preview
-EQUAL_BYTES = "as large as the yardstick"  # the purpose of an arm, or its beginning
-LEFT_OUT = "left out"  # begins the last part of the purpose of an arm that could not be made
+PREVIEW_WINDOWS, PREVIEW_TOKENS = 4, 128  # of held-out text for judging rivals at effort preview
+EQUAL_BYTES = "as large as the yardstick"  # the purpose of an arm starts with it
+LEFT_OUT = "left out"  # starts the last part of the purpose of an arm that could not be built
 UNTOLD = "not told apart"
-NO_KERNEL = "no kernel for"  # so many matrices: begins a part of a purpose
+NO_KERNEL = "no kernel for"  # followed by a number of matrices: starts a part of a purpose
 
 
 def reference(baseline: nn.Module, text: Text, effort: Effort, windows: int | None = None) -> Text:
-    """Return how the baseline reads what rivals are judged on: the first `windows` of its `text` (by default all of
-    it), at effort preview the beginnings of a few. Windows keep their documents, and the text its name.
+    """Return the baseline's results on the text for judging rivals: the first `windows` of `text` (by default all), at
+    effort preview the beginnings of a few windows. The windows keep their documents, and the text its name.
     """
     if windows is None and not effort.preview:
         return text
@@ -51,9 +51,8 @@ def reference(baseline: nn.Module, text: Text, effort: Effort, windows: int | No
 
 
 def judged(baseline: nn.Module, reference: Text | None, name: str, purpose: str, model: nn.Module) -> ThirdArm:
-    """Return an arm with the bytes of `model` and, against the baseline's `reference`, how it reads the same windows.
-
-    Perplexity, divergence and agreement are read; without a reference only the bytes.
+    """Return an arm with the bytes of `model` and its perplexity, divergence and agreement on the windows of the
+    baseline's `reference`. Without a reference only the bytes are measured.
     """
     bytes_ = size(baseline, model)
     if reference is None:
@@ -63,12 +62,12 @@ def judged(baseline: nn.Module, reference: Text | None, name: str, purpose: str,
 
 
 def left_out(name: str, purpose: str, reason: object) -> ThirdArm:
-    """Return an arm that could not be made: without measurements, and with the reason behind its purpose."""
+    """Return an arm that could not be built: without measurements, the reason appended to its purpose."""
     return ThirdArm(name, f"{purpose}; {LEFT_OUT}: {reason}", [])
 
 
 def made(arms: Sequence[ThirdArm]) -> list[ThirdArm]:
-    """Return the arms that could be made."""
+    """Return the arms that could be built: those with measurements."""
     return [arm for arm in arms if arm.measurements]
 
 
@@ -88,9 +87,9 @@ def yardsticks(
     seed: int = 0,
 ) -> list[ThirdArm]:
     """Return weight-only int8 and int4 of the decoder's matrices in `part`: quality, bytes, and prefill and decode
-    timed against the baseline; at effort preview the first that there is is timed alone.
+    timed against the baseline. At effort preview only the first arm that can be built is timed.
 
-    An arm that cannot be made (a width that int4 cannot pack) is `left_out`, with the reason.
+    An arm that cannot be built (int4 cannot pack every width) is `left_out`, with the reason.
     """
     arms: list[ThirdArm] = []
     for bits, name in weight_only.NAMES.items():
@@ -127,8 +126,8 @@ def by_gptq(
     calibration: Sequence[dict[str, torch.Tensor]],
     part: str = "all",
 ) -> list[ThirdArm]:
-    """Return int4 chosen by GPTQ: quality and bytes. Its speed is that of int4 rounded to nearest: the same kernel on
-    as many bytes. It is `left_out`, with the reason, where it cannot be made.
+    """Return int4 by GPTQ: quality and bytes. Its speed is that of int4 rounded to nearest, with the same kernel and
+    the same number of bytes. If it cannot be built, it is `left_out`, with the reason.
     """
     try:
         model = weight_only.weight_only(baseline, 4, part, calibration)
@@ -140,51 +139,53 @@ def by_gptq(
 
 
 def removed_bytes(arm: ThirdArm) -> float:
-    """Return by how many bytes the weights of an arm are smaller than the baseline's."""
+    """Return how many bytes smaller the weights of an arm are than the baseline's."""
     sizes = next(m for m in arm.measurements if m.metric == "weights_bytes")
     return (sizes.baseline or 0.0) - (sizes.optimized or 0.0)
 
 
 def at_yardsticks(arms: list[ThirdArm]) -> list[ThirdArm]:
-    """Return the yardsticks among some arms, and the arms of equal bytes."""
+    """Return the yardsticks among `arms`, and the arms built to have as many bytes."""
     return [arm for arm in arms if arm.purpose.startswith((EQUAL_BYTES, "weight-only"))]
 
 
 def table(arms: list[ThirdArm]) -> pd.DataFrame:
-    """Return a row for each arm: weights and rates over the baseline's, divergence in nats per token, perplexity, and
-    what it is, with what its rates lack.
+    """Return a row per arm: weights and rates relative to the baseline, divergence in nats per token, perplexity, and
+    its purpose, which names the limits of its rates.
 
-    What an arm was not measured for is None; of one that was left out that is everything but the reason.
+    Columns without a measurement are None; an arm that was left out has only its name and the reason.
     """
     return pd.DataFrame([_line(arm) for arm in arms])
 
 
 def beside(chosen: ThirdArm | None, arms: Sequence[ThirdArm]) -> str:
-    """Return a sentence on each yardstick among `arms`: whether it is smaller than the optimized model and nearer to
-    the baseline. `chosen` is that model, judged on the same text; None where nothing was judged.
+    """Return a sentence per yardstick among `arms`: is it smaller than the optimized model, and nearer to the baseline?
+
+    `chosen` is the optimized model judged on the same text, or None if it was not judged.
     """
     if chosen is None or (own := claims.interval([chosen], [chosen.name])) is None:
-        return "Without text nothing is judged, so which is nearer to the baseline is not known."
+        return "No text was judged, so it is not known which model is nearer to the baseline."
     sentences, weights = [], _weights(chosen)
     for arm in _yardsticks(arms):
-        known = claims.interval([arm], [arm.name])
-        if known is None:
+        divergence = claims.interval([arm], [arm.name])
+        if divergence is None:
             continue
         smaller = _weights(arm) < weights
-        nearer = True if known.high < own.low else False if known.low > own.high else None
+        nearer = True if divergence.high < own.low else False if divergence.low > own.high else None
         size = f"{'smaller' if smaller else 'larger'} than the optimized model"
         size += f" ({_weights(arm):.3g}× of the weights against {weights:.3g}×)"
         joined = "and" if nearer is smaller else "but"
         word = "nearer to the baseline" if nearer else "further from the baseline"
         word = f"{joined} {word}" if nearer is not None else "and not told apart in its distance from the baseline"
-        sentences.append(f"{arm.name} is {size} {word} (KL {known.value:.3g} against {own.value:.3g}).")
+        sentences.append(f"{arm.name} is {size} {word} (KL {divergence.value:.3g} against {own.value:.3g}).")
     return " ".join(sentences) or "No yardstick was judged."
 
 
 def raced(measurements: Sequence[Measurement], arms: Sequence[ThirdArm]) -> str:
-    """Return a sentence on each timed yardstick among `arms`: in what the optimized model, whose rates are among the
-    `measurements`, is faster or slower. They are told apart where intervals and noise floors let them, and where both
-    were timed on a quiet machine. What a yardstick has no kernel for stands beside its name.
+    """Return a sentence per timed yardstick among `arms`: where is the optimized model faster, where slower?
+
+    The optimized model's rates are among `measurements`. Faster and slower are stated only if intervals and noise
+    floors allow it and both were timed on a quiet machine. Matrices without a kernel are named after the yardstick.
     """
     own = {m.workload: m for m in measurements if m.metric in RATES}
     sentences = []
@@ -205,7 +206,7 @@ def raced(measurements: Sequence[Measurement], arms: Sequence[ThirdArm]) -> str:
 
 
 def _faster(own: Measurement, their: Measurement) -> str:
-    """Return whether one rate over the baseline's lies above another."""
+    """Return "faster", "slower" or UNTOLD for one rate (relative to the baseline) against another."""
     floor = max(own.noise_floor or 0.0, their.noise_floor or 0.0)
     assert own.ratio and their.ratio
     if own.ci and their.ci and floor <= BUSY_FLOOR and abs(math.log(own.ratio / their.ratio)) > floor:

@@ -1,1 +1,1 @@
-"""Continuous NAS: what it does to a model, and how it is measured."""
+"""Continuous NAS: the architecture search and its measurement."""

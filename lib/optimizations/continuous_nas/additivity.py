@@ -1,4 +1,4 @@
-"""Whether divergences of single parts add up to that of a whole choice, as the programme assumes. Knows no costs."""
+"""Test whether divergences of single parts add up to that of a whole choice, as the integer programme assumes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,8 +15,9 @@ RANK_LIMIT = 0.5
 
 @dataclass(frozen=True)
 class Additivity:
-    """Predicted (x) against measured (y) divergence of the `evaluations` judged whole, and their rank correlation;
-    `left_out`: "slot: option" of what has no divergence to add up → the reason.
+    """Predicted (x) against measured (y) divergence of the `evaluations` of whole models, and their rank correlation.
+
+    `left_out`: "slot: option" of each option without a finite divergence → the reason.
     """
 
     evaluations: list[ChoiceEvaluation]
@@ -37,9 +38,7 @@ class Additivity:
 
 
 def compare(search: Search, scores: Mapping[str, Mapping[str, float]]) -> Additivity:
-    """Compare the sums of divergences with the measured ones of every choice that was evaluated as a whole model, and
-    gave numbers.
-    """
+    """Compare summed with measured divergences of every choice evaluated as a whole model with a finite result."""
     table = CostTable("KL", scores)
     whole = (e for e in search.evaluations if e.phase != "library" and search.open_to(e.choice))
     judged = [evaluation for evaluation in whole if np.isfinite(evaluation.divergence)]

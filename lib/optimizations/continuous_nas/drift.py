@@ -1,6 +1,6 @@
-"""How a search follows a drift: a new profile of requests, for which costs are measured again and choices solved anew.
+"""Adapt a search to a drift: for a new request profile costs are measured again and the programme is solved again.
 
-Divergences do not depend on the profile and are kept. Each drift is compared with a search that begins from nothing.
+Divergences do not depend on the profile and are kept. Each drift is compared with a search that starts from scratch.
 """
 
 import time
@@ -19,15 +19,15 @@ from lib.optimizations.continuous_nas import method, replacement_library
 from lib.optimizations.continuous_nas.costs.request_costs import PROFILES, RequestCosts
 from lib.optimizations.continuous_nas.method import ChoiceEvaluation, Search, SearchLimits
 
-MOST = 0.8  # share of what is scarce after a drift, at most
-LEVEL = 0.95  # share of the cold search's final hypervolume that is to be reached
+MOST = 0.8  # largest budget share of the scarce resource after a drift
+LEVEL = 0.95  # share of the cold search's final hypervolume to reach
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """How a search followed a drift: hypervolume after each new evaluation, resumed (warm) and from nothing (cold).
+    """The course of a search after a drift: hypervolume after each new evaluation, resumed (warm) and restarted (cold).
 
-    `warm[0]` is what was known before any new evaluation. Hypervolumes are of the new profile's costs.
+    `warm[0]` is the value before any new evaluation. Hypervolumes use the costs of the new profile.
     """
 
     costs: RequestCosts
@@ -36,8 +36,8 @@ class Adaptation:
     cold: list[float]
 
     def evaluations_until(self, share: float) -> int | None:
-        """Return how many new evaluations the warm search took to `share` of the cold one's final hypervolume; None
-        where it never got there, or the cold one dominates nothing.
+        """Return the number of new evaluations after which the warm search reached `share` of the cold search's final
+        hypervolume; None if it never did, or if the cold search dominates nothing.
         """
         if not self.cold[-1]:
             return None
@@ -45,8 +45,8 @@ class Adaptation:
         return None if reached is None else reached - 1
 
     def cold_until(self, share: float) -> int | None:
-        """Return how many evaluations the cold search took to `share` of its own final hypervolume; None where that is
-        nothing.
+        """Return the number of evaluations after which the cold search reached `share` of its own final hypervolume;
+        None if that is zero.
         """
         return pareto.evaluations_until(self.cold, share * self.cold[-1]) if self.cold[-1] else None
 
@@ -54,10 +54,10 @@ class Adaptation:
 def adapt(
     search: Search, costs: RequestCosts, *, time_share: float, memory_share: float, refinements: int, count: int = 10
 ) -> Adaptation:
-    """Resume `search` under the costs of a new profile, with what its study holds under it already, and run a second
-    search from nothing for comparison.
+    """Resume `search` under the costs of a new profile, including evaluations under it that the study holds, and run a
+    second search from scratch for comparison.
 
-    Raises what `method.run` raises.
+    Raises the errors of `method.run`.
     """
     options: dict[str, Any] = {
         "time_share": time_share,
@@ -94,21 +94,22 @@ class Drifts:
         return pd.concat(frames)
 
     def reading(self) -> str:
-        """Return two sentences on the curves: where the warm searches begin, and what resuming saves."""
-        begun = " and ".join(f"{a.warm[0] / a.cold[-1]:.3f}" if a.cold[-1] else "–" for a in self.adaptations)
+        """Return two sentences on the curves: where the warm searches start, and what resuming saves."""
+        starts = " and ".join(f"{a.warm[0] / a.cold[-1]:.3f}" if a.cold[-1] else "–" for a in self.adaptations)
         names = " and ".join(followed.costs.profile.name for followed in self.adaptations)
         until = [(a.evaluations_until(LEVEL), a.cold_until(LEVEL)) for a in self.adaptations]
         counts = " and ".join(f"{_count(warm)} against {_count(cold)}" for warm, cold in until)
         if not all(a.cold[-1] for a in self.adaptations):
-            begun += f" (–: no cheaper choice is within {method.REFERENCE[1]:g} nats per token)"
+            starts += f" (–: no cheaper choice is within {method.REFERENCE[1]:g} nats per token)"
         return (
-            f"At the start the warm searches stand at {begun} of the cold ones' final hypervolume. To {percent(LEVEL)} "
-            f"of it they take {counts} evaluations ({names}), resumed against begun from nothing."
+            f"The warm searches start at {starts} of the cold searches' final hypervolume. To reach {percent(LEVEL)} "
+            f"of it they take {counts} evaluations ({names}), warm against cold."
         )
 
     def refuted(self) -> tuple[bool | None, str]:
-        """Return whether beginning again is no slower than resuming, in evaluations up to LEVEL, and the counts; None
-        where the drifts disagree, or where a cold search dominates nothing.
+        """Return whether starting again is no slower than resuming, in evaluations up to LEVEL, and the counts.
+
+        None if the drifts disagree, or if a cold search dominates nothing.
         """
         slower: list[bool | None] = []
         counts: list[str] = []
@@ -118,9 +119,7 @@ class Drifts:
             counts.append(f"{followed.costs.profile.name} {_count(warm)} resumed, {_count(cold)} from nothing")
         evidence = f"evaluations to {percent(LEVEL)} of the final hypervolume: {'; '.join(counts)}"
         if not all(followed.cold[-1] for followed in self.adaptations):
-            evidence += (
-                f"; where no cheaper choice is within {method.REFERENCE[1]:g} nats per token there is no such level"
-            )
+            evidence += f"; no such level exists if no cheaper choice is within {method.REFERENCE[1]:g} nats per token"
         return (slower[0] if len(set(slower)) == 1 else None), evidence
 
 
@@ -137,11 +136,10 @@ def follow(
 ) -> Drifts:
     """Drift from `workload` to the two other profiles, one after the other, each with half the refinements.
 
-    What is scarce then has the search's own budget, and at most MOST: a budget of 1 leaves nothing to choose anew.
-    Budgets apply to what the new profile leaves to choose: where a share cannot be met (a short request spends more
-    time outside of all parts, and so does a busy machine), the nearest that leaves room is taken and reported
-    (`RequestCosts.relative`). `costs_of` returns the costs of a profile by name, stored in the search's study. The live
-    model is left at the last winner.
+    The scarce resource keeps the search's budget, but at most MOST, since a budget of 1 leaves nothing to choose. If a
+    budget cannot be met (a short request, or a busy machine, spends more time outside of all parts), the nearest one
+    that leaves room is used and reported (`RequestCosts.relative`). `costs_of` returns the costs of a profile by name,
+    stored in the search's study. The live model is left at the last winner.
     """
     assert search.study is not None, "a search without a study keeps no costs"
     shares = {"time": (min(limits.time_share, MOST), 1.0), "memory": (1.0, min(limits.memory_share, MOST))}
@@ -182,8 +180,7 @@ def follow(
 
 
 def assert_exact_swaps(search: Search, model: nn.Module, text: Mapping[str, torch.Tensor]) -> None:
-    """Assert that the live model differs from `model` on `text` now, and not any more once all slots are whole
-    again."""
+    """Assert that the live model differs from `model` on `text` now, and no longer once all slots are whole again."""
     logits, live = model(**text).logits, search.library.student
     assert not (live(**text).logits == logits).all(), "the swap changed nothing"
     whole = replacement_library.swap(search.library, search.library.whole)

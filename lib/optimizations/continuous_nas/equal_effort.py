@@ -1,7 +1,5 @@
-"""Controls of a search: random choices, and all blocks alike, with as many evaluations as the search had, or all that
-there are.
-
-Knows nothing of how the search chose.
+"""Controls of a search: random choices, and choices that treat all blocks alike, with as many evaluations as the
+search, or as many as there are.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,11 +24,11 @@ RANDOM_SEEDS, FEWEST_RANDOM_SEEDS = 3, 2  # the fewest at effort quick
 
 @dataclass(frozen=True)
 class EqualEffort:
-    """Points (share of the scarce cost, nats per token) of the search and of controls: random and uniform ones with as
-    many evaluations, or all that there are.
+    """Points (share of the scarce cost, nats per token) of the search and its controls: random and uniform choices with
+    as many evaluations, or as many as there are.
 
-    "programme" is the search before it was refined, "greedy" as many choices by divergence per cost saved; both with
-    the `library`'s points, which cost evaluations as well. `uniform` is the search over a finer library that treats all
+    "programme" is the search before refinement, "greedy" as many choices by divergence per cost saved; both include the
+    `library`'s points, which cost evaluations as well. `uniform` is the search over a finer library that treats all
     blocks alike, under `uniform_costs`.
     """
 
@@ -52,7 +50,7 @@ class EqualEffort:
 
     @property
     def gain(self) -> float | None:
-        """Hypervolume of the search ÷ the mean of the random ones; None where those dominate nothing."""
+        """Hypervolume of the search ÷ the mean of the random arms; None if these dominate nothing."""
         return pareto.gain(self.volumes)
 
     @property
@@ -79,7 +77,7 @@ class EqualEffort:
         return fronts.assign(strength=100 * fronts.strength)
 
     def controls(self) -> list[ThirdArm]:
-        """Return the hypervolume of each arm but the search, against the search's."""
+        """Return each arm except the search, with its hypervolume as the baseline of the search's."""
         volumes, arms = self.volumes, [arm for arm in self.points if arm != "search"]
         purposes = {"programme": "before refinement", "greedy": "as many choices as the programme's"}
         fewer = {
@@ -89,7 +87,7 @@ class EqualEffort:
         return [ThirdArm(arm, purposes[arm], [self._against(arm, volumes)]) for arm in arms]
 
     def spending(self) -> Measurement:
-        """Return how many evaluations the search took."""
+        """Return the number of evaluations of the search as a measurement."""
         how, why = "counted, the library's included", "the baseline needs none"
         return measurement.informative("search_evaluations", "search", None, self.evaluations, how, reason=why)
 
@@ -98,7 +96,7 @@ class EqualEffort:
         return measurement.informative("front_hypervolume", "search", volumes[arm], volumes["search"], source)
 
     def reading(self) -> str:
-        """Return two sentences on the fronts: a simpler choice that dominates more than the search is named."""
+        """Return two sentences on the fronts, which name simpler rules that dominate more than the search."""
         volumes, others = self.volumes, self.random_volumes
         best = "above" if volumes["search"] > volumes["uniform"] else "not above"
         greedier = ", and below greedy choice" if volumes["greedy"] > volumes["search"] else ""
@@ -110,7 +108,7 @@ class EqualEffort:
         )
 
     def refuted(self) -> tuple[bool | None, str]:
-        """Return whether random choices do as well, and the hypervolumes; None where the search lies among them."""
+        """Return whether random choices do as well, and the hypervolumes; None if the search lies among them."""
         own, others = self.volumes["search"], self.random_volumes
         evidence = f"hypervolume {own:.4f}, random {min(others):.4f} to {max(others):.4f} ({len(others)} draws)"
         return (False if own > max(others) else True if own < min(others) else None), evidence
@@ -125,11 +123,11 @@ def equal_effort(
     random_seeds: int = RANDOM_SEEDS,
     alike_options: Mapping[str, Sequence[str]] = replacement_library.UNIFORM,
 ) -> EqualEffort:
-    """Give random choices (of several seeds) and uniform ones as many evaluations as the search had, its library's
-    included, or all that there are.
+    """Evaluate random choices (of several seeds) and uniform ones as often as the search, its library included, or as
+    many as there are.
 
-    Divergences that are known already are not computed again, but counted. `times_of` measures the seconds of a library
-    of these options under the profile; `alike_options` are those that treat all blocks alike.
+    Divergences already known are counted but not computed again. `times_of` measures the seconds of a library of these
+    options under the profile; `alike_options` are the options of the uniform control.
     """
     count, seed = len(search.evaluations), search.seed
     points = {"search": search.points(costs)}
@@ -153,6 +151,6 @@ def equal_effort(
 
 
 def _points(search: Search, costs: RequestCosts, phase: str) -> list[tuple[float, float]]:
-    """Return the points of the evaluations of one phase: "library", or "check", the programme's under this profile."""
+    """Return the points of one phase: "library", or "check", the choices of the programme under this profile."""
     named = phase if phase == "library" else f"{costs.profile.name}: {phase}"
     return [point for point, e in zip(search.points(costs), search.evaluations) if e.phase == named]

@@ -1,8 +1,8 @@
-"""The protocol of continuous architecture search: library and study, the interrupted search, and whether divergences
-and times add up.
+"""The protocol of continuous architecture search: library and study, the interrupted search, and the test whether times
+add up.
 
-Controls with as many evaluations are in `equal_effort`, rivals at equal latency in `rivals`, drifts in `drift`, answers
-to the claims in `outcome`.
+Additivity of divergences is in `additivity`, controls with as many evaluations in `equal_effort`, rivals at equal
+latency in `rivals`, drifts in `drift`, answers to the claims in `outcome`.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from lib.optimizations.continuous_nas.method import ChoiceEvaluation, Search, Se
 from lib.optimizations.continuous_nas.replacement_library import Library
 from lib.optimizations.structured_pruning import method as pruning
 
-# The measurement that decides the verdict of each dimension, declared before any is taken.
+# The measurement that decides the verdict of each dimension, declared before anything is measured.
 PRIMARIES = {
     "performance": ("prefill_tokens_per_second", "prefill"),
     "accuracy": ("perplexity", "prefill"),
@@ -46,17 +46,17 @@ PRIMARIES = {
 }
 PROXY_STEPS = 30  # of distillation by default
 COST_ROUNDS = 2  # of timing the parts at effort preview: parts of one shape share their samples
-PAIRS = 6  # by which a choice is timed
-COPIES = 3  # of the model at once: sorted parts, the chosen architecture, and what it is recovered to
+PAIRS = 6  # timed per choice
+COPIES = 3  # of the model at once: sorted parts, the chosen architecture, and its recovered version
 
 
 @dataclass
 class SearchSetup:
-    """A model with its library, what choices are judged on, and the prompt that is timed.
+    """A model with its library, the text on which choices are judged, and the timed prompt.
 
-    `rows` × `length` are the tokens of the search text. `seconds` is what preparing, measuring the first profile,
-    scoring the library, searching and recovering have taken so far, with what earlier runs of a resumed study took to
-    measure and to evaluate.
+    `rows` × `length` are the tokens of the search text. `seconds` is the time spent so far on preparing, measuring the
+    first profile, scoring the library, searching and recovering, including the measurements and evaluations of earlier
+    runs of a resumed study.
     """
 
     loaded: Loaded
@@ -72,7 +72,7 @@ class SearchSetup:
     seconds: float
 
     def described(self) -> pd.DataFrame:
-        """Return the size of the space, and on how much text a choice is judged."""
+        """Return the model, the size of the search space, and the amount of text on which a choice is judged."""
         architectures = float(np.prod([float(len(options)) for options in self.library.space.values()]))
         facts: dict[str, object] = {"model": f"{self.loaded.parameters.name}, {self.loaded.scale}"}
         facts |= {"blocks": len(self.observation.blocks), "architectures": f"{architectures:,.0f}"}
@@ -81,7 +81,7 @@ class SearchSetup:
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
-        """Add what is done inside to `seconds`."""
+        """Add the duration of the block to `seconds`."""
         start = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - start
@@ -92,7 +92,7 @@ class SearchSetup:
         return self._costs(profile, study, processes=1, rounds=rounds)[0]
 
     def costs_in_processes(self, profile: str, study: Study) -> RequestCosts:
-        """Return the costs under a profile; seconds are measured once, in `processes`, and then read from the study."""
+        """Return the costs under a profile; seconds are measured once, in `processes`, then read from the study."""
         start = time.perf_counter()
         rounds = COST_ROUNDS if self.effort.preview else self.effort.blocks // (2 if self.effort.brief else 1)
         costs, taken = self._costs(profile, study, processes=self.processes, rounds=rounds)
@@ -100,18 +100,20 @@ class SearchSetup:
         return costs
 
     def scores_of(self, search: Search) -> dict[str, dict[str, float]]:
-        """Return what each replacement costs alone, in nats per token; see `method.score`."""
+        """Return the divergence of each replacement alone, in nats per token; see `method.score`."""
         with self.timed():
             return method.score(search)
 
     @property
     def processes(self) -> int:
-        """In how many processes the costs that a search solves for are measured."""
+        """The number of processes in which the costs for the search are measured."""
         return 1 if self.effort.brief else cost_processes.PROCESSES
 
     def _costs(self, profile: str, study: Study, *, processes: int, rounds: int) -> tuple[RequestCosts, float]:
-        """Return the costs and the seconds that measuring them took, from the study where they were measured so before:
-        what one process showed after a drift does not serve a search that asks for several.
+        """Return the costs and the seconds it took to measure them, from the study if it holds them.
+
+        The study keeps them by number of rounds and processes: costs measured in one process after a drift do not serve
+        a search that needs several.
         """
         measured, start = PROFILES[profile].within(self.effort), time.perf_counter()
         name = f"{profile}, {rounds} rounds in {processes} process{'es' if processes > 1 else ''}"
@@ -139,9 +141,10 @@ class SearchSetup:
 
 
 def prepare(loaded: Loaded, effort: Effort, seed: int, *, short: bool) -> SearchSetup:
-    """Return the setup: saliency from calibration text, judging on text of the split "search". `short`: two windows of
-    128 tokens are judged on, on a real model at effort quick and at effort preview one. Raises NotApplicable where
-    memory has no room for the search and what follows it.
+    """Return the setup: saliency from calibration text, judging on text of the split "search".
+
+    `short`: judge on two windows of 128 tokens, or on one at effort preview or on a real model at a brief effort.
+    Raises NotApplicable if memory has no room for the search and the recovery after it.
     """
     placement.require_room(loaded.model, COPIES, "a search over replacements")
     calibration = calibration_text.batches(loaded, effort, seed)
@@ -161,8 +164,9 @@ def prepare(loaded: Loaded, effort: Effort, seed: int, *, short: bool) -> Search
 
 @contextlib.contextmanager
 def opened(setup: SearchSetup, folder: Path | str, name: str, settings: Sequence[object]) -> Iterator[Study]:
-    """Yield the study `name` of these weights, this code, this library and these settings. Raises UserError where
-    another process holds it.
+    """Yield the study `name` for these weights, data, code, library and settings on this machine.
+
+    Raises UserError if another process holds it.
     """
     costs = request_costs, cost_processes, subblock_costs
     space = {
@@ -179,8 +183,8 @@ def opened(setup: SearchSetup, folder: Path | str, name: str, settings: Sequence
 def options_of_middle_block(
     setup: SearchSetup, costs: RequestCosts, scores: Mapping[str, Mapping[str, float]]
 ) -> pd.DataFrame:
-    """Return a row per option of the middle block's slots: parameters, divergence alone, shares of time and memory; of
-    one that has no score, why it is left out.
+    """Return a row per option of the middle block's slots: parameters, divergence alone, shares of time and memory, and
+    for an option without a score the reason why it is left out.
     """
     rows, block = [], len(setup.observation.blocks) // 2
     for slot, options in setup.library.modules.items():
@@ -202,10 +206,10 @@ def interrupted(
     setup: SearchSetup, search: Search, costs: RequestCosts, limits: SearchLimits
 ) -> tuple[Search, ChoiceEvaluation]:
     """Run the search to half its refinements, then resume it from its study; return the second search and its winner.
-    What an earlier run took for the evaluations that are taken over is added to the setup's seconds.
 
-    Asserts that the winner is within the budgets, and that a search that begins with the same evaluations and is never
-    stopped ends at the same choice. The study may hold what other budgets or more refinements led to.
+    The seconds of evaluations taken over from an earlier run are added to those of the setup. Asserts that the winner
+    is within the budgets, and that an uninterrupted search with the same initial evaluations ends at the same choice.
+    The study may hold evaluations from other budgets or from more refinements.
     """
     options = asdict(limits)
     setup.seconds += search.taken_over
@@ -225,13 +229,13 @@ def interrupted(
 
 
 def replaced(winner: ChoiceEvaluation) -> pd.DataFrame:
-    """Return the slots that do not stay whole, with their options; columns slot, option."""
+    """Return the slots that the winner replaces, with their options; columns slot, option."""
     chosen = {slot: name for slot, name in winner.choice.items() if name != replacement_library.WHOLE}
     return pd.DataFrame(chosen.items(), columns=["slot", "option"])
 
 
 def times_add_up(setup: SearchSetup, costs: RequestCosts, judged: Sequence[ChoiceEvaluation]) -> list[dict]:
-    """Return predicted and measured time of a request, as shares of the baseline's, for three choices of the front."""
+    """Return predicted and measured request time, as shares of the baseline's, for up to three choices of the front."""
     baseline, new_tokens = setup.loaded.model, costs.profile.new_tokens
     prompt_BP = request_prompt(setup, costs)
     front = [judged[at] for at in pareto.front([(costs.share(e.choice, costs.time), e.divergence) for e in judged])]
@@ -252,18 +256,18 @@ def times_add_up(setup: SearchSetup, costs: RequestCosts, judged: Sequence[Choic
 
 
 def request_prompt(setup: SearchSetup, costs: RequestCosts) -> torch.Tensor:
-    """Return the prompts of one request of the costs' profile, ids [B, P]."""
+    """Return the prompts of one request under the profile of `costs`, ids [B, P]."""
     return setup.prompt_BP[:, : costs.profile.prompt_tokens].repeat(costs.profile.batch, 1)
 
 
 def against_uniform(
     setup: SearchSetup, equal: EqualEffort, costs: RequestCosts, winner: ChoiceEvaluation, plain: nn.Module
 ) -> tuple[pd.DataFrame, list[nn.Module], rivals.Race]:
-    """Time the five uniform choices (at effort preview three) of the front that are nearest to the winner's share of
-    the time against `plain`, the winner without recovery.
+    """Time uniform choices against `plain`, the winner without recovery: those five of the front (three at effort
+    preview) that are nearest to its share of the time.
 
-    Returns a row for each, the one or two of them that bracket its speed (`rivals.bracketing`), and the race. One of
-    them is held at a time while they are raced.
+    Returns a row for each, the one or two models that bracket the winner's speed (`rivals.bracketing`), and the race.
+    Only one rival is in memory at a time while they race.
     """
     uniform, uniform_costs = equal.uniform, equal.uniform_costs
     race = rivals.race(plain, request_prompt(setup, costs), costs.profile, setup.seed)
@@ -286,7 +290,7 @@ def against_uniform(
 
 
 def controls(setup: SearchSetup, search: Search, costs: RequestCosts) -> EqualEffort:
-    """Return the controls with as many evaluations as the search had, or all that there are; see `equal_effort`."""
+    """Return the controls with as many evaluations as the search, or as many as there are; see `equal_effort`."""
     seeds = equal_effort.FEWEST_RANDOM_SEEDS if setup.effort.brief else equal_effort.RANDOM_SEEDS
     rounds = 1 if setup.effort.preview else 3
     alike = replacement_library.FEWEST_UNIFORM if setup.effort.preview else replacement_library.UNIFORM
@@ -300,9 +304,11 @@ def controls(setup: SearchSetup, search: Search, costs: RequestCosts) -> EqualEf
 def recovered(
     setup: SearchSetup, winner: ChoiceEvaluation, finetune_steps: int
 ) -> tuple[nn.Module, nn.Module, int, str]:
-    """Return the chosen architecture as a model of its own, the same after distillation from the baseline, the steps of
-    that, by default (-1) PROXY_STEPS on a proxy model, none at real size, and in one sentence what they brought. At
-    effort preview each step reads a quarter of the text.
+    """Return the chosen architecture as a separate model, the same after distillation from the baseline, the number of
+    steps, and one sentence on their effect.
+
+    By default (-1) there are PROXY_STEPS steps on a proxy model and none at real size. At effort preview each step
+    reads a quarter of the text.
     """
     effort, seed = setup.effort, setup.seed
     steps = finetuning.steps_of(setup.loaded, finetune_steps, PROXY_STEPS, effort)

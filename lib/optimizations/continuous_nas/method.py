@@ -1,15 +1,15 @@
-"""Continuous architecture search: each block's attention and feed-forward part is replaced by a cheaper one, or kept.
+"""Continuous architecture search: keep each block's attention and feed-forward part, or replace them by cheaper ones.
 
-Puzzle's steps (Bercovich et al. 2024): a library of replacements per block; each scored once by the divergence that it
-alone causes; costs measured on this device; a mixed-integer programme picks one per slot under budgets of time and
-memory. The best choices are then evaluated as whole models, and refined with Optuna around them. Every evaluation is
-stored in a study, so an interrupted search resumes. Nothing is loaded again: the library's modules stay in memory, so a
-swap back is exact.
+Puzzle's steps (Bercovich et al. 2024): build a library of replacements per block, score each once by the divergence it
+causes alone, measure costs on this device, and pick one option per slot by a mixed-integer programme under budgets of
+time and memory. The best choices are then evaluated as whole models, and refined around them with Optuna. Every
+evaluation is stored in a study, so an interrupted search resumes. The library's modules stay in memory, so swapping
+back is exact and loads nothing.
 
-An option with which the model's outputs are no numbers is left out, with the reason; a whole choice like that has an
-infinite divergence, and is never the best.
+An option that makes the model's outputs NaN is left out, with the reason. A whole choice that does so has an infinite
+divergence and is never the best.
 
-A choice maps each slot ("03.attention", "03.feed_forward") to an option. Knows nothing of how a final arm is judged.
+A choice maps each slot ("03.attention", "03.feed_forward") to an option.
 """
 
 import math
@@ -37,12 +37,12 @@ from lib.optimizations.continuous_nas.replacement_library import WHOLE, Choice, 
 from lib.optimizations.continuous_nas.scoring import Probe, divergence
 from lib.optimizations.structured_pruning import method as pruning
 
-LEVELS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # budgets of the front, as shares of the whole; those within reach
-NEAR = 0.05  # two divergences that differ by less than this share are as good as each other
+LEVELS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)  # budgets of the front, as shares of the whole; unreachable ones skipped
+NEAR = 0.05  # relative: divergences that differ by less are equally good
 PREVIEW_REFINEMENTS = 6  # at most, at effort preview
-REFERENCE = (1.0, 0.1)  # of hypervolumes: the whole model's cost, and a tenth of a nat per token
+REFERENCE = (1.0, 0.1)  # of hypervolumes: the whole model's cost, and 0.1 nats per token
 LIBRARY = "library"  # the phase in which each replacement is scored alone
-NO_NUMBER = "with it alone the divergence is no finite number"  # why an option is left out
+NO_NUMBER = "used alone, its divergence is not finite"  # why an option is left out
 
 SEARCH_SPACE = {
     "workload": {
@@ -63,7 +63,7 @@ SEARCH_SPACE = {
 
 
 def applies_to(model: nn.Module) -> str | None:
-    """Return None: every decoder has blocks to choose for."""
+    """Return None: the search applies to every decoder."""
     return None
 
 
@@ -73,12 +73,12 @@ def build(
     options: Mapping[str, Sequence[str]] | None = None,
     ordered: dict[str, nn.Module] | None = None,
 ) -> Library:
-    """Return the library of `model`, cut by the saliency that `observation` gives; see `replacement_library.build`."""
+    """Return the library of `model`, cut by the saliency from `observation`; see `replacement_library.build`."""
     return libraries.build(model, saliency(model, observation), options, ordered)
 
 
 def saliency(model: nn.Module, observation: Observation) -> list[pruning.Scores]:
-    """Return what each block's heads, channels and experts are worth, by which the library keeps them."""
+    """Return the saliency of each block's heads, channels and experts, by which the library cuts them."""
     return [pruning.saliency_scores(*pair) for pair in zip(anatomy(model).blocks, observation.blocks)]
 
 
@@ -88,7 +88,7 @@ class SearchStopped(Exception):
 
 @dataclass(frozen=True)
 class ChoiceEvaluation:
-    """A choice as it was judged: nats per token from the whole model, and in which phase of the search."""
+    """A choice, its divergence from the whole model in nats per token, and the phase of the search."""
 
     choice: Choice
     divergence: float
@@ -97,8 +97,8 @@ class ChoiceEvaluation:
 
 @dataclass(frozen=True)
 class SearchLimits:
-    """Budgets as shares of the whole model's time and memory, evaluations around the best, and how many of the
-    programme's choices are evaluated.
+    """Budgets as shares of the whole model's time and memory, the number of evaluations around the best choices, and
+    the number of the programme's choices to evaluate.
     """
 
     time_share: float
@@ -107,7 +107,7 @@ class SearchLimits:
     count: int = 10
 
     def within(self, effort: Effort) -> "SearchLimits":
-        """Return what is searched: at effort preview half of the programme's choices, and few around them."""
+        """Return the limits at `effort`: at preview half of the programme's choices, and few refinements."""
         if not effort.preview:
             return self
         return replace(self, refinements=min(self.refinements, PREVIEW_REFINEMENTS), count=self.count // 2)
@@ -115,13 +115,12 @@ class SearchLimits:
 
 @dataclass
 class Search:
-    """One search over a library. `study` keeps it (None: in memory only).
+    """One search over a library, stored in `study` (None: in memory only).
 
-    `known` are divergences computed so far, `solved` the programme's solutions: controls share them, so that what is
-    counted twice is computed once. `workload`: of what the study holds, only the scores of the library and what was
-    evaluated under this profile are taken over, not the choices of drifts that a run before this one followed (None:
-    all); `taken_over` is what that took, in seconds. `left_out`: (slot, option) of what is not to be chosen → the
-    reason, known once the library was scored.
+    `known` are the divergences computed so far, `solved` the solutions of the programme. Controls share both, so that
+    an evaluation counted twice is computed once. `workload`: take over from the study only library scores and
+    evaluations under this profile, not those of drifts in an earlier run (None: all); `taken_over` is the seconds these
+    took. `left_out`: (slot, option) of options never to choose → the reason, known once the library is scored.
     """
 
     library: Library
@@ -145,7 +144,7 @@ class Search:
                 self.taken_over += trial.user_attrs["seconds"]
 
     def recall(self, profile: str) -> None:
-        """Take over what the study holds of a drift to `profile`, unless this search has evaluated under it already."""
+        """Take over the study's evaluations under `profile`, unless this search already has some."""
         if not any(_profile(evaluation) == profile for evaluation in self.evaluations):
             stored = map(self._evaluation, self._stored())
             self.evaluations += [evaluation for evaluation in stored if _profile(evaluation) == profile]
@@ -158,35 +157,36 @@ class Search:
         return ChoiceEvaluation(choice, trial.values[0], trial.user_attrs["phase"])
 
     def afresh(self, seed: int | None = None) -> "Search":
-        """Return a search of the same library without evaluations, which stores nothing."""
+        """Return a new search of the same library, without evaluations and without a study."""
         seed = self.seed if seed is None else seed
         return Search(self.library, self.probe, None, seed, None, self.known, self.solved)
 
     def evaluated(self, choice: Choice) -> bool:
-        """Whether this search has evaluated the choice."""
+        """Return whether this search has evaluated `choice`."""
         return any(evaluation.choice == choice for evaluation in self.evaluations)
 
     @property
     def space(self) -> dict[str, tuple[str, ...]]:
-        """What may be chosen: the library's options by slot, but for those that are left out."""
+        """The options to choose from: those of the library by slot, except those left out."""
         return {
             slot: tuple(option for option in options if (slot, option) not in self.left_out)
             for slot, options in self.library.space.items()
         }
 
     def open_to(self, choice: Choice) -> bool:
-        """Whether a choice has no option that is left out."""
+        """Return whether a choice uses no option that was left out."""
         return self.left_out.keys().isdisjoint(choice.items())
 
     @property
     def exhausted(self) -> bool:
-        """Whether every choice that there is has been evaluated."""
+        """Whether every possible choice has been evaluated."""
         different = {_key(evaluation.choice) for evaluation in self.evaluations if self.open_to(evaluation.choice)}
         return len(different) >= math.prod(len(options) for options in self.space.values())
 
     def evaluate(self, choice: Choice, phase: str) -> float:
-        """Return the divergence of a choice, swapped into the model, and store it with the seconds that it took; it is
-        infinite where it is no finite number. Raises SearchStopped.
+        """Return the divergence of a choice, swapped into the model, and store it with the seconds it took.
+
+        A divergence that is not finite counts as infinite. Raises SearchStopped after `stop_after` evaluations.
         """
         if self.stop_after is not None and len(self.evaluations) >= self.stop_after:
             raise SearchStopped
@@ -205,11 +205,11 @@ class Search:
         return nats
 
     def points(self, costs: RequestCosts) -> list[tuple[float, float]]:
-        """Return (share of the whole model's cost, divergence) of every evaluation, in order."""
+        """Return (share of the whole model's cost, divergence) for every evaluation, in order."""
         return [(costs.share(e.choice), e.divergence) for e in self.evaluations]
 
     def curve(self, costs: RequestCosts) -> list[float]:
-        """Return the hypervolume after each evaluation, of share of cost times nats per token within REFERENCE."""
+        """Return the hypervolume (share of cost × nats per token, within REFERENCE) after each evaluation."""
         return pareto.progress(self.points(costs), REFERENCE).tolist()
 
 
@@ -227,9 +227,9 @@ def _distributions(space: Mapping[str, Sequence[str]]) -> dict:
 
 
 def score(search: Search) -> dict[str, dict[str, float]]:
-    """Return what each replacement costs alone, in nats per token: one evaluation each, unless it is stored already.
+    """Return the divergence of each replacement alone, in nats per token, with one evaluation each unless stored.
 
-    An option whose divergence is no finite number has no score, and stands in `search.left_out` with the reason.
+    An option whose divergence is not finite has no score; `search.left_out` holds the reason.
     """
     scores = {slot: {WHOLE: 0.0} for slot in search.library.modules}
     stored = {_key(e.choice): e.divergence for e in search.evaluations if e.phase == LIBRARY}
@@ -252,9 +252,9 @@ def candidates(
     memory_share: float,
     count: int = 10,
 ) -> list[Choice]:
-    """Return the programme's `count` best: within the budgets, and one at each level of the front that is in reach.
+    """Return `count` choices of the programme: one per reachable level of the front, and the best within the budgets.
 
-    Raises NotApplicable where no choice meets the budgets, with the nearest in reach.
+    Raises NotApplicable if no choice meets the budgets, naming the nearest within reach.
     """
     budgets = costs.budgets(time_share, memory_share)
     levels = []
@@ -271,8 +271,8 @@ def candidates(
 
 
 def greedy(scores: Mapping[str, Mapping[str, float]], costs: RequestCosts, count: int) -> list[Choice]:
-    """Return at most `count` choices of a greedy path from the whole model, spread evenly over it: each step replaces
-    the part that adds least divergence for the cost that it saves.
+    """Return at most `count` choices, evenly spread over a greedy path from the whole model: each step makes the
+    replacement with the least added divergence per cost saved.
     """
     table, choice, path = costs.scarce.values, dict(costs.whole), []
     while True:
@@ -302,7 +302,7 @@ def refine(search: Search, costs: RequestCosts, phase: str, count: int) -> None:
     """Evaluate `count` choices around the best ones, or all that are left, proposed by Optuna's tree of Parzen
     estimators.
 
-    Each proposal follows from the seed and the evaluations before it alone: a resumed search proposes the same.
+    Each proposal depends only on the seed and the evaluations before it, so a resumed search proposes the same.
     """
     done = sum(evaluation.phase == phase for evaluation in search.evaluations)
     space = search.space
@@ -313,7 +313,7 @@ def refine(search: Search, costs: RequestCosts, phase: str, count: int) -> None:
 
 
 def _proposal(search: Search, costs: RequestCosts, space: Mapping[str, Sequence[str]]) -> Choice:
-    """Return a choice that was not evaluated yet: Optuna's, or, where it repeats itself, a neighbour of the front."""
+    """Return a choice not evaluated yet: Optuna's proposal or, if that repeats itself, a random variation of it."""
     memory = optuna.create_study(directions=["minimize", "minimize"])
     distributions = _distributions(space)
     memory.add_trials(
@@ -323,7 +323,7 @@ def _proposal(search: Search, costs: RequestCosts, space: Mapping[str, Sequence[
     )
     number = len(search.evaluations)
     for attempt in range(3):
-        own = (search.seed * 1_000_003 + number * 17 + attempt) % 2**32  # the sampler takes no larger seed
+        own = (search.seed * 1_000_003 + number * 17 + attempt) % 2**32  # the sampler's limit on seeds
         memory.sampler = optuna.samplers.TPESampler(seed=own, multivariate=True, n_startup_trials=1)
         choice = dict(memory.ask(distributions).params)
         if not search.evaluated(choice):
@@ -336,10 +336,10 @@ def _proposal(search: Search, costs: RequestCosts, space: Mapping[str, Sequence[
 
 
 def best(search: Search, costs: RequestCosts, time_share: float = 1.0, memory_share: float = 1.0) -> ChoiceEvaluation:
-    """Return the evaluated choice of least divergence within the budgets; of near-ties, the one that replaces least.
+    """Return the evaluated choice of lowest divergence within the budgets; near-ties go to the fewest replacements.
 
-    What is within the budgets depends on measured times, so two choices of nearly the same divergence would otherwise
-    win in turn from run to run. Raises NotApplicable where there is none.
+    Measured times decide what is within the budgets, so choices of nearly equal divergence would otherwise alternate as
+    winners from run to run. Raises NotApplicable if no evaluated choice is within the budgets.
     """
     budgets = costs.budgets(time_share, memory_share)
     within = [
@@ -348,7 +348,7 @@ def best(search: Search, costs: RequestCosts, time_share: float = 1.0, memory_sh
         if math.isfinite(evaluation.divergence) and all(budget.held_by(evaluation.choice) for budget in budgets)
     ]
     if not within:
-        raise NotApplicable("continuous_nas: nothing that was evaluated is within the budgets")
+        raise NotApplicable("continuous_nas: no evaluated choice is within the budgets; raise them or evaluate more")
     return near_ties.steady(within, lambda evaluation: evaluation.divergence, _least_replaced, NEAR)
 
 
@@ -359,9 +359,10 @@ def _least_replaced(evaluation: ChoiceEvaluation) -> tuple:
 def run(
     search: Search, costs: RequestCosts, *, time_share: float, memory_share: float, refinements: int, count: int = 10
 ) -> ChoiceEvaluation:
-    """Score the library, solve the programme, check its best, refine around them; return the best within the budgets.
+    """Score the library, solve the programme, evaluate its choices, refine around the best; return the best evaluation
+    within the budgets.
 
-    Resumes where the search's study ended. Raises SearchStopped, and NotApplicable for budgets that none meets.
+    Resumes where the search's study ended. Raises SearchStopped, and NotApplicable if no choice meets the budgets.
     """
     name = costs.profile.name
     scores = score(search)

@@ -1,7 +1,7 @@
-"""Choosing one option per slot so that a sum is least and other sums stay within budgets: a mixed-integer programme.
+"""Choose one option per slot to minimize a sum while other sums stay within budgets: a mixed-integer programme.
 
-Puzzle's second step (Bercovich et al. 2024, section 4): scores and costs of a whole are sums over its parts. Solved
-exactly by scipy's `milp` (HiGHS). Knows nothing of what a slot or an option is.
+Puzzle's second step (Bercovich et al. 2024, section 4): scores and costs of a whole choice are sums over its parts.
+Solved exactly by scipy's `milp` (HiGHS).
 """
 
 import contextlib
@@ -21,7 +21,7 @@ SLACK = 1e-9  # of a budget, for rounding
 
 @dataclass(frozen=True)
 class CostTable:
-    """A cost that adds up: `rest`, and `values[slot][option]`, in one unit."""
+    """An additive cost: `rest` plus `values[slot][option]` over the slots, in one unit."""
 
     name: str
     values: Mapping[str, Mapping[str, float]]
@@ -35,13 +35,13 @@ class CostTable:
 
 @dataclass(frozen=True)
 class Budget:
-    """A table and the most that its sum may be."""
+    """A table and the upper limit of its sum."""
 
     table: CostTable
     most: float
 
     def held_by(self, choice: Choice) -> bool:
-        """Whether a choice costs no more, but for rounding."""
+        """Return whether a choice is within the budget, up to rounding."""
         return self.table.of(choice) <= self.most * (1 + SLACK)
 
 
@@ -52,10 +52,10 @@ def solve(
     count: int = 1,
     without: Sequence[Choice] = (),
 ) -> list[Choice]:
-    """Return the `count` choices of least total score within every budget, best first; fewer where there are fewer.
+    """Return the `count` choices of lowest total score within every budget, best first; fewer if there are fewer.
 
-    `without` are choices not to be returned. Raises NotApplicable where no choice meets the budgets, with the nearest
-    that can be met; and where a slot has no option.
+    `without` are choices to exclude. Raises NotApplicable if no choice meets the budgets, naming the nearest that can
+    be met, and UserError if a slot has no option or there is no slot.
     """
     empty = next((slot for slot, options in scores.items() if not options), None)
     if empty is not None or not scores:
@@ -72,7 +72,9 @@ def solve(
 
 
 def unreachable(scores: Mapping[str, Mapping[str, float]], budgets: Sequence[Budget]) -> str:
-    """Return which budgets cannot be met, and the nearest that can: each alone, then the last under the others."""
+    """Return a message on which budget cannot be met and the nearest that can: each alone, then the last under the
+    others.
+    """
     for budget in budgets:
         cheapest = _least(budget.table.values, (), ())
         if cheapest is not None and budget.table.of(cheapest) > budget.most:
@@ -94,7 +96,7 @@ def _in_words(budget: Budget) -> str:
 
 
 def _least(scores: Mapping[str, Mapping[str, float]], budgets, without) -> Choice | None:
-    """Return the choice of least score within the budgets that is none of `without`, or None."""
+    """Return the choice of lowest score within the budgets and not in `without`, or None."""
     pairs = [(slot, option) for slot, options in scores.items() for option in options]
     index = {pair: at for at, pair in enumerate(pairs)}
     rows, low, high = [], [], []
@@ -132,8 +134,8 @@ def _least(scores: Mapping[str, Mapping[str, float]], budgets, without) -> Choic
 
 @contextlib.contextmanager
 def _unprinted() -> Iterator[None]:
-    """Keep what is written to the process's standard output meanwhile from it: HiGHS has a line that no option of its
-    own silences, and in a notebook it would stand in the report. Where there is no standard output, nothing is done.
+    """Discard writes to the process's standard output: HiGHS prints a line that none of its options silences, and in a
+    notebook it would appear in the report. Does nothing without a standard output.
     """
     if os.name != "posix":
         yield
@@ -146,7 +148,7 @@ def _unprinted() -> Iterator[None]:
         return
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
-        c_library.fflush(None)  # what C holds back from before is no line of the solver's
+        c_library.fflush(None)  # keep what C has buffered so far
         os.dup2(nowhere, 1)
         yield
     finally:

@@ -1,6 +1,6 @@
 """The outcome of continuous architecture search: targets reached, the answer to each claim, and the record's details.
 
-Everything is computed from what `experiment`, `equal_effort`, `rivals` and `drift` have measured.
+Everything is computed from the measurements of `experiment`, `equal_effort`, `rivals` and `drift`.
 """
 
 import pandas as pd
@@ -21,16 +21,16 @@ CLAIMS = (
 
 
 def targets(equal: EqualEffort, comparison: rivals.RivalComparison, drifted: Drifts) -> pd.DataFrame:
-    """Return each target, the value reached, and whether it suffices; targets were fixed before the first run."""
+    """Return each target, its value, and whether it was reached; targets were fixed before the first run."""
     closer, volumes, adaptations = comparison.closer, equal.volumes, drifted.adaptations
-    own = volumes["search"]  # of 0 nothing is reached, whatever the others dominate
+    own = volumes["search"]  # 0 reaches no target, whatever the others dominate
     against_uniform = own / volumes["uniform"] if volumes["uniform"] else None
     slowest = max(row["solved again, s"] for row in drifted.rows)
     counts = [followed.evaluations_until(drift.LEVEL) for followed in adaptations]
     third = all(n is not None and n <= len(a.cold) / 3 for n, a in zip(counts, adaptations))
     slowest_follow = None if None in counts else max(n for n in counts if n is not None)
-    closer = closer if comparison.has_rival_no_faster else None  # no rival to be closer than at equal speed
-    nearer = closer is not None and comparison.refuted()[0] is False  # by its interval, as the claim is answered
+    closer = closer if comparison.has_rival_no_faster else None  # no comparison at equal speed
+    nearer = closer is not None and comparison.refuted()[0] is False  # by its interval, like the claim
     rows = [
         ("hypervolume at least 1.1 of random's", equal.gain, own > 0 and (equal.gain is None or equal.gain >= 1.1)),
         ("hypervolume above that of all blocks alike", against_uniform, own > volumes["uniform"]),
@@ -57,7 +57,7 @@ def arms(compared: Compared, comparison: rivals.RivalComparison, equal: EqualEff
 def details(
     equal: EqualEffort, added: Additivity, times: list[dict], drifted: Drifts, reached: pd.DataFrame
 ) -> dict[str, tuple[object, str, str]]:
-    """Return what a record keeps beside measurements: name → (value, provenance, source)."""
+    """Return the record's details: name → (value, provenance, source)."""
     counts = ", ".join(f"{arm} {len(points)}" for arm, points in equal.points.items())
     each, judged = f"evaluations: {counts}; reference {method.REFERENCE}", len(added.evaluations)
     left_out = {"left_out": (added.left_out, "measured", "KL on search text, each option alone")}

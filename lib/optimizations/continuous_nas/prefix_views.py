@@ -1,8 +1,8 @@
-"""Cheaper parts without copies: heads, channels and experts are sorted by saliency once, so that keeping the most
-salient ones is keeping the first, and every cut is a view of the same tensors.
+"""Cheaper parts without copies: heads, channels and experts are sorted by saliency once, so that the most salient ones
+come first and every cut is a view of the same tensors.
 
-One sorted copy of a part serves all cuts of it, however many: the memory of a library is that of one more model.
-Sorting changes no answer but by rounding. Knows nothing of which cuts are wanted.
+One sorted copy of a part serves any number of cuts, so a library takes the memory of one more model. Sorting changes
+answers only by rounding.
 """
 
 import copy
@@ -26,9 +26,9 @@ from lib.models.structure.surgery import (
 
 
 def ordered(block: Block, part: str, scores: Mapping[str, torch.Tensor]) -> nn.Module:
-    """Return a copy of one part of a block ("attention" or "feed_forward") whose most salient pieces come first.
+    """Return a copy of one part of a block ("attention" or "feed_forward") sorted by falling saliency.
 
-    `scores`: heads [G], channels [C] or experts [E], as far as the part has them.
+    `scores`: "heads" [G], "channels" [C] or "experts" [E], whichever the part has.
     """
     source = getattr(block, part).module
     config = getattr(source, "config", None)
@@ -49,7 +49,7 @@ def _falling(scores_N: torch.Tensor) -> torch.Tensor:
 
 
 def sharing(module: nn.Module) -> nn.Module:
-    """Return another module with the same tensors."""
+    """Return a copy of a module that shares its tensors."""
     shared = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
     config = getattr(module, "config", None)
     return copy.deepcopy(module, {**shared, id(config): config})

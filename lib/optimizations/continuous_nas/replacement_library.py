@@ -1,10 +1,9 @@
-"""Replacements for the parts of blocks: cheaper attention and feed-forward modules, views of one sorted copy, swapped
-at once.
+"""Replacements for the parts of blocks: cheaper attention and feed-forward modules, views of one sorted copy that are
+swapped in instantly.
 
-A slot ("03.attention", "03.feed_forward") is the place of a part, an option ("groups_50", "channels_75", "none") what
-may be put there, and a choice one option per slot. The live student shares every tensor with the original model;
-swapping changes which modules it runs, copies nothing, and is exactly undone by the choice `whole`. Knows nothing of
-what an option is worth or costs.
+A slot ("03.attention", "03.feed_forward") is the place of a part, an option ("groups_50", "channels_75", "none") a
+possible replacement, and a choice one option per slot. The live student shares every tensor with the original model.
+Swapping changes which modules it runs, copies nothing, and is undone exactly by the choice `whole`.
 """
 
 import copy
@@ -34,7 +33,7 @@ FEWEST = {
     "dense": (WHOLE, "channels_75", "channels_50", "none"),
     "experts": (WHOLE, "experts_50", "top_k_50", "none"),
 }
-# Of the uniform control: finer than the library, for it has as many evaluations to spend.
+# For the uniform control: finer than the library, since it has as many evaluations to spend.
 UNIFORM = {
     "attention": (WHOLE, "groups_75", "groups_50", "groups_25", "none"),
     "dense": (WHOLE, *(f"channels_{percent}" for percent in range(95, 15, -5))),
@@ -44,7 +43,7 @@ UNIFORM = {
         *(f"experts_{percent}_top_k_{chosen}" for chosen in (75, 50, 25) for percent in (99, 75, 50, 38)),
     ),
 }
-# Of the uniform control at effort preview:
+# For the uniform control at effort preview:
 FEWEST_UNIFORM = {
     "attention": ATTENTION,
     "dense": (WHOLE, *(f"channels_{percent}" for percent in range(90, 15, -10))),
@@ -55,16 +54,16 @@ FEWEST_UNIFORM = {
     ),
 }
 PARTS = ("attention", "feed_forward")
-DRAWS = 50  # for each random choice that is asked for: repeats are drawn anew
-CHANNEL_MULTIPLE = 8  # matrix kernels are built for aligned rows
+DRAWS = 50  # most draws per random choice, since repeats are drawn again
+CHANNEL_MULTIPLE = 8  # matrix kernels favour aligned rows
 
 Choice = dict[str, str]  # slot → option
 
 
 @dataclass
 class Library:
-    """Replacements by slot and option. `student` shares every tensor with the model; it alone is swapped. `ordered` are
-    the sorted parts of which replacements are views.
+    """Replacements by slot and option. Only `student`, which shares every tensor with the model, is swapped. `ordered`
+    are the sorted parts whose views the replacements are.
     """
 
     modules: dict[str, dict[str, nn.Module]]
@@ -81,14 +80,14 @@ class Library:
 
 
 def must_attend(model: nn.Module) -> set[int]:
-    """Return the blocks that cannot go without an attention: the first, and all where they attend in different ways."""
+    """Return the blocks that must keep an attention: the first, or all if blocks attend in different ways."""
     blocks = [block.index for block in anatomy(model).blocks]
     mixed = len(set(getattr(anatomy(model).config, "layer_types", None) or ())) > 1
     return set(blocks if mixed else blocks[:1])
 
 
 def skeleton(model: nn.Module) -> nn.Module:
-    """Return what is left of `model`, whose tensors it shares, without any part but the attentions that must stay."""
+    """Return a copy of `model` that shares its tensors, stripped of all parts but the attentions that must stay."""
     left = _sharing(model)
     attending = must_attend(model)
     for index, layer in enumerate(cast(nn.ModuleList, anatomy(left).decoder.layers)):
@@ -99,12 +98,12 @@ def skeleton(model: nn.Module) -> nn.Module:
 
 
 def _sharing(model: nn.Module) -> nn.Module:
-    """Return another model with the same tensors and a configuration of its own, which follows its parts."""
+    """Return a copy of `model` that shares its tensors but has its own configuration, which follows its parts."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
 
 
 def locate(slot: str) -> tuple[int, str]:
-    """Return block and part of a slot."""
+    """Return the block index and the part of a slot."""
     index, _, part = slot.partition(".")
     return int(index), part
 
@@ -115,13 +114,13 @@ def build(
     options: Mapping[str, Sequence[str]] | None = None,
     ordered: dict[str, nn.Module] | None = None,
 ) -> Library:
-    """Return the library of `model`: real modules, of which the most salient parts are kept.
+    """Return the library of `model`: real modules that keep the most salient heads, channels or experts.
 
-    `saliency` is of each block: heads [G], channels [C], experts [E], where it has them. `options` restricts the option
-    names by kind: attention, dense, experts. `ordered` are the sorted parts of another library of the same model, which
-    are used again. The first block keeps an attention, since the cache derives the length of the text from it; all do
-    where blocks attend in different ways (sliding, full), since the cache's layers have the kinds of as many first
-    blocks. Raises UserError for an unknown option, and where a slot would have none.
+    `saliency` is per block: "heads" [G], "channels" [C], "experts" [E], if it has them. `options` restricts the option
+    names by kind: attention, dense, experts. `ordered` are the sorted parts of another library of the same model, to be
+    reused. The first block keeps an attention, since the cache takes the text length from it. All blocks do if they
+    attend in different ways (sliding, full), since the cache assigns its layer types to blocks in order. Raises
+    UserError for an unknown option, or if a slot would have none.
     """
     names = {"attention": ATTENTION, "dense": DENSE, "experts": EXPERTS} | dict(options or {})
     student = _sharing(model)
@@ -156,9 +155,9 @@ def build(
 def _replacement(
     block: Block, part: str, option: str, scores: Mapping, slot: str, ordered: dict[str, nn.Module]
 ) -> nn.Module | None:
-    """Return the module of one option, or None where it would be the whole part, or too few experts for the router.
+    """Return the module of one option, or None if it would equal the whole part or leave the router too few experts.
 
-    What is kept of a part are views of its sorted copy, `ordered[slot]`, which is made when it is first needed.
+    Replacements are views of the part's sorted copy, `ordered[slot]`, which is created when first needed.
     """
     source = getattr(block, part).module
     if option == "none":
@@ -192,7 +191,7 @@ def _replacement(
         count = _count(scores["experts"], shares["experts"])
         if count < cut_experts.least_per_group * cut_experts.groups:
             return None
-        if in_groups:  # a router that chooses groups first keeps as many of each, which are no prefix: a copy
+        if in_groups:  # a router that picks groups first needs equally many of each: not a prefix, so a copy
             keep_experts(cut_experts, best_experts(cut_experts, scores["experts"], count))
         else:
             prefix_views.first_experts(cut_experts, count)
@@ -202,7 +201,7 @@ def _replacement(
 
 
 def _size(part: str, module: nn.Module) -> tuple[int, ...]:
-    """Return how much is kept of a part: two options that keep the same are one, as of three groups 50 and 75 %."""
+    """Return how much of a part is kept: options that keep the same amount are one (50 and 75 % of three groups)."""
     if isinstance(module, (NoAttention, NoFeedForward)):
         return ()
     if part == "attention":
@@ -212,7 +211,10 @@ def _size(part: str, module: nn.Module) -> tuple[int, ...]:
 
 
 def _shares(option: str, kind: str) -> dict[str, float]:
-    """Return what an option keeps: "experts_50_top_k_50" → {"experts": 0.5, "top_k": 0.5}. Raises UserError."""
+    """Return the shares that an option keeps: "experts_50_top_k_50" → {"experts": 0.5, "top_k": 0.5}.
+
+    Raises UserError for an option that does not exist for parts of `kind`.
+    """
     offered, may = {
         "attention": (ATTENTION, {"groups"}),
         "dense": (DENSE, {"channels"}),
@@ -230,12 +232,12 @@ def _percent(text: str) -> bool:
 
 
 def _count(scores: torch.Tensor, share: float, multiple: int = 1) -> int:
-    """Return how many of the most salient pieces a share is, in multiples of `multiple`."""
+    """Return the number of pieces in a share of all, rounded to a multiple of `multiple`, at least one multiple."""
     return min(max(multiple, round(len(scores) * share / multiple) * multiple), len(scores))
 
 
 def swap(library: Library, choice: Choice) -> nn.Module:
-    """Make the live `library.student` the chosen architecture, in place; return it. Nothing is copied or loaded."""
+    """Turn the live `library.student` into the chosen architecture in place and return it; copies and loads nothing."""
     layers = cast(nn.ModuleList, anatomy(library.student).decoder.layers)
     for slot, option in choice.items():
         index, part = locate(slot)
@@ -244,15 +246,16 @@ def swap(library: Library, choice: Choice) -> nn.Module:
 
 
 def child(library: Library, choice: Choice) -> nn.Module:
-    """Return the chosen architecture as a model of its own; the student is whole again afterwards."""
+    """Return the chosen architecture as a separate model; the student is whole again afterwards."""
     chosen = copy.deepcopy(swap(library, choice))
     swap(library, library.whole)
     return synchronise(chosen)
 
 
 def random_choices(space: Mapping[str, Sequence[str]], count: int, seed: int) -> list[Choice]:
-    """Return `count` different random choices, or the fewer that DRAWS times as many draws find. Each first draws which
-    share of the slots to replace, so that mild ones are among them.
+    """Return `count` different random choices, or fewer if DRAWS times as many draws give no more.
+
+    Each first draws the share of slots to replace, so that mild choices are among them.
     """
     draw = np.random.default_rng(seed)
     choices: list[Choice] = []
@@ -271,10 +274,10 @@ def random_choices(space: Mapping[str, Sequence[str]], count: int, seed: int) ->
 
 
 def uniform_choices(space: Mapping[str, Sequence[str]], count: int) -> list[Choice]:
-    """Return at most `count` choices that treat all blocks alike, spread evenly: the mildest first.
+    """Return at most `count` evenly spread choices that treat all blocks alike, the mildest first.
 
-    Where a slot lacks an option (another kind of part, a first block that must attend), the option at the same
-    place of its own list is taken.
+    If a slot lacks an option (another kind of part, a first block that must attend), it takes the option at the same
+    relative position in its own list.
     """
     attending = max((options for slot, options in space.items() if slot.endswith(".attention")), key=len)
     feeding = max((options for slot, options in space.items() if slot.endswith(".feed_forward")), key=len)

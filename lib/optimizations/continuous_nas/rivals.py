@@ -1,7 +1,8 @@
-"""The strongest rival of a searched architecture: all blocks treated alike, brought to the same measured latency.
+"""The strongest rival of a searched architecture: all blocks treated alike, at the same measured latency.
 
 Times do not quite add up, so rivals are chosen by measured time: the nearest choice that is not faster and the nearest
-that is. The value at equal speed is interpolated between the two; where timed anew both lie on one side, there is none.
+that is. The value at equal speed is interpolated between the two; there is none if both lie on one side when timed
+again.
 """
 
 import math
@@ -28,35 +29,36 @@ Point = tuple[float, float]  # predicted share of the baseline's time, nats per 
 Race = Callable[[nn.Module, int], Measurement]
 RESAMPLES = 2000
 PREVIEW_PAIRS = 2
-ALIKE = 0.02  # of a speed: a rival that differs by less is as fast
+ALIKE = 0.02  # relative: speeds that differ by less count as equal
 
 
 def pairs(effort: Effort, wanted: int) -> int:
-    """Return how many pairs are timed where `wanted` are: PREVIEW_PAIRS at effort preview, which have no interval."""
+    """Return the number of pairs to time: `wanted`, or PREVIEW_PAIRS at effort preview, too few for an interval."""
     return PREVIEW_PAIRS if effort.preview else wanted
 
 
 def near(effort: Effort) -> int:
-    """Return how many uniform choices are timed against the winner."""
+    """Return the number of uniform choices to time against the winner."""
     return 3 if effort.preview else 5
 
 
 def around(points: Sequence[Point], share: float, count: int = 5) -> list[int]:
-    """Return at most `count` indices of points (time, divergence) that none beats in both, nearest in time first."""
+    """Return the indices of at most `count` non-dominated points (time, divergence), those nearest in time first."""
     return sorted(pareto.front(points), key=lambda index: abs(points[index][0] - share))[:count]
 
 
 def bracketing(gains: Mapping[int, float]) -> list[int]:
-    """Return the rivals nearest in speed: of those that are not faster, and of those that are; one where a side is
-    empty. `gains`: index → measured speed of what is judged ÷ that of the rival.
+    """Return the nearest rival in speed that is not faster and the nearest that is; only one if a side is empty.
+
+    `gains`: index → measured speed of the judged architecture ÷ that of the rival.
     """
     slower, faster = ([at for at in gains if (gains[at] >= 1) == side] for side in (True, False))
     return [min(side, key=lambda at: abs(math.log(gains[at]))) for side in (slower, faster) if side]
 
 
 def at_equal_speed(gains: Sequence[float], divergences: Sequence[float]) -> float:
-    """Return the divergence of rivals at the speed of what is judged: on the line between the two in logarithms of
-    speed and divergence; beyond both, or of one rival alone, the nearer one's.
+    """Return the divergence of rivals at the speed of the judged architecture, interpolated linearly in log speed and
+    log divergence; outside of their range, or with a single rival, that of the nearest.
     """
     order = np.argsort(gains)
     logs = np.log(gains)[order], np.log(divergences)[order]
@@ -64,8 +66,9 @@ def at_equal_speed(gains: Sequence[float], divergences: Sequence[float]) -> floa
 
 
 def race(judged: nn.Module, prompt_BP: torch.Tensor, profile: RequestProfile, seed: int) -> Race:
-    """Return a function (rival, blocks) → speed of `judged` ÷ that of the rival on the profile's request; not judged,
-    since no copy of either runs beside them.
+    """Return a function (rival, blocks) → speed of `judged` ÷ that of the rival on the profile's request.
+
+    The measurement gets no verdict, since there is no A/A control.
     """
 
     def against(rival: nn.Module, blocks: int) -> Measurement:
@@ -83,9 +86,11 @@ def _ratios(speeds: Sequence[Measurement]) -> list[float]:
 
 @dataclass(frozen=True)
 class RivalComparison:
-    """Rivals against the judged architecture. `speeds`: judged ÷ rival; `kl_RN`: nats per token from the baseline, per
-    arm (the judged one first) and held-out window, empty where no text was read; `controls`: name,
-    purpose and measurements per rival; `source_N`: the document of each window, by default one of its own.
+    """Rivals against the judged architecture.
+
+    `speeds`: judged ÷ rival. `kl_RN`: nats per token from the baseline, per arm (the judged one first) and held-out
+    window; empty if no text was read. `controls`: name, purpose and measurements per rival. `source_N`: the document of
+    each window, by default a separate one.
     """
 
     speeds: list[Measurement]
@@ -105,9 +110,10 @@ class RivalComparison:
 
     @property
     def closer(self) -> float | None:
-        """Divergence of the rivals at equal speed, or of the nearest in speed, ÷ that of the judged architecture; None
-        without text or times, and where an arm does not diverge on any window (the whole model, as a choice): no
-        logarithm, and it divides nothing.
+        """Divergence of the rivals at equal speed, or of the nearest in speed, ÷ that of the judged architecture.
+
+        None without text or times, or if an arm does not diverge at all (a choice that keeps the whole model): zero has
+        no logarithm.
         """
         return self._closer([float(kl_N.mean()) for kl_N in self.kl_RN]) if self._diverging else None
 
@@ -119,11 +125,12 @@ class RivalComparison:
         return at_equal_speed(speeds_R or _ratios(self.speeds), kl_R[1:]) / kl_R[0]
 
     def interval(self, seed: int = 0) -> tuple[float, float] | tuple[None, None]:
-        """Return the 95 % bootstrap interval of `closer` over the documents of the held-out windows and over the
-        speeds: each of these is drawn from its interval as if its logarithm were normal; one without an interval is
-        held fixed. It is widened as so few documents ask (`paired_stats.small_sample`); none where all windows are of
-        one. An arm that does not diverge on any window that is drawn counts as if it did on one of them, as little as
-        on any.
+        """Return the 95 % bootstrap interval of `closer` over the documents of the held-out windows and the speeds.
+
+        The logarithm of each speed is drawn as normal with the width of its interval; a speed without an interval is
+        held fixed. The result is widened for small numbers of documents (`paired_stats.small_sample`); (None, None) if
+        all windows are from one document. An arm without any divergence in a resample counts as having its smallest
+        positive divergence on one window.
         """
         closer, kl_RN = self.closer, np.stack(self.kl_RN) if self.kl_RN else np.empty((0, 0))
         windows = np.arange(kl_RN.shape[1]) if self.source_N is None else self.source_N
@@ -144,9 +151,10 @@ class RivalComparison:
         return float(low), float(high)
 
     def refuted(self, seed: int = 0) -> tuple[bool | None, str]:
-        """Return whether all blocks alike do as well at the same latency, and the ratio of divergences; None where its
-        interval holds 1, where every rival that diverges more is faster, and where every one that diverges less is
-        slower.
+        """Return whether treating all blocks alike does as well at the same latency, and the ratio of divergences.
+
+        None if the interval of the ratio contains 1, if rivals diverge more but all are faster, or if they diverge less
+        but all are slower.
         """
         if not self.kl_RN:
             return None, "no held-out text was read"
@@ -169,7 +177,7 @@ class RivalComparison:
 
     @property
     def _compared(self) -> str:
-        """What is divided by the divergence of the judged architecture."""
+        """The numerator of `closer`, in words."""
         ratios = _ratios(self.speeds)
         if bracketed(ratios):
             return "divergence at equal speed"
@@ -178,14 +186,14 @@ class RivalComparison:
 
 
 def bracketed(ratios: Sequence[float]) -> bool:
-    """Return whether speeds over those of rivals lie on both sides of 1, so that there is a value between them."""
+    """Return whether ratios of speed lie on both sides of 1, so that a value at equal speed can be interpolated."""
     return bool(ratios) and min(ratios) <= 1 <= max(ratios)
 
 
 def compare(
     judged: nn.Module, rivals: Sequence[nn.Module], run: Race, baseline: Text | None, blocks: int
 ) -> RivalComparison:
-    """Time the rivals anew over `blocks`, and read held-out text with all arms where the baseline read it."""
+    """Time the rivals again over `blocks` blocks and, if the baseline has read held-out text, read it with all arms."""
     texts: list[Text] = []
     kl_RN: list[np.ndarray] = []
     if baseline:

@@ -1,7 +1,6 @@
-"""How far a changed model's output diverges from the one it came from, beginning at any block.
+"""Measure the divergence of a changed model's output from the original's, starting at any block.
 
-The original's inputs to every block are kept, so a change in block 4 is judged by running blocks 4 and later alone.
-Knows nothing of what was changed.
+The original's inputs to every block are kept, so a change in block 4 is judged by running only blocks 4 and later.
 
 Shapes: B batch, T tokens, H hidden, V vocabulary, R real tokens of a batch.
 """
@@ -20,27 +19,28 @@ from lib.models.structure.logits import logits_of
 
 @dataclass
 class Probe:
-    """What passed through the original's blocks on each batch, and its log-probabilities [R, V]."""
+    """The inputs and outputs of the original's blocks on each batch, and its log-probabilities [R, V]."""
 
     streams: list[Stream]
     expected_RV: list[torch.Tensor]
 
     @property
     def tokens(self) -> int:
-        """How many tokens are compared."""
+        """The number of tokens compared."""
         return sum(len(expected) for expected in self.expected_RV)
 
 
 @torch.no_grad()
 def probe(model: nn.Module, batches: Sequence[dict[str, torch.Tensor]]) -> Probe:
-    """Run `model` on `batches` (keyword arguments, batch by batch) and keep what passes through its blocks. Raises
-    UserError where its own outputs are no numbers: no divergence from them is one.
+    """Run `model` on `batches` (keyword arguments, batch by batch) and keep the inputs and outputs of its blocks.
+
+    Raises UserError if its own outputs are NaN, since no divergence from them is a number.
     """
     passed = streams(model, batches)
     last = len(anatomy(model).blocks) - 1
     expected = [_log_probabilities(model, stream.outputs[last], stream) for stream in passed]
     if any(bool(log_RV.isnan().any()) for log_RV in expected):
-        raise UserError("the model's own outputs on the search text are no numbers; repair its checkpoint")
+        raise UserError("the model's own outputs on the search text are not numbers; repair its checkpoint")
     return Probe(passed, expected)
 
 

@@ -1,1 +1,1 @@
-"""Feedback mechanisms: what it does to a model, and how it is measured."""
+"""Feedback mechanisms: the control loops of a server, their rivals, and their measurement."""

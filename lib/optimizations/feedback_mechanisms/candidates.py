@@ -1,8 +1,8 @@
-"""The draft, and the candidates for the fast profile: models with fewer parameters that another optimization makes, and
-how long their steps take beside those of the full one.
+"""The draft and the candidates for the fast profile: smaller models made by another optimization, and their step times
+against the full model.
 
-From the fastest on: whole blocks removed, and distilled; channels removed from every block, the matrices that read them
-refitted by least squares; int8 weights. Which one is admitted is decided in `profiles`. Knows no optimization that
+In order, fastest first: whole blocks removed, then distilled; channels removed from every block, the matrices that read
+them refitted by least squares; int8 weights. Admission is decided in `profiles`. Independent of the optimization that
 makes smaller models: its functions are passed in.
 """
 
@@ -27,31 +27,32 @@ from lib.optimizations.feedback_mechanisms import disturbance_comparison, experi
 from lib.optimizations.feedback_mechanisms.disturbance_comparison import LENGTHS, TwoProfileSetup
 from lib.optimizations.feedback_mechanisms.profiles import NO_FAST, Candidate
 
-REQUESTS = {"preview": 50, "quick": 150, "standard": 300, "thorough": 1000}  # in a third of a script, at capacity
+REQUESTS = {"preview": 50, "quick": 150, "standard": 300, "thorough": 1000}  # per third of a script, at capacity
 ROWS_DRAWN = (1, 2, 4, 8, 12, 16, 24, 32)
-PROXY_STEPS = 20  # of distillation by default
-TEXTS = {"preview": (4, 8, 256)}  # by which parts are chosen, on which is distilled, and tokens of those at once
-MORE_TEXTS = (16, 64, 512)  # at every other effort
-PROMPTS = {"preview": 4, "quick": 16, "standard": 64, "thorough": 128}  # on which a candidate's disagreement is read
-READ = {"preview": {"windows": 4, "items": 8}}  # by a candidate, where that is less than elsewhere
-MILD = 0.1  # share of the parameters that the mildest cut removes
-WIDE = 1024  # hidden size from which on reading fewer bytes shows
+PROXY_STEPS = 20  # default steps of distillation on a proxy model
+TEXTS = {"preview": (4, 8, 256)}  # texts for choosing parts, texts for distillation, and tokens of these at once
+MORE_TEXTS = (16, 64, 512)  # the same at every other effort
+PROMPTS = {"preview": 4, "quick": 16, "standard": 64, "thorough": 128}  # prompts for a candidate's disagreement
+READ = {"preview": {"windows": 4, "items": 8}}  # amounts of text and items, if smaller than the defaults of `judge`
+MILD = 0.1  # share of the parameters removed by the mildest cut
+WIDE = 1024  # hidden size above which reading fewer bytes saves time
 
 Measure = Callable[[nn.Module], TwoProfileSetup]
 
 
 @dataclass(frozen=True)
 class Makers:
-    """What makes a smaller model: `apply` and `recover`, as `structured_pruning` has them. They come from the caller:
-    an optimization knows no other.
+    """The functions that make a smaller model: `apply` and `recover` of `structured_pruning`, passed in by the caller,
+    since optimizations are independent of each other.
     """
 
     apply: Callable[..., nn.Module]
     recover: Callable[..., tuple[nn.Module, Any]]
 
     def shallower(self, loaded: Loaded, ratio: float, steps: int, effort: str, seed: int) -> nn.Module:
-        """Return a copy that lacks `ratio` of the decoder's parameters, whole blocks of it, distilled for some steps;
-        the effort says on how many texts (`TEXTS`).
+        """Return a copy without `ratio` of the decoder's parameters, in whole blocks, distilled for `steps` steps.
+
+        The effort sets the number of texts (`TEXTS`).
         """
         chosen_on, distilled_on, at_once = TEXTS.get(effort, MORE_TEXTS)
         text = tasks.calibration(loaded, chosen_on, 256, seed)
@@ -62,8 +63,8 @@ class Makers:
         return self.recover(fast, loaded.model, batches, steps=steps, learning_rate=1e-3, seed=seed)[0]
 
     def narrower(self, loaded: Loaded, ratio: float, effort: str, seed: int) -> nn.Module:
-        """Return a copy that lacks `ratio` of the decoder's parameters, channels of every block; what read them is
-        refitted by least squares. Raises UserError where the channels are fewer than that.
+        """Return a copy without `ratio` of the decoder's parameters, in channels of every block; the matrices that read
+        them are refitted by least squares. Raises UserError if the channels are fewer than that.
         """
         text = tasks.calibration(loaded, TEXTS.get(effort, MORE_TEXTS)[0], 256, seed)
         options: dict[str, Any] = {"granularity": "channels", "compensate": True, "seed": seed}
@@ -71,9 +72,7 @@ class Makers:
 
 
 def steps_of(loaded: Loaded, finetune_steps: int, effort: Effort) -> int:
-    """Return the steps of distillation of each profile; by default (-1) PROXY_STEPS on a proxy model, none at real
-    size.
-    """
+    """Return the steps of distillation per profile; the default (-1) is PROXY_STEPS on a proxy, none at real size."""
     return finetuning.steps_of(loaded, finetune_steps, PROXY_STEPS, effort)
 
 
@@ -87,13 +86,13 @@ def fast_profiles(
     seed: int,
     measure: Measure | None = None,
 ) -> tuple[nn.Module, list[Candidate]]:
-    """Return the draft, whose answers need no quality, and the fast profiles that were considered, the admitted one
-    last; `measure` times one beside the full profile (None: speed is not asked for).
+    """Return the draft and the candidates considered for the fast profile, the admitted one last.
 
-    Candidates from the fastest on: without `ratio` of the decoder's parameters (the draft) and without half as many,
-    whole blocks; where no block has experts, without half as many and without `MILD` of them, channels; and, where
-    matrices are wide enough for that to pay, with int8 weights. Experts lose more by the same cut, and even the mildest
-    makes no step measurably shorter.
+    `measure` times a candidate against the full profile (None: speed is not requested). The draft is subject to no
+    quality bound, since drafted tokens are checked. Candidates, fastest first: `ratio` of the decoder's parameters
+    removed in whole blocks (the draft), then half as many; if no block has experts, half as many and `MILD` of them
+    removed in channels; and, if matrices are wide enough for it to pay, int8 weights. Models with experts lose more
+    quality by the same cut of channels, and even the mildest makes no step measurably shorter.
     """
     draft = makers.shallower(loaded, ratio, steps, effort, seed)
     view = anatomy(loaded.model)
@@ -106,7 +105,7 @@ def fast_profiles(
         for share in () if routed else sorted({max(ratio / 2, MILD), MILD}, reverse=True):
             try:
                 narrower = makers.narrower(loaded, share, effort, seed)
-            except UserError:  # its channels are fewer than that
+            except UserError:  # the model has fewer channels than that
                 continue
             yield f"{percent(share)} fewer parameters, channels", narrower
         if view.config.hidden_size >= WIDE:
@@ -121,7 +120,7 @@ def fast_profiles(
 
 
 def candidate_rows(candidates: Sequence[Candidate]) -> list[dict[str, object]]:
-    """Return a row per candidate: blocks, perplexity, disagreement, flips, what it saves, why it is not admitted."""
+    """Return a row per candidate: blocks, perplexity, disagreement, flips, net saving, and why it is refused."""
     return [
         {
             "fast profile": candidate.name,
@@ -136,20 +135,22 @@ def candidate_rows(candidates: Sequence[Candidate]) -> list[dict[str, object]]:
     ]
 
 
-# --- how long their steps take ----------------------------------------------------------------------------------------
+# --- step times of candidates ----------------------------------------------------------------------------------------
 
 
-def timer(loaded: Loaded, effort: str, **charged: Any) -> Measure:
-    """Return the function that times the steps of a profile beside those of the full one, once, and gives the setup
-    that all settings share; `charged` are the objectives' factors, the guard's share and bound, and the seed
-    (`disturbance_comparison.prepare`).
+def timer(loaded: Loaded, effort: str, **options: Any) -> Measure:
+    """Return a function that times the steps of a profile against the full one, once per profile, and returns the setup
+    that all settings share.
+
+    `options` are those of `disturbance_comparison.prepare`: the objectives' factors, the guard's share and bound, and
+    the seed.
     """
     preview = efforts.read(effort).preview
-    charged |= {"requests": REQUESTS[effort], "rounds": 2 if preview else 3 if effort in BRIEF else 4}
+    options |= {"requests": REQUESTS[effort], "rounds": 2 if preview else 3 if effort in BRIEF else 4}
 
     @cache
     def measure(model: nn.Module) -> TwoProfileSetup:
-        return disturbance_comparison.prepare(loaded, model, preview=preview, **charged)
+        return disturbance_comparison.prepare(loaded, model, preview=preview, **options)
 
     return measure
 
@@ -157,11 +158,12 @@ def timer(loaded: Loaded, effort: str, **charged: Any) -> Measure:
 def prepare(
     loaded: Loaded, candidates: Sequence[Candidate], effort: str, measure: Measure, seed: int = 0
 ) -> tuple[TwoProfileSetup, list[Candidate]]:
-    """Return the setup that all settings share, and the candidates. The last one is refused where it was not timed yet
-    and is not shown to be faster, or where the loop is not shown to miss fewer seconds with it
-    (`experiment.not_worth_it`); then the full profile itself follows. Where none of those that were timed is faster,
-    the setup is that of the one that saves most. The losses of the answers of the admitted one, and of a broken copy's,
-    are those that the guard meets in the scripts.
+    """Return the setup that all settings share, and the candidates.
+
+    The last candidate is refused if it is timed only now and not shown to be faster, or if the loop is not shown to
+    miss fewer seconds with it (`experiment.not_worth_it`); then the full profile itself follows. If no timed candidate
+    is faster, the setup is that of the one that saves most. The guard's losses in the scripts are those of answers of
+    the admitted candidate and of a broken copy.
     """
     last = candidates[-1]
     timed = [(candidate.net.middle, candidate.model) for candidate in candidates if candidate.net]
@@ -182,12 +184,12 @@ def prepare(
 
 
 def _without(setup: TwoProfileSetup) -> TwoProfileSetup:
-    """Return the setup without its fast profile: the same times stand for both."""
+    """Return the setup without its fast profile: both profiles have the full one's times."""
     return setup if setup.alone else replace(setup, times=(setup.times[0], setup.times[0]), kept={})
 
 
 def step_curves(setup: TwoProfileSetup) -> pd.DataFrame:
-    """Return ms per decode step over rows for each profile, and the objective as a level."""
+    """Return the ms per decode step by number of rows for each profile, and the objective as a level line."""
     context = LENGTHS.prompt_tokens + LENGTHS.new_tokens // 2
     arms = ("full",) if setup.alone else ("full", "fast")
     points = [
@@ -200,13 +202,13 @@ def step_curves(setup: TwoProfileSetup) -> pd.DataFrame:
 
 
 def read_curves(setup: TwoProfileSetup) -> str:
-    """Return how much longer the full profile takes than the fast one, and with the guard charged, as one line."""
+    """Return one line on how much longer the full profile takes than the fast one, and on the net saving."""
     if setup.net:
-        paid = f"Net saving, guard charged: {setup.net}"
+        net = f"Net saving, guard charged: {setup.net}"
         return (
-            f"{paid}. One curve: {NO_FAST}."
+            f"{net}. One curve: {NO_FAST}."
             if setup.alone
-            else (f"The full profile takes {setup.saving:.2f}× as long as the fast. {paid}.")
+            else (f"The full profile takes {setup.saving:.2f}× as long as the fast. {net}.")
         )
     if setup.alone:
         return f"One curve: {NO_FAST}."

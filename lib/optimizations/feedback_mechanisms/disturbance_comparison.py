@@ -1,8 +1,8 @@
-"""A server with two profiles under scripted disturbances, simulated on measured step times: settings side by side.
+"""Compares settings of a server with two profiles under scripted disturbances, simulated on measured step times.
 
-Rates, objectives and lengths of the scripts follow from the measured times by rules fixed here. Settings come in as
-functions from a scenario to a new policy; those without a loop are in `rivals`. Profile 0 is the full one, 1 the fast
-one. What is shared with every comparison of policies is in `lib.measure.serving.policy_comparison`.
+Rates, objectives and lengths of the scripts follow from the measured times by rules fixed here. Settings are passed in
+as functions from a scenario to a new policy; those without a loop are in `rivals`. Profile 0 is the full one, 1 the
+fast one. The part shared by all comparisons of policies is in `lib.measure.serving.policy_comparison`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,25 +31,27 @@ from lib.optimizations.feedback_mechanisms.guarding.net_saving import NetSaving
 from lib.optimizations.feedback_mechanisms.scenarios import SPOTLESS, Losses, Played, Scenario
 
 LENGTHS = Lengths(48, 16)
-CONTEXTS = (32, 96, 256)  # columns at which steps are timed
+CONTEXTS = (32, 96, 256)  # context lengths at which steps are timed
 KEYS = (
     "missed s", "goodput", "goodput share", "fast share", "shadow s", "settled s", "overshoot", "swing", "reversals",
     "moves", "changes", "rollbacks", "rolled back after s", "broken answers",
 )  # fmt: skip
-MOST_IN_TIME = "in time at most, full profile"  # at a scenario's worst, share of the requests
+MOST_IN_TIME = "in time at most, full profile"  # share of the requests at a scenario's peak
 
 PolicyFactory = Callable[[Scenario], Policy]
 Row = dict[str, object]
-Ran = dict[str, float | None]  # what one run came to, by KEYS
+Ran = dict[str, float | None]  # the results of one run, by KEYS
 
 
 @dataclass(frozen=True)
 class TwoProfileSetup:
-    """What all settings share: step times of the full and the fast profile, objectives, limits, seconds of a script,
-    the share of the fast profile's answers that the full one reads again (a fifth of it after a clean start). `net`:
-    what the profile that was timed saves at the usual lengths; where that refuses it, there is no fast profile
-    (`alone`). `nets`: what it saves at the lengths of each scenario, by name. `bound` is the guard's, `losses` are
-    those of answers of the fast profile as it is and of a broken one.
+    """What all settings share.
+
+    times: step times of the full and the fast profile. seconds: length of a script. shadow_share: share of the fast
+    profile's answers that the full one rereads (a fifth of it after a clean start). net: net saving of the timed
+    profile at the usual lengths; if it is refused, there is no fast profile (`alone`). nets: its net saving at the
+    lengths of each scenario, by name. bound: of the guard. losses: of answers of the sound and of a broken fast
+    profile. kept: cached results of `ran`.
     """
 
     times: tuple[StepTimes, StepTimes]
@@ -65,7 +67,7 @@ class TwoProfileSetup:
 
     @property
     def alone(self) -> bool:
-        """Whether there is no fast profile: the same times stand for both."""
+        """Whether there is no fast profile: both have the same times."""
         return self.times[0] is self.times[1]
 
     @property
@@ -75,32 +77,33 @@ class TwoProfileSetup:
 
     @property
     def saving(self) -> float:
-        """How many times as long a request takes with the full profile as with the fast one, at a batch of eight."""
+        """The time per request with the full profile ÷ that with the fast one, at a batch of eight."""
         full, fast = (times.sustained(8, LENGTHS)[0] for times in self.times)
         return full / fast
 
     def savings(self, scenario: str) -> dict[str, float | None]:
-        """Return the net saving that a scenario requires of a fast profile at its worst, so that the server keeps up,
-        the one that was measured at the lengths of its requests then, and the share of them that the full profile alone
-        can keep in time at most (`net_saving`).
+        """Return, for the peak of a scenario, the net saving that a fast profile needs for the server to keep up, the
+        net saving measured at these request lengths, and the largest share of requests that the full profile alone can
+        keep in time (`net_saving`).
         """
         demands = scenarios.demands(self.times[0], self.objective, LENGTHS)
         if scenario not in demands:
             return {}
         lengths, rate, slowness = demands[scenario]
-        worst = self.times[0], lengths, rate, self.objective.token_seconds, slowness
+        peak = self.times[0], lengths, rate, self.objective.token_seconds, slowness
         net = self.nets.get(scenario, self.net)
-        saved = {"required net saving": net_saving.required(*worst), "net saving measured": net.middle if net else None}
-        return saved | {MOST_IN_TIME: net_saving.most_in_time(*worst)}
+        saved = {"required net saving": net_saving.required(*peak), "net saving measured": net.middle if net else None}
+        return saved | {MOST_IN_TIME: net_saving.most_in_time(*peak)}
 
     @property
     def samples(self) -> int:
-        """How many calls were timed."""
+        """The number of timed calls."""
         return sum(times.samples for times in (self.times[:1] if self.alone else self.times))
 
     def play(self, scenario: Scenario, policy: Policy, jitter: int = 0) -> Played:
-        """Serve a scenario in virtual time. Step times are drawn again for each seed, and so is the jitter: settings
-        meet the same ones.
+        """Serve a scenario in virtual time and return the run.
+
+        Step times and jitter are resampled per seed, the same for all settings.
         """
         seed = seed_of(scenario.trace, jitter)
         times = [drawn_again(each, seed) for each in (self.times[:1] if self.alone else self.times)]
@@ -108,7 +111,7 @@ class TwoProfileSetup:
         return scenarios.play(scenario, policy, times, self.limits, seed, self.shadow_share, **guarded)
 
     def ran(self, scenario: Scenario, setting: str, make_policy: PolicyFactory, jitter: int = 0) -> Ran:
-        """Return what a setting came to on a scenario, played once and kept."""
+        """Return the results of a setting on a scenario; each combination is played once and cached."""
         key = scenario.name, scenario.trace.seed, setting, jitter
         if key not in self.kept:
             self.kept[key] = _ran(self, scenario, make_policy(scenario), jitter)
@@ -130,9 +133,9 @@ def prepare(
 ) -> TwoProfileSetup:
     """Time the steps of both profiles in turn and return the setup that all settings share.
 
-    A third of a script lasts as long as `requests` requests at capacity. A profile that is not shown to be faster, the
-    guard's reading charged, is none: then the same times stand for both. At a `preview` the fewest points are timed,
-    and once. Raises NotApplicable where no request can be served within the objectives.
+    A third of a script lasts as long as `requests` requests at capacity. A profile not shown to be faster, with the
+    guard's rereading charged, is dropped: both profiles then have the same times. At a `preview` the fewest points are
+    timed, once. Raises NotApplicable if no request can be served within the objectives.
     """
     text_T = tasks.text_windows(loaded, "final", 4, CONTEXTS[-1], seed).flatten()
     same = fast is loaded.model
@@ -155,8 +158,8 @@ def prepare(
 
 
 def _nets(full: StepTimes, fast: StepTimes, objective: Objectives, share: float) -> dict[str, NetSaving]:
-    """Return what a profile saves in each scenario, at the lengths of its requests and the batch at which the full one
-    serves most of them within the objective.
+    """Return scenario → net saving of a profile, at the scenario's request lengths and the batch at which the full
+    profile serves most requests within the objective.
     """
     demands = scenarios.demands(full, objective, LENGTHS)
     saved = {}
@@ -197,30 +200,33 @@ def _ran(setup: TwoProfileSetup, scenario: Scenario, policy: Policy, jitter: int
 
 
 def _guarded(scenario: Scenario, played: Played) -> Ran:
-    """Return what the guard did: rollbacks; where the fast profile breaks, the seconds until the first one after that,
-    and the share of the answers that the broken profile gave.
+    """Return the guard's results: the number of rollbacks and, if the fast profile breaks, the seconds from then to the
+    first rollback, and the share of answers given by the broken profile.
     """
-    late = [second - scenario.broken for second in played.rollbacks if second >= scenario.broken]
+    delays = [second - scenario.broken for second in played.rollbacks if second >= scenario.broken]
     arrivals = [request.arrival for request in scenario.trace.requests]
-    wrong = sum(index == 1 and arrivals[request] >= scenario.broken for request, index in played.profile_of.items())
+    broken = sum(index == 1 and arrivals[request] >= scenario.broken for request, index in played.profile_of.items())
     return {
         "rollbacks": float(len(played.rollbacks)),
-        "rolled back after s": late[0] if late else None,
-        "broken answers": wrong / max(1, len(played.profile_of)),
+        "rolled back after s": delays[0] if delays else None,
+        "broken answers": broken / max(1, len(played.profile_of)),
     }
 
 
 def compare(setup: TwoProfileSetup, every: Sequence[Scenario], settings: Mapping[str, PolicyFactory]) -> list[Row]:
     """Return a row per scenario and setting: means over the seeds of that scenario.
 
-    `missed s`: seconds in which too few of the requests arriving were served in time; `fast share`: of the answers,
-    given by the fast profile; `shadow s`: the server's time for reading answers again; `settled s`: from the
-    disturbance until served well for good, the median, in which a seed that never settles takes for ever (None where
-    that is half of them); `swing`: how far the limit goes back and forth per decision late in the disturbance; `rolled
-    back after s`: from the second at which the fast profile breaks, of those in which it was taken back (`taken back`,
-    their share of those in which it answered at all); `broken answers`: share of a broken profile's; `required net
-    saving`: how many times as fast a profile must be, guard charged, for the server to keep up at the scenario's worst,
-    and MOST_IN_TIME what can be kept in time then without one.
+    - `missed s`: seconds in which too few of the arriving requests were served in time.
+    - `fast share`: share of answers given by the fast profile.
+    - `shadow s`: the server's time for rereading answers.
+    - `settled s`: median time from the disturbance until requests are served in time for good, counting a seed that
+      never settles as infinite (None if half of them never do).
+    - `swing`: back-and-forth movement of the limit per decision, late in the disturbance.
+    - `rolled back after s`: time from the break of the fast profile to its rollback, over runs with a rollback.
+    - `taken back`: share of such runs among those in which the broken profile answered at all.
+    - `broken answers`: share of answers given by a broken profile.
+    - `required net saving`: speed-up, guard charged, that a profile needs for the server to keep up at the peak.
+    - MOST_IN_TIME: the largest share of requests that can be kept in time then without one.
     """
     rows = []
     for name in dict.fromkeys(scenario.name for scenario in every):
@@ -231,7 +237,7 @@ def compare(setup: TwoProfileSetup, every: Sequence[Scenario], settings: Mapping
             row["settled s"] = slo.percentiles([run["settled s"] for run in runs]).get("p50")
             row |= setup.savings(name)
             if chosen[0].broken < chosen[0].trace.seconds:
-                broken = [run for run in runs if run["broken answers"]]  # elsewhere there was nothing to take back
+                broken = [run for run in runs if run["broken answers"]]  # elsewhere there was nothing to roll back
                 row["taken back"] = float(np.mean([_taken_back(run) for run in broken])) if broken else None
             rows.append(row | {"never settled": sum(run["settled s"] is None for run in runs), "seeds": len(runs)})
     return rows
@@ -242,7 +248,7 @@ def _taken_back(run: Ran) -> bool:
 
 
 def totals(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Return setting → means over the scenarios, all of equal weight."""
+    """Return setting → means over the scenarios, with equal weights."""
     frame = pd.DataFrame(rows)
     keys, means = ("missed s", "goodput share", "fast share", "overshoot"), {}
     for name in dict.fromkeys(frame["setting"]):
@@ -258,10 +264,11 @@ def goodput(
     optimized: tuple[str, PolicyFactory],
     workload: str,
 ) -> Measurement:
-    """Return the goodput of two settings (name, factory) on the seeds of one scenario, simulated; floor: the baseline
-    with other jitter and step times.
+    """Return the simulated goodput of two settings (name, factory) on the seeds of one scenario.
+
+    The noise floor comes from the baseline with other jitter and step times.
     """
-    source = f"simulated: {len(every)} seeds, step times drawn again for each from {setup.samples} timed calls"
+    source = f"simulated: {len(every)} seeds, step times resampled for each from {setup.samples} timed calls"
 
     def goodputs(arm: tuple[str, PolicyFactory], jitter: int) -> list[float]:
         runs = [setup.ran(script, *arm, jitter=NEW_JITTER if jitter else 0) for script in every]
@@ -273,8 +280,9 @@ def goodput(
 def measurements(
     setup: TwoProfileSetup, rows: Sequence[Row], baseline: str, optimized: str, workload: str
 ) -> list[Measurement]:
-    """Return the rows of `compare` for two settings as measurements, not judged: means over all scenarios in which both
-    have such a number, since a mean over others would be one of other scenarios.
+    """Return the rows of `compare` for two settings as measurements without verdicts.
+
+    Each is a mean over the scenarios in which both settings have a value, so that both means are of the same scenarios.
     """
     names = {
         "objective_missed_seconds": "missed s",
@@ -303,7 +311,7 @@ def _number(value: object) -> float | None:
 
 
 def resources(full: nn.Module, fast: nn.Module, share: float, apply_seconds: float) -> list[Measurement]:
-    """Return what two profiles take against the full one alone, `share` of the answers by the fast one."""
+    """Return the resources of two profiles against the full one alone, with `share` of the answers by the fast one."""
     alone, both = (float(cost_model.weights_bytes(model)) for model in (full, nn.ModuleList([full, fast])))
     cache = [float(cost_model.kv_cache_bytes_per_token(model)) for model in (full, fast)]
     mixed = (1 - share) * cache[0] + share * cache[1]

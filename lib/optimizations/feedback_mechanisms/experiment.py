@@ -1,10 +1,10 @@
-"""The protocol of the feedback mechanisms: the loops against static settings on scripted disturbances, and the answers.
+"""The protocol of the feedback mechanisms: the loops against static settings on scripted disturbances.
 
-The functions return plain data (rows, measurements, frames); nothing is displayed and no loop is tuned here. The parts
-that stand alone have modules of their own: `scenario_table` (all settings on all scripts), `candidates` (of the fast
-profile), `live_replay` (the real model, a core stolen), `speculation`, `guard_study` (the guard on real losses);
-`outcome` has the targets and the answers. There is one baseline, the static limit that is chosen on scripts of other
-seeds, and every scenario is a separate measurement: different scenarios are not samples of one quantity.
+Returns plain data (rows, measurements, frames); nothing is displayed and no loop is tuned here. Independent parts have
+their own modules: `scenario_table` (all settings on all scripts), `candidates` (for the fast profile), `live_replay`
+(the real model, a core stolen), `speculation`, `guard_study` (the guard on real losses); `outcome` has the targets and
+the answers to the claims. There is one baseline, the static limit chosen on scripts of other seeds. Every scenario is a
+separate measurement: different scenarios are not samples of one quantity.
 """
 
 import math
@@ -44,13 +44,13 @@ from lib.optimizations.feedback_mechanisms.scenario_table import (
 )
 from lib.optimizations.feedback_mechanisms.scenarios import Played, Scenario
 
-SEEDS = {"preview": 6, "quick": 6, "standard": 6, "thorough": 12}  # of each scenario: the fewest that give an interval
-CHOOSING = 4  # seeds of the scripts on which the static limit is chosen, and whether a fast profile is worth it
-LEVEL = 0.95  # at which it has to be shown that it is
+SEEDS = {"preview": 6, "quick": 6, "standard": 6, "thorough": 12}  # per scenario; an interval needs at least six
+CHOOSING = 4  # seeds of the scripts for choosing the static limit, and whether a fast profile is worthwhile
+LEVEL = 0.95  # confidence level for showing that it is
 SETPOINT = SEARCH_SPACE["setpoint"]["default"]
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # static limits that are tried: from the least a loop may reach
-ROUTED_RUNS = (0.0, 0.05)  # of a script's requests: by so many routing may be ahead of its share or behind it
-OTHERS = (LIMIT_ALONE, PI_LOOP, BANDIT_LOOP, ROUTED, FAST_ALONE)  # controls beside the loop
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # static limits tried, from the smallest that a loop may reach
+ROUTED_RUNS = (0.0, 0.05)  # tolerated lead or lag of routing, as a share of a script's requests
+OTHERS = (LIMIT_ALONE, PI_LOOP, BANDIT_LOOP, ROUTED, FAST_ALONE)  # controls besides the loop
 
 
 # --- the scripts ------------------------------------------------------------------------------------------------------
@@ -58,10 +58,10 @@ OTHERS = (LIMIT_ALONE, PI_LOOP, BANDIT_LOOP, ROUTED, FAST_ALONE)  # controls bes
 
 @dataclass(frozen=True)
 class DisturbanceStudy:
-    """The setup, the loop's setpoint, every scenario of every seed, and those on which the static limit is chosen.
+    """The setup, the loop's setpoint, every scenario of every seed, and the scripts for choosing the static limit.
 
-    `broken`: scripts whose fast profile is secretly broken. They test the guard; the seconds that the loop must not
-    miss are those of the other ones, since nothing can be gained by a profile that has to be taken back.
+    `broken`: scripts whose fast profile is secretly broken. They only test the guard and do not count for the seconds
+    missed, since a profile that has to be rolled back cannot help.
     """
 
     setup: TwoProfileSetup
@@ -71,16 +71,16 @@ class DisturbanceStudy:
     broken: tuple[Scenario, ...] = ()
 
     def named(self, name: str) -> list[Scenario]:
-        """Return the seeds of one scenario."""
+        """Return the scripts of one scenario, one per seed."""
         return [scenario for scenario in self.scripts if scenario.name == name]
 
     @property
     def names(self) -> list[str]:
-        """The scenarios, the quiet one first."""
+        """The names of the scenarios, starting with the quiet one."""
         return list(dict.fromkeys(scenario.name for scenario in self.scripts))
 
     def loop(self, law: type[PI] | type[Aimd] = Aimd, profiles: bool = True) -> LatencyLoop:
-        """Return a new loop, with a switch between the profiles or by the limit alone."""
+        """Return a new loop, with a switch between the profiles or with the limit alone."""
         two = profiles and not self.setup.alone
         return self._with_switch(law, Switch(self.setup.objective, self.setup.saving) if two else None)
 
@@ -91,13 +91,13 @@ class DisturbanceStudy:
         )
 
     def settings(self, size: int) -> dict[str, PolicyFactory]:
-        """Return the settings beside the static limit: the oracle, routing, the fast profile alone, the loops, of which
-        one has a bandit choose the profile. Without a fast profile only the loops, which then have the limit alone: the
-        others would be the static limit.
+        """Return the settings besides the static limit: oracle, routing, fast profile alone, and the loops, one of them
+        with a bandit that chooses the profile.
 
         The oracle is the best, in hindsight, of the full profile, the fast one, and the fast one in the disturbed third
         and a little beyond, each with `size` rows. Routing gives the fast profile the share that the loop gave it on
-        the same scenario and seed, request by request or in long runs, whichever misses fewer seconds.
+        the same scenario and seed, request by request or in long runs, whichever misses fewer seconds. Without a fast
+        profile only the loops are returned, with the limit alone: the other settings would equal the static limit.
         """
         wait = 4 * self.setup.objective.first_token_seconds
         loops: dict[str, PolicyFactory] = {
@@ -123,7 +123,7 @@ class DisturbanceStudy:
         return others | loops | {LIMIT_ALONE: partial(self._loop, Aimd, False), ROUTED: routed}
 
     def _best(self, scenario: Scenario, makers: Sequence[Callable[[], Policy]]) -> Policy:
-        """Return a new policy of the kind that misses the fewest seconds of this scenario, in hindsight."""
+        """Return a new policy from the maker whose policy misses the fewest seconds of this scenario, in hindsight."""
 
         def missed(make: Callable[[], Policy]) -> float:
             return float(self.setup.ran(scenario, repr(make()), lambda _: make())["missed s"] or 0.0)
@@ -135,20 +135,20 @@ class DisturbanceStudy:
 
 
 def study(setup: TwoProfileSetup, setpoint: float, effort: str, seed: int) -> DisturbanceStudy:
-    """Return the study of all scripts; their seeds begin at `seed` + 100, those for choosing at `seed` + 5000."""
+    """Return the study of all scripts; their seeds start at `seed` + 100, those for choosing at `seed` + 5000."""
     seeds = range(seed + 100, seed + 100 + SEEDS[effort])
-    others = range(seed + 5000, seed + 5000 + CHOOSING)
-    scripts, choosing = (tuple(disturbance_comparison.scripts(setup, each)) for each in (seeds, others))
-    each = [] if setup.alone else [[script for script in scripts if script.trace.seed == number] for number in seeds]
-    return DisturbanceStudy(setup, setpoint, scripts, choosing, tuple(map(scenarios.secretly_broken, each)))
+    choosing_seeds = range(seed + 5000, seed + 5000 + CHOOSING)
+    scripts, choosing = (tuple(disturbance_comparison.scripts(setup, numbers)) for numbers in (seeds, choosing_seeds))
+    by_seed = [] if setup.alone else [[script for script in scripts if script.trace.seed == number] for number in seeds]
+    return DisturbanceStudy(setup, setpoint, scripts, choosing, tuple(map(scenarios.secretly_broken, by_seed)))
 
 
 def not_worth_it(setup: TwoProfileSetup, effort: str, seed: int, setpoint: float = SETPOINT) -> str | None:
-    """Return why the fast profile is none for the loop; None where, on the scripts for choosing, the loop is shown to
-    miss fewer seconds with it than by its limit alone.
+    """Return why the fast profile is of no use to the loop; None if, on the scripts for choosing, the loop is shown to
+    miss fewer seconds with it than with its limit alone.
 
-    To be faster once it is in charge is not enough. Until the rows of both profiles have ended a step of each is made,
-    its answers are read again while requests wait, and a small saving is lost to that.
+    A faster profile is not enough: while rows of both profiles run, each costs a step of its own, and answers are
+    reread while requests wait. A small saving is lost to that.
     """
     disturbances = study(setup, setpoint, effort, seed)
     saved: dict[int, list[float]] = {}
@@ -160,14 +160,14 @@ def not_worth_it(setup: TwoProfileSetup, effort: str, seed: int, setpoint: float
     error = float(np.std(means, ddof=1)) / math.sqrt(len(means)) * float(stats.t.ppf(LEVEL, len(means) - 1))
     if np.mean(means) > error:
         return None
-    told = f"{np.mean(means):.2f} s of a script, ± {error:.2f}"
-    return f"the loop is not shown to miss fewer seconds with it than without, scripts of other seeds: {told}"
+    gain = f"{np.mean(means):.2f} s per script, ± {error:.2f}"
+    return f"the loop is not shown to miss fewer seconds with it than without, scripts of other seeds: {gain}"
 
 
 def one_run(disturbances: DisturbanceStudy) -> tuple[LatencyLoop, Played, float]:
-    """Return a loop after one simulated run while a core is stolen, the run, and the seconds missed.
+    """Return a loop after one simulated run with a stolen core, the run, and the seconds missed.
 
-    Raises AssertionError where requests were lost or the limit left its range.
+    Raises AssertionError if requests were lost or the limit left its range.
     """
     stolen = disturbances.named("stolen core")[0]
     loop = disturbances.loop()
@@ -178,7 +178,7 @@ def one_run(disturbances: DisturbanceStudy) -> tuple[LatencyLoop, Played, float]
 
 
 def compare(disturbances: DisturbanceStudy) -> ScenarioTable:
-    """Return the static limit and every other setting on all scripts. The limit is chosen on scripts of other seeds."""
+    """Return the results of the static limit, chosen on scripts of other seeds, and of every setting on all scripts."""
     best, tried = choose(disturbances)
     settings = {_name(best): static(best)} | disturbances.settings(best)
     return ScenarioTable(
@@ -192,7 +192,7 @@ def compare(disturbances: DisturbanceStudy) -> ScenarioTable:
 
 
 def _broken(disturbances: DisturbanceStudy, settings: Mapping[str, PolicyFactory]) -> list[Row]:
-    """Return the rows of the scripts whose fast profile breaks, under the settings that use it and the static limit."""
+    """Return the rows of scripts whose fast profile breaks, for the static limit and the settings that use it."""
     if not disturbances.broken:
         return []
     chosen = {name: make for name, make in settings.items() if name not in (ORACLE, ROUTED, LIMIT_ALONE, BANDIT_LOOP)}
@@ -200,10 +200,10 @@ def _broken(disturbances: DisturbanceStudy, settings: Mapping[str, PolicyFactory
 
 
 def choose(disturbances: DisturbanceStudy) -> tuple[int, list[Row]]:
-    """Return the static limit that misses the fewest seconds, which is what it is judged by, and a row per limit tried.
+    """Return the static limit that misses the fewest seconds, and a row per limit tried.
 
-    A limit ties with that one where it misses no more beyond it than one standard error over the seeds. Of those the
-    one with the highest share in time is taken; within the practical margin of that, the smallest.
+    A limit ties with the best if its excess of seconds missed is within one standard error over the seeds. Of the tied
+    limits, the one with the highest share in time is taken; within the practical margin of that, the smallest.
     """
     setup, seeds = disturbances.setup, {script.trace.seed for script in disturbances.choosing}
     runs = {
@@ -232,7 +232,7 @@ def choose(disturbances: DisturbanceStudy) -> tuple[int, list[Row]]:
 
 
 def _ties(missed: Sequence[float], fewest: Sequence[float]) -> bool:
-    """Return whether seconds missed, seed by seed, exceed the fewest by no more than a standard error."""
+    """Return whether `missed` exceeds `fewest`, seed by seed, by at most one standard error on average."""
     excess = np.subtract(missed, fewest)
     return bool(excess.mean() <= (excess.std(ddof=1) / np.sqrt(len(excess)) if len(excess) > 1 else 0.0))
 
@@ -242,19 +242,21 @@ def _name(size: int) -> str:
 
 
 def static(size: int) -> PolicyFactory:
-    """Return what makes the policy with `size` rows at most, the same for every trace."""
+    """Return the factory of the policy with at most `size` rows, the same for every scenario."""
     return lambda _: Static(size)
 
 
 def replayed_policies(disturbances: DisturbanceStudy, compared: ScenarioTable) -> dict[str, Any]:
-    """Return the policies of the replays, and the size of the static one."""
+    """Return the policy factories for the replays, and the limit of the static one."""
     loop = disturbances.settings(compared.best)[LOOP]
     return {"static": static(compared.best), "loop": loop, "size": compared.best}
 
 
 def primaries(compared: ScenarioTable) -> dict[str, tuple[str, str]]:
-    """Return the primary measurement of each dimension: those of the replays against the static limit that was chosen
-    on scripts of other seeds, and the weights of both profiles against those of one. Declared before any is served.
+    """Return the primary measurement of each dimension, declared before any trace is served.
+
+    They are those of the replays against the static limit chosen on scripts of other seeds, and the weights of both
+    profiles against those of one.
     """
     workload = live_replay.workload(compared.best)
     return {
@@ -266,8 +268,8 @@ def primaries(compared: ScenarioTable) -> dict[str, tuple[str, str]]:
 
 
 def comparison(disturbances: DisturbanceStudy, compared: ScenarioTable, live: LiveTrial) -> list[Measurement]:
-    """Return the simulated goodput of each scenario, a measurement each, with the error that the replays have shown;
-    and what is not judged, over all of them. The baseline is the static limit everywhere.
+    """Return a measurement of simulated goodput per scenario, with the simulation error found by the replays; then the
+    measurements without verdicts over all scenarios. The baseline is the static limit everywhere.
     """
     results = []
     for name in disturbances.names:
@@ -290,8 +292,8 @@ def _goodput(
 def controls(
     disturbances: DisturbanceStudy, compared: ScenarioTable, live: LiveTrial, alone: Sequence[Measurement]
 ) -> list[tuple[str, str, list[Measurement]]]:
-    """Return (name, purpose, measurements): the static setting replayed twice, the other settings while a core is
-    stolen, and `alone`, the quality of the fast profile without the full one.
+    """Return (name, purpose, measurements) of each control: the static setting replayed twice, the other settings while
+    a core is stolen, and `alone`, the quality of the fast profile without the full one.
     """
     own = replay.control(live.rounds, disturbances.setup.objective, "static", "static again", live.headline.workload)
     name = "stolen core"
@@ -310,19 +312,19 @@ def controls(
 def quality(
     loaded: Loaded, fast: nn.Module, share: float, live: LiveTrial, effort: Effort, seed: int
 ) -> tuple[list[Measurement], list[Measurement]]:
-    """Return the quality of a blend with `share` of fast answers and how alike the replays answered; and the quality
-    of the fast profile alone.
+    """Return the quality of a blend with `share` of fast answers and the agreement of answers between the replays; and
+    the quality of the fast profile alone.
     """
     blended, alone = shadow.blended(loaded, fast, (share, 1.0), effort, seed)
     return [*blended, *replay.answers_alike(*live.replays, loaded.quality_unavailable)], alone
 
 
 def points_lost(compared: ScenarioTable, alone: Sequence[Measurement]) -> str:
-    """Return the fast profile's share of the answers, and how many points each score loses per tenth of the answers
-    that it gives, as one line.
+    """Return one line on the fast profile's share of the answers, and on the points that each score loses per tenth of
+    the answers given by it.
     """
     if compared.alone:
-        return f"All answers are the full profile's: {NO_FAST}"
+        return f"The full profile gives all answers: {NO_FAST}"
     quiet, busy = (percent(compared.share(name)) for name in ("quiet", "load step"))
     shares = f"{quiet} by the fast profile, {busy} during a load step"
     lost = [
@@ -334,5 +336,5 @@ def points_lost(compared: ScenarioTable, alone: Sequence[Measurement]) -> str:
 
 
 def costs(full: nn.Module, fast: nn.Module, share: float, apply_seconds: float) -> list[Measurement]:
-    """Return bytes of both profiles and the seconds to make the fast one."""
+    """Return the bytes of both profiles and the seconds it took to make the fast one."""
     return disturbance_comparison.resources(full, fast, share, apply_seconds)

@@ -1,7 +1,7 @@
-"""The guard on real losses of real answers: how soon it takes back a broken profile, how often a sound one.
+"""Tests the guard on losses of real answers: how soon it rolls back a broken profile, and how often a sound one.
 
-The losses are measured once per profile; streams and windows are drawn from them. A broken profile is the fast one with
-noise on its attention outputs. Knows no server.
+Losses are measured once per profile; streams and windows are drawn from them. A broken profile is the fast one with
+noise on its attention outputs. Independent of servers.
 """
 
 import math
@@ -25,7 +25,7 @@ from lib.optimizations.feedback_mechanisms.method import CLEAN_START, LATER, SEA
 from lib.optimizations.feedback_mechanisms.profiles import NO_FAST
 from lib.optimizations.feedback_mechanisms.shadow import STRENGTHS, Watched
 
-PROMPTS = {"preview": 8, "quick": 24, "standard": 96, "thorough": 256}  # whose answers are read again
+PROMPTS = {"preview": 8, "quick": 24, "standard": 96, "thorough": 256}  # prompts whose answers are reread
 WINDOWS = {"preview": 100, "quick": 300, "standard": 1000, "thorough": 5000}
 PROMPT_TOKENS, NEW_TOKENS = 48, 16
 WINDOW_ANSWERS = 100  # shadowed answers in a window
@@ -41,12 +41,12 @@ def _losses(full: nn.Module, profile: nn.Module, prompts: list[torch.Tensor]) ->
 
 @dataclass(frozen=True)
 class GuardStudy:
-    """Real losses of each profile (`pools`), the guard's settings, and a row per profile of many windows (`rows`).
+    """Real losses of each profile (`pools`), the guard's settings, and a row per profile over many windows (`rows`).
 
-    bound: the most that a profile may lose, whatever it lost when it was chosen. rate: answers per second of the
-    server; shadow_seconds: of reading one answer again; alone: no fast profile was admitted, so the sound one is the
-    full profile itself; fast_share: of the quiet server's answers that the fast profile gives (None: no server was
-    asked): only those can show that it is broken.
+    bound: maximum mean loss of a profile, whatever its loss was when it was chosen. rate: answers per second of the
+    server. shadow_seconds: time to reread one answer. alone: no fast profile was admitted, so the sound one is the full
+    profile itself. fast_share: share of the quiet server's answers given by the fast profile (None: no server was
+    simulated); only those answers can show that it is broken.
     """
 
     bound: float
@@ -63,19 +63,19 @@ class GuardStudy:
 
     @property
     def seconds(self) -> float:
-        """Length of the scripted stream."""
+        """The length of the scripted stream."""
         return STREAM_ANSWERS / self.rate
 
     @property
     def source(self) -> str:
-        """Source of what the windows showed."""
+        """The source of the results over windows."""
         return (
             f"{self.windows} windows of {WINDOW_ANSWERS} answers drawn from {self.prompts} real losses of each profile"
         )
 
     @property
     def caption(self) -> str:
-        """The source, and what the sound profile is without a fast one."""
+        """The source, with a note on the sound profile if there is no fast one."""
         full = f"; {NO_FAST}: the sound one is the full profile itself, which loses nothing"
         return self.source + (full if self.alone else "")
 
@@ -87,12 +87,12 @@ class GuardStudy:
 
     @property
     def shadow_cost(self) -> str:
-        """What reading one answer again takes, as one line."""
-        charged = f"none is made, since {NO_FAST}" if self.alone else "charged to the server"
+        """One line on the time to reread one answer."""
+        charged = f"none is run, since {NO_FAST}" if self.alone else "charged to the server"
         return f"A shadow run takes {1000 * self.shadow_seconds:.1f} ms per shadowed answer; {charged}"
 
     def guard(self, index: int = 0, bound: float | None = None) -> Guard:
-        """Return a new guard; `index` moves its seed."""
+        """Return a new guard; `index` offsets its seed."""
         bound = self.bound if bound is None else bound
         return Guard(bound, self.share, self.seconds / 10, self.seed + index, later=LATER * self.share)
 
@@ -101,15 +101,15 @@ class GuardStudy:
         return float(np.mean(self.pools[profile]))
 
     def excess(self, profile: str) -> float:
-        """Return by how much a profile's mean loss exceeds what is allowed; negative within the bound."""
+        """Return the excess of a profile's mean loss over the bound; negative within the bound."""
         return self.disagreement(profile) - self.bound
 
     def taken_back(self, profile: str) -> float:
-        """Return the share of windows in which a profile was taken back."""
+        """Return the share of windows in which a profile was rolled back."""
         return float(str(self._row(profile)["taken back"]))
 
     def alarms(self, profile: str) -> int:
-        """Return the number of windows in which a profile was taken back."""
+        """Return the number of windows in which a profile was rolled back."""
         return round(self.taken_back(profile) * self.windows)
 
     def _row(self, profile: str) -> dict[str, object]:
@@ -128,10 +128,10 @@ def prepare(
     fast_share: float,
     seed: int,
 ) -> GuardStudy:
-    """Measure the losses of the sound profile, of the broken ones and of `another_domain`, and watch many windows.
+    """Measure the losses of sound and broken profiles and on `another_domain`, and run the guard on many windows.
 
-    `capacity`: requests per second of the full profile; the stream has the calm share of it. `fast_share`: of the quiet
-    server's answers, given by the fast profile.
+    `capacity`: requests per second of the full profile; the stream has the calm share of it. `fast_share`: share of the
+    quiet server's answers given by the fast profile.
     """
     full = loaded.model
     prompts = list(tasks.text_windows(loaded, "final", PROMPTS[effort], PROMPT_TOKENS, seed + 1))
@@ -146,17 +146,17 @@ def prepare(
     pools[ANOTHER_DOMAIN] = _losses(full, fast, another_domain)
     rate = scenarios.CALM * capacity
     counts = PROMPTS[effort], WINDOWS[effort]
-    who: dict[str, Any] = {"alone": fast is full, "fast_share": fast_share}
-    study = GuardStudy(quality_bound, shadow_share, rate, pools, shadow_seconds, *counts, seed, **who)
+    about_fast: dict[str, Any] = {"alone": fast is full, "fast_share": fast_share}
+    study = GuardStudy(quality_bound, shadow_share, rate, pools, shadow_seconds, *counts, seed, **about_fast)
     study.rows.extend(_watch_windows(study))
     return study
 
 
 def _watch_windows(study: GuardStudy) -> list[dict[str, object]]:
-    """Return a row per profile: how often it is taken back, how soon, and what a plain test does that is consulted as
-    often.
+    """Return a row per profile: how often and how soon it is rolled back, and how often by a plain test consulted as
+    often as the guard.
 
-    The last row is a loss exactly at the bound.
+    The last row is for a mean loss exactly at the bound.
     """
     rows: list[dict[str, object]] = []
     windows, seed = study.windows, study.seed
@@ -167,8 +167,8 @@ def _watch_windows(study: GuardStudy) -> list[dict[str, object]]:
         row |= {"beyond the bound": study.excess(profile), "taken back": trial["caught"]}
         row |= {FROM_START: _median(delays, windows), AFTERWARDS: None}
         if profile not in (SOUND, ANOTHER_DOMAIN):
-            behind = shadow.trials(study.guard, pool, windows, WINDOW_ANSWERS, seed, study.pools[SOUND])["delays"]
-            row[AFTERWARDS] = _median(behind, windows)
+            after_start = shadow.trials(study.guard, pool, windows, WINDOW_ANSWERS, seed, study.pools[SOUND])
+            row[AFTERWARDS] = _median(after_start["delays"], windows)
         row["plain test"] = shadow.peeking(study.bound, pool, windows, WINDOW_ANSWERS, seed=seed)
         rows.append(row | {"estimate's error": trial["error"]})
     mean, pool = _at_the_bound(study)
@@ -179,14 +179,16 @@ def _watch_windows(study: GuardStudy) -> list[dict[str, object]]:
 
 
 def _median(delays: list[int], windows: int) -> float | None:
-    """Return the median over all windows; None where the profile was not taken back in half of them."""
+    """Return the median delay over all windows; None if the profile was rolled back in less than half of them."""
     median = float(np.median([*delays, *[np.inf] * (windows - len(delays))]))
     return median if np.isfinite(median) else None
 
 
 def _at_the_bound(study: GuardStudy) -> tuple[float, list[float]]:
-    """Return a bound and losses whose mean is that bound: the sound profile's; or, where it loses too little or too
-    much for a bound, the most broken one's, scaled to the study's own bound.
+    """Return a bound, and losses whose mean is that bound.
+
+    The losses are the sound profile's or, if their mean is outside the range of a bound, those of the most broken
+    profile, scaled to the study's own bound.
     """
     low, high = SEARCH_SPACE["quality_bound"]["range"]
     mean, pool = study.disagreement(SOUND), study.pools[SOUND]
@@ -198,7 +200,7 @@ def _at_the_bound(study: GuardStudy) -> tuple[float, list[float]]:
 
 
 def scripted_stream(study: GuardStudy) -> Watched:
-    """Return a guarded stream whose profile is sound, broken in the middle third, and sound again."""
+    """Return a guarded stream whose profile is sound, then broken in the middle third, then sound again."""
     third = study.seconds / 3
 
     def pool(second: float) -> list[float]:
@@ -208,8 +210,8 @@ def scripted_stream(study: GuardStudy) -> Watched:
 
 
 def stream_panels(study: GuardStudy, watched: Watched) -> list[tuple[pd.DataFrame, str, str, float | None, str]]:
-    """Return (frame, label, kind, bound, the bound's name) of each panel of the stream's figure: estimate and truth,
-    profile in use.
+    """Return (frame, label, kind, bound, name of the bound) of the two panels of the stream's figure: estimate and
+    truth, and the profile in use.
     """
     frame = pd.DataFrame(watched.course, columns=["seconds", "trusted", "estimate", "truth"])
     curves = pd.concat([frame.assign(value=frame[name], arm=name) for name in ("estimate", "truth")])
@@ -219,25 +221,26 @@ def stream_panels(study: GuardStudy, watched: Watched) -> list[tuple[pd.DataFram
 
 
 def read_stream(study: GuardStudy, watched: Watched) -> tuple[str, str]:
-    """Return two sentences on how to read the stream's figure."""
+    """Return two sentences on the stream's figure."""
     third = study.seconds / 3
     back = watched.first("rolled back", third)
     early = sum(second < third for second, name in watched.events if name == "rolled back")
     first = (
-        f"The profile broke at {third:.2f} s and was never taken back."
+        f"The profile broke at {third:.2f} s and was never rolled back."
         if back is None
-        else f"Answering everything, the profile broke at {third:.2f} s and was taken back {back - third:.2f} s later."
+        else f"Answering everything, the profile broke at {third:.2f} s and was rolled back {back - third:.2f} s later."
     )
     tries = sum(name == "tried again" for _, name in watched.events)
     return first, f"Rollbacks before it broke: {early}; further trials after a rollback: {tries}."
 
 
 def measurements(study: GuardStudy) -> list[Measurement]:
-    """Return disagreement, false rollbacks, the estimate's error, and the seconds until a fault is noticed. What says
-    something about a sound fast profile is unavailable where there is none.
+    """Return disagreement, false rollbacks, the estimate's error, and the seconds until a fault is detected.
+
+    Measurements of a sound fast profile are unavailable if there is none.
     """
     sound, worst = study._row(SOUND), study._row(BROKEN)
-    reason, by = "the baseline has no guard", f"{study.prompts} answers, read again"
+    reason, by = "the baseline has no guard", f"{study.prompts} answers, reread by the full profile"
     serve, quiet = "serve", "serve, quiet"
     if study.alone:
         names = (("profile_disagreement", serve), ("false_rollback_share", quiet), ("quality_estimate_error", quiet))
@@ -250,22 +253,22 @@ def measurements(study: GuardStudy) -> list[Measurement]:
         if isinstance(error := sound["estimate's error"], float):
             results.append(_shown("quality_estimate_error", quiet, None, error, study.source, reason=reason))
     if study.fast_share is not None and not study.fast_share:
-        why = "the fast profile answers nothing while it is quiet, so nothing shows whether it is broken"
+        why = "the fast profile answers nothing under a quiet load, so nothing shows whether it is broken"
         why = NO_FAST if study.alone else why
         results.append(measurement.unavailable("fault_detection_seconds", "serve, broken", why))
     elif isinstance(answers := worst.get(AFTERWARDS), float) and answers:
         fast = 1.0 if study.fast_share is None else study.fast_share
         later = LATER * study.share
-        who = "all of them" if study.fast_share is None else f"{percent(fast)} of them"
-        source = f"{study.source}; {study.rate:.1f} answers/s, {who} by the fast profile, {later:g} of those read "
-        source += f"after a clean start of {CLEAN_START}, {AT_ONCE} at a time; where requests wait, later"
+        fast_answers = "all of them" if study.fast_share is None else f"{percent(fast)} of them"
+        source = f"{study.source}; {study.rate:.1f} answers/s, {fast_answers} by the fast profile, {later:g} of those "
+        source += f"reread after a clean start of {CLEAN_START}, {AT_ONCE} at a time; later while requests wait"
         if isinstance(first := worst[FROM_START], float):
-            source += f"; {first / (study.share * study.rate * fast):.3g} s where it is broken from the start"
+            source += f"; {first / (study.share * study.rate * fast):.3g} s if it is broken from the start"
         groups = AT_ONCE * math.ceil(answers / AT_ONCE)
         delay = groups / (later * study.rate * fast)
         results.append(_shown("fault_detection_seconds", "serve, broken", None, delay, source, reason=reason))
     else:
-        why = "in less than half of the windows was the broken profile taken back"
+        why = "the broken profile was rolled back in less than half of the windows"
         results.append(measurement.unavailable("fault_detection_seconds", "serve, broken", why))
     return results
 

@@ -1,9 +1,9 @@
-"""Two profiles of the real model serve traces while another process takes a share of the cores in the middle third,
-all settings in turn, step by step (`lib.measure.serving.replaying.turns`): what slows the machine down at some moment
-of a trace falls on all of them there. Waiting is left out.
+"""Replays with two profiles of the real model, while other processes share the cores in the middle third of a trace.
 
-How much slower the machine was then is read from the replays, so that the simulation gets the same slowdown and can be
-compared with both settings. Policies come in as functions; this module knows none.
+All settings take turns step by step (`lib.measure.serving.replaying.turns`), so that any slowdown at some moment of a
+trace affects all of them at that moment. Idle waiting is skipped. The slowness is read from the replays, so that the
+simulation gets the same and can be compared with both settings. Policies are passed in as functions; the module is
+independent of them.
 """
 
 import time
@@ -46,20 +46,20 @@ from lib.optimizations.feedback_mechanisms.guarding.shadow_reads import ShadowRe
 from lib.optimizations.feedback_mechanisms.profiles import NO_FAST, Profiles
 from lib.optimizations.feedback_mechanisms.scenarios import CALM, WARM_UP, Scenario, Spinner
 
-JITTERS = 5  # simulations beside every replay
-ROUNDS = {"preview": 2, "quick": 6, "standard": 6, "thorough": 12}  # six pairs are the fewest that give an interval
-# Times the seconds of a quick replay: within two seconds a limit hardly moves.
+JITTERS = 5  # simulations per replay
+ROUNDS = {"preview": 2, "quick": 6, "standard": 6, "thorough": 12}  # an interval needs at least six pairs
+# Length of a replay relative to quick: within two seconds a limit hardly moves.
 LONGER = {"preview": 0.15, "quick": 1, "standard": 4, "thorough": 8}
 PHASES = ("warm-up", "calm", "stolen core", "calm")
-# In a third, on average: arrivals are drawn, so that five gave `replay.LEAST_COUNTED` in every second build. And times
-# that a replay is made longer for them, at most.
+# Requests per third, on average: arrivals are random, and with five, only every second build reached
+# `replay.LEAST_COUNTED`. Then the largest factor by which a replay is stretched to reach that number.
 LEAST_REQUESTS, MOST_STRETCHED = 7, 3
 STATIC, AGAIN, LOOP = "static", "static again", "loop"
 
 
 @dataclass(frozen=True)
 class Stolen:
-    """A replay, which profile answered each request, and how often the guard took the fast one back."""
+    """A replay, the profile that answered each request, and the number of the guard's rollbacks."""
 
     replayed: Replayed
     profile_of: dict[int, int]
@@ -67,13 +67,14 @@ class Stolen:
 
     @property
     def served(self) -> Served:
-        """What happened to each request."""
+        """The outcome of each request."""
         return self.replayed.served
 
 
 class Stealing:
-    """An engine that has `spinner` run in its calls from second `start` to second `end` of its clock, and in no other.
-    Servers in turn share it: their clocks are never far apart.
+    """An engine during whose calls `spinner` runs between seconds `start` and `end` of its clock.
+
+    Servers in turn share the spinner: their clocks are never far apart.
     """
 
     def __init__(self, engine: Profiles, spinner: Spinner, clock: Clock, start: float, end: float):
@@ -107,14 +108,16 @@ class Stealing:
 
 
 def trace(rate: float, seconds: float, lengths: Lengths, seed: int = 0) -> Trace:
-    """Return the trace to replay: the calm share of `rate`, a warm-up and three thirds."""
+    """Return the trace to replay: a warm-up and three thirds, at the calm share of `rate`."""
     calm, lead = Phase(seconds / 3, CALM * rate, lengths), WARM_UP * seconds / 3
     return make("stolen core, live", [Phase(lead, CALM * rate, lengths), *[calm] * 3], seed, lead)
 
 
 def traces(rate: float, seconds: float, effort: str, seed: int = 0) -> list[Trace]:
-    """Return the trace of every round, so long that there are LEAST_REQUESTS in a third, as far as a replay of
-    `seconds` (at effort quick) may be stretched for that.
+    """Return the trace of every round.
+
+    A replay lasts `seconds` at effort quick; it is stretched, by at most MOST_STRETCHED, to have LEAST_REQUESTS in a
+    third.
     """
     seconds *= LONGER[effort]
     seconds = min(max(seconds, 3 * LEAST_REQUESTS / (CALM * rate)), MOST_STRETCHED * seconds)
@@ -123,7 +126,7 @@ def traces(rate: float, seconds: float, effort: str, seed: int = 0) -> list[Trac
 
 @dataclass(frozen=True)
 class _Arm:
-    """A server with its own profiles, in turn with the others."""
+    """A server with its own profiles, which takes turns with the others."""
 
     engines: list[ModelEngine]
     profiles: Profiles
@@ -141,11 +144,11 @@ def serve_stolen(
     counter: Counter | None = None,
     slower: float = 1.0,
 ) -> dict[str, Stolen]:
-    """Serve `trace` with the real models under every policy, in turns; a busy process shares the cores in its middle
-    third. Seconds are divided by how much `slower` the machine was when the trace began.
+    """Serve `trace` with the real models under every policy, in turns; busy processes share the cores in its middle
+    third. Seconds are divided by `slower`, the machine's slowness when the trace began.
 
-    The share of the fast profile's answers that the setup says is read again by the full one, in the server's time, for
-    a guard that takes it back where they lose too much.
+    The setup's share of the fast profile's answers is reread by the full one, in the server's time, for a guard that
+    rolls the fast profile back if they lose too much.
     """
     in_turn = turns.Turns({name: VirtualClock() for name in policies})
     with Spinner() as spinner:
@@ -191,19 +194,19 @@ def _arm(
 def _stolen(arm: _Arm, served: Served, disturbed: str | None, counter: Counter | None) -> Stolen:
     output = {request: ids for profile in arm.engines for request, ids in profile.output.items()}
     reads = arm.profiles.shadow
-    back = sum(what == "rolled back" for _, what in reads.guard.events) if reads else 0
+    rollbacks = sum(event == "rolled back" for _, event in reads.guard.events) if reads else 0
     run = replay.replayed(served, output, arm.timed, arm.policy, disturbed, counter)
-    return Stolen(run, dict(arm.profiles.owner), back)
+    return Stolen(run, dict(arm.profiles.owner), rollbacks)
 
 
 def workload(size: int) -> str:
-    """Return the name of the replays' workload: the baseline is the static limit that was chosen."""
+    """Return the name of the replays' workload, with the baseline's static limit `size`."""
     return f"{replay.WORKLOAD}, static {size}"
 
 
 def slowness(run: Stolen, times: StepTimes) -> tuple[tuple[float, float], ...]:
-    """Return (second, factor) of the warm-up and of each third: mean of measured ÷ tabled decode seconds. For runs of
-    one profile.
+    """Return (second, factor) of the warm-up and of each third, with factor the mean of measured ÷ tabled decode
+    seconds. For runs with one profile.
     """
     starts, factors = run.served.trace.starts, []
     for start, end in zip(starts, [*starts[1:], run.served.trace.seconds]):
@@ -218,12 +221,12 @@ def slowness(run: Stolen, times: StepTimes) -> tuple[tuple[float, float], ...]:
 
 @dataclass(frozen=True)
 class LiveTrial:
-    """Replays of a static setting, of the same again, and of the loop, a trace per round, while a core is stolen; the
-    policy that served the loop's first round, simulations of both (`rows`) and their mean `error`, the seconds that
-    static and loop missed (means), and which profile answered each request of the loop's runs.
+    """Replays of a static setting, of the same again, and of the loop, one trace per round, while a core is stolen.
 
-    slowness: (second, factor) of warm-up and thirds, read from the first static run. rollbacks: of the fast profile, in
-    all runs of the loop. acted: in how many of them the loop moved its limit or changed the profile.
+    policy: the loop that served its first round. profile_of: the profile that answered each request of the loop's runs.
+    slowness: (second, factor) of warm-up and thirds, read from the first static run. rows, error: simulations of both
+    settings, and their mean error. missed: mean seconds missed by static and loop. rollbacks: of the fast profile, in
+    all runs of the loop. acted: number of runs in which the loop moved its limit or changed the profile.
     """
 
     rounds: ServingRounds
@@ -250,7 +253,7 @@ class LiveTrial:
 
     @property
     def courses(self) -> tuple[list, list]:
-        """The course of the loop in that run: its decisions, and its changes of the profile."""
+        """The loop's decisions and its changes of the profile in its first run."""
         return getattr(self.policy, "course", []), getattr(getattr(self.policy, "switch", None), "course", [])
 
     @property
@@ -260,18 +263,18 @@ class LiveTrial:
 
     @property
     def conditions(self) -> str:
-        """Slowness of each phase, what else disturbed the machine, the seconds missed, and in how many replays the loop
-        did anything that could tell it from a static limit, as one line.
+        """One line on the slowness of each phase, other disturbances, the seconds missed, and the number of replays in
+        which the loop changed anything, as a static limit does not.
         """
         factors = ", ".join(f"{factor:.2f}" for _, factor in self.slowness)
         missed = f"seconds missed: {self.missed[0]:.2f} static, {self.missed[1]:.2f} loop"
         missed += f"; rollbacks by the guard: {self.rollbacks}"
         missed += f"; the loop moved a setting in {self.acted} of {len(self.rounds.traces)} replays"
-        return f"Slowed by {factors} (warm-up and thirds); disturbed beside that by: {self.rounds.disturbed}; {missed}"
+        return f"Slowed by {factors} (warm-up and thirds); other disturbances: {self.rounds.disturbed}; {missed}"
 
     @property
     def strays(self) -> SimulationError:
-        """How far the simulation strays from the replays: the error that simulated numbers carry."""
+        """The simulation's error against the replays, which all simulated numbers carry."""
         return validation.error_of(self.error, self.rows)
 
     def carried(self, simulated: Measurement) -> Measurement:
@@ -291,8 +294,8 @@ def compare(
     seconds: float,
     seed: int,
 ) -> LiveTrial:
-    """Replay calm traces with a stolen core under both settings in turn, and simulate the same with the slowness that
-    each replay had (`simulations`). `size` is that of the static setting, named in the workload.
+    """Replay calm traces with a stolen core under both settings in turn, and simulate them with each replay's own
+    slowness (`simulations`). `size` is the limit of the static setting, named in the workload.
     """
     live = traces(setup.rate, seconds, effort, seed)
     models = (loaded.model,) if setup.alone else (loaded.model, fast)
@@ -312,8 +315,8 @@ def compare(
             runs[name].append(run)
     factors, simulated = simulations(setup, live, runs, makers)
     replayed = {name: [run.replayed for run in each] for name, each in runs.items()}
-    told: dict[str, Any] = {"planned": True, "stepwise": True, "calibration": setup.times[0].disturbed}
-    rounds = ServingRounds(tuple(live), replayed, counter, slowness=tuple(slower), **told)
+    conditions: dict[str, Any] = {"planned": True, "stepwise": True, "calibration": setup.times[0].disturbed}
+    rounds = ServingRounds(tuple(live), replayed, counter, slowness=tuple(slower), **conditions)
     rows = validation.compare(simulated, {name: rounds.served(name) for name in (STATIC, LOOP)}, setup.objective)
     error = validation.simulation_error(rows, f"simulation against {rounds.source}")
     headline = replay.goodput(rounds, setup.objective, STATIC, AGAIN, LOOP, workload(size))
@@ -330,14 +333,14 @@ def compare(
     ]
     owners = [run.profile_of for run in runs[LOOP]]
     missed = means[0], means[1]
-    back = sum(run.rollbacks for run in runs[LOOP])
-    acted = sum(map(moved, policies))
-    return LiveTrial(rounds, policies[0], owners, factors[0], rows, error, missed, headline, measurements, back, acted)
+    counts = sum(run.rollbacks for run in runs[LOOP]), sum(map(moved, policies))
+    return LiveTrial(rounds, policies[0], owners, factors[0], rows, error, missed, headline, measurements, *counts)
 
 
 def moved(policy: Policy) -> bool:
-    """Return whether a loop moved its limit or changed the profile; where it did neither, what its replay differs by
-    from that of a static limit is not its doing.
+    """Return whether a loop moved its limit or changed the profile.
+
+    If it did neither, any difference of its replay from that of a static limit is not its doing.
     """
     limits = {limit for _, limit, _ in getattr(policy, "course", [])}
     return len(limits) > 1 or bool(getattr(policy, "changes", []))
@@ -351,21 +354,21 @@ def simulations(
 ) -> tuple[list[tuple[tuple[float, float], ...]], dict[str, list[list[Served]]]]:
     """Return the slowness of each static replay, and the simulations of both settings: per jitter, a run per trace.
 
-    Of a shared core each gets its own slices, so each is simulated with the slowness that it had itself. Where rows of
-    two profiles are under way a step's tabled time is not known, and the static replay of the round has to do.
+    Settings get different slices of a shared core, so each is simulated with its own slowness. With rows of two
+    profiles at once a step's tabled time is unknown, so the loop then gets the slowness of the round's static replay.
     """
     timed = {STATIC: runs[STATIC], LOOP: runs[LOOP if setup.alone else STATIC]}
-    factors = {name: [slowness(run, setup.times[0]) for run in each] for name, each in timed.items()}
-    again = {name: [Scenario(*pair) for pair in zip(live, slow)] for name, slow in factors.items()}
+    factors = {name: [slowness(run, setup.times[0]) for run in replays] for name, replays in timed.items()}
+    scripts = {name: [Scenario(*pair) for pair in zip(live, slow)] for name, slow in factors.items()}
     simulated = {
-        name: [[setup.play(each, makers[name](each), jitter).served for each in every] for jitter in range(JITTERS)]
-        for name, every in again.items()
+        name: [[setup.play(script, makers[name](script), jitter).served for script in own] for jitter in range(JITTERS)]
+        for name, own in scripts.items()
     }
     return factors[STATIC], simulated
 
 
 def read_timeline(live: LiveTrial, objective: Objectives) -> tuple[str, str]:
-    """Return two sentences on how to read the timeline of the loop's first replay."""
+    """Return two sentences on the timeline of the loop's first replay."""
     decisions, changes = live.courses
     course = pd.DataFrame(decisions, columns=["second", "limit", "signal"])
     start, end = live.served.trace.starts[2:4]
@@ -379,6 +382,6 @@ def read_timeline(live: LiveTrial, objective: Objectives) -> tuple[str, str]:
     profiles = [profile for owner in live.profile_of for profile in owner.values()]
     share = sum(profile == 1 for profile in profiles) / max(1, len(profiles))
     if getattr(live.policy, "switch", None) is None:
-        return first, f"The profile never changes, since {NO_FAST}: only the limit of rows does."
-    answered = f"in all rounds the fast one gave {percent(share)} of the answers"
+        return first, f"The profile never changes, since {NO_FAST}: only the limit of rows moves."
+    answered = f"over all rounds the fast one gave {percent(share)} of the answers"
     return first, f"Changes of the profile: {len(changes)}; {answered}."

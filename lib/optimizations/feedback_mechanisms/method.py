@@ -1,17 +1,17 @@
 """Feedback: a running model is measured and adjusted while it serves: signal → filter → law → actuator.
 
-Three loops, each of which stands alone; the third one, the length of a draft, is in `draft_length`:
+Three independent loops; the third, the length of a draft, is in `draft_length`:
 
-- `LatencyLoop`: the batch limit follows the measured time per token to its objective, by a PI law with anti-windup or
-  by AIMD (Åström and Hägglund 2006, *Advanced PID control*, chapters 3 and 13; Chiu and Jain 1989), with a dead band
-  and rests so that it does not swing (`control.laws`); where the limit is not enough, a `Switch` lets a faster profile
-  answer new requests; a return to the full one that does not last delays the next one.
-- `Guard`: a share of the answers is read again by the baseline; a sequential test signals when a profile differs from
-  it by more than an absolute bound; then the last good profile is restored, and each further trial of the faulty one
-  waits longer.
+- `LatencyLoop`: the batch limit is controlled so that the measured time per token meets its objective, by a PI law with
+  anti-windup or by AIMD (Åström and Hägglund 2006, *Advanced PID control*, chapters 3 and 13; Chiu and Jain 1989), with
+  a dead band and rests so that it does not swing (`control.laws`). If the limit is not enough, a `Switch` lets a faster
+  profile answer new requests; a return to the full profile that does not last delays the next return.
+- `Guard`: a share of the answers is reread by the baseline; a sequential test signals when a profile differs from it by
+  more than an absolute bound. Then the last good profile is restored, and each further trial of the faulty one waits
+  longer.
 
-No weight is changed; there is no `apply`. Knows neither clock nor engine, and no other optimization: profiles and
-drafts are models that the caller has made.
+No weight is changed; there is no `apply`. Independent of clocks, engines and other optimizations: profiles and drafts
+are models made by the caller.
 """
 
 import math
@@ -41,29 +41,29 @@ SEARCH_SPACE: dict[str, dict[str, Any]] = {
         "type": "float",
         "range": (0.01, 1.0),
         "default": 0.25,
-        "help": "share of the answers that the baseline reads again, a fifth of it after a clean start",
+        "help": "share of the answers that the baseline rereads, a fifth of it after a clean start",
     },
     "quality_bound": {
         "type": "float",
         "range": (0.01, 0.5),
         "default": 0.1,
-        "help": "most share of tokens in which a profile may differ from the baseline",
+        "help": "largest share of tokens in which a profile may differ from the baseline",
     },
 }
 PERIOD_STEPS = 4  # decode steps between two decisions of a law: the bounded rate of the actuator
-FILTER = 1 / 16  # weight of a new decode step in the filtered signal, and in what is remembered of the rows in use
+FILTER = 1 / 16  # weight of a new decode step in the filtered signal, and in the decaying maximum of rows in use
 SWITCH_STEPS = 32  # decode steps after a change of profile in which the limit does not fall
-PRESSED, EASY = 0.2, 0.1  # waits, as shares of the first-token objective, at which the fast profile comes and may go
-HOLD, MOST_HOLD = 32.0, 128.0  # first-token objectives that the fast profile stays at least, at most before a try
+PRESSED, EASY = 0.2, 0.1  # waits, as shares of the first-token objective, at which the fast profile starts, may end
+HOLD, MOST_HOLD = 32.0, 128.0  # first and longest minimum stay of the fast profile, in first-token objectives
 FULL, FAST = 0, 1  # profiles
-START_ROWS, LEAST_ROWS = 16.0, 1.0  # limit of rows to begin with, and the least
-LOST_SHARE = 0.25  # of the limit: beyond so many rows no request joins that is lost already
-FALSE_ALARM = 0.01  # of the guard, per watch
-CLEAN_START, LATER = 50, 0.2  # answers read of a watch before less is read; share of the share that is read then
+START_ROWS, LEAST_ROWS = 16.0, 1.0  # initial and smallest limit of rows
+LOST_SHARE = 0.25  # share of the limit above which requests that are already late may not join
+FALSE_ALARM = 0.01  # the guard's false-alarm probability per watch
+CLEAN_START, LATER = 50, 0.2  # answers reread per watch at the full share; factor on the share afterwards
 
 
 def applies_to(model: nn.Module) -> str | None:
-    """Return None where rows can join this model's running batch, else the reason why not."""
+    """Return None if rows can join this model's running batch, else the reason."""
     return batch_cache.joinable(model)
 
 
@@ -80,12 +80,12 @@ def check(**knobs: float) -> None:
 
 @dataclass
 class Switch:
-    """Which profile answers new requests: FULL, or FAST once the first in the queue has waited for a fifth of its
-    allowance.
+    """Chooses the profile for new requests: FULL, or FAST under pressure.
 
-    saving: how many times as long a request takes with the full profile as with the fast one. Back to FULL after `hold`
-    seconds without pressure, if the time per token would then be within the objective too; a return that does not last
-    doubles the next hold. `course` keeps (second, profile) of every change.
+    Pressure: the first request in the queue has waited for a fifth of its first-token objective, or the time per token
+    exceeds its objective. Back to FULL after `hold` seconds without pressure, if the time per token would stay within
+    the objective; a return that does not last doubles the next hold. saving: time per request, full ÷ fast profile.
+    `course` holds (second, profile) of every change.
     """
 
     objectives: Objectives
@@ -96,7 +96,7 @@ class Switch:
     course: list[tuple[float, int]] = field(default_factory=list)
 
     def look(self, now: float, wait: float, signal: float) -> None:
-        """Take in the longest wait and the filtered seconds per token; change the profile where that is due."""
+        """Register the longest wait and the filtered seconds per token; change the profile if that is due."""
         pressed = wait > PRESSED * self.objectives.first_token_seconds or signal > self.objectives.token_seconds
         hold = self.factor * self.objectives.first_token_seconds
         if self.profile == FULL and pressed:
@@ -115,17 +115,18 @@ class Switch:
 
 
 class LatencyLoop:
-    """A policy of the server loop whose batch limit follows the measured seconds per token to setpoint × objective.
+    """A policy of the server loop whose batch limit steers the measured seconds per token to setpoint × objective.
 
-    Signal: seconds between a row's tokens, prefills of others included; filter: exponential, over about 1/FILTER decode
-    steps, since a single prefill takes as long as several of them. Within `band` of the setpoint the limit stands still
-    (`Restraint`); the band ends where the signal is beyond the objective. It rises only while it is what keeps requests
-    waiting, and falls from the rows in use where these are fewer: otherwise it would wind up in calm hours, overshoot
-    with the first rush, and fall for long without effect (conditional integration and tracking: Åström and Hägglund
-    2006, *Advanced PID control*, on windup). With a `switch` the loop also sets the `profile`; while a change of it
-    does not show yet, since rows of both profiles are under way and cost a step of each, the limit does not fall.
-    `patience_seconds` is how long a request may wait and still be met (default: the whole objective of the first
-    token). `course` keeps (second, limit, signal) of every decision.
+    Signal: seconds between a row's tokens, including prefills of other requests. Filter: exponential, over about
+    1/FILTER decode steps, since one prefill takes as long as several of them. Within `band` of the setpoint the limit
+    does not move (`Restraint`); the band does not extend beyond the objective. The limit rises only while it is what
+    keeps requests waiting, and falls from the number of rows in use if that is smaller. Otherwise it would wind up
+    under low load, overshoot at the first peak, and then fall for long without effect (conditional integration and
+    tracking: Åström and Hägglund 2006, *Advanced PID control*, on windup).
+
+    With a `switch` the loop also sets the `profile`. After a change, while rows of both profiles still cost a step of
+    each, the limit does not fall. `patience_seconds` is the longest wait after which a request can still meet its
+    objective (default: the whole first-token objective). `course` holds (second, limit, signal) of every decision.
     """
 
     def __init__(
@@ -161,32 +162,34 @@ class LatencyLoop:
 
     @property
     def profile(self) -> int:
-        """The profile that answers requests admitted now."""
+        """The profile for requests admitted now."""
         return self.switch.profile if self.switch else FULL
 
     def decide(self, view: View) -> Decision:
-        """Admit as many requests as the limit and the server's memory have room for. Those that are lost already, which
-        a server shows where no others wait, join only while a LOST_SHARE of the limit is not taken: the other rows are
-        kept for those that can still be met (trunk reservation: Kelly 1991, *Loss networks*, The Annals of Applied
-        Probability 1). Else what a rush has left behind fills the server, and the calm after it is missed too.
+        """Admit as many requests as the limit and the server's memory have room for.
 
-        The switch is shown the wait of the first in the queue only where some must go on waiting, and where it can
-        still be met: one that is admitted now needs no faster profile, and one that is lost gains nothing by it.
+        Requests that are already late, which the server offers only if no others wait, join only up to a LOST_SHARE of
+        the limit; the other rows are reserved for requests that can still meet their objective (trunk reservation:
+        Kelly 1991, *Loss networks*, The Annals of Applied Probability 1). Otherwise the backlog of a peak would fill
+        the server, and the calm after it would be missed too.
+
+        The switch sees the wait of the first request in the queue only if some must keep waiting and that request can
+        still meet its objective: a request admitted now needs no faster profile, and a late one gains nothing by it.
         """
         free = self.size - len(view.running)
-        held = min(free, view.room) < len(view.waiting)
+        some_wait = min(free, view.room) < len(view.waiting)
         self.bound |= free < len(view.waiting)
         wait = view.now - view.waiting[0].arrival
-        self.wait = wait if held and wait <= self.patience else 0.0
+        self.wait = wait if some_wait and wait <= self.patience else 0.0
         self._look(view.now)
-        if view.now - view.waiting[-1].arrival > self.patience:  # of one queue for all, the newest can still be met
+        if view.now - view.waiting[-1].arrival > self.patience:  # even the newest in the queue is late
             free = max(1, int(LOST_SHARE * self.size)) - len(view.running)
         return Decision(max(0, min(free, view.room)))
 
     def observe(self, step: ServerStep, finished: Sequence[RequestOutcome]) -> None:
-        """Take in a step; decide anew after every PERIOD_STEPS of decoding."""
-        begun = step.batch if step.kind == "prefill" else 0  # they are counted as running, and were not stopped
-        if step.running > begun:
+        """Register a step; decide again after every PERIOD_STEPS decode steps."""
+        prefilled = step.batch if step.kind == "prefill" else 0  # counted as running, but not delayed by this step
+        if step.running > prefilled:
             self.pending += step.seconds
         if step.kind != "decode":
             return
@@ -203,7 +206,7 @@ class LatencyLoop:
             self.bound = False
 
     def _look(self, now: float) -> None:
-        """Let the switch look; a change of the profile holds the limit."""
+        """Update the switch; a change of the profile keeps the limit from falling."""
         if self.switch:
             before = self.switch.profile
             self.switch.look(now, self.wait, self.signal or 0.0)
@@ -225,11 +228,11 @@ class LatencyLoop:
 
 @dataclass
 class Guard:
-    """Watches a profile by the losses of its shadowed answers; decides when to fall back and when to try it again.
+    """Watches a profile by the losses of its shadowed answers; decides when to roll it back and when to try it again.
 
-    bound: the most that it may lose, whatever it lost when it was chosen. share: of the answers that are shadowed, and
-    `later`, where given, after a clean start of CLEAN_START of them: a fault that begins then shows later. cool_down:
-    seconds until it is tried again, doubled by every further breach. `events` keeps (second, what).
+    bound: maximum mean loss, whatever the loss was when the profile was chosen. share: share of answers shadowed;
+    `later`, if given, replaces it after CLEAN_START of them, so a fault that begins then shows later. cool_down:
+    seconds until the profile is tried again, doubled by every further breach. `events` holds (second, event).
     """
 
     bound: float
@@ -254,7 +257,7 @@ class Guard:
 
     @property
     def estimate(self) -> float | None:
-        """Mean loss of the present watch; None before the first shadowed answer."""
+        """The mean loss of the present watch; None before the first shadowed answer."""
         return self.test.mean
 
     @property
@@ -263,8 +266,9 @@ class Guard:
         return self.chosen < CLEAN_START
 
     def wants(self, draw: float | None = None) -> bool:
-        """Return whether this answer is to be shadowed: a `draw` in [0, 1), by default the guard's own, that does not
-        depend on the answer.
+        """Return whether to shadow this answer.
+
+        Decided by `draw` in [0, 1), by default the guard's own random number; it must not depend on the answer.
         """
         if not self.trusted:
             return False
@@ -274,7 +278,7 @@ class Guard:
         return wanted
 
     def add(self, second: float, loss: float) -> bool:
-        """Take in a shadowed answer's loss; return whether the profile has to be taken back now."""
+        """Register the loss of a shadowed answer; return whether the profile has to be rolled back now."""
         self.losses.append((second, loss))
         if not self.trusted or not self.test.add(loss):
             return False
@@ -285,7 +289,7 @@ class Guard:
         return True
 
     def ready(self, second: float) -> bool:
-        """Return whether the cool-down is over; then the profile is on trial again, with a new test."""
+        """Return whether the cool-down has just ended; if so, put the profile on trial again, with a new test."""
         if self.trusted or second < self.until:
             return False
         self.trusted, self.test, self.chosen = True, self._watch(), 0

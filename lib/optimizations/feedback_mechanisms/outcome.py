@@ -1,6 +1,6 @@
-"""The outcome of the feedback mechanisms: targets, the answer to each claim, and the record's details.
+"""The outcome of the feedback mechanisms: targets, answers to the claims, and the record's details.
 
-Everything is computed from what `experiment` and the studies beside it have measured.
+Everything is computed from the measurements of `experiment` and the other studies in this folder.
 """
 
 from collections.abc import Sequence
@@ -35,34 +35,34 @@ CLAIMS = (
 NEEDED = "net saving of the fast candidate in the hardest script, guard charged, against what that requires"
 SERVED = "broken profile taken back while it served a load step, share of the scripts, simulated"
 MOST_MISSED, LEAST_CAUGHT, MOST_FALSE = 0.20, 0.99, 0.01
-MOST_SWING = 0.1  # of ln(limit), per decision (`scenarios.swing`)
-Answer = tuple[bool | None, str]  # refuted, or None where the run cannot tell; the evidence
-CONFIDENCE = 0.90  # of a share's interval, so that each end alone holds at 95 %
+MOST_SWING = 0.1  # in ln(limit) per decision (`scenarios.swing`)
+Answer = tuple[bool | None, str]  # whether refuted (None: undecided), and the evidence
+CONFIDENCE = 0.90  # of a share's two-sided interval, so that each end alone holds at 95 %
 
 
 def targets(compared: ScenarioTable, live: LiveTrial, guards: GuardStudy, laws: pd.DataFrame) -> list[Row]:
-    """Return a row per target: what was measured, and whether it was reached; or why that cannot be told."""
-    false = None if guards.alone else guards.taken_back(SOUND)
+    """Return a row per target: the measured value, and whether the target was reached, or why that is undecided."""
+    false_rollbacks = None if guards.alone else guards.taken_back(SOUND)
     goals: tuple[tuple[str, float | None, str, float], ...] = (
         ("seconds missed, loop ÷ static, guard charged, simulated", compared.ratio, "at most", MOST_MISSED),
         ("broken profile taken back, share of windows", guards.taken_back(BROKEN), "at least", LEAST_CAUGHT),
-        ("false rollbacks, share of quiet windows", false, "at most", MOST_FALSE),
+        ("false rollbacks, share of quiet windows", false_rollbacks, "at most", MOST_FALSE),
         ("least share of drafted tokens equal to greedy", float(laws["same tokens"].min()), "at least", 1.0),
     )
-    untold = (_not_judged(live), _untold(guards, BROKEN), _untold(guards, SOUND), None)
+    reasons = (_not_judged(live), _uninformative(guards, BROKEN), _uninformative(guards, SOUND), None)
     rows: list[Row] = [
         {"figure": name, "measured": value, "to reach": f"{how} {goal}", "reached": why or is_reached(value, how, goal)}
-        for (name, value, how, goal), why in zip(goals, untold)
+        for (name, value, how, goal), why in zip(goals, reasons)
     ]
     served: Row = {"figure": SERVED, "measured": compared.caught, "to reach": f"at least {LEAST_CAUGHT}"}
-    untold_too = NO_FAST if compared.alone else _not_judged(live)
-    served["reached"] = untold_too or is_reached(compared.caught, "at least", LEAST_CAUGHT)
+    undecided = NO_FAST if compared.alone else _not_judged(live)
+    served["reached"] = undecided or is_reached(compared.caught, "at least", LEAST_CAUGHT)
     return [rows[0], _needed(compared), rows[1], served, *rows[2:]]
 
 
 def _needed(compared: ScenarioTable) -> Row:
-    """Return what limits the seconds missed: the net saving that the hardest script requires for a server to keep up,
-    beside what the fast candidate saves at the lengths of that script.
+    """Return the row on what limits the seconds missed: the net saving that a server needs to keep up in the hardest
+    script, against the fast candidate's net saving at the lengths of that script.
     """
     net, needed = compared.hardest
     measured = None if net is None else net.middle
@@ -75,16 +75,16 @@ def _needed(compared: ScenarioTable) -> Row:
 
 
 def _not_judged(live: LiveTrial) -> str | None:
-    """Return why nothing simulated is judged; None where it is."""
+    """Return why simulated results are not judged; None if they are."""
     return f"not judged: {live.strays.forbids}" if live.strays.forbids else None
 
 
 def refutations(
     disturbances: DisturbanceStudy, compared: ScenarioTable, live: LiveTrial, guards: GuardStudy, laws: pd.DataFrame
 ) -> list[tuple[str, bool | None, str]]:
-    """Return (claim, refuted or None where the run cannot tell, evidence) for each of `CLAIMS`.
+    """Return (claim, whether refuted or None if undecided, evidence) for each of `CLAIMS`.
 
-    The first three rest on the simulation, so they are not answered where nothing simulated is judged.
+    The first three rest on the simulation, so they are undecided if simulated results are not judged.
     """
     forbidden = _not_judged(live)
 
@@ -103,7 +103,7 @@ def refutations(
 
 
 def _missed(disturbances: DisturbanceStudy, compared: ScenarioTable, rival: str) -> Answer:
-    """The seconds that a rival misses beyond the loop, scenario by scenario: unlike ones are not pooled."""
+    """Return the answer from the seconds that a rival misses more than the loop, per scenario without pooling."""
     setup, ends = disturbances.setup, []
     settings = disturbances.settings(compared.best) | {compared.static: experiment.static(compared.best)}
     names = _disturbed(disturbances)
@@ -119,20 +119,21 @@ def _missed(disturbances: DisturbanceStudy, compared: ScenarioTable, rival: str)
 
 
 def _swinging(disturbances: DisturbanceStudy, compared: ScenarioTable) -> Answer:
-    """How far the limit goes back and forth late in a disturbance, scenario by scenario: it swings where one of them
-    shows it. A share of the moves says little of a limit that seldom moves; it stands beside.
+    """Return the answer from the swing of the limit late in a disturbance: it swings if any scenario shows it.
+
+    The evidence also gives the share of reversing moves, which says little about a limit that seldom moves.
     """
-    loop, ends, moved = disturbances.settings(compared.best)[LOOP], [], []
+    loop, ends, reversing = disturbances.settings(compared.best)[LOOP], [], []
     names = _disturbed(disturbances)
     for name in names:
         runs = [disturbances.setup.ran(script, LOOP, loop) for script in disturbances.named(name)]
         swings = [swing for run in runs if (swing := run["swing"]) is not None]
         ends.append(paired_stats.median_interval(swings) if swings else (-np.inf, np.inf))
         reversals, moves = (sum(run[key] or 0.0 for run in runs) for key in ("reversals", "moves"))
-        moved.append(f"{reversals:.0f} of {moves:.0f}")
+        reversing.append(f"{reversals:.0f} of {moves:.0f}")
     intervals = "; ".join(f"{name} {low:.3f} to {high:.3f}" for name, (low, high) in zip(names, ends))
-    evidence = f"to and fro of the limit per decision, late in a simulated script of each scenario: {intervals}; "
-    evidence += f"moves that reverse the one before: {', '.join(moved)}"
+    evidence = f"swing of the limit per decision, late in a simulated script of each scenario: {intervals}; "
+    evidence += f"moves that reverse the previous one: {', '.join(reversing)}"
     swings_somewhere = any(low >= MOST_SWING for low, _ in ends)
     return True if swings_somewhere else False if all(high < MOST_SWING for _, high in ends) else None, evidence
 
@@ -142,8 +143,8 @@ def _disturbed(disturbances: DisturbanceStudy) -> list[str]:
 
 
 def _share(guards: GuardStudy, profile: str) -> Answer:
-    """The share of windows in which the guard is wrong about a profile, with its exact binomial interval. The full
-    profile itself, which loses nothing, proves nothing about a sound one.
+    """Return the answer from the share of windows in which the guard is wrong about a profile, with its exact binomial
+    interval. Undecided if the sound profile is the full one, which loses nothing and so proves nothing.
     """
     if guards.alone and profile == SOUND:
         return None, NO_FAST
@@ -151,14 +152,15 @@ def _share(guards: GuardStudy, profile: str) -> Answer:
     wrong = rolled_back if profile == SOUND else guards.windows - rolled_back
     low, high = stats.binomtest(wrong, guards.windows).proportion_ci(CONFIDENCE, "exact")
     evidence = f"{wrong} of {guards.windows} windows ({low:.4f} to {high:.4f})"
-    if untold := _untold(guards, profile):
-        return None, f"{evidence}, but {untold}"
+    if reason := _uninformative(guards, profile):
+        return None, f"{evidence}, but {reason}"
     return True if low > MOST_FALSE else False if high <= MOST_FALSE else None, evidence
 
 
-def _untold(guards: GuardStudy, profile: str) -> str | None:
-    """Return why windows of a profile tell nothing of the guard: there is no fast profile, or the sound one loses more
-    than is allowed, or the broken one does not. None where they do.
+def _uninformative(guards: GuardStudy, profile: str) -> str | None:
+    """Return why windows of a profile say nothing about the guard, or None if they do.
+
+    They say nothing if there is no fast profile, the sound one loses more than the bound, or the broken one less.
     """
     if guards.alone and profile == SOUND:
         return NO_FAST
@@ -169,7 +171,7 @@ def _untold(guards: GuardStudy, profile: str) -> str | None:
 
 
 def _differing(laws: pd.DataFrame) -> Answer:
-    """The answers that differ from the greedy one, of those in which anything was drafted: the others are plain."""
+    """Return the answer from the drafted answers that differ from the greedy ones; answers without drafts are plain."""
     drafted, same = int(laws["drafted answers"].sum()), int(laws["same answers"].sum())
     if not drafted:
         return None, "nothing was drafted"
@@ -181,7 +183,7 @@ def details(
     disturbances: DisturbanceStudy, compared: ScenarioTable, live: LiveTrial, drafts: DraftingStudy, guards: GuardStudy,
     candidates: Sequence[Candidate], reached: Sequence[Row],
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """Return the record's details: name → value, provenance, source; the impact curve with its axes."""
+    """Return the record's details: name → value, provenance and source, plus axes for the impact curve."""
     by, in_turn = "simulated on this run's step times", "perf_counter, laws taking turns"
     axes = {"x": "tokens drafted at a time", "y": "speed against plain decoding, ×"}
     entries: dict[str, tuple[Any, str, str]] = {

@@ -1,12 +1,12 @@
-"""Two profiles of a model: which faster one is admitted, and a server that has both.
+"""Two profiles of a model: the admission of a faster one, and a server with both.
 
 Only a model that stays within the margins is admitted as the fast profile: on text used neither for calibration nor for
-judging, it must read nearly as well as the baseline, and choose nearly the same tokens. New requests go to the profile
-in charge; rows finish on the one they began with. Each profile is an engine of its own (`lib.measure.serving.engine` or
-`lib.measure.serving.simulator`) with its own cache; a step of the server is one step of every profile that has rows,
-one after another. A share of the fast profile's answers is read again by the full one, which takes the server's time
-like any other work; where they show that it is broken, the full one takes its place. Knows no policy: a function
-returns the profile in charge.
+judging, it must predict text nearly as well as the baseline and choose nearly the same tokens. New requests go to the
+profile in charge; rows finish on the profile they started with. Each profile is its own engine
+(`lib.measure.serving.engine` or `lib.measure.serving.simulator`) with its own cache; a step of the server is one step
+of every profile that has rows, one after another. A share of the fast profile's answers is reread by the full one,
+which takes the server's time like any other work; if these show that it is broken, the full one replaces it.
+Independent of policies: a function returns the profile in charge.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -29,22 +29,22 @@ from lib.optimizations.feedback_mechanisms.guarding.shadow_reads import ShadowRe
 from lib.optimizations.feedback_mechanisms.method import FAST, FULL
 
 ROOM = 0.5  # share of the guard's bound that a profile may use up when it is chosen
-WINDOWS, WINDOW_TOKENS = 16, 128  # of text on which candidates are read
-ITEMS = 32  # classified per task
+WINDOWS, WINDOW_TOKENS = 16, 128  # windows of text on which candidates are judged, and tokens of each
+ITEMS = 32  # classified items per task
 PROMPT_TOKENS, NEW_TOKENS = 48, 16
 NO_FAST = "no fast profile was admitted"
 
 
-# --- which profile is admitted ----------------------------------------------------------------------------------------
+# --- admission of a profile ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A faster profile, what it differs by on text of the split `search`, and why it is not admitted (None: it is).
+    """A faster profile, its differences on text of the split `search`, and why it is refused (None: it is admitted).
 
-    perplexity: its own ÷ the full one's; disagreement: share of its tokens that the full profile would not have chosen;
-    flips: share of classified items that it answers otherwise; losses: the disagreement of each answer; net: how much
-    of the server's time it saves. Disagreement and flips are None where perplexity alone refuses it, `net` where it was
+    perplexity: its own ÷ the full profile's. disagreement: share of its tokens that the full profile would not have
+    chosen. flips: share of classified items that it answers differently. losses: the disagreement of each answer. net:
+    its net saving of the server's time. Disagreement and flips are None if perplexity alone refuses it, `net` if it was
     not timed.
     """
 
@@ -69,13 +69,15 @@ def judge(
     windows: int = WINDOWS,
     items: int = ITEMS,
 ) -> Candidate:
-    """Return a candidate with its figures: admitted where perplexity and classified items keep their margins, and its
-    disagreement leaves the guard half of its absolute bound. Where perplexity alone refuses it nothing else is read.
+    """Return `model` as a candidate with its measured differences.
+
+    It is admitted if perplexity and classified items stay within their margins and its disagreement leaves the guard
+    half of its absolute bound. If perplexity alone refuses it, nothing else is measured.
     """
     text_NT = tasks.text_windows(loaded, "search", windows, WINDOW_TOKENS, seed)
-    read = [float(np.mean(evaluate.read(each, text_NT).loss_N)) for each in (loaded.model, model)]
-    perplexity = float(np.exp(read[1] - read[0]))
-    if not perplexity <= 1 + PERPLEXITY_MARGIN:  # which is no number where the model gives none
+    losses = [float(np.mean(evaluate.read(arm, text_NT).loss_N)) for arm in (loaded.model, model)]
+    perplexity = float(np.exp(losses[1] - losses[0]))
+    if not perplexity <= 1 + PERPLEXITY_MARGIN:  # also refuses NaN
         reason = f"perplexity {signed(100 * (perplexity - 1))} %, margin {percent(PERPLEXITY_MARGIN)}"
         return Candidate(name, model, None, perplexity, None, reason)
     answered = losses_of(loaded, model, prompts, seed)
@@ -92,7 +94,7 @@ def judge(
 
 
 def losses_of(loaded: Loaded, model: nn.Module, prompts: int, seed: int = 0) -> list[float]:
-    """Return the disagreement of each of a profile's answers to so many prompts of the split `search`."""
+    """Return the disagreement of each of a profile's answers to a number of `prompts` of the split `search`."""
     prompts_T = list(tasks.text_windows(loaded, "search", prompts, PROMPT_TOKENS, seed + 1))
     return shadow.disagreements(loaded.model, prompts_T, shadow.answers(model, prompts_T, NEW_TOKENS))
 
@@ -107,12 +109,11 @@ def first_admitted(
     worth: Callable[[nn.Module], str | None] | None = None,
     **amounts: int,
 ) -> list[Candidate]:
-    """Return the candidates that were considered, the admitted one last; they come in order, the one with the fewest
-    parameters first. `saving` times one and says what it saves: where that refuses it, the next one is tried, since
-    fewer parameters need not be faster; and so where `worth` says why a faster one is of no use to the loop. None is
-    timed that does not keep the margins. `amounts` of text and items as in `judge`.
+    """Return the candidates considered, the admitted one last; if none is admitted, the full model itself comes last.
 
-    Where none is admitted the full model itself comes last: then there is nothing to switch to.
+    `candidates` come in order, fewest parameters first. Those outside the margins are not timed. `saving` times one and
+    returns its net saving; if that refuses it, the next is tried, since fewer parameters need not be faster. `worth`
+    returns why a faster one is of no use to the loop, if so. `amounts` of text and items as in `judge`.
     """
     seen = []
     for name, model in candidates:
@@ -128,18 +129,18 @@ def first_admitted(
 
 
 def itself(loaded: Loaded) -> Candidate:
-    """Return the full profile in the place of a fast one: there is nothing to switch to."""
+    """Return the full profile in place of a fast one: there is nothing to switch to."""
     return Candidate("the full profile itself", loaded.model, 0.0, 1.0, 0.0, None)
 
 
-# --- a server with both -----------------------------------------------------------------------------------------------
+# --- a server with both profiles -------------------------------------------------------------------------------------
 
 
 class Profiles:
-    """Serves with `engines`; `current()` is the index of the one that reads the next prompts.
+    """Serves with `engines`; `current()` is the index of the engine for the next prompts.
 
-    With one engine there is nothing to choose. `owner` maps the id of every request admitted so far to the index of its
-    engine. `shadow`: reads answers of the fast profile again and may take it back (None: nobody watches).
+    With one engine there is nothing to choose. `owner`: id of every request admitted so far → index of its engine.
+    `shadow`: rereads answers of the fast profile and may roll it back (None: no guard).
     """
 
     def __init__(self, engines: Sequence[Engine], current: Callable[[], int], shadow: ShadowReads | None = None):
@@ -156,11 +157,11 @@ class Profiles:
 
     @property
     def bytes(self) -> float:
-        """Bytes that all caches hold now."""
+        """The bytes in all caches now."""
         return sum(engine.bytes for engine in self.engines)
 
     def prefill(self, requests: Sequence[ServingRequest]) -> float:
-        """Let the profile in charge read the prompts, or the full one where the guard has taken the fast one back;
+        """Read the prompts with the profile in charge, or with the full one if the guard has rolled back the fast one;
         return the seconds it took.
         """
         index = min(self.current(), len(self.engines) - 1)
@@ -176,11 +177,11 @@ class Profiles:
         return sum(engine.decode() for engine, ids in zip(self.engines, self.running) if ids)
 
     def shared(self, parts: Sequence[tuple[ServingRequest, int]]) -> float:
-        """Prompts are read at once here. Raises UserError for a policy that asks for chunks."""
+        """Raise UserError: profiles read prompts at once and do not support a policy with chunks."""
         raise UserError("feedback: profiles read prompts at once; expected a policy that asks for no chunks")
 
     def leave(self, ids: Sequence[int]) -> float:
-        """Take rows out of their batches, and note what is to be read again; return the seconds it took."""
+        """Take rows out of their batches and register the fast profile's answers; return the seconds it took."""
         seconds = 0.0
         for index, (engine, running) in enumerate(zip(self.engines, self.running)):
             if gone := [name for name in ids if name in running]:
@@ -192,5 +193,5 @@ class Profiles:
         return seconds
 
     def aside(self, waiting: int, running: int) -> float:
-        """Read answers again where that is due; return the seconds it took (`server.serve`)."""
+        """Reread answers if that is due; return the seconds it took (`server.serve`)."""
         return self.shadow.work(waiting, running) if self.shadow else 0.0

@@ -1,5 +1,5 @@
-"""Shadow runs: what a profile answers, how a guard does on real losses of its answers, drawn again, and the quality of
-a server whose answers come from two profiles.
+"""Shadow runs: a profile's answers, a guard tested on resampled losses of these, and the quality of a server whose
+answers come from two profiles.
 
 Shapes: T prompt tokens, N new tokens.
 """
@@ -24,8 +24,8 @@ from lib.optimizations.feedback_mechanisms.guarding import net_saving
 from lib.optimizations.feedback_mechanisms.method import CLEAN_START, Guard
 
 AT_ONCE = 16  # prompts answered together
-READ_AT_ONCE = net_saving.AT_ONCE  # answers read again together
-STRENGTHS = (1.0, 2.0, 4.0)  # of the noise that breaks a profile, × the standard deviation of the weights
+READ_AT_ONCE = net_saving.AT_ONCE  # answers reread together
+STRENGTHS = (1.0, 2.0, 4.0)  # noise that breaks a profile, in standard deviations of the weights
 
 
 @torch.inference_mode()
@@ -43,9 +43,9 @@ def answers(model: nn.Module, prompts: Sequence[torch.Tensor], new_tokens: int) 
 
 @torch.inference_mode()
 def disagreement(baseline: nn.Module, prompt_T: torch.Tensor, answer_N: torch.Tensor) -> float:
-    """Return the share of an answer's tokens that the baseline, reading the same words, would not have chosen.
+    """Return the share of an answer's tokens that the baseline would not have chosen, given the same preceding tokens.
 
-    One pass over prompt and answer: far cheaper than answering again.
+    Takes one pass over prompt and answer: far cheaper than answering again.
     """
     reset_rope_deltas(baseline)
     device = next(baseline.parameters()).device
@@ -55,7 +55,7 @@ def disagreement(baseline: nn.Module, prompt_T: torch.Tensor, answer_N: torch.Te
 
 
 def disagreements(baseline: nn.Module, prompts: Sequence[torch.Tensor], answers: Sequence[torch.Tensor]) -> list[float]:
-    """Return `disagreement` of each answer after its prompt, READ_AT_ONCE of them in a pass."""
+    """Return the `disagreement` of each answer to its prompt, reading READ_AT_ONCE answers per pass."""
     losses: list[float] = []
     for start in range(0, len(prompts), READ_AT_ONCE):
         end = start + READ_AT_ONCE
@@ -65,7 +65,7 @@ def disagreements(baseline: nn.Module, prompts: Sequence[torch.Tensor], answers:
 
 @torch.inference_mode()
 def _together(baseline: nn.Module, prompts: Sequence[torch.Tensor], answers: Sequence[torch.Tensor]) -> list[float]:
-    # Padded on the right, where no token of a causal model sees it.
+    # Padded on the right, which no token of a causal model attends to.
     reset_rope_deltas(baseline)
     device = next(baseline.parameters()).device
     ids = [torch.cat([prompt_T, answer_N.to(prompt_T.device)])[:-1] for prompt_T, answer_N in zip(prompts, answers)]
@@ -78,8 +78,9 @@ def _together(baseline: nn.Module, prompts: Sequence[torch.Tensor], answers: Seq
 
 
 def broken(model: nn.Module, strength: float, seed: int = 0) -> nn.Module:
-    """Return a model whose attention outputs are disturbed: noise of `strength` × their own standard deviation. A
-    packed matrix is restored first. Everything else is shared with `model`.
+    """Return a model with noise of `strength` × their standard deviation added to its attention output weights.
+
+    A packed matrix is restored first. Everything else is shared with `model`.
     """
     damaged = sharing(model)
     names = {module: name for name, module in damaged.named_modules()}
@@ -88,7 +89,7 @@ def broken(model: nn.Module, strength: float, seed: int = 0) -> nn.Module:
         if block.attention.kind != "none":
             output: Any = block.attention.output
             packed = hasattr(output, "restored")
-            dtype = next(damaged.parameters()).dtype if packed else output.weight.dtype  # that of the embeddings
+            dtype = next(damaged.parameters()).dtype if packed else output.weight.dtype  # dtype of the embeddings
             weight = output.restored().to(dtype) if packed else output.weight.detach()
             noise = torch.randn(weight.shape, generator=random).to(weight.device, dtype)
             noisy = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -100,20 +101,20 @@ def broken(model: nn.Module, strength: float, seed: int = 0) -> nn.Module:
 
 @dataclass(frozen=True)
 class Watched:
-    """A guarded stream: (second, trusted, estimate, true mean of the pool then) per answer, and the guard's events."""
+    """A guarded stream: (second, trusted, estimate, true mean of the pool) per answer, and the guard's events."""
 
     course: list[tuple[float, bool, float | None, float]]
     events: list[tuple[float, str]]
 
     def first(self, what: str, since: float = 0.0) -> float | None:
-        """Return the second of the first event `what` from `since` on."""
+        """Return the second of the first event `what` at or after `since`; None without one."""
         return next((second for second, name in self.events if name == what and second >= since), None)
 
 
 def stream(
     guard: Guard, pools: Callable[[float], Sequence[float]], rate: float, seconds: float, seed: int = 0
 ) -> Watched:
-    """Let `rate` answers per second pass the guard; each loss is drawn from the pool of real losses of that second."""
+    """Run the guard on `rate` answers per second; each loss is drawn from the pool of real losses for that second."""
     random = np.random.default_rng([seed, 0x5AD0])
     second, course = 0.0, []
     while (second := second + random.exponential(1 / rate)) < seconds:
@@ -133,11 +134,11 @@ def trials(
     seed: int = 0,
     before: Sequence[float] = (),
 ) -> dict[str, Any]:
-    """Watch `length` shadowed answers drawn from `pool`, `count` times with a new guard; behind a clean start of losses
-    drawn from `before`, where that is given.
+    """Run `count` new guards on windows of `length` shadowed answers each, with losses drawn from `pool`.
 
-    Returns `caught` (share of windows with a rollback), `delays` (shadowed answers until it, of those), `error` (mean
-    absolute error of the guard's estimate, of windows without one) and `alarms` (windows with a rollback).
+    If `before` is given, a clean start of losses drawn from it precedes each window. Returns `caught` (share of windows
+    with a rollback), `alarms` (their number), `delays` (shadowed answers until each rollback) and `error` (mean
+    absolute error of the guard's estimate in windows without a rollback).
     """
     random = np.random.default_rng([seed, 0xC0DE])
     delays, errors = [], []
@@ -163,7 +164,7 @@ def trials(
 def peeking(bound: float, pool: Sequence[float], count: int, length: int, z: float = 2.326, seed: int = 0) -> float:
     """Return the share of windows in which a naive one-sided z-test (1 %), repeated after every answer, ever rejects.
 
-    The control: a test that is meant to be consulted once, consulted after every answer.
+    This is the control: a test designed to be consulted once, but consulted after every answer.
     """
     random = np.random.default_rng([seed, 0xC0DE])
     losses = random.choice(np.asarray(pool, dtype=float), (count, length))
@@ -176,10 +177,9 @@ def peeking(bound: float, pool: Sequence[float], count: int, length: int, z: flo
 def blended(
     loaded: Loaded, fast: nn.Module, shares: Sequence[float], effort: Effort, seed: int = 0
 ) -> list[list[Measurement]]:
-    """Return, for each share, the quality of the full profile (baseline) against that of a blend with so many `fast`
-    answers.
+    """Return, for each share, the quality of a blend with that share of `fast` answers, against the full profile.
 
-    Classification and key-value retrieval; which profile answers an item is drawn beforehand.
+    Classification and key-value retrieval; the profile that answers an item is drawn beforehand.
     """
     if loaded.random_weights:
         reason = "random weights: answers carry no information"
@@ -191,7 +191,7 @@ def blended(
     arms = loaded, replace(loaded, model=fast)
     classified = evaluate.classified_by_all(arms, loaded.tasks, "final", effort.items, seed)
     distance, prompts = effort.retrieval_distance, effort.retrieval_prompts
-    all_full, all_quick = (evaluate.retrieval(arm, distance, prompts, seed) for arm in arms)
+    by_full, by_fast = (evaluate.retrieval(arm, distance, prompts, seed) for arm in arms)
     compared: list[list[Measurement]] = []
     for share in shares:
         random, results = np.random.default_rng([seed, 0xB1E]), []
@@ -202,9 +202,9 @@ def blended(
             results += answer_comparison.compare_classified(
                 full, replace(full, chosen_N=chosen_N, scores_NL=scores_NL, others={}), **options
             )
-        draw_N = random.random(len(all_full.right_N)) < share
-        blend = replace(all_full, right_N=np.where(draw_N, all_quick.right_N, all_full.right_N))
-        if all_full.given_NV is not None and all_quick.given_NV is not None:
-            blend = replace(blend, given_NV=np.where(draw_N[:, None], all_quick.given_NV, all_full.given_NV))
-        compared.append([*results, answer_comparison.compare_retrieved(all_full, blend, **options)])
+        draw_N = random.random(len(by_full.right_N)) < share
+        blend = replace(by_full, right_N=np.where(draw_N, by_fast.right_N, by_full.right_N))
+        if by_full.given_NV is not None and by_fast.given_NV is not None:
+            blend = replace(blend, given_NV=np.where(draw_N[:, None], by_fast.given_NV, by_full.given_NV))
+        compared.append([*results, answer_comparison.compare_retrieved(by_full, blend, **options)])
     return compared

@@ -1,1 +1,1 @@
-"""Modular components: what it does to a model, and how it is measured."""
+"""Modular components: composing optimizations, and the measurement of their pairs."""

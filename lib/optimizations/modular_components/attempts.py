@@ -1,4 +1,4 @@
-"""Attempts to apply parts, alone and in pairs: whatever happens is an outcome, not an error. Names no optimization.
+"""Attempts to apply parts, alone and in pairs: whatever happens is an outcome, not an error.
 
 Shapes: B batch, T tokens.
 """
@@ -22,8 +22,8 @@ from lib.optimizations.modular_components.method import compose, described, modu
 
 @dataclass(frozen=True)
 class Attempt:
-    """What became of an attempt to apply `steps`: "works", "refused", "invalid", "crashed" or "not tried", why, and the
-    model where it works.
+    """The outcome of an attempt to apply `steps`: its state ("works", "refused", "invalid", "crashed" or "not tried"),
+    the reason, and the model if it works or is invalid.
     """
 
     steps: list[RecipeStep]
@@ -46,12 +46,11 @@ def attempt(
     checked: bool = True,
     seed: int = 0,
 ) -> Attempt:
-    """Apply the steps in the order given and run the result on `sample_BT`: whatever happens is an outcome, not an
-    error.
+    """Apply the steps in the order given and run the result on `sample_BT`; return the outcome, never an error.
 
-    `begun` holds the model after all steps but the last, so that it need not be made again, and `made` the one after
-    all of them; `observation`: the statistics of `model`, where they are known. A refusal has its reason from a
-    descriptor, from the real model or from the part; anything else that goes wrong is a crash.
+    `begun` holds the model after the first steps and `made` the model after all steps, so that they need not be built
+    again; `observation`: the statistics of `model`, if known. A refusal gets its reason from a descriptor, the real
+    model or the part; any other failure is a crash.
     """
     start, steps = time.perf_counter(), list(steps)
     if checked and (reason := refusal(steps, model)):
@@ -65,7 +64,7 @@ def attempt(
         broken = sanity.check(composed, sample_BT, new_tokens=4, random_weights=random_weights)
     except UserError as reason:
         return Attempt(steps, "refused", str(reason))
-    except Exception as error:  # whatever a part raises but a refusal is what this looks for
+    except Exception as error:  # any error other than a refusal is a crash
         text = " ".join(str(error).split())[:160]
         return Attempt(steps, "crashed", f"{type(error).__name__}: {text}")
     state = "invalid" if broken else "works"
@@ -80,7 +79,7 @@ def both(
     sample_BT: torch.Tensor,
     **options: Any,
 ) -> Attempt:
-    """Return the outcome of the steps of `first`, then those of `second`, which continue from the model of `first`."""
+    """Return the outcome of the steps of `first` followed by those of `second`, starting from the model of `first`."""
     steps = [*first.steps, *second.steps]
     start = first if first.model is not None else None
     return attempt(model, calibration, steps, sample_BT, begun=start, **options)
@@ -95,10 +94,11 @@ def stale(
     begun: Mapping[str, nn.Module] | None = None,
     seed: int = 0,
 ) -> dict[tuple[str, str], nn.Module]:
-    """Return, for every working pair whose second step takes statistics, the model made with those of before the first.
+    """Return, for every working pair whose second step takes statistics, the model built with those from before the
+    first step.
 
-    Left out are pairs that can do nothing with old statistics: their shapes no longer fit. `before`: the statistics of
-    `model`, `begun`: by name the models of first steps, where they are known already.
+    Pairs whose shapes no longer fit the old statistics are left out. `before`: the statistics of `model`; `begun`: the
+    models after first steps, by name; both if known.
     """
     models = {}
     for (first, second), outcome in pairs.items():
@@ -117,6 +117,6 @@ def stale(
 
 
 def modularity(pairs: dict[tuple[str, str], Attempt]) -> float | None:
-    """Return working ordered pairs ÷ all ordered pairs that were tried, or None where there is none."""
+    """Return working ordered pairs ÷ all ordered pairs that were tried, or None if none was."""
     tried = [outcome.state for outcome in pairs.values() if outcome.state != "not tried"]
     return tried.count("works") / len(tried) if tried else None

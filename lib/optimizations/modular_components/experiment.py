@@ -1,7 +1,4 @@
-"""The protocol of composing: every ordered pair of parts, refusals forced through, interactions, a live exchange.
-
-Parts are found in the folder of optimizations; none is named here.
-"""
+"""The protocol of composing: every ordered pair of parts, refusals forced through, interactions, a live exchange."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -40,7 +37,7 @@ CLAIMS = (
     "A reverted model differs in a single bit.",
     "Fewer than two parts keep the margins together.",
 )
-# The measurement that decides the verdict of each dimension, declared before any is taken.
+# The measurement that decides the verdict of each dimension, declared before anything is measured.
 PRIMARIES = {
     "performance": ("prefill_tokens_per_second", "prefill"),
     "accuracy": ("perplexity", "prefill"),
@@ -53,11 +50,10 @@ EXCHANGED = "exchanged in the middle, or between requests or not at all where a 
 
 
 def arranged(setup: PartsSetup, steps: str) -> tuple[list[RecipeStep], dict[str, str]]:
-    """Return the steps of the whole pipeline, and by stem why a part was left out.
+    """Return the steps of the whole pipeline, and by stem the reason why a part was left out.
 
-    `steps`: stems joined by +, in the order wanted, or "auto": all that fit together, put into order. Raises
-    NotApplicable where an optimization that was asked for is no part, does not apply to this model, or not in this
-    order.
+    `steps`: stems joined by + in the order to apply, or "auto" for all that fit together, ordered. Raises NotApplicable
+    if a requested optimization is not a part, or does not apply to this model or in this order.
     """
     if steps == "auto":
         return method.orderable([method.trial(stem) for stem in setup.fitting], setup.loaded.model)
@@ -72,8 +68,9 @@ def arranged(setup: PartsSetup, steps: str) -> tuple[list[RecipeStep], dict[str,
 
 
 def shapes_of_middle_block(setup: PartsSetup, steps: list[RecipeStep]) -> pd.DataFrame:
-    """Return the shapes of the middle block's matrices after each step, one column per step; a step that refuses the
-    model as the ones before left it is passed over, and its column says why.
+    """Return the shapes of the middle block's matrices after each step, one column per step.
+
+    A step that refuses the model left by the steps before it is skipped, and its column gives the reason.
     """
     model = setup.loaded.model
     middle = len(anatomy(model).blocks) // 2
@@ -99,11 +96,11 @@ def shapes_of_middle_block(setup: PartsSetup, steps: list[RecipeStep]) -> pd.Dat
 def composed(
     setup: PartsSetup, steps: list[RecipeStep], contrasts: Contrasts | None = None
 ) -> tuple[Weakened, list[Weakened]]:
-    """Return the strongest stack of these steps within the margins, and every strength that was tried: where time is
-    short at full and half strength alone.
+    """Return the strongest stack of these steps within the margins, and every strength tried: only full and half
+    strength if time is short.
 
-    With `contrasts`, parts that only slow the model down are left out, and those that lose most where all together keep
-    the margins at no strength. Asserts that composing changed no weight of the baseline.
+    With `contrasts`, parts that only slow the model down are left out, and, if no strength of the whole stack keeps the
+    margins, those that lose most. Asserts that composing changed no weight of the baseline.
     """
     quality = search_quality.prepare(setup.loaded, setup.quick, setup.seed)
     apart = strength.LEVELS // 2 if setup.hurried else 1
@@ -123,22 +120,22 @@ def composed(
 
 
 def stack_table(chosen: Weakened) -> pd.DataFrame:
-    """Return a row per step of the stack, and one per part that was left out of it, with the reason."""
+    """Return a row per step of the stack and per part left out of it, with the reason."""
     rows = [{"step": step.optimization, "knobs": str(step.knobs or "defaults")} for step in chosen.steps]
     rows += [{"step": stem, "knobs": f"left out: {why}"} for stem, why in chosen.left_out.items()]
     return pd.DataFrame(rows, columns=["step", "knobs"])
 
 
 def identity(setup: PartsSetup) -> nn.Module:
-    """Return the identity pipeline's model, composed of no step. Asserts that its weights are the baseline's."""
+    """Return the model of the identity pipeline, which has no steps. Asserts that its weights are the baseline's."""
     copied = method.compose(setup.loaded.model, setup.calibration, []).model
     assert io.weights_hash(copied) == setup.weights, "the identity pipeline changed a weight"
     return copied
 
 
 def overhead(setup: PartsSetup, identity: nn.Module, prompt_BT: torch.Tensor) -> list[Measurement]:
-    """Return prefill and decode (at effort preview prefill alone) of the identity pipeline against the model that was
-    never composed, held to 1 %.
+    """Return prefill and decode (at effort preview only prefill) of the identity pipeline against the uncomposed model,
+    with OVERHEAD_MARGIN as the margin.
     """
     arms = (setup.loaded.model, identity, prompt_BT, setup.effort)
     names = ("prefill",) if setup.effort.preview else ("prefill", "decode")
@@ -153,8 +150,8 @@ def overhead(setup: PartsSetup, identity: nn.Module, prompt_BT: torch.Tensor) ->
 
 
 def exchange_live(setup: PartsSetup, study: PairStudy, prompt_BT: torch.Tensor) -> LiveExchange:
-    """Swap the model made by each part into the live baseline in mid-request, restore the baseline, and look whether
-    weights, logits and an answer are what they were; see `hot_swap.exchange_all`.
+    """Swap the model of each part into the live baseline in mid-request, restore the baseline, and check that weights,
+    logits and an answer are unchanged; see `hot_swap.exchange_all`.
     """
     model = setup.loaded.model
     attempts = ((stem, pair_rounds.with_model(setup, single).model) for stem, single in study.singles.items())
@@ -164,7 +161,7 @@ def exchange_live(setup: PartsSetup, study: PairStudy, prompt_BT: torch.Tensor) 
 
 
 def spending(study: PairStudy, exchanged: LiveExchange, grown: maintenance.Addition | None) -> list[Measurement]:
-    """Return the modularity score, the longest wait of an exchange, and what a further part costs its author."""
+    """Return the modularity score, the longest wait of an exchange, and the maintenance cost of one more part."""
     informative = measurement.informative
     count: dict[str, Any] = {"n": study.count, "reason": "the baseline is one part"}
     source = "working ordered pairs ÷ all that were tried"
@@ -181,9 +178,10 @@ def spending(study: PairStudy, exchanged: LiveExchange, grown: maintenance.Addit
 
 
 def impact(contrasts: Contrasts, whole: Measurement | None, steps: int) -> list[dict[str, object]]:
-    """Return the gain of prefill over the number of parts together: mean, least and most of one, of two, of all.
+    """Return the gain of prefill by number of parts: mean, lowest and highest of single parts, of pairs, and of the
+    whole stack.
 
-    `whole` is the prefill rate of the stack that is judged, of `steps` parts; left out where these are two or fewer.
+    `whole` is the prefill rate of the judged stack of `steps` parts; left out if it has two or fewer.
     """
     works = contrasts.pairs[contrasts.pairs.state == "works"]
     together: dict[int, list[float]] = {
@@ -227,18 +225,19 @@ def refutations(
 
 
 def _share(rate: Measurement) -> str:
-    """Return a rate over that of the model that was never composed, with its interval."""
+    """Return a rate relative to the uncomposed model's, with its interval."""
     return claims.ratio_in_words(rate, sign="")
 
 
 def _together(stack: Weakened) -> tuple[bool | None, str]:
-    """Return whether fewer than two parts keep the margins together, and the stack; None where there are two only with
-    parts that change no answer: these keep any margin.
+    """Return whether fewer than two parts keep the margins together, and the stack.
+
+    None if there are two only by counting parts that change no answer, since these keep any margin.
     """
     evidence, able = f"the stack is {named(stack)}", len(stack.can_lose)
     if len(stack.steps) < 2 or able > 1:
         return len(stack.steps) < 2, evidence
-    return None, f"{evidence}, of which {able} can lose anything"
+    return None, f"{evidence}; {able} of its parts can lose quality"
 
 
 def named(stack: Weakened) -> str:
@@ -259,7 +258,7 @@ def details(
     contrasts: Contrasts,
     exchanged: LiveExchange,
 ) -> dict[str, tuple[object, str, str]]:
-    """Return what a record keeps beside measurements: name → (value, provenance, source)."""
+    """Return the record's details: name → (value, provenance, source)."""
     how = contrasts.source
     tables: Mapping[str, pd.DataFrame] = {
         "alone": contrasts.alone,
@@ -289,13 +288,13 @@ def sentence(
     exchanged: LiveExchange,
     stack: Weakened,
 ) -> str:
-    """Return the stack that is judged, and the results of the pairs, the identity pipeline, the exchanges and the
-    interactions, a sentence each.
+    """Return one sentence each on the judged stack, the pairs, the identity pipeline, the exchanges and the
+    interactions.
     """
     works, refused, crashed = (len(study.named(state)) for state in ("works", "refused", "crashed"))
     at = f"{percent(stack.level / strength.LEVELS)} of the strength of each part that can be weakened"
     results = [
-        f"The stack that is judged: {f'{named(stack)}, at {at}' if stack.steps else 'empty'}",
+        f"The judged stack: {f'{named(stack)}, at {at}' if stack.steps else 'empty'}",
         f"{works} of {study.count} ordered pairs work, {refused} refused with a reason, {crashed} crashed",
     ]
     if measured_overhead:

@@ -1,9 +1,8 @@
-"""A live model whose contents are swapped for another's while it answers, and restored bit by bit.
+"""Hot swapping: exchange the contents of a live model for another's while it answers, and restore them bit for bit.
 
-The object that callers hold stays the same: `exchange` swaps everything inside two models of one class (modules,
-configuration, hooks) in one assignment, copies nothing, and a second call undoes it exactly. A request that is under
-way has a cache; contents whose cache has a different shape are refused until the request is over. Knows nothing of what
-the other model is or why it is wanted.
+The object that callers hold stays the same. `exchange` swaps the contents of two models of one class (modules,
+configuration, hooks) in one assignment and copies nothing; a second call undoes it exactly. A running request has a
+cache, so contents whose cache has a different shape are refused until the request is over.
 
 Shapes: B batch, T prompt tokens, N new tokens.
 """
@@ -24,16 +23,16 @@ from lib.models.structure.anatomy import anatomy, carry_rope_deltas, reset_rope_
 
 
 def cache_shape(model: nn.Module) -> list[tuple[str, int, int]]:
-    """Return what the cache holds per token, block by block: (kind of attention, key-value heads, elements)."""
+    """Return the shape of the cache per token for each block: (kind of attention, key-value heads, elements)."""
     views = [block.attention for block in anatomy(model).blocks]
     return [(view.kind, view.key_value_heads, view.cache_elements_per_token) for view in views]
 
 
 def exchange(first: nn.Module, second: nn.Module) -> None:
-    """Swap the insides of two models of one class, in place; calling it again undoes it exactly.
+    """Swap the contents of two models of one class in place; a second call undoes it exactly.
 
-    Raises UserError where they are of different classes, or where one holds a forward of its own or a method bound to
-    itself, which would still reach the wrong object.
+    Raises UserError if their classes differ, or if one has its own `forward` or a method bound to itself, which would
+    still reach the wrong object.
     """
     if type(first) is not type(second):
         raise UserError(f"live model: cannot put a {type(second).__name__} in the place of a {type(first).__name__}")
@@ -46,7 +45,7 @@ def exchange(first: nn.Module, second: nn.Module) -> None:
 
 @dataclass
 class Live:
-    """A model in use. `model` is the object that requests call; `original` holds its own inside while another runs."""
+    """A model in use. `model` is the object that requests call; `original` holds its contents while another runs."""
 
     model: nn.Module
     original: nn.Module | None = None
@@ -54,11 +53,10 @@ class Live:
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     def swap(self, optimized: nn.Module) -> float:
-        """Run `optimized` from now on; return the seconds that requests had to wait. `optimized` holds the original's
-        inside until `revert`.
+        """Run `optimized` from now on; return the seconds that requests had to wait.
 
-        Raises UserError where something is swapped in already, or where a request is under way whose cache would not
-        fit.
+        The object `optimized` holds the original's contents until `revert`. Raises UserError if something is swapped in
+        already, or if the cache of a running request would not fit.
         """
         if self.original is not None:
             raise UserError("live model: another model is swapped in already; revert first")
@@ -66,8 +64,8 @@ class Live:
         with self.lock:
             if self.requests and ours != theirs:
                 raise UserError(
-                    f"live model: {self.requests} request under way, whose cache has {_in_words(ours)}; the other "
-                    f"model's has {_in_words(theirs)}. Swap between requests"
+                    f"live model: {self.requests} request under way with a cache of {_in_words(ours)}; the other "
+                    f"model's cache has {_in_words(theirs)}. Swap between requests"
                 )
             start = time.perf_counter()
             if self.requests:
@@ -77,7 +75,10 @@ class Live:
             return time.perf_counter() - start
 
     def revert(self) -> float:
-        """Give the original its own inside back; return the seconds that requests had to wait."""
+        """Restore the original's contents; return the seconds that requests had to wait.
+
+        Raises UserError if nothing is swapped in, or if the cache of a running request would not fit.
+        """
         if self.original is None:
             raise UserError("live model: nothing is swapped in; there is nothing to revert")
         with self.lock:
@@ -94,7 +95,7 @@ class Live:
     def generate(
         self, prompt_BT: torch.Tensor, new_tokens: int, between: Callable[[int], object] | None = None
     ) -> torch.Tensor:
-        """Answer a prompt greedily, token ids [B, N]; `between(n)` is called when n tokens are there, unlocked."""
+        """Return the greedy answer to a prompt, token ids [B, N]; `between(n)` is called, unlocked, after n tokens."""
         self.requests += 1
         try:
             reset_rope_deltas(self.model)
@@ -119,8 +120,8 @@ def _in_words(shape: list[tuple[str, int, int]]) -> str:
 
 @dataclass(frozen=True)
 class ExchangeReport:
-    """What exchanging did: the seconds waited, how many tokens of an answer it changed (None where nothing could be
-    exchanged), and why not in mid-request, or not at all.
+    """The result of one exchange: the seconds waited, the number of tokens of an answer that changed (None: nothing
+    could be exchanged), and why it was not possible in mid-request, or not at all.
     """
 
     waits: list[float]
@@ -134,8 +135,8 @@ class ExchangeReport:
 
 
 def trial(live: Live, replacement: nn.Module, prompt_BT: torch.Tensor, new_tokens: int) -> ExchangeReport:
-    """Exchange `replacement` in when a third of an answer is there and back at two thirds; where its cache would not
-    fit, do it between requests. The original runs again afterwards.
+    """Swap `replacement` in after a third of an answer and back after two thirds, or between requests if its cache
+    would not fit. The original runs again afterwards.
     """
     expected, waits, reasons = live.generate(prompt_BT, new_tokens), [], []
 
@@ -163,8 +164,8 @@ def trial(live: Live, replacement: nn.Module, prompt_BT: torch.Tensor, new_token
 
 @dataclass(frozen=True)
 class LiveExchange:
-    """What exchanging every part into a live model did: seconds waited, a row per part, whether the model was bit by
-    bit the same afterwards, and of what that was seen. A row whose "tokens changed" is None was not exchanged at all.
+    """The result of exchanging every part into a live model: seconds waited, a row per part, whether the model was
+    bit-identical afterwards, and what was compared. A part whose "tokens changed" is None was not exchanged at all.
     """
 
     waits: list[float]
@@ -174,12 +175,12 @@ class LiveExchange:
 
     @property
     def done(self) -> int:
-        """How many parts were exchanged."""
+        """The number of parts that were exchanged."""
         return sum(row.get("tokens changed", 0) is not None for row in self.rows)
 
     @property
     def reverted(self) -> str:
-        """What was found after the exchanges, as a phrase."""
+        """The result of the comparison after the exchanges, as a phrase."""
         if not self.done:
             return "nothing could be exchanged"
         comparison = "identical" if self.identical else "different"
@@ -187,13 +188,13 @@ class LiveExchange:
 
     @property
     def caption(self) -> str:
-        """What was found, and the longest wait."""
+        """The result of the comparison, and the longest wait."""
         waited = f"; longest wait {self.longest_ms:.3f} ms" if self.waits else ""
         return f"After reverting: {self.reverted}{waited}."
 
     @property
     def longest_ms(self) -> float:
-        """The longest wait in milliseconds; NaN where nothing was exchanged."""
+        """The longest wait in milliseconds; NaN if nothing was exchanged."""
         return 1000 * max(self.waits, default=float("nan"))
 
 
@@ -204,12 +205,12 @@ def exchange_all(
     new_tokens: int,
     weights: str,
 ) -> LiveExchange:
-    """Swap each of the `replacements` (name, model) into the live model in mid-request and back, and look whether its
-    `weights` (a hash), its logits and its answer are what they were.
+    """Swap each of the `replacements` (name, model) into the live model in mid-request and back, and check that its
+    `weights` (a hash), its logits and its answer are unchanged.
 
-    Logits that differ from call to call anyway, as on some GPUs, are not compared. Where a trace was left, weights and
-    buffers are set to what they were, since all that follows is measured on them. Raises AssertionError where one is
-    left even so, as by a hook.
+    Logits that differ from call to call anyway, as on some GPUs, are not compared. If a trace remains, weights and
+    buffers are restored, since all later measurements use them. Raises AssertionError if a trace remains even so, for
+    example from a hook.
     """
     live = Live(model)
     kept = {name: tensor.detach().clone() for name, tensor in _tensors(model)}
@@ -234,7 +235,7 @@ def exchange_all(
     if not identical:
         _put_back(model, kept)
         if not as_before():
-            raise AssertionError("reverting left a trace that cannot be taken away: the baseline answers otherwise")
+            raise AssertionError("reverting left a trace that cannot be removed: the baseline answers differently")
     compared = "weights and logits" if repeats else "weights (logits differ from call to call)"
     return LiveExchange(waits, rows, identical, compared)
 
@@ -244,7 +245,7 @@ def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def _put_back(model: nn.Module, kept: Mapping[str, torch.Tensor]) -> None:
-    """Set parameters and buffers, those that are not stored too, to what was kept of them."""
+    """Restore parameters and buffers, including non-persistent ones, from the copies in `kept`."""
     with torch.no_grad():
         for name, tensor in _tensors(model):
             if name in kept and kept[name].shape == tensor.shape:

@@ -1,7 +1,7 @@
-"""An optimization of a checkpoint that does not fit into memory: block by block, from file to file.
+"""Optimize a checkpoint that does not fit into memory: block by block, from file to file.
 
-Those can do it that have a module `out_of_core`: `apply_to_file(source, target, calibration, …)`, and `options` of the
-parameters of a run. Knows none of them by name.
+It works for optimizations with a module `out_of_core`, which has `apply_to_file(source, target, calibration, …)` and
+`options(parameters)`, where `parameters` are those of a run.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,18 +27,18 @@ def is_streamed(loaded: Loaded) -> bool:
 
 
 def writer(loaded: Loaded, stem: str, parameters: Mapping[str, Any]) -> Callable[..., Path]:
-    """Return a function of a folder's `target` (and `shards`, see `rewriting.rewrite`) that writes the checkpoint of
-    `loaded`, changed by an optimization; it needs the streamed weights no longer, which are closed.
+    """Return a function that writes the checkpoint of `loaded`, changed by an optimization, to a folder `target` (and
+    `shards`, see `rewriting.rewrite`). It no longer needs the streamed weights, which are closed.
 
     `parameters` are those of a run. Raises UserError for an optimization or a parameter that needs the whole model in
-    memory; the function as `apply_to_file` does.
+    memory; the returned function raises the errors of `apply_to_file`.
     """
     module = discovery.beside_method(stem, OUT_OF_CORE)
     if module is None:
         able = [other for other in composing.parts() if discovery.beside_method(other, OUT_OF_CORE) is not None]
         raise UserError(
-            f"{stem}: needs the whole model in memory, and {loaded.name} does not fit; from file to file work "
-            f"{', '.join(able)}"
+            f"{stem}: needs the whole model in memory, and {loaded.name} does not fit; optimizations that work from "
+            f"file to file: {', '.join(able)}"
         )
     options, size = module.options(parameters), settings.read(parameters["effort"], loaded.scale)
     count = calibration_text.sequences(loaded.model, size)

@@ -1,8 +1,8 @@
-"""What a further optimization costs a maintainer: one is added to a temporary copy of the project, and the files and
-lines that it took are counted. Then the copy is asked, in a separate process, whether it found the new part, ordered it
-among the others and ran it. Nothing in the project itself is changed.
+"""Measure what one more optimization costs a maintainer: add one to a temporary copy of the project and count the files
+and lines. A separate process then reports whether the copy lists the new part, orders it among the others and runs it.
+Nothing in the project itself is changed.
 
-The optimization added is a plain one: every weight rounded to a few significant bits.
+The added optimization is a simple one: every weight is rounded to a few significant bits.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from lib.measure.timing import children
 ROOT = Path(__file__).resolve().parents[3]
 STEM = "weight_rounding"
 TIME_LIMIT_SECONDS = 300.0
-LISTING = "lib.suite.plan.plan:optimizations"  # asked of the copy: what its commands would list
+LISTING = "lib.suite.plan.plan:optimizations"  # run in the copy: the optimizations that its commands list
 MODULE = '''"""Weight rounding: the decoder's matrices keep a few bits of each weight, stored as wide as before."""
 
 import copy
@@ -34,7 +34,7 @@ COMPOSES = {"touches": ("weights",), "needs": ("dense matrices",), "invalidates"
 
 
 def applies_to(model):
-    """Return None, or that no matrix is stored dense."""
+    """Return None if any matrix is stored dense, else the reason why the method does not apply."""
     return None if matrices(model) else "every matrix of the decoder is stored sparse"
 
 
@@ -46,7 +46,7 @@ def apply(model, calibration, *, bits=6):
         matrix.weight.data = torch.ldexp((fraction * 2**bits).round() / 2**bits, exponent).to(matrix.weight.dtype)
     return rounded
 '''
-# From here on the template is that of any other optimization; these lines are what is its own.
+# The cell specific to this optimization; the rest of its template is the same as any other.
 CELL = f"""import sys
 
 sys.path.insert(0, "..")
@@ -75,7 +75,7 @@ bits: int = 6  # significant bits kept of each weight, in [1, 23]"""
 
 @dataclass(frozen=True)
 class Addition:
-    """Files and lines that the addition took, and what the grown copy answered."""
+    """The files and lines of the addition, and the answers of the extended copy."""
 
     files_added: list[str]
     files_changed: list[str]
@@ -106,7 +106,7 @@ def notebook() -> dict:
 
 
 def copy_of_project(place: Path) -> Path:
-    """Copy what a build needs to `place` (which is made) and return it."""
+    """Copy the files that a build needs to the new folder `place` and return it."""
     leave = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
     for name in ("lib", "notebooks", "parameters"):
         shutil.copytree(ROOT / name, place / name, ignore=leave)
@@ -128,9 +128,9 @@ def add(place: Path) -> tuple[list[str], list[str], int]:
 
 
 def measure(model: str) -> Addition:
-    """Add the optimization to a temporary copy, ask the copy about it on the proxy model of `model`, and count.
+    """Add the optimization to a temporary copy, run it there on the proxy model of `model`, and return the counts.
 
-    Raises RuntimeError, with the reason, where the copy fails.
+    Raises RuntimeError, with the reason, if the copy fails.
     """
     with tempfile.TemporaryDirectory() as folder:
         place = copy_of_project(Path(folder) / "project")
@@ -143,8 +143,8 @@ def measure(model: str) -> Addition:
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Return what a copy of the project, at `place`, answers in a child process, its code in the place of this one's:
-    the parts that apply to a model, their order, what became of the part `stem`, and whether `listing`
+    """Return the answers of a copy of the project at `place`, whose code replaces this project's in a child process:
+    the parts that apply to a model, their order, the outcome of the part `stem`, and whether `listing`
     ("module:function") names it.
     """
     for name in [name for name in sys.modules if name.partition(".")[0] == "lib"]:

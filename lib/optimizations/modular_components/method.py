@@ -1,13 +1,14 @@
-"""Modular components: the optimizations as parts that fit together, found in their folder and put into a working order.
+"""Modular components: discover the optimizations as parts, and compose them in a working order.
 
-A module of `lib/optimizations` with `apply`, `SEARCH_SPACE` and `COMPOSES` is a part. `COMPOSES` is plain data: which
-aspects of a model it touches, which traits (`traits.py`) it needs and which it invalidates, and the knobs at which it
-is tried where time is short. It may name more: `mildest`, the knobs at which it does next to nothing, towards which it
-can be weakened; and `at`, what it needs and invalidates at certain knobs instead. A part that is stored otherwise may
-have `saves_bytes`, which tells beforehand whether knobs make a model smaller. A pipeline puts a part that
-invalidates a trait after those that need it, refuses what cannot be ordered, checks the real model before every step,
-and collects calibration statistics anew once they are out of date. The caller's model is never changed; `hot_swap`
-changes and reverts a live one. Names no optimization.
+A module of `lib/optimizations` with `apply`, `SEARCH_SPACE` and `COMPOSES` is a part. `COMPOSES` is plain data: the
+aspects of a model that the part touches, the traits (`traits.py`) that it needs and those that it invalidates, and the
+knobs for a quick trial. Optional keys are `mildest`, the knobs at which it does next to nothing, towards which it can
+be weakened, and `at`, different needs and invalidations at certain knobs. A part that changes how weights are stored
+may have `saves_bytes`, which predicts whether knobs make a model smaller.
+
+A pipeline puts a part that invalidates a trait after those that need it, refuses steps that cannot be ordered, checks
+the real model before every step, and collects calibration statistics again once they are out of date. The caller's
+model is never changed; `hot_swap` changes and reverts a live one.
 """
 
 import copy
@@ -31,12 +32,14 @@ from lib.optimizations.modular_components import traits
 NAME = "modular_components"
 KEYS = ("touches", "needs", "invalidates", "trial")
 FURTHER = ("mildest", "at")
-STORED = ("shapes", "storage")  # aspects of a part that should make a model smaller
+STORED = ("shapes", "storage")  # a part that touches one of these aspects should make a model smaller
 
 
 @dataclass(frozen=True)
 class Composed:
-    """A model after all steps, the steps in their order, and the seconds of each; `observations`: statistics taken."""
+    """A model after all steps, the ordered steps, and the seconds of each; `observations`: how often statistics were
+    collected.
+    """
 
     model: nn.Module = field(repr=False)
     steps: list[RecipeStep]
@@ -45,7 +48,7 @@ class Composed:
 
 
 def applies_to(model: nn.Module) -> str | None:
-    """Return None, or that fewer than two parts apply, so that there is nothing to compose."""
+    """Return None if at least two parts apply to `model`, else the reason why there is nothing to compose."""
     count = len(applicable(model)[0])
     return None if count > 1 else f"{count} optimization applies to this model; composing needs two"
 
@@ -60,14 +63,14 @@ def parts() -> dict[str, ModuleType]:
 
 
 def check(stem: str, module: ModuleType) -> None:
-    """Raise UserError, naming the fault, where a module cannot be a part."""
+    """Raise UserError, naming the fault, if a module cannot be a part."""
     for name in ("apply", "SEARCH_SPACE", "applies_to"):
         if not hasattr(module, name):
             raise UserError(f"{discovery.source(stem)}: it has COMPOSES, but no {name}; a part needs both")
     described = module.COMPOSES
     if set(described) - set(FURTHER) != set(KEYS):
-        odd = sorted(set(described) - set(FURTHER) ^ set(KEYS))[0]
-        raise UserError(f'{discovery.source(stem)}: COMPOSES: unknown or missing key "{odd}"; expected {KEYS}')
+        key = sorted(set(described) - set(FURTHER) ^ set(KEYS))[0]
+        raise UserError(f'{discovery.source(stem)}: COMPOSES: unknown or missing key "{key}"; expected {KEYS}')
     valid = {"touches": traits.ASPECTS, "needs": tuple(traits.TRAITS)}
     knobs = tuple(module.SEARCH_SPACE)
     valid |= {"invalidates": (*traits.TRAITS, traits.STATISTICS), "trial": knobs, "mildest": knobs, "knobs": knobs}
@@ -82,7 +85,7 @@ def check(stem: str, module: ModuleType) -> None:
 
 
 def described(step: RecipeStep) -> Mapping[str, Any]:
-    """Return what a part declares at the knobs of `step`."""
+    """Return the descriptor of a part at the knobs of `step`."""
     module = module_of(step.optimization)
     knobs = {name: knob.get("default") for name, knob in module.SEARCH_SPACE.items()} | dict(step.knobs)
     for special in module.COMPOSES.get("at", ()):
@@ -92,7 +95,7 @@ def described(step: RecipeStep) -> Mapping[str, Any]:
 
 
 def applicable(model: nn.Module) -> tuple[list[str], dict[str, str]]:
-    """Return the stems of the parts that apply to `model`, in pipeline order, and the others with their reason."""
+    """Return the stems of the parts that apply to `model`, in pipeline order, and for the others the reason why not."""
     reasons = {stem: module.applies_to(model) for stem, module in parts().items()}
     fitting = [RecipeStep(optimization=stem) for stem, reason in reasons.items() if reason is None]
     ranked = sorted(fitting, key=lambda step: _rank(parts()[step.optimization], step))
@@ -100,12 +103,12 @@ def applicable(model: nn.Module) -> tuple[list[str], dict[str, str]]:
 
 
 def trial(stem: str) -> RecipeStep:
-    """Return the step that is tried where time is short: the part's defaults but for its own `trial` knobs."""
+    """Return the step for a quick trial: the part's defaults, overridden by its `trial` knobs."""
     return RecipeStep(optimization=stem, knobs=dict(module_of(stem).COMPOSES["trial"]))
 
 
 def module_of(stem: str) -> ModuleType:
-    """Return the module of a part; raises UserError, with the nearest stem, where there is none."""
+    """Return the module of a part. Raises UserError, with the nearest stem, if there is none."""
     known = parts()
     if stem not in known:
         hint = suggest(stem, known) or f" Known: {', '.join(known)}."
@@ -114,9 +117,9 @@ def module_of(stem: str) -> ModuleType:
 
 
 def saves_bytes(model: nn.Module, step: RecipeStep) -> bool:
-    """Return False where a part can tell, before it is applied, that it would make the model no smaller."""
-    tells = getattr(module_of(step.optimization), "saves_bytes", None)
-    return tells is None or tells(model, **step.knobs)
+    """Return False if a part predicts, before it is applied, that it would make the model no smaller."""
+    predicts = getattr(module_of(step.optimization), "saves_bytes", None)
+    return predicts is None or predicts(model, **step.knobs)
 
 
 def _rank(module: ModuleType, step: RecipeStep) -> tuple[int, str]:
@@ -125,16 +128,16 @@ def _rank(module: ModuleType, step: RecipeStep) -> tuple[int, str]:
 
 
 def conflict(first: RecipeStep, second: RecipeStep, concerning: set[str]) -> str | None:
-    """Return the trait among `concerning` that `first` invalidates though `second` needs it, or None."""
+    """Return a trait among `concerning` that `first` invalidates and `second` needs, or None."""
     invalidated, needed = described(first)["invalidates"], described(second)["needs"]
     return next((name for name in needed if name in invalidated and name in concerning), None)
 
 
 def order(steps: Sequence[RecipeStep], model: nn.Module) -> list[RecipeStep]:
-    """Return the steps in an order in which none invalidates what a later one needs.
+    """Return the steps in an order in which no step invalidates what a later one needs.
 
-    Among those that could come next, what touches shapes comes before weights, storage and attention. Raises UserError
-    where there is no such order, naming the conflicting steps and traits.
+    Among the possible next steps, those that touch shapes come before weights, storage and attention. Raises UserError,
+    naming the conflicting steps and traits, if there is no such order.
     """
     concerning, waiting, arranged = traits.concerning(model), list(steps), []
     modules = {step.optimization: module_of(step.optimization) for step in steps}
@@ -153,9 +156,9 @@ def order(steps: Sequence[RecipeStep], model: nn.Module) -> list[RecipeStep]:
 
 
 def orderable(steps: Sequence[RecipeStep], model: nn.Module) -> tuple[list[RecipeStep], dict[str, str]]:
-    """Return as many of the steps as fit together, in order, and by stem why each of the others had to be left out.
+    """Return the steps that fit together, in order, and by stem the reason why each of the others was left out.
 
-    Steps are taken in the order of what they touch; each that no order would fit in with those before is left out.
+    Steps are considered in the order of what they touch; a step that no order fits in with those before is left out.
     """
     arranged: list[RecipeStep] = []
     reasons: dict[str, str] = {}
@@ -177,7 +180,7 @@ def _knot(waiting: Sequence[RecipeStep], concerning: set[str]) -> str:
 
 
 def refusal(steps: Sequence[RecipeStep], model: nn.Module) -> str | None:
-    """Return why the steps cannot be applied to `model` in the order given, from their descriptors alone, or None."""
+    """Return why the steps cannot be applied to `model` in the given order, judged by their descriptors, or None."""
     concerning = traits.concerning(model)
     for index, step in enumerate(steps):
         for before in steps[:index]:
@@ -190,8 +193,8 @@ def refusal(steps: Sequence[RecipeStep], model: nn.Module) -> str | None:
 
 
 def kept_order(steps: Sequence[RecipeStep], model: nn.Module) -> list[RecipeStep]:
-    """Return the steps in the order given, as a search may have judged them; where a descriptor refuses that order, as
-    `order` does. Raises UserError where there is no order, and for an unknown part.
+    """Return the steps in the given order, in which a search may have judged them, or in that of `order` if a
+    descriptor refuses it. Raises UserError if there is no order, and for an unknown part.
     """
     arranged = order(steps, model)
     return list(steps) if refusal(steps, model) is None else arranged
@@ -209,13 +212,12 @@ def compose(
     seed: int = 0,
 ) -> Composed:
     """Return the model after all steps; `model` itself is unchanged. Without steps it is a copy (the identity
-    pipeline). Embeddings and head may be those of `model`: train neither in place.
+    pipeline). Embeddings and head may be shared with `model`: train neither in place.
 
-    arrange: put the steps into order first, else take the order given. Statistics of activations are observed once, and
-    again when a step before invalidated them; with `recalibrate` off the first ones serve to the end. `observation`:
-    those of `model` on this text, where they are known. `checked` off skips every refusal: for finding out whether a
-    refusal was right. Raises UserError for a refused order, an unknown part or knob, and whatever a part itself
-    refuses.
+    arrange: order the steps first instead of using the given order. Statistics of activations are observed once, and
+    again after a step that invalidates them; without `recalibrate` the first ones are used to the end. `observation`:
+    the statistics of `model` on this text, if known. Without `checked` nothing is refused, to find out whether a
+    refusal was right. Raises UserError for a refused order, an unknown part or knob, and the refusal of a part.
     """
     steps = order(list(steps), model) if arrange else list(steps)
     for step in steps:
@@ -243,7 +245,7 @@ def compose(
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    """Return a copy of the blocks; what no part ever copies (embeddings, head) is shared, as after any pipeline."""
+    """Return a copy of `model` that shares embeddings and head, as after any pipeline: no part ever copies these."""
     view = anatomy(model)
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (view.embeddings.weight, view.head.weight)})
 

@@ -1,7 +1,7 @@
-"""Every pair of parts in rounds of its own: the baseline, each part alone, and both in either order.
+"""Measure every pair of parts in its own rounds: the baseline, each part alone, and both in either order.
 
-Few enough models are in memory at once for real checkpoints to be measured; a part's effect alone is taken over the
-rounds of all its pairs. Names no part.
+So few models are in memory at once that real checkpoints can be measured. The effect of a part alone is taken over the
+rounds of all its pairs.
 """
 
 import itertools
@@ -24,39 +24,40 @@ from lib.optimizations.modular_components.attempts import Attempt
 from lib.optimizations.modular_components.pair_study import Contrasts, Pair, PairStudy
 from lib.optimizations.modular_components.parts_setup import PartsSetup
 
-MOST_BLOCKS = 8  # rounds of one pair: contrasts only inform
-HURRIED_WINDOWS, HURRIED_TOKENS = 4, 64  # that are read, and of the prompt that is timed, where time is short
-PREVIEW_BLOCKS, PREVIEW_TOKENS = 2, 2  # rounds of one pair at effort preview, which have no interval; decoded tokens
-NOT_TRIED = "effort quick tries neighbours of the pipeline alone; effort standard tries every pair"
+MOST_BLOCKS = 8  # rounds per pair: contrasts get no verdict
+HURRIED_WINDOWS, HURRIED_TOKENS = 4, 64  # windows to read and tokens of the timed prompt if time is short
+PREVIEW_BLOCKS, PREVIEW_TOKENS = 2, 2  # at effort preview: rounds per pair, too few for an interval; decoded tokens
+NOT_TRIED = "effort quick tries only neighbours in the pipeline; effort standard tries every pair"
 NOT_AT_PREVIEW = (
     "effort preview tries two pairs of neighbours; effort quick tries all neighbours, effort standard every pair"
 )
 
 
 def alone(setup: PartsSetup, stem: str, observation: Observation | None = None) -> Attempt:
-    """Try one part alone; `observation`: the statistics of the model on the calibration text, where they are known."""
+    """Try one part alone; `observation`: the statistics of the model on the calibration text, if known."""
     steps = [method.trial(stem)]
     options: dict[str, Any] = {"made": _made(setup, steps), "observation": observation, **setup.options}
     return attempts.attempt(setup.loaded.model, setup.calibration, steps, setup.sample_BT, **options)
 
 
 def _made(setup: PartsSetup, steps: Sequence[RecipeStep]) -> nn.Module | None:
-    """Return the model behind these steps, where it was made before, as the beginning of the pipeline."""
+    """Return the model after these steps if it was already built as the start of the pipeline, else None."""
     known = setup.applied_before.get(strength.named(steps))
     return known.model if known else None
 
 
 def with_model(setup: PartsSetup, single: Attempt) -> Attempt:
-    """Return the attempt with its model, made again where it works and was not kept."""
+    """Return the attempt with its model, built again if it works but was not kept."""
     if single.model is not None or single.state != "works":
         return single
     return alone(setup, single.steps[0].optimization)
 
 
 def chosen(setup: PartsSetup) -> list[Pair]:
-    """Return the pairs that are tried, unordered: all, or at effort quick the neighbours in the pipeline, at effort
-    preview the first of these and the last. There are dozens of pairs, and applying a part to a real model takes a
-    minute.
+    """Return the unordered pairs to try: all, at effort quick only neighbours in the pipeline, at effort preview only
+    the first and the last of these.
+
+    There are dozens of pairs, and applying a part to a real model takes a minute.
     """
     neighbours = list(itertools.pairwise(setup.fitting))
     if setup.effort.preview:
@@ -68,9 +69,10 @@ def chosen(setup: PartsSetup) -> list[Pair]:
 
 def run(setup: PartsSetup, prompt_BT: torch.Tensor) -> tuple[PairStudy, Contrasts]:
     """Try each part alone and every ordered pair, force refused pairs through unchecked, and time each pair in rounds
-    of baseline, both parts and both orders; all read the same held-out windows. These are of the split "search", for
-    what a part loses alone may decide whether it stays in the stack. No pair's model is kept. Pairs that are not
-    `chosen` are listed as not tried.
+    of baseline, both parts and both orders.
+
+    All arms read the same held-out windows, of the split "search", since the loss of a part alone may decide whether it
+    stays in the stack. No model of a pair is kept. Pairs that are not `chosen` are listed as not tried.
     """
     loaded, seed = setup.loaded, setup.seed
     before = None if loaded.random_weights else observe(loaded.model, setup.calibration)
@@ -126,7 +128,7 @@ def _kept(setup: PartsSetup, single: Attempt) -> Attempt:
 
 
 def _tried(setup: PartsSetup, first: Attempt, second: Attempt) -> tuple[Attempt, Attempt | None]:
-    """Return the attempt of one order, and, where it was refused, that without checks."""
+    """Return the attempt of one order and, if it was refused, the attempt without checks."""
     arguments = (setup.loaded.model, setup.calibration, first, second, setup.sample_BT)
     pair = attempts.both(*arguments, made=_made(setup, [*first.steps, *second.steps]), **setup.options)
     refused = pair.state == "refused" and first.model is not None

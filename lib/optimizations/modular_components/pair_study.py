@@ -1,6 +1,5 @@
-"""Results on the parts: attempts of every ordered pair, and contrasts of arms timed in the same rounds.
-
-Presents them as frames and sentences. Names no part.
+"""Results on the parts as frames and sentences: attempts of every ordered pair, and contrasts of arms timed in the same
+rounds.
 """
 
 from dataclasses import dataclass, field
@@ -38,7 +37,7 @@ class PairStudy:
 
     @property
     def count(self) -> int:
-        """How many ordered pairs were tried."""
+        """The number of ordered pairs that were tried."""
         return sum(attempt.state != "not tried" for attempt in self.pairs.values())
 
     def named(self, state: str) -> list[str]:
@@ -47,7 +46,7 @@ class PairStudy:
 
     @property
     def too_strict(self) -> list[str]:
-        """Names of the pairs that were refused and worked when forced."""
+        """The names of the pairs that were refused but worked when forced."""
         return [interactions.named(*key) for key, attempt in self.forced.items() if attempt.state == "works"]
 
     def table(self) -> pd.DataFrame:
@@ -79,12 +78,13 @@ class Contrasts:
 
     @property
     def headings(self) -> dict[str, str]:
-        """The quantities that were measured, with their axis labels."""
+        """The measured quantities with their axis labels."""
         return {name: label for name, label in interactions.AXIS_LABELS.items() if name in self.pairs}
 
     def clear(self) -> dict[str, tuple[int, int]]:
-        """Return for each quantity how many intervals exclude zero, and how many there are that could: an interval
-        without width, of a pair in which nothing changed an answer, is none.
+        """Return for each quantity the number of intervals that exclude zero, and the number of all intervals.
+
+        Intervals without width, from pairs that change no answer, do not count.
         """
         counts = {}
         for name in self.headings:
@@ -95,8 +95,8 @@ class Contrasts:
         return counts
 
     def reading(self) -> str:
-        """Return two sentences on the heat maps: how many cells exclude zero, and which is the largest, with its
-        interval where there are rounds enough for one.
+        """Return two sentences on the heat maps: how many cells exclude zero, and the largest cell, with its interval
+        if there are enough rounds for one.
         """
         cells = ((name, clear, f"of {total}" if total else "of none") for name, (clear, total) in self.clear().items())
         counts = ", ".join(f"{name} {clear} {total}" for name, clear, total in cells)
@@ -119,12 +119,12 @@ class Contrasts:
 
     @property
     def losses_alone(self) -> dict[str, float]:
-        """What each part loses alone, nats per token; empty where nothing was read."""
+        """The loss of each part alone, nats per token; empty if no text was read."""
         return dict(zip(self.alone["part"], self.alone["loss"])) if "loss" in self.alone else {}
 
     def only_slower(self) -> dict[str, str]:
-        """Return by stem why a part only slows the model down: alone it surely reads prompts slower, by more than the
-        practical margin, does not surely decode faster, and stores nothing less.
+        """Return by stem the reason for each part that only slows the model down: alone it surely prefills slower by
+        more than the practical margin, does not surely decode faster by as much, and saves no storage.
         """
         slower = {}
         for row in self.alone.to_dict("records"):
@@ -141,7 +141,7 @@ class Contrasts:
     def refuted(self) -> tuple[bool | None, str]:
         """Return whether more intervals exclude zero than one in twenty would by chance (binomial, 97.5 %).
 
-        None where some do, but no more than chance explains, where chance would explain all, or where no pair works.
+        None if some do, but no more than chance explains, if chance would explain all, or if no pair works.
         """
         counts = self.clear().values()
         clear, total = sum(some for some, _ in counts), sum(every for _, every in counts)

@@ -1,7 +1,4 @@
-"""What parts are tried on: a model, the parts that apply to it, calibration text, and room in memory.
-
-Parts are found in the folder of optimizations; none is named here.
-"""
+"""The setup for trying parts: a model, the parts that apply to it, calibration text, and room in memory."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,14 +16,16 @@ from lib.optimizations.common.compression import calibration_text
 from lib.optimizations.modular_components import method, traits
 from lib.optimizations.modular_components.strength import AppliedStep
 
-PAIR_COPIES = 5  # two parts, both orders, and one that is forced or made with outdated statistics
+PAIR_COPIES = 5  # two parts, both orders, and one forced or built with outdated statistics
 
 
 @dataclass(frozen=True)
 class PartsSetup:
-    """A model, the stems of the parts that apply to it in pipeline order, why the others do not, and what they are
-    tried with. `weights` is the hash of the baseline's weights; `keeps_singles` says whether there is room for the
-    models of all parts at once; `applied_before` are then models of several steps that are needed twice.
+    """A model, the stems of the parts that apply to it in pipeline order (`fitting`), the reasons why the others do not
+    (`unfit`), and the texts for trying them.
+
+    `weights` is the hash of the baseline's weights. `keeps_singles`: whether memory holds the models of all parts at
+    once; if so, `applied_before` keeps models of several steps that are needed twice.
     """
 
     loaded: Loaded
@@ -43,8 +42,8 @@ class PartsSetup:
 
     @property
     def hurried(self) -> bool:
-        """Whether time is short: at effort preview, and where a real model is measured at effort quick, for applying a
-        part takes up to a minute there.
+        """Whether time is short: at effort preview, and at effort quick on a real model, where applying a part takes up
+        to a minute.
         """
         return self.effort.preview or (self.loaded.scale == "full" and self.effort.brief)
 
@@ -54,7 +53,7 @@ class PartsSetup:
         return {"random_weights": self.loaded.random_weights, "seed": self.seed}
 
     def described(self) -> pd.DataFrame:
-        """Return what each part states of itself, and whether it applies to this model."""
+        """Return a row per part: its descriptor, and whether it applies to this model."""
         rows = []
         for stem, module in method.parts().items():
             composes = module.COMPOSES
@@ -65,7 +64,7 @@ class PartsSetup:
         return pd.DataFrame(rows)
 
     def rules(self) -> pd.DataFrame:
-        """Return which part must come before which on this model, and because of which trait."""
+        """Return a row per ordering rule on this model: which part comes first, which then, and the trait behind it."""
         concerning = traits.concerning(self.loaded.model)
         rows = [
             {"first": second, "then": first, "because": f"{first} takes away {lost}, which {second} needs"}
@@ -77,8 +76,8 @@ class PartsSetup:
 
 
 def prepare(loaded: Loaded, effort: Effort, seed: int) -> PartsSetup:
-    """Return the setup; at effort preview texts are shorter. Raises NotApplicable where fewer than two parts apply, and
-    where memory has no room for one pair in both orders.
+    """Return the setup; at effort preview texts are shorter. Raises NotApplicable if fewer than two parts apply, or if
+    memory has no room for one pair in both orders.
     """
     quick = effort if effort.brief else settings.read("quick", loaded.scale)
     applicable, unfit = method.applicable(loaded.model)

@@ -1,11 +1,11 @@
-"""An optimization, or a stack of them, as a checkpoint folder: applied, saved, loaded again and compared.
+"""Apply an optimization or a stack of them, save the model as a checkpoint folder, load it again and compare.
 
-By the project's own loader always, by plain transformers where it can read the folder; a model that does not fit into
-memory is written, read again and compared block by block. Measures nothing. As a program
-(`python -m lib.optimizations.modular_components.saving`) it reads the request as JSON from standard input and answers
-with the fields of `SavedModel`, `steps` (stems), `chosen_for` ([model, scale] of a stack's recipe, else null),
-`effort` (at which the recipe was chosen; empty where none is stated) and `unfit` (why that recipe is not to be trusted
-with these weights, else null), or with {"refused": why}.
+The project's own loader always reads it back, plain transformers if it can. A model that does not fit into memory is
+written, read again and compared block by block. As a program (`python -m
+lib.optimizations.modular_components.saving`) it reads a JSON request from standard input and answers with the fields of
+`SavedModel`, `steps` (stems), `chosen_for` ([model, scale] of a stack's recipe, else null), `effort` (at which the
+recipe was chosen; empty if not stated) and `unfit` (why that recipe must not be used with these weights, else null), or
+with {"refused": why}.
 """
 
 import gc
@@ -38,17 +38,18 @@ from lib.optimizations.common.recipe import RecipeStep
 from lib.optimizations.modular_components import larger_than_memory
 from lib.optimizations.modular_components import method as composing
 
-WINDOWS, TOKENS = 2, 64  # of text, on which what was saved is compared
-# Relative difference of logits that another order of sums explains, by the bits of the weights' dtype.
+WINDOWS, TOKENS = 2, 64  # of the text on which the saved model is compared
+# Relative difference of logits explained by another order of summation, by dtype of the weights.
 NEAR = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-HELD = {"shapes", "weights", "storage"}  # what a checkpoint can hold of what an optimization touches
+HELD = {"shapes", "weights", "storage"}  # the aspects of a model that a checkpoint can hold
 
 
 class SavedModel(NamedTuple):
-    """What was saved: the class by which plain transformers reads it, None where only our loader does, whether it has a
-    tokenizer, the dtype of its weights, and their hash; `by_blocks`: it was never whole in memory, and has no hash;
-    `latent`: its attention keeps latents, and is measured decoding absorbed; `before`: the hash of the weights that a
-    stack was applied to.
+    """A saved model. `loads`: the class with which plain transformers reads it (None: only our loader does).
+
+    `tokenizer`: whether it has one. `dtype` and `weights_hash` describe its weights. `by_blocks`: it was never whole in
+    memory and has no hash. `latent`: it has latent attention, which is measured with absorbed decoding. `before`: the
+    hash of the weights to which a stack was applied.
     """
 
     loads: str | None
@@ -70,13 +71,13 @@ def save(
     *,
     chosen_at: str = "",
 ) -> SavedModel:
-    """Apply `optimization`, or the steps of `stack` in its place, to `model` and save it in the folder `place`.
+    """Apply `optimization`, or instead the steps of `stack`, to `model` and save the result in the folder `place`.
 
-    `parameters` are those of a run: scale, effort, device and so on; without a stack the model is the one that a run
-    with them measures. `chosen_at`: the effort at which the stack was chosen; on its calibration text it was judged,
-    and is applied here too (`calibration_text.of_stack`). `unfinished`: the folder in which a model that does not fit
-    into memory is written block by block. Raises UserError where no weights change, a step is refused, or the model is
-    more than a checkpoint can hold.
+    `parameters` are those of a run: scale, effort, device and so on. Without a stack the result is the model that such
+    a run measures. `chosen_at`: the effort at which the stack was chosen; its calibration text, on which the stack was
+    judged, is used here too (`calibration_text.of_stack`). `unfinished`: the folder in which a model that does not fit
+    into memory is written block by block. Raises UserError if no weights change, a step is refused, or a checkpoint
+    cannot hold the model.
     """
     stems = [optimization] if stack is None else [step.optimization for step in stack]
     if not stems:
@@ -97,11 +98,11 @@ def save(
     latent = absorbed_baseline.has_latents(loaded.model)
     if larger_than_memory.is_streamed(loaded):
         if stack is not None:
-            raise UserError(f"{model}: does not fit into memory; give one optimization, which goes from file to file")
+            raise UserError(f"{model}: does not fit into memory; give one optimization that works from file to file")
         write = larger_than_memory.writer(loaded, optimization, parameters)
         dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
         del loaded
-        gc.collect()  # models refer to themselves
+        gc.collect()  # models hold reference cycles
         write(place, shards=unfinished)
         return SavedModel(None, True, dtype, None, by_blocks=True, latent=latent)
     optimized = (
@@ -123,8 +124,9 @@ def save(
 
 
 def _part(stem: str, model: str, scale: str) -> ModuleType:
-    """Return the module of an optimization that can be applied by itself. Raises UserError for one that chooses among
-    others, or changes a server.
+    """Return the module of an optimization that can be applied by itself.
+
+    Raises UserError for an optimization that only chooses among others, or changes a server.
     """
     parts = composing.parts()
     if stem not in parts:
@@ -144,7 +146,7 @@ def _composed(loaded: Loaded, steps: Sequence[RecipeStep], parameters: Mapping[s
 
 
 def _alone(loaded: Loaded, stem: str, parameters: Mapping[str, Any]) -> nn.Module:
-    """Return the model that a run of one optimization measures, by its protocol's `optimize` where it has one."""
+    """Return the model that a run of one optimization measures, built by its protocol's `optimize` if it has one."""
     module = composing.module_of(stem)
     if reason := module.applies_to(loaded.model):
         raise UserError(f"{stem}: {reason}")
@@ -157,20 +159,21 @@ def _alone(loaded: Loaded, stem: str, parameters: Mapping[str, Any]) -> nn.Modul
 
 
 def _accepted(function: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of a run's parameters that a function takes by keyword alone."""
+    """Return the parameters of a run that `function` takes as keyword-only arguments."""
     knobs = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     return {name: value for name, value in parameters.items() if name in knobs}
 
 
 @torch.inference_mode()
 def _check(optimized: nn.Module, place: Path, loaded: Loaded) -> str | None:
-    """Return the class by which plain transformers reads the folder as the same model, or None. Raises UserError where
-    our own loader does not.
+    """Return the class with which plain transformers reads the folder as the same model, or None.
+
+    Raises UserError if our own loader does not read it as the same model.
     """
     dtype = next(parameter.dtype for parameter in optimized.parameters() if parameter.is_floating_point())
     again = io.load_folder(place, dtype=dtype, device=loaded.device)
     if signature(again) != signature(optimized):
-        raise UserError("the optimized model is more than a checkpoint can hold (hooks, another attention or cache)")
+        raise UserError("a checkpoint cannot hold the optimized model (hooks, another attention or cache)")
     if loaded.tokenizer is None:
         config: Any = optimized.config
         ids_BT = torch.randint(0, config.get_text_config().vocab_size, (WINDOWS, TOKENS))
@@ -184,14 +187,14 @@ def _check(optimized: nn.Module, place: Path, loaded: Loaded) -> str | None:
 
 
 def _plain(place: Path, dtype: torch.dtype, ids_BT: torch.Tensor, expected: torch.Tensor) -> str | None:
-    """Return the class by which transformers alone loads the folder, without a missing or unexpected tensor, to equal
-    logits; None where there is none.
+    """Return the class with which transformers alone loads the folder, without missing or unexpected tensors and with
+    equal logits; None if there is none.
     """
     described = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
     if {"factors", "sparse"} & set(described):
-        return None  # no class of transformers has such matrices
+        return None  # transformers has no such matrices
     loud = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # a misfit is the answer here, not a fault to report
+    transformers_logging.set_verbosity_error()  # a mismatch is an expected result here
     try:
         kind = auto_class(AutoConfig.from_pretrained(place))
         model, report = kind.from_pretrained(place, dtype=dtype, output_loading_info=True)
@@ -199,7 +202,7 @@ def _plain(place: Path, dtype: torch.dtype, ids_BT: torch.Tensor, expected: torc
             return None
         return kind.__name__ if _near(_logits(model.eval(), ids_BT), expected, NEAR[dtype]) else None
     except (ValueError, RuntimeError, KeyError, OSError, AttributeError, TypeError):
-        return None  # another architecture than transformers knows, such as uneven blocks
+        return None  # an architecture unknown to transformers, such as uneven blocks
     finally:
         transformers_logging.set_verbosity(loud)
 
@@ -219,8 +222,8 @@ def main() -> None:
         chosen = recipe.read(request["stack"]) if request["stack"] else None
         steps = chosen.stack if chosen else None
         place, unfinished = Path(request["place"]), Path(request["unfinished"])
-        asked = request["model"], request["optimization"], steps, request["parameters"], place, unfinished
-        saved = save(*asked, chosen_at=chosen.effort if chosen else "")
+        arguments = request["model"], request["optimization"], steps, request["parameters"], place, unfinished
+        saved = save(*arguments, chosen_at=chosen.effort if chosen else "")
         answer: dict[str, Any] = {
             **saved._asdict(),
             "steps": [step.optimization for step in steps or [RecipeStep(optimization=request["optimization"])]],

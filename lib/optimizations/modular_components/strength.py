@@ -1,11 +1,10 @@
-"""The strongest stack that stays within the margins: all parts weakened by the same share, found by bisection.
+"""Find the strongest stack within the margins by bisection, weakening all parts by the same share.
 
-A part's strength runs from its `mildest` knobs (level 0: it is left out) to those at which it stands alone (LEVELS).
-Parts without `mildest` change no answer and stay. Where no strength of all of them is within the margins, of the parts
-in the weakest stack that which loses most alone is left out, and the search goes on with the others. A part that
-touches what is stored and yet makes the model no smaller at its strength is left out too: a count decides that, not a
-clock. Quality is evaluated on text and items that are never used for judging, and is the same in every run, so the
-level found does not depend on noise. Names no part.
+A part's strength runs from its `mildest` knobs (level 0: it is left out) to the knobs of its own step (LEVELS). Parts
+without `mildest` change no answer and stay. If no strength of all parts is within the margins, the part of the weakest
+stack that loses most alone is left out, and the search continues with the others. A part that touches stored weights
+but makes the model no smaller at its strength is left out too: this is counted, not timed. Quality is evaluated on text
+and items never used for the verdict and is the same in every run, so the resulting level does not depend on noise.
 """
 
 import math
@@ -30,7 +29,7 @@ NO_SMALLER = "at this strength it makes the model no smaller"
 
 @dataclass(frozen=True)
 class AppliedStep:
-    """The model behind a step that was made earlier, and the seconds that this step took."""
+    """The model after a step that was applied earlier, and the seconds that this step took."""
 
     model: nn.Module = field(repr=False)
     seconds: float
@@ -38,8 +37,8 @@ class AppliedStep:
 
 @dataclass(frozen=True)
 class Weakened:
-    """A stack at one level: its steps, the model after them, by stem why a part was left out, what is lost, and the
-    seconds of applying it.
+    """A stack at one level: its steps, the model after them, by stem the reason why a part was left out, the quality
+    lost, the seconds of applying it, and why its output is broken (None: it is not).
     """
 
     level: int
@@ -52,12 +51,12 @@ class Weakened:
 
     @property
     def within(self) -> bool:
-        """Whether the output is sound and no margin is passed."""
+        """Whether the output is not broken and the loss is within the margins."""
         return self.broken is None and self.lost.within()
 
     @property
     def can_lose(self) -> list[str]:
-        """The parts of the stack that can lose anything: one that is known and has no `mildest` changes no answer."""
+        """The parts of the stack that can lose quality: a known part without `mildest` changes no answer."""
         known, stems = method.parts(), [step.optimization for step in self.steps]
         return [stem for stem in stems if stem not in known or known[stem].COMPOSES.get("mildest")]
 
@@ -70,7 +69,7 @@ class Weakened:
 
 
 def weakened(step: RecipeStep, level: int) -> RecipeStep | None:
-    """Return a step at `level` of LEVELS of its strength; None at level 0, where it is left out."""
+    """Return a step at `level` of LEVELS of its strength; None if it is left out, at level 0."""
     module = method.module_of(step.optimization)
     mildest = module.COMPOSES.get("mildest")
     if not mildest or level == LEVELS:
@@ -94,11 +93,11 @@ def stack_at(
     applied_before: MutableMapping[tuple[str, ...], AppliedStep] | None = None,
     keep_first: bool = False,
 ) -> tuple[list[RecipeStep], nn.Module, dict[str, str]]:
-    """Return the steps kept at `level`, the model after them, and by stem why the others were left out.
+    """Return the steps kept at `level`, the model after them, and by stem the reason why the others were left out.
 
-    A part that refuses at this strength is left out, with its reason. `applied_before`: by their names (`named`), what
-    some steps made earlier of the same model, calibration and seed; with `keep_first` the model of the first step is
-    added to it.
+    A part that refuses at this strength is left out, with its reason. `applied_before`: results of steps applied
+    earlier to the same model with the same calibration and seed, by `named`; with `keep_first` the model of the first
+    step is added to it.
     """
     options: dict[str, Any] = {"arrange": False, "seed": seed}
     kept: list[RecipeStep] = []
@@ -138,17 +137,16 @@ def named(steps: Sequence[RecipeStep]) -> tuple[str, ...]:
 
 
 def _spent(kept: Sequence[RecipeStep], applied_before: Mapping[tuple[str, ...], AppliedStep]) -> float:
-    """Return the seconds that those of the steps took which were made earlier."""
+    """Return the seconds of those steps in `kept` that were applied earlier."""
     keys = (named(kept[:count]) for count in range(1, len(kept) + 1))
     return sum(applied_before[key].seconds for key in keys if key in applied_before)
 
 
 def strongest(within: Callable[[int], bool], levels: int = LEVELS, apart: int = 1) -> int:
-    """Return the highest level that is within the margins, by bisection until levels are `apart`; 0 where none above it
-    is found to be.
+    """Return the highest level within the margins, by bisection until levels are `apart`; 0 if none above it is.
 
-    Whatever is returned has been looked at. That it is the highest rests on losses that grow with strength: of levels
-    beyond one that passes a margin only the last is looked at.
+    A returned level above 0 has been evaluated. That it is the highest assumes that losses grow with strength: above a
+    level that exceeds a margin only the last one is evaluated.
     """
     if within(levels):
         return levels
@@ -171,13 +169,13 @@ def find(
     keep_first: bool = False,
     losses: Mapping[str, float] | None = None,
 ) -> tuple[Weakened, list[Weakened]]:
-    """Return the strongest stack within the margins, and every level that was tried, by strength for each set of parts;
-    `apart`: see `strongest`, `applied_before` and `keep_first`: see `stack_at`.
+    """Return the strongest stack within the margins, and every level tried, by strength for each set of parts.
 
-    `losses`: what each part loses alone. With it, parts that are in the weakest stack that was tried are left out,
-    those of unknown loss first and then the one that loses most, until some strength of the others is within the
-    margins; without it none is. Where levels are not next to each other, half strength alone is tried then. Only the
-    models of the best so far and of the level under test are held, and with `keep_first` those of first steps.
+    `losses`: the loss of each part alone. With it, parts of the weakest stack tried are left out one by one, those of
+    unknown loss first and then the one that loses most, until some strength of the others is within the margins; from
+    then on, if `apart` is above 1, only half strength is tried. Without `losses` no part is left out. `apart`: see
+    `strongest`; `applied_before` and `keep_first`: see `stack_at`. Only the models of the best level so far and of the
+    level under test are held, and with `keep_first` those of first steps.
     """
     remaining = list(steps)
     dropped: dict[str, str] = {}
@@ -186,7 +184,7 @@ def find(
     while True:
         search = _Levels(quality, calibration, remaining, sample_BT, seed, earlier, keep_first)
         weaker = [step for step in remaining if weakened(step, 0) is None]
-        highest = LEVELS // 2 if dropped and weaker and apart > 1 else LEVELS  # where looks are few, half alone
+        highest = LEVELS // 2 if dropped and weaker and apart > 1 else LEVELS  # if time is short, only half
         level = strongest(search.within, highest, apart)
         done = level > 0 or losses is None or not weaker
         best = search.at(level) if done else None
@@ -199,11 +197,11 @@ def find(
         remaining.remove(worst)
         named_others = ", ".join(step.optimization for step in remaining) or "nothing"
         most = "loses most" if worst.optimization in (losses or {}) else "may lose most"
-        dropped[worst.optimization] = f"it {most}, and beside {named_others} no strength is within the margins"
+        dropped[worst.optimization] = f"it {most}, and together with {named_others} no strength is within the margins"
 
 
 class _Levels:
-    """The levels of some steps that were looked at; holds the model of the best of them."""
+    """The evaluated levels of a set of steps; holds the model of the best of them."""
 
     def __init__(
         self,

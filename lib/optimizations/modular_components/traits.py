@@ -1,8 +1,8 @@
-"""What must hold of a model so that an optimization can do its work, read from the model itself.
+"""Traits: properties of a model that an optimization needs, checked on the model itself.
 
-An optimization module names the traits that it needs and those that it invalidates; the pipeline orders by the names
-and asks the real model here. A trait concerns some models only (channels are what is removed where there are no
-experts), so that one descriptor serves all architectures. Knows nothing of optimizations.
+An optimization module names the traits that it needs and those that it invalidates. The pipeline orders by these names
+and checks the real model here. A trait may concern only some models (channels are removed only where there are no
+experts), so that one descriptor serves all architectures.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,13 @@ from lib.models.structure.anatomy import anatomy
 from lib.models.structure.replacements.factored import FactoredLinear
 from lib.models.structure.replacements.sparse import is_dense, stored
 
-STATISTICS = "statistics"  # what was observed on calibration text: never a fault of a model, only out of date
+STATISTICS = "statistics"  # observed on calibration text: a model never lacks them, they only get out of date
 ASPECTS = ("shapes", "weights", "storage", "attention", "cache", "execution")  # what an optimization may touch
 
 
 @dataclass(frozen=True)
 class Trait:
-    """`concerns` says whether a model can have it at all; `lacking` why it has it no longer, or None where it has."""
+    """`concerns` returns whether a model can have the trait at all, `lacking` why it has lost it (None: it has it)."""
 
     concerns: Callable[[nn.Module], bool]
     lacking: Callable[[nn.Module], str | None]
@@ -85,7 +85,7 @@ TRAITS: dict[str, Trait] = {
 
 
 def named(name: str) -> Trait:
-    """Return the trait called `name`; raises UserError with the nearest valid name where there is none."""
+    """Return the trait called `name`. Raises UserError, with the nearest valid name, if there is none."""
     if name not in TRAITS:
         raise UserError(f'unknown trait "{name}"; expected one of {", ".join(TRAITS)}.{suggest(name, TRAITS)}')
     return TRAITS[name]
@@ -97,7 +97,7 @@ def concerning(model: nn.Module) -> set[str]:
 
 
 def lacking(model: nn.Module, needed: tuple[str, ...] | list[str]) -> str | None:
-    """Return why `model` lacks the first of the traits `needed` that concern it, or None where it has them all."""
+    """Return why `model` lacks the first missing trait of `needed` that concerns it, or None if it has them all."""
     for name in needed:
         trait = named(name)
         if trait.concerns(model) and (reason := trait.lacking(model)):
@@ -106,7 +106,7 @@ def lacking(model: nn.Module, needed: tuple[str, ...] | list[str]) -> str | None
 
 
 def shapes(model: nn.Module, index: int) -> dict[str, str]:
-    """Return the parameters of block `index`, or of the last one, with their shape and how they are stored."""
+    """Return the matrices of block `index` (the last block if there are fewer) by name, with shape and storage."""
     blocks = anatomy(model).blocks
     block = blocks[min(index, len(blocks) - 1)].module
     stored_as = {torch.sparse_csr: ", sparse", torch.sparse_bsr: ", sparse"}

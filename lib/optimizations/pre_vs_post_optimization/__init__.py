@@ -1,1 +1,1 @@
-"""Pre vs post optimization: what it does to a model, and how it is measured."""
+"""Pre vs post optimization: a model before and after its best stack, and the comparison of the two."""

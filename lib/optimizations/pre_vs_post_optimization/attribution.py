@@ -1,6 +1,6 @@
-"""Which part of a stack contributes what: every subset is made once, and gains are shared out by Shapley values.
+"""Attributes a stack's gain to its parts: every subset is built once, and gains are divided by Shapley values.
 
-Names no optimization.
+Independent of any particular optimization.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,9 +20,9 @@ WHOLE = "the whole stack"
 
 
 def groups(steps: Sequence[RecipeStep], most: int = shapley.MOST_PARTS) -> dict[str, list[RecipeStep]]:
-    """Return at most `most` parts of the stack by name, in order; what is more than that forms the last part together.
+    """Return at most `most` parts of the stack by name, in order; the steps beyond that form the last part together.
 
-    A part is named after its optimizations; a name that comes again gets a number.
+    A part is named after its optimizations; a repeated name gets a number.
     """
     cut = [[step] for step in steps[: most - 1]] + ([list(steps[most - 1 :])] if len(steps) >= most else [])
     parts: dict[str, list[RecipeStep]] = {}
@@ -44,10 +44,10 @@ def every_subset(
     whole: nn.Module | None = None,
     seed: int = 0,
 ) -> dict[tuple[str, ...], nn.Module]:
-    """Return the model of every subset of the parts, () being `model` itself. Each is made from the subset that lacks
-    its last part, as the pipeline would. `whole`: the model after all parts, where it was made already.
+    """Return the model of every subset of the parts; () is `model` itself.
 
-    Raises UserError where a part refuses a subset: then nothing can be attributed.
+    Each is built from the subset without its last part, as the pipeline would. `whole`: the model after all parts, if
+    already built. Raises UserError if a part refuses a subset; the gain then cannot be attributed.
     """
     models: dict[tuple[str, ...], nn.Module] = {}
     for subset in shapley.subsets(list(parts)):
@@ -63,11 +63,12 @@ def every_subset(
 
 
 def one_part(name: str, timed: Mapping[str, Timed]) -> dict[str, Rounds]:
-    """Return the judged blocks of prefill and decode as rounds of two arms, the baseline and the only part: the whole
-    gain is its own, and nothing has to be timed again.
+    """Return the judged blocks of prefill and decode as rounds of two arms, the baseline and the only part.
+
+    The whole gain belongs to that part, so nothing has to be timed again.
     """
     return {
-        what: Rounds(
+        work_name: Rounds(
             {interactions.BASELINE: judged.pairs.baseline_seconds, name: judged.pairs.optimized_seconds},
             judged.pairs.iterations,
             judged.pairs.disturbed,
@@ -77,8 +78,8 @@ def one_part(name: str, timed: Mapping[str, Timed]) -> dict[str, Rounds]:
             ],
             process=judged.pairs.process,
         )
-        for what, judged in timed.items()
-        if what in interactions.WORKLOADS
+        for work_name, judged in timed.items()
+        if work_name in interactions.WORKLOADS
     }
 
 
@@ -89,10 +90,10 @@ def attribute(
     seed: int = 0,
     source_N: np.ndarray | None = None,
 ) -> list[dict]:
-    """Return a row per part and for the whole: Shapley value in log-speed of each workload and in loss, with intervals.
+    """Return a row per part and for the whole: Shapley values in log-speed per workload and in loss, with intervals.
 
-    Arms are named by `interactions.named(*subset)`. The parts' values add up to the whole in every round and window,
-    and so do the means that are returned. `source_N` numbers the document of each window that was read.
+    Arms are named by `interactions.named(*subset)`. The parts' values add up to the whole in every round and window, as
+    do the means returned. `source_N` is the document number of each window.
     """
     subsets = shapley.subsets(list(names))
     values = {
@@ -104,14 +105,14 @@ def attribute(
     units = {subset: np.eye(len(subsets))[at] for at, subset in enumerate(subsets)}
     weights = {**shapley.shapley(list(names), units), WHOLE: np.asarray([1.0, -1.0])}  # of the subsets in each share
     rows = []
-    for what, of_subset in values.items():
+    for quantity, of_subset in values.items():
         shares = shapley.shapley(list(names), of_subset)
         shares[WHOLE] = of_subset[tuple(names)] - of_subset[()]
         for part, values_S in shares.items():
-            if what == "loss":
+            if quantity == "loss":
                 share = shapley.over_items(values_S, seed=seed, source_S=source_N)
             else:
-                sigma = interactions.process_sigma(what, weights[part])
-                share = shapley.mean_over_rounds(values_S, sigma, timed[what].process)
-            rows.append({"what": what, "part": part, "value": share.value, "low": share.low, "high": share.high})
+                sigma = interactions.process_sigma(quantity, weights[part])
+                share = shapley.mean_over_rounds(values_S, sigma, timed[quantity].process)
+            rows.append({"what": quantity, "part": part, "value": share.value, "low": share.low, "high": share.high})
     return rows

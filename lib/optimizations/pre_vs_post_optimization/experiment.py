@@ -1,6 +1,6 @@
-"""The protocol of comparing before with after: the stack applied, its subsets, the identity transform, the sweeps.
+"""The protocol of comparing before with after: the applied stack, its subsets, the identity transform, the sweeps.
 
-The identity transform goes through the same steps as the optimized model: it tests the comparison itself.
+The identity transform goes through the same steps as the optimized model, to test the comparison itself.
 """
 
 import time
@@ -52,7 +52,7 @@ EMPTY_STACK = "an empty stack"
 
 @dataclass(frozen=True)
 class StackSetup:
-    """A model, the stack that is known for it, and the calibration text; `weights` is the hash of its weights."""
+    """A model, the stack chosen for it, and the calibration text; `weights` is the hash of the model's weights."""
 
     loaded: Loaded
     effort: Effort
@@ -64,7 +64,7 @@ class StackSetup:
 
     @property
     def pays(self) -> bool:
-        """Whether there is a stack: nothing pays here where it is empty, and the optimized model is a copy."""
+        """Whether the stack has steps; if it is empty, nothing pays and the optimized model is a copy."""
         return bool(self.stack.steps)
 
     @property
@@ -74,9 +74,7 @@ class StackSetup:
         return f"The stack: {order}; chosen by {self.stack.origin}."
 
     def table(self) -> pd.DataFrame:
-        """Return a row per step of the stack; where the default rule chose, a row per part that it considered, kept or
-        rejected.
-        """
+        """Return a row per step of the stack or, for the default rule, a row per part that it kept or rejected."""
         if self.stack.considered:
             return pd.DataFrame(self.stack.considered)
         rows = [{"step": step.optimization, "knobs": str(step.knobs or "defaults")} for step in self.stack.steps]
@@ -84,9 +82,9 @@ class StackSetup:
 
 
 def prepare(loaded: Loaded, effort: Effort, seed: int, perplexity_margin: float) -> StackSetup:
-    """Return the setup, with the stored stack or the one that the default rule chooses; see `method.chosen`.
+    """Return the setup with the stored stack or the one chosen by the default rule; see `method.chosen`.
 
-    A stored stack is calibrated as it was when it was judged, and as `apply` saves it.
+    A stored stack gets the calibration text with which it was judged, and with which `apply` saves it.
     """
     quick = effort if effort.brief else settings.read("quick", loaded.scale)
     weights = io.weights_hash(loaded.model)
@@ -99,16 +97,16 @@ def prepare(loaded: Loaded, effort: Effort, seed: int, perplexity_margin: float)
 
 
 def applied(setup: StackSetup) -> tuple[AppliedStack, pd.DataFrame]:
-    """Apply the stack, with seconds and joules, and return it with the shapes of the middle block before and after.
+    """Apply the stack, measuring seconds and joules; return it and the shapes of the middle block before and after.
 
-    Asserts that a stack which touches weights changed them.
+    Asserts that a stack meant to change weights did so.
     """
     baseline = setup.loaded.model
     middle = len(anatomy(baseline).blocks) // 2
     stack = method.apply_stack(baseline, setup.calibration, setup.stack.steps, seed=setup.seed)
     modules = [composing.parts()[step.optimization] for step in setup.stack.steps]
     touched = {aspect for module in modules for aspect in module.COMPOSES["touches"]}
-    in_weights = touched & {"shapes", "weights", "storage"}  # attention and execution leave them as they are
+    in_weights = touched & {"shapes", "weights", "storage"}  # attention and execution do not change them
     assert not in_weights or io.weights_hash(stack.model) != setup.weights, "the stack changed nothing"
     shapes = {name: traits.shapes(model, middle) for name, model in (("before", baseline), ("after", stack.model))}
     return stack, pd.DataFrame(shapes).fillna("–").rename_axis("tensor").reset_index()
@@ -116,8 +114,9 @@ def applied(setup: StackSetup) -> tuple[AppliedStack, pd.DataFrame]:
 
 @dataclass(frozen=True)
 class Subsets:
-    """Every subset of the stack's parts as a model, by name, and the seconds that making them took; `refused` says why
-    all of the stack is one part, where a subset of it cannot be made.
+    """The models of all subsets of the stack's parts, by name, and the seconds it took to build them.
+
+    `refused`: why a subset could not be built, in which case the whole stack is one part.
     """
 
     parts: dict[str, list[RecipeStep]]
@@ -135,17 +134,19 @@ class Subsets:
 
 
 def subsets(setup: StackSetup, stack: AppliedStack, attribution_seconds: float) -> Subsets:
-    """Make every subset of the stack, cut into so few parts that making them takes no longer than
-    `attribution_seconds`, estimated from applying the whole; into one where a part refuses what another did not prepare
-    for it. Asserts that the baseline was not changed.
+    """Build every subset of the stack's parts and return them.
+
+    The stack is cut into as many parts as can be built within `attribution_seconds`, estimated from the time to apply
+    the whole, or into one if a part refuses a model that another did not prepare for it. Asserts that the baseline is
+    unchanged.
     """
     baseline, steps = setup.loaded.model, setup.stack.steps
-    fitting = (
+    affordable = (
         count
         for count in range(MOST_PARTS, 1, -1)
         if stack.seconds * 2 ** (min(count, len(steps)) - 1) <= attribution_seconds
     )
-    parts = attribution.groups(steps, next(fitting, 1))
+    parts = attribution.groups(steps, next(affordable, 1))
     start, refused = time.perf_counter(), ""
     options: dict[str, Any] = {"whole": stack.model, "seed": setup.seed}
     try:
@@ -159,7 +160,7 @@ def subsets(setup: StackSetup, stack: AppliedStack, attribution_seconds: float) 
 
 
 def judge(setup: StackSetup, optimized: nn.Module, distances: Sequence[int]) -> Judgement:
-    """Return the judgement of `optimized`, with retrieval over further `distances` in tokens."""
+    """Return the judgement of `optimized`, including retrieval at the further `distances`, in tokens."""
     loaded, effort, seed = setup.loaded, setup.effort, setup.seed
     judged = judgement.judge(loaded, optimized, effort, seed)
     if loaded.random_weights:
@@ -174,8 +175,10 @@ def judge(setup: StackSetup, optimized: nn.Module, distances: Sequence[int]) -> 
 def identity_control(
     setup: StackSetup, prompt_BT: torch.Tensor, judged: Judgement, compared: Compared
 ) -> list[Measurement]:
-    """Return what the identity transform shows, a copy of the model in which nothing was changed: answers at effort
-    quick, then prefill and decode. An empty stack is that transform: then it is what was `judged` and `compared`.
+    """Return the measurements of the identity transform, an unchanged copy of the model.
+
+    Answers at effort quick, then prefill and decode. An empty stack is itself the identity transform, so its own
+    measurements in `judged` and `compared` are returned.
     """
     if not setup.pays:
         return [*judged.measurements, *(m for m in compared.measurements if m.dimension == "performance")]
@@ -191,7 +194,7 @@ def identity_control(
 
 @dataclass(frozen=True)
 class GainSweep:
-    """Gains at several prompt lengths and batch sizes: those measured here, and all points as a frame of curves."""
+    """Gains at several prompt lengths and batch sizes: the new measurements, and all points as a frame of curves."""
 
     measurements: list[Measurement]
     curves: pd.DataFrame
@@ -209,10 +212,10 @@ class GainSweep:
 def sweep(
     setup: StackSetup, optimized: nn.Module, prompt_BT: torch.Tensor, compared: Compared, *, skip: bool
 ) -> GainSweep:
-    """Time prefill over prompt length and decode over batch size; what was timed before is not timed again.
+    """Time prefill by prompt length and decode by batch size; points in `compared` are not timed again.
 
-    At preview one further length is timed, and no more rounds than an interval needs. `skip`: measure nothing, for the
-    output has degenerated. Nor is anything measured where nothing pays.
+    At preview only one further length is timed, with the minimum of rounds. Nothing is measured with `skip` (the output
+    has degenerated) or if nothing pays.
     """
     effort = setup.effort
     further: set[int] = set() if effort.preview else {64, 256}
@@ -228,8 +231,9 @@ def sweep(
 
 @dataclass(frozen=True)
 class Attribution:
-    """Shapley values per part and for the whole: a row per quantity (`what`) and part, with intervals; without rows,
-    `source` is the reason.
+    """Shapley values of the parts and the whole: a row per quantity (`what`) and part, with intervals.
+
+    `source` describes the measurement; without rows it is the reason.
     """
 
     shares: pd.DataFrame
@@ -241,7 +245,7 @@ class Attribution:
         return rows.assign(arm=rows["part"] + ", " + rows["what"])
 
     def losses(self) -> pd.DataFrame:
-        """Return the shares of loss for `style.bars`; empty where no text was read."""
+        """Return the shares of loss for `style.bars`; empty without text."""
         rows = self.shares[self.shares["what"] == "loss"]
         return rows.assign(arm=rows["part"])
 
@@ -251,13 +255,14 @@ class Attribution:
         return f"Shapley values: {'; '.join(shares)}."
 
     def reading(self) -> str:
-        """Return two sentences: the whole gain in prefill, and the part with the largest share, which is most of it
-        where it is more than half of a gain; or why nothing is shared out.
+        """Return two sentences: the whole gain in prefill, and the part with the largest share; or why there is none.
+
+        The share is called "most of it" if it is more than half of a gain.
         """
         if self.shares.empty:
             if self.source == EMPTY_STACK:
-                return "Nothing pays here, so the stack is empty. There is no gain to share out."
-            return f"{self.source}. So the gain is not shared out."
+                return "Nothing pays here, so the stack is empty. There is no gain to attribute."
+            return f"{self.source}. So the gain is not attributed to parts."
         rows = self.shares[self.shares["what"] == "prefill"]
         whole = rows[rows["part"] == attribution.WHOLE].iloc[0]
         parts = rows[rows["part"] != attribution.WHOLE]
@@ -266,21 +271,21 @@ class Attribution:
             f"of log-speed ({signed(whole.low, '.3f')} to {signed(whole.high, '.3f')})."
         )
         if len(parts) == 1:
-            return f"{first} All of it is owed to {parts.iloc[0].part}, its only part."
+            return f"{first} All of it comes from {parts.iloc[0].part}, its only part."
         best = parts.loc[parts["value"].idxmax()]
         most = whole.value > 0 and best.value > whole.value / 2
-        owed = "Most of it is owed to" if most else "The largest share is that of"
+        share = "Most of it" if most else "The largest share"
         value, low, high = (signed(number, ".3f") for number in (best.value, best.low, best.high))
-        return f"{first} {owed} {best.part}, {value} ({low} to {high})."
+        return f"{first} {share} comes from {best.part}, {value} ({low} to {high})."
 
 
 def attributed(
     setup: StackSetup, every: Subsets, prompt_BT: torch.Tensor, compared: Compared, invalid: str | None = None
 ) -> Attribution:
-    """Time all subsets in common rounds, read the same windows with each, and share the gains out.
+    """Time all subsets in common rounds, read the same windows with each, and return the gain attributed to parts.
 
-    A stack of one part needs no rounds of its own: what was timed before is attributed. Nothing is where the stack's
-    output has degenerated (`invalid` says why), or a subset's losses are no numbers. Asserts that shares add up.
+    A stack of one part needs no rounds of its own: the timings in `compared` are used. Nothing is attributed if the
+    stack's output has degenerated (`invalid` says why) or a subset's losses are not finite. Asserts that shares add up.
     """
     effort, quick, seed, parts = setup.effort, setup.quick, setup.seed, every.parts
     nothing = pd.DataFrame(columns=SHARES)
@@ -295,7 +300,7 @@ def attributed(
         return Attribution(nothing, f"Losses are not finite (NaN or infinite) after {', '.join(broken)}")
     if len(parts) == 1 and compared.timed:
         timed = attribution.one_part(next(iter(parts)), compared.timed)
-        rounds = "; ".join(f"{what}: {compared.timed[what].pairs.describe()}" for what in timed)
+        rounds = "; ".join(f"{name}: {compared.timed[name].pairs.describe()}" for name in timed)
     else:
         timed = interactions.time_arms(every.models, prompt_BT[:, :256], effort.blocks, seed)
         rounds = f"{effort.blocks} common rounds of every subset of {len(parts)} parts"
@@ -304,10 +309,10 @@ def attributed(
     whole = shares[shares["part"] == attribution.WHOLE].set_index("what")["value"]
     summed = shares[shares["part"] != attribution.WHOLE].groupby("what")["value"].sum()
     assert np.allclose(summed[whole.index], whole, atol=1e-9), "the shares do not add up to the whole"
-    apart = f"; not shared out, for a subset cannot be made: {every.refused}" if every.refused else ""
-    return Attribution(shares, f"{rounds}; {len(windows_NT) if losses else 0} windows{apart}")
+    undivided = f"; one part only, because a subset cannot be built: {every.refused}" if every.refused else ""
+    return Attribution(shares, f"{rounds}; {len(windows_NT) if losses else 0} windows{undivided}")
 
 
 def history_path(history: str) -> Path | None:
-    """Return the file of the history of builds that was asked for; None for the default."""
+    """Return the path of the build history named by the parameter `history`; None for the default."""
     return Path(history) if history else None

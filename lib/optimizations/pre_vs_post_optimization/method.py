@@ -1,8 +1,8 @@
 """Pre- against post-optimization: a model's best stack, chosen and applied.
 
-The stack is the one that a search stored (`lib.optimizations.common.recipe`), or else one chosen here by a fixed rule
-on text that is never used for judging. Applying is timed and its energy read. `modular_components` does the composing.
-Names no optimization.
+The stack is the one stored by a search (`lib.optimizations.common.recipe`), or else one chosen here by a fixed rule on
+text that is never used for judging. Applying is timed and its energy read; `modular_components` composes the steps.
+Independent of any particular optimization.
 """
 
 import gc
@@ -36,16 +36,17 @@ from lib.optimizations.modular_components import method as composing
 
 NAME = "pre_vs_post_optimization"
 SEARCH_WINDOWS, WINDOW_TOKENS = 8, 256
-ROUNDS, MOST_ROUNDS = 6, 18  # of timing a candidate: until the interval is narrow, at most so many; at preview no more
-MOST_SECONDS = 20.0  # after which no further rounds are begun
+ROUNDS, MOST_ROUNDS = 6, 18  # timing rounds of a candidate: first, and at most until the interval is narrow
+MOST_SECONDS = 20.0  # no further rounds are started after this
 
 
 @dataclass(frozen=True)
 class ChosenStack:
-    """A stack in pipeline order (empty: nothing pays), who chose it, a row per step that was considered, kept or
-    rejected (none for a stored stack), and the hash of the stored stack's file by its place in the project (empty where
-    there was none): where it is no longer that, the choice is another. `effort`: that at which a stored stack was
-    judged; empty where it states none, and for a stack of the default rule.
+    """A stack in pipeline order (empty: nothing pays) and its origin.
+
+    `considered`: a row per step that the default rule kept or rejected; empty for a stored stack. `inputs`: path of the
+    stored stack's file in the project → its hash, empty if there is none; a changed hash means another choice.
+    `effort`: the effort at which a stored stack was judged, if it states one; empty for the default rule.
     """
 
     steps: list[RecipeStep]
@@ -57,7 +58,7 @@ class ChosenStack:
 
 @dataclass(frozen=True)
 class AppliedStack:
-    """The model after a stack, and what applying it took; `provenance` and `source` are those of the joules."""
+    """The model after a stack, and the time and energy of applying it; `provenance` and `source` are of the joules."""
 
     model: nn.Module = field(repr=False)
     steps: list[RecipeStep]
@@ -68,7 +69,7 @@ class AppliedStack:
 
 
 def applies_to(model: nn.Module) -> str | None:
-    """Return None, or that no optimization applies, so that there is no after."""
+    """Return None if some composable optimization applies, else the reason."""
     return None if composing.applicable(model)[0] else "no optimization that can be composed applies to this model"
 
 
@@ -81,14 +82,14 @@ def chosen(
     perplexity_margin: float = PERPLEXITY_MARGIN,
     seed: int = 0,
 ) -> ChosenStack:
-    """Return the stack that a search stored for this model at this scale, or else the one that the default rule finds
-    with `effort` (by default quick), which may be empty: nothing pays here.
+    """Return the stack that a search stored for this model and scale, or else the choice of the default rule.
 
-    A stored stack keeps the order in which it was judged, unless its parts refuse that. It is refused where it was
-    chosen for other weights than `weights` (a hash), was found to lose more than the margins, or cannot be ordered;
-    `origin` says so. Raises UserError for a stored stack that is damaged or belongs to another model.
+    The default rule runs at `effort` (default quick); its stack may be empty: nothing pays here. A stored stack keeps
+    the order in which it was judged, unless its parts refuse that. It is refused if it was chosen for weights other
+    than `weights` (a hash), lost more than the margins, or cannot be ordered; `origin` gives the reason. Raises
+    UserError for a stored stack that is damaged or belongs to another model.
     """
-    composing.parts()  # imported before models are tried: what an import leaves may hold the frames that led to it
+    composing.parts()  # imported before models are tried: a failed import may keep the frames above it alive
     inputs = recipe.hashed(loaded.name, loaded.scale)
     stored, refused = recipe.find(loaded.name, loaded.scale), ""
     if stored is not None:
@@ -102,7 +103,7 @@ def chosen(
             return ChosenStack(steps, origin, inputs=inputs, effort=stored.effort)
     options: dict[str, Any] = {"effort": effort, "perplexity_margin": perplexity_margin, "seed": seed}
     default = default_stack(loaded, calibration, **options)
-    gc.collect()  # models refer to themselves: those that were tried are given back now, not some time
+    gc.collect()  # models hold reference cycles: free the tried ones now
     origin = default.origin if stored is None else f"{default.origin} (of {stored.chosen_by}: {refused})"
     return replace(default, origin=origin, inputs=inputs)
 
@@ -115,13 +116,13 @@ def default_stack(
     perplexity_margin: float = PERPLEXITY_MARGIN,
     seed: int = 0,
 ) -> ChosenStack:
-    """Return the parts, at their trial knobs and in pipeline order, that each pay off on top of those before them.
+    """Return the stack of parts, at trial knobs and in pipeline order, that each pay on top of the parts before them.
 
-    A part pays if with it no score and no perplexity on the split "search" passes the margins of the verdict, and it is
-    either faster by the practical margin (mean of prefill and decode, in logarithms), or smaller and not slower by that
-    margin. The lower end of the interval decides, over more rounds where that of six is wide: what stays undecided is
-    left out. Where none pays, the stack is empty. `effort` (by default quick) limits what candidates are asked and how
-    long their prompt is; at preview six rounds are all.
+    A part pays if scores and perplexity on the split "search" stay within the margins of the verdict, and the model is
+    either faster by the practical margin (log-mean of prefill and decode), or smaller and not slower by that margin.
+    The lower end of the interval decides, over more than six rounds if it is wide; undecided parts are left out. If
+    none pays, the stack is empty. `effort` (default quick) limits the items asked and the prompt length; at preview
+    there are six rounds only.
     """
     effort = effort or settings.read("quick", loaded.scale)
     sample_BT = text_windows(loaded, "search", 4, 128, seed)
@@ -154,7 +155,7 @@ def default_stack(
             row["kept"], current = True, tried.model
             stack.append(step)
         else:
-            row["why"] = "neither faster, nor smaller at the same speed, as far as can be told"
+            row["why"] = "not surely faster, nor surely smaller at the same speed"
     rule = f"the default rule: within the margins (perplexity {100 * perplexity_margin:g} %), and faster or smaller"
     return ChosenStack(stack, rule if stack else f"{rule}; nothing pays", rows)
 
@@ -164,10 +165,11 @@ def _finite(value: float) -> float | None:
 
 
 def _faster(before: nn.Module, after: nn.Module, prompt_BT: torch.Tensor, most: int, seed: int) -> Estimate:
-    """Return the log-speed of `after` against `before`, the mean of prefill and decode, over six rounds; over more, at
-    `most` so many, as long as the interval is wider than a practical margin to either side and MOST_SECONDS have not
-    passed. What the interval says of the candidate never ends the rounds: of three looks one would be lucky. Where
-    every six have copies of their own, what differs between two copies is drawn anew with each.
+    """Return the log-speed of `after` against `before`, the mean of prefill and decode, with its interval.
+
+    Times six rounds, and six more until the interval is no wider than the practical margin to either side, `most`
+    rounds are done, or MOST_SECONDS have passed. The interval's position never ends the rounds: one of three looks
+    would be lucky. If each six rounds use fresh copies, the difference between copies is drawn anew for each.
     """
     arms, weights = {interactions.BASELINE: before, "after": after}, {"after": 1, interactions.BASELINE: -1}
     gains: list[float] = []
@@ -178,10 +180,10 @@ def _faster(before: nn.Module, after: nn.Module, prompt_BT: torch.Tensor, most: 
         gains += np.mean([-rounds.contrast(weights) for rounds in timed.values()], axis=0).tolist()
         copied.append(all(rounds.copied for rounds in timed.values()))
         sigma = np.mean([interactions.process_sigma(name, weights.values()) for name in timed])
-        # Rounds of six of each draw: what was not copied is one draw.
+        # Number of six-round groups per draw of copies; all groups without copies share one draw.
         draws = [1] * copied.count(True) + [copied.count(False)]
-        drawn = math.sqrt(sum(six**2 for six in draws)) / len(copied)
-        gain = shapley.over_rounds(gains, float(sigma) * drawn)
+        shrinkage = math.sqrt(sum(groups**2 for groups in draws)) / len(copied)
+        gain = shapley.over_rounds(gains, float(sigma) * shrinkage)
         narrow = gain.high - gain.low <= 2 * SPEED_MARGIN
         if narrow or len(gains) >= most or time.perf_counter() - start > MOST_SECONDS:
             return gain
@@ -190,8 +192,9 @@ def _faster(before: nn.Module, after: nn.Module, prompt_BT: torch.Tensor, most: 
 def apply_stack(
     model: nn.Module, calibration: Sequence[dict[str, torch.Tensor]], steps: Sequence[RecipeStep], *, seed: int = 0
 ) -> AppliedStack:
-    """Apply the steps to a copy, in the order given, and return it with the seconds and the joules that this took; what
-    a device still does is waited for at both ends.
+    """Apply the steps to a copy, in the order given, and return it with the seconds and joules spent.
+
+    Waits for pending work of the device at both ends.
     """
     counter = energy.counter(next(model.parameters()).device.type)
     synchronize = workloads.barrier(model)

@@ -1,4 +1,4 @@
-"""What applying a stack returns: seconds and joules spent, against those saved per token."""
+"""The return on applying a stack: seconds and joules spent once, against those saved per token."""
 
 from collections.abc import Sequence
 
@@ -12,9 +12,10 @@ RATES = ("prefill_tokens_per_second", "decode_tokens_per_second", "batch_decode_
 
 
 def returns(applied: AppliedStack, measurements: Sequence[Measurement]) -> list[Measurement]:
-    """Return what applying cost, in seconds and joules, and after how many tokens each saving has paid for it.
+    """Return the cost of applying, in seconds and joules, and the number of tokens after which each saving breaks even.
 
-    A saving counts where the rate (or the energy per token) got better; elsewhere there is no such number, and why.
+    A saving counts only if the verdict on the rate (or the energy per token) is better; otherwise the number is
+    unavailable, with the reason.
     """
     informative = measurement.informative
     rows = [
@@ -32,7 +33,7 @@ def returns(applied: AppliedStack, measurements: Sequence[Measurement]) -> list[
             rows.append(measurement.unavailable("break_even_tokens", name, reason))
             continue
         spent = applied.joules if joules else applied.seconds
-        # By the judged ratio, which is not quite that of the two medians.
+        # From the judged ratio, which differs slightly from the ratio of the two medians.
         saved = rate.baseline * (1 - rate.ratio) if joules else (1 - 1 / rate.ratio) / rate.baseline
         source = f"{'joules' if joules else 'seconds'} of applying over those saved per token, {rate.workload}"
         provenance: Provenance = "estimated" if joules and applied.provenance == "estimated" else "derived"
@@ -42,12 +43,13 @@ def returns(applied: AppliedStack, measurements: Sequence[Measurement]) -> list[
 
 
 def account(applied: AppliedStack, rate: Measurement, points: int = 24) -> list[dict]:
-    """Return rows `strength` (tokens, in thousands), `value` (seconds), `arm`: the total time for that many tokens.
+    """Return the total time by token count, as rows `strength` (thousands of tokens), `value` (seconds) and `arm`.
 
-    The optimized arm starts with the seconds of applying, and saves by the judged ratio, as in `returns`: so the lines
-    cross at the break-even. The range ends at twice that, or where applying would be a tenth of the baseline's time.
+    The optimized arm starts at the seconds of applying and saves by the judged ratio, as in `returns`, so the lines
+    cross at the break-even. The range ends at twice the break-even or, without a gain, where applying is a tenth of the
+    baseline's time.
     """
-    assert rate.baseline and rate.ratio, "a rate without numbers"
+    assert rate.baseline and rate.ratio, "the rate has no numbers"
     before, after = 1 / rate.baseline, 1 / (rate.baseline * rate.ratio)
     end = 2 * applied.seconds / (before - after) if after < before else 10 * applied.seconds / before
     rows = []
@@ -60,18 +62,18 @@ def account(applied: AppliedStack, rate: Measurement, points: int = 24) -> list[
 
 
 def in_words(rows: Sequence[Measurement]) -> str:
-    """Return from how many prompt tokens on the stack pays, by time, or why that it does is not shown."""
+    """Return a clause on the number of prompt tokens after which the stack pays in time, or why that is not shown."""
     prefill = (m for m in rows if m.metric == "break_even_tokens" and m.workload.startswith("prefill"))
     point = next(prefill, None)
     if point is None:
         return "the break-even is unknown: no rate was measured"
     return (
-        f"pays from about {_two_figures(point.optimized)} tokens on"
+        f"pays from about {_two_figures(point.optimized)} tokens"
         if point.optimized
         else f"is not shown to pay: {point.reason}"
     )
 
 
 def _two_figures(value: float) -> str:
-    """Return a number with two significant figures: what is saved per token is known to a tenth."""
+    """Return a number with two significant figures: the saving per token is known to about a tenth."""
     return f"{float(f'{value:.2g}'):,.0f}"

@@ -1,6 +1,6 @@
-"""A pair of models at several prompt lengths, batch sizes and distances of retrieval, beside the standard workloads.
+"""Compares two models at further prompt lengths, batch sizes and retrieval distances, besides the standard workloads.
 
-Knows nothing of how the optimized one was made.
+Independent of how the optimized model was made.
 
 Shapes: B batch, T prompt tokens.
 """
@@ -20,7 +20,7 @@ from lib.measure.timing import control, disturbance, workloads
 from lib.measure.timing.interleaved import warm_up, with_control
 from lib.models.loading import Loaded
 
-POINT_SECONDS = 1.5  # that the rounds of one length or one batch size take, where six last less: not at preview
+POINT_SECONDS = 1.5  # minimum time spent on the rounds of one length or batch size; not at preview
 
 
 def sweep(
@@ -35,10 +35,10 @@ def sweep(
     seconds: float | None = None,
     seed: int = 0,
 ) -> list[Measurement]:
-    """Return the prefill rate at every length and the decode rate at every batch size, each with its A/A control, over
-    more than `blocks` rounds where these last less than `seconds`, by default POINT_SECONDS.
+    """Return the prefill rate at every length and the decode rate at every batch size, each with its A/A control.
 
-    A prompt longer than `prompt_BT` is made by repeating it; sequences of a batch are rolled by one token each.
+    Runs `blocks` rounds, and more if these last less than `seconds` (default POINT_SECONDS). A prompt longer than
+    `prompt_BT` is made by repeating it; each sequence of a batch is rolled by one more token.
     """
     rates = []
     options: dict[str, Any] = {"blocks": blocks, "total": POINT_SECONDS if seconds is None else seconds, "seed": seed}
@@ -64,7 +64,7 @@ def _rate(metric: str, name: str, arms: list, **options: Any) -> Measurement:
 
 
 def points_known(measurements: Sequence[Measurement], prompt_tokens: int, batch: int) -> list[Measurement]:
-    """Return those standard workloads that are points of a sweep, under the names that they have there."""
+    """Return the standard workloads that are points of a sweep, renamed as in the sweep."""
     names = {
         ("prefill_tokens_per_second", "prefill"): f"prefill, {prompt_tokens} tokens",
         ("decode_tokens_per_second", "decode"): "decode, batch of 1",
@@ -88,7 +88,7 @@ def gains(swept: Sequence[Measurement]) -> list[dict]:
 def retrieval(
     loaded: Loaded, optimized: nn.Module, size: Effort, distances: Sequence[int], *, resamples: int, seed: int = 0
 ) -> list[Measurement]:
-    """Return exact match of generated values at further distances in tokens, each a workload of its own."""
+    """Return the exact match of retrieved values at each of `distances`, in tokens, as a workload of its own."""
     matches = []
     for distance in distances:
         arms = [replace(loaded, model=model) for model in (loaded.model, optimized)]

@@ -1,1 +1,1 @@
-"""Sparse neural networks: what it does to a model, and how it is measured."""
+"""Sparse neural networks: the method and its measurement."""

@@ -1,6 +1,6 @@
-"""One block of a model: the statistics that choose its masks, its matrices pruned, and stored sparse.
+"""Prunes one block of a model: gathers the statistics that choose its masks, prunes its matrices, stores them sparse.
 
-Knows nothing of the order of blocks, or of how much goes.
+Independent of the order of blocks and of the sparsity.
 
 Shapes: E experts (1 for a single matrix), O outputs, I inputs.
 """
@@ -29,10 +29,10 @@ from lib.optimizations.sparse_neural_networks.matrix_pruning import (
 
 @dataclass(frozen=True)
 class Pruned:
-    """A model with zeros in its dense matrices, and what is kept of each: name → bool [O, I] or [E, O, I].
+    """A model with zeros in its dense matrices, and the mask of kept weights: name → bool [O, I] or [E, O, I].
 
-    By matrix: `thin` counts inputs' sums over fewer tokens than inputs (an expert has its own), where damping decides
-    and not data; `unseen` counts experts that no token reached, which are pruned by magnitude.
+    By matrix: `thin` counts Gram matrices (one, or one per expert) over fewer tokens than inputs, where damping decides
+    rather than data; `unseen` counts experts that no token reached, which are pruned by magnitude.
     """
 
     model: nn.Module
@@ -45,7 +45,7 @@ class Pruned:
 def statistics_of(
     model: nn.Module, calibration: Sequence[dict[str, torch.Tensor]], method: str, parts: str, observed: Observed | None
 ) -> Iterator[tuple[int, dict[str, Moments]]]:
-    """Yield each block's index with the moments that `method` needs; blocks change on the way."""
+    """Yield each block's index with the moments that `method` needs; the caller prunes blocks in between."""
     if method in ("magnitude", "random"):
         for block in anatomy.anatomy(model).blocks:
             require_finite(block)
@@ -60,7 +60,7 @@ def statistics_of(
 
 
 def draws(seed: int, block: int) -> torch.Generator:
-    """Return what draws the random masks of one block: the same ones whether or not the blocks before it are there."""
+    """Return the generator of one block's random masks, which does not depend on the blocks before it."""
     return torch.Generator().manual_seed(seed * 10_007 + block)
 
 
@@ -71,9 +71,9 @@ def prune_block(
     rule: PruningRule,
     generator: torch.Generator | None = None,
 ) -> None:
-    """Prune the matrices of one block of `pruned.model`, in place, and note their masks.
+    """Prune the matrices of one block of `pruned.model` in place, and record their masks.
 
-    Neighbours that read the same input (queries, keys, values) share its Gram matrix, and here what is made of it.
+    Consecutive matrices that read the same input (queries, keys, values) share its Gram matrix and inverse factor.
     """
     gram, factor_1II = None, None
     for matrix in of_block:
@@ -93,17 +93,17 @@ def prune_block(
 
 
 def warn_of_few_tokens(thin: Collection[str], stacklevel: int = 3) -> None:
-    """Warn where single matrices, named by `thin`, saw fewer tokens than they have inputs; experts are counted only."""
+    """Warn that the matrices named by `thin` saw fewer tokens than they have inputs; not used for experts."""
     if not thin:
         return
     warnings.warn(
         f"sparse_neural_networks: {next(iter(thin))} (and {len(thin) - 1} more): fewer calibration tokens than inputs; "
-        "damping makes up for the rest, more text would do better",
+        "the inverse relies on damping, more calibration text would be better",
         stacklevel=stacklevel,
     )
 
 
 def store_block(model: nn.Module, pruned: Pruned, block: int) -> None:
-    """Store the matrices of one block of `model` with the masks of `pruned` sparse, in place."""
+    """Convert the matrices of one block of `model` to sparse storage, in place, by the masks of `pruned`."""
     chosen = [matrix for matrix in matrices(model, "all", block) if matrix.name in pruned.masks]
     store(model, {m.name: stored_sparse(m, pruned.masks[m.name], pruned.pattern) for m in chosen})

@@ -1,6 +1,6 @@
-"""The share of weights that each block loses, by the outliers among the scores of its weights.
+"""Sparsity budgets: the share of weights that each block loses, from the outliers among its scores.
 
-Knows nothing of which weights go.
+Independent of which weights are dropped.
 """
 
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ from lib.optimizations.sparse_neural_networks.masks import score
 
 
 def owl(model: nn.Module, observed: Observed, sparsity: float) -> dict[int, float]:
-    """Return the share of weights that each block loses, by index; over all weights it is `sparsity`.
+    """Return block index → share of its weights to drop; over all weights the share is `sparsity`.
 
-    Scores are |W|·rms(x) (Yin et al. 2024, OWL); an outlier is one above OUTLIER times the mean of all scores of its
-    block, whatever matrix they lie in. `observed` gives the squares of the inputs.
+    Scores are |W|·rms(x) (Yin et al. 2024, OWL); an outlier is a score above OUTLIER times the mean over all matrices
+    of its block. `observed` gives the squares of the inputs.
     """
     outliers, sizes = {}, {}
     for index, sums in observed:
@@ -29,7 +29,7 @@ def owl(model: nn.Module, observed: Observed, sparsity: float) -> dict[int, floa
 
 
 def outlier_share(of_block: list[Matrix], sums: dict[str, Moments]) -> float:
-    """Return the share of a block's scores that lie above OUTLIER times their mean; 0 where none is known."""
+    """Return the share of a block's scores above OUTLIER times their mean; 0 without scores."""
     count = total = 0.0
     for scores in _scores(of_block, sums):
         count, total = count + scores.numel(), total + float(scores.sum(dtype=torch.float64))
@@ -38,13 +38,14 @@ def outlier_share(of_block: list[Matrix], sums: dict[str, Moments]) -> float:
 
 
 def _scores(of_block: list[Matrix], sums: dict[str, Moments]) -> Iterator[torch.Tensor]:
-    """Yield the scores [O, I] of each matrix and each expert; not those of experts that no token reached. Per token,
-    since experts have seen different numbers of them.
+    """Yield the scores [O, I] of each matrix and each expert, except experts that no token reached.
+
+    Squares are divided by tokens, because experts see different numbers of them.
     """
     for matrix in of_block:
         stack = matrix.weight.data.view(-1, *matrix.weight.shape[-2:])
-        seen = sums[matrix.name]
-        squares_EI, tokens_E = seen.squares.float().view(len(stack), -1), seen.tokens.expand(len(stack)).tolist()
+        moments = sums[matrix.name]
+        squares_EI, tokens_E = moments.squares.float().view(len(stack), -1), moments.tokens.expand(len(stack)).tolist()
         for weight, squares, tokens in zip(stack, squares_EI, tokens_E):
             if tokens:
                 yield score(weight, "wanda", squares / tokens)

@@ -1,7 +1,7 @@
 """The protocol of the notebook on sparse networks: one matrix by every method, and the sparse model with its sizes.
 
-Its rivals are in `rivals`, the speed of one part over sparsity in `speed_sweep`. Returns plain data. Knows nothing of
-tables, figures or records.
+The rivals are in `rivals`, the speed of one part over sparsity in `speed_sweep`. Returns plain data; independent of
+tables, figures and records.
 """
 
 import time
@@ -35,19 +35,19 @@ PRIMARIES = {
     "resources": ("peak_tensor_bytes", "generate"),
     "efficiency": ("energy_joules_per_token", "decode"),
 }
-MOST_SEQUENCES = 32  # of calibration text that choose weights, unless the width needs more
+MOST_SEQUENCES = 32  # maximum of calibration sequences for choosing weights, unless the width needs more
 CORNER = 48  # rows and columns of a mask that are shown
-PROXY_STEPS = 40  # of masked distillation by default
-PROXY_SPARSITY, REAL_SPARSITY = 0.9, 0.5  # by default: proxies bear more, and only there CSR is past its crossover
-HALF = 0.5  # of the weights, which 2:4 and 4:8 set to zero whatever share is asked for
+PROXY_STEPS = 40  # default steps of masked distillation on a proxy model
+PROXY_SPARSITY, REAL_SPARSITY = 0.9, 0.5  # defaults: proxies tolerate more, and only at 0.9 is CSR past its crossover
+HALF = 0.5  # share of zeros of 2:4 and 4:8, whatever the option says
 
 
 @dataclass(frozen=True)
 class SparsitySetup:
-    """A model, what is to be pruned of it (`options` of `method.prune`), and moments of the matrices' inputs.
+    """A model, the `options` of `method.prune` for it, and the moments of the matrices' inputs.
 
     `short` and `unseen` count experts (or single matrices) with fewer tokens than inputs, and with none; `shown` are
-    the moments of the matrix that is shown. Calibration means nothing for random weights: there `method` is "magnitude"
+    the moments of the example matrix. Calibration means nothing for random weights: for them `method` is "magnitude"
     and there are no moments.
     """
 
@@ -74,49 +74,51 @@ class SparsitySetup:
 
     @property
     def weights(self) -> int:
-        """The number of weights in the matrices that are pruned."""
+        """The number of weights in the matrices to be pruned."""
         return sum(matrix.weight.numel() for matrix in self.matrices)
 
     @property
     def example(self) -> Matrix:
-        """The matrix that is shown: one from the middle of the model."""
+        """The matrix shown as an example, from the middle of the model."""
         return _example(self.matrices)
 
     def facts(self) -> dict[str, object]:
-        """Return what is about to be pruned, for a table."""
-        counted = {
+        """Return the facts about the model to be pruned, for a table."""
+        counts = {
             "their weights": f"{self.weights:,}",
             "share of all parameters": f"{self.weights / cost_model.parameters(self.baseline):.2f}",
             "short of tokens (damped)": self.short,
             "without tokens (by magnitude)": self.unseen,
         }
-        return facts.about(self.loaded, matrices=len(self.matrices)) | counted
+        return facts.about(self.loaded, matrices=len(self.matrices)) | counts
 
 
 def default_sparsity(scale: str) -> float:
-    """Return the share of zeros of a run that names none: language models of real size collapse above 60 to 70 %."""
+    """Return the default share of zeros: language models of real size collapse above 60 to 70 %."""
     return PROXY_SPARSITY if scale == "proxy" else REAL_SPARSITY
 
 
 def share_of_zeros(sparsity: float, pattern: str, scale: str) -> float:
-    """Return the share of zeros of a run: below 0 it is `default_sparsity`, and 2:4 and 4:8 have their own."""
+    """Return the share of zeros of a run: HALF for 2:4 and 4:8, `default_sparsity` if `sparsity` is negative."""
     if pattern in HALVES:
         return HALF
     return sparsity if sparsity >= 0 else default_sparsity(scale)
 
 
 def steps_of(loaded: Loaded, finetune_steps: int, effort: Effort) -> int:
-    """Return the steps of masked distillation of a run; by default (-1) PROXY_STEPS on a proxy model. At real size
-    SparseGPT's own closed form makes up for what went.
+    """Return a run's steps of masked distillation; the default (-1) is PROXY_STEPS on a proxy model, none at real size.
+
+    At real size SparseGPT's closed form compensates for the dropped weights.
     """
     return finetuning.steps_of(loaded, finetune_steps, PROXY_STEPS, effort)
 
 
 def set_up(loaded: Loaded, effort: Effort, method: str, options: dict[str, Any], seed: int) -> SparsitySetup:
-    """Return the model with its calibration text, observed in one pass. Raises UserError for options out of range,
-    NotApplicable for what the model does not allow and where its weights stream from a file.
+    """Return the model with its calibration text, observed in one pass.
 
-    Without `sparsity` in the options (or a negative one) it is `default_sparsity`, and with 2:4 or 4:8 always one half.
+    A missing or negative `sparsity` in the options becomes `default_sparsity`; with 2:4 or 4:8 it is always one half.
+    Raises UserError for options out of range, and NotApplicable for options that the model does not allow or if its
+    weights stream from a file.
     """
     checks.changeable(loaded.model)
     share = share_of_zeros(options.get("sparsity", -1), options["pattern"], loaded.scale)
@@ -127,16 +129,16 @@ def set_up(loaded: Loaded, effort: Effort, method: str, options: dict[str, Any],
     count = calibration_text.sequences(loaded.model, effort, MOST_SEQUENCES)
     calibration = prompts.calibration(loaded, count, effort.calibration_tokens, seed)
     size = finetuning.sequences(effort), effort.calibration_tokens
-    lessons = prompts.calibration(loaded, *size, seed, tokens_at_once=512)
+    batches = prompts.calibration(loaded, *size, seed, tokens_at_once=512)
     matrices = second_moments.matrices(loaded.model, options["parts"])
     observed = None if loaded.random_weights else sparse.observe(loaded.model, calibration, parts=options["parts"])
     seen = seen_tokens(observed, matrices)
-    return SparsitySetup(loaded, effort, chosen, options, calibration, lessons, observed, matrices, seed, *seen)
+    return SparsitySetup(loaded, effort, chosen, options, calibration, batches, observed, matrices, seed, *seen)
 
 
 def seen_tokens(observed: Observed | None, matrices: list[Matrix]) -> tuple[int, int, Moments | None]:
-    """Return in one reading how many sums are over fewer tokens than inputs, how many over none, and the moments of the
-    matrix that is shown.
+    """Return, from one pass, the count of moments over fewer tokens than inputs, the count over no token, and the
+    moments of the example matrix.
     """
     short = unseen = 0
     shown = None
@@ -159,8 +161,9 @@ def _example(matrices: list[Matrix]) -> Matrix:
 
 @dataclass(frozen=True)
 class MatrixMasks:
-    """One matrix (of experts the first that saw a token) as every method prunes it: masks [O, I], pruned weights
-    [1, O, I].
+    """One matrix pruned by every method: masks [O, I], pruned weights [1, O, I].
+
+    Of a stack of experts, the first expert that saw a token.
     """
 
     name: str
@@ -171,7 +174,7 @@ class MatrixMasks:
 
     @property
     def labels(self) -> dict[str, str]:
-        """Axes and title of a figure of the corners."""
+        """The axis labels and title for a figure of the corners."""
         return {"x_label": "input", "y_label": "output", "title": f"{self.name}, first {CORNER} × {CORNER}"}
 
     def corners(self) -> dict[str, np.ndarray]:
@@ -179,9 +182,9 @@ class MatrixMasks:
         return {name: mask[:CORNER, :CORNER].cpu().numpy() for name, mask in self.masks.items()}
 
     def table(self) -> pd.DataFrame:
-        """Return for each method: share kept, overlap with the first method, and the relative error of the output.
+        """Return a row per method: share kept, overlap with the first method, and relative error of the output.
 
-        The error is ‖x·(W−Ŵ)ᵀ‖ ÷ ‖x·Wᵀ‖ on calibration inputs, None without.
+        The error is ‖x·(W−Ŵ)ᵀ‖ ÷ ‖x·Wᵀ‖ on calibration inputs, None without them.
         """
         first = next(iter(self.masks.values()))
         rows = [
@@ -200,15 +203,15 @@ class MatrixMasks:
             return None
         lost_1OI = self.weight_1OI - pruned_1OI
         lost, whole = (torch.einsum("eoi,eij,eoj->", x, self.gram_1II, x) for x in (lost_1OI, self.weight_1OI))
-        return max(0.0, float(lost / whole)) ** 0.5  # a sum of squares, but for the rounding of the Gram matrix
+        return max(0.0, float(lost / whole)) ** 0.5  # rounding of the Gram matrix can make it negative
 
 
 def one_matrix(setup: SparsitySetup) -> MatrixMasks:
-    """Return a matrix from the middle of the model, pruned by every method that the run can use."""
+    """Return the example matrix pruned by every method that the run can use."""
     matrix, moments = setup.example, setup.shown
     stack = matrix.weight.data.view(-1, *matrix.weight.shape[-2:])
     seen = 0 if moments is None or len(stack) == 1 else int((moments.tokens > 0).long().argmax())
-    shown = slice(seen, seen + 1)  # of an expert without tokens no error is known
+    shown = slice(seen, seen + 1)  # an expert without tokens would have no known error
     single = stack[shown].float()
     gram = None if moments is None or moments.gram is None else moments.gram.view(-1, *moments.gram.shape[-2:])[shown]
     squares = None if moments is None else moments.squares.view(len(stack), 1, -1)[shown]
@@ -226,15 +229,16 @@ def one_matrix(setup: SparsitySetup) -> MatrixMasks:
 
 
 def read_masks(table: pd.DataFrame) -> tuple[str, str]:
-    """Return two sentences: how far the methods agree on what to keep, and whose output is nearest."""
+    """Return two sentences: how far the methods agree on the weights to keep, and whose output has the least error."""
     first, second = table.iloc[0], table.iloc[1]
-    share = f"Of the weights that {second.method} keeps, {100 * second.overlap:.0f} % are kept by {first.method} too"
+    share = f"Of the weights that {second.method} keeps, {first.method} keeps {100 * second.overlap:.0f} % too"
     chance = f"; chance would give {100 * first.kept:.0f} %."
     errors = table.dropna(subset=["error of the output"])
     if errors.empty:
-        return share + chance, "Without calibration text no error of the output is known."
+        return share + chance, "Without calibration text, no error of the output is known."
     least = errors.loc[errors["error of the output"].idxmin()]
-    return share + chance, f"The output is nearest with {least.method}, {least['error of the output']:.2g} off."
+    error = f"{least['error of the output']:.2g}"
+    return share + chance, f"The output is nearest with {least.method}, at a relative error of {error}."
 
 
 # --- the sparse model ------------------------------------------------------------------------------------------------
@@ -248,17 +252,17 @@ class SparseModel:
     pruned: sparse.Pruned | None
     tuned: sparse.Pruned | None
     lessons: Lessons
-    steps: int  # of fine-tuning: none for random weights
+    steps: int  # steps of fine-tuning; 0 for random weights
     seconds: float
 
     @property
     def zeros(self) -> dict[str, float]:
-        """The share of zeros of each matrix that is stored sparse."""
+        """The share of zeros of each matrix stored sparse, by name."""
         return sparse.stored_shares(self.optimized)
 
     @property
     def summary(self) -> str:
-        """The mean share of zeros, in how many matrices, and what fine-tuning did."""
+        """The mean share of zeros, the number of matrices, and the effect of fine-tuning."""
         zeros = self.zeros
         mean = sum(zeros.values()) / max(1, len(zeros))
         sentences = [f"{mean:.3f} of the weights are zero, in {len(zeros)} matrices.", finetuning.read(self.lessons)]
@@ -266,7 +270,7 @@ class SparseModel:
 
 
 def sparsify(setup: SparsitySetup, finetune_steps: int) -> SparseModel:
-    """Return the model pruned block after block, fine-tuned and stored sparse; random weights are stored at once."""
+    """Return the model pruned block by block, fine-tuned and stored sparse; random weights are not fine-tuned."""
     start = time.perf_counter()
     if not setup.trained:
         optimized = sparse.apply(setup.baseline, [], method=setup.method, **setup.options, seed=setup.seed)
@@ -300,26 +304,26 @@ def optimize(
     return sparsify(set_up(loaded, effort, method, options, seed), finetune_steps).optimized
 
 
-ROUNDED = 16  # columns or blocks in which a share is rounded, where a row has at least so many
+ROUNDED = 16  # at most this many columns or blocks per row enter the rounding tolerance
 
 
 def assert_sparse(setup: SparsitySetup, model: SparseModel) -> None:
-    """Raise AssertionError where a matrix lacks its zeros, or where fine-tuning brought weights back.
+    """Raise AssertionError if a matrix lacks its zeros, or if fine-tuning made dropped weights nonzero.
 
-    Whole blocks are dropped, so that a row of few blocks has its share of them rounded by up to half a block.
+    Whole blocks are dropped, so the share of a row with few blocks is rounded by up to half a block.
     """
     sparsity, pattern = setup.options["sparsity"], setup.options["pattern"]
     taught = {} if model.tuned is None else sparse.shares(model.tuned)
     widths = {matrix.name: matrix.weight.shape[-1] for matrix in setup.matrices}
     for name, share in model.zeros.items():
         groups = widths[name] / block_shape(pattern)[1] if name in widths else ROUNDED
-        right = pattern in HALVES or abs(share - sparsity) < 0.5 / min(ROUNDED, groups) + 1e-3
-        assert right, f"{name}: {share:.4f} of its weights are zero"
-        assert not taught or taught[name] >= share - 1e-6, f"{name}: fine-tuning brought weights back"
+        as_planned = pattern in HALVES or abs(share - sparsity) < 0.5 / min(ROUNDED, groups) + 1e-3
+        assert as_planned, f"{name}: {share:.4f} of its weights are zero"
+        assert not taught or taught[name] >= share - 1e-6, f"{name}: fine-tuning made dropped weights nonzero"
 
 
 def sizes(setup: SparsitySetup, model: SparseModel) -> pd.DataFrame:
-    """Return bytes with indices and stored elements of the baseline, of stored zeros, and of sparse storage."""
+    """Return the bytes, indices included, and stored elements of the baseline, of stored zeros, and stored sparse."""
     arms = {"baseline": setup.baseline}
     if model.tuned is not None:
         arms["zeros stored dense"] = model.tuned.model

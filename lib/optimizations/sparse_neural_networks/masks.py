@@ -1,6 +1,6 @@
-"""Which weights of a matrix are kept: scores, patterns, and SparseGPT, which also corrects what stays.
+"""Masks of kept weights: scores, patterns, and SparseGPT, which also corrects the kept weights.
 
-Works on single matrices and on stacks of experts alike. Knows nothing of models, or of how the result is stored.
+Works on single matrices and on stacks of experts. Independent of models and of how the result is stored.
 
 Shapes: E experts (1 for a single matrix), O outputs, I inputs, B columns of one step of SparseGPT.
 """
@@ -16,10 +16,10 @@ from lib.models.calibration.inverse_factor import DAMPING, inverse_factor
 
 METHODS = ("sparsegpt", "wanda", "magnitude", "random")
 WITHIN = ("row", "matrix")
-PATTERNS = ("unstructured", "2:4", "1x8", "8x8", "16x1")  # any other block RxC, and 4:8, are understood too
-HALVES = {"2:4": 4, "4:8": 8}  # of so many neighbours half are kept, whatever share is asked for
+PATTERNS = ("unstructured", "2:4", "1x8", "8x8", "16x1")  # 4:8 and any other block RxC are accepted too
+HALVES = {"2:4": 4, "4:8": 8}  # group size; half of each group is kept, whatever the sparsity
 STEP = 128  # columns chosen at a time
-UPDATED = 16  # columns that compensate each other one by one; what is left of a step follows in one product
+UPDATED = 16  # columns updated one by one; the rest of the step is updated in one product
 
 
 def block_shape(pattern: str) -> tuple[int, int]:
@@ -37,7 +37,7 @@ def score(
 ) -> torch.Tensor:
     """Return the score of every weight [..., O, I], float32; `squares` [I] are Σ x² of the inputs, for wanda.
 
-    Of inputs that calibration never showed nothing is known: where all squares are 0, wanda is magnitude.
+    If all squares are 0 (no calibration token), wanda falls back to magnitude.
     """
     if method == "random":
         return torch.rand(weight.shape, generator=generator).to(weight.device)
@@ -49,11 +49,11 @@ def score(
 
 
 def keep(scores: torch.Tensor, sparsity: float, pattern: str, *, within: str = "row") -> torch.Tensor:
-    """Return the weights [..., O, I] to keep, bool: the highest scores within each row, or within the matrix.
+    """Return the bool mask [..., O, I] of the weights to keep: the highest scores within each row or within the matrix.
 
-    Blocks score as the sum of their weights and compete within their row of blocks, with HALVES weights
-    within their neighbours, whatever `within` says. As many are dropped in the matrix as round(sparsity × I) per row,
-    either way.
+    A block scores the sum of its weights and competes within its row of blocks; for HALVES, weights compete within
+    their group. Neither depends on `within`. In every case the matrix loses round(sparsity × I) weights per row on
+    average (HALVES: half of them).
     """
     *batch, outputs, inputs = scores.shape
     if neighbours := HALVES.get(pattern):
@@ -70,7 +70,7 @@ def keep(scores: torch.Tensor, sparsity: float, pattern: str, *, within: str = "
 
 
 def kept_of(shape: Sequence[int], sparsity: float, pattern: str) -> int:
-    """Return how many weights of a matrix or stack [..., O, I] `keep` keeps."""
+    """Return the number of weights that `keep` keeps of a matrix or stack of `shape` [..., O, I]."""
     columns = block_shape(pattern)[1]
     blocks = shape[-1] // columns
     count = blocks // 2 if pattern in HALVES else blocks - round(sparsity * blocks)
@@ -78,7 +78,7 @@ def kept_of(shape: Sequence[int], sparsity: float, pattern: str) -> int:
 
 
 def _highest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Return a mask of the `count` highest scores along the last dimension, exactly that many."""
+    """Return a mask of exactly `count` highest scores along the last dimension."""
     mask = torch.zeros_like(scores, dtype=torch.bool)
     return mask.scatter_(-1, scores.topk(count, dim=-1, sorted=False).indices, True)
 
@@ -92,12 +92,12 @@ def sparsegpt(
     factor_EII: torch.Tensor | None = None,
     what: str = "a matrix",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (weights with zeros and the rest corrected, the mask of what is kept) by SparseGPT, each [E, O, I].
+    """Return SparseGPT's pruned and corrected weights and the mask of kept weights, each [E, O, I].
 
-    `gram_EII` is Σ x·xᵀ. Columns go in order; the later columns compensate what dropping one does to the output,
-    through the rows of the upper Cholesky factor of H⁻¹ (Frantar & Alistarh 2023, algorithm 1). An expert that saw no
-    token has H = 1: it is pruned by magnitude. `factor_EII`: that of `gram_EII`, where another matrix had it too.
-    Raises UserError in the name of `what` as `inverse_factor` does.
+    `gram_EII` is Σ x·xᵀ. Columns are processed in order; later columns compensate for the effect of each dropped weight
+    on the output, through the rows of the upper Cholesky factor of H⁻¹ (Frantar & Alistarh 2023, algorithm 1). An
+    expert that saw no token has H = 1 and is pruned by magnitude. `factor_EII`: the inverse factor of `gram_EII`, if
+    already computed for another matrix. Raises UserError naming `what`, as `inverse_factor` does.
     """
     weight, inputs, neighbours = weight_EOI.float().clone(), weight_EOI.shape[-1], HALVES.get(pattern)
     factor = inverse_factor(gram_EII, damping, what) if factor_EII is None else factor_EII
@@ -112,14 +112,14 @@ def sparsegpt(
             high = min(low + UPDATED, end - start)
             for j in range(low, high):
                 if neighbours and j % neighbours == 0:
-                    these = slice(j, j + neighbours)
-                    few = part_EOB[..., these].square() / curvature_E1B[..., these]
-                    mask[..., start + j : start + j + neighbours] = _highest(few, neighbours // 2)
+                    group = slice(j, j + neighbours)
+                    scores = part_EOB[..., group].square() / curvature_E1B[..., group]
+                    mask[..., start + j : start + j + neighbours] = _highest(scores, neighbours // 2)
                 column = mask[..., start + j] if chosen is None else chosen[..., j]
                 dropped_EO = part_EOB[..., j] * ~column
                 errors[..., j] = dropped_EO / upper_EBB[..., j, j].unsqueeze(-1)
                 part_EOB[..., j:high] -= errors[..., j].unsqueeze(-1) * upper_EBB[..., j, j:high].unsqueeze(-2)
-                part_EOB[..., j] *= column  # exactly zero, and exactly what it was
+                part_EOB[..., j] *= column  # dropped weights become exactly zero, kept ones do not change
             part_EOB[..., high:] -= errors[..., low:high] @ upper_EBB[..., low:high, high:]
         if chosen is not None:
             mask[..., start:end] = chosen
@@ -130,7 +130,7 @@ def sparsegpt(
 def _keep_in_step(
     part_EOB: torch.Tensor, curvature_E1B: torch.Tensor, sparsity: float, pattern: str, start: int, inputs: int
 ) -> torch.Tensor:
-    """Choose among the columns of one step; over all steps as many go as `keep` would drop."""
+    """Return the mask of the columns of one step; over all steps it drops as many weights as `keep`."""
     rows, columns = block_shape(pattern)
     scores = part_EOB.square() / curvature_E1B
     *batch, outputs, width = scores.shape

@@ -1,6 +1,6 @@
-"""One matrix of a model: which of its weights are kept, the pruned weights, and how they are stored sparse.
+"""Prunes one matrix of a model: its mask, its pruned weights, and their sparse storage.
 
-Works on single matrices and on stacks of experts. Knows nothing of the rest of the model.
+Works on single matrices and on stacks of experts. Independent of the rest of the model.
 
 Shapes: E experts (1 for a single matrix), O outputs, I inputs.
 """
@@ -17,15 +17,15 @@ from lib.models.calibration.second_moments import Matrix, Moments
 from lib.models.structure.replacements.sparse import compress
 from lib.optimizations.sparse_neural_networks.masks import block_shape, keep, score, sparsegpt
 
-MOST_FACTORS = 2**26  # elements of inverses that are held at a time
+MOST_FACTORS = 2**26  # elements of inverse factors held at a time
 LEAST_ROWS = 8  # groups of fewer rows are executed as CSR: their dense products would be too thin
-INDEX_BYTES = 4  # of a column, and of where a row begins
-KEPT_IN_A_BYTE = 4  # the tensor cores' format notes in two bits which of four neighbours a kept weight is
+INDEX_BYTES = 4  # bytes of a column index, and of a row start
+KEPT_IN_A_BYTE = 4  # the tensor cores' format stores a kept weight's position among four neighbours in two bits
 
 
 @dataclass(frozen=True)
 class PruningRule:
-    """Which weights of a matrix go: the share, the score, the pattern, and where scores compete."""
+    """How the weights of a matrix are pruned: the share, the score, the pattern, and where scores compete."""
 
     sparsity: float
     method: str
@@ -40,10 +40,10 @@ def prune_matrix(
     generator: torch.Generator | None = None,
     factor_1II: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the weight with the dropped ones set to zero, and what is kept, bool; both in the weight's shape.
+    """Return the pruned weight and the bool mask of kept weights, both in the weight's shape.
 
-    `factor_1II`: see `masks.sparsegpt`; of a single matrix. The weight itself stays as it is. Raises ValueError where
-    SparseGPT lacks the Gram matrix of the inputs.
+    The weight itself is not changed. `factor_1II`: the inverse factor of a single matrix, see `masks.sparsegpt`. Raises
+    ValueError if SparseGPT lacks the Gram matrix of the inputs.
     """
     weight = matrix.weight.data
     if rule.method != "sparsegpt":
@@ -55,7 +55,7 @@ def prune_matrix(
     stack_EOI = weight.view(-1, *weight.shape[-2:])
     pruned_EOI, mask_EOI = torch.empty_like(stack_EOI), torch.empty_like(stack_EOI, dtype=torch.bool)
     at_once = max(1, MOST_FACTORS // gram_EII[0].numel())
-    for first in range(0, len(stack_EOI), at_once):  # the inverses of a large stack would not fit
+    for first in range(0, len(stack_EOI), at_once):  # the inverses of a large stack do not fit
         part = slice(first, first + at_once)
         options: dict[str, Any] = {"factor_EII": factor_1II, "what": matrix.place}
         pruned_EOI[part], mask_EOI[part] = sparsegpt(
@@ -67,11 +67,11 @@ def prune_matrix(
 def choose(
     matrix: Matrix, moments: Moments | None, rule: PruningRule, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Return what is kept by score alone, bool in the weight's shape; the weight stays as it is."""
+    """Return the bool mask of the weights kept by score alone, in the weight's shape; the weight is not changed."""
     stack_EOI = matrix.weight.data.view(-1, *matrix.weight.shape[-2:])
     squares = [None] * len(stack_EOI) if moments is None else moments.squares.view(len(stack_EOI), -1)
     mask_EOI = torch.empty(stack_EOI.shape, dtype=torch.bool, device=stack_EOI.device)
-    for mask_OI, weight_OI, square in zip(mask_EOI, stack_EOI, squares):  # scores of a large stack would not fit
+    for mask_OI, weight_OI, square in zip(mask_EOI, stack_EOI, squares):  # scores of a large stack do not fit
         scores = score(weight_OI, rule.method, square, generator)
         mask_OI.copy_(keep(scores, rule.sparsity, rule.pattern, within=rule.within))
     return mask_EOI.view(matrix.weight.shape)
@@ -80,8 +80,8 @@ def choose(
 def stored_sparse(matrix: Matrix, mask: torch.Tensor, pattern: str) -> torch.Tensor:
     """Return the kept weights in the layout that executes `pattern`.
 
-    On a CPU 2:4 has no kernel of its own and becomes CSR. Raises NotApplicable where the tensor cores' format does not
-    fit.
+    On a CPU 2:4 has no kernel of its own and becomes CSR. Raises NotApplicable if the tensor cores' format does not fit
+    the matrix.
     """
     layout = layout_for(matrix, pattern)
     if layout == "semi_structured":
@@ -90,21 +90,19 @@ def stored_sparse(matrix: Matrix, mask: torch.Tensor, pattern: str) -> torch.Ten
 
 
 def layout_for(matrix: Matrix, pattern: str) -> str:
-    """Return the layout that executes `pattern`, one of those of `compress`."""
+    """Return the name of the layout (see `compress`) that executes `pattern`."""
     if on_tensor_cores(matrix, pattern):
         return "semi_structured"
     return "columns" if block_shape(pattern)[0] >= LEAST_ROWS else "csr"
 
 
 def stored_bytes(matrix: Matrix, mask: torch.Tensor, pattern: str) -> int:
-    """Return the bytes of what `stored_sparse` makes of a matrix, indices included, without making it."""
+    """Return the bytes, indices included, of the result of `stored_sparse`, without computing it."""
     return bytes_with(matrix, int(mask.sum()), mask.shape, pattern)
 
 
 def bytes_with(matrix: Matrix, kept: int, shape: Sequence[int], pattern: str) -> int:
-    """Return the bytes that a matrix of this shape takes with so many weights `kept`, indices included, in its
-    pattern's layout.
-    """
+    """Return the bytes, indices included, of a matrix of this shape with `kept` weights in the layout of `pattern`."""
     layout, rows = layout_for(matrix, pattern), block_shape(pattern)[0]
     if layout == "semi_structured":
         return kept * matrix.weight.element_size() + kept // KEPT_IN_A_BYTE
@@ -115,25 +113,23 @@ def bytes_with(matrix: Matrix, kept: int, shape: Sequence[int], pattern: str) ->
 
 
 def csr_bytes(weight: torch.Tensor) -> int:
-    """Return the bytes of each weight that CSR stores of a matrix: on a CPU its value is float32 whatever it was."""
+    """Return the bytes per weight stored in CSR; on a CPU the value is always float32."""
     return INDEX_BYTES + (weight.element_size() if weight.is_cuda else 4)
 
 
 def row_starts(shape: Sequence[int], rows: int = 1) -> int:
-    """Return how many places CSR, or groups of `rows` rows, note of where a row begins: one more than there are, of
-    each matrix of a stack.
-    """
+    """Return the number of row starts stored by CSR or by groups of `rows` rows: per matrix one more than groups."""
     *stack, outputs, _ = shape
     return math.prod(stack) * (outputs // rows + 1)
 
 
 def on_tensor_cores(matrix: Matrix, pattern: str) -> bool:
-    """Return whether a pattern is executed in the tensor cores' format: 2:4 of linear layers on CUDA."""
+    """Return whether `pattern` runs in the tensor cores' format: 2:4 in linear layers on CUDA."""
     return pattern == "2:4" and matrix.weight.is_cuda and matrix.part != "experts"
 
 
 def check_tensor_cores(matrix: Matrix) -> None:
-    """Raise NotApplicable where 2:4 cannot be executed on CUDA."""
+    """Raise NotApplicable if 2:4 cannot be executed on CUDA for this matrix."""
     outputs, inputs = matrix.weight.shape
     if outputs % 32 or inputs % 64 or matrix.weight.dtype not in (torch.float16, torch.bfloat16):
         raise NotApplicable(
@@ -143,13 +139,13 @@ def check_tensor_cores(matrix: Matrix) -> None:
 
 
 def short_of_tokens(moments: Moments, inputs: int) -> int:
-    """Return how many of the matrix's sums (one, or one for each expert) are over fewer tokens than it has inputs.
+    """Return how many of the matrix's moments (one, or one per expert) are over fewer tokens than it has inputs.
 
-    There damping makes the inverse that SparseGPT needs, and not data.
+    For these, the inverse that SparseGPT needs exists only through damping.
     """
     return int((moments.tokens < inputs).sum())
 
 
 def without_tokens(moments: Moments) -> int:
-    """Return how many of the matrix's sums are over no token at all: these experts are pruned by magnitude."""
+    """Return how many of the matrix's moments are over no token at all; these experts are pruned by magnitude."""
     return int((moments.tokens == 0).sum())

@@ -1,15 +1,14 @@
-"""Sparse neural networks: single weights, pairs of four or blocks go, the rest is stored and executed without them.
+"""Sparse neural networks: weights are dropped singly, two of four, or in blocks; the rest is stored and executed alone.
 
-Which weights go is a question of scores: `magnitude` |W|; `wanda` |W|·‖x‖₂ (Sun et al. 2024); `sparsegpt` W²/[H⁻¹]ⱼⱼ
-column by column, the error of each column passed on to those after it (Frantar & Alistarh 2023); `random` as a
-control. For experts x are their own tokens. Scores compete within each output row, or, with `within="matrix"`, within
-the whole matrix; SparseGPT's always among all rows of a step of columns. Patterns: `unstructured`, `2:4`, `4:8`, and
-blocks `RxC` of R outputs by C inputs. All methods drop exactly as many weights of a matrix.
+Weights are chosen by score: `magnitude` |W|; `wanda` |W|·‖x‖₂ (Sun et al. 2024); `sparsegpt` W²/[H⁻¹]ⱼⱼ column by
+column, with the error of each column passed on to later ones (Frantar & Alistarh 2023); `random` as a control. For
+experts, x are their own tokens. Scores compete within each output row or, with `within="matrix"`, within the whole
+matrix; SparseGPT's always compete among all rows of a step of columns. Patterns: `unstructured`, `2:4`, `4:8`, and
+blocks `RxC` of R outputs by C inputs. All methods drop exactly the same number of weights per matrix.
 
-The zeros are left out of storage and products; with `execute="dense"` they are stored, read and multiplied as before.
-One block is pruned after the other, on the outputs of the pruned blocks before it, and the statistics of one block are
-held at a time. `apply` never changes the caller's model; what stays as it was is shared with it. Knows nothing of
-measuring.
+Zeros are left out of storage and products; with `execute="dense"` they are stored, read and multiplied as before.
+Blocks are pruned one by one, on the outputs of the pruned blocks before them, holding the statistics of one block at a
+time. `apply` never changes the caller's model, but shares unchanged tensors with it. Independent of measurement.
 
 Shapes: E experts (1 for a single matrix), O outputs, I inputs.
 """
@@ -86,7 +85,7 @@ COMPOSES = {
 
 
 def applies_to(model: nn.Module) -> str | None:
-    """Return None, or the reason why nothing is left to do."""
+    """Return None if the method applies, else the reason: the decoder has no dense matrix left."""
     return None if matrices(model) else "every matrix of the decoder is stored sparse already"
 
 
@@ -99,7 +98,7 @@ def saves_bytes(
     execute: str = "sparse",
     **_: Any,
 ) -> bool:
-    """Return whether the model would take fewer bytes with these knobs of `apply`: indices take bytes too."""
+    """Return whether the model would take fewer bytes, indices included, with these options of `apply`."""
     chosen = matrices(model, parts)
     shapes = [(matrix, matrix.weight.shape) for matrix in chosen]
     after = sum(bytes_with(matrix, kept_of(shape, sparsity, pattern), shape, pattern) for matrix, shape in shapes)
@@ -123,9 +122,9 @@ def apply(
     observed: Observed | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    """Return a model of which `sparsity` of every matrix's weights are zero, stored sparse unless `execute` is "dense".
+    """Return a model with a share `sparsity` of every matrix's weights zero, stored sparse unless `execute` is "dense".
 
-    parts: "all", or one of PARTS ("feed_forward" has the experts in it). finetune_batches: to distil on (default:
+    parts: "all", or one of PARTS ("feed_forward" includes experts). finetune_batches: batches to distil on (default:
     calibration). observed, budget: see `prune`. Raises UserError for a value out of range, for a layer that the pattern
     does not fit, and for weights that are not finite.
     """
@@ -154,7 +153,7 @@ def apply(
 def _store_at_once(
     model: nn.Module, *, sparsity: float, method: str, pattern: str, within: str, parts: str, seed: int
 ) -> nn.Module:
-    """As `executed(prune(…))` for scores that need no data: no matrix is ever copied dense."""
+    """Return `executed(prune(…))` for scores that need no data, without ever copying a matrix dense."""
     check(model, sparsity=sparsity, method=method, pattern=pattern, within=within, parts=parts)
     rule = PruningRule(sparsity, method, pattern, within)
     changed = sharing(model)
@@ -180,13 +179,12 @@ def prune(
     masked: bool = True,
     seed: int = 0,
 ) -> Pruned:
-    """Return a model with zeros, and the masks; what stays as it was is shared with `model`.
+    """Return a model with zeros, and the masks; unchanged tensors are shared with `model`.
 
-    Without `observed`, block after block is pruned on the outputs of the blocks before it, which are already pruned.
-    With `observed` (what `observe(model, calibration, …)` returned) every matrix is pruned on the unpruned model's
-    inputs: the same statistics serve many settings. budget: "uniform", or "owl" (`budgets.owl`): blocks with more
-    outliers lose less. masked: whether all masks are kept, a byte per weight. Warns where damping has to make up for
-    missing calibration tokens.
+    Without `observed`, each block is pruned on the outputs of the pruned blocks before it. With `observed` (the result
+    of `observe(model, calibration, …)`) every matrix is pruned on the original model's inputs, so the same statistics
+    serve many settings. budget: "uniform", or "owl" (`budgets.owl`): blocks with more outliers lose fewer weights.
+    masked: whether to keep all masks, a byte per weight. Warns if calibration tokens are so few that damping matters.
     """
     check(model, sparsity=sparsity, method=method, pattern=pattern, within=within, parts=parts)
     checks.one_of(NAME, "budget", budget, BUDGETS)
@@ -214,7 +212,7 @@ def observe(
     parts: str = "all",
     method: str = "sparsegpt",
 ) -> Observed:
-    """Return the moments that `method` needs of every matrix in `parts` of the model as it is, block by block."""
+    """Return, block by block, the moments that `method` needs of every matrix in `parts` of the original model."""
     return Observed(model, calibration, parts, gram=method == "sparsegpt")
 
 
@@ -222,20 +220,20 @@ def executed(pruned: Pruned) -> nn.Module:
     """Return a copy of the pruned model whose pruned matrices are stored and executed sparse.
 
     On a CPU 2:4 has no kernel of its own and becomes CSR; on CUDA linear layers use the tensor cores' format and
-    experts CSR. What is not pruned is shared.
+    experts use CSR. Unpruned tensors are shared.
     """
     return _store(sharing(pruned.model), pruned)
 
 
 def _store(model: nn.Module, pruned: Pruned) -> nn.Module:
-    """Store the matrices of `model` with the masks of `pruned` sparse, in place, block by block; return the model."""
+    """Convert the matrices of `model` to sparse storage by the masks of `pruned`, in place; return the model."""
     for block in anatomy.anatomy(model).blocks:
         store_block(model, pruned, block.index)
     return model
 
 
 def feed_forward(module: nn.Module, sparsity: float, pattern: str, execute: str = "sparse") -> nn.Module:
-    """Return one feed-forward part, pruned by magnitude: time depends on how many weights go, not which."""
+    """Return one feed-forward part pruned by magnitude, for timing: only the number of dropped weights matters."""
     rule, changed = PruningRule(sparsity, "magnitude", pattern), sharing(module)
     replaced = feed_forward_matrices(anatomy.feed_forward(changed))
     if execute == "dense":
@@ -255,9 +253,9 @@ def fine_tune(
     learning_rate: float = 1e-3,
     seed: int = 0,
 ) -> tuple[Pruned, Lessons]:
-    """Return a copy taught by `teacher` for `steps` steps in which zeros stay zero, and what the lessons did.
+    """Return a copy distilled from `teacher` for `steps` steps, in which zeros stay zero, and the log of the training.
 
-    Gradients are masked: without weight decay AdamW never moves a weight whose gradient was always zero. A part of the
+    Gradients are masked: without weight decay, AdamW never moves a weight whose gradient was always zero. Part of the
     text is held out (`distillation.distil`).
     """
     if not steps:
@@ -275,13 +273,13 @@ def fine_tune(
     return Pruned(student, pruned.masks, pruned.pattern, pruned.thin, pruned.unseen), lessons
 
 
-# --- what is allowed -----------------------------------------------------------------------------------------------
+# --- checks ----------------------------------------------------------------------------------------------------------
 
 
 def check(
     model: nn.Module, *, sparsity: float, method: str, pattern: str, within: str = "row", parts: str = "all"
 ) -> None:
-    """Raise UserError for an option out of range, NotApplicable, naming layer and bound, where this model has no such
+    """Raise UserError for an option out of range, and NotApplicable, naming layer and bound, if this model has no such
     matrices or the pattern does not fit them.
     """
     checks.in_range(NAME, "sparsity", sparsity, 0, 1, closed="low")
@@ -296,14 +294,14 @@ def check(
 
 
 def check_executed(model: nn.Module, pattern: str, parts: str = "all") -> None:
-    """Raise NotApplicable, naming the matrix, where zeros of a pattern could be chosen and not be executed sparse."""
+    """Raise NotApplicable, naming the matrix, if zeros of `pattern` cannot be executed sparse."""
     for matrix in matrices(model, parts):
         if on_tensor_cores(matrix, pattern):
             check_tensor_cores(matrix)
 
 
 def misfit(affected: Iterable[Matrix], pattern: str) -> str | None:
-    """Return None, or which of the matrices a pattern does not fit, and why."""
+    """Return the first matrix that `pattern` does not fit, with the reason; None if it fits all."""
     rows, columns = block_shape(pattern)
     for matrix in affected:
         outputs, inputs = matrix.weight.shape[-2:]
@@ -320,12 +318,12 @@ def fits(module: nn.Module, pattern: str) -> bool:
 
 
 def stored_shares(model: nn.Module) -> dict[str, float]:
-    """Return the share of each sparsely stored matrix that is not stored, by name."""
+    """Return name → share of elements left out of storage, for each matrix stored sparse."""
     sparse = {name: weight for name, weight in stored(model).items() if not is_dense(weight)}
     return {name: 1 - weight.values().numel() / weight.numel() for name, weight in sparse.items()}
 
 
 def shares(pruned: Pruned) -> dict[str, float]:
-    """Return the share of zeros that each matrix really has, by name."""
+    """Return name → share of actual zeros in each pruned matrix."""
     weights = {matrix.name: matrix.weight for matrix in matrices(pruned.model)}
     return {name: 1 - int(weights[name].count_nonzero()) / weights[name].numel() for name in pruned.masks}

@@ -1,4 +1,4 @@
-"""Prunes the weights of a checkpoint that need not fit into memory, block by block, from file to file."""
+"""Prune the weights of a checkpoint that may not fit in memory, block by block, from file to file."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,10 +40,10 @@ def apply_to_file(
     device: str = "cpu",
     shards: Path | None = None,
 ) -> Path:
-    """Write the checkpoint in `source` with `sparsity` of its matrices' weights zero to the new folder `target`.
+    """Prune a share `sparsity` of every matrix in the checkpoint `source`; write the result to the new folder `target`.
 
-    Options, result and warnings as of `method.apply`, blocks pruned in order. Returns the target. Raises UserError as
-    `method.apply` and `rewriting.rewrite` do.
+    Returns `target`. Options, result and warnings as for `method.apply`, with blocks pruned in order. Raises
+    UserError as `method.apply` and `rewriting.rewrite` do.
     """
     checks.one_of(NAME, "execute", execute, EXECUTE)
     options: dict[str, Any] = {"sparsity": sparsity, "method": method, "pattern": pattern, "within": within}
@@ -70,9 +70,9 @@ def apply_to_file(
 
 
 def options(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of `apply_to_file` for the parameters of a run, with the share of zeros of a run at real size.
+    """Return the options of `apply_to_file` for the parameters of a run, with the default sparsity of real size.
 
-    Raises UserError where they ask for what needs the whole model in memory.
+    Raises UserError for fine-tuning, which needs the whole model in memory.
     """
     if parameters["finetune_steps"] > 0:
         raise UserError(f"{NAME}: fine-tuning needs the whole model in memory; give -p finetune_steps=0")

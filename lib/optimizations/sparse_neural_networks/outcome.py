@@ -1,6 +1,6 @@
-"""The outcome of sparsity: the answer to each claim, what others published held against this run, the record's details.
+"""The outcome of sparsity: answers to its claims, published results against this run, the record's details.
 
-Everything is computed from what `experiment` and `rivals` have measured.
+Everything is computed from the measurements of `experiment` and `rivals`.
 """
 
 from collections.abc import Sequence
@@ -36,9 +36,9 @@ CLAIMS = (
 
 
 def refutations(setup: SparsitySetup, arms: Sequence[ThirdArm], points: Sequence[PartPoint]) -> list[ClaimAnswer]:
-    """Return an answer to each of CLAIMS: from the divergences, and from the times of the part.
+    """Return an answer to each of CLAIMS, from the divergences and from the timings of the part.
 
-    The order of the methods is judged per row, where all three compete alike.
+    The order of the methods is judged per row, where scores of all three compete in the same way.
     """
     name, rival = setup.method, f"{setup.method} {AT_BYTES[INT8]}"
     gpt, wanda, magnitude = (order_name(method, "row") for method in COMPARED)
@@ -55,11 +55,11 @@ def refutations(setup: SparsitySetup, arms: Sequence[ThirdArm], points: Sequence
 def replications(
     setup: SparsitySetup, arms: Sequence[ThirdArm], in_order: Sequence[ThirdArm], curves: pd.DataFrame
 ) -> list[relations.Judged]:
-    """Return what others published of pruning and rounding, judged by the divergences of this run's arms.
+    """Return the published results on pruning and rounding, judged by the divergences of this run's arms.
 
-    The order is that of all matrices, everything else is of the run's parts, which the evidence names. 2:4 and 4:8 are
-    compared with unstructured zeros where those are half of the weights as well: in this run, or at that point of the
-    `curves` that `impact` returned. Methods without an arm of 2:4 are left out.
+    The order of methods is judged on all matrices, everything else on the run's parts, which the evidence names. 2:4
+    and 4:8 are compared with unstructured zeros at one half: in this run, or at that point of `curves`, the result of
+    `impact`. Methods without a 2:4 arm are left out.
     """
     by_row = [claims.interval(in_order, [order_name(method, "row")]) for method in COMPARED]
     name = setup.method
@@ -89,16 +89,15 @@ def replications(
 def _patterns(
     setup: SparsitySetup, method: str, arms: Sequence[ThirdArm], curves: pd.DataFrame
 ) -> dict[str, claims.Interval | None]:
-    """Return the divergence of a method with half of the weights zero, by pattern."""
+    """Return pattern → divergence of `method` with half of the weights zero."""
     half = setup.options["sparsity"] == 0.5 and setup.options["pattern"] == "unstructured"
-    free = claims.interval(arms, [method]) if half else _at_half(setup, method, curves)
-    return {"unstructured": free} | {pattern: claims.interval(arms, [f"{method}, {pattern}"]) for pattern in HALVES}
+    unstructured = claims.interval(arms, [method]) if half else _at_half(setup, method, curves)
+    halves = {pattern: claims.interval(arms, [f"{method}, {pattern}"]) for pattern in HALVES}
+    return {"unstructured": unstructured} | halves
 
 
 def _at_half(setup: SparsitySetup, method: str, curves: pd.DataFrame) -> claims.Interval | None:
-    """Return the divergence of a method with half of the weights zero, unstructured; None where no curve has that
-    point.
-    """
+    """Return the divergence of `method` with half of the weights zero, unstructured; None if the curves lack it."""
     if not len(curves) or setup.options["pattern"] not in ("unstructured", *HALVES):  # whose curves are unstructured
         return None
     point = curves[(curves["arm"] == method) & (curves["strength"] == 50)]
@@ -106,8 +105,10 @@ def _at_half(setup: SparsitySetup, method: str, curves: pd.DataFrame) -> claims.
 
 
 def _fast_enough(claim: str, points: Sequence[PartPoint]) -> ClaimAnswer:
-    """Return the answer by the times of the part: one that is better denies the claim, none that could be better
-    confirms it. The evidence is the best ratio with a verdict and, where that decides nothing, the best without one.
+    """Return the answer from the timings of the part.
+
+    One better timing denies the claim; it is confirmed if every timing has a verdict and none is better. The evidence
+    is the best ratio with a verdict and, if undecided, also the best without one.
     """
     times = [(m, point) for point in points for m in point.times if m.ratio and m.ci]
     if not times:
@@ -125,8 +126,8 @@ def _fast_enough(claim: str, points: Sequence[PartPoint]) -> ClaimAnswer:
 
 
 def _best(times: Sequence[tuple[Measurement, PartPoint]]) -> tuple[str, str | None]:
-    """Return the gain in time whose interval lies highest and where it was found, and why it has no verdict."""
-    m, point = min(times, key=lambda pair: pair[0].ci[1] if pair[0].ci else 0.0)  # the ratio is one of times
+    """Return the speed-up with the highest interval and its point of the sweep, and the reason if it has no verdict."""
+    m, point = min(times, key=lambda pair: pair[0].ci[1] if pair[0].ci else 0.0)  # ratios are of times: lower is faster
     low, high = m.ci or (1.0, 1.0)
     where = f"{LAYOUTS[point.layout]}, {point.strength} % zeros, {m.workload.removeprefix('feed-forward part, ')}"
     gain = claims.Interval(1 / (m.ratio or 1), 1 / high, 1 / low)
@@ -141,9 +142,7 @@ def details(
     curves: pd.DataFrame,
     gains: pd.DataFrame,
 ) -> dict[str, dict[str, object]]:
-    """Return what a record holds beside measurements: name → value, provenance, source and axes. `gains`: see
-    `speed_sweep.times`.
-    """
+    """Return the record's details: name → value, provenance, source and axes. `gains`: see `speed_sweep.times`."""
     table = matrix.table().to_dict("records")
     values = {
         "zeros": (model.zeros, "measured", "exact zeros of each matrix"),

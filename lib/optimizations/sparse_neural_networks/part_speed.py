@@ -1,7 +1,7 @@
-"""One feed-forward part by itself, at several numbers of tokens: each arm against the fastest dense form of the part.
+"""Times one feed-forward part by itself, at several token counts: each arm against the fastest dense form of the part.
 
-For optimizations that change matrices only: attention, cache and head, the same in both arms, would hide what the
-matrices gain. Knows nothing of how the parts came about.
+For optimizations that change only matrices: attention, cache and head are the same in both arms and would hide the gain
+of the matrices. Independent of how the parts were made.
 
 Shapes: T tokens, H hidden.
 """
@@ -25,10 +25,10 @@ from lib.measure.timing import disturbance, interleaved
 from lib.measure.trackers import energy
 
 TOKENS = (1, 16, 256)
-SECONDS = 0.005  # of one arm's turn in a block, at least
-ENERGY_SECONDS = 0.01  # of one window, where joules are estimated from CPU time
+SECONDS = 0.005  # minimum length of one arm's turn in a block
+ENERGY_SECONDS = 0.01  # length of one window if joules are estimated from CPU time
 ENERGY_BLOCKS = 6
-METERED_TOKENS, METERED_QUICKLY = TOKENS[1], (80, 90)  # where a point takes long
+METERED_TOKENS, METERED_QUICKLY = TOKENS[1], (80, 90)  # tokens and strengths metered if a point takes long
 
 
 class TimingOptions(TypedDict):
@@ -43,7 +43,7 @@ class TimingOptions(TypedDict):
 
 @dataclass
 class PartPass:
-    """A forward pass of a part on x [1, T, H], as timing and energy want it: a callable with its `tokens`."""
+    """A forward pass of a part on x [1, T, H] in the form that timing and energy need: a callable with `tokens`."""
 
     module: nn.Module
     x_1TH: torch.Tensor
@@ -60,7 +60,7 @@ class PartPass:
 
 @dataclass(frozen=True)
 class DenseForm:
-    """The fastest dense form of a part at some number of tokens: its dtype, its pass, and its A/A control."""
+    """The fastest dense form of a part at one token count: its dtype, its pass, and its A/A control."""
 
     dtype: torch.dtype
     work: PartPass
@@ -75,7 +75,7 @@ def run(module: nn.Module, tokens: int, hidden: int, dtype: torch.dtype) -> Part
 
 
 def fastest(dense: Mapping[torch.dtype, nn.Module], tokens: int, hidden: int, blocks: int, seed: int = 0) -> DenseForm:
-    """Return the fastest dense form of a part (dtype → module) for `tokens` tokens, timed against each other."""
+    """Return the fastest of the dense forms of a part (dtype → module) at `tokens` tokens, timed against each other."""
     best, *challengers = [(dtype, run(module, tokens, hidden, dtype)) for dtype, module in dense.items()]
     for challenger in challengers:
         pairs = interleaved.paired(best[1], challenger[1], **_options(best[1], 6, seed))
@@ -93,9 +93,9 @@ def compare(
     zero_share: float = 0.0,
     fallback: bool = False,
 ) -> list[Measurement]:
-    """Return time per pass of `module` (run in `dtype`) against the fastest dense form, and bytes of the weights.
+    """Return the time per pass of `module` (run in `dtype`) against the fastest dense form, and the bytes of weights.
 
-    zero_share, fallback: see `ceilings.explain`. The bound takes the ceilings of the dense form's dtype.
+    zero_share, fallback: see `ceilings.explain`. The bound uses the ceilings of the dense form's dtype.
     """
     hidden, name = dense.work.x_1TH.shape[2], workload(dense.work.tokens)
     sparse = run(module, dense.work.tokens, hidden, dtype)
@@ -118,10 +118,11 @@ def compare(
 
 
 def metered(tokens: int, strength: float, effort: str, device: str, scale: str = "proxy") -> bool:
-    """Return whether energy is measured at a point of a sweep: at each where it is estimated from short calls (at
-    preview for METERED_TOKENS tokens only); with a counter, whose windows last seconds, and at real dimensions, for
-    METERED_TOKENS tokens only, and at small efforts at the strengths METERED_QUICKLY only; nowhere where efficiency is
-    not requested.
+    """Return whether energy is measured at a point of a sweep; never if efficiency is not requested.
+
+    Estimates from short calls are taken at every point (at preview only at METERED_TOKENS). With a counter, whose
+    windows last seconds, and at real dimensions, only at METERED_TOKENS, and at small efforts only at the strengths
+    METERED_QUICKLY.
     """
     if not settings.wants("efficiency"):
         return False
@@ -131,7 +132,7 @@ def metered(tokens: int, strength: float, effort: str, device: str, scale: str =
 
 
 def joules(dense: DenseForm, module: nn.Module, dtype: torch.dtype, seed: int = 0) -> list[Measurement]:
-    """Return energy and processor seconds per token of `module` against the fastest dense form."""
+    """Return the energy and CPU seconds per token of `module` against the fastest dense form."""
     hidden, device = dense.work.x_1TH.shape[2], dense.work.x_1TH.device.type
     source = energy.counter(device)
     seconds = ENERGY_SECONDS if source.provenance == "estimated" else None
@@ -149,14 +150,14 @@ def joules(dense: DenseForm, module: nn.Module, dtype: torch.dtype, seed: int = 
 
 
 def workload(tokens: int) -> str:
-    """Return what a pass on `tokens` tokens is called in a record."""
+    """Return the name in a record of a pass on `tokens` tokens."""
     return f"feed-forward part, {tokens} token{'s' * (tokens != 1)}"
 
 
 def crossover(strengths: list[float], gains: list[float]) -> float | None:
-    """Return the least strength from which on every gain is at least 1, between two points by interpolation; or None.
+    """Return the lowest strength from which every gain is at least 1, interpolated between points; None without one.
 
-    `gains` are speed-ups at `strengths`, which ascend.
+    `gains` are the speed-ups at `strengths`, in ascending order of strength.
     """
     behind = next((i for i in reversed(range(len(gains))) if gains[i] < 1), None)
     if behind is None:

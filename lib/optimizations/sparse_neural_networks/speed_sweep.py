@@ -1,7 +1,7 @@
-"""One feed-forward part over sparsity: its time and energy stored sparse, against the fastest dense form of it.
+"""Speed sweep of one feed-forward part over sparsity: time and energy stored sparse, against its fastest dense form.
 
-Two layouts at several shares of zeros and several numbers of tokens, and where each starts to win. Returns plain data.
-Knows nothing of what the zeros do to answers.
+Two layouts at several shares of zeros and token counts, with the crossover of each. Returns plain data; independent of
+the effect of the zeros on quality.
 """
 
 import copy
@@ -20,7 +20,7 @@ from lib.optimizations.sparse_neural_networks import method as sparse
 from lib.optimizations.sparse_neural_networks import part_speed
 from lib.optimizations.sparse_neural_networks.part_speed import DenseForm
 
-LAYOUTS = {"unstructured": "CSR", "16x1": "16x1"}  # pattern → what its storage is called in figures
+LAYOUTS = {"unstructured": "CSR", "16x1": "16x1"}  # pattern → name of its storage in figures
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class PartPoint:
 
     @property
     def times(self) -> list[Measurement]:
-        """The times alone, one for each number of tokens."""
+        """The measurements of time, one per token count."""
         return [m for m in self.times_and_bytes if m.metric == "feed_forward_ms"]
 
     def arm(self) -> ThirdArm:
@@ -44,8 +44,10 @@ class PartPoint:
 
 
 def strengths(scale: str, effort: str) -> list[int]:
-    """Return the shares of zeros of a sweep in percent: fewer at real dimensions, where a point takes long, fewer still
-    at small efforts, and lower where a language model of real size answers, which collapses above 60 to 70 %.
+    """Return the shares of zeros of a sweep, in percent.
+
+    Fewer at real dimensions, where a point takes long, and at small efforts; lower for language models of real size,
+    which collapse above 60 to 70 %.
     """
     if effort in BRIEF:
         return {"proxy": [50, 70, 90]}.get(scale, [50, 80])
@@ -53,7 +55,7 @@ def strengths(scale: str, effort: str) -> list[int]:
 
 
 def dense_forms(loaded: Loaded, effort: Effort, seed: int) -> list[DenseForm]:
-    """Return the fastest dense form of the middle block's feed-forward part for each number of tokens."""
+    """Return the fastest dense form of the middle block's feed-forward part for each token count."""
     view = anatomy(loaded.model)
     part = view.blocks[len(view.blocks) // 2].feed_forward.module
     forms = {loaded.dtype: part}
@@ -62,7 +64,7 @@ def dense_forms(loaded: Loaded, effort: Effort, seed: int) -> list[DenseForm]:
 
 
 def dense_table(denses: Sequence[DenseForm]) -> pd.DataFrame:
-    """Return the fastest dense form for each number of tokens with its noise floor in percent."""
+    """Return the fastest dense form for each token count, with its noise floor in percent."""
     rows = [
         {"tokens": dense.work.tokens, "fastest dense form": str(dense.dtype)}
         | {"noise floor, %": round(100 * dense.control.floor(), 1)}
@@ -72,13 +74,14 @@ def dense_table(denses: Sequence[DenseForm]) -> pd.DataFrame:
 
 
 def fastest_dense(denses: Sequence[DenseForm]) -> dict[str, str]:
-    """Return the dtype of the fastest dense form by number of tokens."""
+    """Return the dtype of the fastest dense form by token count."""
     return {f"{dense.work.tokens} tokens": str(dense.dtype) for dense in denses}
 
 
 def run(loaded: Loaded, denses: Sequence[DenseForm], effort: Effort, effort_name: str, seed: int) -> list[PartPoint]:
-    """Return the part stored in each layout at each share of zeros (at preview the least and the largest), against its
-    fastest dense forms. A layout whose blocks do not divide the part's matrices is left out.
+    """Return the points of the sweep: the part in each layout at each share of zeros, against its fastest dense forms.
+
+    At preview only the smallest and the largest share. Skips layouts whose blocks do not divide the part's matrices.
     """
     view, points = anatomy(loaded.model), []
     shares = strengths(loaded.scale, effort_name)
@@ -89,8 +92,7 @@ def run(loaded: Loaded, denses: Sequence[DenseForm], effort: Effort, effort_name
             point = PartPoint(strength, layout)
             for dense in denses:
                 point.times_and_bytes.extend(part_speed.compare(dense, arm, loaded.dtype, effort.blocks))
-                where = (dense.work.tokens, strength, effort_name, loaded.device, loaded.scale)
-                if part_speed.metered(*where):
+                if part_speed.metered(dense.work.tokens, strength, effort_name, loaded.device, loaded.scale):
                     point.energies.extend(part_speed.joules(dense, arm, loaded.dtype, seed))
             del arm
             points.append(point)
@@ -119,7 +121,7 @@ def csr(curves: pd.DataFrame) -> list[str]:
 
 
 def crossovers(curves: pd.DataFrame) -> dict[str, float | None]:
-    """Return by arm the share of zeros in percent from which on it stays faster than dense; None where it never is."""
+    """Return arm → share of zeros, in percent, from which it stays faster than dense; None if it never does."""
     return {
         str(arm): part_speed.crossover(list(curve.strength), list(curve.value))
         for arm, curve in curves.groupby("arm", sort=False)
@@ -127,24 +129,21 @@ def crossovers(curves: pd.DataFrame) -> dict[str, float | None]:
 
 
 def read_crossovers(curves: pd.DataFrame) -> tuple[str, str]:
-    """Return two sentences: how many arms ever win for good, as measured and by verdict, and which wins from the least
-    sparsity on.
-    """
+    """Return two sentences: how many arms have a crossover, as measured and by verdict, and which arm's is lowest."""
     shares = crossovers(curves)
     winners = {arm: share for arm, share in shares.items() if share is not None}
-    above = (
-        f"{len(winners)} of {len(shares)} sparse arms measure faster than the fastest dense form from some sparsity on"
-    )
+    count = f"{len(winners)} of {len(shares)} sparse arms"
+    above = f"{count} measure faster than the fastest dense form above some sparsity"
     if not winners:
-        return f"{above}.", "At the sparsities measured, no zero was seen to pay in time."
+        return f"{above}.", "At the sparsities measured, zeros saved no time."
     judged = set(curves["arm"][curves["verdict"] == "better"]) & {*winners}
     first = f"{above}, {len(judged) or 'none'} of them by a verdict."
     arm, share = min(winners.items(), key=lambda pair: pair[1])
-    return first, f"The earliest is {arm}, from {share:.0f} % zeros on."
+    return first, f"The earliest is {arm}, from {share:.0f} % zeros."
 
 
 def energies(points: Sequence[PartPoint]) -> pd.DataFrame:
-    """Return joules per token over the fastest dense form's: `strength`, `arm`, `value` (ratio), and `joules`."""
+    """Return energy per token: `strength`, `arm`, `value` (ratio to the fastest dense form), `joules`, `provenance`."""
     rows = [
         {"strength": point.strength, "arm": _name(point, m)}
         | {"value": m.ratio, "joules": m.optimized, "provenance": m.provenance}
@@ -160,13 +159,13 @@ def weights_bytes(points: Sequence[PartPoint]) -> pd.DataFrame:
     rows = []
     for point in points:
         size = next(m for m in point.times_and_bytes if m.metric == "weights_bytes")
-        dense, stored = (None if held is None else held / 1e6 for held in (size.baseline, size.optimized))
+        dense, stored = (None if nbytes is None else nbytes / 1e6 for nbytes in (size.baseline, size.optimized))
         row = {"layout": LAYOUTS[point.layout], "zeros, %": point.strength, "dense, MB": dense}
         rows.append(row | {"stored sparse, MB": stored, "ratio": size.ratio})
     return pd.DataFrame(rows)
 
 
 def details(curves: pd.DataFrame) -> dict[str, dict[str, object]]:
-    """Return what a record holds of the sweep beside measurements: name → value, provenance, source."""
-    source = f"{part_speed.TOKENS} tokens, gain over the fastest dense form, between two strengths by interpolation"
+    """Return the record's details of the sweep: name → value, provenance and source."""
+    source = f"{part_speed.TOKENS} tokens, gain over the fastest dense form, interpolated between strengths"
     return {"crossover_percent": {"value": crossovers(curves), "provenance": "derived", "source": source}}

@@ -1,1 +1,1 @@
-"""Streaming computation: what it does to a model, and how it is measured."""
+"""Streaming computation: the method and its measurement."""

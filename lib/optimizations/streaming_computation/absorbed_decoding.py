@@ -1,6 +1,6 @@
-"""Absorbed against stock decoding of latent attention, from the same cache: equal tokens, and what is gained where.
+"""Absorbed against stock decoding of latent attention from the same cache: equality of tokens, and the gains.
 
-Times a whole step in pairs, the attentions alone, and the step at full depth. Knows nothing of streaming.
+Times a whole step in pairs, the attentions alone, and the step at full depth. Independent of streaming.
 """
 
 import copy
@@ -31,7 +31,7 @@ BLOCKS = 6
 
 @dataclass
 class Continuation:
-    """`count` greedy steps on a copy of a filled cache; `prepare`, which is not timed, copies it and sets the path.
+    """`count` greedy steps on a copy of a filled cache; the untimed `prepare` copies it and sets the path.
 
     `path` is `mla_absorption.expand` or `mla_absorption.absorb`. `output_BN` holds the tokens of the last call.
     """
@@ -45,13 +45,13 @@ class Continuation:
     _copy: Cache | None = field(default=None, repr=False)
 
     def prepare(self) -> None:
-        """Copy the filled cache, and let the model decode along `path`."""
+        """Copy the filled cache and switch the model to `path`."""
         self._copy = copy.deepcopy(self.cache)
         self.path(self.model)
 
     @torch.inference_mode()
     def __call__(self) -> None:
-        """Decode `count` tokens on the copy, which is used up."""
+        """Decode `count` tokens on the copy, which is then discarded."""
         if self._copy is None:
             self.prepare()
         options = cache_names.as_kwargs(self._copy) | {"use_cache": True, "logits_to_keep": 1}
@@ -63,10 +63,10 @@ class Continuation:
 
 
 def compare(loaded: Loaded, prefill_chunk: int, latent_context: int, seed: int = 0) -> dict[str, object] | None:
-    """Return whether absorbed decoding generates the same tokens, and its gains; None where nothing can be absorbed.
+    """Return whether absorbed decoding generates the same tokens, and its gains; None without latent attention.
 
-    At scale proxy `latent_context` tokens are cached; elsewhere 8,192, repeated from fewer, and fewer steps are taken.
-    A model with fewer positions caches as many as leave room for these steps.
+    At scale proxy `latent_context` tokens are cached; at other scales 8,192, repeated from fewer, with fewer steps. A
+    model with too few positions caches as many tokens as leave room for the steps.
     """
     model, proxy = loaded.model, loaded.scale == "proxy"
     if not absorbed_baseline.has_latents(model):
@@ -84,7 +84,7 @@ def compare(loaded: Loaded, prefill_chunk: int, latent_context: int, seed: int =
 
 
 def table(row: Mapping[str, Any] | None) -> pd.DataFrame:
-    """Return `compare` as a table of text: gains with three figures, that of the step with its interval."""
+    """Return the result of `compare` as a table of text: gains in three digits, the step's with its interval."""
     if row is None:
         lines = {"latent attention": "none in this model: nothing to absorb"}
     else:
@@ -107,18 +107,18 @@ def table(row: Mapping[str, Any] | None) -> pd.DataFrame:
 def absorbed_against_stock(
     model: nn.Module, prompt_1T: torch.Tensor, context: int, steps: int, blocks: int = BLOCKS, seed: int = 0
 ) -> tuple[Pairs, bool, dict[str, float | None]]:
-    """Return the pairs (stock, absorbed) of `steps` decoded tokens at `context`, whether the tokens are equal, and
-    stock ÷ absorbed of other quantities: operations of a token by count, seconds of the attentions alone, and of a step
-    at full depth (`full_depth`; None where the model is no slice).
+    """Return the pairs (stock, absorbed) of decoding `steps` tokens at `context`, whether the tokens are equal, and the
+    ratios stock ÷ absorbed of other quantities: operations per token by count, seconds of the attentions alone, and
+    seconds of a step at full depth (`full_depth`; None if the model is no slice).
 
-    The cache holds `prompt_1T`, its latents repeated up to `context` where the prompt is shorter: what is timed does
-    not depend on what they hold. The model is changed while this runs, and left as it was.
+    The cache holds `prompt_1T`, its latents repeated up to `context` if the prompt is shorter: timing does not depend
+    on their values. The model is changed during the call and restored at its end.
     """
     was_absorbed = mla_absorption.is_absorbed(model)
     output = model(input_ids=prompt_1T, use_cache=True, logits_to_keep=1)
     repeats = -(-context // prompt_1T.shape[1])
     for layer in cache_names.of(output).layers:
-        if not layer.is_initialized:  # of a block without attention
+        if not layer.is_initialized:  # a block without attention
             continue
         layer.keys = layer.keys.repeat(1, 1, repeats, 1)[..., :context, :].contiguous()
         layer.values = layer.values.repeat(1, 1, repeats, 1)[..., :context, :].contiguous()
@@ -139,7 +139,7 @@ def absorbed_against_stock(
 
 
 def _stock_over_absorbed(model: nn.Module, arms: Sequence[Continuation], turns: int = 3) -> dict[str, float | None]:
-    """Return the ratios of median seconds of the attentions alone, and of the step at full depth, in turns."""
+    """Return stock ÷ absorbed of the median seconds of the attentions alone and of the step at full depth."""
     counts = slice_depth.stands_for(model) if slice_depth.whole(model) is not None else None
     counts = None if isinstance(counts, str) else counts
     attentions = [block.attention.module for block in anatomy(model).blocks]

@@ -1,8 +1,8 @@
-"""What the notebook on streaming shows: equal answers of every variant, one unit on its way, and peaks of memory.
+"""The protocol of the streaming notebook: equality of every variant, one unit in transit, and peaks of memory.
 
-The longer protocols have modules of their own: `memory_tradeoff`, `absorbed_decoding`, `window_quality`,
-`offload_baseline`, `read_bound`, `limited`; `outcome` has the answers to the claims. Returns plain data; knows nothing
-of records and figures.
+The longer protocols have their own modules: `memory_tradeoff`, `absorbed_decoding`, `window_quality`,
+`offload_baseline`, `read_bound`, `limited`; `outcome` has the answers to the claims. Returns plain data; independent of
+records and figures.
 
 Shapes: N texts, T tokens, B prompts, V vocabulary.
 """
@@ -50,28 +50,28 @@ PRIMARIES = {
     "resources": ("peak_memory_above_start_bytes", "generate"),
     "efficiency": ("energy_joules_per_token", "decode"),
 }
-PEAK_TOKENS, FEW_PEAK_TOKENS = 2048, 512  # of the prompt on which peaks are read; few where a token takes long
-AT_ONCE = 10**6  # more tokens than any prompt here: nothing is cut into chunks
+PEAK_TOKENS, FEW_PEAK_TOKENS = 2048, 512  # prompt tokens for memory peaks; few if a token takes long
+AT_ONCE = 10**6  # more tokens than any prompt here: no chunks
 IN_ROWS = "logits in rows, nats of loss"
 METHOD = "lib.optimizations.streaming_computation.method"
 
 
 def settings_of(effort: str, scale: str) -> Effort:
-    """Return the sizes of this run: at real dimensions, where streaming takes seconds a token, fewer tokens."""
+    """Return the settings of this run: fewer tokens at real dimensions, where streaming takes seconds per token."""
     sizes = settings.read(effort, scale)
     return sizes if scale == "proxy" else replace(sizes, new_tokens=2, prompt_tokens=256)
 
 
 def is_exact(loaded: Loaded) -> bool:
-    """Return whether the model runs in single precision, in which another order of operations changes no token."""
+    """Return whether the model runs in float32, where a different order of operations changes no token."""
     return loaded.dtype == torch.float32
 
 
 def saved(model: nn.Module) -> tuple[tempfile.TemporaryDirectory, Path]:
     """Write the weights of `model`; return the temporary directory, which the caller cleans up, and the checkpoint.
 
-    Raises NotApplicable for a model whose weights stream from a file already, because they do not fit into memory: no
-    resident arm stands beside it; UserError where the temporary disk has no room for them.
+    Raises NotApplicable if the weights stream from a file already, because then they do not fit into memory and there
+    is no resident arm to compare with; UserError if the temporary disk has no room for them.
     """
     if reason := method.applies_to(model):
         raise NotApplicable(f"{method.WHERE}: {reason}: there is no room for a resident arm to compare with")
@@ -86,7 +86,7 @@ def saved(model: nn.Module) -> tuple[tempfile.TemporaryDirectory, Path]:
 
 
 def facts(loaded: Loaded, folder: Path) -> pd.DataFrame:
-    """Return what is streamed as text: the model, its weights, and the smallest memory in which they can run."""
+    """Return a table of text: the model, its weights, and the smallest share of them that must be in memory."""
     least, total = streamer.smallest(folder)
     rows = {"model": f"{loaded.parameters.name}, {loaded.scale}, {loaded.dtype}"}
     rows |= {"blocks": str(len(anatomy(loaded.model).blocks)), "weights": f"{total / 1e6:,.1f} MB"}
@@ -100,9 +100,7 @@ def listed(values: Mapping[str, object]) -> pd.DataFrame:
 
 
 def planned_bytes(plan: Plan) -> dict[str, int]:
-    """Return the bytes of each part of the plan: what stays in memory, and what passes; the first four sum to
-    all weights.
-    """
+    """Return the bytes of each part of the plan, resident and streamed; the first four sum to all weights."""
     units = plan.fixed_bytes + plan.resident_bytes + plan.streamed_bytes
     return {
         "always in memory": plan.fixed_bytes,
@@ -121,7 +119,7 @@ def plan_table(plan: Plan) -> pd.DataFrame:
 
 
 def unit_in_transit(stream: Streamer) -> pd.DataFrame:
-    """Return one unit before, during and after its turn: the bytes read, and the mean of a tensor while it is there."""
+    """Return a table of one unit while it is loaded and afterwards: the bytes read, and the mean of a tensor."""
     shown = (*stream.plan.streamed, *stream.plan.resident)[0]
     part, bytes_before = stream.units[shown][0], stream.file.bytes_read
     weights = stream.weights(shown)
@@ -142,9 +140,9 @@ def unit_in_transit(stream: Streamer) -> pd.DataFrame:
 def equality_of_variants(
     baseline: nn.Module, optimized: nn.Module, folder: Path, ids_NT: torch.Tensor, memory_ratio: float
 ) -> dict[str, dict[str, float]]:
-    """Return, for each variant alone and for all together, how far its logits are from the baseline's; see `equality`.
+    """Return, for each variant alone and for all together, the difference of its logits from the baseline's.
 
-    For logits in rows the difference is that of the losses, in nats, and no token is chosen.
+    See `equality`. For logits in rows the difference is that of the losses, in nats, and no token is compared.
     """
     device = str(next(baseline.parameters()).device)
     options = {"memory_ratio": memory_ratio, "device": device}
@@ -166,8 +164,8 @@ def equality_of_variants(
 def equality(
     baseline: nn.Module, ids_NT: torch.Tensor, arms: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
 ) -> dict[str, dict[str, float]]:
-    """Return, per arm (a function from ids to logits [N, T, V]), the largest difference from the baseline's logits in
-    their standard deviations, and the share of positions with the same most likely token.
+    """Return, per arm (a function from ids to logits [N, T, V]), the largest difference from the baseline's logits, in
+    standard deviations of these, and the share of positions with the same most likely token.
     """
     expected = baseline(ids_NT).logits.float()
     rows = {}
@@ -180,7 +178,7 @@ def equality(
 
 
 def equality_table(rows: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
-    """Return `equality_of_variants` as a table; what was not looked at is missing in it."""
+    """Return the result of `equality_of_variants` as a table, with gaps for quantities that were not compared."""
     named = {"difference": "largest difference ÷ spread of logits", "same_top": "same most likely token, share"}
     return pd.DataFrame(rows).T.rename(columns=named).rename_axis("variant").reset_index()
 
@@ -190,7 +188,7 @@ def quality(
 ) -> tuple[list[Measurement], str | None]:
     """Return every accuracy metric of the streamed model against the loaded one, and why its output is degenerate.
 
-    Where it is, all metrics are invalid; else the reason is None.
+    If it is, all metrics are invalid; otherwise the reason is None.
     """
     degenerate = sanity.check(optimized, sample_NT[:, :128], random_weights=loaded.random_weights)
     answers = evaluate.evaluate(loaded, effort, seed=seed)
@@ -204,10 +202,9 @@ def quality(
 def within_allowance(
     folder: Path, prompt_1T: torch.Tensor, steps: int, memory_ratio: float, options: Mapping[str, Any], exact: bool
 ) -> LimitedDecoding:
-    """Return decoding in control groups that hold the allowance, beside a plain mapping and accelerate's offloading:
-    see `limited.decoding`.
+    """Return decoding in control groups limited to the allowance, against a plain mapping and accelerate's offloading.
 
-    Asserts that all arms decode the same tokens, where the model is `exact`.
+    See `limited.decoding`. If the model is `exact`, asserts that all arms decode the same tokens.
     """
     job = folder, prompt_1T, steps, memory_ratio, options
     limited = limited_decoding.compare(*job)
@@ -222,7 +219,7 @@ def within_allowance(
 
 
 def _formulas(baseline: nn.Module, absorbed: bool) -> dict[str, dict[str, bool]]:
-    """Return the options of `cost_model` for the streamed model and for the baseline, which is decoded absorbed."""
+    """Return the options of `cost_model` for the streamed model and the baseline, which decodes latents absorbed."""
     latents = absorbed_baseline.has_latents(baseline)
     return {"costs": {"absorbed": absorbed and latents}, "baseline_costs": {"absorbed": latents}}
 
@@ -237,10 +234,10 @@ def compared(
     invalid: str | None,
     seed: int = 0,
 ) -> Compared:
-    """Return the workloads of the streamed model against the resident one, whose latents are decoded absorbed.
+    """Return the timed workloads of the streamed model against the resident one, which decodes latents absorbed.
 
-    All standard ones and energy of a `proxy`; at real dimensions a prompt and decoding. `invalid`: see `speed.compare`;
-    what is judged: see `judgement.timed`.
+    All standard workloads and energy for a `proxy`; at real dimensions only prefill and decode. `invalid`: see
+    `speed.compare`. Verdicts as by `judgement.timed`.
     """
     timing: dict[str, Any] = {"names": speed.STANDARD if proxy else ("prefill", "decode"), "with_energy": proxy}
     timing |= {"invalid": invalid, "except_for": ("experts",), "seed": seed, **_formulas(baseline, absorbed)}
@@ -249,13 +246,13 @@ def compared(
 
 
 def paid(apply_seconds: float, costs: list[Measurement]) -> list[Measurement]:
-    """Return what opening the file took, and after how many prompt tokens it has paid."""
+    """Return the seconds to open the file, and the number of prompt tokens after which that breaks even."""
     return break_even(apply_seconds, next(m for m in costs if m.metric.startswith("prefill")))
 
 
 def counted(baseline: nn.Module, optimized: nn.Module, effort: Effort, absorbed: bool) -> list[Measurement]:
-    """Return what is counted of both models, see `costs.resources`; and that weights which stream take as many bytes of
-    their file as before: less memory is no smaller checkpoint.
+    """Return the counted resources of both models (`costs.resources`), and an unchanged `checkpoint_bytes` if weights
+    stream: less memory does not mean a smaller checkpoint.
     """
     rows = resources(baseline, optimized, tokens=effort.prompt_tokens, **_formulas(baseline, absorbed))
     stream = streamer.streamer(optimized)
@@ -273,23 +270,23 @@ def card(baseline: nn.Module) -> dict[str, object]:
 
 
 def token_arrivals(loaded: Loaded, model: nn.Module, prompt_1T: torch.Tensor, count: int) -> pd.DataFrame:
-    """Return each generated token with its text and the milliseconds after which it was there."""
+    """Return each generated token with its text and the milliseconds after which it arrived."""
     rows: list[tuple[object, ...]] = []
     start = time.perf_counter()
     for token in chunked.tokens(model, prompt_1T.to(loaded.device), count):
         text = loaded.tokenizer.decode(token) if loaded.tokenizer is not None else str(int(token[0]))
         rows.append((len(rows) + 1, text, f"{1000 * (time.perf_counter() - start):.1f}"))
-    return pd.DataFrame(rows, columns=["token", "text", "there after, ms"])
+    return pd.DataFrame(rows, columns=["token", "text", "arrived after, ms"])
 
 
 def peaks(
     loaded: Loaded, effort: Effort, folder: Path, memory_ratio: float, options: Mapping[str, Any]
 ) -> tuple[list[Measurement], list[Measurement]]:
-    """Return peaks from fresh child processes on one long prompt, against the resident model: of the prompt in chunks
-    alone (what activations take), and streamed and in chunks (what weights take).
+    """Return memory peaks on one long prompt against the resident model, from fresh child processes.
 
-    `options` are those of `method.open_folder`; the resident model decodes latents absorbed. While the processes run,
-    the weights are on disk alone.
+    First with the prompt in chunks alone (the effect on activations), then streamed and in chunks (adding the effect on
+    weights). `options` are those of `method.open_folder`; the resident model decodes latents absorbed. While the
+    processes run, this process keeps its weights only on disk.
     """
     tokens = PEAK_TOKENS if loaded.scale == "proxy" and not effort.preview else FEW_PEAK_TOKENS
     work: dict[str, Any] = {"folder": str(folder), "prompt_tokens": tokens, "new_tokens": 2}
@@ -297,7 +294,7 @@ def peaks(
     resident = {"absorbed": absorbed_baseline.has_latents(loaded.model)}
     in_chunks = {"prefill_chunk": options["prefill_chunk"], **resident}
     arms = [
-        *(memory.Arm(transform=f"{METHOD}:attach", arguments=how, **work) for how in (resident, in_chunks)),
+        *(memory.Arm(transform=f"{METHOD}:attach", arguments=kwargs, **work) for kwargs in (resident, in_chunks)),
         memory.Arm(opener=f"{METHOD}:open_folder", arguments={**options, "memory_ratio": memory_ratio}, **work),
     ]
     with parked((loaded.model, folder)):

@@ -1,6 +1,6 @@
-"""Memory against speed: decoding at several allowances of memory, each against the resident model and its own bound.
+"""Memory against speed: decoding at several memory allowances, each against the resident model and its own bound.
 
-Knows nothing of records. Rows are plain dictionaries, for a record's details and for tables.
+Rows are plain dictionaries, for a record's details and for tables. Independent of records.
 """
 
 import gc
@@ -30,9 +30,9 @@ AXES = {"x": "weights in memory, % of all", "y": "time per decoded token, ms"}
 BOUND = "bound: bytes ÷ bandwidth"
 ARM_OF = {"keep": "streamed", "copy": "streamed, copied into memory", "drop": "streamed, page cache dropped"}
 REFERENCES = [BOUND, *(f"accelerate, {kind}" for kind in offload_baseline.KINDS)]  # dashed in the figure
-FROM_DISK = 0.95  # of the bytes that a call reads, from which on they are said to come from the disk
-RATIOS = {"proxy": (0.65, 1.0)}  # beside the allowance under test
-FEWER_RATIOS = (0.75,)  # where a step takes seconds
+FROM_DISK = 0.95  # share of a call's bytes above which they are reported as coming from the disk
+RATIOS = {"proxy": (0.65, 1.0)}  # allowances besides the one under test
+FEWER_RATIOS = (0.75,)  # the same if a step takes seconds
 SHOWN = {
     "ratio": "allowance, share of the weights",
     "page_cache": "page cache",
@@ -48,7 +48,7 @@ SHOWN = {
 
 
 def ratios(memory_ratio: float, scale: str, effort: str) -> list[float]:
-    """Return the allowances to time, ascending: `memory_ratio` and, by scale, some more; at effort preview one more."""
+    """Return the allowances to time, ascending: `memory_ratio` and some more by scale, only one more at preview."""
     more = RATIOS.get(scale, FEWER_RATIOS)
     return sorted({memory_ratio, *(more[-1:] if settings.read(effort).preview else more)})
 
@@ -64,15 +64,15 @@ def by_allowance(
     seed: int = 0,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Return a row per allowance and page cache: time per decoded token, bound, bytes read, share of the bound.
+    """Return a row per allowance and page-cache mode: time per decoded token, bound, bytes read, share of the bound.
 
     Each streamed model decodes `steps` tokens in turn with the resident one, which decodes latents absorbed. The first
-    of `ratios` is timed twice more: copied from the page cache and, where this system can drop pages, with the page
+    of `ratios` is also timed with weights copied from the page cache and, if this system can drop pages, with the page
     cache dropped after every read. `options` go to `method.open_folder`.
     """
     rows = []
-    again = ("copy", "drop") if hasattr(os, "posix_fadvise") else ("copy",)
-    for ratio, page_cache in [*((ratio, "keep") for ratio in ratios), *((ratios[0], kind) for kind in again)]:
+    other_modes = ("copy", "drop") if hasattr(os, "posix_fadvise") else ("copy",)
+    for ratio, page_cache in [*((ratio, "keep") for ratio in ratios), *((ratios[0], mode) for mode in other_modes)]:
         model = method.open_folder(folder, memory_ratio=ratio, page_cache=page_cache, **options)
         stream = read_bound.stream_of(model)
         if page_cache == "drop":
@@ -83,7 +83,7 @@ def by_allowance(
         rows.append(_row(model, work, pairs, ratio, page_cache))
         stream.close()
         del model, stream, fair, base, work
-        gc.collect()  # models refer to themselves
+        gc.collect()  # models hold reference cycles
     return rows
 
 
@@ -116,7 +116,7 @@ def _row(model: nn.Module, work: Workload, pairs: Pairs, ratio: float, page_cach
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return the columns of the rows that a reader needs, the time per token with its 95 % interval."""
+    """Return the columns for a reader, with the time per token and its 95 % interval."""
     return pd.DataFrame(rows)[[*SHOWN]].round(4).rename(columns=SHOWN)
 
 
@@ -132,14 +132,14 @@ def points(rows: Sequence[Mapping[str, Any]], offload: Mapping[str, Measurement]
     for kind, measurement in offload.items():
         if not measurement.baseline:
             continue
-        # Turned into the other unit, at the time of the streamed arm it was paired with.
+        # Converted from tokens per second to ms per token.
         share = 0.0 if kind == "disk" else 100.0
         drawn.append({"strength": share, "arm": f"accelerate, {kind}", "value": 1000 / measurement.baseline})
     return pd.DataFrame(drawn)
 
 
 def curve(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows as a curve over the weights in memory, for comparisons between records."""
+    """Return the rows as a curve by the share of weights in memory, for comparisons between records."""
     return [
         {"arm": f"page cache: {row['page_cache']}", "strength": 100 * row["memory_share"], "value": row["ms_per_token"]}
         | {"low": row["low"], "high": row["high"]}
@@ -148,26 +148,28 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def reading(rows: Sequence[Mapping[str, Any]], offload: Mapping[str, Measurement], memory_ratio: float) -> str:
-    """Return two sentences on how to read the figure of `points`, computed from its numbers. That bytes come from the
-    disk is said where they were seen to.
+    """Return two sentences on the figure of `points`, computed from its numbers.
+
+    Bytes are reported as coming from the disk only if the system's count shows it.
     """
     timed = {row["page_cache"]: row for row in rows if row["ratio"] == memory_ratio}
-    longer = {cache: row["ms_per_token"] / row["resident_ms_per_token"] for cache, row in timed.items()}
-    held, rest = percent(timed["keep"]["memory_share"]), _rest(timed["keep"]["disk_share"])
-    first = f"With {held} of the weights in memory, {rest}, a token takes {longer['keep']:.2f} times the resident time."
-    rival, where, dropped = offload["disk"], offload_baseline.place(), ""
+    slowdown = {cache: row["ms_per_token"] / row["resident_ms_per_token"] for cache, row in timed.items()}
+    share, rest = percent(timed["keep"]["memory_share"]), _rest(timed["keep"]["disk_share"])
+    in_memory = f"With {share} of the weights in memory, {rest}"
+    first = f"{in_memory}, a token takes {slowdown['keep']:.2f} times the resident time."
+    rival, place, dropped = offload["disk"], offload_baseline.place(), ""
     if "drop" in timed:
-        dropped = f"with {_dropped(timed['drop']['disk_share'])} a token takes {longer['drop']:.2f} times"
+        dropped = f"with {_dropped(timed['drop']['disk_share'])} a token takes {slowdown['drop']:.2f} times"
     if rival.ratio is None:
         parts = [dropped, f"against accelerate's offloading it was not timed: {rival.reason}"]
     else:
-        parts = [f"it decodes {rival.ratio:.1f} times as fast as accelerate's offloading to {where}", dropped]
+        parts = [f"it decodes {rival.ratio:.1f} times as fast as accelerate's offloading to {place}", dropped]
     second = "; ".join(filter(None, parts))
     return f"{first} {second[:1].upper()}{second[1:]}."
 
 
 def _rest(disk_share: float | None) -> str:
-    """Return where the weights that are not in memory come from, of which a share is read from the disk."""
+    """Return a phrase for where the weights outside memory come from, given the share read from the disk."""
     if disk_share is None:
         return "the rest from disk or page cache"
     if disk_share <= 1 - FROM_DISK:
@@ -176,7 +178,7 @@ def _rest(disk_share: float | None) -> str:
 
 
 def _dropped(disk_share: float | None) -> str:
-    """Return how the arm reads that drops its pages: from the disk only where that was seen."""
+    """Return a phrase for how the arm that drops its pages reads: "from the disk" only if the count shows it."""
     if disk_share is None:
         return "the page cache dropped"
     if disk_share < FROM_DISK:

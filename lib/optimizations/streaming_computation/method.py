@@ -1,19 +1,20 @@
 """Streaming computation: a model larger than its memory, a text longer than its cache, tokens as they are generated.
 
-Six variants, each of which can be switched on alone:
+Six variants, each of which can be used alone:
 
 - weights: blocks, head and embeddings are read from safetensors just in time, the next one while this one computes, or
-  are used in the page cache without a copy; of routed experts only those that are routed to are read, and some are
-  cached (`lib.models.offload`; FlexGen, Sheng et al. 2023; LLM in a flash, Alizadeh et al. 2024);
+  are used in the page cache without a copy; only the experts that tokens are routed to are read, and some are cached
+  (`lib.models.offload`; FlexGen, Sheng et al. 2023; LLM in a flash, Alizadeh et al. 2024);
 - prompts in chunks: bounded memory for activations (`lib.models.decoding.chunked`);
 - logits in chunks (`chunked.losses`);
 - absorbed latent attention: no expansion of the cache at every token (DeepSeek-V2, 2024;
   `lib.models.decoding.mla_absorption`);
-- sinks and a window: endless text in constant memory, without what left the window (`sink_window`; StreamingLLM, 2024);
+- sinks and a window: endless text in constant memory, forgetting tokens outside the window (`sink_window`;
+  StreamingLLM, 2024);
 - tokens one by one (`chunked.tokens`).
 
-`apply` combines the first four; none of them changes an answer beyond rounding. The window does, and is therefore no
-part of `apply`: it is a cache that the caller passes. Knows nothing of measuring.
+`apply` combines the first four, none of which changes an answer beyond rounding. The window does, so it is not part of
+`apply` but a cache that the caller passes. Independent of measurement.
 """
 
 import copy
@@ -37,7 +38,7 @@ SEARCH_SPACE: dict[str, dict[str, Any]] = {
         "type": "float",
         "range": (0.05, 1.0),
         "default": 0.35,
-        "levels": (0.35, 0.6, 1.0),  # with 1.0, absorbed decoding and chunks alone remain
+        "levels": (0.35, 0.6, 1.0),  # with 1.0, only absorbed decoding and chunks remain
         "help": "share of the weights allowed in memory; 1.0 streams nothing",
     },
     "prefill_chunk": {
@@ -54,16 +55,16 @@ SEARCH_SPACE: dict[str, dict[str, Any]] = {
 COMPOSES = {
     "touches": ("execution",),
     "needs": ("dense storage",),
-    # From then on the weights are in a file: nothing that reads or changes them can follow.
+    # Afterwards the weights are in a file: no step that reads or changes them can follow.
     "invalidates": ("whole channels", "stacked experts", "whole matrices", "dense matrices", "statistics"),
-    "trial": {"memory_ratio": 1.0},  # in memory: reading weights from a file at every step takes long
-    # There the weights stay where they are, and anything may precede or follow.
+    "trial": {"memory_ratio": 1.0},  # in memory: reading weights from a file at every step is slow
+    # At 1.0 the weights stay in memory, and any step may precede or follow.
     "at": ({"knobs": {"memory_ratio": 1.0}, "needs": (), "invalidates": ()},),
 }
 
 
 def applies_to(model: nn.Module) -> str | None:
-    """Return None, or why the weights of `model` cannot be streamed."""
+    """Return None if the weights of `model` can be streamed, else the reason."""
     if streamer.streamer(model) is not None:
         return "the weights of this model stream from a file already"
     return None
@@ -81,10 +82,10 @@ def apply(
 ) -> nn.Module:
     """Return a model with the same answers that holds at most `memory_ratio` of the weights in memory.
 
-    The weights are written to `folder` and read from there; by default it is temporary and removed together with the
-    returned model. With `memory_ratio` 1.0 nothing is written, and the rest applies to a copy in memory. `calibration`
-    is not used. Raises UserError for a value out of range, or for less memory than the model can run in (the message
-    names the smallest).
+    The weights are written to `folder` and read from there; the default is a temporary folder, removed together with
+    the returned model. With `memory_ratio` 1.0 nothing is written, and the other options apply to a copy in memory.
+    `calibration` is not used. Raises UserError for a value out of range, or for less memory than the model needs to run
+    (the message names the minimum).
     """
     _check(memory_ratio, prefill_chunk, page_cache)
     options.applies(WHERE, model, applies_to)
@@ -103,24 +104,24 @@ def apply(
 
 
 def open_folder(folder: Path | str, *, prefill_chunk: int = 256, absorbed: bool = True, **opening: Any) -> nn.Module:
-    """Return the model that `apply` would make of the checkpoint in `folder`, without ever loading it whole.
+    """Return the model that `apply` makes of the checkpoint in `folder`, without ever loading it whole.
 
     `opening` are the arguments of `lib.models.offload.streamer.open_streamed`.
     """
     model = attach(streamer.open_streamed(folder, **opening), prefill_chunk=prefill_chunk, absorbed=absorbed)
-    again = {"prefill_chunk": prefill_chunk, "absorbed": absorbed, **opening}
-    return beyond_files.note_opening(model, beyond_files.Opening(str(folder), f"{__name__}:open_folder", again))
+    arguments = {"prefill_chunk": prefill_chunk, "absorbed": absorbed, **opening}
+    return beyond_files.note_opening(model, beyond_files.Opening(str(folder), f"{__name__}:open_folder", arguments))
 
 
 def attach(model: nn.Module, *, prefill_chunk: int | None = None, absorbed: bool = False) -> nn.Module:
-    """Let `model` read prompts in chunks and decode absorbed, in place; return the model."""
+    """Make `model` read prompts in chunks and decode latents absorbed, in place; return the model."""
     if prefill_chunk is not None:
         chunked.chunk_prefill(model, prefill_chunk)
     return mla_absorption.absorb(model) if absorbed else model
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Return the original model, whole in memory and bit-identical; a streamed `model` cannot run any more."""
+    """Return the original model, whole in memory and bit-identical; a streamed `model` cannot run afterwards."""
     stream = streamer.streamer(model)
     if stream is None:
         return mla_absorption.expand(chunked.whole_prefill(copy.deepcopy(model)))

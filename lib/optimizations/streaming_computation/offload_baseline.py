@@ -1,8 +1,8 @@
-"""accelerate's offloading, the control of streaming: the usual alternative, timed against a streamed model.
+"""accelerate's offloading, the usual alternative to streaming, timed against a streamed model.
 
-Offloading to the disk keeps every weight in a file of its own and loads it before its module runs, one after the other;
-to the CPU it keeps them in main memory behind the same hooks, which on a CPU moves nothing and shows what the hooks
-cost. Knows nothing of how streaming works.
+Offloading to the disk keeps every weight in its own file and loads it before its module runs, one after the other.
+Offloading to the CPU keeps weights in main memory behind the same hooks; on a CPU this moves nothing and shows the cost
+of the hooks. Independent of how streaming works.
 """
 
 import gc
@@ -32,25 +32,25 @@ KINDS = ("disk", "cpu")
 
 
 def place() -> str:
-    """Return where the offloaded weights lie, as a phrase: temporary folders may be memory themselves."""
+    """Return a phrase for where the offloaded weights lie: temporary folders may be in memory."""
     return "files in memory" if children.in_memory(tempfile.gettempdir()) else "the disk"
 
 
 def disk(model: nn.Module, folder: Path | str, device: torch.device | str = "cpu") -> nn.Module:
-    """Offload `model` to `folder` with accelerate, in place; return the model. It computes on `device`."""
+    """Offload `model` to `folder` with accelerate, in place, to compute on `device`; return the model."""
     disk_offload(model, str(folder), execution_device=torch.device(device), preload_module_classes=_whole(model))
     return model
 
 
 def cpu(model: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
-    """Offload `model` to main memory with accelerate, in place; return the model. It computes on `device`."""
+    """Offload `model` to main memory with accelerate, in place, to compute on `device`; return the model."""
     cpu_offload(model, execution_device=torch.device(device), preload_module_classes=_whole(model))
     return model
 
 
 def _whole(model: nn.Module) -> list[str] | None:
-    """Return the classes whose weights are loaded together: an attention that decodes absorbed uses a matrix without
-    calling the module that holds it.
+    """Return the classes whose weights must be loaded together: absorbed attention uses a matrix without calling the
+    module that holds it.
     """
     attentions = (block.attention.module for block in anatomy(model).blocks if block.attention.kind == "latent")
     return sorted({type(module).__name__ for module in attentions}) or None
@@ -59,10 +59,10 @@ def _whole(model: nn.Module) -> list[str] | None:
 def compare(
     model: nn.Module, folder: Path | str, prompt_BT: torch.Tensor, steps: int
 ) -> tuple[dict[str, Measurement], bool]:
-    """Return decoding of a streamed `model` against each kind of offloading, and whether all tokens are equal.
+    """Return the decoding rate of a streamed `model` against each kind of offloading, and whether all tokens are equal.
 
-    The baseline of each measurement is accelerate's offloading of the checkpoint in `folder`; its noise floor is that
-    of an A/A control, the streamed model against itself in the same rounds. Unavailable, with the reason, where there
+    The baseline of each measurement is accelerate's offloading of the checkpoint in `folder`. The noise floor comes
+    from an A/A control: the streamed model against itself in the same rounds. Unavailable, with the reason, if there
     is no room for it.
     """
     names = {kind: f"decode, against accelerate, {kind}" for kind in KINDS}
@@ -78,8 +78,9 @@ def compare(
 
 
 def no_room(total: int) -> str:
-    """Return why weights of `total` bytes cannot be offloaded: they are loaded whole before, beside whatever else is in
-    memory, and written to the temporary disk; empty where they can.
+    """Return why weights of `total` bytes cannot be offloaded; empty if they can.
+
+    accelerate first loads them whole, in addition to everything else in memory, and writes them to the temporary disk.
     """
     free, place = placement.free_bytes("cpu"), tempfile.gettempdir()
     if total > placement.WEIGHTS_SHARE * free:
@@ -92,10 +93,11 @@ def no_room(total: int) -> str:
 def pairs_with(
     work: Workload, folder: Path | str, kind: str, dtype: torch.dtype, prompt_BT: torch.Tensor, blocks: int = BLOCKS
 ) -> tuple[Pairs, Pairs, bool]:
-    """Return the pairs (accelerate's offloading of the checkpoint in `folder`, which decodes latents absorbed, and
-    `work`), those of `work` against itself in the same rounds, and whether tokens are equal.
+    """Return the pairs of accelerate's offloading of the checkpoint in `folder` against `work`, the pairs of `work`
+    against itself in the same rounds, and whether tokens are equal.
 
-    `kind`: "disk" or "cpu". Offloading to the disk takes another copy of the weights there for as long.
+    `kind`: "disk" or "cpu". The offloaded model decodes latents absorbed. Offloading to the disk takes another copy of
+    the weights there during the call.
     """
     model = mla_absorption.absorb(io.load_folder(folder, dtype=dtype))
     device = str(work.conditions["device"])
@@ -108,5 +110,5 @@ def pairs_with(
     outputs = [arm.output_BN.cpu() for arm in (offloaded, work) if arm.output_BN is not None]
     same = len(outputs) == 2 and torch.equal(*outputs)
     del model, offloaded
-    gc.collect()  # models refer to themselves
+    gc.collect()  # models hold reference cycles
     return timed.pairs("offloaded", "streamed"), timed.pairs("streamed", "again"), same

@@ -1,6 +1,6 @@
-"""The outcome of streaming: the answer to each claim, controls and details of the record.
+"""The outcome of streaming: answers to its claims, the record's controls and details.
 
-Everything is computed from what `experiment` and the protocols beside it have measured.
+Everything is computed from the measurements of `experiment` and the other protocols in this folder.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ def refutations(
     offload: Mapping[str, Measurement],
     texts: LongTexts,
 ) -> list[tuple[str, bool | None, str]]:
-    """Return each of `CLAIMS`, whether this run refutes it (None where it cannot tell), and the evidence."""
+    """Return each of `CLAIMS` with whether this run refutes it (None if undecided) and the evidence."""
     peak = next(m for m in peaks_streamed if m.metric == "peak_memory_above_start_bytes")
     answered = [
         _other_tokens(compared, exact, equal["all together"]["same_top"]),
@@ -51,10 +51,10 @@ def refutations(
 def _other_tokens(compared: Compared, exact: bool, same_top: float) -> tuple[bool | None, str]:
     """Return whether the timed decoding generated other tokens than the resident model, and the evidence.
 
-    None where nothing was timed; where tokens differ in half precision (not `exact`), whose rounding decides ties; and
-    where the few that were generated are equal, but at some position of the text another token is the most likely one.
+    None if nothing was timed, if tokens differ in half precision (not `exact`), where rounding decides ties, or if the
+    few generated tokens are equal but the most likely token differs at some position of the text.
     """
-    percent = 100 * same_top  # of which nothing less than all is shown as all
+    percent = 100 * same_top  # only exactly 100 is shown as "all"
     share = "all" if percent == 100 else f"{percent:.{digits.places(percent, percent, 100.0)}f} % of the"
     evidence = f"{share} positions have the same most likely token"
     decoded = [timed for name, timed in compared.timed.items() if name != "prefill"]
@@ -68,18 +68,19 @@ def _other_tokens(compared: Compared, exact: bool, same_top: float) -> tuple[boo
 
 
 def _no_smaller_peak(peak: Measurement) -> tuple[bool | None, str]:
-    """Return whether the peak of memory does not fall, and the evidence; None where it could not be read or judged."""
+    """Return whether the memory peak does not fall, and the evidence; None if it could not be read or judged."""
     if peak.ratio is None or peak.baseline is None or peak.optimized is None:
         return None, peak.reason or "no peak was read"
     megabytes = f"{peak.baseline / 1e6:.4g} MB resident, {peak.optimized / 1e6:.4g} MB streamed"
     undecided = peak.verdict in ("inconclusive", "informative")
-    found = f"streamed ÷ resident {claims.ratio_in_words(peak)}: {megabytes}, in fresh processes"
-    return None if undecided else peak.verdict != "better", found
+    evidence = f"streamed ÷ resident {claims.ratio_in_words(peak)}: {megabytes}, in fresh processes"
+    return None if undecided else peak.verdict != "better", evidence
 
 
 def _no_faster(offload: Measurement) -> tuple[bool | None, str]:
-    """Return whether decoding is no faster than the offloading, and the evidence: by the verdict, which asks for more
-    than the practical margin and than the noise floor of the A/A control. None where it is undecided, with the reason.
+    """Return whether decoding is no faster than with offloading, and the evidence; None if undecided, with the reason.
+
+    Follows the verdict, which takes more than the practical margin and the noise floor of the A/A control.
     """
     if offload.ci is None or offload.ratio is None:
         return None, offload.reason or "no interval"
@@ -97,16 +98,16 @@ def controls(
     compared: Compared,
     limited: LimitedDecoding,
 ) -> list[dict[str, Any]]:
-    """Return name, purpose and measurements of every control, as `record.build` takes them."""
+    """Return the name, purpose and measurements of every control, in the form that `record.build` takes."""
     windowed = {**texts.perplexity, **retrieved}
     rows: list[tuple[str, str, list[Measurement]]] = [("prompt in chunks", "weights resident", in_chunks)]
     rows += [(name, "cache of constant size against the whole cache", [m]) for name, m in windowed.items()]
     if limited.offloading:
-        rows += [("accelerate, disk, limited", "offloading otherwise, where page cache counts", limited.offloading)]
-    rows += [(f"accelerate, {kind}", "offloading otherwise", [m]) for kind, m in offload.items()]
+        rows += [("accelerate, disk, limited", "usual offloading, page cache limited too", limited.offloading)]
+    rows += [(f"accelerate, {kind}", "usual offloading", [m]) for kind, m in offload.items()]
     rows += [(llama_cpp.NAME, "another program on the quantized file, not judged", rival.measurements)]
     rows += [("A/A", "a copy of the baseline", compared.control())]
-    if limited.control:  # of reads from a disk: no draw of what differs between two processes elsewhere
+    if limited.control:  # its variance between processes is that of disk reads and holds for no other timing
         rows += [(LIMITED, limited.control_is, limited.control)]
     return [dict(zip(("name", "purpose", "measurements"), row)) for row in rows]
 
@@ -121,7 +122,7 @@ def details(
     limited: LimitedDecoding,
     rival: LlamaCppRival,
 ) -> dict[str, tuple[object, str, str]]:
-    """Return value, provenance and source of every detail of the record."""
+    """Return the record's details: name → (value, provenance, source)."""
     least, total = streamer.smallest(folder)
     window = {"curves": texts.curves.to_dict("records"), "late_over_early": texts.late_over_early}
     window |= {"reason": texts.reason} if texts.curves.empty else {}

@@ -1,7 +1,6 @@
-"""What streaming reads, and the least time that reading takes: bytes are counted, and read once more without the model.
+"""Counts the bytes that streaming reads, and times the same reads alone: the minimum time that streaming can take.
 
-What came from the disk and what from the page cache is the system's own count for this process. Knows nothing of which
-weights are read.
+The split between disk and page cache is the system's own count for this process. Independent of which weights are read.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,8 +26,8 @@ ITSELF = "more time than reading and computing take one after the other"
 
 @dataclass(frozen=True)
 class Reads:
-    """One call of a workload: bytes it read, those of them that came from the disk (None where the system does not
-    say), the median seconds that the same reads take alone, and the tokens of the call.
+    """The reads of one call of a workload: bytes in total, bytes from the disk (None if the system does not say),
+    median seconds of the same reads alone, and the tokens of the call.
     """
 
     bytes: int
@@ -38,12 +37,12 @@ class Reads:
 
     @property
     def bandwidth(self) -> float | None:
-        """Bytes per second of the reads alone; None where nothing was read."""
+        """Bytes per second of the reads alone; None if nothing was read."""
         return self.bytes / self.seconds if self.bytes else None
 
     @property
     def source(self) -> str:
-        """Where the bytes came from, in words."""
+        """A phrase for where the bytes came from."""
         if self.disk_bytes is None:
             return "disk or page cache, the system does not say"
         share = self.disk_bytes / self.bytes if self.bytes else 0.0
@@ -51,23 +50,23 @@ class Reads:
 
 
 def stream_of(model: nn.Module) -> Streamer:
-    """Return what streams the weights of `model`. Raises TypeError where they are in memory."""
+    """Return the streamer of the weights of `model`. Raises TypeError if they are in memory."""
     if (stream := streamer(model)) is None:
         raise TypeError("the weights of this model do not stream from a file")
     return stream
 
 
 def reads(model: nn.Module, work: Callable[[], object], repeats: int = REPEATS) -> Reads:
-    """Return what one call of `work` on a streamed `model` reads, after one call that is not counted.
+    """Return the reads of one call of `work` on a streamed `model`, after one call that is not counted.
 
-    Then the same places are read again into the same memory, without computing: the least time for these bytes, in the
-    same state of the page cache. Forgets what the slots hold. Raises TypeError where `model` does not stream.
+    Then the same places are read again into the same memory, without computing: the minimum time for these bytes in the
+    same state of the page cache. Invalidates the slots of the streamer. Raises TypeError if `model` does not stream.
     """
     stream, prepare = stream_of(model), getattr(work, "prepare", None) or (lambda: None)
     file = stream.file
     work()
     prepare()
-    stream.settle()  # what that call reads ahead, for the next one, is read by now
+    stream.settle()  # waits for the uncounted call's read-ahead
     before, disk_before = file.bytes_read, disk_bytes()
     log: list[Callable[[], None]] = []
     file.log = log
@@ -82,29 +81,29 @@ def reads(model: nn.Module, work: Callable[[], object], repeats: int = REPEATS) 
     seconds = []
     for _ in range(repeats):
         start = perf_counter()
-        for again in log:
-            again()
+        for reread in log:
+            reread()
         seconds.append(perf_counter() - start)
     stream.forget()
     return Reads(count, from_disk, float(np.median(seconds)), getattr(work, "tokens", 1))
 
 
 def of_workloads(model: nn.Module, compared: Compared) -> dict[str, Reads]:
-    """Return `reads` of the streamed `model` for every workload that was timed."""
+    """Return the `reads` of the streamed `model` for every timed workload."""
     return {name: reads(model, timed.optimized) for name, timed in compared.timed.items()}
 
 
 def against_reading(compared: Compared, reads_by_workload: Mapping[str, Reads]) -> tuple[Compared, pd.DataFrame]:
-    """Return the comparison and its rows for `style.bound` with the streamed arm's own bound: the larger of the
-    physical bound of computing and of the time that reading its bytes takes alone.
+    """Return the comparison and its rows for `style.bound`, with the streamed arm held to its own bound: the larger of
+    the physical bound of computing and the time of reading its bytes alone.
 
-    `reads_by_workload`: what one call of the optimized arm reads. Where the arm falls short of that bound, the reason
+    `reads_by_workload`: the reads of one call of the optimized arm. If the arm falls short of the bound, the reason
     says whether its additional time is within that of the reads alone.
     """
     rows, bounds, peaks = pd.DataFrame(compared.bounds()), {}, compared.ceilings
     slower: dict[str, str] = {}
     for name, read in reads_by_workload.items():
-        assert peaks is not None, "what was timed was held against ceilings"
+        assert peaks is not None, "the timed workloads have no ceilings"
         base, computing = (ceilings.bound(cost, peaks).seconds for cost in compared.timed[name].costs)
         bounds[name] = base, max(computing, read.seconds)
         own = (rows.workload == name) & (rows.arm == "optimized")
@@ -119,9 +118,10 @@ def against_reading(compared: Compared, reads_by_workload: Mapping[str, Reads]) 
 
 
 def _explained(measured: Measurement, bounds: tuple[float, float] | None, slower: str) -> Measurement:
-    """Set predicted and realised speed-up of one rate or latency against the streamed arm's own bound, and the reason
-    where they differ (`slower`, where it falls short), in the place of those of the other bound; why it is undecided
-    stays.
+    """Return a rate or latency with predicted and realised speed-up against the streamed arm's own bound.
+
+    The reason for a difference (`slower` if the arm falls short) replaces the one for the general bound; the reason for
+    an undecided verdict is kept.
     """
     if bounds is None or measured.dimension != "performance" or measured.ratio is None:
         return measured
@@ -135,7 +135,7 @@ def _explained(measured: Measurement, bounds: tuple[float, float] | None, slower
 
 
 def measurements(reads_by_workload: Mapping[str, Reads]) -> list[Measurement]:
-    """Return bytes read per token of every workload; the baseline reads none."""
+    """Return the bytes read per token for every workload; the baseline reads none."""
     return [
         measurement.counted(
             "weight_bytes_read_per_token",
@@ -150,12 +150,12 @@ def measurements(reads_by_workload: Mapping[str, Reads]) -> list[Measurement]:
 
 
 def table(reads_by_workload: Mapping[str, Reads]) -> pd.DataFrame:
-    """Return megabytes read per token of every workload, and where they came from, as text."""
+    """Return a table of text: the megabytes read per token for every workload, and where they came from."""
     rows = [(name, f"{read.bytes / read.tokens / 1e6:.3f}", read.source) for name, read in reads_by_workload.items()]
     return pd.DataFrame(rows, columns=["workload", "MB read per token", "where from"])
 
 
 def share_of_bound(seconds: Sequence[float], bound: float) -> tuple[float, float, float]:
-    """Return bound ÷ time, at the median time and at the ends of its 95 % interval."""
+    """Return bound ÷ time at the median time, and at the ends of its 95 % interval (low, high)."""
     low, high = paired_stats.median_interval(seconds)
     return bound / float(np.median(seconds)), bound / high, bound / low

@@ -1,9 +1,9 @@
 """A cache of constant size for endless text: the first tokens (sinks) and the most recent ones stay, the middle is cut.
 
-StreamingLLM (Xiao et al. 2024): positions count within the cache, not within the text, so they never exceed what the
-model was trained on. Keys are stored rotated; when the middle is cut, the keys after it are rotated back by the number
-of positions cut, which is exact because rotations add. The window may overrun by `slack` tokens before it is cut, so
-that rotating back is rare. What was cut is lost: such a model reads on fluently, and cannot retrieve it. Knows nothing
+StreamingLLM (Xiao et al. 2024): positions count within the cache, not within the text, so they never exceed the range
+that the model was trained on. Keys are stored rotated; when the middle is cut, the keys after it are rotated back by
+the number of positions cut, which is exact because rotations add. The window may overrun by `slack` tokens before it is
+cut, so that rotations are rare. Cut tokens are lost: the model reads on fluently but cannot retrieve them. Independent
 of attention.
 
 Shapes: B batch, G key-value heads, S cached tokens, D head size, P rotated part, F = P / 2 frequencies.
@@ -23,8 +23,10 @@ from lib.models.structure.anatomy import Anatomy, Block, anatomy
 
 
 class SinkWindowLayer(DynamicLayer):
-    """One block's cache. `rotated` names the tensor that is rotated: "keys", or for latent attention "values"; `layout`
-    says how (`lib.models.decoding.rotation`), None in a block without rotation.
+    """The cache of one block.
+
+    `rotated` names the rotated tensor: "keys", or "values" for latent attention. `layout` is the layout of the rotation
+    (`lib.models.decoding.rotation`), None in a block without rotation.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class SinkWindowLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append, return everything cached [B, G, S, D] for this step, then cut what has left the window."""
+        """Append the states, then cut tokens outside the window; return the cache before the cut, [B, G, S, D]."""
         keys, values = super().update(key_states, value_states, *args, **kwargs)
         excess = keys.shape[-2] - self.sinks - self.window
         if excess >= max(1, self.slack):
@@ -65,8 +67,9 @@ class SinkWindowLayer(DynamicLayer):
 def turn(
     rotated: torch.Tensor, positions: int, inverse_frequency_F: torch.Tensor, layout: Layout = "halves"
 ) -> torch.Tensor:
-    """Return keys [..., D], of which the first P are rotated (all where D = P), rotated on by `positions`; computed in
-    float32.
+    """Return keys [..., D], whose first P dimensions are rotated (all if D = P), rotated further by `positions`.
+
+    Computed in float32.
     """
     angle, width = positions * inverse_frequency_F.float(), 2 * len(inverse_frequency_F)
     cos, sin = (rotation.spread(each_F, layout) for each_F in (angle.cos(), angle.sin()))
@@ -84,7 +87,7 @@ def windowed_cache(model: nn.Module, *, sinks: int = 4, window: int = 256, slack
     """Return an empty cache for `model` that holds at most sinks + window + slack − 1 tokens between steps.
 
     A longer prompt has to be read in chunks (`lib.models.decoding.chunked.chunk_prefill`). Raises UserError for numbers
-    out of range, or for more tokens than the model has positions; NotApplicable where keys rotate in an unknown way.
+    out of range, or for more tokens than the model has positions; NotApplicable if keys rotate in an unknown layout.
     """
     view = anatomy(model)
     if sinks < 0 or window < 1 or slack < 1:
@@ -111,7 +114,7 @@ def _layer(view: Anatomy, block: Block, sinks: int, window: int, slack: int) -> 
 
 
 def _frequencies(view: Anatomy, block: Block) -> torch.Tensor:
-    """Return the inverse frequencies [F] of a block: those of its kind where each kind has its own (Gemma 3)."""
+    """Return the inverse frequencies [F] of a block; some models have separate ones per kind of layer (Gemma 3)."""
     rotary, kinds = view.decoder.rotary_emb, getattr(view.config, "layer_types", None) or ()
     own = f"{kinds[block.index]}_inv_freq" if kinds else "inv_freq"
     return getattr(rotary, own if hasattr(rotary, own) else "inv_freq")

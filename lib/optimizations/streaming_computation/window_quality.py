@@ -1,7 +1,7 @@
-"""Long text through a cache of constant size: is it read as well as with the whole cache, and what is forgotten?
+"""Quality on long text with a cache of constant size, against the whole cache.
 
-Perplexity by position in the text, and values to be retrieved from inside and from outside the window. A cache is made
-by a function that is passed in; how it forgets is not known here.
+Measures perplexity by position in the text, and retrieval of values from inside and outside the window. Independent of
+how a cache forgets: caches are made by functions passed in.
 
 Shapes: N texts, T tokens, C tokens of a part, B prompts, V tokens of a value.
 """
@@ -35,16 +35,16 @@ from lib.optimizations.streaming_computation import sink_window
 
 MakeCache = Callable[[], Cache]
 LOGIT_ROWS = 512
-PARTS = 8  # of a text, each with a perplexity of its own
+PARTS = 8  # parts of a text, each with its own perplexity
 TEXTS = {
     "preview": (4, 512),
     "quick": (6, 1024),
     "standard": (12, 2048),
     "thorough": (12, 4096),
-}  # texts and their tokens, by effort
-PROMPT, GENERATED, FEWER_GENERATED = 64, 400, 8  # tokens before generation without end, and generated: fewer elsewhere
-OUTSIDE = {"preview": 2, "quick": 3, "standard": 3, "thorough": 3}  # windows from a value outside to its question
-ASKED = {"preview": 4, "quick": 48, "standard": 48, "thorough": 48}  # values inside, and outside, at most
+}  # effort → number of texts, tokens of each
+PROMPT, GENERATED, FEWER_GENERATED = 64, 400, 8  # prompt tokens, generated tokens on a proxy, and on other models
+OUTSIDE = {"preview": 2, "quick": 3, "standard": 3, "thorough": 3}  # distance of outside values, in windows
+ASKED = {"preview": 4, "quick": 48, "standard": 48, "thorough": 48}  # maximum of values inside, and of values outside
 SLACK = 32  # tokens by which the window may overrun before it is cut
 MOST_SINKS = 64
 ONE_DOCUMENT = "all texts are of one document, so there is no interval"
@@ -52,7 +52,7 @@ WHOLE, WINDOWED, NO_SINKS = "whole cache", "sinks and window", "window alone"
 
 
 def cache_makers(model: nn.Module, sinks: int, window: int) -> dict[str, MakeCache]:
-    """Return what makes an empty cache of each arm: the whole one, sinks and window, and a window without sinks."""
+    """Return arm → function that makes an empty cache: whole, sinks and window, and window without sinks."""
     windowed = functools.partial(sink_window.windowed_cache, model, window=window, slack=SLACK)
     return {
         WHOLE: sink_window.whole_cache,
@@ -63,12 +63,12 @@ def cache_makers(model: nn.Module, sinks: int, window: int) -> dict[str, MakeCac
 
 @dataclass(frozen=True)
 class LongTexts:
-    """How each cache reads long texts; everything is empty where none was read. `reason` says why, or why there is no
-    `climb`.
+    """Perplexity on long texts with each cache; all fields are empty if no text was read.
 
-    `curves`: perplexity by position (columns arm, strength, value, low, high). `late_over_early`: per arm, perplexity
-    of the last part ÷ that of the first part after the window. `climb`: the 95 % interval of that ratio with sinks and
-    window, over documents. `perplexity`: after twice the window, each arm against the whole cache.
+    `reason`: why no text was read, or why there is no `climb`. `curves`: perplexity by position (columns arm, strength,
+    value, low, high). `late_over_early`: per arm, perplexity of the last part ÷ that of the first part after the
+    window. `climb`: the 95 % interval over documents of that ratio with sinks and window. `perplexity`: from twice the
+    window, each arm against the whole cache.
     """
 
     curves: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -80,7 +80,7 @@ class LongTexts:
 
 @contextmanager
 def reading_in_chunks(model: nn.Module) -> Iterator[nn.Module]:
-    """Within, `model` reads prompts in chunks that a window can hold."""
+    """Let `model` read prompts in chunks that a window can hold, inside the block only."""
     chunked.chunk_prefill(model, SLACK)
     try:
         yield model
@@ -91,8 +91,9 @@ def reading_in_chunks(model: nn.Module) -> Iterator[nn.Module]:
 def read_long_texts(
     loaded: Loaded, arms: Mapping[str, MakeCache], window: int, effort: str, seed: int = 0
 ) -> LongTexts:
-    """Return how the loaded model reads held-out texts of at least three windows through every cache of `arms`; nothing
-    where its positions do not hold so many tokens, or one chunk more than a window with sinks.
+    """Return the perplexity of the model on held-out texts of at least three windows, with every cache of `arms`.
+
+    Empty if the model has too few positions for such texts, or for a window with sinks and one more chunk.
     """
     if loaded.random_weights:
         return LongTexts()
@@ -104,31 +105,32 @@ def read_long_texts(
     ids_NT = task_list.text_windows(loaded, "final", *size, seed)
     with reading_in_chunks(loaded.model) as model:
         losses_by_arm = {name: losses(model, ids_NT, make, at_once=len(ids_NT)) for name, make in arms.items()}
-    drawn: dict[str, Any] = {"seed": seed, "source_N": task_list.window_sources(loaded, "final", *size, seed)}
-    rows = [row for name, losses_NT in losses_by_arm.items() for row in by_position(losses_NT, name, **drawn)]
+    resampling: dict[str, Any] = {"seed": seed, "source_N": task_list.window_sources(loaded, "final", *size, seed)}
+    rows = [row for name, losses_NT in losses_by_arm.items() for row in by_position(losses_NT, name, **resampling)]
     curves = pd.DataFrame(rows)
-    climb = climb_interval(losses_by_arm[WINDOWED], window, **drawn) if WINDOWED in losses_by_arm else None
-    perplexity = _against_first(losses_by_arm, 2 * window, **drawn)
+    climb = climb_interval(losses_by_arm[WINDOWED], window, **resampling) if WINDOWED in losses_by_arm else None
+    perplexity = _against_first(losses_by_arm, 2 * window, **resampling)
     if climb is not None and not np.isfinite(climb).all():
         return LongTexts(curves, late_over_early(curves, window), None, perplexity, ONE_DOCUMENT)
     return LongTexts(curves, late_over_early(curves, window), climb, perplexity)
 
 
 def _room(window: int) -> int:
-    """Return how many positions a window takes at most: with its sinks, overrun, and the chunk that is read."""
+    """Return the maximum number of positions that a window takes, with sinks, overrun, and the chunk being read."""
     return window + MOST_SINKS + 2 * SLACK
 
 
 def _against_first(
     losses_by_arm: Mapping[str, np.ndarray], behind: int, *, seed: int, source_N: np.ndarray | None
 ) -> dict[str, Measurement]:
-    """Return the perplexity from position `behind` on of all arms but the first, judged against the first; texts of one
-    document (`source_N`) are resampled together.
+    """Return the perplexity after position `behind` of every arm but the first, judged against the first.
+
+    Texts of one document (`source_N`) are resampled together.
     """
     late_by_arm = {name: losses_NT[:, behind:].mean(1) for name, losses_NT in losses_by_arm.items()}
     first, *others = late_by_arm
     count, length = losses_by_arm[first].shape
-    source = f"{count} held-out texts of {length + 1} tokens, from position {behind} on, against {first}"
+    source = f"{count} held-out texts of {length + 1} tokens, after position {behind}, against {first}"
     judged: dict[str, Any] = {"source": source, "seed": seed, "source_N": source_N}
     return {name: noninferiority.perplexity(late_by_arm[first], late_by_arm[name], **judged) for name in others}
 
@@ -142,8 +144,9 @@ def losses(model: nn.Module, ids_NT: torch.Tensor, make_cache: MakeCache, at_onc
 def by_position(
     losses_NT: np.ndarray, arm: str, parts: int = PARTS, seed: int = 0, source_N: np.ndarray | None = None
 ) -> list[dict[str, object]]:
-    """Return perplexity over the position in the text: a row per part, with its bootstrap interval over texts, those of
-    one document together; without where all are of one.
+    """Return perplexity by position in the text: a row per part, with its bootstrap interval over texts.
+
+    Texts of one document are resampled together; without interval if all are of one document.
     """
     rows: list[dict[str, object]] = []
     for first, last, mean_N in _parts(losses_NT, parts):
@@ -154,7 +157,7 @@ def by_position(
 
 
 def _parts(losses_NT: np.ndarray, parts: int) -> list[tuple[int, int, np.ndarray]]:
-    """Return first and last position and mean loss per text [N] of every part."""
+    """Return the first position, last position and mean loss per text [N] of every part."""
     pieces, first = [], 0
     for part_NC in np.array_split(losses_NT, parts, axis=1):
         last = first + part_NC.shape[1]
@@ -164,7 +167,7 @@ def _parts(losses_NT: np.ndarray, parts: int) -> list[tuple[int, int, np.ndarray
 
 
 def late_over_early(curves: pd.DataFrame, behind: int) -> dict[str, float]:
-    """Return, per arm, perplexity of the last part of the text ÷ that of the first part behind position `behind`."""
+    """Return, per arm, the perplexity of the last part of the text ÷ that of the first part after position `behind`."""
     rows = curves[curves.strength > behind].sort_values("strength").groupby("arm", sort=False)["value"]
     return (rows.last() / rows.first()).to_dict()
 
@@ -172,8 +175,9 @@ def late_over_early(curves: pd.DataFrame, behind: int) -> dict[str, float]:
 def climb_interval(
     losses_NT: np.ndarray, behind: int, parts: int = PARTS, seed: int = 0, source_N: np.ndarray | None = None
 ) -> tuple[float, float]:
-    """Return the 95 % interval of the ratio that `late_over_early` gives for one arm, over texts, those of one document
-    together; from 0 to infinity where all are of one.
+    """Return the 95 % interval, over texts, of the ratio of `late_over_early` for one arm.
+
+    Texts of one document are resampled together; from 0 to infinity if all are of one document.
     """
     late = [mean_N for first, last, mean_N in _parts(losses_NT, parts) if (first + last) // 2 > behind]
     low, high = paired_stats.bootstrap_interval(late[-1] - late[0], seed=seed, source=source_N)
@@ -183,14 +187,14 @@ def climb_interval(
 def described(texts: LongTexts) -> str:
     """Return the alternative text of the figure of `texts.curves`."""
     ratios = ", ".join(f"{arm} {ratio:.2f}" for arm, ratio in texts.late_over_early.items())
-    return f"Perplexity over position in the text; last part ÷ the first after the window: {ratios}."
+    return f"Perplexity by position in the text; last part ÷ first part after the window: {ratios}."
 
 
 def does_perplexity_climb(texts: LongTexts) -> tuple[bool | None, str]:
-    """Return whether perplexity climbs with the length of the text, with sinks and window, and the evidence.
+    """Return whether, with sinks and window, perplexity climbs with the length of the text, and the evidence.
 
-    It climbs where the interval of late ÷ early lies above 1 + the margin of perplexity, and does not where it lies
-    below; in between, and where no text was read, the answer is None.
+    It climbs if the interval of late ÷ early lies above 1 + the margin of perplexity, and does not if it lies below;
+    otherwise, and without text, the answer is None.
     """
     if texts.climb is None:
         return None, f"no texts were read: {texts.reason}" if texts.curves.empty else texts.reason
@@ -200,16 +204,17 @@ def does_perplexity_climb(texts: LongTexts) -> tuple[bool | None, str]:
     limit = 1 + margin
     climbs = True if low > limit else False if high <= limit else None
     ratio = texts.late_over_early[WINDOWED]
-    found = Interval(ratio, low, high).in_words(neutral=limit)
-    return climbs, f"perplexity late ÷ early {found}; it climbs above {limit:g}"
+    interval = Interval(ratio, low, high).in_words(neutral=limit)
+    return climbs, f"perplexity late ÷ early {interval}; above {limit:g} it counts as climbing"
 
 
 def retrieval_by_distance(
     loaded: Loaded, arms: Mapping[str, MakeCache], window: int, effort: str, seed: int = 0
 ) -> dict[str, Measurement]:
-    """Return exact match with sinks and window against the whole cache, for as many values inside and outside the
-    window as the effort asks for, at most `ASKED`; empty for random weights, and where the model has too few
-    positions for the window. What is outside is surely so, whenever the window was cut last, and behind the sinks.
+    """Return the exact match with sinks and window against the whole cache, for values inside and outside the window.
+
+    The effort sets the number of values, at most `ASKED`. Outside values lie beyond the window whenever it was last
+    cut, and after the sinks. Empty for random weights, and if the model has too few positions for the window.
     """
     if loaded.random_weights:
         return {}
@@ -230,7 +235,7 @@ def retrieval_by_distance(
 
 
 def _sinks(cache: Cache) -> int:
-    """Return how many first tokens of a text a cache never forgets."""
+    """Return the number of first tokens that a cache never forgets."""
     return max((getattr(layer, "sinks", 0) for layer in cache.layers), default=0)
 
 
@@ -244,20 +249,20 @@ def retrieve(
     seed: int = 0,
     lead: int = retrieval.LEAD,
 ) -> Retrieved:
-    """Return which of `count` values, stored `distance` tokens ago behind `lead` tokens of text, `model` repeats
+    """Return which of `count` values, stored `distance` tokens back after `lead` tokens of text, `model` repeats
     exactly, token by token.
     """
     ids_BT, target_BV = task_list.retrieval_prompts(loaded, distance, count, seed, lead)
-    right = []
+    exact = []
     for prompt_BT, value_BV in zip(ids_BT.split(PROMPTS_AT_ONCE), target_BV.split(PROMPTS_AT_ONCE)):
         output_BV = torch.stack(list(chunked.tokens(model, prompt_BT, value_BV.shape[1], cache=make_cache())), 1)
-        right.append((output_BV.cpu() == value_BV.cpu()).all(1).numpy())
+        exact.append((output_BV.cpu() == value_BV.cpu()).all(1).numpy())
     source_N = task_list.filler_sources(loaded, distance, count, seed, lead)
-    return Retrieved(distance, np.concatenate(right), source_N=source_N)
+    return Retrieved(distance, np.concatenate(exact), source_N=source_N)
 
 
 def retrieval_bars(measurements: Mapping[str, Measurement]) -> pd.DataFrame:
-    """Return `retrieval_by_distance` for `style.bars`: the whole cache's shares, then the window's."""
+    """Return the rows of `retrieval_by_distance` for `style.bars`: first the whole cache, then the window."""
     rows = [{"arm": f"{WHOLE}, {name}", "value": m.baseline} for name, m in measurements.items()]
     rows += [{"arm": f"window, {name}", "value": m.optimized} for name, m in measurements.items()]
     return pd.DataFrame(rows)
@@ -270,11 +275,12 @@ def described_bars(bars: pd.DataFrame) -> str:
 
 
 def cache_sizes(loaded: Loaded, arms: Mapping[str, MakeCache], window: int, effort: str, seed: int = 0) -> pd.DataFrame:
-    """Return the tokens that the whole and the windowed cache hold after each of some generated tokens: columns arm,
-    strength (tokens read and generated), value. Where few tokens are generated the prompt comes first in its length: a
-    proxy model at effort preview reads one as long as the window, any other model one that all but fills the windowed
-    cache, so that it is cut within those few. The whole cache alone where the model has too few positions for the
-    window, and no more tokens than it has positions.
+    """Return the number of tokens that the whole and the windowed cache hold after each generated token.
+
+    Columns: arm, strength (tokens read and generated), value. If few tokens are generated, the prompt is long enough
+    for the windowed cache to be cut among them: as long as the window for a proxy model at effort preview, nearly
+    filling the windowed cache for other models. If the model has too few positions for the window, only the whole cache
+    is shown, up to the model's positions.
     """
     proxy, length = loaded.scale == "proxy", PROMPT
     count = GENERATED if proxy else FEWER_GENERATED
@@ -299,6 +305,6 @@ def cache_sizes(loaded: Loaded, arms: Mapping[str, MakeCache], window: int, effo
 
 
 def described_sizes(held: pd.DataFrame, room: int) -> str:
-    """Return the most tokens that each cache of `cache_sizes` held, beside the `room` of the window, as a sentence."""
+    """Return a sentence on the most tokens that each cache of `cache_sizes` held, with the `room` of the window."""
     most = ", ".join(f"{arm} {count}" for arm, count in held.groupby("arm")["value"].max().items())
-    return f"Most tokens held: {most}. The window has room for {room}, and is cut once {SLACK} more are held."
+    return f"Most tokens held: {most}. The window has room for {room} and is cut when it exceeds that by {SLACK}."

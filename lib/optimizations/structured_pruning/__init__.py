@@ -1,1 +1,1 @@
-"""Structured pruning: what it does to a model, and how it is measured."""
+"""Structured pruning: the method and its measurement."""

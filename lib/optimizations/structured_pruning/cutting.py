@@ -1,8 +1,8 @@
-"""Removes the least salient experts, channels and heads, block after block; the tensors shrink.
+"""Removes the least salient experts, channels and heads, block by block; the tensors shrink.
 
-Knows nothing of how salient a part is, or of how much is to be removed.
+Independent of how saliency is scored and of how much is removed.
 
-Shapes: E experts, J kept of each expert's channels.
+Shapes: E experts, J channels kept of each expert.
 """
 
 from collections.abc import Sequence
@@ -26,10 +26,10 @@ from lib.models.structure.surgery import (
 from lib.optimizations.structured_pruning.compensation import fitted
 from lib.optimizations.structured_pruning.saliency import Scores
 
-READING = ("o_proj", "down_proj")  # what reads heads and channels
+READING = ("o_proj", "down_proj")  # the matrices that read heads and channels
 CHANNEL_MULTIPLE = 8  # kept widths are multiples of this: matrix kernels are built for aligned rows
-FITTED = ("heads", "channels")  # without them no matrix reads less than before
-Readings = dict[int, tuple[Moments, Moments]]  # by the module that reads: of the text to fit on, of what is held out
+FITTED = ("heads", "channels")  # granularities whose removal takes inputs from a matrix
+Readings = dict[int, tuple[Moments, Moments]]  # id of the reading module → moments of fitting text, of held-out text
 
 
 def prune_blocks(
@@ -39,8 +39,9 @@ def prune_blocks(
     shares: Sequence[dict[str, float]],
     compensate: bool,
 ) -> None:
-    """Prune every block of `pruned` in place by scores and shares of each; to compensate, on what the pruned blocks
-    before it give to it.
+    """Prune every block of `pruned` in place by its scores and shares.
+
+    With `compensate`, each block is refitted on the outputs of the pruned blocks before it.
     """
     if not compensate or not any(share[part] for share in shares for part in FITTED):
         for block in anatomy(pruned).blocks:
@@ -56,8 +57,9 @@ def prune_blocks(
 
 
 def readings(walk: Walk, taught: int) -> Readings:
-    """Return the moments of what reads heads or channels of the block in front of which `walk` stands: of the first
-    `taught` batches, and of those held out.
+    """Return the input moments of the matrices that read heads or channels in the block in front of `walk`.
+
+    Two per matrix: of the first `taught` batches, and of the held-out rest.
     """
     readers = reading(walk.model, walk.index)
     first, rest = moments_apart(walk, readers, taught)
@@ -71,7 +73,7 @@ def reading(model: nn.Module, block: int) -> list[Matrix]:
 
 
 def prune_block(block: Block, scores: Scores, shares: dict[str, float], moments: Readings | None = None) -> None:
-    """Prune one block in place; with `moments` what stays is fitted to what was."""
+    """Prune one block in place; with `moments`, refit the reading matrices to their original outputs."""
     part, attention = block.feed_forward, block.attention
     if shares["heads"] and attention.kind != "none":
         kept = _kept(scores["heads"], shares["heads"])
@@ -102,19 +104,19 @@ def prune_block(block: Block, scores: Scores, shares: dict[str, float], moments:
 
 
 def _fitted(reader: nn.Linear, moments: Readings | None, kept: torch.Tensor, what: str) -> torch.Tensor | None:
-    """Return the weights of a reader fitted to what it gave, or None where it is no matrix in one dense piece."""
+    """Return the weights of `reader` refitted to its original output, or None if it has no moments."""
     if moments is None or id(reader) not in moments:
         return None
     return fitted(reader.weight[None], *moments[id(reader)], kept[None], what)[0]
 
 
 def _columns(groups: int, inputs: int, kept: torch.Tensor) -> torch.Tensor:
-    """Return the inputs that belong to the groups `kept`."""
+    """Return the indices of the inputs that belong to the groups `kept`."""
     return torch.arange(inputs, device=kept.device).view(groups, -1)[kept].flatten()
 
 
 def _kept(scores: torch.Tensor, share: float, multiple: int = 1) -> torch.Tensor:
-    """Return the indices to keep along the last dimension, ascending: all but about `share`, the most salient ones."""
+    """Return the ascending indices of the most salient entries along the last dimension: all but about `share`."""
     size = scores.shape[-1]
     count = min(size, max(1, multiple, round(size * (1 - share) / multiple) * multiple))
     return scores.topk(count, dim=-1).indices.sort(dim=-1).values

@@ -1,8 +1,8 @@
-"""Which whole blocks go, and taking them away: by influence, greedily by divergence, or one contiguous span.
+"""Chooses and removes whole blocks: by influence, greedily by divergence, or as one contiguous span.
 
-Knows nothing of parts inside a block.
+Independent of the parts inside a block.
 
-Shapes: R real tokens of a batch, H hidden, V vocabulary, C tokens of a chunk.
+Shapes: R real (not padding) tokens of a batch, H hidden, V vocabulary, C tokens of a chunk.
 """
 
 import math
@@ -19,22 +19,22 @@ from lib.models.structure.sharing import sharing
 from lib.models.structure.surgery import synchronise
 
 CRITERIA = ("influence", "divergence", "span")
-CANDIDATES = 8  # blocks of least influence that a greedy step tries: more would make it quadratic in depth
+CANDIDATES = 8  # least influential blocks tried per greedy step: trying all would be quadratic in depth
 
 
 def least(scores: torch.Tensor, count: int, protected: int) -> list[int]:
-    """Return the `count` least salient of the blocks after the `protected` first ones."""
+    """Return the indices of the `count` least salient blocks, without the first `protected` blocks."""
     return sorted((scores[protected:].topk(int(count), largest=False).indices + protected).tolist())
 
 
 def remove_blocks(model: nn.Module, removed: Iterable[int]) -> None:
-    """Remove whole blocks in place; `synchronise` must follow, which removes their entries in the configuration."""
-    decoder, gone = anatomy(model).decoder, set(removed)
-    decoder.layers = nn.ModuleList(layer for index, layer in enumerate(decoder.layers) if index not in gone)
+    """Remove whole blocks in place; call `synchronise` afterwards to remove their entries from the configuration."""
+    decoder, dropped = anatomy(model).decoder, set(removed)
+    decoder.layers = nn.ModuleList(layer for index, layer in enumerate(decoder.layers) if index not in dropped)
 
 
 def without_blocks(model: nn.Module, removed: Iterable[int]) -> nn.Module:
-    """Return a copy of `model` that lacks the blocks `removed` and shares every tensor with it: for reading only."""
+    """Return a read-only copy of `model` without the blocks `removed`; it shares every tensor with `model`."""
     student = sharing(model)
     remove_blocks(student, removed)
     return synchronise(student)
@@ -44,11 +44,11 @@ def without_blocks(model: nn.Module, removed: Iterable[int]) -> nn.Module:
 def greedy(
     model: nn.Module, calibration: Sequence[dict[str, torch.Tensor]], count: int, influence: torch.Tensor
 ) -> list[int]:
-    """Return `count` blocks, chosen one after another: the one whose skipping diverges least (nats) from `model`.
+    """Return the indices of `count` blocks, chosen greedily: each step removes the block that costs least divergence.
 
-    Each step tries the CANDIDATES blocks of least influence that are left; of one without which the outputs are no
-    numbers the divergence is infinite. Last states are kept, logits only of CHUNK_ELEMENTS at a time: with a real
-    vocabulary those of a batch take gigabytes.
+    Divergence from `model` is in nats, infinite if outputs are not finite. Each step tries the CANDIDATES least
+    influential blocks that remain. Last states are kept, but only CHUNK_ELEMENTS of the logits at a time: with a real
+    vocabulary those of one batch take gigabytes.
     """
     view = anatomy(model)
     expected = [_last_states(model, inputs) for inputs in calibration]
@@ -69,14 +69,14 @@ def greedy(
 
 
 def _last_states(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return what the head reads of every real token of a batch, [R, H]."""
+    """Return the last hidden state of every real token of a batch, [R, H], the input of the head."""
     hidden_BTH = model.get_submodule("model")(**inputs, use_cache=False).last_hidden_state
     mask_BT = inputs.get("attention_mask")
     return hidden_BTH.flatten(0, 1) if mask_BT is None else hidden_BTH[mask_BT.bool().to(hidden_BTH.device)]
 
 
 def _divergence(model: nn.Module, states_RH: torch.Tensor, student: nn.Module, changed_RH: torch.Tensor) -> float:
-    """Return KL(model ‖ student), mean over the tokens whose last states these are, in nats."""
+    """Return KL(model ‖ student) in nats, averaged over the tokens of the two sets of last states."""
     total = 0.0
     logits = (in_chunks(*arm, CHUNK_ELEMENTS) for arm in ((model, states_RH), (student, changed_RH)))
     for expected_CV, changed_CV in zip(*logits):
@@ -87,10 +87,10 @@ def _divergence(model: nn.Module, states_RH: torch.Tensor, student: nn.Module, c
 
 @torch.no_grad()
 def span(model: nn.Module, calibration: Sequence[dict[str, torch.Tensor]], count: int) -> list[int]:
-    """Return `count` neighbouring blocks: those between whose input and output the states turn least.
+    """Return the indices of `count` adjacent blocks, the span whose output is closest in angle to its input.
 
-    Mean 1 − cos over all real tokens, as influence is; Gromov et al. 2024, who remove one span, take arccos ÷ π of the
-    last token of each text. The states of `count` blocks are held.
+    Distance is the mean 1 − cos over all real tokens, as for influence. Gromov et al. 2024, who remove one span, use
+    arccos ÷ π of the last token of each text. Holds the states of `count` blocks.
     """
     walk, blocks = Walk(model, calibration), anatomy(model).blocks
     protected = anatomy(model).fixed_blocks

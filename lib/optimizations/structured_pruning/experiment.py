@@ -1,7 +1,7 @@
-"""The protocol of the structured-pruning notebook: what is observed, the mechanism on one block, and the cut.
+"""The protocol of the structured-pruning notebook: the observation, the mechanism on one block, and the cut.
 
-What it is compared with is in `rivals`, the answers to its claims in `outcome`. Returns plain data. Knows nothing of
-tables, figures or records.
+Rivals are in `rivals`, the answers to the claims in `outcome`. Returns plain data; independent of tables, figures and
+records.
 """
 
 import time
@@ -33,13 +33,13 @@ PRIMARIES = {
     "resources": ("peak_tensor_bytes", "generate"),
     "efficiency": ("energy_joules_per_token", "decode"),
 }
-PROXY_STEPS = 30  # of distillation by default
-BESIDE_THE_PLAN = 0.03  # of the decoder's parameters: what goes along with a part, and what does not
+PROXY_STEPS = 30  # default steps of distillation on a proxy model
+BESIDE_THE_PLAN = 0.03  # tolerance in the share removed: small tensors that the plan does not count
 
 
 @dataclass(frozen=True)
 class PruningSetup:
-    """A model with its calibration text and what was observed on it, which took `seconds`."""
+    """A model with its calibration text and the statistics observed on it; observing took `seconds`."""
 
     loaded: Loaded
     calibration: list[dict[str, torch.Tensor]]
@@ -55,22 +55,22 @@ class PruningSetup:
 
     @property
     def middle(self) -> int:
-        """The index of the block that is shown."""
+        """The index of the middle block, the one shown."""
         return len(self.observation.blocks) // 2
 
     @property
     def influence(self) -> list[float]:
-        """What each block changes: mean 1 − cos(input, output) over the calibration tokens."""
+        """The influence of each block: mean 1 − cos(input, output) over the calibration tokens."""
         return [block.influence / self.observation.tokens for block in self.observation.blocks]
 
     @property
     def unseen(self) -> int:
-        """How many experts no calibration token reached: their channels are ranked by weights."""
-        counted = (block.expert_tokens_E for block in self.observation.blocks)
-        return sum(int((tokens_E == 0).sum()) for tokens_E in counted if tokens_E is not None)
+        """The number of experts that no calibration token reached; their channels are ranked by weights."""
+        counts = (block.expert_tokens_E for block in self.observation.blocks)
+        return sum(int((tokens_E == 0).sum()) for tokens_E in counts if tokens_E is not None)
 
     def facts(self) -> dict[str, object]:
-        """Return what is about to be pruned, for a table."""
+        """Return the facts about the model to be pruned, for a table."""
         return facts.about(
             self.loaded,
             decoder_parameters=f"{method.decoder_parameters(self.baseline):,}",
@@ -81,16 +81,18 @@ class PruningSetup:
 
 
 def set_up(loaded: Loaded, effort: Effort, ratio: float, granularity: str, seed: int) -> PruningSetup:
-    """Return the model with its calibration text, observed in one pass. Raises UserError, before any text is read, for
-    what `method.apply` refuses at this ratio and granularity; NotApplicable too where its weights stream from a file.
+    """Return the model with its calibration text, observed in one pass.
+
+    Raises UserError, before any text is read, if `method.apply` refuses this ratio and granularity, and NotApplicable
+    if the model's weights stream from a file.
     """
     checks.applies(method.NAME, loaded.model, method.applies_to)
     method.check(ratio, granularity, SALIENCIES[0])
     method.plan(loaded.model, ratio, granularity)
     length = effort.calibration_tokens
     calibration = prompts.calibration(loaded, calibration_text.sequences(loaded.model, effort), length, seed)
-    lessons = finetuning.sequences(effort)
-    finetune_batches = prompts.calibration(loaded, lessons, length, seed, tokens_at_once=1024)
+    finetune_count = finetuning.sequences(effort)
+    finetune_batches = prompts.calibration(loaded, finetune_count, length, seed, tokens_at_once=1024)
     start = time.perf_counter()
     observation = observe(loaded.model, calibration)
     return PruningSetup(loaded, calibration, finetune_batches, observation, time.perf_counter() - start, seed, effort)
@@ -100,10 +102,10 @@ def set_up(loaded: Loaded, effort: Effort, ratio: float, granularity: str, seed:
 
 
 def saliency_curves(setup: PruningSetup, shares: dict[str, float]) -> pd.DataFrame:
-    """Return the sorted saliencies of the middle block's parts that are to lose a share.
+    """Return the sorted saliencies of those parts of the middle block that `shares` prunes.
 
-    One row per part: `strength` is its rank in percent, `value` its saliency over the largest, `arm` what it is a part
-    of: "channels" and "expert_channels" lose one share. Empty where whole blocks go, or nothing.
+    One row per part: `strength` is its rank in percent, `value` its saliency relative to the largest, `arm` its kind.
+    "channels" and "expert_channels" lose the same share. Empty if whole blocks or nothing is removed.
     """
     block = anatomy(setup.baseline).blocks[setup.middle]
     statistics = setup.observation.blocks[setup.middle]
@@ -117,17 +119,20 @@ def saliency_curves(setup: PruningSetup, shares: dict[str, float]) -> pd.DataFra
 
 
 def _planned_as(part: str) -> str:
-    """Return the granularity of a plan to which the parts of one saliency belong."""
+    """Return the granularity of the plan to which a kind of part belongs."""
     return "channels" if part == "expert_channels" else part
 
 
 def read_saliency(curves: pd.DataFrame, shares: dict[str, float]) -> tuple[str, str]:
-    """Return two sentences on the curves: what share of the saliency goes, and what would go if all were alike."""
+    """Return two sentences on the curves: the share of the saliency that is removed, and whether the curve is steep."""
     if not len(curves) and not shares["depth"]:
-        reason = "The block that is shown has no such part." if any(shares.values()) else "Nothing is to be removed."
+        reason = "The middle block has no such part." if any(shares.values()) else "Nothing is to be removed."
         return reason, "So no curve is drawn."
     if not len(curves):
-        return "Whole blocks go, so no part inside a block is ranked.", "The table of influence shows what is ranked."
+        return (
+            "Whole blocks are removed, so no part inside a block is ranked.",
+            "The table of influence shows how the blocks are ranked.",
+        )
     part, curve = next(iter(curves.groupby("arm", sort=False)))
     values = curve["value"].sort_values()
     share = shares[_planned_as(str(part))]
@@ -144,11 +149,10 @@ def read_saliency(curves: pd.DataFrame, shares: dict[str, float]) -> tuple[str, 
 
 @dataclass(frozen=True)
 class PrunedModel:
-    """A pruned model straight after the cut, after the fit (the same model where nothing was fitted), and after
-    distillation.
+    """A pruned model right after the cut, after the fit (the same model if nothing was fitted), and after distillation.
 
-    `seconds` are those of making the optimized one, the observation included; steps of which none was kept took no part
-    in that.
+    `seconds` is the time to make the optimized model, including the observation, and including distillation only if a
+    step of it was kept.
     """
 
     pruned: nn.Module
@@ -160,24 +164,24 @@ class PrunedModel:
 
     @property
     def summary(self) -> str:
-        """What was removed, whether the rest was fitted, and what training did."""
+        """The share removed, whether the rest was refitted, and the effect of training."""
         sentences = [f"{100 * self.removed:.1f} % of the decoder's parameters are removed."]
         if self.fitted is not self.pruned:
-            sentences.append("What read them is refitted by least squares.")
+            sentences.append("The matrices that read removed parts are refitted by least squares.")
         return " ".join([*sentences, *filter(None, [finetuning.read(self.lessons)])])
 
 
 def steps_of(loaded: Loaded, finetune_steps: int, effort: Effort) -> int:
-    """Return the steps of distillation of a run; by default (-1) PROXY_STEPS on a proxy model, none at real size."""
+    """Return a run's steps of distillation; the default (-1) is PROXY_STEPS on a proxy model, none at real size."""
     return finetuning.steps_of(loaded, finetune_steps, PROXY_STEPS, effort)
 
 
 def cut(setup: PruningSetup, ratio: float, granularity: str, finetune_steps: int) -> PrunedModel:
-    """Return the model with about `ratio` of the decoder's parameters removed, fitted, then distilled.
+    """Return the model with about `ratio` of the decoder's parameters removed, refitted, then distilled.
 
-    The matrices that read the removed channels or heads are refitted by least squares, unless weights are random or
-    there is one sequence of text only: the same model as `method.apply` returns. Where no step brings it nearer to the
-    baseline, it stays so. `removed` is the share actually removed.
+    The matrices that read removed channels or heads are refitted by least squares, as `method.apply` does, unless
+    weights are random or there is only one sequence of text. If no step of distillation brings the model nearer to the
+    baseline, the undistilled model is kept. `removed` is the share actually removed.
     """
     options: dict[str, Any] = {"ratio": ratio, "granularity": granularity, "seed": setup.seed}
     options |= {"observation": setup.observation}
@@ -202,8 +206,8 @@ def cut(setup: PruningSetup, ratio: float, granularity: str, finetune_steps: int
 
 
 def is_as_planned(setup: PruningSetup, chosen: PrunedModel, ratio: float, granularity: str) -> bool:
-    """Return whether as much was removed as `method.plan` comes to: `ratio`, rounded to whole experts, groups or blocks
-    and to channels in multiples.
+    """Return whether the share removed is what `method.plan` gives: `ratio` rounded to whole experts, groups, blocks or
+    multiples of channels.
     """
     least, most = method.planned(setup.baseline, ratio, granularity)
     return least - BESIDE_THE_PLAN < chosen.removed < most + BESIDE_THE_PLAN
@@ -212,21 +216,22 @@ def is_as_planned(setup: PruningSetup, chosen: PrunedModel, ratio: float, granul
 def optimize(
     loaded: Loaded, effort: Effort, *, ratio: float, granularity: str, finetune_steps: int, seed: int
 ) -> nn.Module:
-    """Return the model that a run with these parameters measures. Raises UserError, before any text is read, for what
-    `method.apply` refuses.
+    """Return the model that a run with these parameters measures.
+
+    Raises UserError, before any text is read, for options that `method.apply` refuses.
     """
     setup = set_up(loaded, effort, ratio, granularity, seed)
     return cut(setup, ratio, granularity, steps_of(loaded, finetune_steps, effort)).optimized
 
 
 def shapes(baseline: nn.Module, optimized: nn.Module, index: int) -> pd.DataFrame:
-    """Return the shapes of the matrices of block `index`, or of the last block left, in both arms."""
+    """Return the shapes of the matrices of block `index` in both arms; if it is removed, of the last block left."""
     last = len(anatomy(optimized).blocks) - 1
     before, after = block_shapes(baseline, index), block_shapes(optimized, min(index, last))
     return pd.DataFrame({"tensor": before.keys(), "baseline": before.values(), "optimized": after.values()})
 
 
 def block_shapes(model: nn.Module, index: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the matrices of block `index`: parameter name → shape. Indices are of the model as it is."""
+    """Return parameter name → shape for the matrices of block `index`, counted in `model` itself."""
     block = anatomy(model).blocks[index].module
     return {name: tuple(parameter.shape) for name, parameter in block.named_parameters() if parameter.ndim > 1}

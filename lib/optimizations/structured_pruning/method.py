@@ -4,15 +4,15 @@ Four granularities, each written once against the anatomy:
 
 - experts: REAP (Lasby et al. 2025): mean over an expert's tokens of router weight × ‖output‖₂; slices the 3-D tensors,
   the router's rows and its correction bias.
-- channels: mean |activation| × ‖column of the down projection‖₂, for dense parts and inside experts.
-- heads: a whole key-value group with its query heads; for latent attention single heads; by mean ‖contribution‖₂.
-- depth: by block influence 1 − cos(input, output) (Men et al. 2024, ShortGPT), greedily by what skipping a block does
-  to the output, or one contiguous span (`depth`).
+- channels: mean |activation| × ‖column of the down projection‖₂, for dense layers and inside experts.
+- heads: mean ‖contribution‖₂ of a key-value group with its query heads, or of single heads for latent attention.
+- depth: by block influence 1 − cos(input, output) (Men et al. 2024, ShortGPT), greedily by the effect of skipping a
+  block on the output, or one contiguous span (`depth`).
 
-Every block loses the same number, so shapes stay uniform, unless budgets follow outliers. What reads the removed
-channels or heads is refitted to compensate (`compensation`), and the model may then be distilled. Controls: `magnitude`
-ranks by weight norms alone, `random` at random, for experts also `frequency` and `ean`. One block is pruned after the
-other. Knows nothing of measuring; `apply` never changes the caller's model: what stays as it was is shared with it.
+Every block loses the same number of parts, so shapes stay uniform, unless budgets follow outliers. Matrices that read
+removed channels or heads are refitted to compensate (`compensation`), and the model may then be distilled. Controls:
+`magnitude` ranks by weight norms alone, `random` at random; for experts also `frequency` and `ean`. Blocks are pruned
+one by one. Independent of measurement; `apply` never changes the caller's model, but shares unchanged tensors with it.
 
 Shapes: E experts, I width of one expert, C channels, H hidden, Q heads, G key-value groups.
 """
@@ -64,7 +64,7 @@ COMPOSES = {
 
 
 def applies_to(model: nn.Module) -> str | None:
-    """Return None, or why no row or column can be removed: the matrices are stored sparse."""
+    """Return None if the method applies, else the reason: matrices stored sparse cannot lose rows or columns."""
     return "matrices stored sparse cannot lose rows or columns; remove parts first" if stored(model) else None
 
 
@@ -86,13 +86,13 @@ def apply(
 ) -> nn.Module:
     """Return a smaller model: about `ratio` of the decoder's parameters removed, then `finetune_steps` of distillation.
 
-    granularity: one of GRANULARITIES, or "auto" (experts where there are any, else channels). budget: "uniform", or
-    "owl" for channels: blocks with more outliers among them lose fewer. compensate: refit the matrices that read the
-    removed channels or heads, by least squares on the calibration text; None: where that has two sequences at least, as
-    the fit is judged on text of its own. observation: what `observe(model, calibration)`
-    returned, to prune several times from one pass; recovery: the batches to distil on (default: calibration). Raises
-    UserError for a value out of range, a ratio out of reach, and weights that are not finite. Without recovery, what
-    stays as it was is shared with `model`: train neither in place.
+    granularity: one of GRANULARITIES, or "auto" (experts if there are any, otherwise channels). budget: "uniform", or
+    "owl" for channels: blocks with more outliers lose fewer channels. compensate: refit the matrices that read removed
+    channels or heads, by least squares on the calibration text; None: only if that has at least two sequences, since
+    the fit is judged on held-out text. observation: the result of `observe(model, calibration)`, to prune several times
+    from one pass. recovery: batches to distil on (default: calibration). Raises UserError for a value out of range, a
+    ratio out of reach, and weights that are not finite. Without recovery, unchanged tensors are shared with `model`:
+    train neither in place.
     """
     check(ratio, granularity, saliency)
     options.choices(NAME, {"depth_criterion": (depth_criterion, depth.CRITERIA), "budget": (budget, BUDGETS)})
@@ -130,10 +130,10 @@ def recover(
     learning_rate: float = 3e-4,
     seed: int = 0,
 ) -> tuple[nn.Module, Lessons]:
-    """Return a copy of `pruned` after `steps` of distillation from `model`, and what the lessons did.
+    """Return a copy of `pruned` after `steps` of distillation from `model`, and the log of the training.
 
-    A part of the batches is not trained on (`distillation.split`); the weights that do best on it are returned, which
-    may be those before training. Without steps it is `pruned` itself.
+    Part of the batches is held out (`distillation.split`); the weights that do best on it are returned, which may be
+    those before training. With zero steps `pruned` itself is returned.
     """
     if not steps:
         return pruned, Lessons([], {})
@@ -148,19 +148,18 @@ def check(ratio: float, granularity: str, saliency: str) -> None:
     options.one_of(NAME, "saliency", saliency, (*SALIENCIES, *OF_EXPERTS))
 
 
-# --- how much goes ---------------------------------------------------------------------------------------------------
+# --- how much to remove ----------------------------------------------------------------------------------------------
 
 
 def decoder_parameters(model: nn.Module) -> int:
-    """Return the parameters of all decoder blocks: what `ratio` is a share of."""
+    """Return the number of parameters in all decoder blocks; `ratio` is a share of them."""
     return sum(parameter.numel() for block in anatomy(model).blocks for parameter in block.module.parameters())
 
 
 def plan(model: nn.Module, ratio: float, granularity: str = "auto") -> dict[str, float]:
-    """Return the share of experts, channels, heads and blocks to remove so that `ratio` of the decoder's parameters go.
+    """Return the shares of experts, channels, heads and blocks whose removal takes `ratio` of the decoder's parameters.
 
-    Experts, groups and blocks come whole: the share is rounded to what they can give.
-    Raises NotApplicable with the largest ratio in reach.
+    Shares are rounded to whole experts, groups and blocks. Raises NotApplicable naming the largest reachable ratio.
     """
     view, total = anatomy(model), decoder_parameters(model)
     name = _resolve(view, granularity)
@@ -176,8 +175,9 @@ def plan(model: nn.Module, ratio: float, granularity: str = "auto") -> dict[str,
 
 
 def planned(model: nn.Module, ratio: float, granularity: str = "auto") -> tuple[float, float]:
-    """Return the least and the largest share of the decoder's parameters that the `plan` removes: whole experts, groups
-    and channels in multiples by their number, whole blocks by the smallest and the largest of them.
+    """Return the smallest and the largest share of the decoder's parameters that the `plan` can remove.
+
+    The two differ for channels by the rounding to multiples, and for blocks by the sizes of the blocks.
     """
     view, total = anatomy(model), decoder_parameters(model)
     name = _resolve(view, granularity)
@@ -197,7 +197,7 @@ def planned(model: nn.Module, ratio: float, granularity: str = "auto") -> tuple[
 
 
 def _require_valid_heads(view: Anatomy, share: float) -> None:
-    """Raise NotApplicable where the architecture's configuration does not allow so many heads as would be left."""
+    """Raise NotApplicable if the architecture's configuration does not allow the number of heads left."""
     attention = next(block.attention for block in view.blocks if block.attention.kind != "none")
     groups = round(attention.key_value_heads * (1 - share))
     config = copy.deepcopy(view.config)
@@ -214,9 +214,9 @@ def _require_valid_heads(view: Anatomy, share: float) -> None:
 
 
 def _whole(view: Anatomy, granularity: str, share: float) -> float:
-    """Return the nearest share that whole experts, groups or blocks can give, at least one of them.
+    """Return `share` rounded to whole experts, groups or blocks, at least one.
 
-    Channels are fine enough as they are.
+    Channels are fine-grained enough not to need it.
     """
     routed = [block.feed_forward.experts for block in view.blocks if block.feed_forward.experts]
     counts = {
@@ -240,7 +240,7 @@ def _resolve(view: Anatomy, granularity: str) -> str:
 
 
 def _removable(view: Anatomy, granularity: str) -> int:
-    """Return the parameters that are proportional to the count of this granularity."""
+    """Return the number of parameters that scale with the count of this granularity."""
     total = 0
     for block in view.blocks:
         experts, part = block.feed_forward.experts, block.feed_forward
@@ -257,7 +257,7 @@ def _removable(view: Anatomy, granularity: str) -> int:
 
 
 def _most(view: Anatomy, granularity: str) -> float:
-    """Return the largest share that may go: top-k experts, one group, a few channels, one block stay."""
+    """Return the largest share that may be removed: top-k experts, one group, a few channels or one block must stay."""
     if granularity == "experts":
         routed = [block.feed_forward.experts for block in view.blocks if block.feed_forward.experts]
         return min(1 - experts.least_per_group * experts.groups / experts.count for experts in routed)
@@ -268,18 +268,18 @@ def _most(view: Anatomy, granularity: str) -> float:
     return 0.95
 
 
-# --- what goes -------------------------------------------------------------------------------------------------------
+# --- what to remove --------------------------------------------------------------------------------------------------
 
 
 def _by_block(scores: Sequence[Scores], shares: dict[str, float], budget: str) -> list[dict[str, float]]:
-    """Return the shares of every block: the same, or fewer channels of those with more outliers among them."""
+    """Return the shares of every block: all equal, or for "owl" fewer channels where more of them are outliers."""
     if budget == "uniform" or not shares["channels"]:
         return [shares] * len(scores)
     outliers, sizes = {}, {}
     for index, score in enumerate(scores):
         parts = [score[name] for name in ("channels", "expert_channels") if name in score]
         sizes[index] = float(sum(part.numel() for part in parts))
-        if "expert_channels" in score:  # not those of experts that no token reached, whose own score is 0
+        if "expert_channels" in score:  # without experts that no token reached: their score is 0
             parts[-1] = parts[-1][score["experts"] > 0]
         above = sum(float((part > OUTLIER * part.mean()).sum()) for part in parts)
         outliers[index] = above / max(1, sum(part.numel() for part in parts))

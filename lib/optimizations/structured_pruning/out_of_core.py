@@ -1,7 +1,7 @@
-"""Removes parts of a checkpoint that need not fit into memory, block by block, from file to file.
+"""Prune a checkpoint that may not fit in memory, block by block, from file to file.
 
-Two walks: one ranks the parts of the whole model, one removes them. The text's statistics are a few numbers per part,
-so those of all blocks are held.
+Two walks: the first ranks the parts of the whole model, the second removes them. Text statistics are a few numbers per
+part, so those of all blocks are held.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,8 +40,8 @@ def apply_to_file(
 ) -> Path:
     """Write the checkpoint in `source` without its least salient parts to the new folder `target`; return it.
 
-    Options and result as of `method.apply`. Raises UserError as that and `rewriting.rewrite` do, and for granularity
-    "depth": which blocks go is known at the end.
+    Options and result as for `method.apply`. Raises UserError as that and `rewriting.rewrite` do, and for granularity
+    "depth", where the blocks to remove are known only at the end.
     """
     check(ratio, granularity, saliency)
     if granularity == "depth":
@@ -57,8 +57,8 @@ def apply_to_file(
             fitted = compensate and any(shares[part] for part in cutting.FITTED)
             taught, held_out = split(calibration) if fitted else ([*calibration], [])
             text = [*taught, *held_out]
-            # Before the parts are ranked.
-            free = stack.enter_context(reserved(source, target, text, about=about, shards=shards))
+            # Reserved before the long ranking.
+            folder = stack.enter_context(reserved(source, target, text, about=about, shards=shards))
             scores = _scores(store, calibration, saliency, seed)
 
         def change(model: nn.Module, walk: Walk, block: Block) -> None:
@@ -66,13 +66,13 @@ def apply_to_file(
             cutting.prune_block(block, scores[block.index], shares, readings)
             synchronise(model)
 
-        return write_into(free, source, target, text, change, about=about, device=device)
+        return write_into(folder, source, target, text, change, about=about, device=device)
 
 
 def _scores(
     store: FileBlocks, calibration: Sequence[dict[str, torch.Tensor]], saliency: str, seed: int
 ) -> list[Scores]:
-    """Return the saliency of every block's parts in the model as it is."""
+    """Return the saliency of every block's parts in the original model."""
     scores = []
     walk = Walk(store.model, calibration, store=store)
     for block in walk:
@@ -83,9 +83,9 @@ def _scores(
 
 
 def options(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of `apply_to_file` for the parameters of a run: what reads the removed parts is fitted anew.
+    """Return the options of `apply_to_file` for the parameters of a run, with compensation.
 
-    Raises UserError where they ask for what needs the whole model in memory.
+    Raises UserError for distillation, which needs the whole model in memory.
     """
     if parameters["finetune_steps"] > 0:
         raise UserError(f"{NAME}: distillation needs the whole model in memory; give -p finetune_steps=0")

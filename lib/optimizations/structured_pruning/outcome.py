@@ -1,7 +1,6 @@
-"""The outcome of structured pruning: the answer to each claim, what others published held against this run, and the
-record's details.
+"""The outcome of structured pruning: answers to its claims, published results against this run, record details.
 
-Everything is computed from what `experiment` and `rivals` have measured.
+Everything is computed from the measurements of `experiment` and `rivals`.
 """
 
 import pandas as pd
@@ -21,7 +20,7 @@ CLAIMS = (
 
 
 def refutations(arms: list[ThirdArm], measurements: list[Measurement]) -> list[ClaimAnswer]:
-    """Return an answer to each of CLAIMS: from the divergences of `controls`, and from the times."""
+    """Return an answer to each of CLAIMS, from the divergences of `controls` and from the timings."""
     chosen = claims.interval(arms, [BARE])
     by_chance = claims.interval(arms, [arm.name for arm in arms if arm.purpose == BY_CHANCE])
     by_weights = claims.interval(arms, ["magnitude"])
@@ -33,7 +32,7 @@ def refutations(arms: list[ThirdArm], measurements: list[Measurement]) -> list[C
 
 
 def _drowns(claim: str, measurements: list[Measurement]) -> ClaimAnswer:
-    """Return the answer by the times; none where the machine was too busy, or the run too short, for judging any."""
+    """Return the answer from the timings; undecided if the machine was too busy or the run too short to judge them."""
     answer, reason = claims.gain_drowns(claim, measurements), why_busy(measurements)
     if reason is None:
         return answer
@@ -41,8 +40,8 @@ def _drowns(claim: str, measurements: list[Measurement]) -> ClaimAnswer:
 
 
 def replications(setup: PruningSetup, measurements: list[Measurement], granularity: str) -> list[relations.Judged]:
-    """Return what others published of pruning, judged by this run: the influence of blocks, accuracy beside perplexity,
-    and, where whole blocks went, generation beside multiple choice.
+    """Return the published results on pruning, judged by this run: the influence of blocks, accuracy against
+    perplexity, and, if whole blocks were removed, generation against multiple choice.
     """
     named = {m.metric: m for m in measurements if m.workload in ("prefill", "generate")}
     scores = [_bounded(m) for m in measurements if m.metric in ("accuracy", "accuracy_norm") and m.margin is not None]
@@ -54,8 +53,9 @@ def replications(setup: PruningSetup, measurements: list[Measurement], granulari
 
 
 def _bounded(score: Measurement) -> Measurement:
-    """Return a score of which no answer changed with the bound of its change, to either side, as its interval: it has
-    no other, but it was measured.
+    """Return `score` with an interval from the bound on its change, to either side, if no answer changed.
+
+    Such a score was measured but has no other interval.
     """
     if score.ci or score.ratio != 1 or score.bound is None or not score.baseline:
         return score
@@ -66,7 +66,7 @@ def _bounded(score: Measurement) -> Measurement:
 def details(
     setup: PruningSetup, shares: dict[str, float], chosen: PrunedModel, curves: pd.DataFrame
 ) -> dict[str, dict[str, object]]:
-    """Return what a record holds beside measurements: name → value, provenance, source."""
+    """Return the record's details: name → value, provenance and source."""
     tokens = f"{setup.observation.tokens} calibration tokens"
     values = {
         "removed_share": (chosen.removed, "derived", "parameters of the decoder blocks"),

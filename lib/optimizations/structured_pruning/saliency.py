@@ -1,6 +1,6 @@
-"""How much each part of a block matters: by what passes through it on calibration text, by its weights, or at random.
+"""The saliency of each part of a block: from its activations on calibration text, from its weights, or random.
 
-Knows nothing of what is removed, or how much.
+Independent of what is removed, and how much.
 
 Shapes: E experts, I width of one expert, C channels, Q heads, G key-value groups.
 """
@@ -13,21 +13,21 @@ from lib.models.calibration.activations import BlockStatistics
 from lib.models.structure.anatomy import Attention, Block, Experts
 
 SALIENCIES = ("activation", "magnitude", "random")
-OF_EXPERTS = ("frequency", "ean")  # further ones, for experts only
-UNSEEN = 1e-6  # of the mean score: the most that a channel of an expert has which no token reached
+OF_EXPERTS = ("frequency", "ean")  # further saliencies, for experts only
+UNSEEN = 1e-6  # share of the mean score that caps the channels of an expert that no token reached
 Scores = dict[str, Any]  # granularity → tensor of scores; "depth" → one number
 
 
 def saliency_scores(
     block: Block, statistics: BlockStatistics | None, saliency: str = "activation", seed: int = 0
 ) -> Scores:
-    """Return the saliency of a block's parts, larger is more salient.
+    """Return the saliency of a block's parts; larger is more salient.
 
-    experts [E], channels [C], expert_channels [E, I], heads [G], depth (one number); a granularity that the block lacks
-    is missing. "activation" needs the block's `statistics`: raises ValueError where these lack a part. For experts it
-    is REAP; channels of an expert that no token reached are ranked by its weights. "frequency" counts the tokens of
-    experts, "ean" sums the norms of their outputs (expert activation norm, Jaiswal et al. 2025): both, with everything
-    else as in "activation".
+    Keys: experts [E], channels [C], expert_channels [E, I], heads [G] and depth (one number), without those that the
+    block lacks. "activation" needs the block's `statistics` and raises ValueError if they lack a part. For experts it
+    is REAP; channels of an expert that no token reached are ranked by its weights. "frequency" and "ean" differ from
+    "activation" only in the score of experts: their token counts, or the summed norms of their outputs (expert
+    activation norm, Jaiswal et al. 2025).
     """
     if saliency == "random":
         return _random_scores(block, torch.Generator().manual_seed(seed * 10_007 + block.index))
@@ -57,10 +57,9 @@ def _of_experts(statistics: BlockStatistics, saliency: str) -> torch.Tensor:
 
 
 def _of_expert_channels(experts: Experts, statistics: BlockStatistics) -> torch.Tensor:
-    """Return mean |activation| × norm of the down column [E, I], the mean over each expert's own tokens.
+    """Return mean |activation| × norm of the down column, [E, I], with means over each expert's own tokens.
 
-    Of an expert that no token reached nothing is known but its weights: these give the order of its channels, far below
-    those of every other expert.
+    Channels of an expert that no token reached are ranked by its weights, far below those of every other expert.
     """
     up_EI, down_EI = _expert_norms(experts)
     tokens_E1 = _observed(statistics.expert_tokens_E)[:, None]
@@ -101,23 +100,23 @@ def _per_group(attention: Attention, heads_Q: torch.Tensor) -> torch.Tensor:
 
 
 def _random_scores(block: Block, generator: torch.Generator) -> Scores:
-    """Return random scores on the device of the block, drawn on the processor so that every device has the same."""
+    """Return random scores on the block's device, drawn on the CPU so that every device gets the same."""
     part, device = block.feed_forward, next(block.module.parameters()).device
 
-    def drawn(*shape: int) -> torch.Tensor:
+    def uniform(*shape: int) -> torch.Tensor:
         return torch.rand(*shape, generator=generator).to(device)
 
-    scores: Scores = {"heads": drawn(block.attention.key_value_heads)}
+    scores: Scores = {"heads": uniform(block.attention.key_value_heads)}
     scores["depth"] = float(torch.rand(1, generator=generator))
     if part.dense is not None:
-        scores["channels"] = drawn(part.channels)
+        scores["channels"] = uniform(part.channels)
     if part.experts is not None:
-        scores["experts"] = drawn(part.experts.count)
-        scores["expert_channels"] = drawn(part.experts.count, part.experts.channels)
+        scores["experts"] = uniform(part.experts.count)
+        scores["expert_channels"] = uniform(part.experts.count, part.experts.channels)
     return scores
 
 
 def _expert_norms(experts: Experts) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return per expert and channel the norm of its gate and up rows, and of its down column, both [E, I]."""
+    """Return the norms of each channel's gate and up rows, and of its down column, both [E, I]."""
     rows = experts.gate_up.float().norm(dim=2)
     return torch.hypot(rows[:, : experts.channels], rows[:, experts.channels :]), experts.down.float().norm(dim=1)

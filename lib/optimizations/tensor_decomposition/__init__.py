@@ -1,1 +1,1 @@
-"""Tensor decomposition: what it does to a model, and how it is measured."""
+"""Tensor decomposition: the method and its measurement."""

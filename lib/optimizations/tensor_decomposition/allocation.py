@@ -1,7 +1,7 @@
-"""How many ranks each matrix gets: one budget of bytes, spent where a rank keeps most.
+"""Rank allocation: one budget of bytes over all matrices, spent where a rank keeps most.
 
-A matrix is given by its spectrum, and is worth what losing it would cost. It stays dense where factors would not be
-smaller, or where the budget is better spent on it whole. Knows nothing of how a spectrum was found.
+Each matrix is described by its spectrum and its worth, the cost of losing it. It stays dense if factors would be no
+smaller, or if the budget is better spent on keeping it whole. Independent of how spectra are computed.
 """
 
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ from lib.optimizations.tensor_decomposition.low_rank import FactorableMatrix, Sp
 
 MULTIPLE = 8  # ranks are multiples of this: matrix kernels are built for aligned rows
 
-Choice = tuple["int | None", int, float]  # rank (None: dense), elements, what is kept of the matrix's worth
+Choice = tuple["int | None", int, float]  # rank (None: dense), elements, worth kept
 
 
 def decoder_bytes(model: nn.Module) -> int:
-    """Return the bytes of all parameters of the decoder's blocks: what `compression` is a share of."""
+    """Return the bytes of all parameters in the decoder's blocks; `compression` is a share of them."""
     return sum(parameter.nbytes for block in anatomy(model).blocks for parameter in block.module.parameters())
 
 
 def options(spectrum: Spectrum) -> list[Choice]:
-    """Return what a matrix can be: (rank, elements, what is kept of its worth) by ascending size, dense (None) last."""
+    """Return the choices for a matrix, (rank, elements, worth kept), by ascending size; dense (rank None) is last."""
     matrix, kept_R = spectrum.matrix, spectrum.kept_R * spectrum.worth
     ranks = [rank for rank in range(MULTIPLE, len(kept_R) + 1, MULTIPLE) if rank < matrix.break_even]
     factored = [(rank, matrix.elements(rank), float(kept_R[rank - 1])) for rank in ranks]
@@ -31,9 +31,9 @@ def options(spectrum: Spectrum) -> list[Choice]:
 
 
 def room_for(model: nn.Module, matrices: Sequence[FactorableMatrix], compression: float) -> float:
-    """Return how many elements are left for these matrices once `compression` of the decoder's bytes are gone.
+    """Return the number of elements left for `matrices` once `compression` of the decoder's bytes are removed.
 
-    Needs no spectrum: raises NotApplicable, before any work, with the largest compression in reach.
+    Needs no spectrum. Raises NotApplicable, naming the largest reachable compression, before any expensive work.
     """
     size, total = matrices[0].weight.element_size(), decoder_bytes(model)
     dense = sum(matrix.elements(None) for matrix in matrices)
@@ -43,7 +43,7 @@ def room_for(model: nn.Module, matrices: Sequence[FactorableMatrix], compression
         reach = (dense - least) * size / total
         raise NotApplicable(
             f"tensor_decomposition: compression {compression} is out of reach: with every rank at {MULTIPLE} "
-            f"(or dense, where that is smaller) at most {reach:.2f}"
+            f"(or dense, if that is smaller) at most {reach:.2f} can be removed"
         )
     return room
 
@@ -51,10 +51,10 @@ def room_for(model: nn.Module, matrices: Sequence[FactorableMatrix], compression
 def allocate(
     model: nn.Module, spectra: Sequence[Spectrum], compression: float, budget: str = "global"
 ) -> dict[str, int | None]:
-    """Return the rank of every matrix (None: dense) so that about `compression` of the decoder's bytes go.
+    """Return the rank of every matrix (None: dense) such that about `compression` of the decoder's bytes are removed.
 
-    "global": greedily by what is kept per element, over all matrices; "uniform": the same share of each matrix, but for
-    those that cannot be so small. Raises NotApplicable with the largest compression in reach.
+    "global": greedily over all matrices, by worth kept per element; "uniform": the same share of each matrix, except
+    those that cannot be made that small. Raises NotApplicable naming the largest reachable compression.
     """
     room = room_for(model, [spectrum.matrix for spectrum in spectra], compression)
     menus = {spectrum.matrix.name: options(spectrum) for spectrum in spectra}
@@ -64,10 +64,9 @@ def allocate(
 
 
 def _uniform(menus: dict[str, list[Choice]], room: float) -> dict[str, int]:
-    """Return the index chosen from each menu: what comes nearest from below to one share of each matrix.
+    """Return the index chosen from each menu: the largest choice within one common share of each matrix.
 
-    A matrix whose smallest factors (or which itself, too small for factors) are more than that is taken so, and the
-    others share what is left.
+    A matrix whose smallest choice exceeds that share gets its smallest choice, and the others share the rest.
     """
     sharing = dict(menus)
     while True:
@@ -83,7 +82,7 @@ def _uniform(menus: dict[str, list[Choice]], room: float) -> dict[str, int]:
 
 
 def _greedy(menus: dict[str, list[Choice]], room: float) -> dict[str, int]:
-    """Return the index chosen from each menu: steps along the upper hull of energy over elements, steepest first."""
+    """Return the index chosen from each menu: steps along the upper hull of energy by elements, steepest first."""
     at = dict.fromkeys(menus, 0)
     room -= sum(menu[0][1] for menu in menus.values())
     steps = []
@@ -101,7 +100,7 @@ def _greedy(menus: dict[str, list[Choice]], room: float) -> dict[str, int]:
 
 
 def _fill(menus: dict[str, list[Choice]], at: dict[str, int], room: float) -> None:
-    """Spend in place what whole steps left over: again and again the best step of any size that still fits."""
+    """Spend the room left over, updating `at` in place: repeatedly take the steepest step that still fits."""
     room -= sum(menus[name][index][1] for name, index in at.items())
     while True:
         fitting = [

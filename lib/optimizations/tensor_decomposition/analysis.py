@@ -1,14 +1,14 @@
-"""The spectra of a model's matrices, one after the other: what each rank keeps, and what losing a matrix would cost.
+"""The spectra of a model's matrices, one at a time: the energy that each rank keeps, and the cost of losing the matrix.
 
-`Spectra` can be read again and again: once for the curves from which ranks are chosen, once to make the factors. Each
-reading is one pass of calibration text from block to block; the sums of one block and the spectrum of one matrix are
-held at a time. Only where those of the whole model are small are they kept for the next reading.
+`Spectra` can be iterated repeatedly: once for the curves from which ranks are chosen, once to make the factors. Each
+iteration is one pass of calibration text from block to block, which holds the sums of one block and the spectrum of one
+matrix at a time. The spectra are kept for the next iteration only if those of the whole model are small.
 
-Energies of different matrices are compared by what losing them costs: the divergence in nats that is measured when this
-matrix alone is cut to half its break-even rank and the model runs on from there. At most WEIGHED_BLOCKS blocks are
-weighed so, evenly over the depth, and the same kind of matrix between two of them is interpolated: the passes do not
-grow with the square of the depth. (The Fisher information of the output would need one backward pass only, but it is
-the curvature at an error of zero, and cuts are not small; the divergence is measured at an error of that size.)
+Energies of different matrices are compared by the cost of losing them: the divergence in nats, measured with this
+matrix alone cut to half its break-even rank and the rest of the model run from there. At most WEIGHED_BLOCKS blocks,
+spread evenly over the depth, are measured this way; matrices of the same kind between two of them are interpolated, so
+the passes do not grow with the square of the depth. (The Fisher information of the output would need only one backward
+pass, but it is the curvature at zero error. Cuts are not small, so divergence is measured at an error of their size.)
 """
 
 import math
@@ -54,11 +54,11 @@ def matrices(model: nn.Module, block: int | None = None) -> list[FactorableMatri
 
 @dataclass
 class Spectra:
-    """The spectrum of every matrix of the decoder of `model`; iterate to get them one by one, block after block.
+    """The spectra of all matrices in the decoder of `model`; iterate to get them one by one, block by block.
 
-    method: "plain" (of W), "random" (of a random subspace), anything else whitened (of W·S from `calibration`).
-    weighed: whether the worth of matrices is measured, see above, in at most `weighed_blocks` blocks (by
-    default WEIGHED_BLOCKS); else it is 1. store: see `Walk`.
+    method: "plain" (of W), "random" (of a random subspace); any other is whitened (of W·S from `calibration`).
+    weighed: whether to measure the worth of matrices (see the module docstring), in at most `weighed_blocks` blocks
+    (default WEIGHED_BLOCKS); if false it is 1. room: bytes of spectra that may be kept. store: see `Walk`.
     """
 
     model: nn.Module
@@ -97,14 +97,14 @@ class Spectra:
             self._kept = [replace(spectrum, worth=worth[spectrum.matrix.name]) for spectrum in kept]
 
     def _curve(self, spectrum: Spectrum, worth: float) -> Spectrum:
-        """Return the curve alone; where blocks come from a store it does not keep the weights of its matrix."""
+        """Return the curve of `spectrum`; with a store it does not hold the weights of its matrix."""
         curve = replace(spectrum.curve(), worth=worth)
         if self.store is None:
             return curve
         return replace(curve, matrix=replace(curve.matrix, weight=nn.Parameter(curve.matrix.weight.to("meta"))))
 
     def curves(self) -> list[Spectrum]:
-        """Return what every rank of every matrix keeps, and what the matrix is worth, without vectors."""
+        """Return the spectra without vectors: the energy that every rank keeps, and the worth of each matrix."""
         if self.method == "random":
             return [flat_spectrum(matrix) for matrix in self.require_matrices()]
         if self._curves is None:
@@ -114,11 +114,11 @@ class Spectra:
         return self._curves
 
     def of(self, matrix: FactorableMatrix) -> Spectrum | None:
-        """Return the spectrum of one matrix, None where there is no such matrix."""
+        """Return the spectrum of one matrix, or None if it is not in the decoder."""
         return next((spectrum for spectrum in self if spectrum.matrix.name == matrix.name), None)
 
     def require_matrices(self) -> list[FactorableMatrix]:
-        """Return the matrices that can be factored. Raises NotApplicable where there is none."""
+        """Return the matrices that can be factored. Raises NotApplicable if there are none."""
         if not (factorable := matrices(self.model)):
             raise NotApplicable(
                 "no matrix to compress: every matrix of the decoder is stored sparse or factored already"
@@ -126,7 +126,7 @@ class Spectra:
         return factorable
 
     def _read(self) -> Iterator[tuple[Spectrum, float | None]]:
-        """Yield each spectrum with its measured worth, None where it is not measured."""
+        """Yield each spectrum with its worth, None if that is not measured."""
         factorable = self.require_matrices()
         if not self.whitened:
             for index, matrix in enumerate(factorable):
@@ -143,15 +143,15 @@ class Spectra:
         if short:
             warnings.warn(
                 f"tensor_decomposition: {short[0]} (and {len(short) - 1} more): fewer calibration tokens than inputs; "
-                "damping makes up for the rest, more text would do better",
+                "the inverse relies on damping, more calibration text would be better",
                 stacklevel=3,
             )
 
 
 def block_spectra(walk: Walk, block: Block, short: list[str] | None = None) -> Iterator[Spectrum]:
-    """Yield the whitened spectrum of each matrix of the block in front of which `walk` stands, which stays as it is.
+    """Yield the whitened spectrum of each matrix in `block`, in front of which `walk` stands; the block is unchanged.
 
-    The names of matrices that need an inverse and saw fewer tokens than inputs are appended to `short`.
+    Appends to `short` the names of matrices that need an inverse but saw fewer tokens than they have inputs.
     """
     observed = second_moments.matrices(walk.model, "all", block.index, inside_factors=False)
     options: dict[str, Any] = {"gram": True, "dtype": torch.float64, "weighting": "router"}
@@ -165,7 +165,7 @@ def block_spectra(walk: Walk, block: Block, short: list[str] | None = None) -> I
 
 
 def _whitened(matrix: FactorableMatrix, moments: Moments, roots: dict[int, torch.Tensor]) -> tuple[Spectrum, int]:
-    """Return the spectrum and the number of tokens behind it; matrices that share an input share its root."""
+    """Return the spectrum and the number of tokens behind it; `roots` caches the root of a shared input."""
     assert moments.gram is not None
     tokens, gram = int(moments.tokens.min()), moments.gram
     if by_its_rows(matrix):
@@ -177,9 +177,9 @@ def _whitened(matrix: FactorableMatrix, moments: Moments, roots: dict[int, torch
 
 
 class Scale:
-    """What a matrix is worth: divergence in nats per token, when it alone is cut, over the share of energy it lost.
+    """Measures the worth of a matrix: divergence in nats per token if it alone is cut, over the share of energy lost.
 
-    Judged on a few sequences of the first calibration batch.
+    Uses the first FIRST_SEQUENCES sequences of the first calibration batch.
     """
 
     def __init__(self, model: nn.Module, most_blocks: int | None = None):
@@ -191,30 +191,30 @@ class Scale:
 
     @torch.no_grad()
     def weigh(self, spectrum: Spectrum, batch: TextBatch) -> float | None:
-        """Return the worth of a matrix of the block that `batch` stands in front of, None where it is not weighed."""
-        factored = [rank for rank, _, _ in options(spectrum) if rank is not None]
+        """Return the worth of a matrix in the block in front of which `batch` stands, None if it is not measured."""
+        ranks = [rank for rank, _, _ in options(spectrum) if rank is not None]
         if spectrum.matrix.block not in self.blocks:
             return None
-        if not factored:
+        if not ranks:
             return 1.0
-        few = batch.first(FIRST_SEQUENCES)
+        first = batch.first(FIRST_SEQUENCES)
         if self.expected is None:
-            self.expected = self._answers(few, spectrum.matrix.block)
-        rank = min(factored, key=lambda rank: abs(rank - spectrum.matrix.break_even / 2))
+            self.expected = self._log_probabilities(first, spectrum.matrix.block)
+        rank = min(ranks, key=lambda rank: abs(rank - spectrum.matrix.break_even / 2))
         owner, _, leaf = spectrum.matrix.module.rpartition(".")
-        whole = self.trial.get_submodule(spectrum.matrix.module)
+        dense = self.trial.get_submodule(spectrum.matrix.module)
         install(self.trial, [spectrum], {spectrum.matrix.name: rank})
-        logits = self._answers(few, spectrum.matrix.block)
-        setattr(self.trial.get_submodule(owner), leaf, whole)
-        lost = nn.functional.kl_div(logits, self.expected, reduction="sum", log_target=True) / len(self.expected)
+        predicted = self._log_probabilities(first, spectrum.matrix.block)
+        setattr(self.trial.get_submodule(owner), leaf, dense)
+        lost = nn.functional.kl_div(predicted, self.expected, reduction="sum", log_target=True) / len(self.expected)
         return max(float(lost), 0.0) / max(1 - float(spectrum.kept_R[rank - 1]), 1e-9)
 
-    def _answers(self, batch: TextBatch, block: int) -> torch.Tensor:
+    def _log_probabilities(self, batch: TextBatch, block: int) -> torch.Tensor:
         return finish(self.trial, batch, block)[batch.mask_BT].float().log_softmax(-1)
 
 
 def _interpolated(curves: Iterable[Spectrum]) -> list[Spectrum]:
-    """Return the curves with a worth each: between weighed blocks that of the same kind of matrix, geometrically."""
+    """Return the curves, each with a worth: geometric interpolation over matrices of the same kind between blocks."""
     curves = list(curves)
     weighed: dict[str, dict[int, float]] = {}
     for curve in curves:
@@ -241,5 +241,5 @@ def _interpolated(curves: Iterable[Spectrum]) -> list[Spectrum]:
 
 
 def _kind(matrix: FactorableMatrix) -> str:
-    """Return what matrices of different blocks have in common: the name of the module in its block, and the side."""
+    """Return the kind shared by matrices of different blocks: the module's name within its block, and the side."""
     return f"{'.'.join(matrix.module.split('.')[-2:])}:{matrix.side}"

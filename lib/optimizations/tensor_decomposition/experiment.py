@@ -1,6 +1,6 @@
 """The protocol of the tensor-decomposition notebook: one spectrum, the ranks, and the factored model.
 
-Its rivals are in `rivals`. Returns plain data. Knows nothing of tables, figures or records.
+The rivals are in `rivals`. Returns plain data; independent of tables, figures and records.
 """
 
 import time
@@ -31,18 +31,19 @@ PRIMARIES = {
     "efficiency": ("energy_joules_per_token", "decode"),
 }
 BARE, FITTED = "plain", "whitened"
-AUTO = "auto"  # refined on a proxy model; at real sizes refitted in closed form
-SHOWN_RANKS, SHOWN_LEAST = 48, 1e-4  # points of a curve of singular values, and the least share of the largest
-PREVIEW_BLOCKS = 2  # in which the worth of matrices is measured at effort preview
+AUTO = "auto"  # "refined" on a proxy model, "refitted" (closed form) at real size
+SHOWN_RANKS, SHOWN_LEAST = 48, 1e-4  # points per curve of singular values, and its floor as a share of the largest
+PREVIEW_BLOCKS = 2  # blocks in which the worth of matrices is measured at effort preview
 
 Ranks = dict[str, "int | None"]
 
 
 @dataclass(frozen=True)
 class FactoringSetup:
-    """A model, its calibration text, and the spectra of its matrices by method; those of its own took `seconds`.
+    """A model, its calibration text, and the spectra of its matrices by method.
 
-    Random weights have no leading directions: there `method` is "random" and `budget` "uniform".
+    `seconds` is the time of the spectra that `method` uses. Random weights have no leading directions: for them
+    `method` is "random" and `budget` "uniform".
     """
 
     loaded: Loaded
@@ -71,22 +72,22 @@ class FactoringSetup:
 
     @property
     def middle(self) -> int:
-        """The index of the block that is shown."""
+        """The index of the middle block, the one shown."""
         return len(anatomy(self.baseline).blocks) // 2
 
     @property
     def shown(self) -> list[FactorableMatrix]:
-        """The matrices of the block that is shown."""
+        """The matrices of the middle block."""
         return matrices(self.baseline, self.middle)
 
     @property
     def widest(self) -> FactorableMatrix:
-        """The largest linear layer of the block that is shown."""
+        """The largest linear layer of the middle block."""
         linear = (matrix for matrix in self.shown if matrix.side == "linear")
         return max(linear, key=lambda matrix: matrix.elements(None))
 
     def facts(self) -> dict[str, object]:
-        """Return what is about to be factored, for a table."""
+        """Return the facts about the model to be factored, for a table."""
         return facts.about(
             self.loaded,
             method=self.method,
@@ -98,12 +99,11 @@ class FactoringSetup:
 def set_up(
     loaded: Loaded, effort: Effort, compression: float, method: str, budget: str, refine_steps: int, seed: int
 ) -> FactoringSetup:
-    """Return the model with its calibration text and the spectra that the arms need, each read once; `seconds` are
-    those of the method's own, not of its control's.
+    """Return the model with its calibration text and the spectra that the arms need, each computed once.
 
-    method: one of those of the optimization, or AUTO. Raises UserError, before any text is read, for another one, for
-    an unknown budget, and for a compression out of range or out of reach; NotApplicable too where the weights of the
-    model stream from a file.
+    method: one of `method.METHODS`, or AUTO. `seconds` excludes the spectra of controls. Raises UserError, before any
+    text is read, for an unknown method or budget and for a compression out of range or out of reach, and NotApplicable
+    if the model's weights stream from a file.
     """
     checks.changeable(loaded.model)
     checks.in_range(decomposition.NAME, "compression", compression, 0, 1, closed="neither")
@@ -121,16 +121,16 @@ def set_up(
     else:
         method = ("refined" if loaded.scale == "proxy" else "refitted") if method == AUTO else method
         kinds = [BARE, FITTED, *{method} & {"random"}]
-    few: dict[str, Any] = {"seed": seed, "weighed_blocks": weighed_blocks(effort)}
-    spectra, took = {}, {}
+    analysis_options: dict[str, Any] = {"seed": seed, "weighed_blocks": weighed_blocks(effort)}
+    spectra, seconds_of = {}, {}
     for kind in kinds:
         start = time.perf_counter()
-        spectra[kind] = decomposition.analyse(loaded.model, calibration, kind, **few)
+        spectra[kind] = decomposition.analyse(loaded.model, calibration, kind, **analysis_options)
         spectra[kind].curves()
-        took[kind] = time.perf_counter() - start
+        seconds_of[kind] = time.perf_counter() - start
     if FITTED in spectra:
         spectra |= {"refined": spectra[FITTED], "refitted": spectra[FITTED]}
-    seconds = next(took[kind] for kind in kinds if spectra[kind] is spectra[method])
+    seconds = next(seconds_of[kind] for kind in kinds if spectra[kind] is spectra[method])
     options: dict[str, Any] = {
         "method": method,
         "budget": budget,
@@ -144,7 +144,7 @@ def set_up(
 
 
 def weighed_blocks(effort: Effort) -> int | None:
-    """Return in how many blocks at most the worth of matrices is measured; None: as everywhere else."""
+    """Return the maximum number of blocks in which the worth of matrices is measured; None: the default."""
     return PREVIEW_BLOCKS if effort.preview else None
 
 
@@ -152,10 +152,10 @@ def weighed_blocks(effort: Effort) -> int | None:
 
 
 def singular_values(setup: FactoringSetup) -> tuple[pd.DataFrame, float]:
-    """Return the singular values of the widest matrix over the largest, and the seconds that its plain spectrum took.
+    """Return the singular values of the widest matrix, relative to the largest, and the seconds of its plain spectrum.
 
-    One row per rank (`strength`), method (`arm`) and `value`; whitened ones are seen through calibration inputs. For a
-    figure see `thinned`.
+    One row per rank (`strength`) and method (`arm`), in column `value`; whitened values are those of W·S. `thinned`
+    selects the points for a figure.
     """
     matrix = setup.widest
     start = time.perf_counter()
@@ -173,14 +173,14 @@ def singular_values(setup: FactoringSetup) -> tuple[pd.DataFrame, float]:
 
 
 def thinned(curves: pd.DataFrame) -> pd.DataFrame:
-    """Return about SHOWN_RANKS points of each curve of `singular_values`, none of them below SHOWN_LEAST."""
+    """Return about SHOWN_RANKS points of each curve of `singular_values`, clipped from below at SHOWN_LEAST."""
     steps = {arm: max(1, len(curve) // SHOWN_RANKS) for arm, curve in curves.groupby("arm")}
     shown = curves[(curves["strength"] - 1) % curves["arm"].map(steps) == 0]
     return shown.assign(value=shown["value"].clip(lower=SHOWN_LEAST))
 
 
 def read_singular_values(curves: pd.DataFrame, break_even: float) -> tuple[str, str]:
-    """Return two sentences: how many ranks stand out, and how much is left at the break-even rank."""
+    """Return two sentences: how many ranks stand out, and how large singular values are at the break-even rank."""
     by_arm = [(str(arm), curve) for arm, curve in curves.groupby("arm", sort=False)]
     above = {arm: curve.strength[curve.value > 0.5].max() for arm, curve in by_arm}
     tails = {arm: curve.value[curve.strength <= break_even].iloc[-1] for arm, curve in by_arm}
@@ -193,7 +193,7 @@ def read_singular_values(curves: pd.DataFrame, break_even: float) -> tuple[str, 
 
 
 def allocations(setup: FactoringSetup, compression: float) -> dict[str, Ranks]:
-    """Return the rank of every matrix that each kind of factors gets from the budget."""
+    """Return, for each kind of factors, the rank that the budget gives every matrix."""
     return {
         name: allocation.allocate(setup.baseline, spectra.curves(), compression, setup.budget)
         for name, spectra in setup.spectra.items()
@@ -202,7 +202,7 @@ def allocations(setup: FactoringSetup, compression: float) -> dict[str, Ranks]:
 
 
 def rank_table(setup: FactoringSetup, ranks: dict[str, Ranks]) -> pd.DataFrame:
-    """Return the ranks in the block that is shown, a row for each matrix with its shape and break-even rank."""
+    """Return the ranks in the middle block, a row for each matrix with its shape and break-even rank."""
     rows = []
     for matrix in setup.shown:
         shape = " × ".join(map(str, matrix.shape))
@@ -212,7 +212,10 @@ def rank_table(setup: FactoringSetup, ranks: dict[str, Ranks]) -> pd.DataFrame:
 
 
 def expected_divergence(setup: FactoringSetup, ranks: dict[str, Ranks]) -> float | None:
-    """Return the nats per token that the whitened ranks should cost, were errors additive; None without text."""
+    """Return the divergence, in nats per token, expected at the whitened ranks if errors were additive.
+
+    None without text.
+    """
     if setup.random_weights:
         return None
     return decomposition.predicted_divergence(setup.spectra[FITTED], ranks[FITTED])
@@ -223,10 +226,10 @@ def expected_divergence(setup: FactoringSetup, ranks: dict[str, Ranks]) -> float
 
 @dataclass(frozen=True)
 class FactoredModel:
-    """A model with factors in the place of matrices, the share of the decoder's bytes removed, and the seconds.
+    """A model with factors in place of matrices, the share of the decoder's bytes removed, and the seconds it took.
 
-    `errors`: those of each block on text set aside from that, though not from whitening, before and after its factors
-    were `taught` (refitted or refined); none where they were not.
+    `errors`: (before, after) of each block whose factors were `taught` ("refitted" or "refined"), on text that was
+    used for whitening but not for teaching; empty if none were.
     """
 
     optimized: nn.Module
@@ -246,18 +249,18 @@ class FactoredModel:
 
     @property
     def stacks(self) -> str:
-        """How many stacks of experts became shared factors and cores; empty without experts."""
+        """A sentence on how many stacks of experts became shared factors and cores; empty without experts."""
         count = 2 * sum(block.feed_forward.experts is not None for block in anatomy(self.optimized).blocks)
         ranks = [by_side for by_side in self.ranks.values() if "rank" not in by_side]
         cut = sum(rank is not None for by_side in ranks for rank in by_side.values())
         if not count or cut == count:
-            return f" All {count} stacks of experts are." if count else ""
+            return f" All {count} stacks of experts are factored." if count else ""
         rest = "the others" if cut else "them"
-        return f" Of {count} stacks of experts {cut or 'none'} are; the budget keeps {rest} whole."
+        return f" {cut or 'None'} of {count} stacks of experts are factored; the budget keeps {rest} whole."
 
     @property
     def summary(self) -> str:
-        """What was removed, in how many modules, and in how many factored blocks the factors that were taught stay."""
+        """The share removed, the count of factored modules, and in how many blocks teaching improved the factors."""
         share = f"{100 * self.removed:.1f} % of the decoder's bytes are removed"
         removed = f"{share}; {len(self.ranks)} modules are factored.{self.stacks}"
         if not self.errors:
@@ -265,12 +268,12 @@ class FactoredModel:
         blocks = anatomy(self.optimized).blocks
         errors = [pair for pair, block in zip(self.errors, blocks) if factored.ranks(block.module)]
         kept = sum(after < before for before, after in errors)
-        others = "in the others whitened ones stay" if kept else "whitened ones stay"
-        rest = "" if kept == len(errors) else f"; {others}"
+        others = "The others keep whitened factors" if kept else "All keep whitened factors"
+        rest = "" if kept == len(errors) else f" {others}."
         kind = "blocks" if len(errors) == len(self.errors) else "factored blocks"
         where = f"{kept or 'none'} of {len(errors)} {kind}"
-        text = "text set aside from their fit, which whitening has seen"
-        return f"{removed} In {where} {self.taught} factors are nearer to the original output on {text}{rest}."
+        text = "text held out from the fit but not from whitening"
+        return f"{removed} In {where} {self.taught} factors are nearer to the original output, on {text}.{rest}"
 
 
 def factor(setup: FactoringSetup, compression: float) -> FactoredModel:
@@ -289,9 +292,10 @@ def factors(
     budget: str,
     errors: list[tuple[float, float]] | None = None,
 ) -> nn.Module:
-    """Return the model with factors found by `method`, from the spectra of the setup; `errors`: see `method.apply`.
+    """Return the model factored by `method` from the setup's spectra; `errors` as in `method.apply`.
 
-    They are refitted on all of the calibration text, which grows with the width as their ranks do, and refined on less.
+    Factors are refitted on all calibration text, which grows with the model's width as the ranks do, and refined on
+    less.
     """
     options: dict[str, Any] = {"method": method, "budget": budget, "refine_steps": setup.refine_steps}
     text = setup.calibration if method == "refitted" else setup.finetune_batches
@@ -302,8 +306,9 @@ def factors(
 def optimize(
     loaded: Loaded, effort: Effort, *, compression: float, method: str, budget: str, refine_steps: int, seed: int
 ) -> nn.Module:
-    """Return the model that a run with these parameters measures. Raises UserError, before any text is read, for what
-    `method.apply` refuses.
+    """Return the model that a run with these parameters measures.
+
+    Raises UserError, before any text is read, for options that `method.apply` refuses.
     """
     setup = set_up(loaded, effort, compression, method, budget, refine_steps, seed)
     return factor(setup, compression).optimized

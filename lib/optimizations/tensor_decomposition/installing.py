@@ -1,4 +1,4 @@
-"""Factors in the place of a model's matrices. Knows nothing of which rank a matrix gets.
+"""Replaces a model's matrices with factors. Independent of how ranks are allocated.
 
 Shapes: E experts, R rank.
 """
@@ -12,13 +12,13 @@ from lib.models.structure.replacements import factored as factors
 from lib.optimizations.tensor_decomposition.low_rank import Spectrum, factorise
 
 SIDES = {"weight": "linear", "gate_up_proj": "input", "down_proj": "output"}  # by the attribute of the module
-FIRST_SEQUENCES = 2  # of the first calibration batch, to measure what each matrix is worth
+FIRST_SEQUENCES = 2  # sequences of the first calibration batch on which the worth of each matrix is measured
 
 
 def install(model: nn.Module, spectra: Iterable[Spectrum], ranks: dict[str, int | None]) -> None:
-    """Put factors of the given ranks into `model`, in place; what is None or not named stays dense.
+    """Put factors of the given ranks into `model`, in place; a matrix of rank None or not named stays dense.
 
-    Raises UserError for a name that is none of the spectra's.
+    Raises UserError if a name in `ranks` has no spectrum.
     """
     names = set()
     for spectrum in spectra:

@@ -1,8 +1,8 @@
-"""The low-rank matrices nearest to a matrix: on all inputs, on those that calibration showed, or in random directions.
+"""Low-rank approximations of a matrix: nearest on all inputs, on calibration inputs, or in random directions.
 
-Of one matrix its spectrum, which says what every rank keeps, and from the spectrum the two factors of any rank. Found
-in float64 through the eigenvectors of the smaller of the two Gram matrices, piece by piece, so that a stack of experts
-needs no more memory than its hidden width squared. Knows nothing of models, or of which rank is worth its bytes.
+Computes the spectrum of a matrix, which says how much energy every rank keeps, and from it the two factors of any rank.
+Works in float64 on the eigenvectors of the smaller of the two Gram matrices, accumulated piece by piece: a stack of
+experts needs only its hidden width squared of memory. Independent of models and of how ranks are allocated.
 
 Shapes: a matrix is m × n (outputs × inputs), R rank; E experts, H hidden, I width of one expert, N inputs.
 """
@@ -15,17 +15,17 @@ import torch
 from lib.errors import UserError
 from lib.models.calibration.positive_root import positive_root, ridge_of
 
-DAMPING = 1e-6  # of the mean variance, added to every one: inputs that are never active have none
-SHORT_DAMPING = 1e-2  # the same, where fewer tokens than inputs leave a covariance without an inverse
-AT_ONCE = 2**25  # elements of a matrix that are converted at a time
+DAMPING = 1e-6  # share of the mean variance added to each variance: inputs that are never active have none
+SHORT_DAMPING = 1e-2  # the same with fewer tokens than inputs, when the covariance has no inverse
+AT_ONCE = 2**25  # elements of a matrix converted at a time
 
 
 @dataclass(frozen=True)
 class FactorableMatrix:
     """A matrix that can be factored: a linear layer, or a stack of experts unfolded along the hidden dimension.
 
-    side: "linear"; "input" ([E·2I, H], of gate and up); "output" ([H, E·I], of down). `weight` is what the model
-    stores, a matrix or a stack [E, …], never a copy.
+    side: "linear"; "input" for gate and up, unfolded to [E·2I, H]; "output" for down, unfolded to [H, E·I]. `weight` is
+    the model's own tensor, a matrix or a stack [E, …], never a copy.
     """
 
     module: str
@@ -52,12 +52,12 @@ class FactorableMatrix:
         return rows * columns / (rows + columns)
 
     def elements(self, rank: int | None) -> int:
-        """Return the elements of its factors, or of the dense matrix for rank None."""
+        """Return the number of elements of the factors, or of the dense matrix for rank None."""
         rows, columns = self.shape
         return rows * columns if rank is None else rank * (rows + columns)
 
     def pieces(self, dtype: torch.dtype, columns: bool) -> Iterator[torch.Tensor]:
-        """Yield the unfolded matrix in `dtype`, some columns (or else some rows) at a time."""
+        """Yield the unfolded matrix in `dtype` as groups of columns, or of rows if `columns` is false."""
         weight = self.weight.detach()
         if weight.dim() == 3 and self.side == "output":
             assert columns, "the rows of a stack unfolded along its outputs are not in one piece"
@@ -70,40 +70,40 @@ class FactorableMatrix:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Of one matrix: `energy_R`, squared singular values of W·S descending, and what its factors are made of.
+    """The spectrum of one matrix: `energy_R`, the squared singular values of W·S, descending, and the singular vectors.
 
-    `vectors` and `root` may be missing (`curve`): then it says what a rank keeps, but gives no factors.
+    Without `vectors` and `root` (see `curve`) it gives the energy that each rank keeps, but no factors.
     """
 
     matrix: FactorableMatrix
     energy_R: torch.Tensor
     vectors: torch.Tensor | None = field(repr=False)
-    worth: float  # of all the energy: nats per token that losing it would cost; 1 for plain
-    by_rows: bool  # whether the vectors are on the side of the outputs
-    root: torch.Tensor | None = field(repr=False)  # S, where the inverse of S is needed
+    worth: float  # nats per token that losing all the energy would cost; 1 for plain
+    by_rows: bool  # whether the vectors are on the output side
+    root: torch.Tensor | None = field(repr=False)  # S, if its inverse is needed
 
     @property
     def kept_R(self) -> torch.Tensor:
-        """Share of the energy that each rank from 1 on keeps."""
+        """Share of the energy kept by each rank, starting at rank 1."""
         return self.energy_R.cumsum(0) / self.energy_R.sum().clamp_min(1e-300)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what the factors are made of."""
+        """Bytes of the tensors held."""
         return sum(tensor.nbytes for tensor in (self.energy_R, self.vectors, self.root) if tensor is not None)
 
     def curve(self) -> "Spectrum":
-        """Return the spectrum without what its factors are made of."""
+        """Return the spectrum without the tensors from which factors are made."""
         return replace(self, vectors=None, root=None)
 
 
 def spectrum_of(
     matrix: FactorableMatrix, gram: torch.Tensor | None = None, root: torch.Tensor | None = None
 ) -> Spectrum:
-    """Return the spectrum of one matrix, through the eigenvectors of the smaller of its two Gram matrices.
+    """Return the spectrum of one matrix from the eigenvectors of the smaller of its two Gram matrices.
 
-    gram: Σ x·xᵀ over the inputs x of the matrix, [N, N], or one per expert [E, N, N] for side "output"; root: what
-    `root_of(gram)` returned, where it is there already. Without `gram` the spectrum is the plain one.
+    gram: Σ x·xᵀ over the inputs x of the matrix, [N, N], or one per expert [E, N, N] for side "output"; without it the
+    spectrum is the plain one. root: the result of `root_of(gram)`, if already computed.
     """
     by_rows, double = by_its_rows(matrix), torch.float64
     side = matrix.shape[0 if by_rows else 1]
@@ -129,24 +129,23 @@ def spectrum_of(
 
 
 def _by_expert(matrix: FactorableMatrix, count: int) -> Iterator[torch.Tensor]:
-    """Yield [H, I] of each expert, of a stack or of its unfolded form."""
+    """Yield the matrix [H, I] of each expert from a stack or from its unfolded form."""
     if matrix.weight.dim() == 3:
         return matrix.pieces(torch.float64, True)
     return iter(matrix.weight.detach().double().unflatten(1, (count, -1)).unbind(1))
 
 
 def flat_spectrum(matrix: FactorableMatrix) -> Spectrum:
-    """Return what a random subspace keeps on average, without vectors: each direction the same."""
+    """Return the expected spectrum of a random subspace: equal energy in each direction, without vectors."""
     by_rows = by_its_rows(matrix)
     side = matrix.shape[0 if by_rows else 1]
     return Spectrum(matrix, torch.full((side,), 1 / side, dtype=torch.float64), None, 1.0, by_rows, None)
 
 
 def random_spectrum(matrix: FactorableMatrix, generator: torch.Generator) -> Spectrum:
-    """Return a random orthonormal basis on the smaller side of `matrix`; each direction keeps the same on average.
+    """Return a random orthonormal basis on the smaller side of `matrix`, with equal energy in each direction.
 
-    Of half precision where the matrix is, else float32: nothing has to be inverted, and at real dimensions the products
-    take long.
+    In the dtype of the matrix: nothing has to be inverted, and at real dimensions the products are slow.
     """
     flat = flat_spectrum(matrix)
     side = len(flat.energy_R)
@@ -155,23 +154,24 @@ def random_spectrum(matrix: FactorableMatrix, generator: torch.Generator) -> Spe
 
 
 def by_its_rows(matrix: FactorableMatrix) -> bool:
-    """Return whether the subspace is cut on the side of the outputs: where they are fewer, no inverse is needed."""
+    """Return whether to truncate on the output side: if outputs are fewer than inputs, no inverse is needed."""
     rows, columns = matrix.shape
     return rows < columns or matrix.side == "output"
 
 
 def root_of(gram_NN: torch.Tensor, damping: float = DAMPING, what: str = "a matrix") -> torch.Tensor:
-    """Return S, lower triangular, float64, with S·Sᵀ = X·Xᵀ but for a little damping, and more where rounding left
-    negative variances; the identity where no input was ever active. Raises UserError in the name of `what` as
-    `positive_root` does.
+    """Return S, lower triangular, float64, with S·Sᵀ = X·Xᵀ up to damping; the identity if no input was ever active.
+
+    Damping grows if rounding left negative variances. Raises UserError naming `what`, as `positive_root` does.
     """
     return positive_root(gram_NN, ridge_of(gram_NN, damping), what)[0]
 
 
 def factorise(spectrum: Spectrum, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (outer [m, R], inner [R, n]), the best matrix of this rank, both of equal norm column by row.
+    """Return (outer [m, R], inner [R, n]), the factors of the best matrix of this rank.
 
-    Raises UserError for a rank of 0 or above full, ValueError for a spectrum without vectors.
+    Each column of outer has the norm of its row of inner. Raises UserError for a rank of 0 or above full rank,
+    ValueError for a spectrum without vectors.
     """
     matrix, full = spectrum.matrix, min(spectrum.matrix.shape)
     if not 0 < rank <= full:

@@ -1,21 +1,21 @@
-"""Tensor decomposition: the decoder's matrices are replaced by two thin factors each, which are executed as such.
+"""Tensor decomposition: each matrix of the decoder is replaced by two thin factors, which are executed as such.
 
 - plain: the best low-rank matrix (truncated SVD).
-- whitened: the best low-rank matrix on calibration inputs X. With S the Cholesky factor of X·Xᵀ, the SVD of W·S is cut
-  and S⁻¹ applied (SVD-LLM, Wang et al. 2024). Where W has fewer rows than columns the same matrix is U·Uᵀ·W, U the
-  leading eigenvectors of W·X·Xᵀ·Wᵀ, which needs no inverse.
-- refitted: whitened, then block by block the outer factors of linear layers are refitted by least squares in closed
-  form, to the original output on the outputs of the compressed blocks before.
-- refined: whitened, then the factors of each block are trained for a few steps towards the same target (AA-SVD).
+- whitened: the best low-rank matrix on calibration inputs X. With S the Cholesky factor of X·Xᵀ, the SVD of W·S is
+  truncated and S⁻¹ applied (SVD-LLM, Wang et al. 2024). If W has fewer rows than columns, the same matrix is U·Uᵀ·W
+  with U the leading eigenvectors of W·X·Xᵀ·Wᵀ, which needs no inverse.
+- refitted: whitened; then, block by block, the outer factors of linear layers are refitted in closed form by least
+  squares to the original block's output, with inputs from the compressed blocks before it.
+- refined: whitened; then the factors of each block are trained for a few steps towards the same target (AA-SVD).
 - experts: Tucker along the hidden dimension (HOSVD): the stack [E, 2I, H] gets one shared input factor, the stack
   [E, H, I] one shared output factor, each with a core per expert; whitened by the experts' own tokens.
-- random: a random subspace of the same rank, as a control, and for random weights: the shapes of any other method at no
-  cost.
+- random: a random subspace of the same rank. A control, and the method for random weights: it gives the shapes of the
+  other methods at no cost.
 
-Ranks come from one budget of bytes over all matrices: greedily by the energy ‖W·S‖² kept per element, in multiples of
-8, weighed by what losing a matrix costs (`analysis`). Plain factors use no data: there it is the share of each matrix's
-own ‖W‖². A matrix stays dense where factors would not be smaller than m·n, and where the budget is better spent on it
-whole. Knows nothing of measuring; `apply` never changes the caller's model.
+Ranks share one budget of bytes over all matrices. They are allocated greedily, in multiples of 8, by the energy ‖W·S‖²
+kept per element, weighted by the cost of losing the matrix (`analysis`). Plain factors use no data: their energy is the
+share of each matrix's own ‖W‖². A matrix stays dense if factors would be no smaller than m·n, or if the budget is
+better spent on keeping it whole. Independent of measurement; `apply` never changes the caller's model.
 
 Shapes: a matrix is m × n (outputs × inputs), R rank; E experts, H hidden, I width of one expert.
 """
@@ -60,7 +60,7 @@ COMPOSES = {
 
 
 def applies_to(model: nn.Module) -> str | None:
-    """Return None, or that no matrix of the decoder is left in one dense piece."""
+    """Return None if the method applies, else the reason: the decoder has no dense matrix left."""
     return None if matrices(model) else "every matrix of the decoder is stored sparse or factored already"
 
 
@@ -78,13 +78,13 @@ def apply(
     errors: list[tuple[float, float]] | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    """Return a model with about `compression` of the decoder's bytes less, factors in the place of matrices.
+    """Return a model with factors in place of matrices and about `compression` of the decoder's bytes removed.
 
-    spectra: what `analyse(model, calibration, method)` returned, to compress several times from one pass. ranks: of
-    matrices by name (None: dense), in place of a budget. errors: where blocks are taught, what
-    `blockwise` returns of each is added to it. Raises UserError for a value out of range or out of reach, and where
-    there is no matrix to factor. Warns where damping has to make up for missing calibration tokens. What is not
-    factored is shared with `model`: train neither in place.
+    spectra: the result of `analyse(model, calibration, method)`, to compress several times from one pass. ranks: matrix
+    name → rank (None: dense), instead of a budget. errors: list to which the block errors of "refitted" or "refined"
+    are appended, as `blockwise` returns them. Raises UserError for a value out of range or out of reach, and if there
+    is no matrix to factor. Warns if damping has to make up for missing calibration tokens. Weights that are not
+    factored are shared with `model`: train neither in place.
     """
     checks.in_range(NAME, "compression", compression, 0, 1, closed="neither")
     checks.choices(NAME, {"method": (method, METHODS), "budget": (budget, BUDGETS)})
@@ -114,11 +114,11 @@ def analyse(
     seed: int = 0,
     weighed_blocks: int | None = None,
 ) -> Spectra:
-    """Return the spectra of the decoder's matrices: of W for "plain", flat ones for "random", else of W·S.
+    """Return the spectra of the decoder's matrices: of W for "plain", flat ones for "random", otherwise of W·S.
 
-    A "uniform" budget sets no matrix against another, so none is weighed for it: every worth is 1. Else matrices of at
-    most `weighed_blocks` blocks are (None: as many as `Spectra` says). Raises NotApplicable at once where there is no
-    matrix to factor; the text is read when the spectra are.
+    A "uniform" budget compares no matrices, so every worth is 1. For "global" the worth is measured in at most
+    `weighed_blocks` blocks (None: the default of `Spectra`). Lazy: the text is read when the spectra are. Raises
+    NotApplicable at once if there is no matrix to factor.
     """
     spectra = Spectra(model, calibration, method, budget != "uniform", seed, weighed_blocks=weighed_blocks)
     spectra.require_matrices()
@@ -126,11 +126,11 @@ def analyse(
 
 
 def curves(spectra: Iterable[Spectrum]) -> list[Spectrum]:
-    """Return what each rank of each matrix keeps, and what the matrices are worth."""
+    """Return the energy that each rank of each matrix keeps, and the worth of each matrix."""
     return spectra.curves() if isinstance(spectra, Spectra) else list(spectra)
 
 
 def predicted_divergence(spectra: Iterable[Spectrum], ranks: dict[str, int | None]) -> float:
-    """Return the nats per token that cutting to these ranks should cost, were errors additive."""
+    """Return the divergence, in nats per token, expected from truncating to `ranks` if errors were additive."""
     chosen = ((spectrum, ranks.get(spectrum.matrix.name)) for spectrum in curves(spectra))
     return sum(spectrum.worth * (1 - float(spectrum.kept_R[rank - 1])) for spectrum, rank in chosen if rank is not None)

@@ -1,7 +1,7 @@
-"""Factors a checkpoint that need not fit into memory, block by block, from file to file.
+"""Factor a checkpoint that may not fit in memory, block by block, from file to file.
 
-Two passes: one finds what every rank keeps, one puts the factors in. In the second one the text goes through the
-original blocks and through the factored ones side by side, as in memory, and a block of each is there at a time.
+Two passes: the first computes the spectra, the second installs the factors. In the second, the text runs through the
+original and the factored blocks side by side, as in memory, with one block of each loaded at a time.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,18 +39,18 @@ def apply_to_file(
     device: str = "cpu",
     shards: Path | None = None,
 ) -> Path:
-    """Write the checkpoint in `source` with factors, "whitened" or "refitted", to the new folder `target`; return it.
+    """Write the checkpoint in `source` with "whitened" or "refitted" factors to the new folder `target`; return it.
 
-    The factors are those of `method.apply` with the same options on matrices that are worth the same: the divergence
-    that weighs them needs the whole model. Raises UserError as `method.apply` and `rewriting.rewrite` do.
+    The factors are those of `method.apply` with the same options, except that every matrix has the same worth: to
+    measure worth takes the whole model. Raises UserError as `method.apply` and `rewriting.rewrite` do.
     """
     checks.in_range(NAME, "compression", compression, 0, 1, closed="neither")
     checks.choices(NAME, {"method": (method, METHODS), "budget": (budget, ("global", "uniform"))})
     taught, held_out = split(calibration) if method == "refitted" else ([*calibration], [])
     text = [*taught, *held_out]
     about: dict[str, Any] = {"optimization": NAME, "compression": compression, "method": method, "budget": budget}
-    place = reserved(source, target, text, about=about, shards=shards)  # before the spectra are found
-    with place as free, closing(FileBlocks(source, device=device)) as store:
+    reservation = reserved(source, target, text, about=about, shards=shards)  # before the long computation
+    with reservation as folder, closing(FileBlocks(source, device=device)) as store:
         spectra = Spectra(store.model, text, weighed=False, room=0, store=store)
         room_for(store.model, spectra.require_matrices(), compression)
         ranks = allocate(store.model, spectra.curves(), compression, budget)
@@ -65,25 +65,25 @@ def apply_to_file(
                 lessons = blockwise.lessons_of(original.walk, walk)
                 blockwise.refit_block(block, whole, original.walk, lessons, len(taught))
 
-        return write_into(free, source, target, text, change, about=about, device=device)
+        return write_into(folder, source, target, text, change, about=about, device=device)
 
 
 class _Original:
-    """A walk through the original blocks, which goes on to the block that is to be changed when it is asked for."""
+    """A walk through the original blocks that advances on demand to the block about to be changed."""
 
     def __init__(self, store: FileBlocks, text: Sequence[dict[str, torch.Tensor]]):
         self.walk = Walk(store.model, text, store=store)
         self._blocks = iter(self.walk)
 
     def at(self, index: int) -> Block:
-        """Return the block, in front of which the walk then stands; indices only grow."""
+        """Return block `index` and leave the walk in front of it; call with ascending indices only."""
         return next(block for block in self._blocks if block.index == index)
 
 
 def options(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of `apply_to_file` for the parameters of a run; "auto" is "refitted".
+    """Return the options of `apply_to_file` for the parameters of a run; method "auto" becomes "refitted".
 
-    Raises UserError where they ask for what needs the whole model in memory.
+    Raises UserError if the method needs the whole model in memory.
     """
     method = "refitted" if parameters["method"] == "auto" else parameters["method"]
     if method not in METHODS:

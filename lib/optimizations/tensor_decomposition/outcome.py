@@ -1,7 +1,6 @@
-"""The outcome of tensor decomposition: the answer to each claim, what others published held against this run, and the
-record's details.
+"""The outcome of tensor decomposition: answers to its claims, published results against this run, record details.
 
-Everything is computed from what `experiment` and `rivals` have measured.
+Everything is computed from the measurements of `experiment` and `rivals`.
 """
 
 from collections.abc import Sequence
@@ -29,13 +28,13 @@ CLAIMS = (
     "Factors fitted to calibration text harm no less than parts pruned at equal bytes.",
     "Two thin products take as long as one thick one.",
 )
-PUBLISHED_AT = 0.2  # of the parameters
-UNEQUAL = 0.1  # of the bytes that factors remove
+PUBLISHED_AT = 0.2  # share of the parameters removed in the published result
+UNEQUAL = 0.1  # tolerated difference, as a share of the bytes that factors remove
 
 
 def replications(result: Sweep, compression: float) -> list[relations.Judged]:
-    """Return what was published of plain and of whitened factors at 20 % of each matrix, judged where this run removes
-    as much, on factors of uniform ranks.
+    """Return the published comparison of plain and whitened factors at 20 % of each matrix, judged on this run's
+    factors of uniform ranks; empty if this run removes another share.
     """
     if compression != PUBLISHED_AT:
         return []
@@ -46,12 +45,12 @@ def replications(result: Sweep, compression: float) -> list[relations.Judged]:
 
 
 def refutations(arms: list[ThirdArm], optimized: nn.Module, measurements: Sequence[Measurement]) -> list[ClaimAnswer]:
-    """Return an answer to each of CLAIMS: from the divergences at the strength of the run, and from its rates.
+    """Return an answer to each of CLAIMS, from the divergences at the run's strength and from its rates.
 
-    The first two are about whitened factors without refinement: the pruned rival is not trained either, but what reads
-    its parts is fitted to the same text in closed form. Bare factors are those of the better budget: the energy of bare
-    matrices says little about where a rank is worth most. Parts come whole, so the pruned rival may be larger or
-    smaller: the evidence says by how much, and what the difference may explain decides nothing.
+    The first two use whitened factors without refinement: the pruned rival is not trained either, though it is refitted
+    to the same text in closed form. Plain factors count with the better of their two budgets, because the energy of
+    bare matrices says little about where a rank is worth most. The pruned rival removes whole parts, so it may be
+    larger or smaller; the evidence says by how much, and a result that the difference could explain is left open.
     """
     fitted, pruned = (claims.interval(arms, [name]) for name in (FITTED, PRUNED))
     bare = {name: known for name in (BARE, BARE_EVEN) if (known := claims.interval(arms, [name]))}
@@ -64,8 +63,9 @@ def refutations(arms: list[ThirdArm], optimized: nn.Module, measurements: Sequen
 
 
 def _at_equal_bytes(answer: ClaimAnswer, arms: list[ThirdArm]) -> ClaimAnswer:
-    """Return the answer on factors and pruned parts with the bytes that each removes; None where the arm that harms
-    less has kept more of them, by more than UNEQUAL of what the factors remove.
+    """Return `answer` with the bytes that factors and pruning remove as further evidence.
+
+    It becomes undecided (None) if the less harmful arm kept more bytes, by more than UNEQUAL of what factors remove.
     """
     claim, refuted, evidence = answer
     sized = {arm.name: arm for arm in arms if any(m.metric == "weights_bytes" for m in arm.measurements)}
@@ -78,8 +78,9 @@ def _at_equal_bytes(answer: ClaimAnswer, arms: list[ThirdArm]) -> ClaimAnswer:
 
 
 def _as_fast(claim: str, optimized: nn.Module, measurements: Sequence[Measurement]) -> ClaimAnswer:
-    """Return the answer by the rates of prefill and of decoding: refuted where one of them is no gain, not where both
-    are. A stack of experts becomes three products, not two: where nothing else was factored, nothing can be told.
+    """Return the answer from the rates of prefill and decoding: refuted if one is no gain, not refuted if both gain.
+
+    Undecided if only stacks of experts were factored: a stack becomes three products, not two.
     """
     if not any(isinstance(module, factored.FactoredLinear) for module in optimized.modules()):
         return claim, None, "no matrix became two thin ones: only stacks of experts were factored"
@@ -100,14 +101,14 @@ def details(
     judged: pd.DataFrame,
     one_matrix_seconds: float,
 ) -> dict[str, dict[str, object]]:
-    """Return what a record holds beside measurements: name → value, provenance, source and further words on it."""
+    """Return the record's details: name → value, provenance and source, plus axis labels for a curve."""
     values = {
         "removed_share": (chosen.removed, "derived", "bytes of the decoder's blocks"),
         "ranks": (chosen.ranks, "derived", "ranks of the factored modules"),
         "taught_blocks": (
             [{"before": before, "after": after} for before, after in chosen.errors],
             "measured",
-            "error of each block's output, before and after its factors were taught, on text whitened with, not taught",
+            "error of each block's output before and after teaching, on text used for whitening but not for teaching",
         ),
         "break_even_ranks": (
             {matrix.name: matrix.break_even for matrix in setup.shown},
@@ -118,7 +119,7 @@ def details(
         "expected_divergence": (
             expected_divergence(setup, ranks),
             "estimated",
-            "sum over whitened matrices, each as if cut alone, nats/token",
+            "sum over whitened matrices of the divergence if each were cut alone, nats/token",
         ),
         "impact": (curves.rows, "measured", "KL on held-out text; paired prefill"),
         "domains": (judged.to_dict("records"), "measured", "KL on held-out text of two domains"),

@@ -1,7 +1,6 @@
-"""What factors are compared with: other factors and pruned parts of equal bytes, weight-only int8 and int4, and text of
-another domain.
+"""Rivals of the factored model: other factorizations, structured pruning at equal bytes, and int8 and int4 weights.
 
-Returns plain data. Knows nothing of tables, figures or records.
+Also compares factors calibrated on text of two domains. Returns plain data; independent of tables, figures and records.
 """
 
 import dataclasses
@@ -43,10 +42,10 @@ from lib.optimizations.tensor_decomposition.experiment import (
 PRUNED, EVEN, BARE_EVEN = "structured pruning", f"{FITTED}, uniform ranks", f"{BARE}, uniform ranks"
 AT_BYTES = {weight_only.NAMES[8]: "at int8's bytes", weight_only.NAMES[4]: "at int4's bytes"}
 STRENGTHS, STRENGTHS_OF_RANDOM_WEIGHTS, STRENGTHS_QUICKLY = (0.2, 0.4, 0.6), (0.6,), (0.4,)
-WINDOWS = 8  # of held-out text, on which rivals are judged
-SPEED_TOKENS, SPEED_BLOCKS = 256, 6  # of the prefill that times a rival
-PREVIEW_TOKENS = 64  # of it at effort preview
-TURN_SECONDS = 0.03  # what a turn lasts at least, unless that is effort preview
+WINDOWS = 8  # windows of held-out text on which rivals are judged
+SPEED_TOKENS, SPEED_BLOCKS = 256, 6  # prompt tokens and timing blocks of the prefill that times a rival
+PREVIEW_TOKENS = 64  # prompt tokens at effort preview
+TURN_SECONDS = 0.03  # minimum length of a timed turn, except at effort preview
 SHOWN = {
     "strength": "asked for, %",
     "prefill speed-up": "prefill, ×",
@@ -60,8 +59,8 @@ SHOWN = {
 
 @dataclass
 class Sweep:
-    """Rivals over strengths: plain rows for a table, the arms at the strength of the run (the yardsticks among them),
-    and what was left out.
+    """Rivals over strengths: table rows, the arms at the run's own strength (yardsticks included), and skipped rivals
+    with the reason.
     """
 
     rows: list[dict[str, object]] = field(default_factory=list)
@@ -70,16 +69,16 @@ class Sweep:
     yardsticks: list[ThirdArm] = field(default_factory=list)
 
     def table(self) -> pd.DataFrame:
-        """Return the rows with their units, for a reader."""
+        """Return the rows under readable column names with units."""
         return pd.DataFrame(self.rows).rename(columns=SHOWN)
 
     def divergence(self) -> pd.DataFrame:
-        """Return divergence over bytes removed, `value` in nats per token; empty without text."""
+        """Return divergence by bytes removed, `value` in nats per token; empty without text."""
         rows = pd.DataFrame(self.rows)
         return rows if "value" in rows else rows.head(0)
 
     def speed(self) -> pd.DataFrame:
-        """Return the speed-up of prefill over bytes removed, as `value`, `low`, `high`."""
+        """Return the prefill speed-up by bytes removed, as `value`, `low`, `high`."""
         rows = pd.DataFrame(self.rows).drop(columns=["value", "low", "high"], errors="ignore")
         return rows.rename(columns={"prefill speed-up": "value", "speed_low": "low", "speed_high": "high"})
 
@@ -92,38 +91,38 @@ def sweep(
     compression: float,
     prune: Callable[..., nn.Module],
 ) -> Sweep:
-    """Return every rival at several strengths, judged on the first windows of `text` and timed on `prompt_BT`, and the
+    """Return every rival at several strengths, judged on the first windows of `text` and timed on `prompt_BT`, plus the
     yardsticks.
 
-    `prune` removes parts (`structured_pruning`'s `apply`) and, as whitening does, fits what is left in closed form. A
-    strength out of a rival's reach is left out with the reason. Factors have the budget of the run, but for those of
-    uniform ranks. Factors of equal ranks are timed once.
+    `prune` is `structured_pruning`'s `apply`: it removes parts and refits the rest in closed form, as whitening does. A
+    strength that a rival cannot reach is skipped, with the reason. Factors use the run's budget, except those with
+    uniform ranks. Models of equal ranks are timed once.
     """
-    quiet = setup.random_weights
+    untrained = setup.random_weights
     reference = None if text is None else rival_arms.reference(setup.baseline, text, setup.effort, WINDOWS)
-    observation = None if quiet else observe(setup.baseline, setup.calibration)
+    observation = None if untrained else observe(setup.baseline, setup.calibration)
 
     def model_of(arm: str, strength: float) -> nn.Module:
         if (arm, strength) == (setup.method, compression):
             return chosen.optimized
         if arm == PRUNED:
             options: dict[str, Any] = {
-                "saliency": "random" if quiet else "activation",
-                "compensate": False if quiet else None,  # what reads the parts is fitted too, as factors are
+                "saliency": "random" if untrained else "activation",
+                "compensate": False if untrained else None,  # refitted like the factors it competes with
                 "observation": observation,
                 "seed": setup.seed,
             }
             return prune(setup.baseline, setup.calibration, ratio=strength, **options)
-        even = quiet or arm in (EVEN, BARE_EVEN)
-        return factors(setup, strength, arm.split(",")[0], "uniform" if even else setup.budget)
+        uniform = untrained or arm in (EVEN, BARE_EVEN)
+        return factors(setup, strength, arm.split(",")[0], "uniform" if uniform else setup.budget)
 
     result = Sweep()
     rates: dict[str, Measurement] = {}
-    strengths = STRENGTHS_OF_RANDOM_WEIGHTS if quiet else STRENGTHS_QUICKLY if setup.effort.brief else STRENGTHS
+    strengths = STRENGTHS_OF_RANDOM_WEIGHTS if untrained else STRENGTHS_QUICKLY if setup.effort.brief else STRENGTHS
     for strength in sorted({*strengths, compression}):
         for arm in _names(setup):
-            if strength != compression and (hurry := _why_not(setup, arm)):
-                result.left_out[f"{arm} at {strength:g}"] = hurry
+            if strength != compression and (too_short := _reason_to_skip(setup, arm)):
+                result.left_out[f"{arm} at {strength:g}"] = too_short
                 continue
             try:
                 model = model_of(arm, strength)
@@ -145,12 +144,12 @@ def sweep(
 
 
 def optimized_arm(setup: FactoringSetup, arms: Sequence[ThirdArm]) -> ThirdArm | None:
-    """Return the arm of a sweep that is the optimized model; None where none was judged."""
+    """Return the arm of a sweep that is the optimized model, or None if it was not judged."""
     return next((arm for arm in arms if arm.name == setup.method), None)
 
 
 def _add_yardsticks(setup: FactoringSetup, reference: Text | None, prompt_BT: torch.Tensor, result: Sweep) -> None:
-    """Add weight-only int8 and int4 to the arms, and whitened factors of as many bytes as each of them."""
+    """Add weight-only int8 and int4 to the arms, and whitened factors with as many bytes as each of them."""
     arms = rival_arms.yardsticks(setup.baseline, reference, prompt_BT, setup.effort, seed=setup.seed)
     result.yardsticks = list(arms)
     decoder = allocation.decoder_bytes(setup.baseline)
@@ -165,24 +164,24 @@ def _add_yardsticks(setup: FactoringSetup, reference: Text | None, prompt_BT: to
     result.arms += result.yardsticks
 
 
-def _in_a_hurry(setup: FactoringSetup) -> bool:
-    """Whether a real model is measured at effort quick: ten minutes hold one analysis of its text."""
+def _short_of_time(setup: FactoringSetup) -> bool:
+    """Whether a real model is measured at effort quick: ten minutes suffice for one analysis of its text."""
     return setup.loaded.scale == "full" and setup.effort.brief
 
 
-def _why_not(setup: FactoringSetup, arm: str) -> str:
-    """Return why time is too short to make an arm at another strength than that of the run; empty where it is not."""
+def _reason_to_skip(setup: FactoringSetup, arm: str) -> str:
+    """Return why `arm` is measured only at the run's own strength; empty if there is time for the others."""
     if setup.effort.preview and arm in (EVEN, BARE_EVEN, setup.taught):
         return "at effort preview"
-    return "at effort quick on a real model" if arm in (EVEN, BARE_EVEN) and _in_a_hurry(setup) else ""
+    return "at effort quick on a real model" if arm in (EVEN, BARE_EVEN) and _short_of_time(setup) else ""
 
 
 def _names(setup: FactoringSetup) -> list[str]:
     names = ["random"] if setup.random_weights else [BARE, FITTED, setup.taught, EVEN, BARE_EVEN]
-    names += [setup.method] if setup.method not in names else []  # the run itself stands among its rivals
+    names += [setup.method] if setup.method not in names else []  # the optimized model is listed among its rivals
     blocks = anatomy(setup.baseline).blocks
     if not setup.random_weights or all(block.feed_forward.kind == "dense" for block in blocks):
-        names.append(PRUNED)  # a copy of all experts at real dimensions would not fit beside both models
+        names.append(PRUNED)  # at real dimensions a copy of all experts does not fit next to both models
     return names
 
 
@@ -202,29 +201,29 @@ def _row(arm: ThirdArm, strength: float, removed: float, rate: Measurement) -> d
     return row | (divergence._asdict() if divergence else {})
 
 
-# --- another domain, and the answers ---------------------------------------------------------------------------------
+# --- calibration on another domain -----------------------------------------------------------------------------------
 
 
 def domains(setup: FactoringSetup, compression: float) -> tuple[pd.DataFrame, str]:
-    """Return the divergence of whitened factors calibrated on and judged on two kinds of text, in nats per token; where
-    that is left out, an empty table. The second is its caption, or the reason.
+    """Return a table and its caption: the divergence, in nats per token, of whitened factors calibrated on each of two
+    kinds of text and judged on each. If skipped, an empty table and the reason.
     """
     if setup.random_weights:
         return pd.DataFrame(), f"No text to judge on: {setup.loaded.quality_unavailable}."
-    if _in_a_hurry(setup):
-        return pd.DataFrame(), "Left out at effort quick on a real model: it takes another analysis of all matrices."
+    if _short_of_time(setup):
+        return pd.DataFrame(), "Skipped at effort quick on a real model: it needs another analysis of all matrices."
     loaded, effort, seed = setup.loaded, setup.effort, setup.seed
     own = prompts.corpus_of(loaded)
     foreign = "code" if own == "docs" else "docs"
     task = {"code": "code_origin", "docs": "topic"}[foreign]
-    abroad = dataclasses.replace(loaded, parameters=loaded.parameters.model_copy(update={"tasks": [task]}))
-    count = calibration_text.sequences(loaded.model, effort)  # as much as the own text
-    calibration = prompts.calibration(abroad, count, effort.calibration_tokens, seed)
+    with_task = dataclasses.replace(loaded, parameters=loaded.parameters.model_copy(update={"tasks": [task]}))
+    count = calibration_text.sequences(loaded.model, effort)  # as many as of the run's own text
+    calibration = prompts.calibration(with_task, count, effort.calibration_tokens, seed)
     options: dict[str, Any] = {"weighed_blocks": weighed_blocks(effort)}
     spectra = {own: setup.spectra[FITTED], foreign: decomposition.analyse(setup.baseline, calibration, **options)}
     lost: dict[tuple[str, str], np.ndarray] = {}
     documents: dict[str, np.ndarray | None] = {}
-    for judged, source in ((own, loaded), (foreign, abroad)):
+    for judged, source in ((own, loaded), (foreign, with_task)):
         windows = rival_arms.PREVIEW_WINDOWS if effort.preview else WINDOWS
         size = "final", windows, effort.window_tokens, seed
         ids_NT, documents[judged] = prompts.text_windows(source, *size), prompts.window_sources(source, *size)
@@ -240,7 +239,10 @@ def domains(setup: FactoringSetup, compression: float) -> tuple[pd.DataFrame, st
 def domain_table(
     lost: Mapping[tuple[str, str], np.ndarray], seed: int, documents: Mapping[str, np.ndarray | None]
 ) -> pd.DataFrame:
-    """Return the mean divergence of each pair of `read_domains` with its interval, in nats per token."""
+    """Return the mean divergence with its interval, in nats per token, a row for each pair in `lost`.
+
+    Arguments as for `read_domains`.
+    """
     rows = []
     for (judged, calibrated), kl_N in lost.items():
         low, high = paired_stats.bootstrap_interval(kl_N, seed=seed, source=documents.get(judged))
@@ -252,16 +254,17 @@ def domain_table(
 def read_domains(
     lost: Mapping[tuple[str, str], np.ndarray], seed: int = 0, documents: Mapping[str, np.ndarray | None] | None = None
 ) -> str:
-    """Return a sentence for each text that factors were judged on: whether the text that they were calibrated on
-    matters there. `lost`: (judged on, calibrated on) → divergence of each window; `documents`: judged on → the document
-    of each window, of which those of one are resampled together.
+    """Return a sentence for each domain that factors were judged on: whether the calibration domain matters there.
+
+    lost: (judged on, calibrated on) → divergence of each window. documents: judged on → the document of each window;
+    windows of one document are resampled together.
     """
     sentences = []
     for judged in dict.fromkeys(judged for judged, _ in lost):
-        alike = lost[judged, judged]
+        same = lost[judged, judged]
         other = next(kl_N for pair, kl_N in lost.items() if pair[0] == judged and pair[1] != judged)
-        low, high = paired_stats.bootstrap_interval(other - alike, seed=seed, source=(documents or {}).get(judged))
+        low, high = paired_stats.bootstrap_interval(other - same, seed=seed, source=(documents or {}).get(judged))
         word = "nearer than" if low > 0 else "further off than" if high < 0 else "not told apart from"
         kinds = f"factors calibrated on such text are {word} those calibrated on the other"
-        sentences.append(f"Judged on {judged}, {kinds} ({alike.mean():.3g}, {other.mean():.3g}).")
+        sentences.append(f"Judged on {judged}, {kinds} ({same.mean():.3g}, {other.mean():.3g}).")
     return " ".join(sentences)

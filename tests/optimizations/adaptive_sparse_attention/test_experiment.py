@@ -70,7 +70,7 @@ def test_a_context_too_short_to_ask_anything_about_is_refused(tiny):
 def test_a_prompt_that_fills_all_positions_is_refused_before_anything_is_read(tiny):
     """Of 512 positions it leaves none for the tokens that are decoded and the questions that are asked behind it."""
     loaded = _loaded(tiny("qwen3-4b-instruct-2507"), "proxy")
-    with pytest.raises(NotApplicable, match=r"512 tokens with 16 behind it .* at most 496, the model's 512 less these"):
+    with pytest.raises(NotApplicable, match=r"512 tokens, with 16 more .* at most 496, the model's 512 minus these"):
         experiment.facts(loaded, experiment.lengths_of(loaded, "quick", 512))
     with pytest.raises(NotApplicable, match="a context of 600 tokens is longer"):
         experiment.facts(loaded, experiment.lengths_of(loaded, "quick", 600))

@@ -197,8 +197,8 @@ def test_questions_inside_a_prompt_claim_no_effect_that_is_not_there():
 
     alike = quality_controls.read_inside([asked("all", 0.25), asked("sparse", 0.25)])
     assert alike == (
-        "Full attention repeats 0.500 of 4 values, the sparse arm 0.250 where the question attends to all and 0.250 "
-        "where it does not. Between the last two no difference is shown."
+        "Full attention repeats 0.500 of 4 values, the sparse arm 0.250 if the question attends to everything and "
+        "0.250 if it does not. Between the last two no difference is shown."
     )
     assert all(brief.count(part) <= brief.MOST_WORDS for part in brief.split(alike))
     assert quality_controls.read_inside([asked("all", 0.25), asked("sparse", 0.0)]).endswith("too few for a verdict.")

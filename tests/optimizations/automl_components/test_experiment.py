@@ -68,9 +68,9 @@ def test_areas_of_which_no_gain_is_sure_decide_nothing():
     known, doubtful = EqualSeconds(arms | {"search": [sure, unsure]}), EqualSeconds(arms | {"search": [unsure]})
     assert known.random_refuted()[0] is False and known.defaults_refuted()[0] is False and not known.unsure
     for refuted, evidence in (doubtful.random_refuted(), doubtful.defaults_refuted()):
-        assert refuted is None and evidence.endswith("so the areas may be what few timings scatter")
+        assert refuted is None and evidence.endswith("so the areas may be timing noise")
     first, second = doubtful.reading().split(". ", 1)
-    assert reading.two(f"{first}.", second) and second.endswith("scatter.")
+    assert reading.two(f"{first}.", second) and second.endswith("timing noise.")
     assert max(map(brief.count, brief.split(doubtful.reading()))) <= brief.MOST_WORDS
     grid = SmallGrid("a × b", np.ones((3, 3)), 2, [[1.0]], 0.7, False)
     assert grid.refuted()[0] is None and replace(grid, sure=True).refuted()[0] is False
@@ -114,8 +114,8 @@ def test_a_search_beside_which_chance_dominates_nothing_is_no_multiple_of_it():
     chosen = Recipe(model="m", scale="proxy", stack=[], chosen_by="a search")
     alone, nothing = _equal(0.5, 1.2), _equal(1.2, 1.2, defaults=1.1)
     assert alone.gain is nothing.gain is None and "0.00 times" not in alone.described() + nothing.described()
-    assert alone.described() == "3 configurations; the search dominates 0.025, random ones dominate nothing."
-    assert _equal(0.5, 0.5).described().endswith("the search dominates 1.00 times what random ones do.")
+    assert alone.described() == "3 configurations; the search dominates 0.025, random configurations dominate nothing."
+    assert _equal(0.5, 0.5).described().endswith("dominates 1.00 times the area of random configurations.")
     assert (
         outcome.targets(alone, grid, chosen).reached[0] and not outcome.targets(nothing, grid, chosen).reached[:2].any()
     )

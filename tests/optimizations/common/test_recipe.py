@@ -67,7 +67,7 @@ def test_another_models_stack_is_refused(tmp_path):
     recipe.write(_stack(), tmp_path).rename(tmp_path / "qwen3-vl-2b.yaml")
     with pytest.raises(UserError, match=r"a recipe of glm-4\.7-flash"):
         recipe.find("qwen3-vl-2b", "proxy", tmp_path)
-    with pytest.raises(UserError, match="no recipe can be read"):
+    with pytest.raises(UserError, match="the recipe cannot be read"):
         recipe.read(tmp_path / "none.yaml")
 
 

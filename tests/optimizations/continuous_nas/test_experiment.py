@@ -186,7 +186,7 @@ def test_a_choice_that_is_the_whole_model_and_a_drift_without_a_front_decide_not
     assert flat.evaluations_until(0.95) is None and flat.cold_until(0.95) is None
     drifted = Drifts([flat, quick], [{"solved again, s": 0.1}])
     _sentences(drifted.reading())
-    assert "stand at – and 0.600 (–: no cheaper choice is within 0.1 nats per token)" in drifted.reading()
+    assert "start at – and 0.600 (–: no cheaper choice is within 0.1 nats per token)" in drifted.reading()
     assert Drifts([flat], []).refuted()[0] is None and drifted.refuted()[0] is None
     reached = outcome.targets(_effort(0.2, 0.4), whole, drifted)
     assert not reached.reached.iloc[[2, 4]].any() and reached.value.iloc[[2, 4]].isna().all()

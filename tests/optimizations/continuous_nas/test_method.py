@@ -89,7 +89,7 @@ def test_an_option_with_which_nothing_is_a_number_is_left_out_with_its_reason(ti
 def test_a_model_whose_own_outputs_are_no_numbers_is_named(tiny, batch):
     model = tiny("qwen3-4b-instruct-2507")
     model.lm_head.weight = torch.nn.Parameter(torch.full_like(model.lm_head.weight, math.nan), requires_grad=False)
-    with pytest.raises(UserError, match="the model's own outputs on the search text are no numbers"):
+    with pytest.raises(UserError, match="the model's own outputs on the search text are not numbers"):
         probe(model, [batch])
 
 

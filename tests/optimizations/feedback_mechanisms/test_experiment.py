@@ -321,7 +321,7 @@ def test_a_fault_after_a_clean_start_shows_later_and_that_delay_is_the_one_that_
     in_groups = net_saving.AT_ONCE * math.ceil(row[guard_study.AFTERWARDS] / net_saving.AT_ONCE)
     assert delay.optimized == pytest.approx(in_groups / (0.1 * 20.0))
     early = row[guard_study.FROM_START] / (0.5 * 20.0)
-    assert f"{early:.3g} s where it is broken from the start" in delay.source and "0.1 of those read" in delay.source
+    assert f"{early:.3g} s if it is broken from the start" in delay.source and "0.1 of those reread" in delay.source
     assert "8 at a time" in delay.source
     assert study.guard().later == pytest.approx(0.1) and study._row(SOUND)[guard_study.AFTERWARDS] is None
 
@@ -367,7 +367,7 @@ def test_without_a_fast_profile_nothing_is_claimed_of_one(alone, monkeypatch):
     # What no limit of rows can keep in time is said, or the missed target would read as the loop's failure.
     assert set(compared.beyond) == {"load step", "longer prompts", "stolen core"}
     assert compared.beyond["load step"] == pytest.approx(1 / scenarios.BUSY)
-    assert "comes from its limit; no limit keeps 90 % in time at the worst of: load step (87 %)" in texts[1]
+    assert "comes from its limit; no limit keeps 90 % in time at the peak of: load step (87 %)" in texts[1]
     assert "Requests in time against it: " in compared.finding
     assert NO_FAST in compared.caption and profile_candidates.read_curves(alone.setup) == f"One curve: {NO_FAST}."
     assert set(profile_candidates.step_curves(alone.setup).arm) == {"full", "objective"}

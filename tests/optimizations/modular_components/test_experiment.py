@@ -137,7 +137,7 @@ def test_every_claim_has_its_answer(verdict, forced, identical, outcomes):
     sentence = experiment.sentence(*findings)
     assert all(brief.count(part) <= brief.MOST_WORDS for part in re.split(r"\. (?=[A-Z0-9])", sentence)), sentence
     stack = "a → b, at 100 % of the strength of each part that can be weakened"
-    assert sentence.startswith(f"The stack that is judged: {stack}. ")
+    assert sentence.startswith(f"The judged stack: {stack}. ")
     wide = findings[2][0].model_copy(update={"ratio": 0.98, "ci": (0.8, 1.2)})
     rates = experiment.refutations(*findings[:2], [wide], *findings[3:])[3][2]
     assert rates == f"prefill at 0.98 (0.80–1.20) of the rate, {verdict}", "no more digits than the interval deserves"
@@ -150,7 +150,7 @@ def test_parts_that_change_no_answer_do_not_show_that_margins_are_kept_together(
         _study(), _contrasts(), [], LiveExchange([], [], True), _stack(*stems)
     )[-1]
     assert of("structured_pruning", "streaming_computation")[1:] == (
-        None, "the stack is structured_pruning → streaming_computation, of which 1 can lose anything"
+        None, "the stack is structured_pruning → streaming_computation; 1 of its parts can lose quality"
     )  # fmt: skip
     assert of("structured_pruning", "tensor_decomposition", "streaming_computation")[1] is False
     assert of("streaming_computation")[1] is True
@@ -213,7 +213,7 @@ def test_a_trace_outside_of_the_weights_is_taken_away_or_nothing_more_is_measure
             norm.register_forward_hook(lambda module, given, output: 2 * output)
 
     hooked.model.norm.register_forward_hook(hook)
-    with pytest.raises(AssertionError, match="a trace that cannot be taken away"):
+    with pytest.raises(AssertionError, match="a trace that cannot be removed"):
         exchanged_with(model, hooked)
 
 

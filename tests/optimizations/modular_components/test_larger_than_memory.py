@@ -107,7 +107,7 @@ def test_what_has_no_way_from_file_to_file_names_what_has(tmp_path, monkeypatch)
     monkeypatch.setattr(
         discovery, "beside_method", lambda stem, name: None if stem == "structured_pruning" else find(stem, name)
     )
-    with pytest.raises(UserError, match="from file to file work sparse_neural_networks, tensor_decomposition"):
+    with pytest.raises(UserError, match="from file to file: sparse_neural_networks, tensor_decomposition"):
         saving.save(MODEL, "structured_pruning", None, COMMON | RUNS["structured_pruning"], tmp_path / "made")
     steps = [saving.RecipeStep(optimization="structured_pruning")]
     with pytest.raises(UserError, match="does not fit into memory; give one optimization"):

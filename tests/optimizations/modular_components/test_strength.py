@@ -144,7 +144,7 @@ def test_what_loses_most_alone_is_left_out_where_all_together_pass_the_margins(t
     assert [step.optimization for step in best.steps] == [left, EXACT] and best.level == strength.LEVELS
     (out,) = {PRUNING, FACTORS} - {left}
     most = "loses most" if out in losses else "may lose most"
-    assert best.left_out[out] == f"it {most}, and beside {left}, {EXACT} no strength is within the margins"
+    assert best.left_out[out] == f"it {most}, and together with {left}, {EXACT} no strength is within the margins"
     assert [row.level for row in tried] == [1, 2, 4, 8, 8] and [row.within for row in tried] == [False] * 4 + [True]
     assert [step.optimization for step in alone.steps] == [EXACT], "without what each loses, none is preferred"
     with pytest.MonkeyPatch.context() as patched:

@@ -60,16 +60,16 @@ def test_shares_are_read_from_the_largest():
     ]
     shared = Attribution(pd.DataFrame(rows), "planted")
     first, second = shared.reading().split(". ", 1)
-    assert reading.two(f"{first}.", second) and "owed to b, +0.300" in second
+    assert reading.two(f"{first}.", second) and "comes from b, +0.300" in second
     even = {"a": 0.1, "b": 0.12, "c": 0.1, attribution.WHOLE: 0.32}
     slower = {"a": -0.3, "b": 0.1, attribution.WHOLE: -0.2}
     for shares, begun in ((even, "gains +0.320"), (slower, "changes by −0.200")):
         rows_of = [{"what": "prefill", "part": part, "value": value} for part, value in shares.items()]
         frame = pd.DataFrame([row | {"low": row["value"] - 0.1, "high": row["value"] + 0.1} for row in rows_of])
         text = Attribution(frame, "planted").reading()
-        assert begun in text and "The largest share is that of b, +0.1" in text and "Most of it" not in text
+        assert begun in text and "The largest share comes from b, +0.1" in text and "Most of it" not in text
     only = Attribution(pd.DataFrame(rows)[lambda frame: frame.part != "a"], "planted")
-    assert only.reading().endswith("(+0.300 to +0.500). All of it is owed to b, its only part.")
+    assert only.reading().endswith("(+0.300 to +0.500). All of it comes from b, its only part.")
     assert list(shared.speeds().arm)[:2] == ["a, prefill", "b, prefill"] and len(shared.losses()) == 3
 
 
@@ -98,10 +98,10 @@ def test_nothing_pays_is_an_answer():
     text = outcome.sentence(nothing, "Prefill speed equivalent.")
     assert text.startswith("Nothing pays here: of 1 candidate none") and text.endswith("Prefill speed equivalent.")
     assert outcome.sentence(_setup("a"), "Faster.") == "Faster."
-    undecided = {"state": "works", "kept": False, "why": "neither faster, nor smaller, as far as can be told"}
+    undecided = {"state": "works", "kept": False, "why": "not surely faster"}
     refused = [{"state": state, "kept": False, "why": "no"} for state in ("refused", "crashed")]
     text = outcome.sentence(_setup(considered=[undecided, *refused]), "")
-    assert "of 1 candidate none is, as far as can be told," in text and ". 2 more could not be applied. " in text
+    assert "of 1 candidate none is surely within the margins" in text and ". 2 more could not be applied. " in text
     assert all(brief.count(part) <= brief.MOST_WORDS for part in text.split(". ")), text
     assert outcome.sentence(_setup(considered=refused), "") == "Nothing pays here: no candidate could be applied. "
     assert outcome.sentence(_setup(), "") == "Nothing pays here. ", "a search chose so"
@@ -141,7 +141,7 @@ def test_nothing_is_attributed_to_what_is_broken(tiny, monkeypatch, broken, wher
         assert len(shared.speeds()) == len(shared.losses()) == 0 and "not finite" in shared.source
         first, second = shared.reading().split(". ", 1)
         assert reading.two(f"{first}.", second) and "Nothing pays" not in first
-        assert second == "So the gain is not shared out.", "the stack may gain where a subset of it is broken"
+        assert second == "So the gain is not attributed to parts.", "the stack may gain where a subset of it is broken"
         assert outcome.details(setup, shared, GainSweep([], pd.DataFrame()))["attribution"][0] == []
 
 
@@ -165,8 +165,8 @@ def test_the_gain_is_the_whole_stacks_where_a_part_refuses_to_go_without_another
     pairs = Pairs([1.0] * 6, [0.9] * 6, ["AB", "BA"] * 3, [None] * 6, 1)
     compared = Compared([], {"prefill": types.SimpleNamespace(pairs=pairs)})
     shared = experiment.attributed(setup, every, None, compared)
-    assert shared.source.endswith("for a subset cannot be made: b cannot be applied here: a prepares it")
-    assert shared.reading().endswith("All of it is owed to a + b, its only part.")
+    assert shared.source.endswith("because a subset cannot be built: b cannot be applied here: a prepares it")
+    assert shared.reading().endswith("All of it comes from a + b, its only part.")
 
 
 def test_a_sweep_without_points_is_empty():
@@ -178,7 +178,7 @@ def test_the_return_in_words():
     text = returns.in_words([measurement.unavailable("break_even_tokens", "prefill, by time", "no gain was shown")])
     assert text == "is not shown to pay: no gain was shown"
     paid = measurement.informative("break_even_tokens", "prefill, by time", None, 44911.3, "planted")
-    assert returns.in_words([paid]) == "pays from about 45,000 tokens on", "the saving is known to a tenth"
+    assert returns.in_words([paid]) == "pays from about 45,000 tokens", "the saving is known to a tenth"
     assert returns.in_words([]).startswith("the break-even is unknown")
 
 

@@ -133,7 +133,7 @@ def test_the_default_stack_keeps_what_pays_and_says_why_not(tiny, batch, monkeyp
     assert [(row["step"], row["kept"]) for row in stack.considered] == [
         ("brisk", True), ("idle", False), ("maybe", False), ("tardy", False), ("unwilling", False),
     ]  # fmt: skip
-    assert "neither faster" in stack.considered[1]["why"] and "not today" in stack.considered[4]["why"]
+    assert "not surely faster" in stack.considered[1]["why"] and "not today" in stack.considered[4]["why"]
 
 
 def test_what_loses_more_than_the_margins_is_rejected_before_it_is_timed(tiny, batch, monkeypatch):

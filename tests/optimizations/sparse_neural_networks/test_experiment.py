@@ -284,7 +284,7 @@ def test_a_sweep_is_read_by_its_crossovers(setup):
     assert speed_sweep._name(points[0], one) == "CSR, 1 token"
     first, second = speed_sweep.read_crossovers(gains)
     assert first.startswith("1 of 2 sparse arms measure faster") and first.endswith(", 1 of them by a verdict.")
-    assert second == "The earliest is CSR, 16 tokens, from 70 % zeros on."
+    assert second == "The earliest is CSR, 16 tokens, from 70 % zeros."
     unsure = speed_sweep.times([points[0], _point(90, "unstructured", 0.5, "inconclusive")])
     assert speed_sweep.read_crossovers(unsure)[0].endswith(", none of them by a verdict.")
     assert speed_sweep.weights_bytes(points).ratio.tolist() == [0.5] * 4

@@ -104,7 +104,8 @@ def test_training_that_brings_nothing_leaves_the_fitted_cut_and_is_not_charged(s
     cut = experiment.cut(setup, 0.2, "auto", finetune_steps=2)
     assert cut.optimized is cut.fitted is not cut.pruned and cut.seconds == setup.seconds
     assert cut.summary.endswith(
-        " What read them is refitted by least squares. 2 steps of training did not lower the divergence "
+        " The matrices that read removed parts are refitted by least squares."
+        " 2 steps of training did not lower the divergence "
         "(0.2 nats per token on text set aside at best, 0.1 before); none was kept."
     )
     rival_cuts = rivals.set_up(setup, _text(setup), 0.2, "auto")

@@ -192,17 +192,17 @@ def test_factors_are_refitted_on_all_of_the_calibration_text_and_say_where_that_
     monkeypatch.setattr(decomposition.blockwise, "refit", lambda _, __, text: seen.append(text) or errors)
     chosen = experiment.factor(refitted, 0.2)
     assert seen == [setup.calibration] and chosen.errors == errors
-    told = " factors are nearer to the original output on text set aside from their fit, which whitening has seen"
-    assert chosen.summary.endswith(f" In 3 of 4 blocks refitted{told}; in the others whitened ones stay.")
-    assert replace(chosen, errors=errors[:3]).summary.endswith(f" In 3 of 3 blocks refitted{told}.")
+    nearer = " factors are nearer to the original output, on text held out from the fit but not from whitening."
+    assert chosen.summary.endswith(f" In 3 of 4 blocks refitted{nearer} The others keep whitened factors.")
+    assert replace(chosen, errors=errors[:3]).summary.endswith(f" In 3 of 3 blocks refitted{nearer}")
     names = [spectrum.matrix.name for spectrum in decomposition.curves(setup.spectra["whitened"])]
     first = {name: 8 for name in names if ".layers.0." in name}
     options = {"method": "whitened", "spectra": setup.spectra["whitened"], "ranks": first}
     partly = replace(chosen, optimized=decomposition.apply(setup.baseline, [], **options))
-    one = f" In 1 of 1 factored blocks refitted{told}."
-    assert partly.summary.endswith(one), "no whitened factors stay where there are none"
+    only_block = f" In 1 of 1 factored blocks refitted{nearer}"
+    assert partly.summary.endswith(only_block), "no whitened factors stay where there are none"
     undone = replace(chosen, errors=[(1.0, 1.0)] * 4)
-    assert undone.summary.endswith(f" In none of 4 blocks refitted{told}; whitened ones stay.")
+    assert undone.summary.endswith(f" In none of 4 blocks refitted{nearer} All keep whitened factors.")
     assert experiment.factor(setup, 0.2).summary.endswith(" modules are factored.")
 
 
@@ -211,16 +211,16 @@ def test_how_many_stacks_of_experts_became_factors_is_said(tiny):
     model = tiny("qwen3-coder-30b")
     spectra = decomposition.analyse(model, [], "plain")
     stacks = [curve.matrix for curve in spectra.curves() if curve.matrix.side != "linear"]
-    said = []
+    sentences = []
     for sides in ((), ("input",), ("input", "output")):
         ranks = {matrix.name: 8 for matrix in stacks if matrix.side in sides}
         optimized = decomposition.apply(model, [], method="plain", spectra=spectra, ranks=ranks)
-        said.append(experiment.FactoredModel(optimized, 0.2, 1.0).summary.partition("factored.")[2])
+        sentences.append(experiment.FactoredModel(optimized, 0.2, 1.0).summary.partition("factored.")[2])
     count = len(stacks)
-    assert said == [
-        f" Of {count} stacks of experts none are; the budget keeps them whole.",
-        f" Of {count} stacks of experts {count // 2} are; the budget keeps the others whole.",
-        f" All {count} stacks of experts are.",
+    assert sentences == [
+        f" None of {count} stacks of experts are factored; the budget keeps them whole.",
+        f" {count // 2} of {count} stacks of experts are factored; the budget keeps the others whole.",
+        f" All {count} stacks of experts are factored.",
     ]
 
 

@@ -1,1 +1,1 @@
-"""What the compressions share: options, budgets, calibration, yardsticks at equal bytes."""
+"""Code shared by the compression methods: options, budgets, calibration text, yardsticks of equal size."""

@@ -1,22 +1,22 @@
-"""How much each block loses, where not all lose the same: a block with more outliers loses less (Yin et al. 2024, OWL).
+"""Non-uniform budgets over blocks: a block with more outliers is compressed less (Yin et al. 2024, OWL).
 
-Knows nothing of what is lost, or how outliers are counted.
+Independent of the compression method and of how outliers are counted.
 """
 
 from collections.abc import Mapping
 
 BUDGETS = ("uniform", "owl")
 OUTLIER = 5.0  # times the mean of a block's scores, section 3
-SPREAD = 0.08  # of the blocks' shares around their mean, the same
-MOST, TINY = 0.999, 1e-12  # of a block that may be lost; what counts as no deviation
+SPREAD = 0.08  # largest deviation of a block's share from the mean, section 3
+MOST, TINY = 0.999, 1e-12  # the largest share a block may lose; deviations below TINY count as none
 
 
 def by_outliers(outliers: Mapping[int, float], sizes: Mapping[int, float], share: float) -> dict[int, float]:
-    """Return the share that each block loses, by index; weighed by `sizes` it is `share`.
+    """Return the share that each block loses, by index; the mean weighted by `sizes` is `share`.
 
-    outliers: the share of a block's scores above OUTLIER times their mean. Blocks lie at most SPREAD above or below
-    `share`, and nearer where the ends of the range are. A block of size 0 (a dense one where experts are pruned) has
-    nothing to lose and no outliers to compare with: it gets `share`, and spreads nothing.
+    outliers: the share of a block's scores above OUTLIER times their mean. Shares deviate from `share` by at most
+    SPREAD, less near 0 and MOST. A block of size 0 (a dense block where experts are pruned) has nothing to lose: it
+    gets `share` and does not affect the others.
     """
     known = {index: value for index, value in outliers.items() if sizes[index]}
     low, high = min(known.values(), default=0.0), max(known.values(), default=0.0)

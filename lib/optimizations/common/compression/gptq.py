@@ -1,7 +1,7 @@
-"""GPTQ: int4 of a matrix in which later columns compensate what rounding a column does to the output.
+"""GPTQ: quantize a matrix to int4, where later columns compensate the output error of rounding a column.
 
-Frantar et al. 2023, without reordering columns: a group of inputs shares scale and zero point as in rounding to
-nearest, so that both take the same bytes and the same kernel. Knows nothing of models.
+Frantar et al. 2023, without reordering columns: each group of inputs shares a scale and a zero point as in rounding to
+nearest, so both take the same bytes and use the same kernel.
 
 Shapes: E experts (1 for a single matrix), O outputs, I inputs, G groups.
 """
@@ -19,14 +19,14 @@ from lib.models.structure.replacements.quantized import (
     steps,
 )
 
-MOST_FACTORS = 2**26  # elements of inverses that are held at a time
+MOST_FACTORS = 2**26  # elements of inverse factors held in memory at a time
 
 
 def packed(weight: torch.Tensor, gram: torch.Tensor, what: str = "a matrix") -> list[Packed]:
-    """Return int4 (values, scales) for each matrix of `weight`, [O, I] or [E, O, I], by its inputs' Gram matrix.
+    """Return int4 (values, scales) for each matrix of `weight`, [O, I] or [E, O, I], using its inputs' Gram matrix.
 
     `gram` is Σ x·xᵀ, [I, I] or [E, I, I]; an expert that saw no token is rounded to nearest. Raises UserError for a
-    width that int4 cannot pack, and in the name of `what` as `inverse_factor` does.
+    width that int4 cannot pack, and where `inverse_factor` does, naming `what`.
     """
     stack_EOI, gram_EII = weight.view(-1, *weight.shape[-2:]), gram.view(-1, *gram.shape[-2:])
     require_pairs(stack_EOI.shape[-1])

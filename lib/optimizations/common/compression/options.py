@@ -1,6 +1,6 @@
-"""Checks of an optimization's options: an unknown choice, a number out of its range, a model that it does not apply to.
+"""Validate an optimization's options: unknown choices, numbers out of range, models it does not apply to.
 
-Each raises UserError in one line: whose option, what it was, what was expected. Knows no optimization.
+Each check raises a one-line UserError: which option of which optimization, its value, what was expected.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -11,7 +11,7 @@ from torch import nn
 from lib.errors import NotApplicable, UserError
 from lib.models.offload import expert_cache
 
-Closed = Literal["both", "low", "high", "neither"]  # which ends of a range belong to it
+Closed = Literal["both", "low", "high", "neither"]  # the ends included in a range
 
 
 def one_of(where: str, name: str, value: str, choices: Iterable[str]) -> None:
@@ -22,13 +22,13 @@ def one_of(where: str, name: str, value: str, choices: Iterable[str]) -> None:
 
 
 def choices(where: str, chosen: Mapping[str, tuple[str, Iterable[str]]]) -> None:
-    """Raise UserError unless each value is one of its choices: option → (value, choices)."""
+    """Raise UserError unless every value is among its choices. `chosen` maps each option to (value, choices)."""
     for name, (value, valid) in chosen.items():
         one_of(where, name, value, valid)
 
 
 def in_range(where: str, name: str, value: float, low: float, high: float, closed: Closed = "both") -> None:
-    """Raise UserError unless `value` lies between `low` and `high`; not a number lies nowhere."""
+    """Raise UserError unless `value` lies between `low` and `high`; NaN is always out of range."""
     above = value >= low if closed in ("both", "low") else value > low
     below = value <= high if closed in ("both", "high") else value < high
     if above and below:
@@ -47,14 +47,12 @@ def at_least(where: str, name: str, value: float, low: float, meaning: str = "")
 
 
 def applies(where: str, model: nn.Module, applies_to: Callable[[nn.Module], str | None]) -> None:
-    """Raise NotApplicable with the reason where `applies_to` names one for this model, or its weights stream from a
-    file.
-    """
+    """Raise NotApplicable if `applies_to` returns a reason for `model`, or if its weights stream from a file."""
     changeable(model)
     if reason := applies_to(model):
         raise NotApplicable(f"{where}: {reason}")
 
 
 def changeable(model: nn.Module) -> None:
-    """Raise NotApplicable where the weights of a model stream from a file: they can be run, not changed."""
+    """Raise NotApplicable if the weights of `model` stream from a file: such a model can run but not be changed."""
     expert_cache.require_changeable(model)

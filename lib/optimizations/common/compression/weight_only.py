@@ -1,7 +1,4 @@
-"""Weight-only int8 and int4 as a yardstick of the usual alternative, rounded to nearest or by GPTQ.
-
-Knows nothing of measuring, nor of the optimization that it is compared with.
-"""
+"""Weight-only int8 and int4, rounded to nearest or by GPTQ: the usual alternative, used as a yardstick."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -26,7 +23,7 @@ from lib.models.structure.replacements.quantized import (
 from lib.models.structure.sharing import sharing
 from lib.optimizations.common.compression import gptq
 
-NAMES = {8: "int8", 4: "int4, groups of 128"}  # what the arms are called
+NAMES = {8: "int8", 4: "int4, groups of 128"}  # names of the arms
 PURPOSE = "weight-only, round to nearest"
 BY_GPTQ, GPTQ_PURPOSE = "int4, GPTQ", "weight-only, errors compensated"
 
@@ -39,9 +36,9 @@ def weight_only(
 ) -> nn.Module:
     """Return a model whose decoder matrices of `part` (see `second_moments.matrices`) are stored in 8 or 4 bits.
 
-    With calibration text int4 is chosen by GPTQ, block by block on the outputs of the quantized blocks before; without
-    it every weight is rounded to nearest. The matrix by which absorbed latent attention expands stays dense: engines
-    restore it once, and here it would be restored for each token. What is not quantized is shared with `model`. Raises
+    With calibration text int4 uses GPTQ, block by block on the outputs of the quantized blocks before; without it every
+    weight is rounded to nearest. The expansion matrix of absorbed latent attention stays dense: engines restore it
+    once, whereas here it would be restored for every token. Modules not quantized are shared with `model`. Raises
     UserError for a width that cannot be packed.
     """
     if bits not in BITS or (calibration is not None and bits != 4):
@@ -62,7 +59,7 @@ def weight_only(
 
 
 def _quantized(owner: nn.Module, bits: int, members: Sequence[Matrix], moments: dict[str, Moments]) -> nn.Module:
-    """Return the module in 8 or 4 bits; by GPTQ where there are moments of its matrices."""
+    """Return the module in 8 or 4 bits, by GPTQ if there are moments of its matrices."""
     chosen: dict[str, list[Packed]] = {}
     for matrix in members if moments else ():
         gram = moments[matrix.name].gram
@@ -74,27 +71,27 @@ def _quantized(owner: nn.Module, bits: int, members: Sequence[Matrix], moments: 
 
 
 def without_kernel(model: nn.Module, bits: int, part: str = "all") -> int:
-    """Return how many matrices of `part` torch has no packed kernel for: they are restored for every product."""
+    """Return the number of matrices of `part` without a packed kernel in torch: they are restored for every product."""
     return _kernels(model, bits, part).count(False)
 
 
 def rounds_few_tokens(model: nn.Module, part: str = "all") -> bool:
-    """Return whether int8 multiplies few tokens less exactly than many: its kernel does in bfloat16 what a model of
-    another dtype does by the restored matrix.
+    """Return whether int8 is less exact for few tokens than for many: its kernel multiplies few tokens in bfloat16, and
+    many tokens use the restored matrix in the model's own dtype.
     """
     return next(model.parameters()).dtype != SCALES and any(_kernels(model, 8, part))
 
 
 def _kernels(model: nn.Module, bits: int, part: str) -> list[bool]:
-    """Return of each matrix that is quantized whether torch has a packed kernel for it."""
+    """Return for each quantized matrix whether torch has a packed kernel for it."""
     dense = _expansions(model)
     chosen = [matrix.weight for matrix in matrices(model, part) if matrix.owner not in dense]
     return [has_kernel(weight.view(-1, *weight.shape[-2:])[0], bits) for weight in chosen]
 
 
 def other_groups(model: nn.Module, part: str = "all") -> str:
-    """Return in words in which groups int4 takes the inputs of matrices whose width 128 does not divide; empty where
-    there is none.
+    """Return in words the group sizes of int4 for matrices whose width is not a multiple of 128; empty if there are
+    none.
     """
     dense, counted = _expansions(model), Counter[int]()
     for matrix in matrices(model, part):
@@ -106,14 +103,14 @@ def other_groups(model: nn.Module, part: str = "all") -> str:
 
 
 def left_dense(model: nn.Module, part: str = "all") -> int:
-    """Return how many matrices of `part` stay dense, since absorbed latent attention expands by them."""
+    """Return the number of matrices of `part` that stay dense as expansion matrices of absorbed latent attention."""
     dense = _expansions(model)
     return sum(matrix.owner in dense for matrix in matrices(model, part))
 
 
 def _expansions(model: nn.Module) -> set[nn.Module]:
-    """Return the modules by which the latent attentions of `model` expand that decode absorbed; of a factored one its
-    factors too.
+    """Return the expansion modules of all latent attentions in `model` that decode absorbed, including the factors of a
+    factored one.
     """
     attentions = [block.attention for block in anatomy(model).blocks if block.attention.kind == "latent"]
     absorbed = [each.module for each in attentions if mla_absorption.decodes_absorbed(each.module)]

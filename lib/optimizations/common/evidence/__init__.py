@@ -1,1 +1,1 @@
-"""What a notebook's conclusions rest on: claims, published relations, contributions of parts."""
+"""Evidence for a notebook's conclusions: claims, published relations, contributions of parts."""

@@ -1,7 +1,7 @@
-"""Answers to what would refute a claim, as plain triples that a notebook turns into `refutation.Refutation`.
+"""Decide whether a run refutes a claim, by comparing intervals, or a gain with its noise.
 
-An answer is (claim, refuted, evidence): `refuted` is None where the run cannot tell, `evidence` a phrase that holds the
-number. Knows how to compare intervals and a gain with its noise; knows no optimization.
+An answer is a plain triple (claim, refuted, evidence) that a notebook turns into `refutation.Refutation`: `refuted` is
+None if the run cannot tell, `evidence` is a phrase that holds the number.
 """
 
 import math
@@ -16,7 +16,7 @@ ClaimAnswer = tuple[str, "bool | None", str]
 
 
 class ThirdArm(NamedTuple):
-    """A third arm and what was measured on it; the fields are those of a record's control."""
+    """A third arm with its measurements; the fields are those of a record's control."""
 
     name: str
     purpose: str
@@ -34,8 +34,10 @@ class Interval(NamedTuple):
         return self.in_words()
 
     def in_words(self, sign: str = "", neutral: float | None = None) -> str:
-        """Return the number, followed by `sign`, with its interval: in the digits that this deserves, or in three
-        figures where it has no width. `neutral`: what an end that is not equal to it is not shown as; None: no change.
+        """Return the number, followed by `sign`, and its interval, with as many digits as its width justifies; three
+        significant figures if the interval has no width.
+
+        An end that differs from `neutral` is never rounded to it; None: the value of no change, 0 or 1.
         """
         signs = self.low < 0
         neutral = (0.0 if signs else 1.0) if neutral is None else neutral
@@ -47,8 +49,8 @@ class Interval(NamedTuple):
 
 
 def ratio_in_words(measured: Measurement, sign: str = "×") -> str:
-    """Return the ratio of a measurement with its interval, in the digits that this deserves: in three figures where
-    there is no interval, "not measured" where there is no ratio.
+    """Return the ratio of a measurement with its interval, as `Interval.in_words` does; three significant figures if
+    there is no interval, "not measured" if there is no ratio.
     """
     if measured.ratio is None:
         return "not measured"
@@ -56,7 +58,7 @@ def ratio_in_words(measured: Measurement, sign: str = "×") -> str:
 
 
 def interval(arms: Iterable[ThirdArm], names: Sequence[str], metric: str = "kl_divergence_nats") -> Interval | None:
-    """Return the mean of `metric` over the named arms and the hull of their intervals, None where none has one."""
+    """Return the mean of `metric` over the named arms and the hull of their intervals; None if no arm has one."""
     values = [
         (m.optimized, *m.ci)
         for arm in arms
@@ -73,9 +75,9 @@ def interval(arms: Iterable[ThirdArm], names: Sequence[str], metric: str = "kl_d
 def harms_less(
     claim: str, chosen: Interval | None, rival: Interval | None, names: tuple[str, str], unit: str = "nats KL"
 ) -> ClaimAnswer:
-    """Return the answer to a claim that is refuted where the rival harms no more than the chosen arm.
+    """Return the answer to the claim that the chosen arm harms less than the rival.
 
-    Lower values are better. Overlapping intervals cannot tell. `names` are those of (chosen, rival).
+    Lower values are better. Overlapping intervals leave the claim undecided. `names` are those of (chosen, rival).
     """
     if chosen is None or rival is None:
         missing = names[0] if chosen is None else names[1]
@@ -86,12 +88,12 @@ def harms_less(
 
 
 def gain_drowns(claim: str, measurements: Iterable[Measurement]) -> ClaimAnswer:
-    """Return the answer to a claim that is refuted where a gain that should be detectable was not detected.
+    """Return the answer to a claim that is refuted if a gain that should be detectable was not detected.
 
-    Judged is, of the rates whose gain is detectable, the one whose physical bound predicts the largest: a gain that
-    exceeds both the smallest effect that its blocks can detect and the noise floor of its A/A control. A rate that was
-    not judged, or on a busy machine, or by blocks that span a factor, tells of no gain and refutes none; it answers
-    only where no other can.
+    A gain is detectable if its physical bound exceeds both the smallest effect that its blocks can detect and the noise
+    floor of its A/A control. Among the rates with a detectable gain, the one with the largest bound is judged. A rate
+    without a verdict, timed on a busy machine, or whose interval spans a factor, decides nothing; it is used only if
+    there is no other.
     """
     rates = [m for m in measurements if m.unit.endswith("/s") and m.predicted and m.ratio]
     if not rates:
@@ -110,12 +112,12 @@ def gain_drowns(claim: str, measurements: Iterable[Measurement]) -> ClaimAnswer:
 
 
 def _least(rate: Measurement) -> float:
-    """Return the least gain of a rate that its blocks and its A/A control can tell from none, as a ratio."""
+    """Return the smallest gain of a rate, as a ratio, that its blocks and its A/A control can detect."""
     return math.exp(max(rate.mde or 0.0, rate.noise_floor or 0.0))
 
 
 def _unusable(rate: Measurement) -> bool:
-    """Return whether a rate has no verdict for a reason that is the measuring's, not the model's."""
+    """Return whether a rate has no verdict because of how it was measured, not because of the model."""
     if rate.verdict not in ("better", "worse", "equivalent", "inconclusive"):
         return True
     low, high = rate.ci or (1.0, 1.0)

@@ -1,9 +1,8 @@
-"""What parts of a pipeline do alone, in pairs and in either order: timed in common rounds, losses on the same windows.
+"""Effects of pipeline parts alone, in pairs and in either order: timed in shared rounds, losses on the same windows.
 
-An arm is a model under a name; a pair's name is made by `named`. Effects are in natural logarithms of speed (above 0 is
-faster) and in nats of loss per token (above 0 is worse). Interactions of times are what a pair saves beyond the sum of
-both, in shares of the baseline's time: times of parts that do different work add up, their logarithms do not. Knows
-nothing of what the parts are.
+An arm is a model under a name; `named` names pairs. Effects are in natural logarithms of speed (above 0 is faster) and
+in nats of loss per token (above 0 is worse). The interaction of times is the time a pair saves beyond the sum of its
+parts, as a share of the baseline's time: the times of parts that do different work add up, their logarithms do not.
 """
 
 import gc
@@ -37,7 +36,7 @@ AXIS_LABELS = {
 
 
 def named(*stems: str) -> str:
-    """Return the name of the arm that has the steps `stems`, in this order."""
+    """Return the name of the arm to which the steps `stems` are applied in this order."""
     return " → ".join(stems) if stems else BASELINE
 
 
@@ -49,13 +48,15 @@ def time_arms(
     fewest: int = paired_stats.MINIMUM_BLOCKS,
     decoded: int = DECODE_TOKENS,
 ) -> dict[str, Rounds]:
-    """Time prefill of the prompt and a short decode (`decoded` tokens) of all arms, of which one is BASELINE, on copies
-    of one age (`of_one_age`), which are given back. Raises UserError for fewer than `fewest` rounds.
+    """Time prefill of the prompt and a short decode (`decoded` tokens) of all arms, one of which is BASELINE.
+
+    Small models are timed on copies of equal age (`of_one_age`), which are freed afterwards. Raises UserError for fewer
+    than `fewest` rounds.
     """
     try:
         return _timed(*of_one_age(models, prompt_BT[:, :DECODE_PROMPT], seed), prompt_BT, count, seed, fewest, decoded)
     finally:
-        gc.collect()  # a copy with a method bound to itself, as one that reads in chunks, would stay
+        gc.collect()  # a copy with a method bound to itself, such as one that reads in chunks, is a reference cycle
 
 
 def _timed(
@@ -83,9 +84,10 @@ def _timed(
 def of_one_age(
     models: Mapping[str, nn.Module], prompt_BT: torch.Tensor, seed: int = 0
 ) -> tuple[Mapping[str, nn.Module], bool]:
-    """Return fresh copies of small models on a CPU, made in an order drawn by `seed`, and True: a baseline that was
-    loaded at the beginning is slower for its age alone (`control.fresh_copies`). The models themselves and False where
-    one is not small, cannot be copied, or is a copy that reads the prompt otherwise.
+    """Return fresh copies of small models on a CPU, created in an order drawn from `seed`, and True.
+
+    A baseline loaded early is slower for its age alone (`control.fresh_copies`). Returns the models themselves and
+    False if any is not small, cannot be copied, or has a copy that answers the prompt differently.
     """
     if not replication.are_small([*models.values()]):
         return models, False
@@ -105,7 +107,7 @@ def _read(model: nn.Module, prompt_BT: torch.Tensor) -> torch.Tensor:
 
 
 def timed_on(timed: Iterable[Mapping[str, Rounds]]) -> str:
-    """Return what was timed, in words: copies made for each call of `time_arms`, or the models themselves."""
+    """Return in words what was timed: copies made by each call of `time_arms`, or the models themselves."""
     copied = [all(rounds.copied for rounds in each.values()) for each in timed]
     if all(copied):
         return "copies made for them"
@@ -115,15 +117,15 @@ def timed_on(timed: Iterable[Mapping[str, Rounds]]) -> str:
 
 
 def process_sigma(workload: str, weights: Iterable[float]) -> float:
-    """Return the standard deviation between processes of Σ weight · ln(seconds) over arms that are models of their own.
+    """Return the standard deviation between processes of Σ weight · ln(seconds) over arms that are separate models.
 
-    What other runs pooled is that of two arms, ln(copy / baseline): each arm adds half of its square.
+    The value pooled from other runs is that of two arms, ln(copy / baseline): each arm contributes half its variance.
     """
     return process_variance.between_processes(workload).sigma * float(np.sqrt(sum(w**2 for w in weights) / 2))
 
 
 def losses(models: Mapping[Arm, nn.Module], ids_NT: torch.Tensor) -> dict[Arm, np.ndarray]:
-    """Return how every arm reads held-out windows: nats per token of each window, [N]."""
+    """Return the loss of every arm on held-out windows: nats per token for each window, [N]."""
     return {name: evaluate.read(model, ids_NT).loss_N for name, model in models.items()}
 
 
@@ -133,9 +135,9 @@ def effects(
     weights: Mapping[str, float],
     source_N: np.ndarray | None = None,
 ) -> dict[str, Estimate]:
-    """Return a contrast of arms (name → weight) in each of `prefill`, `decode` (log-speed) and `loss` (nats).
+    """Return the contrast `weights` (arm → weight) for `prefill` and `decode` (log-speed) and `loss` (nats).
 
-    Here and below `source_N` numbers the document of each window that was read: those of one are resampled together.
+    Here and below `source_N` numbers the document of each window; windows of one document are resampled together.
     """
     estimates = {
         name: shapley.over_rounds(-times.contrast(weights), process_sigma(name, weights.values()))
@@ -154,7 +156,7 @@ def singles(
     stems: Sequence[str],
     source_N: np.ndarray | None = None,
 ) -> list[dict]:
-    """Return a row per part: its effects alone against the baseline, over all the rounds in which it had a turn."""
+    """Return a row per part: its effects alone against the baseline, over all rounds in which it was timed."""
     timed, rows = list(timed), []
     for stem in stems:
         estimates: dict[str, Estimate] = {}
@@ -175,8 +177,8 @@ def interactions(
     states: States,
     source_N: np.ndarray | None = None,
 ) -> list[dict]:
-    """Return a row per ordered pair: state, reason, and where it works what both save and lose beyond the sum of each,
-    as a share of the baseline's time and in nats per token; `<workload>_both` is the log-speed of both.
+    """Return a row per ordered pair: state, reason, and (if it works) what the pair saves and loses beyond the sum of
+    its parts, as a share of the baseline's time and in nats per token. `<workload>_both` is the log-speed of the pair.
     """
     rows = []
     for (first, second), (state, reason) in states.items():
@@ -193,7 +195,9 @@ def interactions(
 
 
 def _beyond(workload: str, times: Rounds, weights: Mapping[str, float]) -> Estimate:
-    """Return `_saved` over the rounds, with what one process hides: the change of each arm's time by its own share."""
+    """Return `_saved` over the rounds; the interval includes the spread between processes, each arm weighted by its
+    share of the baseline's time.
+    """
     ratio = {
         arm: float(np.exp(np.median(times.contrast({arm: 1, BASELINE: -1})))) for arm in weights if arm != BASELINE
     }
@@ -202,13 +206,13 @@ def _beyond(workload: str, times: Rounds, weights: Mapping[str, float]) -> Estim
 
 
 def _saved(times: Rounds, weights: Mapping[str, float]) -> np.ndarray:
-    """Return −Σ weight · seconds of the arm ÷ the baseline's seconds, of each round, [R]."""
+    """Return −Σ weight · seconds of the arm ÷ seconds of the baseline for each round, [R]."""
     baseline = np.asarray(times.seconds[BASELINE], dtype=float)
     return -sum((w * np.asarray(times.seconds[arm]) for arm, w in weights.items()), np.zeros_like(baseline)) / baseline
 
 
 def unmeasured(states: States) -> list[dict]:
-    """Return a row per ordered pair: state and reason alone."""
+    """Return a row per ordered pair with state and reason only."""
     return [{"first": a, "second": b, "state": state, "reason": why or ""} for (a, b), (state, why) in states.items()]
 
 
@@ -218,7 +222,7 @@ def order_effects(
     states: States,
     source_N: np.ndarray | None = None,
 ) -> list[dict]:
-    """Return a row per pair that works both ways: the effect of one order − that of the other."""
+    """Return a row per pair that works in both orders: the effect of one order minus that of the other."""
     rows = []
     for (first, second), (state, _) in states.items():
         if first < second and state == states.get((second, first), ("", None))[0] == "works":
@@ -233,7 +237,7 @@ def staleness(
     outdated: Mapping[tuple[str, str], np.ndarray],
     source_N: np.ndarray | None = None,
 ) -> list[dict]:
-    """Return a row per pair made with outdated statistics (its losses [N]): what they add to the loss, nats/token."""
+    """Return a row per pair built from outdated statistics (losses [N]): the loss that these add, in nats per token."""
     rows = []
     for pair, loss_N in outdated.items():
         cost = shapley.over_items(loss_N - lost[named(*pair)], source_S=source_N)

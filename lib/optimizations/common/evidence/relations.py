@@ -1,10 +1,9 @@
 """Published relations between numbers that a sound run must reproduce, judged from this run's numbers.
 
-A relation is not a claim of a notebook but a check of it: a workbench that finds magnitude pruning ahead of SparseGPT
+A relation is not a claim of a notebook but a check on it: a workbench that ranks magnitude pruning ahead of SparseGPT
 on a real language model is wrong somewhere. Each function takes measured values with their intervals and returns a
-`Judged`: held, not held, or None where the run cannot tell (intervals overlap, or something was not measured). Bounds
-that a relation needs are constants here, fixed before anything is measured. Absolute figures are not compared: they
-belong to other models. Knows no optimization and no model.
+`Judged`: held, not held, or None if the run cannot tell (intervals overlap, or something was not measured). Thresholds
+are constants here, fixed before anything is measured. Absolute figures are not compared: they belong to other models.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ PAYS = 1.02  # times as fast as the baseline: beyond the margin of speed
 
 
 class Judged(NamedTuple):
-    """A relation, what was published of it and by whom, whether it held here, and the numbers behind that."""
+    """A relation, its published figures and their source, whether it held in this run, and the evidence."""
 
     relation: str
     published: str
@@ -100,17 +99,17 @@ def _judged(key: str, held: bool | None, evidence: str) -> Judged:
 
 
 def with_weights(judged: Judged, random: bool) -> Judged:
-    """Return a relation on what a model has learned as it was judged, or undecided where its weights are `random`."""
+    """Return `judged`, a relation that needs trained weights; undecided if the weights are `random`."""
     return judged._replace(held=None, evidence=f"random weights; {judged.evidence}") if random else judged
 
 
 def on_a_busy_machine(judged: Judged, reason: str | None) -> Judged:
-    """Return a relation between times as it was judged, or undecided where nothing timed is judged, for a `reason`."""
+    """Return `judged`, a relation between times; undecided if timings are not judged, for `reason`."""
     return judged._replace(held=None, evidence=f"{judged.evidence}; {reason}") if reason else judged
 
 
 def below(low: Interval, high: Interval, ties: bool = False) -> bool | None:
-    """Return whether one value lies below another: None where the intervals overlap, or True there where `ties` do."""
+    """Return whether `low` lies below `high`. If the intervals overlap: True if `ties` are allowed, else None."""
     if low.high < high.low:
         return True
     if low.low > high.high:
@@ -119,12 +118,12 @@ def below(low: Interval, high: Interval, ties: bool = False) -> bool | None:
 
 
 def _all(answers: Sequence[bool | None]) -> bool | None:
-    """Return False if one is, else None if one is, else True."""
+    """Return False if any answer is False, else None if any is None, else True."""
     return False if False in answers else None if None in answers else True
 
 
 def methods(sparsegpt: Interval | None, wanda: Interval | None, magnitude: Interval | None) -> Judged:
-    """Judge the order of three methods by losses or divergences on the same share of zeros, lower is better."""
+    """Judge the order of three methods by losses or divergences at the same share of zeros; lower is better."""
     if sparsegpt is None or wanda is None or magnitude is None:
         return _judged("methods", None, "not measured")
     held = _all([below(sparsegpt, wanda, ties=True), below(wanda, magnitude)])
@@ -152,7 +151,7 @@ def patterns(by_method: Mapping[str, Mapping[str, Interval | None]]) -> Judged:
 
 
 def rows(per_row: Interval | None, per_matrix: Interval | None) -> Judged:
-    """Judge Wanda within output rows against within the matrix."""
+    """Judge Wanda that compares weights within each output row against Wanda within the whole matrix."""
     if per_row is None or per_matrix is None:
         return _judged("rows", None, "not measured")
     evidence = f"per row {per_row}, per matrix {per_matrix}"
@@ -160,7 +159,7 @@ def rows(per_row: Interval | None, per_matrix: Interval | None) -> Judged:
 
 
 def svd(dense: float | None, plain: Interval | None, whitened: Interval | None) -> Judged:
-    """Judge perplexities: plain SVD at least COLLAPSED times the dense one, whitened at most USABLE times."""
+    """Judge perplexities: plain SVD at least COLLAPSED times the dense model's, whitened SVD at most USABLE times."""
     if dense is None or plain is None or whitened is None:
         return _judged("svd", None, "not measured")
     collapsed = True if plain.low >= COLLAPSED * dense else False if plain.high < COLLAPSED * dense else None
@@ -170,7 +169,7 @@ def svd(dense: float | None, plain: Interval | None, whitened: Interval | None) 
 
 
 def int8(ratio: Interval | None) -> Judged:
-    """Judge int8's perplexity over the dense one."""
+    """Judge the perplexity of int8 as a ratio to the dense model's."""
     if ratio is None:
         return _judged("int8", None, "not measured")
     limit = 1 + NOTHING_LOST
@@ -179,7 +178,7 @@ def int8(ratio: Interval | None) -> Judged:
 
 
 def int4(int4_arm: Interval | None, pruned: Mapping[str, Interval | None]) -> Judged:
-    """Judge int4 against every pruned arm of as many bytes."""
+    """Judge int4 against every pruned arm of the same size in bytes."""
     known = {name: arm for name, arm in pruned.items() if arm is not None}
     if int4_arm is None or not known:
         return _judged("int4", None, "not measured")
@@ -196,14 +195,14 @@ def gptq(by_gptq: Interval | None, to_nearest: Interval | None) -> Judged:
 
 
 def perplexity_of(measurement: Measurement | None) -> Interval | None:
-    """Return the perplexity of an optimized model with its interval; None where it has none."""
+    """Return the perplexity of an optimized model with its interval; None if either is missing."""
     if measurement is None or measurement.optimized is None or not measurement.baseline or not measurement.ci:
         return None
     return Interval(measurement.optimized, *(measurement.baseline * end for end in measurement.ci))
 
 
 def ends(influence: Sequence[float]) -> Judged:
-    """Judge the influence of the blocks, in order: the two highest must be the first and the last."""
+    """Judge the influence of the blocks, given in model order: the first and last block must be the two highest."""
     if len(influence) < 4:
         return _judged("ends", None, f"{len(influence)} blocks are too few for an order")
     order = sorted(range(len(influence)), key=lambda index: -influence[index])
@@ -212,8 +211,8 @@ def ends(influence: Sequence[float]) -> Judged:
 
 
 def layers(mass: Sequence[float]) -> Judged:
-    """Judge the share of mass in the best pages of each block, in order, whether or not it reads more: the two least
-    must be the first two.
+    """Judge the share of attention mass in the best pages of each block, given in model order: the first two blocks
+    must have the lowest shares, even if they read all pages.
     """
     if len(mass) < 4:
         return _judged("layers", None, f"{len(mass)} blocks are too few for an order")
@@ -225,7 +224,7 @@ def layers(mass: Sequence[float]) -> Judged:
 
 
 def lost(measurement: Measurement | None) -> Interval | None:
-    """Return the share of a score that is lost, with its interval; None where there is no ratio."""
+    """Return the share of a score that is lost, with its interval; None if there is no ratio or interval."""
     if measurement is None or measurement.ratio is None or measurement.ci is None:
         return None
     low, high = measurement.ci
@@ -233,7 +232,7 @@ def lost(measurement: Measurement | None) -> Interval | None:
 
 
 def generation(generated: Measurement | None, chosen: Measurement | None) -> Judged:
-    """Judge the loss of generated answers (exact match) against that of multiple choice, after the same removal."""
+    """Judge the loss of generated answers (exact match) against that of multiple choice, with the same blocks gone."""
     falls, stays = lost(generated), lost(chosen)
     if falls is None or stays is None:
         return _judged("generation", None, "not measured, or nothing was right to begin with")
@@ -242,7 +241,7 @@ def generation(generated: Measurement | None, chosen: Measurement | None) -> Jud
 
 
 def accuracy(perplexity: Measurement | None, scores: Sequence[Measurement]) -> Judged:
-    """Judge perplexity against the mean of accuracies: worse by more than STRONGLY, within FEW_POINTS."""
+    """Judge whether mean accuracy stays within FEW_POINTS while perplexity worsens by more than STRONGLY."""
     changes = [
         Interval(m.optimized - m.baseline, m.baseline * (m.ci[0] - 1), m.baseline * (m.ci[1] - 1))
         for m in scores
@@ -260,8 +259,9 @@ def accuracy(perplexity: Measurement | None, scores: Sequence[Measurement]) -> J
 
 
 def density(by_tokens: Mapping[int, float]) -> Judged:
-    """Judge the density at a fixed τ over the prompt's length in tokens. τ is of the estimated mass: the exact mass
-    that is held may fall with the length too.
+    """Judge the density at a fixed τ by prompt length in tokens.
+
+    τ is a share of the estimated mass: the exact mass that is kept may fall with the length as well.
     """
     points = sorted(by_tokens.items())
     if len(points) < 2:
@@ -274,7 +274,7 @@ def density(by_tokens: Mapping[int, float]) -> Judged:
 
 
 def short(gains: Mapping[int, Interval]) -> Judged:
-    """Judge the gain in speed at the shortest of at least two lengths in tokens."""
+    """Judge the speedup at the shortest of at least two prompt lengths in tokens."""
     if len(gains) < 2:
         return _judged("short", None, "fewer than two lengths were timed")
     tokens = min(gains)
@@ -284,9 +284,9 @@ def short(gains: Mapping[int, Interval]) -> Judged:
 
 
 def kernel(of_kernel: Interval | None, end_to_end: Interval | None, bound: float | None = None) -> Judged:
-    """Judge the gain of the kernel against that of the whole; `bound` is the gain that the physical bound allows.
+    """Judge the kernel's speedup against the end-to-end speedup; `bound` is the speedup that the physical bound allows.
 
-    Where the kernel gains nothing, no gain can be lost on the way to the whole.
+    Undecided if the kernel alone is no faster.
     """
     if of_kernel is None or end_to_end is None:
         return _judged("kernel", None, "not measured")

@@ -1,8 +1,8 @@
-"""What parts contribute to a whole, and what they do to each other: interactions of two, Shapley values of several.
+"""Contributions of parts to a whole: interactions of two parts, Shapley values of several.
 
-Works on values of subsets of the parts, given per sample (a round of timing, a window of text), so that every figure
-has an interval over samples. Knows nothing of what the parts are. Values are additive where nothing interacts: natural
-logarithms of times, or losses in nats.
+Works on the values of subsets of the parts, given per sample (a timing round, a text window), so that every estimate
+has an interval over samples. Values must be additive when parts do not interact: natural logarithms of times, or losses
+in nats.
 
 Shapes: S samples.
 """
@@ -37,8 +37,8 @@ class Estimate:
 
 
 def over_rounds(values_S: Sequence[float] | np.ndarray, process_sigma: float = 0.0) -> Estimate:
-    """Return the median of timed contrasts with its order-statistic interval, which `process_sigma`, the standard
-    deviation of such a contrast between processes, widens.
+    """Return the median of timed contrasts with its order-statistic interval, widened by `process_sigma`, the standard
+    deviation of such a contrast between processes.
     """
     effect = paired_stats.effect(np.asarray(values_S, dtype=float).tolist(), process_sigma=process_sigma)
     return Estimate(effect.median, effect.low, effect.high, effect.n)
@@ -47,9 +47,11 @@ def over_rounds(values_S: Sequence[float] | np.ndarray, process_sigma: float = 0
 def mean_over_rounds(
     values_S: Sequence[float] | np.ndarray, process_sigma: float = 0.0, process: Sequence[int] | None = None
 ) -> Estimate:
-    """Return the mean of timed contrasts with Student's interval, widened by `process_sigma` as in `over_rounds`: means
-    of parts add up to that of the whole. Where the rounds were timed in three processes or more (`process[i]` numbers
-    that of round i), both are over the means of the processes, as `paired_stats.effect` forms them.
+    """Return the mean of timed contrasts with Student's interval, widened by `process_sigma` as in `over_rounds`.
+
+    Unlike medians, the means of the parts add up to the mean of the whole. If the rounds ran in three or more processes
+    (`process[i]` numbers the process of round i), mean and interval are over process means, as in
+    `paired_stats.effect`.
     """
     if process is not None and len(set(process)) >= paired_stats.MINIMUM_PROCESSES:
         effect = paired_stats.effect(np.asarray(values_S, dtype=float), process)
@@ -66,8 +68,9 @@ def mean_over_rounds(
 def over_items(
     values_S: Sequence[float] | np.ndarray, resamples: int = 2000, seed: int = 0, source_S: np.ndarray | None = None
 ) -> Estimate:
-    """Return the mean over windows or items with its bootstrap interval; those of one source (`source_S`, the document
-    of a window) are resampled together.
+    """Return the mean over windows or items with its bootstrap interval.
+
+    Samples of one source (`source_S`, such as the document of a window) are resampled together.
     """
     samples_S = np.asarray(values_S, dtype=float)
     low, high = paired_stats.bootstrap_interval(samples_S.tolist(), resamples=resamples, seed=seed, source=source_S)
@@ -75,7 +78,7 @@ def over_items(
 
 
 def interaction(nothing_S: ArrayLike, first_S: ArrayLike, second_S: ArrayLike, both_S: ArrayLike) -> np.ndarray:
-    """Return effect of both − sum of each effect, per sample: both − first − second + nothing, [S]."""
+    """Return the effect of both minus the sum of the single effects: both − first − second + nothing, [S]."""
     nothing, first, second, both = (np.asarray(v, dtype=float) for v in (nothing_S, first_S, second_S, both_S))
     return both - first - second + nothing
 
@@ -83,7 +86,7 @@ def interaction(nothing_S: ArrayLike, first_S: ArrayLike, second_S: ArrayLike, b
 def subsets(parts: Sequence[str]) -> list[tuple[str, ...]]:
     """Return all subsets of the parts, each in the order of `parts`, the empty one first.
 
-    Raises ValueError beyond MOST_PARTS parts: the number of subsets doubles with each.
+    Raises ValueError for more than MOST_PARTS parts: each part doubles the number of subsets.
     """
     if len(parts) > MOST_PARTS:
         raise ValueError(f"{len(parts)} parts have {2 ** len(parts)} subsets; attribution takes at most {MOST_PARTS}")
@@ -93,8 +96,8 @@ def subsets(parts: Sequence[str]) -> list[tuple[str, ...]]:
 def shapley(parts: Sequence[str], values: Mapping[tuple[str, ...], ArrayLike]) -> dict[str, np.ndarray]:
     """Return each part's Shapley value per sample, [S]: its mean marginal effect over all orders of joining.
 
-    `values` has a row [S] for every one of `subsets(parts)`. The values of all parts add up to the effect of the whole,
-    in every sample (Shapley 1953).
+    `values` has a row [S] for each of `subsets(parts)`. In every sample the Shapley values add up to the effect of the
+    whole (Shapley 1953).
     """
     count, values_by_part = len(parts), dict[str, np.ndarray]()
     for part in parts:

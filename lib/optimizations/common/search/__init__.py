@@ -1,1 +1,1 @@
-"""What the searches share: studies that survive, fronts, choices under noise, quality while choosing."""
+"""Code shared by the searches: resumable studies, Pareto fronts, choices under noise, quality during a search."""

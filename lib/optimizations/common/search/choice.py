@@ -1,9 +1,8 @@
-"""Choosing where times are noisy: near-ties are settled by a rule that does not depend on noise.
+"""Choose the fastest candidate under noisy timing: near-ties are settled by a rule that does not depend on noise.
 
-Two candidates whose times differ by less than the practical margin are as good as each other, and which of them
-happened to be timed faster says nothing. So of all within the margin of the best the first is taken, in an order that
-was fixed before anything was timed: the one that changes least, then the smallest, then by name. Knows nothing of what
-is chosen.
+Candidates whose times differ by less than the practical margin are equally good; which was timed faster is chance. Of
+all candidates within the margin of the best, `steady` takes the first in an order fixed before timing, for example
+least changed, then smallest, then by name.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,9 +19,9 @@ def steady(
     order: Callable[[Candidate], Any],
     margin: float = SPEED_MARGIN,
 ) -> Candidate:
-    """Return, of the candidates whose cost is within `margin` (a share) of the least, the first by `order`.
+    """Return the first candidate by `order` among those whose cost is within `margin` (a share) of the lowest.
 
-    Costs are not negative: times, or what else is to be small. Raises ValueError where there is no candidate.
+    Costs, such as times, are not negative. Raises ValueError if there is no candidate.
     """
     if not candidates:
         raise ValueError("there is no candidate to choose from")

@@ -1,8 +1,8 @@
-"""Fronts of two objectives that are both to be small: which points are not dominated, and the area that they dominate.
+"""Pareto fronts of two objectives that are both minimized, and the hypervolume that a front dominates.
 
-Points are (x, y); the reference is the worst point that still counts. Knows nothing of what the objectives are. Written
-here because no library that is installed anyway offers the area: Optuna computes it in a private module and publishes a
-plot of it alone, and pymoo or moocore would each be a further dependency, for a sum over a sorted front.
+Points are (x, y); the reference is the worst point that still counts. The hypervolume is written out here because no
+library already installed offers it: Optuna computes it in a private module and publishes only a plot, and pymoo or
+moocore would be one more dependency for a sum over a sorted front.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ Point = tuple[float, float]
 
 
 def front(points: Sequence[Point]) -> list[int]:
-    """Return the indices of the points that no other point beats in both objectives, by ascending x; no duplicates."""
+    """Return the indices of the non-dominated points, by ascending x and without duplicates."""
     order = sorted(range(len(points)), key=lambda index: (points[index], index))
     indices: list[int] = []
     for index in order:
@@ -34,22 +34,22 @@ def hypervolume(points: Sequence[Point], reference: Point) -> float:
 
 
 def of_random(volumes: Mapping[str, float]) -> list[float]:
-    """Return the hypervolumes of the arms that were drawn at random, from those of all arms by name."""
+    """Return the hypervolumes of the random-search arms, those of `volumes` whose name starts with "random"."""
     return [volume for arm, volume in volumes.items() if arm.startswith("random")]
 
 
 def gain(volumes: Mapping[str, float]) -> float | None:
-    """Return the hypervolume of the arm `search` ÷ the mean of the random ones; None where those dominate nothing."""
+    """Return the hypervolume of the arm "search" ÷ the mean of the random arms; None if these dominate nothing."""
     mean = float(np.mean(of_random(volumes)))
     return volumes["search"] / mean if mean else None
 
 
 def progress(points: Sequence[Point], reference: Point) -> np.ndarray:
-    """Return the hypervolume after each point, in their order."""
+    """Return the hypervolume after each of the points, in the order given."""
     return np.array([hypervolume(points[: n + 1], reference) for n in range(len(points))])
 
 
 def evaluations_until(curve: Sequence[float], level: float) -> int | None:
-    """Return after how many evaluations a curve first reaches `level`; None where it never does."""
+    """Return the number of evaluations after which `curve` first reaches `level`; None if it never does."""
     reaching = np.flatnonzero(np.asarray(curve) >= level)
     return int(reaching[0]) + 1 if len(reaching) else None

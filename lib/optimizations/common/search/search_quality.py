@@ -1,6 +1,7 @@
-"""Whether a candidate stays within the margins of the verdict, asked while choosing: on text and items of the split
-"search", and on values of another draw than those that judge. Choosing and judging share no item. Knows no
-optimization.
+"""Check during a search whether a candidate stays within the verdict's quality margins.
+
+Candidates are evaluated on text and items of the split "search", and on key-value retrieval prompts drawn with a
+different seed than the final ones: the search and the verdict share no item.
 """
 
 import math
@@ -20,18 +21,19 @@ from lib.models.loading import Loaded
 from lib.models.tasks.registry import classifies
 
 KEPT_SCORES = ("f1_macro", "retrieval_exact_match")
-OF_PUBLIC_TASKS = ("accuracy", "accuracy_norm", "exact_match")  # which have no F1; beside one it is the same twice
-SEED_STEP = 1000  # to the seed of what is chosen on, from that of what judges
+OF_PUBLIC_TASKS = ("accuracy", "accuracy_norm", "exact_match")  # used only for tasks without F1
+SEED_STEP = 1000  # between the seed of the verdict and the seed of the search
 RESAMPLES = 200
-ITEMS, VALUES, WINDOWS = 96, 64, 16  # so many that a single one lost costs less than a margin; fewer at preview
-VALUES_AT_REAL_SIZE = 16  # where a value takes seconds: one that is lost excludes
+ITEMS, VALUES, WINDOWS = 96, 64, 16  # enough that losing one costs less than a margin; fewer at preview
+VALUES_AT_REAL_SIZE = 16  # a value takes seconds there: losing a single one excludes a candidate
 
 
 @dataclass(frozen=True)
 class QualityLoss:
-    """What a candidate loses: `lost`, the largest drop of any score, as a share of one (None: not asked, since text
-    alone excludes it); `perplexity`, by how much that of text grows, as a share, and `bound`, the upper 95 % bound of
-    this growth.
+    """The quality that a candidate loses against the baseline.
+
+    `lost` is the largest drop of any score, where 1 is a full score (None: not evaluated, since perplexity alone
+    excludes the candidate). `perplexity` is the relative growth of perplexity, `bound` its upper 95 % bound.
     """
 
     lost: float | None
@@ -39,16 +41,16 @@ class QualityLoss:
     bound: float
 
     def within(self, margin: float = SCORE_MARGIN, perplexity_margin: float = PERPLEXITY_MARGIN) -> bool:
-        """Whether no score loses more than `margin`, and the bound of the perplexity's growth passes no margin."""
+        """Whether every score loses at most `margin` and the bound of perplexity growth is at most its margin."""
         return self.lost is not None and self.lost <= margin and self.bound <= perplexity_margin
 
     def why_not(self, margin: float = SCORE_MARGIN, perplexity_margin: float = PERPLEXITY_MARGIN) -> str:
-        """Return what is lost beyond the margins, in words; empty where nothing is."""
+        """Return in words what is lost beyond the margins; empty if nothing is."""
         reasons = []
         if self.lost is not None and not self.lost <= margin:
             reasons.append(f"a score loses {100 * self.lost:.1f} points")
         if not math.isfinite(self.perplexity):
-            reasons.append("perplexity is no number")
+            reasons.append("perplexity is not a number")
         elif not self.bound <= perplexity_margin:
             reasons.append(f"perplexity grows {percent(self.perplexity, 1)} (up to {percent(self.bound, 1)})")
         return ", ".join(reasons)
@@ -59,7 +61,7 @@ NOTHING_LOST = QualityLoss(0.0, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class SearchQuality:
-    """The baseline's answers on the split "search", and the sizes with which candidates are asked."""
+    """The baseline's answers on the split "search", and the sample sizes used for every candidate."""
 
     loaded: Loaded
     size: Effort
@@ -67,10 +69,10 @@ class SearchQuality:
     baseline: Answers
 
     def of(self, model: nn.Module, perplexity_margin: float = PERPLEXITY_MARGIN) -> QualityLoss:
-        """Return what `model` loses; NOTHING_LOST with random weights, whose answers mean nothing.
+        """Return the quality that `model` loses; NOTHING_LOST with random weights, whose answers mean nothing.
 
-        Text is read first: where the bound of its growth passes `perplexity_margin`, nothing else is asked, which on a
-        real model takes minutes.
+        Perplexity comes first. If the bound of its growth exceeds `perplexity_margin`, the tasks are skipped, which
+        saves minutes on a real model.
         """
         if self.loaded.random_weights:
             return NOTHING_LOST
@@ -87,8 +89,9 @@ class SearchQuality:
 
 
 def _kept(measurements: Sequence[Measurement]) -> list[Measurement]:
-    """Return the scores of which none may fall: F1, exact retrieval, and of a public task the one that is judged, which
-    none is where the baseline guesses.
+    """Return the scores that must be kept: F1, exact retrieval, and the judged score of each public task.
+
+    A public task on which the baseline only guesses has no judged score.
     """
     own = {m.workload for m in measurements if m.metric in KEPT_SCORES}
     public = [m for m in measurements if m.metric in OF_PUBLIC_TASKS and m.workload not in own]
@@ -102,7 +105,7 @@ def _text(answers: Answers) -> Text:
 
 
 def _growth(measurements: Sequence[Measurement]) -> tuple[float, float]:
-    """Return by how much perplexity grows at most, and the upper bound of that; without end where it is no number."""
+    """Return the largest relative growth of perplexity and its upper bound; both infinite if it is not a number."""
     if any(m.metric == "perplexity" and m.verdict == "invalid" for m in measurements):
         return math.inf, math.inf
     grown = [(m.ratio - 1, m.bound) for m in measurements if m.metric == "perplexity" and m.ratio is not None]
@@ -115,8 +118,10 @@ def _finite(value: float) -> float:
 
 
 def prepare(loaded: Loaded, effort: Effort, seed: int, items: int = ITEMS, values: int = VALUES) -> SearchQuality:
-    """Return what candidates are asked, with the baseline's answers: at real size few values, at preview half the
-    items and values that the effort itself asks, on as much text.
+    """Return the evaluation of candidates, with the baseline's answers already computed.
+
+    Models of real size get few retrieval values. Effort preview uses half of its own items and values, and at most its
+    own number of text windows.
     """
     values, windows = min(values, VALUES_AT_REAL_SIZE) if loaded.scale == "full" else values, WINDOWS
     if effort.preview:
@@ -128,8 +133,9 @@ def prepare(loaded: Loaded, effort: Effort, seed: int, items: int = ITEMS, value
 
 
 def _answers(loaded: Loaded, size: Effort, seed: int, model: nn.Module, text: Text | None = None) -> Answers:
-    """Return the answers of one arm, which may have read the `text`: to all tasks of a proxy model, to the first of a
-    real one, where each of several takes minutes. The verdict asks all of them.
+    """Return the answers of one arm; `text` is reused if it has been read already.
+
+    A proxy model answers all tasks. A real one answers only the first, since each takes minutes; the verdict uses all.
     """
     names = [task for task in loaded.tasks if classifies(task)]
     chosen = names[:1] if loaded.scale == "full" else names

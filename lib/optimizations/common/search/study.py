@@ -1,9 +1,8 @@
-"""Resumable studies: evaluations are stored in an Optuna study in a SQLite file, and a second start resumes there.
+"""Resumable studies: evaluations are stored as an Optuna study in a SQLite file, and a restarted search resumes there.
 
-A study belongs to one search space, described by plain JSON. A file that is damaged, or that belongs to a different
-space, is renamed, kept and reported; it is never overwritten. Every proposal is a function of the seed and of the
-completed trials alone, so an interrupted and restarted search ends with the same answer. Knows nothing of what is
-searched.
+A study belongs to one search space, described by plain JSON. A file that is damaged or belongs to a different space is
+renamed, kept and reported, never overwritten. Every proposal depends only on the seed and the completed trials, so an
+interrupted and restarted search ends with the same answer.
 """
 
 import hashlib
@@ -32,9 +31,9 @@ warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning
 
 @dataclass
 class Study:
-    """A study in a file (or in memory, where `path` is None), of one space. `notes` says what happened at opening.
+    """A study of one search space, in a file or (if `path` is None) in memory. `notes` says what happened on opening.
 
-    `memory` mirrors the file's completed trials: proposals are made there, and only whole trials are written.
+    `memory` mirrors the completed trials of the file: trials are proposed there, and only completed ones are written.
     """
 
     memory: optuna.Study
@@ -49,7 +48,7 @@ class Study:
         return self.memory.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
     def fact(self, name: str, make: Callable[[], object]) -> object:
-        """Return a stored fact (plain JSON); the first time it is made and stored, and never again."""
+        """Return the stored fact `name` (plain JSON), calling `make` to create it only if it is not stored yet."""
         if name not in self.memory.user_attrs:
             text = json.dumps(make())
             for study in filter(None, (self.file, self.memory)):
@@ -76,7 +75,7 @@ class Study:
     def propose(
         self, distributions: Mapping[str, BaseDistribution], sampler: Callable[[int], optuna.samplers.BaseSampler]
     ) -> dict[str, object]:
-        """Return the next trial's parameters. `sampler` is given the number of trials, and made anew each time."""
+        """Return the parameters of the next trial, proposed by a fresh `sampler(number of completed trials)`."""
         self.memory.sampler = sampler(len(self.trials))
         trial = self.memory.ask(dict(distributions))
         self.memory.tell(trial, state=TrialState.FAIL)  # a proposal only: `add` stores it with its values
@@ -88,13 +87,14 @@ class Study:
 
 
 def fingerprint(space: Mapping[str, object]) -> str:
-    """Return the hash of a space: plain JSON, independent of the order of its keys."""
+    """Return the hash of a search space (plain JSON), independent of the order of its keys."""
     return hashlib.sha256(json.dumps(space, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def code(*modules: ModuleType, parts: Iterable[ModuleType] = ()) -> str:
-    """Return a hash of the modules' source files: what was measured by other code is another space. `parts` are
-    optimizations: of one that has a folder, all files of it count, since its method is made of them.
+    """Return a hash of the modules' source files: changed code makes a different search space.
+
+    `parts` are optimizations. If one has a folder, all its files are hashed, since its method uses them.
     """
     files_of = [Path(str(module.__file__)) for module in modules]
     for part in parts:
@@ -107,7 +107,7 @@ def code(*modules: ModuleType, parts: Iterable[ModuleType] = ()) -> str:
 
 
 def machine() -> str:
-    """Return which machine times were measured on: they are facts of this one alone."""
+    """Return a name for this machine: measured times hold on this machine only."""
     return f"{platform.node()} {platform.machine()} {platform.processor()}".strip()
 
 
@@ -115,7 +115,7 @@ def machine() -> str:
 def opened(path: Path | str | None, name: str, space: Mapping[str, object], objectives: int) -> Iterator[Study]:
     """Yield the study `name` in the file `path` (None: in memory), new or resumed, locked against other processes.
 
-    Raises UserError where another process is searching in the same file, or where the file cannot be written.
+    Raises UserError if another process is searching in the same file, or if the file cannot be written.
     """
     if path is None:
         yield _make(None, name, space, objectives)
@@ -161,21 +161,21 @@ def _make(path: Path | None, name: str, space: Mapping[str, object], objectives:
 
 
 def _address(path: Path) -> str:
-    """Return the address of a file for Optuna, which replaces names in braces, and takes `?` and `%` for its own."""
+    """Return the SQLite URL of a file, escaped for Optuna, which expands `{…}` and interprets `?` and `%`."""
     return URL.create("sqlite", database=str(path)).render_as_string().replace("{", "{{").replace("}", "}}")
 
 
 def _set_aside(path: Path, name: str, space: Mapping[str, object]) -> list[str]:
-    """Rename a file that is damaged or of another space; return what was done, in words."""
+    """Rename a file that is damaged or belongs to another space; return notes on what was done."""
     if not path.exists():
         return []
     reason = _unusable(path, name, space)
     if reason is None:
         return []
     renamed = path.rename(files.aside(path))
-    for journal in path.parent.glob(f"{path.name}-*"):  # of SQLite; they belong to the file that left
+    for journal in path.parent.glob(f"{path.name}-*"):  # SQLite journals of the renamed file
         journal.rename(renamed.with_name(renamed.name + journal.name.removeprefix(path.name)))
-    return [f"{path.name}: {reason}; kept as {renamed.name}, a new study was begun"]
+    return [f"{path.name}: {reason}; kept as {renamed.name}, a new study was started"]
 
 
 def _unusable(path: Path, name: str, space: Mapping[str, object]) -> str | None:

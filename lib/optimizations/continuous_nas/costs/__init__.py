@@ -1,1 +1,1 @@
-"""What replacements of parts cost one request: seconds, measured, and bytes."""
+"""Costs of replacement parts for one request: measured seconds, and bytes."""

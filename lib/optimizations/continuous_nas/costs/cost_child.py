@@ -1,4 +1,4 @@
-"""The program in a child process of `cost_processes`: loads the model, builds the library, times every replacement."""
+"""Child process of `cost_processes`: load the model, build the library, time every replacement."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from lib.optimizations.continuous_nas.costs.request_costs import RequestProfile
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Return {"times": the fields of a `BlockTimes`} of one process."""
+    """Return {"times": the fields of a `BlockTimes`} measured in this process."""
     number = job["seed"] + job["process"]
     heap = child.move_heap(number)
     model = child.load(Arm(**job["arms"][0]))

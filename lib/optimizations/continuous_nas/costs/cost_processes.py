@@ -1,8 +1,7 @@
-"""What replacements cost, as the mean over several fresh processes.
+"""Measure the costs of replacements as the mean over several fresh processes.
 
-Within one process a part is quick or slow all along, by where its weights came to lie: measuring it more often does not
-help, and a programme that solves for times of one process may choose another architecture in the next. Knows nothing of
-what is chosen by these costs.
+Within one process a part is consistently fast or slow, depending on where its weights lie in memory. More samples do
+not help, and the programme solved with the times of one process may choose another architecture in the next.
 
 Shapes: P prompt tokens.
 """
@@ -45,7 +44,7 @@ def measure(
     `processes` fresh processes of half the `rounds` each.
 
     Each loads the model from a file and builds `library` from `saliency` and `options`, as it was built here. With one
-    process, and where `replication.unfit` has a reason, they are measured in this process. Raises ChildFailed.
+    process, or if `replication.unfit` gives a reason, this process measures itself. Raises ChildFailed.
     """
     if processes == 1 or replication.unfit([model]):
         return request_costs.measure(model, library, profile, prompt_BP, rounds=rounds, seed=seed)

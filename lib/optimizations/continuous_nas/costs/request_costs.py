@@ -1,6 +1,6 @@
-"""What a choice of replacements costs one request: seconds and bytes, as tables whose entries add up.
+"""The cost of a choice of replacements for one request: seconds and bytes, as tables whose entries add up.
 
-Seconds come from `subblock_costs`, bytes are counted. Knows nothing of what a choice does to the answers.
+Seconds come from `subblock_costs`, bytes are counted.
 
 Shapes: B batch, P prompt tokens.
 """
@@ -20,13 +20,13 @@ from lib.optimizations.continuous_nas.mip import Budget, CostTable
 from lib.optimizations.continuous_nas.replacement_library import WHOLE, Choice, Library, locate
 
 PREVIEW_DIVISOR = 4  # of the tokens and the batch of a request, at effort preview
-ROOM = 0.25  # of the way from the cheapest choice to the whole model, that a budget leaves at least after a drift
+ROOM = 0.25  # least budget after a drift, as a share of the way from the cheapest choice to the whole model
 
 
 @dataclass(frozen=True)
 class RequestProfile:
-    """What one request asks of the model: `batch` sequences, each read and then answered. `limit` names what is
-    scarce: "time" or "memory".
+    """The shape of one request: `batch` sequences, each read and then answered. `limit` names the scarce resource,
+    "time" or "memory".
     """
 
     name: str
@@ -36,7 +36,7 @@ class RequestProfile:
     limit: str
 
     def within(self, effort: Effort) -> "RequestProfile":
-        """Return the profile as it is timed: at effort preview a quarter of its tokens and of its batch."""
+        """Return the profile as timed at `effort`: at preview with a quarter of its tokens and its batch."""
         if not effort.preview:
             return self
         names = "prompt_tokens", "new_tokens", "batch"
@@ -70,34 +70,34 @@ class RequestCosts:
 
     @property
     def scarce(self) -> CostTable:
-        """The table of the profile's limit; fronts are drawn over it."""
+        """The table of the profile's scarce resource, the cost axis of fronts."""
         return self.time if self.profile.limit == "time" else self.memory
 
     def share(self, choice: Choice, table: CostTable | None = None) -> float:
-        """Return the cost of a choice as a share of the whole model's, by default of what is scarce."""
+        """Return the cost of a choice as a share of the whole model's, by default of the scarce resource."""
         table = table or self.scarce
         return table.of(choice) / table.of(self.whole)
 
     def reach(self, table: CostTable) -> float:
-        """Return the least share of the whole model's cost that any choice has."""
+        """Return the cost of the cheapest choice as a share of the whole model's."""
         cheapest = {slot: min(options, key=lambda name: options[name]) for slot, options in table.values.items()}
         return self.share(cheapest, table)
 
     def relative(self, table: CostTable, share: float) -> float:
-        """Return a budget that some choices meet: `share`, or where that is out of reach (or nearly), what leaves ROOM
-        of the way from the cheapest choice to the whole model.
+        """Return a budget share that some choices meet: `share`, but at least ROOM of the way from the cheapest choice
+        to the whole model.
         """
         reach = self.reach(table)
         return max(share, reach + ROOM * (1 - reach))
 
     def budgets(self, time_share: float = 1.0, memory_share: float = 1.0) -> list[Budget]:
-        """Return budgets from shares of the whole model's costs."""
+        """Return the budgets for shares of the whole model's time and memory."""
         shares = ((self.time, time_share), (self.memory, memory_share))
         return [Budget(table, share * table.of(self.whole)) for table, share in shares]
 
 
 def time_table(times: BlockTimes, profile: RequestProfile) -> CostTable:
-    """Return the seconds of one request: the prompt once, which gives the first new token, then every further one."""
+    """Return the seconds of one request: one prefill, which gives the first new token, and a step per further token."""
     steps = profile.new_tokens - 1
     values = {
         slot: {name: seconds + steps * times.decode[slot][name] for name, seconds in options.items()}
@@ -141,6 +141,6 @@ def measure(
 
 
 def tables(model: nn.Module, library: Library, profile: RequestProfile, times: Mapping) -> RequestCosts:
-    """Return both tables of a profile from the seconds that `measure` returned."""
+    """Return the costs under a profile; `times` is the result of `measure`."""
     both = time_table(BlockTimes(**times), profile), memory_table(model, library, profile)
     return RequestCosts(profile, *both, library.whole)

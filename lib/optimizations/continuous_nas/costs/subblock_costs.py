@@ -1,10 +1,9 @@
-"""What each part of each block costs on this device, and what its replacements would: timed by themselves, interleaved.
+"""Time each part of each block on this device, and each of its replacements, alone and interleaved.
 
-The real model reads a prompt and decodes one token; what enters each part then is kept, and every module that may
-replace it is run on it, all of them in shuffled rounds. Modules of equal shapes share their samples. What is in no part
-(embeddings, norms, head, Python) is timed on the model without its parts, less the attentions that must stay: as the
-difference of the whole and all its parts it would carry the errors of both. Knows nothing of why a module is a
-replacement.
+The real model reads a prompt and decodes one token. The inputs of each part are kept, and every replacement is run on
+them, all in shuffled rounds. Modules of equal shapes share their samples. Everything outside the parts (embeddings,
+norms, head, Python) is timed on the model stripped of its parts, minus the attentions that must stay: as the difference
+of the whole model and all its parts it would carry the errors of both.
 
 Shapes: B batch, P prompt tokens.
 """
@@ -25,14 +24,14 @@ from lib.models.decoding import cache_names
 from lib.models.structure.anatomy import anatomy, attention, reset_rope_deltas
 from lib.optimizations.continuous_nas.replacement_library import PARTS, must_attend, skeleton
 
-SKELETON = "skeleton"  # in place of a slot
+SKELETON = "skeleton"  # takes the place of a slot in keys
 
 Seconds = dict[str, dict[str, float]]  # slot → option → seconds
 
 
 @dataclass(frozen=True)
 class BlockTimes:
-    """Seconds of one prefill and of one decoded step: of each slot's options, and of the rest of the model."""
+    """Seconds of one prefill and of one decode step: per option of each slot, and for the rest of the model."""
 
     prefill: Seconds
     decode: Seconds
@@ -42,7 +41,7 @@ class BlockTimes:
 
 @dataclass
 class PartInput:
-    """What one part of a block is called with; `layer` is its layer of the cache, if it is an attention."""
+    """The arguments of one call of a part; `layer` is its layer of the cache if it is an attention."""
 
     args: tuple
     kwargs: dict
@@ -50,11 +49,11 @@ class PartInput:
 
     @property
     def cache_name(self) -> str | None:
-        """The name of the keyword argument that is a cache; None where there is none."""
+        """The name of the keyword argument that is a cache; None if there is none."""
         return next((name for name, value in self.kwargs.items() if hasattr(value, "get_seq_length")), None)
 
     def call(self, module: nn.Module, cache: object) -> object:
-        """Run `module` on this, with another cache."""
+        """Run `module` on these arguments, with another cache."""
         name = self.cache_name
         return module(*self.args, **(self.kwargs | ({name: cache} if name else {})))
 
@@ -69,10 +68,10 @@ def measure(
     rounds: int = 7,
     seed: int = 0,
 ) -> BlockTimes:
-    """Time every module of `modules[slot][option]` where it would stand: `locate(slot)` is (block, part).
+    """Time every module of `modules[slot][option]` on the inputs of its slot; `locate(slot)` is (block, part).
 
-    `model` is the whole one, as it is; `modules` hold its own parts as "whole". Every option is called once per round,
-    after one call that is not counted.
+    `model` is the unchanged model, whose own parts are the options "whole". Every option is called once per round,
+    after one uncounted call.
     """
     reading, stepping = _capture(model, prompt_BP)
     works: dict[tuple[str, str, str], Callable[[], object]] = {}
@@ -86,7 +85,7 @@ def measure(
             prefill, decode = _works(module, reading[place], stepping[place])
             works[slot, option, "prefill"], works[slot, option, "decode"] = prefill, decode
     bare = skeleton(model)
-    for turn in range(len(anatomy(model).blocks)):  # as many samples as parts of one shape have, which are pooled
+    for turn in range(len(anatomy(model).blocks)):  # as many samples as the pooled parts of one shape
         for kind, steps in (("prefill", 0), ("decode", 4)):
             work = workloads.decode(bare, prompt_BP, steps) if steps else workloads.prefill(bare, prompt_BP)
             works[SKELETON, str(turn), kind] = work
@@ -99,7 +98,7 @@ def measure(
 
 
 def _capture(model: nn.Module, prompt_BP: torch.Tensor) -> tuple[dict, dict]:
-    """Return what enters each part of each block while the model reads a prompt, and at the token after it."""
+    """Return the inputs of each part of each block during prefill, and during the decode step after it."""
     entering: dict[tuple[int, str], PartInput] = {}
 
     def keep(place: tuple[int, str]):
@@ -128,7 +127,7 @@ def _capture(model: nn.Module, prompt_BP: torch.Tensor) -> tuple[dict, dict]:
 
 
 def _works(module: nn.Module, reading: PartInput, stepping: PartInput) -> tuple[Callable, Callable]:
-    """Return what reads the prompt with `module` (a new cache each time), and what decodes one token after it."""
+    """Return two calls of `module`: prefill (with a new cache each time), and decoding one token after it."""
     if reading.cache_name is None:
         return lambda: reading.call(module, None), lambda: stepping.call(module, None)
     fresh = functools.partial(_empty, reading.kwargs[reading.cache_name], reading.layer)
@@ -138,8 +137,8 @@ def _works(module: nn.Module, reading: PartInput, stepping: PartInput) -> tuple[
 
 
 def _empty(cache: Any, index: int) -> Any:
-    """Return an empty cache whose only layer is of the kind of layer `index` of `cache`: masks of a part that attends
-    to a sliding window are as wide as what such a layer returns.
+    """Return an empty cache whose only layer has the type of layer `index` of `cache`: with a sliding window the masks
+    are as wide as what such a layer returns.
     """
     empty, layer = type(cache)(), cache.layers[index]
     if layer.is_sliding:
@@ -148,8 +147,8 @@ def _empty(cache: Any, index: int) -> Any:
 
 
 def _rounds(works: Mapping[tuple, Callable[[], object]], rounds: int, seed: int) -> dict[tuple, list[float]]:
-    """Return seconds per call, `rounds` samples each, in shuffled order; a workload's own preparation is not timed."""
-    on_device = torch.cuda.is_initialized()  # waiting would initialize a GPU that a run on a CPU leaves alone
+    """Return seconds per call, `rounds` samples each, in shuffled order; the preparation of a workload is not timed."""
+    on_device = torch.cuda.is_initialized()  # synchronizing would initialize a GPU that a CPU run does not use
     samples: dict[tuple, list[float]] = {key: [] for key in works}
     order, shuffle = list(works), random.Random(seed)
     for turn in range(rounds + 1):
@@ -195,13 +194,13 @@ def _pooled(
 
 
 def _undisturbed(samples: list[float]) -> float:
-    """Return the tenth percentile: a part takes tens of microseconds, and whatever else runs only ever adds to that."""
+    """Return the tenth percentile: a part takes tens of microseconds, and disturbances only ever add to that."""
     return float(np.quantile(samples, 0.1))
 
 
 def signature(module: nn.Module) -> tuple:
-    """Return what the cost of a module depends on: its kind, its shapes, how many experts a token is sent to, and of an
-    attention how many tokens it attends to (Gemma 3's blocks with and without a window have the same shapes).
+    """Return everything that the cost of a module depends on: its type, its shapes, the number of experts per token,
+    and the window of an attention (Gemma 3's blocks with and without a window have the same shapes).
     """
     shapes = tuple(tuple(parameter.shape) for parameter in module.parameters())
     chosen = tuple(part.top_k for part in module.modules() if hasattr(part, "top_k"))

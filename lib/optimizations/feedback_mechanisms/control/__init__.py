@@ -1,1 +1,1 @@
-"""The laws of control, and when a limit moves at all."""
+"""Control laws, and the rules for when a limit may move."""

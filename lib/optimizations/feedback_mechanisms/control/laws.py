@@ -1,34 +1,34 @@
-"""Laws of control: by how much a limit should move for an error, and whether it may move now.
+"""Control laws: how far a limit should move for an error, and whether it may move now.
 
-The error is ln(setpoint / signal): positive, there is room. `PI` and `Aimd` say by how much ln(limit) should change;
-`Restraint` keeps a limit from swinging, as control practice does:
+The error is ln(setpoint / signal); positive means there is room. `PI` and `Aimd` return the change of ln(limit);
+`Restraint` keeps a limit from swinging, by standard means of control:
 
-- a *dead band* round the setpoint: a limit of whole rows cannot hold a signal exactly, so its target is a range (Lim,
+- a *dead band* around the setpoint: a limit of whole rows cannot hold a signal exactly, so its target is a range (Lim,
   Babu, Chase and Parekh 2009, *Automated control in cloud computing*, ACDC: proportional thresholding; the tolerance of
-  Kubernetes' horizontal autoscaler is one);
-- *hysteresis*: a move that has begun goes on until the setpoint is crossed, or the limit would stay at the band's edge,
-  where noise moves it again (relays with hysteresis: Åström and Hägglund 2006, *Advanced PID control*);
-- *a rest after a move*, until the signal shows it: else every decision within the loop's delay repeats the move, and
-  the limit overshoots (TCP shrinks its window once per round trip for that reason: Jacobson 1988, *Congestion avoidance
-  and control*, SIGCOMM).
+  Kubernetes' horizontal autoscaler is another example);
+- *hysteresis*: a move once begun continues until the setpoint is crossed; otherwise the limit would stay at the band's
+  edge, where noise moves it again (relays with hysteresis: Åström and Hägglund 2006, *Advanced PID control*);
+- *a rest after a move*, until the signal shows its effect; otherwise every decision within the loop's delay repeats the
+  move, and the limit overshoots (for that reason TCP shrinks its window only once per round trip: Jacobson 1988,
+  *Congestion avoidance and control*, SIGCOMM).
 
-Knows no server.
+Independent of servers.
 """
 
 import math
 from dataclasses import dataclass
 
-BAND = 0.2  # of ln(signal) round the setpoint, to either side, within which the limit stands still
-AFTER_RISE, AFTER_FALL = 8, 16  # decode steps that AIMD rests: rows join at once, and leave when their answers end
-MOST_CHANGE = math.log(2)  # of the limit, per move
+BAND = 0.2  # half-width of the dead band around the setpoint, in ln(signal)
+AFTER_RISE, AFTER_FALL = 8, 16  # decode steps that AIMD rests: rows join at once, but leave when their answers end
+MOST_CHANGE = math.log(2)  # largest change of ln(limit) per move
 
 
 @dataclass
 class PI:
-    """Proportional-integral law in velocity form, so nothing winds up at a bound.
+    """Proportional-integral law in velocity form, so that nothing winds up at a bound.
 
-    A move is gain·(Δerror + error/reset). The error is ln(setpoint / signal): positive, there is room. `reset` in
-    decisions. A move is so small that none needs a rest.
+    A move is gain·(Δerror + error/reset), with `reset` in decisions. The error is ln(setpoint / signal); positive means
+    there is room. Moves are too small to need a rest.
     """
 
     gain: float = 0.2
@@ -38,7 +38,7 @@ class PI:
     last: float | None = None
 
     def move(self, error: float) -> float:
-        """Return by how much ln(limit) should change."""
+        """Return the change of ln(limit)."""
         change = error - (error if self.last is None else self.last)
         self.last = error
         return self.gain * (change + error / self.reset)
@@ -46,27 +46,27 @@ class PI:
 
 @dataclass
 class Aimd:
-    """One more while there is room, and fewer in proportion to the excess where there is none (as Alizadeh et al. 2010,
-    *Data center TCP*, SIGCOMM, section 3.3): what is left never lies below what is needed, since a part of the time per
-    token does not depend on the rows. `limit` is where the actuator stands; `rests` are the steps after a rise and
-    after a fall.
+    """Additive increase by one row while there is room; otherwise a decrease in proportion to the excess.
+
+    As in Alizadeh et al. 2010, *Data center TCP*, SIGCOMM, section 3.3. The decrease never goes below the need, since
+    part of the time per token does not depend on the rows. `rests`: steps to rest after a rise, and after a fall.
     """
 
     name: str = "AIMD"
     rests: tuple[int, int] = (AFTER_RISE, AFTER_FALL)
 
     def move(self, error: float, limit: float) -> float:
-        """Return by how much ln(limit) should change."""
+        """Return the change of ln(limit), given the actuator's present `limit`."""
         return math.log(1 + 1 / limit) if error > 0 else error
 
 
 @dataclass
 class Restraint:
-    """Whether a limit may move now.
+    """Decides whether a limit may move now.
 
-    below, above: by how much ln(signal) may lie below the setpoint before the limit rises, above it before it falls.
-    after_rise, after_fall: decode steps to rest after either. heading: the direction of a move that has begun, 0 for
-    none; `rest`, `held`: decode steps for which the limit does not move yet, and for which it does not fall yet.
+    below, above: how far ln(signal) may lie below the setpoint before the limit rises, and above it before it falls.
+    after_rise, after_fall: decode steps to rest after a rise, and after a fall. heading: direction of the move under
+    way, 0 for none. rest, held: decode steps for which the limit must not move, and must not fall.
     """
 
     below: float = BAND
@@ -78,7 +78,7 @@ class Restraint:
     held: int = 0
 
     def passed(self, steps: int) -> None:
-        """Take in that so many decode steps have passed."""
+        """Count down the rests by `steps` decode steps."""
         self.rest, self.held = max(0, self.rest - steps), max(0, self.held - steps)
 
     def allows(self, error: float, move: float) -> bool:
@@ -92,9 +92,9 @@ class Restraint:
         return move * self.heading > 0 and not self.rest and not (move < 0 and self.held)
 
     def moved(self, move: float) -> None:
-        """Rest after a move."""
+        """Start the rest after a move."""
         self.rest = self.after_rise if move > 0 else self.after_fall
 
     def hold(self, steps: int) -> None:
-        """Do not let the limit fall for so many decode steps: something else has been changed, and must show first."""
+        """Keep the limit from falling for `steps` decode steps, until another change has shown its effect."""
         self.held = max(self.held, steps)

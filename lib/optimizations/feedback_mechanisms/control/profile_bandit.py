@@ -1,26 +1,26 @@
-"""Which profile answers new requests, by trying both: a bandit in the place of a rule that names what a rush is.
+"""Chooses the profile for new requests by trying both: a bandit in place of a fixed rule for high load.
 
-Discounted UCB (Garivier and Moulines 2011, *On upper-confidence bound policies for switching bandit problems*). Knows
-neither clock nor server.
+Discounted UCB (Garivier and Moulines 2011, *On upper-confidence bound policies for switching bandit problems*).
+Independent of clocks and servers.
 """
 
 import math
 
 from lib.measure.serving.slo import Objectives
 
-SPAN = 8.0  # first-token objectives between two choices
-REMEMBERED = 0.9  # of earlier spans, per span
-CURIOSITY = 0.05  # weight of what is not known; a tenth of a span's reward is the price of the fast profile
-PRICE = 0.1
-PRESSED = 0.2  # a wait, as share of the first-token objective, that counts as pressure
+SPAN = 8.0  # time between two choices, in first-token objectives
+REMEMBERED = 0.9  # discount of earlier spans, per span
+CURIOSITY = 0.05  # weight of the exploration bonus
+PRICE = 0.1  # of the fast profile, as a share of a span's reward
+PRESSED = 0.2  # wait that counts as pressure, as a share of the first-token objective
 
 
 class ProfileBandit:
-    """Chooses anew after every span the profile (0 full, 1 fast) that has paid best lately, each tried often enough.
+    """Chooses after every span the profile (0 full, 1 fast) with the best recent reward, trying each often enough.
 
     The reward of a span is the share of its looks without pressure (no wait beyond PRESSED, tokens within their
-    objective), less PRICE for the fast profile, whose answers are the worse ones. `course` keeps (second, profile) of
-    every change. It takes the place of a `Switch`.
+    objective), minus PRICE for the fast profile, whose answers are worse. `course` holds (second, profile) of every
+    change. Has the interface of `Switch`.
     """
 
     def __init__(self, objectives: Objectives):
@@ -31,7 +31,7 @@ class ProfileBandit:
         self.course: list[tuple[float, int]] = []
 
     def look(self, now: float, wait: float, signal: float) -> None:
-        """Take in the longest wait and the filtered seconds per token; at the end of a span choose again."""
+        """Register the longest wait and the filtered seconds per token; at the end of a span, choose again."""
         self.began = now if self.began is None else self.began
         first, token = self.objectives.first_token_seconds, self.objectives.token_seconds
         self.looks += 1
@@ -52,7 +52,7 @@ class ProfileBandit:
         self.weight[self.profile] += 1.0
 
     def _promise(self, profile: int) -> float:
-        """Return what a profile may pay; without end where it was never tried."""
+        """Return the upper confidence bound of a profile's reward; infinite if it was never tried."""
         if not self.weight[profile]:
             return math.inf
         bonus = math.sqrt(math.log(1 + sum(self.weight)) / self.weight[profile])

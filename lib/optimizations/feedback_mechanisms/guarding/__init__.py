@@ -1,1 +1,1 @@
-"""The guard's parts: the test that it consults, and the answers that are read again for it."""
+"""The guard's parts: its sequential test, the rereading of answers, and what the fast profile saves net of it."""

@@ -1,33 +1,33 @@
-"""A test that may be consulted after every item: has a mean loss risen above what is allowed?
+"""A sequential test, valid after every item, of whether a mean loss exceeds a bound.
 
 Testing by betting (Waudby-Smith and Ramdas 2024, *Estimating means of bounded random variables by betting*, JRSSB 86,
 section 4): a gambler bets that losses in [0, 1] exceed `bound`. While their mean does not, the expected capital never
 grows, so by Ville's inequality it ever reaches 1/alpha with probability at most alpha, however often the test is
-consulted. Knows no model.
+consulted. Independent of models.
 """
 
 from dataclasses import dataclass, field
 
 from lib.errors import UserError
 
-FADING = 0.95  # of earlier losses, per loss, in the mean that sets the stake
+FADING = 0.95  # decay per loss of earlier losses, in the mean that sets the stake
 
 
 @dataclass
 class BreachTest:
-    """Watches losses in [0, 1]; `add` returns whether their mean is by now shown to exceed `bound`.
+    """Watches losses in [0, 1]; `add` returns whether their mean has been shown to exceed `bound`.
 
-    The stake is fixed before each loss is seen, from those before it: (mean − bound) ÷ (variance + (mean − bound)²),
-    the growth-optimal one to second order, kept in [0, 3/(4·bound)]. Mean and variance are of the last losses, older
-    ones fade: any stake that does not look ahead is fair, and a fault may begin late. Raises UserError for a bound or
-    alpha outside (0, 1).
+    The stake on each loss is computed from the losses before it: (mean − bound) ÷ (variance + (mean − bound)²), the
+    growth-optimal stake to second order, clipped to [0, 3/(4·bound)]. Mean and variance weight recent losses more: any
+    stake that does not look ahead is fair, and a fault may begin late. Raises UserError for a bound or alpha outside
+    (0, 1).
     """
 
     bound: float
     alpha: float = 0.01
     capital: float = 1.0
     losses: list[float] = field(default_factory=list)
-    recent: tuple[float, float, float] = (1.0, 0.5, 0.5)  # faded count, sum and sum of squares
+    recent: tuple[float, float, float] = (1.0, 0.5, 0.5)  # decayed count, sum and sum of squares
 
     def __post_init__(self) -> None:
         for name in ("bound", "alpha"):
@@ -45,7 +45,7 @@ class BreachTest:
         return sum(self.losses) / len(self.losses) if self.losses else None
 
     def add(self, loss: float) -> bool:
-        """Take in one loss; return whether the bound is shown to be breached. Raises UserError outside [0, 1]."""
+        """Add a loss; return whether the bound has been shown to be breached. Raises UserError outside [0, 1]."""
         if not 0 <= loss <= 1:
             raise UserError(f"sequential test: loss {loss}; expected a value in [0, 1]")
         if not self.breached:
@@ -56,7 +56,7 @@ class BreachTest:
         return self.breached
 
     def _stake(self) -> float:
-        # One loss at 1/2 with variance 1/4 stands at first for what is not known yet.
+        # The prior is one loss at 1/2 with variance 1/4.
         count, total, squares = self.recent
         mean = total / count
         variance = max(1e-4, squares / count - mean**2)

@@ -1,6 +1,6 @@
-"""What a fast profile saves once the guard's reading is paid, and what it would have to save for a server to keep up.
+"""The net saving of a fast profile, after the cost of the guard's rereading, and the saving a server needs to keep up.
 
-Follows from step times: serves nothing.
+Computed from step times; serves nothing.
 """
 
 import math
@@ -13,15 +13,15 @@ from lib.measure.metrics.catalogue import SPEED_MARGIN
 from lib.measure.serving.step_times import StepTimes
 from lib.measure.serving.traffic import Lengths
 
-AT_ONCE = 8  # answers that are read again in one pass
-DRAWS, ENDS, LEVEL = 99, (5.0, 50.0, 95.0), 0.95  # calibrations drawn again; percentiles of what they say, and level
-MOST = 16.0  # times as fast: more is not looked for
+AT_ONCE = 8  # answers reread in one pass
+DRAWS, ENDS, LEVEL = 99, (5.0, 50.0, 95.0), 0.95  # resampled calibrations, percentiles of their results, and level
+MOST = 16.0  # largest speed-up considered
 
 
 @dataclass(frozen=True)
 class NetSaving:
-    """How many times as much of the server's time a request takes with the full profile as with the fast one, the
-    reading of its answers included at the share of a clean start; `low` and `high` enclose it nine times of ten.
+    """The server's time per request with the full profile ÷ that with the fast one, with the rereading of its answers
+    included at the initial share; `low` and `high` are the ends of the 90 % interval.
     """
 
     low: float
@@ -33,28 +33,30 @@ class NetSaving:
 
     @property
     def refused(self) -> str | None:
-        """Why such a profile is not admitted; None where it is shown to be faster by more than the margin."""
+        """Why such a profile is not admitted; None if it is shown to be faster by more than the margin."""
         if self.low > 1 + SPEED_MARGIN:
             return None
-        return f"not shown to be faster, guard charged: {self}, least {1 + SPEED_MARGIN:.2f}×"
+        return f"not shown to be faster, guard charged: {self}, needs {1 + SPEED_MARGIN:.2f}×"
 
 
 def charge(full: StepTimes, lengths: Lengths, share: float) -> float:
-    """Return the seconds that reading `share` of the answers again costs the server per answer of the fast profile."""
+    """Return the server's seconds per answer of the fast profile spent on rereading `share` of these answers."""
     return share * full.prefill(AT_ONCE, lengths.prompt_tokens + lengths.new_tokens) / AT_ONCE
 
 
 def ratio(full: StepTimes, fast: StepTimes, lengths: Lengths, share: float, rows: int) -> float:
-    """Return the server's seconds per request, full ÷ fast with `share` of the answers read again, at `rows` rows."""
+    """Return the server's seconds per request, full ÷ fast with `share` of the answers reread, at `rows` rows."""
     seconds = [1 / times.sustained(rows, lengths)[1] for times in (full, fast)]
     return seconds[0] / (seconds[1] + charge(full, lengths, share))
 
 
 def measured(full: StepTimes, fast: StepTimes, lengths: Lengths, share: float, rows: int) -> NetSaving:
-    """Return `ratio` with its interval: whole rounds of the calibration are drawn again, the same for both profiles,
-    which took turns in each. A slow spell that fell on one of them alone widens the interval. What is drawn from few
-    rounds strays too little, so the interval is widened by sqrt(n/(n − 1)) and Student's quantile over the normal one
-    (Hesterberg 2015, *What teachers should know about the bootstrap*, The American Statistician 69, narrowness bias).
+    """Return `ratio` with its bootstrap interval over whole rounds of the calibration.
+
+    Both profiles took turns in each round, so the same rounds are drawn for both; a slow spell that fell on only one of
+    them widens the interval. A bootstrap of few rounds is too narrow, so the interval is widened by sqrt(n/(n − 1)) and
+    by Student's quantile over the normal one (Hesterberg 2015, *What teachers should know about the bootstrap*, The
+    American Statistician 69, narrowness bias).
     """
     count = min(full.rounds, fast.rounds)
     random = np.random.default_rng(0x4E7)
@@ -68,8 +70,8 @@ def measured(full: StepTimes, fast: StepTimes, lengths: Lengths, share: float, r
 
 
 def most_in_time(full: StepTimes, lengths: Lengths, rate: float, token_seconds: float, slowness: float = 1.0) -> float:
-    """Return the share of `rate` requests per second that the full profile can keep within the objective per token in
-    the long run, whatever its limit of rows, on a machine that is `slowness` times slower; 1 where there are none.
+    """Return the largest share of `rate` requests per second that the full profile can keep within the objective per
+    token in the long run, with any limit of rows, on a machine that is `slowness` times slower; 1 without requests.
     """
     capacity = full.capacity(lengths, token_seconds / slowness)[0] / slowness
     return min(1.0, capacity / rate) if rate else 1.0
@@ -78,8 +80,8 @@ def most_in_time(full: StepTimes, lengths: Lengths, rate: float, token_seconds: 
 def required(
     full: StepTimes, lengths: Lengths, rate: float, token_seconds: float, slowness: float = 1.0
 ) -> float | None:
-    """Return how many times as fast as the full profile one must be, guard charged, to serve `rate` requests per second
-    within the objective per token on a machine that is `slowness` times slower; None where not even `MOST` is enough.
+    """Return the speed-up over the full profile, guard charged, that serves `rate` requests per second within the
+    objective per token, on a machine that is `slowness` times slower; None if not even `MOST` is enough.
     """
     low, high = 0.0, MOST
 

@@ -1,7 +1,7 @@
-"""Reading answers again in a server: which ones, when, and what follows for the profile that gave them.
+"""Rereading answers in a server: which answers, when, and the consequence for the profile that gave them.
 
-An answer that is to be read waits until it costs the requests least: until nobody waits, in groups, or until too many
-are pending. Whatever is read is charged to the server. Knows no engine.
+An answer to be reread waits until that costs the requests least: until no request waits, in groups, or until too many
+answers are pending. Rereading is charged to the server. Independent of engines.
 """
 
 import random
@@ -11,16 +11,17 @@ from lib.measure.serving.traffic import ServingRequest
 from lib.optimizations.feedback_mechanisms.guarding.net_saving import AT_ONCE
 from lib.optimizations.feedback_mechanisms.method import Guard
 
-MOST_PENDING = 16  # answers after a clean start, before it a group: as many are read whoever waits
+MOST_PENDING = 16  # pending answers, after a clean start, at which a group is reread even if requests wait
 
 Read = Callable[[Sequence[ServingRequest]], tuple[float, Sequence[float]]]
 
 
 class ShadowReads:
-    """The answers of the fast profile that the full one reads again, for a `guard` that takes the profile back.
+    """Rereads answers of the fast profile with the full one, for a `guard` that may roll the fast profile back.
 
-    Which ones is drawn by `seed`, the request's id and the guard's share alone, so that settings meet the same draws.
-    `read(requests)` reads a group in one pass and returns its seconds and each answer's loss; `now()` is the second.
+    The draw of answers depends only on `seed`, the request's id and the guard's share, so that all settings meet the
+    same draws. `read(requests)` reads a group in one pass and returns its seconds and the loss of each answer; `now()`
+    returns the current second.
     """
 
     def __init__(self, guard: Guard, read: Read, now: Callable[[], float], seed: int = 0):
@@ -29,20 +30,21 @@ class ShadowReads:
         self.count, self.seconds = 0, 0.0
 
     def allows(self) -> bool:
-        """Return whether the fast profile may answer now: it is trusted, or is on trial again after its cool-down."""
+        """Return whether the fast profile may answer now: it is trusted, or on trial again after its cool-down."""
         return self.guard.trusted or self.guard.ready(self.now())
 
     def finished(self, request: ServingRequest) -> None:
-        """Take in an answer of the fast profile that is done."""
+        """Register a finished answer of the fast profile; it becomes pending if the guard wants it."""
         if self.guard.wants(random.Random(f"{self.seed} {request.id}").random()):
             self.pending.append(request)
 
     def work(self, waiting: int, running: int) -> float:
-        """Read a group where that is due, beside so many requests that wait and rows that decode; return its seconds,
-        0 where nothing is due.
+        """Reread a group if one is due, given the number of `waiting` requests and `running` rows; return its seconds.
+
+        0 if none is due.
         """
         if not self.guard.trusted:
-            self.pending = []  # nothing more is to be learnt about it
+            self.pending = []  # the profile is rolled back already
         calm = not waiting and (not running or len(self.pending) >= AT_ONCE)
         most = AT_ONCE if self.guard.fresh else MOST_PENDING
         if not self.pending or not (calm or len(self.pending) >= most):

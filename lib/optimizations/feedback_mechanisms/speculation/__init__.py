@@ -1,1 +1,1 @@
-"""Speculative decoding of one stream: drafters, laws for the draft's length, and the laws side by side."""
+"""Speculative decoding of one stream: drafters, laws for the draft length, and a comparison of the laws."""

@@ -1,9 +1,9 @@
-"""How many tokens to draft: laws that are called with the rounds of the present answer and return a count.
+"""Laws for the draft length: called with the rounds of the present answer, they return the number of tokens to draft.
 
-`DraftLength` follows the measured acceptance and times (Leviathan et al. 2023, section 3.5), `Bandit` learns by trying
-(discounted UCB: Garivier and Moulines 2011). Both credit what was drafted, which may be less than was requested, and
-back off exponentially where drafting never pays: every trial costs, and the longer drafting has not paid, the rarer
-trials become. One law serves one stream of answers. Knows no model.
+`DraftLength` uses the measured acceptance and times (Leviathan et al. 2023, section 3.5); `Bandit` learns by trying
+(discounted UCB: Garivier and Moulines 2011). Both credit the length actually drafted, which may be less than requested.
+Both back off exponentially while drafting does not pay, because every trial costs. One law serves one stream of
+answers. Independent of models.
 """
 
 import math
@@ -13,26 +13,26 @@ from lib.errors import UserError
 from lib.optimizations.feedback_mechanisms.speculation.speculative import Round
 
 LONGEST_DRAFT = 8
-REMEMBERED = 0.97  # of earlier rounds, per round
-PROBE_AFTER, MOST_PROBE_AFTER = 16, 1024  # plain steps before drafting is tried again, at first and at most
-LEARNED = 0.2  # weight of a new time
+REMEMBERED = 0.97  # discount of earlier rounds, per round
+PROBE_AFTER, MOST_PROBE_AFTER = 16, 1024  # plain steps before drafting is tried again, first and maximum
+LEARNED = 0.2  # weight of a new time in its running mean
 
 Law = Callable[[Sequence[Round]], int]
 
 
 def fixed(count: int) -> Law:
-    """Return the static setting: always draft `count` tokens."""
+    """Return the static law: always draft `count` tokens."""
     return lambda rounds: count
 
 
 class _Backoff:
-    """Counts plain steps; `due` says when to try drafting again, each time later until drafting pays."""
+    """Counts plain steps; `due` returns whether to try drafting again, at growing intervals until drafting pays."""
 
     def __init__(self) -> None:
         self.plain, self.after = 0, PROBE_AFTER
 
     def due(self, pays: bool) -> bool:
-        """Take in whether drafting now promises to pay; return whether to try although it does not."""
+        """Register whether drafting is expected to pay now; return whether to try it even though it is not."""
         if pays:
             self.plain, self.after = 0, PROBE_AFTER
             return False
@@ -44,12 +44,12 @@ class _Backoff:
 
 
 class DraftLength:
-    """Draft as many tokens as promise the most tokens per second, by the acceptance and the times measured so far.
+    """Drafts the number of tokens with the highest expected tokens per second, from measured acceptance and times.
 
-    With acceptance a, a round of k drafted tokens yields (1 − a^(k+1)) / (1 − a) tokens on average. Earlier rounds
-    fade, so that another kind of text is noticed. Where the drafter has not read the answer's prompt yet, what that
-    takes is set against what the rest of an answer of usual length can save. What it reads later in an answer (the last
-    drafted token where all were accepted, or what plain steps made) is a cost of drafting like any other.
+    With acceptance a, a round of k drafted tokens yields (1 − a^(k+1)) / (1 − a) tokens on average. Earlier rounds are
+    discounted, so that a change of text shows. If the drafter has not read the answer's prompt yet, the cost of reading
+    is weighed against the saving over the rest of an answer of usual length. Reading later in an answer (the last
+    drafted token if all were accepted, or the tokens of plain steps) is a cost of drafting like any other.
     """
 
     name = "measured acceptance"
@@ -60,17 +60,17 @@ class DraftLength:
         self.draft_seconds, self.drafted = 0.0, 0.0
         self.check_seconds: dict[int, float] = {}
         self.catch_up_seconds, self.answer_tokens = 0.0, 0.0
-        self.produced, self.looking = 0, False  # tokens of this answer; whether its prompt was read for a look only
+        self.produced, self.looking = 0, False  # tokens of this answer; whether its prompt was read only for a trial
         self.has_read = False  # whether the drafter has read this answer's prompt
         self.course: list[tuple[int, float]] = []
 
     @property
     def acceptance(self) -> float:
-        """Share of drafted tokens that were accepted, of those that were compared."""
+        """The accepted share of the drafted tokens that were compared."""
         return self.accepted / self.tried
 
     def __call__(self, rounds: Sequence[Round]) -> int:
-        """Return how many tokens to draft next. `rounds` are those of the present answer."""
+        """Return the number of tokens to draft next, given the `rounds` of the present answer."""
         if len(rounds) < self.learned or not rounds:
             if self.produced:  # another answer has begun
                 first = not self.answer_tokens
@@ -83,14 +83,14 @@ class DraftLength:
         if count and not any(done.drafted for done in rounds) and not self._worth_catching_up(count):
             count = 0
         if not self.drafted:
-            count = 1 if self.check_seconds else 0  # a plain step first, then a look at drafting
+            count = 1 if self.check_seconds else 0  # a plain step first, then a trial of drafting
         elif not (self.looking and count) and self.backoff.due(count > 0):
             count, self.looking = 1, True
         self.course.append((count, self.acceptance))
         return count
 
     def promise(self, count: int) -> float:
-        """Return the expected tokens per second of rounds with `count` drafted tokens; -1 where nothing is known."""
+        """Return the expected tokens per second of rounds with `count` drafted tokens; -1 if nothing is known."""
         if not self.check_seconds or (count and not self.drafted):
             return -1.0
         near = min(self.check_seconds, key=lambda known: abs(known - count))
@@ -99,7 +99,7 @@ class DraftLength:
         return (1 - a ** (count + 1)) / (1 - a) / (self.check_seconds[near] + count * each)
 
     def _worth_catching_up(self, count: int) -> bool:
-        """Return whether the rest of the answer, drafted, is done sooner than without, the reading included."""
+        """Return whether drafting finishes the rest of the answer sooner, the reading of the prompt included."""
         left = max(1.0, self.answer_tokens - self.produced)
         return self.catch_up_seconds + left / self.promise(count) < left / self.promise(0)
 
@@ -122,11 +122,11 @@ class DraftLength:
 
 
 class Bandit:
-    """Draft as many tokens as have paid best lately, each length tried often enough to know: discounted UCB.
+    """Drafts the length with the best recent reward, trying each length often enough: discounted UCB.
 
-    A round is credited to the length that was drafted, whatever was asked for. A length that was asked for and came out
-    shorter (little was left of the answer, or the text had no more to propose) is asked for again in another answer,
-    and only while drafting pays. While not to draft pays best, lengths are tried ever more rarely.
+    A round is credited to the length actually drafted, not the length requested. A length that was requested but came
+    out shorter (the answer was nearly done, or the text had no more to propose) is requested again in a later answer,
+    and only while drafting pays. While plain decoding pays best, other lengths are tried ever more rarely.
     """
 
     name = "bandit"
@@ -136,10 +136,10 @@ class Bandit:
             raise UserError("feedback_mechanisms: a bandit needs at least one draft length to choose from")
         self.arms, self.curiosity, self.learned, self.backoff = sorted(arms), curiosity, 0, _Backoff()
         self.reward, self.weight = dict.fromkeys(self.arms, 0.0), dict.fromkeys(self.arms, 0.0)
-        self.asked, self.short = 0, set[int]()  # the last length asked for; those that came out shorter
+        self.asked, self.short = 0, set[int]()  # the last length requested; lengths that came out shorter
 
     def __call__(self, rounds: Sequence[Round]) -> int:
-        """Return how many tokens to draft next. `rounds` are those of the present answer."""
+        """Return the number of tokens to draft next, given the `rounds` of the present answer."""
         if len(rounds) < self.learned:  # another answer has begun
             self.learned = 0
             if self._best():
@@ -159,15 +159,15 @@ class Bandit:
             return 0
         total = sum(self.weight.values())
         bonus = {arm: self.curiosity * math.sqrt(math.log(1 + total) / self.weight[arm]) for arm in mean}
-        tried = [arm for arm in mean if arm or best]  # a look at drafting is one at a length above 0
+        tried = [arm for arm in mean if arm or best]  # a trial of drafting needs a length above 0
         return max(tried or mean, key=lambda arm: mean[arm] / mean[best] + bonus[arm])
 
     def _means(self) -> dict[int, float]:
-        """Return tokens per second of the lengths that were drafted."""
+        """Return the mean tokens per second of each length that was drafted."""
         return {arm: self.reward[arm] / self.weight[arm] for arm in self.arms if self.weight[arm]}
 
     def _best(self) -> int:
-        """Return the length that has paid best; 0 where none was drafted yet."""
+        """Return the length with the highest mean; 0 if none was drafted yet."""
         mean = self._means()
         return max(mean, key=mean.__getitem__, default=0)
 

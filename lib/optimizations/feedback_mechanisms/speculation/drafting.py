@@ -1,7 +1,7 @@
-"""Speculative decoding of one stream under several laws for the draft's length: tokens, times, equality with greedy.
+"""Speculative decoding of one stream under several laws for the draft length: tokens, times, equality with greedy.
 
-The laws take turns, answer by answer, so that a slow spell of the machine falls on all of them. A law is called with
-the rounds of the present answer and returns how many tokens to draft.
+The laws take turns answer by answer, so that a slow spell of the machine affects all of them. A law is called with the
+rounds of the present answer and returns the number of tokens to draft.
 
 Shapes: T prompt tokens, N new tokens.
 """
@@ -29,32 +29,31 @@ from lib.optimizations.feedback_mechanisms.speculation import speculative
 from lib.optimizations.feedback_mechanisms.speculation.draft_length import Bandit, DraftLength, Law, fixed
 from lib.optimizations.feedback_mechanisms.speculation.speculative import Drafter, Ngram, Round
 
-# Half of them of the model's own domain: six there are the fewest that give an interval.
+# Half of the answers are in the model's own domain; an interval needs at least six there.
 ANSWERS = {"preview": 2, "quick": 12, "standard": 24, "thorough": 64}
 NEW_TOKENS = {"preview": 8, "quick": 16, "standard": 24, "thorough": 24}
 PROMPT_TOKENS = 48
 STATIC = {"plain": 0, "always 1": 1, "always 2": 2, "always 4": 4}  # tokens drafted at a time
 OWN, CHARACTERS = "own domain", "random characters"  # the domains, in the order of their answers
-PLANTED = "a planted domain: it shows whether the law follows, and is nothing that is served"
+PLANTED = "an artificial domain: it shows whether the law adapts, but is never served"
 PLAIN, AGAIN, ADAPTIVE, NGRAM = "plain", "plain again", "measured acceptance", "n-gram, measured acceptance"
 
 
 @dataclass
 class Drafted:
-    """What one law did: per answer its ids [N], its rounds, and what disturbed the turns of that answer, or None."""
+    """The results of one law: per answer its ids [N], its rounds, and what disturbed its turns (None: nothing)."""
 
     output: list[torch.Tensor] = field(default_factory=list)
     rounds: list[list[Round]] = field(default_factory=list)
     disturbed: list[str | None] = field(default_factory=list)
 
     def rates(self) -> list[float]:
-        """Return tokens per second of each answer, the first token (which belongs to the prompt) left out."""
+        """Return the tokens per second of each answer, without the first token, which belongs to the prompt."""
         return [(len(ids) - 1) / sum(r.seconds for r in rounds) for ids, rounds in zip(self.output, self.rounds)]
 
 
 def two_domains(loaded: Loaded, count: int, length: int, seed: int = 0) -> list[torch.Tensor]:
-    """Return `count` prompts [T]: the first half held-out text of the model's own domain, the rest random
-    characters."""
+    """Return `count` prompts [T]: half held-out text of the model's own domain, then random characters."""
     own = list(tasks.text_windows(loaded, "final", count - count // 2, length, seed))
     characters = retrieval.random_ids(loaded, (count - len(own), length), torch.Generator().manual_seed(seed))
     return own + list(characters.to(own[0].device))
@@ -66,9 +65,10 @@ def compare(
     laws: Mapping[str, tuple[nn.Module | Drafter, Law]],
     new_tokens: int,
 ) -> dict[str, Drafted]:
-    """Answer every prompt under every law with its drafter, in random order in which of any two laws each comes first
-    equally often. Where the machine is disturbed a prompt is answered again, as often as there are prompts, by laws
-    that have learned nothing from it.
+    """Answer every prompt under every law with its drafter, and return the results by law.
+
+    The order is random, with each of any two laws first equally often. If the machine is disturbed, the prompt is
+    answered again by laws that have learned nothing from it; there are as many repeats in total as prompts.
     """
     drafted, repeats = {name: Drafted() for name in laws}, len(prompts)
     learned = {name: law for name, (_, law) in laws.items()}
@@ -95,8 +95,9 @@ def compare(
 
 
 def table(drafted: dict[str, Drafted], plain: str, change: int) -> list[dict[str, object]]:
-    """Return a row per law: tokens per second before and after answer `change`, acceptance, equality with `plain`; of
-    the answers only those in which tokens were drafted, since the others are plain decoding too.
+    """Return a row per law: tokens per second before and after answer `change`, acceptance, and equality with `plain`.
+
+    Equal answers are counted only among those in which tokens were drafted: the others are plain decoding too.
     """
     lines = []
     for name, answers in drafted.items():
@@ -114,7 +115,7 @@ def table(drafted: dict[str, Drafted], plain: str, change: int) -> list[dict[str
                 "acceptance": sum(r.accepted for r in rounds) / tried if tried else None,
                 "same tokens": float(np.mean(equal)),
                 "drafted answers": sum(speculated),
-                "same answers": sum(value == 1 and any_ for value, any_ in zip(equal, speculated)),
+                "same answers": sum(share == 1 and drafts for share, drafts in zip(equal, speculated)),
             }
         )
     return lines
@@ -135,10 +136,10 @@ def course(answers: Drafted) -> pd.DataFrame:
 def measurements(
     drafted: dict[str, Drafted], plain: str, law: str, again: str, workload: str, chosen: slice = slice(None)
 ) -> list[Measurement]:
-    """Return generation speed of plain against adaptive speculative decoding, answer by answer of those `chosen`, and
-    the acceptance. Answers of unlike domains are not samples of one quantity.
+    """Return the speed of plain against adaptive speculative decoding, the share of equal answers, and the acceptance.
 
-    `again` is plain decoding a second time: the noise floor.
+    Speeds are paired answer by answer among those `chosen`: answers of different domains are not samples of one
+    quantity. `again` is plain decoding a second time, for the noise floor.
     """
     rates = [drafted[name].rates()[chosen] for name in (plain, law, again)]
     floor = paired_stats.noise_floor(paired_stats.differences(rates[0], rates[2]))
@@ -159,7 +160,7 @@ def measurements(
 
 
 def repeated(prompt_T: torch.Tensor, answer_N: torch.Tensor) -> float:
-    """Return the share of an answer's tokens that, with the token before, stood earlier in prompt or answer."""
+    """Return the share of an answer's tokens whose pair with the previous token occurs earlier in prompt or answer."""
     ids = [*prompt_T.tolist(), *answer_N.tolist()]
     pairs = list(itertools.pairwise(ids))
     first = len(ids) - len(answer_N) - 1  # the pair that ends with the answer's first token
@@ -168,7 +169,7 @@ def repeated(prompt_T: torch.Tensor, answer_N: torch.Tensor) -> float:
 
 @dataclass(frozen=True)
 class DraftingStudy:
-    """Every law on prompts of two domains: `prompts` [T], what each law did, and a row per law (`laws`)."""
+    """Every law on prompts of two domains: `prompts` [T], the results of each law, and a row per law (`laws`)."""
 
     prompts: list[torch.Tensor]
     drafted: dict[str, Drafted]
@@ -181,7 +182,7 @@ class DraftingStudy:
 
     @property
     def course(self) -> pd.DataFrame:
-        """The rounds of the law that follows measured acceptance."""
+        """The rounds of the law that uses measured acceptance."""
         return course(self.drafted[ADAPTIVE])
 
     @property
@@ -191,7 +192,7 @@ class DraftingStudy:
 
     @property
     def panels(self) -> list[tuple[pd.DataFrame, str, str]]:
-        """The (frame, label, kind) of each panel of the figure: tokens drafted per round, and their acceptance."""
+        """(frame, label, kind) of each panel of the figure: tokens drafted per round, and their acceptance."""
         rounds = self.course
         drafted, acceptance = rounds.assign(value=rounds.drafted), rounds.assign(value=rounds.acceptance)
         return [(drafted, "tokens drafted", "steps"), (acceptance, "acceptance", "line")]
@@ -204,8 +205,8 @@ class DraftingStudy:
 
     @property
     def measurements(self) -> list[Measurement]:
-        """Speed of plain against adaptive drafting, equality, acceptance: by a draft model, and by n-grams, on each
-        domain. On the planted one speed is not judged: nobody is served random characters, so no decision rests on it.
+        """Speed of plain against adaptive drafting, equality and acceptance, for a draft model and for n-grams, on each
+        domain. Speed on random characters has no verdict: nobody is served such text.
         """
         return [
             measurement.unjudged(item, PLANTED) if domain == CHARACTERS and item.margin is not None else item
@@ -216,12 +217,12 @@ class DraftingStudy:
 
     @property
     def caption(self) -> str:
-        """How much answers repeat the text before them on each domain, as one line: what repeats is easily drafted."""
+        """One line on how much answers repeat the preceding text in each domain: repetition is easy to draft."""
         shares = [repeated(*pair) for pair in zip(self.prompts, self.drafted[PLAIN].output)]
         own, characters = float(np.mean(shares[: self.change])), float(np.mean(shares[self.change :]))
         own_domain = f"{percent(own)} of an answer's tokens on the model's {OWN}"
         text = f"The laws taking turns; {own_domain}, and {percent(characters)} on "
-        return f"{text}{CHARACTERS}, repeat with the token before them a pair that stood earlier in the text"
+        return f"{text}{CHARACTERS}, form with the previous token a pair that occurs earlier in the text"
 
     def curve(self) -> list[dict[str, object]]:
         """Return the points of the record's impact curve: speed against plain decoding over tokens drafted."""
@@ -245,13 +246,13 @@ def study(loaded: Loaded, draft: nn.Module, effort: str, seed: int) -> DraftingS
 
 
 def read_course(drafting: DraftingStudy) -> tuple[str, str]:
-    """Return two sentences on how to read the figure of `course`."""
+    """Return two sentences on the figure of `course`."""
     rounds = drafting.course
     early = rounds.answer < drafting.change
     own, characters = rounds.drafted[early].mean(), rounds.drafted[~early].mean()
     rates = {m.workload: m for m in drafting.measurements if m.metric == "generate_tokens_per_second"}
-    there, here = (ratio_in_words(rates[f"generate, speculative, {domain}"]) for domain in (OWN, CHARACTERS))
+    speeds = [ratio_in_words(rates[f"generate, speculative, {domain}"]) for domain in (OWN, CHARACTERS)]
     first = (
         f"The law drafts {own:.2f} tokens per round on the model's own domain, {characters:.2f} on random characters."
     )
-    return first, f"Its speed against plain decoding is {there} there and {here} here."
+    return first, f"Its speed against plain decoding is {speeds[0]} on the first domain and {speeds[1]} on the second."

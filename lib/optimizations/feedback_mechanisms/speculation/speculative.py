@@ -1,10 +1,10 @@
-"""Speculative greedy decoding: a drafter proposes some tokens, the model itself checks them in one pass.
+"""Speculative greedy decoding: a drafter proposes tokens, and the model itself checks them in one pass.
 
 The output is the model's own greedy answer, whatever the drafter proposes (Leviathan, Kalman and Matias 2023, ICML; the
-greedy case of their acceptance rule), up to the rounding of a pass over several tokens. How many tokens are drafted is
-decided before each round by the caller. A drafter is a smaller model, which reads the prompt when it first drafts and
-not before, or the text itself: `Ngram` proposes what followed the last words the last time (prompt lookup decoding,
-Saxena 2023; transformers has it as `prompt_lookup_num_tokens`). One sequence at a time. Knows no law of control.
+greedy case of their acceptance rule), up to the rounding of a pass over several tokens. The caller decides before each
+round how many tokens to draft. A drafter is a smaller model, which reads the prompt only when it first drafts, or the
+text itself: `Ngram` proposes the tokens that followed the last occurrence of the latest n-gram (prompt lookup decoding,
+Saxena 2023; `prompt_lookup_num_tokens` in transformers). One sequence at a time. Independent of control laws.
 
 Shapes: T prompt tokens, N new tokens, K drafted tokens.
 """
@@ -27,10 +27,10 @@ LONGEST_NGRAM = 3
 
 @dataclass(frozen=True)
 class Round:
-    """One round: how many tokens were drafted and how many of them the model accepted, and the seconds of each half.
+    """One round: the number of tokens drafted, the number accepted by the model, and the seconds of both halves.
 
-    `catch_up_seconds`: what the drafter took to read what it had missed, the prompt at first; not in `draft_seconds`.
-    `law_seconds`: what it took to decide how many tokens to draft.
+    `catch_up_seconds`: the drafter's time to read tokens it had missed, at first the prompt; not in `draft_seconds`.
+    `law_seconds`: the time to decide how many tokens to draft.
     """
 
     drafted: int
@@ -42,13 +42,15 @@ class Round:
 
     @property
     def seconds(self) -> float:
-        """Seconds of the whole round."""
+        """The seconds of the whole round."""
         return self.law_seconds + self.catch_up_seconds + self.draft_seconds + self.check_seconds
 
 
 class Drafter(Protocol):
-    """Proposes what may follow. `begin` forgets the answer before; `propose` returns at most `count` tokens after
-    `ids_T`, and the seconds of catching up; `keep` forgets whatever lies after the first `length` tokens.
+    """Proposes tokens.
+
+    `begin` forgets the previous answer. `propose` returns at most `count` tokens after `ids_T`, and the seconds of
+    catching up. `keep` forgets everything after the first `length` tokens.
     """
 
     def begin(self, model: nn.Module) -> None: ...
@@ -59,19 +61,19 @@ class Drafter(Protocol):
 
 
 class ModelDrafter:
-    """A smaller model of the same vocabulary. It reads nothing before it is asked for a token."""
+    """A smaller model with the same vocabulary. It reads nothing until the first token is requested."""
 
     def __init__(self, draft: nn.Module):
         self.draft, self.cache = draft, DynamicCache()
 
     def begin(self, model: nn.Module) -> None:
-        """Forget everything. Raises UserError where the vocabularies differ."""
+        """Forget everything. Raises UserError if the vocabularies differ."""
         check_draft(model, self.draft)
         reset_rope_deltas(self.draft)
         self.cache = DynamicCache()
 
     def propose(self, ids_T: torch.Tensor, count: int) -> tuple[torch.Tensor, float]:
-        """Return the draft's own greedy tokens; catching up is the reading of all but the newest token."""
+        """Return the draft's own greedy tokens, and the seconds to read all unread tokens but the newest."""
         start, known = time.perf_counter(), self.cache.get_seq_length()
         if len(ids_T) - known > 1:
             _read(self.draft, ids_T[known:-1], self.cache)
@@ -83,13 +85,13 @@ class ModelDrafter:
         return longer_T[len(ids_T) :], caught_up
 
     def keep(self, length: int) -> None:
-        """Forget what was read after `length` tokens."""
+        """Forget the tokens read after the first `length`."""
         if (surplus := self.cache.get_seq_length() - length) > 0:
             self.cache.crop(-surplus)
 
 
 class Ngram:
-    """The text itself: what followed the last `longest` tokens, or fewer, where they stood before."""
+    """Drafts from the text itself: the tokens that followed an earlier occurrence of the last n-gram, n ≤ `longest`."""
 
     def __init__(self, longest: int = LONGEST_NGRAM):
         if longest < 1:
@@ -97,12 +99,10 @@ class Ngram:
         self.longest = longest
 
     def begin(self, model: nn.Module) -> None:
-        """Nothing is kept from one answer to the next."""
+        """Do nothing: no state is kept between answers."""
 
     def propose(self, ids_T: torch.Tensor, count: int) -> tuple[torch.Tensor, float]:
-        """Return what followed the latest earlier place of the longest n-gram that has one; nothing without such a
-        place.
-        """
+        """Return the tokens after the latest earlier occurrence of the longest n-gram that has one; else none."""
         ids = ids_T.tolist()
         for size in range(min(self.longest, len(ids) - 1), 0, -1):
             last = ids[-size:]
@@ -112,15 +112,15 @@ class Ngram:
         return ids_T[:0], 0.0
 
     def keep(self, length: int) -> None:
-        """Nothing is kept."""
+        """Do nothing: no state is kept."""
 
 
 def check_draft(model: nn.Module, draft: nn.Module) -> None:
-    """Raise UserError where `draft` cannot draft for `model`: its tokens are not the same ones."""
-    own, drafted = (anatomy(either).config.vocab_size for either in (model, draft))
-    if own != drafted:
+    """Raise UserError if `draft` cannot draft for `model` because its vocabulary differs."""
+    own, drafts = (anatomy(either).config.vocab_size for either in (model, draft))
+    if own != drafts:
         raise UserError(
-            f"speculation: the draft has a vocabulary of {drafted} tokens, the model one of {own}; "
+            f"speculation: the draft has a vocabulary of {drafts} tokens, the model one of {own}; "
             "give a draft made from the same model, or one with the same tokenizer"
         )
 
@@ -135,8 +135,8 @@ def generate(
 ) -> tuple[torch.Tensor, list[Round]]:
     """Return `new_tokens` greedy tokens of `model` after the prompt, ids [N], and the rounds it took.
 
-    `length(rounds so far)` says how many tokens to draft next; 0 is a plain step, in which the drafter does nothing.
-    The first token comes from reading the prompt and belongs to no round. Raises UserError where the vocabularies
+    `length(rounds so far)` returns the number of tokens to draft next; 0 is a plain step, in which the drafter does
+    nothing. The first token comes from reading the prompt and belongs to no round. Raises UserError if the vocabularies
     differ.
     """
     drafter: Drafter = ModelDrafter(draft) if isinstance(draft, nn.Module) else draft
@@ -145,22 +145,22 @@ def generate(
     prompt_T = prompt_T.to(next(model.parameters()).device)
     cache = DynamicCache()
     ids_T = torch.cat([prompt_T, _read(model, prompt_T, cache)[-1:]])
-    _synchronize(ids_T)  # reading the prompt is no part of the first round
+    _synchronize(ids_T)  # keeps the reading of the prompt out of the first round's time
     rounds: list[Round] = []
     while len(ids_T) - len(prompt_T) < new_tokens:
         remaining = new_tokens - (len(ids_T) - len(prompt_T))
         start = time.perf_counter()
         count = max(0, min(int(length(rounds)), remaining - 1))
-        thought = time.perf_counter() - start
+        law_seconds = time.perf_counter() - start
         ids_T, done = _round(model, drafter, ids_T, count, cache)
-        rounds.append(replace(done, law_seconds=thought))
+        rounds.append(replace(done, law_seconds=law_seconds))
     return ids_T[len(prompt_T) :][:new_tokens], rounds
 
 
 def _round(
     model: nn.Module, drafter: Drafter, ids_T: torch.Tensor, count: int, cache: DynamicCache
 ) -> tuple[torch.Tensor, Round]:
-    """Draft at most `count` tokens after `ids_T` and check them; return the longer sequence and what happened.
+    """Draft at most `count` tokens after `ids_T` and check them; return the extended sequence and the round.
 
     The model's cache holds all of `ids_T` but its last token; the drafter may lag behind after plain steps.
     """
@@ -189,6 +189,6 @@ def _read(model: nn.Module, ids_T: torch.Tensor, cache: DynamicCache, keep: int 
 
 
 def _synchronize(ids_T: torch.Tensor) -> None:
-    """Wait for what was computed where these ids lie, so that its time is its own."""
+    """Wait for pending work on the device of `ids_T`, so that its time is counted where it belongs."""
     if ids_T.is_cuda:
         torch.cuda.synchronize(ids_T.device)

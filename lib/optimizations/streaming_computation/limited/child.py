@@ -1,5 +1,5 @@
-"""The program that decodes a checkpoint, streamed, plainly mapped, or offloaded to the disk by accelerate, in a child
-process of `children`.
+"""The program that decodes a checkpoint in a child process of `children`: streamed, plainly mapped, or offloaded to the
+disk by accelerate.
 """
 
 import multiprocessing
@@ -11,15 +11,15 @@ from typing import Any
 from lib.errors import UserError
 from lib.optimizations.streaming_computation.limited.serving import Decode, Decoded, serve, settle
 
-OFFLOADED = "offloaded"  # an option, and the folder of accelerate's files beside the checkpoint
+OFFLOADED = "offloaded"  # an option, and the folder of accelerate's files next to the checkpoint
 
 
 def opened(request: Mapping[str, Any]) -> tuple[Decode, int]:
-    """Open the checkpoint and read the prompt; return what decodes, and the bytes of weights in private memory."""
+    """Open the checkpoint and read the prompt; return the decode function and the bytes of privately held weights."""
     folder = Path(request["path"])
     if request["options"].get(OFFLOADED):
         _offload(folder)
-    import torch  # from here on everything belongs to the group
+    import torch  # imported late, so that its memory is charged to the group
 
     from lib.measure.timing import workloads
     from lib.optimizations.streaming_computation import method, read_bound
@@ -48,8 +48,10 @@ def opened(request: Mapping[str, Any]) -> tuple[Decode, int]:
 
 
 def _offload(folder: Path) -> None:
-    """Write the weights of a checkpoint as accelerate offloads them, in a process that ends: it loads the model whole,
-    and what it held must not count as what decoding needs. Raises UserError where that process fails.
+    """Write the weights of a checkpoint in accelerate's offload format, in a process that then ends.
+
+    Writing loads the model whole, and that memory must not count as memory for decoding. Raises UserError if the
+    process fails.
     """
     writing = multiprocessing.get_context("fork").Process(target=_write, args=(folder,))
     writing.start()
@@ -67,8 +69,9 @@ def _write(folder: Path) -> None:
 
 
 def _open_offloaded(folder: Path, options: Mapping[str, Any]) -> tuple[Any, int]:
-    """Return the model whose weights `_offload` wrote, empty until each module is called, and the bytes of its stored
-    buffers, which stay in memory.
+    """Return the model whose weights `_offload` wrote, and the bytes of its stored buffers, which stay in memory.
+
+    Each module is empty until it is called.
     """
     from accelerate.utils import OffloadedWeightsLoader
 

@@ -1,7 +1,7 @@
-"""Programs in processes of their own that open a model, read a prompt and decode on request, each in a memory control
-group of its own, and each with a copy of the weights of its own, whose pages its own group pays for.
+"""Child processes that open a model, read a prompt and decode on request, each in its own memory control group and with
+its own copy of the weights, whose pages are charged to that group.
 
-Knows nothing of what the programs do (`serving` is their side).
+Independent of what the programs do (`serving` is their side).
 """
 
 import json
@@ -26,14 +26,15 @@ from lib.optimizations.streaming_computation.limited.control_group import Contro
 from lib.optimizations.streaming_computation.limited.serving import GO
 
 ROOT = Path(__file__).resolve().parents[4]
-SLACK = 2**23  # bytes by which a process's own memory scatters from call to call
-LONGEST_SECONDS = 600.0  # that an answer may take
+SLACK = 2**23  # bytes by which a process's own memory varies from call to call
+LONGEST_SECONDS = 600.0  # timeout of an answer
 
 
 @dataclass
 class Child:
-    """A process that decodes, as an arm to be timed. `private_bytes`: weights that it holds in memory of its own, which
-    no page cache holds. `answers` are those of its calls.
+    """A decoding process, as an arm to be timed.
+
+    `private_bytes`: bytes of weights in its own memory rather than in the page cache. `answers`: one per call.
     """
 
     process: "subprocess.Popen[str]"
@@ -46,7 +47,7 @@ class Child:
         self.answers.append(self.ask(GO))
 
     def ask(self, line: str) -> dict[str, Any]:
-        """Send a line and return the answer. Raises UserError where the process has failed, ended or taken too long."""
+        """Send a line and return the answer. Raises UserError if the process fails, ends or takes too long."""
         assert self.process.stdin is not None and self.process.stdout is not None
         guard = threading.Timer(LONGEST_SECONDS, self.process.kill)
         guard.start()
@@ -58,15 +59,16 @@ class Child:
         finally:
             guard.cancel()
         if not answer:
-            raise UserError(f"the process that decodes ended with {self.process.wait()}{self._last_words()}")
+            raise UserError(f"the decoding process ended with {self.process.wait()}{self._last_words()}")
         content = json.loads(answer)
         if "failed" in content:
-            raise UserError(f"the process that decodes failed: {content['failed']}")
+            raise UserError(f"the decoding process failed: {content['failed']}")
         return content
 
     def limit(self, allowance_bytes: int) -> int:
-        """Let its group hold what the process needs without weights, and `allowance_bytes` of weights, in private
-        memory or as page cache; return this limit. Raises UserError where it cannot be set.
+        """Limit its group to the process's memory without weights plus `allowance_bytes` of weights; return the limit.
+
+        The weights may be in private memory or page cache. Raises UserError if the limit cannot be set.
         """
         assert self.group is not None, "a child without a group has no limit"
         if self.private_bytes > allowance_bytes:
@@ -79,7 +81,7 @@ class Child:
         return limit
 
     def cpu_seconds(self) -> float:
-        """Return the processor time that it has taken so far."""
+        """Return the CPU seconds of the process so far."""
         times = psutil.Process(self.process.pid).cpu_times()
         return times.user + times.system
 
@@ -91,7 +93,7 @@ class Child:
 
 @contextmanager
 def started(program: Sequence[str], request: Mapping[str, Any], group: ControlGroup | None = None) -> Iterator[Child]:
-    """Yield a process that has answered its first `request`, in a group where there is one. Raises UserError."""
+    """Yield a process that has answered its first `request`, in `group` if given. Raises UserError if it fails."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
         process = subprocess.Popen(
@@ -114,7 +116,7 @@ def started(program: Sequence[str], request: Mapping[str, Any], group: ControlGr
 
 
 def watch(arms: Sequence[Child]) -> Callable[[], str | None]:
-    """Open a watch as `lib.measure.timing.disturbance` does, for which the work of these processes is our own."""
+    """Open a watch as `lib.measure.timing.disturbance` does, counting the CPU time of `arms` as our own."""
 
     def read() -> Reading | None:
         reading = disturbance.reading()
@@ -130,7 +132,7 @@ def module(name: str) -> list[str]:
 
 @contextmanager
 def folder_on_disk() -> Iterator[Path]:
-    """Yield a temporary folder. Raises UserError where temporary folders lie in memory."""
+    """Yield a temporary folder. Raises UserError if temporary folders lie in memory."""
     with tempfile.TemporaryDirectory(prefix="limited-") as place:
         if in_memory(place):
             raise UserError(f"{place} lies in memory, not on a disk; set TMPDIR to a folder on a disk")
@@ -138,7 +140,7 @@ def folder_on_disk() -> Iterator[Path]:
 
 
 def copy(source: Path, target: Path) -> Path:
-    """Copy a file or folder, and drop the copy from the page cache; return the copy. Raises UserError."""
+    """Copy a file or folder and drop the copy from the page cache; return the copy. Raises UserError if this fails."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
@@ -149,9 +151,9 @@ def copy(source: Path, target: Path) -> Path:
 
 
 def drop(path: Path) -> None:
-    """Drop a file, or all files of a folder, from the page cache, so that whoever reads them next pays for their pages.
+    """Drop a file, or all files of a folder, from the page cache, so that their pages are charged to the next reader.
 
-    Raises UserError on a system that cannot.
+    Raises UserError on a system that cannot do so.
     """
     if not hasattr(os, "posix_fadvise"):
         raise UserError("this system cannot drop pages from its page cache")
@@ -162,7 +164,7 @@ def drop(path: Path) -> None:
 
 
 def in_memory(place: str) -> bool:
-    """Return whether a folder lies in a file system that is memory itself."""
+    """Return whether a folder lies in a file system held in memory (tmpfs, ramfs)."""
     try:
         mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
     except OSError:

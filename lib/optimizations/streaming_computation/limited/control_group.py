@@ -1,7 +1,7 @@
-"""A memory control group of Linux for one process: a limit that holds for its page cache as well.
+"""A Linux memory control group for one process: a limit that includes its page cache.
 
-Both versions of control groups are tried, at the group of this process and at those above it; where none can be made,
-the reason says so, and what would help. Knows nothing of what runs inside.
+Both versions of control groups are tried, in the group of this process and in those above it; if none can be created,
+the error gives the reason and a remedy. Independent of the program that runs inside.
 """
 
 import os
@@ -19,9 +19,9 @@ NAME = "workbench"
 
 @dataclass(frozen=True)
 class Version:
-    """Names of files of one version of control groups, and the entries of `memory.stat` that are page cache.
+    """The file names of one version of control groups, and the entries of `memory.stat` that are page cache.
 
-    `swap`: the file in which 0 keeps a group's own memory out of the swap space.
+    `swap`: the file in which 0 turns off swapping for a group.
     """
 
     limit: str
@@ -36,7 +36,7 @@ ONE = Version("memory.limit_in_bytes", "memory.usage_in_bytes", ("cache",), "mem
 
 @dataclass(frozen=True)
 class ControlGroup:
-    """A group of its own: `members` takes the id of a process."""
+    """A control group for one process, whose id is written to `members`."""
 
     folder: Path
     version: Version
@@ -46,19 +46,19 @@ class ControlGroup:
         return self.folder / "cgroup.procs"
 
     def private_bytes(self) -> int:
-        """Return what the group holds besides page cache, in bytes."""
+        """Return the group's memory without page cache, in bytes."""
         stat = dict(line.split(" ", 1) for line in (self.folder / "memory.stat").read_text().splitlines())
         used = int((self.folder / self.version.usage).read_text())
         return used - sum(int(stat[name]) for name in self.version.cached)
 
     def cached_bytes(self) -> int:
-        """Return the page cache that the group holds, in bytes."""
+        """Return the page cache charged to the group, in bytes."""
         return int((self.folder / self.version.usage).read_text()) - self.private_bytes()
 
     def limit(self, nbytes: int) -> None:
-        """Let the group hold at most `nbytes`; page cache beyond it is given back now. Raises UserError.
+        """Limit the group to `nbytes`; page cache beyond that is released at once. Raises UserError if this fails.
 
-        Swapping ends first: what a limit drives out must not come to lie there, where the group would still have it.
+        Swapping is turned off first: otherwise memory evicted by the limit would move to swap and stay available.
         """
         try:
             if (self.folder / self.version.swap).exists():
@@ -69,7 +69,7 @@ class ControlGroup:
 
 
 def candidates() -> list[tuple[Path, Version]]:
-    """Return the folders in which a group might be made: this process's own groups with memory, then those above."""
+    """Return folders in which a group might be created: this process's own memory groups, then those above."""
     places: list[tuple[Path, Version]] = []
     for line in lines_of(OWN_GROUPS):
         _, controllers, path = line.split(":", 2)
@@ -83,7 +83,7 @@ def candidates() -> list[tuple[Path, Version]]:
 
 
 def make(name: str = NAME) -> ControlGroup:
-    """Make a new, empty group. Raises UserError with the reason where none can be made, and how one could."""
+    """Create a new, empty group. Raises UserError with the reason and a remedy if none can be created."""
     reasons = []
     for parent, version in candidates():
         folder = parent / f"{name}-{os.getpid()}-{len(list(parent.glob(f'{name}-{os.getpid()}-*')))}"
@@ -92,7 +92,7 @@ def make(name: str = NAME) -> ControlGroup:
         except OSError as error:
             reasons.append(f"{parent}: {error.strerror}")
             continue
-        if not (folder / version.limit).exists():  # the parent does not pass the memory controller on
+        if not (folder / version.limit).exists():  # the parent does not delegate the memory controller
             with suppress(OSError):
                 (parent / "cgroup.subtree_control").write_text("+memory")
         if (folder / version.limit).exists():

@@ -1,9 +1,8 @@
-"""Decoding where memory is really limited: streamed weights, a plain mapping of the same file, and accelerate's
-offloading, each in a separate process whose control group may hold what it needs without weights, plus the allowance of
-weights, whether in its own memory or in the page cache.
+"""Decoding under a real memory limit: streamed weights, a plain mapping of the same file, and accelerate's offloading.
 
-With a warm page cache the machine holds the model whatever a process is allowed; here it does not. Knows nothing of how
-weights are streamed.
+Each runs in a separate process. Its control group may hold the process's memory without weights, plus the allowance of
+weights, in private memory or in the page cache. Without such a limit, a warm page cache holds the model whatever a
+process is allowed. Independent of how weights are streamed.
 """
 
 import shutil
@@ -31,17 +30,18 @@ METRIC, WORKLOAD = "decode_tokens_per_second", "decode within the allowance, pag
 OFFLOADING = "decode within the allowance, against accelerate, disk"
 BLOCKS = 6
 ANSWERED = "tokens", "disk_bytes"
-AGAIN = "again"  # the arm that does what the baseline does: where it fits, in a process and on a copy of its own
+AGAIN = "again"  # the A/A arm: the baseline in a second process with its own copy, if there is room
 SECOND_PROCESS = "a second process of the plain mapping"
-LEFT_OUT = ("memory_ratio", "page_cache", "device")  # each arm has its own memory, on a CPU
+LEFT_OUT = ("memory_ratio", "page_cache", "device")  # set per arm, always on a CPU
 
 
 @dataclass(frozen=True)
 class LimitedDecoding:
-    """Streamed against plainly mapped weights under one limit; `reason` says why there is none of it. `details` hold
-    the limits and what came from the disk, `control` the A/A control, and `control_is` what that is: a second process
-    of the plain mapping, or where there is no room for one its only process once more. `offloading`: streamed against
-    accelerate's offloading to the disk under the same limit, a row for each arm that was asked for.
+    """Decoding with streamed against plainly mapped weights under one limit.
+
+    `details`: the limits and the bytes from the disk, or the reason if nothing was decoded. `control`: the A/A control.
+    `control_is`: what the control compares, a second process of the plain mapping or, without room for one, its only
+    process again. `offloading`: streamed against accelerate's offloading to the disk under the same limit.
     """
 
     rate: Measurement
@@ -52,16 +52,14 @@ class LimitedDecoding:
     offloading: list[Measurement] = field(default_factory=list)
 
     def reading(self) -> str:
-        """Return sentences: the rates under the limit, and that no verdict tells the first two apart; or why there are
-        none.
-        """
+        """Return sentences on the rates under the limit, and on an inconclusive verdict; or the reason for no rates."""
         if self.rate.ratio is None or self.rate.baseline is None or self.rate.optimized is None:
-            return f"Under a limit that counts page cache nothing was decoded. The reason: {self.rate.reason}."
+            return f"Under a limit that counts page cache, nothing was decoded. The reason: {self.rate.reason}."
         share = 100 * self.details["allowance_bytes"] / self.details["weights_bytes"]
         undecided = " This run does not tell the first two apart." if self.rate.verdict == "inconclusive" else ""
         return (
-            f"Where page cache counts, and {share:.0f} % of the weights fit, streaming decodes "
-            f"{self.rate.optimized:.3g} tokens a second. A plain mapping of the same file decodes "
+            f"If page cache counts and {share:.0f} % of the weights fit, streaming decodes "
+            f"{self.rate.optimized:.3g} tokens per second. A plain mapping of the same file decodes "
             f"{self.rate.baseline:.3g}{self._offloaded()}.{undecided}"
         )
 
@@ -80,12 +78,12 @@ def compare(
     blocks: int = BLOCKS,
     seed: int = 0,
 ) -> LimitedDecoding:
-    """Return decoding of `steps` tokens streamed (optimized) against plainly mapped (baseline), in turns, with a second
-    process of the baseline as the A/A control where there is room for it.
+    """Return decoding of `steps` tokens, streamed (optimized) against plainly mapped (baseline), in turns.
 
-    `options` are those of `method.open_folder` beside the memory; the baseline decodes latents absorbed in any case.
-    Each arm reads a copy of the checkpoint of its own, whose pages its own group pays for. Unavailable, with the
-    reason, where no group can be made.
+    The A/A control is a second process of the baseline, if there is room for it. `options` are those of
+    `method.open_folder` without the memory; the baseline always decodes latents absorbed. Each arm reads its own copy
+    of the checkpoint, whose pages are charged to its own group. Unavailable, with the reason, if no group can be
+    created.
     """
     if not settings.wants("performance"):
         return _unavailable(settings.why_left_out())
@@ -143,7 +141,7 @@ def _compared(
 
 
 def _arms(options: Mapping[str, Any], rival: str, memory_ratio: float) -> dict[str, dict[str, Any]]:
-    """Return the options of both arms: the rival's, which decodes latents absorbed, and the streamed one's."""
+    """Return the options of both arms: the `rival`, which decodes latents absorbed, and the streamed model."""
     return {
         "baseline": {**options, "absorbed": True, rival: True},
         "optimized": {**options, "memory_ratio": memory_ratio},
@@ -160,9 +158,11 @@ def against_offloading(
     blocks: int = BLOCKS,
     seed: int = 0,
 ) -> tuple[Measurement, dict[str, Any]]:
-    """Return decoding of `steps` tokens streamed (optimized) against accelerate's offloading to the disk (baseline)
-    under the limit of `compare`, in turns, and its details. The noise floor is that of the streamed process against
-    itself in the same rounds. Unavailable, with the reason, where there is no room for it or no group can be made.
+    """Return decoding of `steps` tokens, streamed (optimized) against accelerate's offloading to the disk (baseline),
+    in turns under the limit of `compare`, and its details.
+
+    The noise floor is that of the streamed process against itself in the same rounds. Unavailable, with the reason, if
+    there is no room for it or no group can be created.
     """
     options = {name: value for name, value in options.items() if name not in LEFT_OUT}
     total = weights_bytes(folder)
@@ -170,7 +170,7 @@ def against_offloading(
     arms = _arms(options, OFFLOADED, memory_ratio)
     try:
         require_binding(total, allowance)
-        if short := no_room(3, total, total):  # its files beside the checkpoint; before, it loads the model whole
+        if short := no_room(3, total, total):  # a third copy: accelerate's own files; it first loads the model whole
             raise UserError(short)
         with ExitStack() as stack:
             arm = {name: stack.enter_context(_child(folder, prompt_1T, steps, own)) for name, own in arms.items()}
@@ -189,8 +189,9 @@ def against_offloading(
 
 
 def no_room(copies: int, total: int, allowance: int) -> str:
-    """Return why so many processes, each with a copy of the weights (`total` bytes) of its own and with memory for the
-    allowance, have no room beside each other; empty where they have.
+    """Return why there is no room for `copies` processes at once, or an empty string.
+
+    Each needs its own copy of the weights (`total` bytes) on disk and memory for the allowance.
     """
     place = tempfile.gettempdir()
     disk, memory = shutil.disk_usage(place).free, memory_limits.free_memory_bytes()
@@ -202,34 +203,35 @@ def no_room(copies: int, total: int, allowance: int) -> str:
 
 
 def weights_bytes(folder: Path) -> int:
-    """Return the bytes of a checkpoint's weight files, of those that are read."""
+    """Return the bytes of the weight files that are read from a checkpoint."""
     return sum(file.stat().st_size for file in weight_files(folder))
 
 
 def require_binding(total: int, allowance: int) -> None:
-    """Raise UserError where so little lies beyond the allowance, in bytes, that a limit would not bind."""
+    """Raise UserError if the weights exceed the allowance, in bytes, by so little that a limit would not bind."""
     if total - allowance < 4 * SLACK:
         raise UserError(
-            f"of weights of {total / 1e6:.0f} MB so little lies beyond the allowance that a limit would not bind: a "
-            f"process's own memory scatters by {SLACK / 1e6:.0f} MB"
+            f"weights of {total / 1e6:.0f} MB exceed the allowance by so little that a limit would not bind: a "
+            f"process's own memory varies by {SLACK / 1e6:.0f} MB"
         )
 
 
 def require_counted(cached: int, read: int | None, allowance: int) -> None:
-    """Raise UserError where the group of mapped weights holds next to nothing of them (`cached`, in bytes) and a call
-    reads next to nothing again from the disk (`read`): then their pages are counted elsewhere, and no limit drives them
-    out. Where they come from the disk at every call, the process's own memory took the allowance.
+    """Raise UserError if the pages of mapped weights are not charged to their process's group, so no limit evicts them.
+
+    That is so if the group caches almost none of them (`cached`, in bytes) and a call rereads almost none from the disk
+    (`read`). If a call does read them from the disk, the process's own memory took the allowance.
     """
     if max(cached, read or 0) < min(SLACK, allowance // 2):
         raise UserError(
             f"the pages of mapped weights are counted in no control group here ({cached / 1e6:.1f} MB in that of their "
-            "process), so that a limit does not hold for them; set TMPDIR to a folder on another disk"
+            "process), so a limit does not apply to them; set TMPDIR to a folder on another disk"
         )
 
 
 @contextmanager
 def _child(folder: Path, prompt_1T: torch.Tensor, steps: int, options: Mapping[str, Any]) -> Iterator[Child]:
-    """Yield a process that has read the prompt, in a group of its own and with a copy of the checkpoint of its own."""
+    """Yield a process that has read the prompt, in its own group and with its own copy of the checkpoint."""
     with control_group.group() as group, children.folder_on_disk() as place:
         copied = children.copy(folder, place / "checkpoint")
         request = {"path": str(copied), "options": dict(options), "steps": steps}

@@ -1,8 +1,8 @@
-"""llama.cpp's mmap beside the streamed model: the same GGUF file, prompt, number of tokens and limit of memory.
+"""The streamed model against llama.cpp's mmap: the same GGUF file, prompt, number of tokens and memory limit.
 
-Both decode with a warm page cache, then within the same bytes; then llama.cpp has the same share of its own file. Its
-weights are the file's quantized ones, the streamed model's are dequantized: the bytes differ, so that nothing here is
-judged. Where it cannot run, a row says why.
+Both decode with a warm page cache, then within the same bytes, then with llama.cpp limited to the same share of its own
+file. llama.cpp uses the file's quantized weights, the streamed model dequantized ones; the bytes differ, so there are
+no verdicts. If llama.cpp cannot run, a row gives the reason.
 """
 
 import importlib.metadata
@@ -25,7 +25,7 @@ from lib.optimizations.streaming_computation.limited import children, side_by_si
 from lib.optimizations.streaming_computation.limited.decoding import LEFT_OUT, require_binding, weights_bytes
 from lib.optimizations.streaming_computation.limited.side_by_side import ARMS, TURNS, Condition, Program
 
-PACKAGE = "xllamacpp"  # llama.cpp in a wheel; an extra, not in requirements.txt
+PACKAGE = "xllamacpp"  # llama.cpp as a wheel; optional, not in requirements.txt
 NAME = "llama.cpp, mmap"
 METRIC = "time_per_output_token_ms"
 WARM, BYTES, SHARE = "warm page cache", "within the same bytes", "within the same share of its own file"
@@ -34,8 +34,8 @@ THREADS = 1
 
 @dataclass(frozen=True)
 class LlamaCppRival:
-    """Measurements whose baseline is llama.cpp, none of them judged, and `details` with the limits, what each arm held
-    and read, and its bits per weight.
+    """Measurements with llama.cpp as the baseline, without verdicts, and `details`: the limits, and the memory, reads
+    and bits per weight of each arm.
     """
 
     measurements: list[Measurement]
@@ -45,11 +45,10 @@ class LlamaCppRival:
 def compare(
     loaded: Loaded, folder: Path, prompt_1T: torch.Tensor, steps: int, memory_ratio: float, options: Mapping[str, Any]
 ) -> LlamaCppRival:
-    """Return decoding of `steps` tokens by the model streamed from `folder` against llama.cpp on the GGUF file that it
-    was loaded from.
+    """Return decoding `steps` tokens by the model streamed from `folder`, against llama.cpp on its GGUF file.
 
-    `options` are those of `method.open_folder` beside the memory. One unavailable row, with the reason, where the model
-    comes from no GGUF file, the package is missing, or a process does not start.
+    `options` are those of `method.open_folder` without the memory. One unavailable row, with the reason, if the model
+    does not come from a GGUF file, the package is missing, or a process does not start.
     """
     try:
         file, about = original(loaded), f"llama.cpp ({PACKAGE} {required(PACKAGE)}), weights mapped"
@@ -60,7 +59,7 @@ def compare(
 
 
 def original(loaded: Loaded) -> Path:
-    """Return the GGUF file that the weights of a model were converted from. Raises UserError where there is none."""
+    """Return the GGUF file that the weights of a model were converted from. Raises UserError if there is none."""
     if not settings.wants("performance"):
         raise UserError(settings.why_left_out())
     if torch.device(loaded.device).type != "cpu":
@@ -75,7 +74,7 @@ def original(loaded: Loaded) -> Path:
 
 
 def required(package: str) -> str:
-    """Return the version of an optional package. Raises UserError with what to do where it is not installed."""
+    """Return the version of an optional package. Raises UserError with the command to install it if it is missing."""
     if importlib.util.find_spec(package) is None:
         raise UserError(f"llama.cpp is not installed here: pip install {package}")
     try:
@@ -85,7 +84,7 @@ def required(package: str) -> str:
 
 
 def unavailable(reason: str) -> LlamaCppRival:
-    """Return the one row that says why llama.cpp did not run."""
+    """Return a single row with the reason why llama.cpp did not run."""
     row = measurement.unavailable(METRIC, f"decode, against {NAME}", reason)
     return LlamaCppRival([row], {"reason": reason})
 
@@ -103,9 +102,9 @@ def beside(
     command: Sequence[str] = (),
     turns: int = TURNS,
 ) -> LlamaCppRival:
-    """Return `compare` for the GGUF `file` of a model with so many `parameters`, whose checkpoint is in `folder`.
+    """Return the result of `compare` for the GGUF `file` of a model with its checkpoint in `folder`.
 
-    `command` starts another program in llama.cpp's stead.
+    `parameters` is the model's parameter count. `command` starts another program instead of llama.cpp.
     """
     own, total = file.stat().st_size, weights_bytes(folder)
     allowed = round(memory_ratio * total)
@@ -130,11 +129,12 @@ def beside(
     details = {"file_bytes": own, "weights_bytes": total, "threads": THREADS, "llama_cpp": about, "rows": rows}
     details |= {"allowance_bytes": {condition.name: dict(condition.allowed) for condition in conditions[1:]}}
     details |= {"same_tokens": _same_tokens(conditions[0])}
-    return LlamaCppRival([m for each in conditions for m in _measurements(each, steps, bits, about)], details)
+    measurements = [m for condition in conditions for m in _measurements(condition, steps, bits, about)]
+    return LlamaCppRival(measurements, details)
 
 
 def _would_not_bind(total: int, allowed: int) -> str | None:
-    """Return why a limit of `allowed` of `total` bytes would not bind, or None."""
+    """Return why a limit of `allowed` out of `total` bytes would not bind, or None if it would."""
     try:
         require_binding(total, allowed)
     except UserError as error:
@@ -143,9 +143,9 @@ def _would_not_bind(total: int, allowed: int) -> str | None:
 
 
 def _measurements(condition: Condition, steps: int, bits: Mapping[str, float], about: str) -> list[Measurement]:
-    """Return time per token and peak of memory under one limit, informative; one unavailable row where there is none.
+    """Return the time per token and memory peak under one limit, without verdicts; one unavailable row if not measured.
 
-    Where the same bytes hold all of llama.cpp's file, it is not limited by them; its note says so.
+    Their note gives the bits per weight of both arms: the same bytes may hold all of llama.cpp's file.
     """
     workload = f"decode, against {NAME}, {condition.name}"
     if condition.reason is not None:
@@ -165,7 +165,7 @@ def _measurements(condition: Condition, steps: int, bits: Mapping[str, float], a
 
 
 def _rows(condition: Condition, steps: int, bits: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Return a row per arm: milliseconds per token with their interval, what its processes held, and what they read."""
+    """Return a row per arm: milliseconds per token with interval, and the memory and disk reads of its processes."""
     rows = []
     for arm, name in zip(ARMS if condition.reason is None else (), (NAME, "streamed")):
         ends = [1000 * end / steps for end in paired_stats.median_interval(condition.seconds[arm])]
@@ -181,9 +181,9 @@ def _rows(condition: Condition, steps: int, bits: Mapping[str, float]) -> list[d
 
 
 def _same_tokens(condition: Condition) -> dict[str, int] | None:
-    """Return how many tokens of both arms are equal: quantized weights may choose others.
+    """Return the number of equal tokens in both arms, and of tokens compared; quantized weights may choose others.
 
-    llama.cpp's first token is the one that the prompt gives; the streamed model's are those after it.
+    llama.cpp's first token comes from the prompt; the streamed model's tokens start after that one.
     """
     if condition.reason is not None:
         return None

@@ -1,4 +1,4 @@
-"""The program that decodes a GGUF file by llama.cpp, its weights mapped, in a child process of `children`."""
+"""The program that decodes a GGUF file with llama.cpp, weights mapped, in a child process of `children`."""
 
 import json
 import urllib.request
@@ -7,22 +7,22 @@ from typing import Any
 
 from lib.optimizations.streaming_computation.limited.serving import Decode, Decoded, serve, settle
 
-ROOM = 32  # positions of the cache beside prompt and answer
+ROOM = 32  # spare positions of the cache besides prompt and answer
 ASKED = {"temperature": 0, "top_k": 1, "samplers": ["top_k"], "ignore_eos": True, "return_tokens": True}
 
 
 def opened(request: Mapping[str, Any]) -> tuple[Decode, int]:
-    """Open the file and read the prompt; return what decodes, and 0: no weights are in private memory.
+    """Open the file and read the prompt; return the decode function, and 0: no weights are in private memory.
 
-    Called again, llama.cpp has the prompt but for its last token in its cache: as many passes as tokens. The seconds
-    are of its own clock, which leaves its server out.
+    From the second call, llama.cpp has all but the last token of the prompt in its cache, so it makes as many passes as
+    tokens. The seconds come from its own clock, which excludes its server.
     """
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = request["path"]
     params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_MMAP
-    params.no_extra_bufts = True  # which would copy some weights into another order
+    params.no_extra_bufts = True  # these would copy some weights into another layout
     params.n_ctx = len(request["prompt"][0]) + request["steps"] + ROOM
     params.n_parallel, params.n_gpu_layers = 1, 0
     params.warmup = params.fit_params = False

@@ -1,7 +1,7 @@
-"""A checkpoint whose weights are plainly mapped: no byte is copied, nothing is read ahead or given back, and the system
-alone decides what stays in the page cache. The rival of streaming where memory is limited.
+"""A checkpoint with plainly mapped weights: no byte is copied, nothing is read ahead or released, and the system alone
+decides what stays in the page cache. The rival of streaming under limited memory.
 
-Knows nothing of limits.
+Independent of limits.
 """
 
 from pathlib import Path
@@ -16,10 +16,10 @@ from lib.models.structure.architecture import ready
 
 
 def open_mapped(folder: Path | str) -> tuple[nn.Module, int]:
-    """Return the model of a checkpoint folder, on a CPU, and how many bytes of its weights are private nevertheless:
-    buffers, and what is misaligned in the file, over which products would round differently.
+    """Return the model of a checkpoint folder, on a CPU, and the bytes of its weights in private memory.
 
-    Raises UserError for a damaged checkpoint, and where a parameter is not one tensor of the file.
+    Private are buffers, and tensors misaligned in the file, whose products would round differently. Raises UserError
+    for a damaged checkpoint, and if a parameter is not one tensor of the file.
     """
     parts = layout(Path(folder), False, "cpu")
     pages, model = FilePages(parts.file, read_around=True), parts.model

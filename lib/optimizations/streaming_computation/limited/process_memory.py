@@ -1,7 +1,6 @@
-"""What this process holds and what it has read from a disk, as the system counts it. Loads nothing: a process that
-measures itself should not be larger for it.
+"""The memory of this process and the bytes it has read from a disk, as counted by the system.
 
-Linux alone has these counts; elsewhere they are missing.
+Loads nothing, so that measuring itself does not enlarge the process. Only Linux has these counts.
 """
 
 import ctypes
@@ -14,16 +13,16 @@ KEPT = {"M_MMAP_THRESHOLD": (-3, 2**25), "M_TRIM_THRESHOLD": (-1, 2**31 - 1)}
 
 
 def usage() -> dict[str, int]:
-    """Return in bytes the peak of resident memory, and what is resident now: pages of files, and memory of its own.
+    """Return, in bytes, the peak of resident memory and the current resident file pages and anonymous memory.
 
-    Empty where the system has no such counts.
+    Empty if the system has no such counts.
     """
     lines = dict(line.split(":", 1) for line in _lines(PROCESS / "status"))
     return {name: int(lines[count].split()[0]) * 1024 for name, count in COUNTS.items() if count in lines}
 
 
 def reset_peak() -> bool:
-    """Let the peak begin at what is resident now; return whether the system permits it."""
+    """Reset the peak to the current resident memory; return whether the system permits it."""
     with suppress(OSError):
         (PROCESS / "clear_refs").write_text("5")
         return True
@@ -31,8 +30,9 @@ def reset_peak() -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc's allocator keep what is freed, but for blocks beyond 32 MiB, instead of giving it back and asking for
-    it again: what this process holds between two calls is then what a call needs. Others' allocators stay as they are.
+    """Make glibc's allocator keep freed memory, except blocks above 32 MiB, instead of returning it to the system.
+
+    The process's memory between two calls is then the memory that a call needs. Other allocators are not changed.
     """
     with suppress(OSError, AttributeError):
         for parameter, value in KEPT.values():
@@ -40,7 +40,7 @@ def keep_freed_memory() -> None:
 
 
 def disk_bytes() -> int | None:
-    """Return the bytes that this process had read from a disk so far; None where the system has no count."""
+    """Return the bytes that this process has read from a disk so far; None if the system has no count."""
     counts = [line.split()[1] for line in _lines(PROCESS / "io") if line.startswith("read_bytes")]
     return int(counts[0]) if counts else None
 

@@ -1,8 +1,8 @@
-"""The other side of `children`: a program joins its control group before it holds anything, opens a model, reads a
-prompt, and then decodes on request, until its input ends. Loads nothing itself.
+"""The child's side of `children`: a program joins its control group before it allocates memory, opens a model, reads a
+prompt, and decodes on request until its input ends. This module loads nothing itself.
 
-Reads one line of JSON, then words; answers each with a line of JSON. Whatever else the program prints goes to the
-error output.
+Protocol: one line of JSON, then command words; each is answered by a line of JSON. Everything else that the program
+prints goes to standard error.
 """
 
 import json
@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 from lib.optimizations.streaming_computation.limited import process_memory
 
 GO, RESET = "go", "reset"
-SETTLING, STEADY = 5, 2**20  # calls, and the bytes by which a process that has settled still grows
+SETTLING, STEADY = 5, 2**20  # maximum of calls until settled, and bytes of growth below which a process is settled
 
 
 class Decoded(NamedTuple):
-    """The tokens of one call, and the seconds that they took."""
+    """The tokens of one call and the seconds it took."""
 
     tokens: list[int]
     seconds: float
@@ -29,9 +29,10 @@ Decode = Callable[[], Decoded]
 
 
 def serve(opened: Callable[[Mapping[str, Any]], tuple[Decode, int]]) -> None:
-    """Answer requests. `opened` gets the first and returns what decodes, and the bytes of weights in private memory.
+    """Answer requests until the input ends.
 
-    An exception is answered by {"failed": its message}.
+    `opened` gets the first request and returns the decode function and the bytes of weights in private memory. An
+    exception is answered by {"failed": its message}.
     """
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as answers:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
@@ -49,14 +50,15 @@ def serve(opened: Callable[[Mapping[str, Any]], tuple[Decode, int]]) -> None:
 
 
 def settle(decode: Decode) -> None:
-    """Decode twice, and again until this process holds no more memory of its own than before, at most `SETTLING` times:
-    a limit is set by what it holds then.
+    """Decode at least twice, until this process's own memory stops growing, at most `SETTLING` times.
+
+    The limit is derived from its memory at that point.
     """
-    held = 0
+    private = 0
     for call in range(SETTLING):
         decode()
-        before, held = held, process_memory.usage().get("anonymous", 0)
-        if call and held - before < STEADY:
+        before, private = private, process_memory.usage().get("anonymous", 0)
+        if call and private - before < STEADY:
             return
 
 

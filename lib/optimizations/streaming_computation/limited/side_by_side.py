@@ -1,5 +1,5 @@
-"""Two programs beside each other: fresh processes of both, several times, which take turns at each of several limits of
-memory. Knows nothing of what they compute, and judges nothing.
+"""Times two programs side by side: fresh processes of both, several times, take turns under each of several memory
+limits. Independent of what they compute; makes no verdicts.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from lib.optimizations.streaming_computation.limited import children, control_gr
 from lib.optimizations.streaming_computation.limited.children import Child
 from lib.optimizations.streaming_computation.limited.serving import RESET
 
-TURNS, CALLS = 4, 2  # fresh processes of each arm, an even number; timed calls in each of them under each limit
+TURNS, CALLS = 4, 2  # fresh processes per arm (an even number); timed calls per process and limit
 ARMS = "baseline", "optimized"
 
 
@@ -31,10 +31,10 @@ class Program:
 
 @dataclass
 class Condition:
-    """A limit of memory, and what was measured under it.
+    """A memory limit and the measurements under it.
 
-    `allowed`: bytes of weights for each arm, empty without a limit. `seconds` are per call, by arm; `answers` the last
-    one of each process, by arm. `reason` says why nothing was measured.
+    `allowed`: bytes of weights for each arm, empty without a limit. `seconds`: per call, by arm. `answers`: the last
+    answer of each process, by arm. `reason`: why nothing was measured.
     """
 
     name: str
@@ -47,13 +47,14 @@ class Condition:
     process: list[int] = field(default_factory=list)
 
     def pairs(self) -> Pairs:
-        """Return the timed calls of both arms, by each program's own clock."""
+        """Return the timed calls of both arms, measured by each program's own clock."""
         both = self.seconds["baseline"], self.seconds["optimized"]
         return Pairs(*both, self.order, self.disturbed, 1, clock="each program's own clock", process=self.process)
 
     def held(self, arm: str, kind: str) -> list[int] | None:
-        """Return what each process of an arm held, in bytes: its "peak" under this limit, pages of a "file", or
-        "anonymous" memory. None where the system does not say.
+        """Return the memory of each process of an arm, in bytes; None if the system does not say.
+
+        `kind`: "peak" under this limit, "file" pages, or "anonymous" memory.
         """
         values = [answer["memory"].get(kind) for answer in self.answers[arm]]
         return None if None in values else values
@@ -67,20 +68,22 @@ def measure(
     turns: int = TURNS,
     calls: int = CALLS,
 ) -> None:
-    """Fill the conditions that have no `reason` yet, one after the other in the same processes.
+    """Measure every condition that has no `reason` yet, one after the other in the same processes.
 
-    `request` is what both programs are asked first. A condition in which a process ends gets that reason, and so do
-    limits where no control group can be made. Raises UserError where a program does not start.
+    `request` is the first request to both programs. A condition in which a process ends gets that as its `reason`, as
+    do limits if no control group can be created. Raises UserError if a program does not start.
     """
     with children.folder_on_disk() as place:
-        copies = {arm: children.copy(each.path, place / arm / each.path.name) for arm, each in programs.items()}
+        copies = {
+            arm: children.copy(program.path, place / arm / program.path.name) for arm, program in programs.items()
+        }
         for turn in range(turns):
             with _started(programs, copies, request, reverse=turn % 2 == 1) as (both, no_group):
                 for condition in conditions:
                     condition.reason = condition.reason or (no_group if condition.allowed else None)
                     if condition.reason is None and (failed := _turn(condition, both, turn, calls)):
                         condition.reason = failed
-                        break  # what has ended cannot go on
+                        break  # the processes have ended
     for before, condition in pairwise(conditions):
         if condition.reason is None and not condition.process:
             condition.reason = before.reason
@@ -90,9 +93,9 @@ def measure(
 def _started(
     programs: Mapping[str, Program], copies: Mapping[str, Path], request: Mapping[str, Any], reverse: bool
 ) -> Iterator[tuple[dict[str, Child], str | None]]:
-    """Yield fresh processes of both programs, which have answered the request, and why they are in no group, or None.
+    """Yield fresh processes of both programs, which have answered the request, and the reason if they have no group.
 
-    The files are dropped from the page cache first, so that each group pays for the pages of its own copy.
+    The files are first dropped from the page cache, so that the pages of each copy are charged to its own group.
     """
     groups, no_group, both = {}, None, {}
     with ExitStack() as stack:
@@ -108,8 +111,9 @@ def _started(
 
 
 def _turn(condition: Condition, both: Mapping[str, Child], turn: int, calls: int) -> str | None:
-    """Add the calls of one turn, of which each arm is first in every other one, after one of each that is not counted;
-    return None, or why a process could not go on.
+    """Add the calls of one turn to `condition`; return None, or the reason if a process failed.
+
+    Each arm makes one uncounted call first; then the arms alternate in going first.
     """
     try:
         for arm, nbytes in condition.allowed.items():

@@ -69,7 +69,7 @@ def test_a_candidate_without_a_perplexity_is_within_no_margin(quality, monkeypat
     broken = replace(text, loss_N=np.full_like(text.loss_N, np.nan))
     monkeypatch.setattr(evaluate, "read_text", lambda *_: broken)
     lost = quality.of(quality.loaded.model, perplexity_margin=100.0)
-    assert not lost.within(1.0, 100.0) and lost.why_not() == "perplexity is no number"
+    assert not lost.within(1.0, 100.0) and lost.why_not() == "perplexity is not a number"
 
 
 def test_a_real_model_is_asked_one_task_and_few_values(monkeypatch):

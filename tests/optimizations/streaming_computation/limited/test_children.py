@@ -54,8 +54,8 @@ def test_a_process_answers_each_call_and_prints_elsewhere():
 
 
 def test_a_failure_is_one_line_and_an_end_has_its_last_words():
-    said = r"^the process that decodes failed: ValueError: no such model: lines$"
-    with pytest.raises(UserError, match=said), start("no such model"):
+    message = r"^the decoding process failed: ValueError: no such model: lines$"
+    with pytest.raises(UserError, match=message), start("no such model"):
         pass
     with start("dies") as child:
         child()

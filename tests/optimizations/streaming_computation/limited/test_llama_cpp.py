@@ -228,7 +228,7 @@ def test_what_was_not_asked_for_is_left_out(converted, tmp_path, monkeypatch):
     loaded, _ = converted
     monkeypatch.setattr(settings, "requested_dimensions", lambda: ("accuracy",))
     rival = llama_cpp.compare(loaded, tmp_path, torch.ones(1, 4, dtype=torch.long), 2, 0.5, OPTIONS)
-    assert "left out: only accuracy was asked for" in rival.measurements[0].reason
+    assert "left out: only accuracy was requested" in rival.measurements[0].reason
 
 
 def test_llama_cpp_itself_decodes_a_tiny_file_in_memory_that_is_mapped(converted, tmp_path, monkeypatch):
