@@ -1,7 +1,7 @@
-"""Figures of a result set that a person chooses: model, metrics, and the margin within which quality counts as kept.
+"""Interactive figures of a result set: the reader chooses model, metrics, and the margin within which quality is kept.
 
-In an executed notebook nobody can choose: it shows each figure once, for all models, with the metrics that it was
-given. Where somebody has the notebook open, widgets follow that figure, and the chosen figure follows them.
+An executed notebook shows each figure once, for all models and the metrics passed in. Where a person has the notebook
+open, widgets appear below that figure, and the figure they select below them.
 """
 
 import functools
@@ -25,22 +25,22 @@ MOST_NAMED = 6  # runs
 
 
 def person_present() -> bool:
-    """Return whether somebody has this kernel's notebook open: a Jupyter server tells its kernels so, papermill and
+    """Return whether a person has this kernel's notebook open: a Jupyter server sets JPY_SESSION_NAME, papermill and
     nbconvert do not.
     """
     return bool(os.environ.get("JPY_SESSION_NAME"))
 
 
 def measured(records: Sequence[Record]) -> list[Record]:
-    """Return the records with a result, with the words that hold for the whole set: what is read off a figure then
-    agrees with the figure.
+    """Return the records with a result, their verdicts corrected over the whole set, so that the text agrees with the
+    figures.
     """
     return [run for run in discoveries.settled(records) if run.status == "ok"]
 
 
 def forest(records: Sequence[Record], name: str) -> None:
-    """Display the metric `name` of all records with its intervals; let a person choose model and metric below. What is
-    called better holds for the whole set.
+    """Display the metric `name` of all records with its intervals; let a person choose model and metric below. Verdicts
+    are corrected over the whole set.
     """
     records = discoveries.settled(records)
     draw = functools.partial(draw_forest, records)
@@ -50,8 +50,8 @@ def forest(records: Sequence[Record], name: str) -> None:
 
 
 def trade_offs(records: Sequence[Record], speed: str, quality: str) -> None:
-    """Display quality against speed for all records; let a person choose model, both metrics and the margin below. What
-    is called lost holds for the whole set.
+    """Display quality against speed for all records; let a person choose model, both metrics and the margin below.
+    Verdicts are corrected over the whole set.
     """
     records = discoveries.settled(records)
     draw_trade_offs(records, ALL, speed, quality, None)
@@ -65,11 +65,11 @@ def trade_offs(records: Sequence[Record], speed: str, quality: str) -> None:
 
 
 def draw_forest(records: Sequence[Record], model: str, metric: str) -> None:
-    """Display one metric of the records of a model, or of all models, with its intervals and noise floors."""
+    """Display one metric of the records of `model` (or of ALL) with its intervals and noise floors."""
     runs = _of(records, model)
     frame = tables.across(runs, metric)
     zeros = sum(m.metric == metric and m.ratio == 0 for run in runs for m in run.measurements)
-    fell = f" {counted(zeros, 'measurement')} fell to 0, for which an axis of ratios has no place." if zeros else ""
+    fell = f" {counted(zeros, 'measurement')} fell to 0 and cannot be drawn on an axis of ratios." if zeros else ""
     shown = tables.extremes(frame)
     if frame.empty:
         tables.show_text(f"{label(metric)}:{fell}" if zeros else f"No record has {label(metric)}.")
@@ -81,7 +81,7 @@ def draw_forest(records: Sequence[Record], model: str, metric: str) -> None:
 
 
 def draw_trade_offs(records: Sequence[Record], model: str, speed: str, quality: str, margin: float | None) -> None:
-    """Display quality against speed; `margin` is in points for a share, else in per cent, None for the metric's own."""
+    """Display quality against speed; `margin` is in points for a share, else in percent; None: the metric's own."""
     points = tables.speed_and_quality(_of(records, model), speed, quality)
     if points.empty:
         tables.show_text(f"No record has both {speed} and {quality}.")
@@ -102,7 +102,7 @@ def draw_trade_offs(records: Sequence[Record], model: str, speed: str, quality: 
 
 
 def lost_elsewhere(records: Iterable[Record], quality: str) -> str:
-    """Return how many runs lose another score than `quality` beyond its margin, as a sentence; empty where none."""
+    """Return a sentence on how many runs lose a score other than `quality` beyond its margin; empty where none."""
     scores = [first(run, quality) for run in records if run.verdict.accuracy == "not_maintained"]
     lost = sum(score is not None and score.verdict != "not_maintained" for score in scores)
     lose = "loses" if lost == 1 else "lose"
@@ -115,10 +115,10 @@ def _chosen_trade_offs(records: Sequence[Record], model: str, speed: str, qualit
 
 
 def within_margin(records: Iterable[Record], speed: str, quality: str, margin: float) -> str:
-    """Return which runs keep `quality` within `margin` points, and which of these are better in `speed`.
+    """Return a text: which runs keep `quality` within `margin` points, and which of these are better in `speed`.
 
-    A run keeps it where the one-sided 95 % bound of its change lies within the margin, as in its own verdict. What is
-    no share, such as perplexity, has no points: it keeps its own margin, and the text says so.
+    A run keeps it if the one-sided 95 % bound of its change lies within the margin, as in its own verdict. A score that
+    is not a share, such as perplexity, has no points: it is judged by its own margin, and the text says so.
     """
     limit = f"within {margin:g} points" if METRICS[quality].unit == "share" else "within its own margin"
     words, better = [], []
@@ -134,21 +134,21 @@ def within_margin(records: Iterable[Record], speed: str, quality: str, margin: f
     summary = f"{label(quality)} {limit}: {maintained} of {counted(len(words), 'run')} keep it; "
     summary += f"lost: {lost}, cannot tell: {len(words) - maintained - lost}."
     if not better:
-        return f"{summary} None that keeps it is better in {label(speed)}."
+        return f"{summary} No run that keeps it is better in {label(speed)}."
     more = [f"{len(better) - MOST_NAMED} more"] if len(better) > MOST_NAMED else []
     named = brief.joined([*better[:MOST_NAMED], *more], f"Kept, and better in {label(speed)}:")
     return f"{summary} {named}"
 
 
 def first(run: Record, name: str) -> Measurement | None:
-    """Return the first measurement of a metric that has a ratio, which may be 0, and is valid."""
+    """Return the first valid measurement of the metric `name` that has a ratio (0 counts); None if there is none."""
     known = (m for m in run.measurements if m.metric == name and m.ratio is not None)
     return next((m for m in known if m.verdict != "invalid"), None)
 
 
 def offer(draw: Callable[..., None], **controls: Any) -> Any:
-    """Display widgets, and below them what `draw` displays for their values whenever one changes; return the box."""
-    import ipywidgets  # takes long to import, and only a person needs it
+    """Display widgets, and below them the output of `draw` for their values, on every change; return the box."""
+    import ipywidgets  # slow to import, and only needed when a person is present
     from IPython.display import display
 
     drawn = ipywidgets.Output()
@@ -192,7 +192,7 @@ def _of(records: Iterable[Record], model: str) -> list[Record]:
 
 
 def _in_order(records: Iterable[Record]) -> list[str]:
-    """Return the metrics that some record has a ratio of, in the catalogue's order."""
+    """Return the metrics for which at least one record has a ratio, in the catalogue's order."""
     known = {m.metric for run in records for m in run.measurements if m.ratio}
     return [name for name in METRICS if name in known]
 

@@ -1,8 +1,8 @@
-"""This run beside the last one: the headline numbers of a notebook's record, of the run before it here, and of the
-last build.
+"""A notebook's run next to earlier ones: headline numbers of its record, of the previous run here, and of the last
+build.
 
-A run in JupyterLab enters no result folder: its record is kept among the copies, for the next one. Judges nothing:
-`build.py compare` does.
+A run in JupyterLab enters no result folder: its record is stored next to the working copies, for the next run. Does
+not judge differences; `build.py compare` does.
 """
 
 import datetime
@@ -22,17 +22,17 @@ from lib.report.records.record import Process, Record
 from lib.report.records.setting import facts
 from lib.report.text.wording import label, title
 
-NOT_COMPARED = "Side by side, not compared: build.py compare judges two builds."
+NOT_COMPARED = "Shown side by side, not judged: build.py compare judges two builds."
 
 
 def record_of(namespace: Mapping[str, Any]) -> Record | None:
-    """Return the record that a notebook made, None where it made none."""
+    """Return the last record among a notebook's public variables, None where there is none."""
     records = [value for name, value in namespace.items() if isinstance(value, Record) and not name.startswith("_")]
     return records[-1] if records else None
 
 
 def keep(run: Record, path: Path, cell_seconds: Mapping[int, float]) -> Record | None:
-    """Store the record of a run that has just ended; return the one that lay there, None without one."""
+    """Store the record of a run that has just ended at `path`; return the previous record there, None without one."""
     before = stored(path)
     took = {str(index): round(seconds, 3) for index, seconds in sorted(cell_seconds.items())}
     total = sum(cell_seconds.values())
@@ -47,7 +47,7 @@ def keep(run: Record, path: Path, cell_seconds: Mapping[int, float]) -> Record |
 
 
 def stored(path: Path) -> Record | None:
-    """Return the record in a file, None where there is none that can be read."""
+    """Return the record in the file `path`, None where it cannot be read or its status is not ok."""
     try:
         run = record.read(path)
     except UserError:
@@ -56,18 +56,18 @@ def stored(path: Path) -> Record | None:
 
 
 def show(run: Record, here: Record | None, built: Record | None) -> None:
-    """Display the table of a run beside the last one here and that of the last build; either may be missing."""
+    """Display the headline numbers of a run next to those of the last run here and of the last build, where known."""
     earlier = [(name, other) for name, other in (("last run here", here), ("last build", built)) if other]
     if not earlier:
-        what = f"{title(run.optimization)} on {run.model}, scale {run.scale}"
-        tables.show_text(f"This is the first run of {what}; the next one will stand beside it.")
+        name = f"{title(run.optimization)} on {run.model}, scale {run.scale}"
+        tables.show_text(f"This is the first run of {name}; there is no earlier one to show next to it.")
         return
     caption = " ".join([*(difference(name, run, other) for name, other in earlier), NOT_COMPARED])
     tables.show(table(run, earlier), caption)
 
 
 def table(run: Record, earlier: Sequence[tuple[str, Record]]) -> pd.DataFrame:
-    """Return a row per headline number: dimension, metric, this run, and each of the earlier ones by its name."""
+    """Return a row per headline number: dimension, metric, this run, and a column per earlier run, by its name."""
     lines = []
     for dimension in DIMENSIONS:
         for m in headlines.chosen(run.measurements, dimension):
@@ -83,15 +83,15 @@ def _same(other: Record, m: Measurement) -> str:
 
 
 def difference(name: str, run: Record, other: Record) -> str:
-    """Return when the other run was, and what it did otherwise, as a sentence."""
+    """Return a sentence on an earlier run: its time, and the settings in which it differs from this one."""
     pairs = [("effort", run.effort, other.effort), ("machine", *map(_machine, (run, other)))]
     names = dict.fromkeys([*run.parameters, *other.parameters])
     both = [key for key in names if key in run.parameters and key in other.parameters]
     pairs += [(key, run.parameters[key], other.parameters[key]) for key in both if key != "effort"]
-    changed = [f"{what} {theirs} (now {ours})" for what, ours, theirs in pairs if ours != theirs]
-    what = f" with {', '.join(changed)}" if changed else ", set alike"
+    changed = [f"{key} {theirs} (now {ours})" for key, ours, theirs in pairs if ours != theirs]
+    settings = f" with {', '.join(changed)}" if changed else ", same settings"
     when = facts.day(other.started)
-    return f"{name[:1].upper()}{name[1:]}{f' ({when})' if when else ''}{what}."
+    return f"{name[:1].upper()}{name[1:]}{f' ({when})' if when else ''}{settings}."
 
 
 def _machine(run: Record) -> str:

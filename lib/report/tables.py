@@ -1,8 +1,8 @@
 """Tidy tables for notebooks and figures, computed from records.
 
 `tidy` returns numbers, one row per measurement, for figures and further computation; `measurements` returns the same as
-text with interval, noise floor, MDE, verdict and provenance. `show` displays any frame so that it reads well in
-JupyterLab, HTML and Markdown. Knows nothing of how numbers are measured.
+text with interval, noise floor, MDE, verdict and provenance. `show` displays any frame legibly in JupyterLab, HTML and
+Markdown. Independent of how numbers are measured.
 """
 
 import html
@@ -31,9 +31,9 @@ TIDY = (
 )  # fmt: skip
 OWN = tuple(name for name in TIDY if name not in ("label", "low", "high", "gain", "gain_low", "gain_high"))
 RUN = ("optimization", "model", "scale", "effort")
-MOST_LINES = 400  # that `show` displays; a page with thousands of them opens slowly and is not read
-MOST_POINTS = 60  # that a figure with a line for each can hold
-MOST_PANELS = 12  # of a figure with a panel for each model
+MOST_LINES = 400  # shown by `show`: a page with thousands of lines opens slowly, and nobody reads them
+MOST_POINTS = 60  # in a figure that draws one line per point
+MOST_PANELS = 12  # in a figure that draws one panel per model
 
 
 def _of(source: Source) -> list[Measurement]:
@@ -42,14 +42,14 @@ def _of(source: Source) -> list[Measurement]:
 
 
 def tidy(source: Source) -> pd.DataFrame:
-    """Return one row of numbers per measurement (columns `TIDY`); `gain` is the ratio turned so that above 1 is
-    better.
+    """Return one row of numbers per measurement (columns `TIDY`); `gain` is the ratio, inverted where lower is better:
+    above 1 is better.
     """
     return _frame(_lines(source), TIDY)
 
 
 def _all_lines(records: Iterable[Record], keep: Callable[[Measurement], bool] = lambda _: True) -> list[dict]:
-    """Return the rows of several records; all go into one frame in the end, because a frame for each takes long."""
+    """Return the rows of several records, for a single frame: building a frame per record is slow."""
     return [{name: getattr(r, name) for name in RUN} | line for r in records for line in _lines(r, keep)]
 
 
@@ -72,16 +72,14 @@ def _frame(lines: Sequence[dict], columns: Sequence[str]) -> pd.DataFrame:
 
 
 def measurements(source: Source, dimension: str | None = None, columns: Sequence[str] | None = None) -> pd.DataFrame:
-    """Return the measurements as text, one row each: values with units, interval, noise floor, MDE, verdict,
-    provenance.
-    """
+    """Return one row of text per measurement: values with units, interval, noise floor, MDE, verdict, provenance."""
     lines = [item for item in rows.rows(_of(source)) if dimension in (None, item["dimension"])]
     chosen = list(columns or (("dimension", *rows.COLUMNS) if dimension is None else rows.COLUMNS))
     return pd.DataFrame(lines, columns=chosen)
 
 
 def sources(source: Source) -> pd.DataFrame:
-    """Return where each number comes from: metric, workload, provenance, source, and why one is missing."""
+    """Return where each number comes from: metric, workload, provenance, source, and the reason if it is missing."""
     return pd.DataFrame(rows.rows(_of(source)), columns=["metric", "workload", "provenance", "source", "reason"])
 
 
@@ -97,9 +95,9 @@ def provenance(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def matrix(records: Iterable[Record]) -> pd.DataFrame:
-    """Return a line per record: status or the four verdicts in signs and words, duration, day.
+    """Return one row per record: status, the four verdicts as signs and words, duration, day.
 
-    The words are those that hold for all these records together (`lib.report.analysis.noise.discoveries`).
+    Verdicts are corrected over all these records together (`lib.report.analysis.noise.discoveries`).
     """
     lines = []
     for record in discoveries.settled(list(records)):
@@ -119,9 +117,9 @@ def sentences(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def coverage(records: Sequence[Record]) -> pd.DataFrame:
-    """Return in how many records of each model a metric has a number: what can be compared across models."""
+    """Return how many records of each model have a number for each metric: what can be compared across models."""
     known = (dict.fromkeys(m.metric for m in r.measurements if m.provenance != "unavailable") for r in records)
-    pairs = [(metric, r.model) for r, metrics in zip(records, known) for metric in metrics]  # each once a record
+    pairs = [(metric, r.model) for r, metrics in zip(records, known) for metric in metrics]  # once per record
     frame = pd.DataFrame(pairs, columns=["metric", "model"])
     counts = pd.crosstab(frame["metric"], frame["model"]).astype(int) if len(frame) else pd.DataFrame()
     counts = counts.reindex([name for name in METRICS if name in counts.index])
@@ -146,8 +144,8 @@ def across(records: Iterable[Record], metric: str) -> pd.DataFrame:
 
 
 def extremes(frame: pd.DataFrame, column: str = "gain", most: int = MOST_POINTS) -> pd.DataFrame:
-    """Return the frame, or of one with more than `most` rows those with the least and the largest values, in its
-    order.
+    """Return the frame; if it has more than `most` rows, only those with the smallest and largest values of `column`,
+    in their order.
     """
     ranked = frame[column].sort_values(kind="stable").index
     half = most // 2
@@ -155,11 +153,11 @@ def extremes(frame: pd.DataFrame, column: str = "gain", most: int = MOST_POINTS)
 
 
 def few(frame: pd.DataFrame, column: str, most: int = MOST_PANELS) -> tuple[pd.DataFrame, str]:
-    """Return the rows of the first `most` names in a column, and a sentence that says so where there are more."""
+    """Return the rows of the first `most` names in `column`, and a sentence on what was left out; empty if nothing."""
     names = list(dict.fromkeys(frame[column]))
     if len(names) <= most:
         return frame, ""
-    return frame[frame[column].isin(names[:most])], f" Drawn are the first {most} of {len(names)}."
+    return frame[frame[column].isin(names[:most])], f" Only the first {most} of {len(names)} are drawn."
 
 
 def controls(arms: Iterable[Control], metric: str) -> pd.DataFrame:
@@ -176,12 +174,12 @@ def controls(arms: Iterable[Control], metric: str) -> pd.DataFrame:
 def speed_and_quality(
     records: Iterable[Record], speed: str = "prefill_tokens_per_second", quality: str = "f1_macro"
 ) -> pd.DataFrame:
-    """Return a row per record that has both metrics, for `figures.trade_off`: `x` the speed-up, `y` the change of
+    """Return a row per record that has both metrics, for `figures.trade_off`: `x` is the speed-up, `y` the change in
     quality.
 
-    Shares are in points (hundredths), other scores in percent of the baseline, turned so that above 0 is better. `arm`
-    is the optimization's title, `label` the model. Where a metric stands for several workloads, the first counts. A
-    score of 0, of a model that answers nothing right any more, is a score.
+    Shares are in points (hundredths), other scores in percent of the baseline, signed so that above 0 is better. `arm`
+    is the optimization's title, `label` the model. Of several workloads of a metric the first counts. A score of 0, of
+    a model that answers nothing correctly, is a score too.
     """
     lines = []
     for record in records:
@@ -211,7 +209,7 @@ def _change(measurement: Measurement) -> tuple[float | None, float | None, float
 
 
 def environment(card: Mapping[str, object]) -> pd.DataFrame:
-    """Return the environment card as a table of text, the packages' versions after the rest."""
+    """Return the environment card as a table of text; package versions come last."""
     packages = card.get("packages")
     flat = {name: value for name, value in card.items() if not isinstance(value, dict)}
     flat |= packages if isinstance(packages, dict) else {}
@@ -219,22 +217,23 @@ def environment(card: Mapping[str, object]) -> pd.DataFrame:
 
 
 def refutations(answers: Sequence[Refutation], claims: Sequence[str]) -> pd.DataFrame:
-    """Return the answers to what would refute a claim. Raises ValueError unless each of `claims` has its own answer."""
+    """Return the answers to "What would refute it" as rows. Raises ValueError unless they match `claims` in order."""
     answered = [answer.claim for answer in answers]
     if answered != list(claims):
         missing = [claim for claim in claims if claim not in answered]
-        raise ValueError(f"not every claim has its answer, in order; without: {missing or answered}")
+        fault = f"no answer to {missing}" if missing else f"answered in the order {answered}"
+        raise ValueError(f"expected one answer per claim, in the claims' order: {fault}")
     return pd.DataFrame(refutation.rows(answers), columns=list(refutation.COLUMNS))
 
 
 def answers(records: Iterable[Record]) -> pd.DataFrame:
-    """Return every answer to what would refute a claim: optimization, model, claim, answer, evidence; refuted first."""
+    """Return a row per answer to "What would refute it": optimization, model, `refutation.COLUMNS`; refuted first."""
     pairs = [(r, answer) for r in records for answer in r.refutations]
     return _outcomes(pairs, ("refuted", "cannot tell", "not refuted"), refutation.rows, refutation.COLUMNS)
 
 
 def relations(records: Iterable[Record]) -> pd.DataFrame:
-    """Return every published relation with its outcome: optimization, model and `relation.COLUMNS`; not held first."""
+    """Return a row per published relation: optimization, model and `relation.COLUMNS`; those not held first."""
     pairs = [(r, line) for r in records for line in r.relations]
     return _outcomes(pairs, ("not held", "cannot tell", "held"), relation.rows, relation.COLUMNS)
 
@@ -242,7 +241,7 @@ def relations(records: Iterable[Record]) -> pd.DataFrame:
 def _outcomes(
     pairs: Iterable[tuple[Record, Any]], order: Sequence[str], to_rows: Callable[..., list], columns: Sequence[str]
 ) -> pd.DataFrame:
-    """Return a row per (record, entry): optimization, model and the entry's own, by its outcome as in `order`."""
+    """Return a row per (record, entry): optimization, model, the entry's columns; sorted by outcome as in `order`."""
     ordered = sorted(pairs, key=lambda pair: order.index(pair[1].outcome))
     lines = [(title(r.optimization), r.model, *row) for r, entry in ordered for row in to_rows([entry])]
     return pd.DataFrame(lines, columns=["optimization", "model", *columns])
@@ -277,10 +276,9 @@ def _html_cell(value: object) -> str:
 
 
 def show(frame: pd.DataFrame, caption: str = "") -> None:
-    """Display a frame without its index, as HTML and as a Markdown table; end cells with this rather than with a
-    model.
+    """Display a frame without its index, as HTML and as a Markdown table; end notebook cells with this call.
 
-    Of a frame with more than MOST_LINES rows only the first are shown, and the caption says how many there are.
+    Shows at most MOST_LINES rows; the caption says how many there are.
     """
     from IPython.display import display
 

@@ -69,7 +69,7 @@ def test_a_run_that_answers_nothing_right_any_more_is_in_the_figure(displayed):
     assert " of 2 runs keep it; lost: 1" in choosing.within_margin(runs, speed, quality, 2.0)
     choosing.draw_forest(runs, choosing.ALL, quality)
     choosing.draw_forest(runs[1:], choosing.ALL, quality)
-    fell = "1 measurement fell to 0, for which an axis of ratios has no place."
+    fell = "1 measurement fell to 0 and cannot be drawn on an axis of ratios."
     name = "key-value retrieval, exact match"
     assert displayed == [f"{name}: 1 of 1 measurement; 0 of all are better. {fell}", f"{name}: {fell}"]
 
@@ -106,7 +106,7 @@ def test_a_tighter_margin_keeps_fewer():
     ]
     assert kept == sorted(kept) and kept[0] == 0 and kept[-1] == len(records)
     text = choosing.within_margin(records, "decode_tokens_per_second", "f1_macro", 50.0)
-    assert text.endswith("None that keeps it is better in decode rate.")
+    assert text.endswith("No run that keeps it is better in decode rate.")
     slow = record.build("x", "m", "proxy", "quick", {}, samples.measurements())
     assert "Kept, and better in prefill rate: X on m." in choosing.within_margin(
         [slow], "prefill_tokens_per_second", "f1_macro", 5.0

@@ -7,7 +7,7 @@ from tests.report import samples
 
 def test_what_the_other_run_did_otherwise_is_said():
     run, other = samples.run(), samples.run()
-    assert earlier_runs.difference("last build", run, other) == "Last build (2026-01-31 14:05), set alike."
+    assert earlier_runs.difference("last build", run, other) == "Last build (2026-01-31 14:05), same settings."
     changed = other.model_copy(update={"effort": "standard", "parameters": other.parameters | {"ratio": 0.5}})
     sentence = earlier_runs.difference("last build", run, changed)
     assert "effort standard (now quick), ratio 0.5 (now 0.3)" in sentence

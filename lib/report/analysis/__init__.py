@@ -1,1 +1,1 @@
-"""What follows from many records: headlines, ranking, comparison, acceptance."""
+"""Analysis of many records: headlines, ranking, comparison, acceptance."""

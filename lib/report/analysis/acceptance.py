@@ -1,9 +1,9 @@
-"""Does a result set meet its acceptance criteria? One by one, with each record that falls short; nothing is rounded up.
+"""Checks a result set against its acceptance criteria, one by one, and names each record that falls short.
 
-The criteria: all models, all optimizations, several metrics in each dimension, before and after, comparable across
-models, performance and accuracy maintained or improved, every number labelled; and that the files are sound and their
-verdicts follow from their numbers. A run that does not apply is excused, a failed one is not. Reads records as they lie
-on disk; runs nothing.
+The criteria: all models, all optimizations, several metrics in each dimension, values before and after, comparable
+across models, performance and accuracy maintained or improved, every number labelled, sound files, and verdicts that
+follow from their numbers. A run that is not applicable is excused, a failed one is not. Reads the records on disk; runs
+nothing.
 """
 
 import json
@@ -37,21 +37,21 @@ JUDGED = ("better", "worse", "equivalent", "mixed", "maintained", "not_maintaine
 
 @dataclass(frozen=True)
 class Criterion:
-    """One thing that was checked: what it says, and each place where it does not hold, as (record, why)."""
+    """An acceptance criterion, and every violation of it as (record or file, reason)."""
 
     name: str
     faults: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def holds(self) -> bool:
-        """Whether nothing falls short."""
+        """Whether there is no violation."""
         return not self.faults
 
 
 def check(folder: Path, optimizations: Iterable[str] = (), models: Iterable[str] = ()) -> list[Criterion]:
-    """Return every criterion for the result set in `folder`.
+    """Return every criterion for the result set in `folder`, with its violations.
 
-    `optimizations` and `models` are expected besides the ones named here.
+    `optimizations` and `models` are expected in addition to OPTIMIZATIONS and MODELS.
     """
     folder = Path(folder)
     wanted_optimizations = tuple(dict.fromkeys([*OPTIMIZATIONS, *optimizations]))
@@ -59,7 +59,7 @@ def check(folder: Path, optimizations: Iterable[str] = (), models: Iterable[str]
     unsound: list[tuple[str, str]] = []
     unlabelled: list[tuple[str, str]] = []
 
-    def look(stem: str, content: Any) -> None:  # while it is read, so that each file is read once
+    def look(stem: str, content: Any) -> None:  # called during reading, so that each file is read once
         content = migration.upgrade(content)
         unsound.extend(_file(stem, content))
         unlabelled.extend(_labels(stem, content))
@@ -67,13 +67,13 @@ def check(folder: Path, optimizations: Iterable[str] = (), models: Iterable[str]
     results = result_set.read(folder, wanted_optimizations, wanted_models, look)
     points: list[tuple[str, Callable[[], list[tuple[str, str]]]]] = [
         ("the files are sound", lambda: _files(folder, results, unsound)),
-        (f"all {len(wanted_models)} models are there", lambda: _models(results, wanted_models)),
+        (f"all {len(wanted_models)} models are present", lambda: _models(results, wanted_models)),
         (
             f"all {len(wanted_optimizations)} optimizations are measured",
             lambda: _optimizations(results, wanted_optimizations, wanted_models),
         ),
         ("several metrics in each of the four dimensions", lambda: _each(results, _dimensions)),
-        ("a before and an after in each dimension", lambda: _each(results, _both_arms)),
+        ("values before and after in each dimension", lambda: _each(results, _both_arms)),
         ("comparable across models", lambda: _comparable(results)),
         ("performance maintained or improved", lambda: _within_the_set(results, _performance)),
         ("accuracy maintained or improved", lambda: _within_the_set(results, _accuracy)),
@@ -84,20 +84,20 @@ def check(folder: Path, optimizations: Iterable[str] = (), models: Iterable[str]
 
 
 def _each(results: Results, look: Callable[[Record], list[str]]) -> list[tuple[str, str]]:
-    """Return what `look` finds in each record with a result; a failed one falls short of everything once, elsewhere."""
+    """Return the faults that `look` finds in each record with a result; failed runs are reported elsewhere, once."""
     return [(record.stem, why) for record in results.measured for why in look(record)]
 
 
 def _within_the_set(results: Results, look: Callable[[Record], list[str]]) -> list[tuple[str, str]]:
-    """Return what `look` finds in each record with a result, by its own words or else by those that hold for the whole
-    set: what this shows as inconclusive is no improvement.
+    """Return the faults that `look` finds in each record with a result, by its own verdicts or else by those within the
+    set: a verdict that is inconclusive there is not an improvement.
     """
     settled = {record.stem: record for record in results.settled.measured}
     return [(record.stem, why) for record in results.measured for why in look(record) or look(settled[record.stem])]
 
 
 def _file(stem: str, content: Any) -> list[tuple[str, str]]:
-    """Return what is wrong with one record's plain JSON; a file that holds no object is named as damaged."""
+    """Return the faults of one record's plain JSON; a file without a JSON object is reported as damaged elsewhere."""
     if not isinstance(content, dict):
         return []
     faults = [(stem, why) for why in schema.faults(content)]
@@ -121,21 +121,21 @@ def _files(folder: Path, results: Results, unsound: Iterable[tuple[str, str]]) -
 
 
 def _outdated(name: str, content: Mapping, results: Results) -> list[tuple[str, str]]:
-    """Return a fault where a result file describes other runs than the records of its folder."""
+    """Return a fault if a result file does not describe the same runs as the records of its folder."""
     listed = content.get("records", content.get("runs"))
     if listed is None:
         return []
     keys = {(run["optimization"], run["model"], run["key"], run["started"]) for run in listed}
-    there = {(r.optimization, r.model, r.key, r.started) for r in results.records}
-    if keys == there:
+    present = {(r.optimization, r.model, r.key, r.started) for r in results.records}
+    if keys == present:
         return []
     again = commands.at(reproduce.of_set("report", results.scale), results.folder)
-    return [(name, f"was made from other records; call: {again}")]
+    return [(name, f"was built from other records; run: {again}")]
 
 
 def _models(results: Results, models: Sequence[str]) -> list[tuple[str, str]]:
-    there = {record.model for record in results.measured}
-    return [(model, "no record with a result") for model in models if model not in there]
+    present = {record.model for record in results.measured}
+    return [(model, "no record with a result") for model in models if model not in present]
 
 
 def _optimizations(results: Results, optimizations: Sequence[str], models: Sequence[str]) -> list[tuple[str, str]]:
@@ -171,26 +171,24 @@ def _both_arms(record: Record) -> list[str]:
 
 
 def _comparable(results: Results) -> list[tuple[str, str]]:
-    """Across the models of an optimization: the same effort and scale, the same metrics.
+    """Return the runs that differ in effort, scale or metrics from other models of the same optimization.
 
-    Units are the list's (`lib.measure.metrics.catalogue`): a record in others is none, and is named as damaged.
+    Units are those of the catalogue (`lib.measure.metrics.catalogue`): a record with others is reported as damaged.
     """
     faults = []
     for name in dict.fromkeys(record.optimization for record in results.measured):
         runs = [record for record in results.measured if record.optimization == name]
         first = runs[0]
         for run in runs[1:]:
-            for what in ("effort", "scale"):
-                if getattr(run, what) != getattr(first, what):
-                    faults.append(
-                        (run.stem, f"{what} {getattr(run, what)}, but {getattr(first, what)} on {first.model}")
-                    )
+            for setting in ("effort", "scale"):
+                own, others = getattr(run, setting), getattr(first, setting)
+                if own != others:
+                    faults.append((run.stem, f"{setting} {own}, but {others} on {first.model}"))
         every = {m.metric for run in runs for m in run.measurements}
         for run in runs:
             if lacking := sorted(every - {m.metric for m in run.measurements}):
-                faults.append(
-                    (run.stem, f"without metrics that other models have: {', '.join(map(label, lacking[:4]))}")
-                )
+                names = ", ".join(map(label, lacking[:4]))
+                faults.append((run.stem, f"lacks metrics that other models have: {names}"))
     return faults
 
 
@@ -207,7 +205,7 @@ def _accuracy(record: Record) -> list[str]:
 
 
 def _evidence(record: Record, dimension: str, state: str) -> str:
-    """Return the verdict with the numbers behind it: what carries it, and what was lost beside it."""
+    """Return the verdict with the numbers behind it: the deciding measurement and the losses."""
     named = headlines.of(record, dimension)[: 1 + len(record.verdict.losses_of(dimension))]
     but = ", but another measurement got worse" if record.verdict.losses_of(dimension) else ""
     why = record.verdict.reasons.get(dimension)
@@ -216,19 +214,19 @@ def _evidence(record: Record, dimension: str, state: str) -> str:
 
 
 def _verdicts(record: Record) -> list[str]:
-    """Recompute what can be: the words of the dimensions, each measurement's verdict, and that the numbers agree."""
+    """Return the differences from a recomputation: words of the dimensions, verdicts of measurements, ratios."""
     if not record.verdict.carried_by and any(word in JUDGED for word in record.verdict.words().values()):
         return ["its verdicts were reached without a primary measurement, as in earlier schemas; run it again"]
     declared = {str(name): pair for name, pair in record.primaries.items()}
     again = verdict.judge(record.measurements, record.status, record.reason, record.dimensions, declared)
     faults = [
-        f"{name} is recorded as {words(recorded)}, its numbers make it {words(computed)}"
+        f"{name} is recorded as {words(recorded)}, but its numbers give {words(computed)}"
         for name in DIMENSIONS
         if (recorded := getattr(record.verdict, name)) != (computed := getattr(again, name))
     ]
     held = ("carried_by", "losses")
     if not faults and any(getattr(record.verdict, name) != getattr(again, name) for name in held):
-        faults = ["its primary measurements, or the losses beside them, do not follow from its numbers"]
+        faults = ["its primary measurements, or its losses, do not follow from its numbers"]
     faults += [line.split(": ", 1)[1] for line in lint.verdicts(record)]
     return faults + [
         f"{label(m.metric)} [{m.workload}]: {why}" for m in record.measurements for why in _contradiction(m)
@@ -236,11 +234,11 @@ def _verdicts(record: Record) -> list[str]:
 
 
 def _contradiction(m: Measurement) -> list[str]:
-    """Return what in a measurement contradicts itself."""
+    """Return the contradictions within a measurement."""
     low, high = m.ci or (None, None)
     faults = []
     if low is not None and high is not None and low > high:
-        faults.append(f"the interval {low:.3g} to {high:.3g} is upside down")
+        faults.append(f"the interval {low:.3g} to {high:.3g} is reversed")
     if m.n is None and m.baseline and m.optimized is not None and m.ratio is not None:
         ratio = m.optimized / m.baseline
         if abs(ratio - m.ratio) > 1e-6 * abs(ratio):
@@ -249,12 +247,12 @@ def _contradiction(m: Measurement) -> list[str]:
 
 
 def _labels(stem: str, content: Any) -> list[tuple[str, str]]:
-    """Lint a record as plain JSON, one that is damaged in other ways too."""
+    """Return the label faults of a record's plain JSON, even if it is damaged otherwise."""
     return [(stem, line.split(": ", 1)[1]) for line in lint.labels(content)] if isinstance(content, dict) else []
 
 
 def table(points: Sequence[Criterion], most: int = 4) -> list[str]:
-    """Return the points as lines of text; under one that falls short, `most` of its faults and how many more."""
+    """Return the criteria as lines of text; below a violated one, at most `most` of its faults and how many more."""
     lines = []
     for point in points:
         number = "" if point.holds else f": {len(point.faults)} fall short"

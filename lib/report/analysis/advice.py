@@ -1,8 +1,7 @@
 """From records to a decision: which optimizations serve a goal on a model, which do not, and which are undecided.
 
-Reads records alone and measures nothing. Never recommends from a number that is inconclusive, not exercised, estimated
-or informative; says of every piece of evidence at which scale it was measured, on which machine and when, and carries
-nothing from one scale or model to another.
+Reads records only and measures nothing. Never recommends on the basis of a number that is inconclusive, not exercised,
+estimated or informative; gives scale, machine and time of all evidence, and transfers nothing between scales or models.
 """
 
 import itertools
@@ -48,7 +47,7 @@ KEEP = 0.02  # points of a score, as a share
 
 @dataclass(frozen=True)
 class Evidence:
-    """A measurement behind a decision, with the record that holds it."""
+    """A measurement that a decision rests on, and its record."""
 
     measurement: Measurement
     record: Record
@@ -69,11 +68,11 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Advice:
-    """One optimization, one goal: the decision, why, what it rests on, and the command that would decide, with the
-    seconds that it may take.
+    """The decision on one optimization for one goal: its reason and evidence, and, if undecided, the command that could
+    decide it, with the estimated seconds.
 
-    `goal` is the goal in words, with its limit; `keep` the most that a score may lose. "use if" is a gain with kept
-    quality beside which something else was lost: `reason` names what, and then the gain.
+    `goal` is the goal as text, with its limit; `keep` is the most that a score may lose. "use if" is a gain with kept
+    quality at the price of another loss: `reason` names the loss, then the gain.
     """
 
     optimization: str
@@ -88,14 +87,14 @@ class Advice:
 
     @property
     def gain(self) -> float:
-        """The factor gained; 1 where nothing was measured."""
+        """The gain as a factor; 1 where nothing was measured."""
         value = gain(self.evidence.measurement)[0] if self.evidence else None
         return value or 1.0
 
 
 def advise(records: Iterable[Record], model: str, goals: Sequence[Goal], keep: float = KEEP) -> list[Advice]:
-    """Return advice on every optimization that has a record of `model`, for every goal: what to use first, the largest
-    gain first.
+    """Return advice on every optimization with a record of `model`, for every goal: sorted by goal, decision (ORDER)
+    and gain, the largest first.
 
     `keep` is the most that a score may lose (a share); perplexity keeps its own margin. Raises UserError where there is
     no record of the model.
@@ -116,8 +115,8 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
 
     def undecided(reason: str, **fields) -> Advice:
         command, seconds = _again(record)
-        most = "" if command else f"; nothing asks for more than effort {record.effort}"
-        return result("undecided", f"{reason}{most}", command=command, seconds=seconds, **fields)
+        largest = "" if command else f"; {record.effort} is the largest effort"
+        return result("undecided", f"{reason}{largest}", command=command, seconds=seconds, **fields)
 
     def not_asked(reason: str, **fields) -> Advice:
         whole = record.model_copy(update={"dimensions": None})
@@ -128,9 +127,9 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
     if record.status == "failed":
         again = reproduce.command(record)
         return result("undecided", f"the run failed: {record.reason}", command=again, seconds=record.seconds)
-    if why_busy(record.measurements):  # a record of an earlier schema may call what was timed then
+    if why_busy(record.measurements):  # a record of an earlier schema may still judge its timings
         record = record.model_copy(update={"measurements": withhold_if_busy(record.measurements)})
-    elif nothing_pays := stack.nothing_pays(record):  # what a copy of the model measures decides nothing
+    elif nothing_pays := stack.nothing_pays(record):  # measurements of an unchanged copy decide nothing
         return result("do not use", nothing_pays)
     served = _serving(record, goal)
     lost, open_question, judged = quality(record, keep)
@@ -138,8 +137,8 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
         if lost:
             return result("do not use", lost, quality=judged)
         if not asked(record, METRICS[GOALS[goal.name][0]].dimension):
-            return not_asked(f"{only(record)}, and nothing of it serves {goal.name}")
-        if any(m.metric in GOALS[goal.name] for m in record.measurements):  # unavailable, this time
+            return not_asked(f"{only(record)}, and nothing in it serves {goal.name}")
+        if any(m.metric in GOALS[goal.name] for m in record.measurements):  # unavailable in this run
             return undecided(f"nothing was measured that serves {goal.name}")
         return result("undecided", f"this notebook measures nothing that serves {goal.name}")
     evidence = Evidence(served, record)
@@ -149,7 +148,7 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
         return result("do not use", lost, **about)
     if served.verdict in ("worse", "equivalent"):
         outcome = in_words.phrase(served, record.measurements)
-        return result("do not use", f"no gain: {outcome}{_beside(record, goal, served)}", **about)
+        return result("do not use", f"no gain: {outcome}{_qualified(record, goal, served)}", **about)
     if served.verdict != "better" or served.provenance == "estimated":
         gate = why(served) or "a simulated or estimated number decides nothing"
         where = in_words.notes(served, record.measurements)
@@ -160,32 +159,32 @@ def _advise(record: Record, goal: Goal, keep: float) -> Advice:
     if unanswered:
         where = in_words.notes(unanswered, record.measurements)
         still_open = f"{subject(unanswered)}{where}: {why_open(unanswered, keep)}"
-        return result("undecided", f"no effort asks enough items: {still_open}", **about)
+        return result("undecided", f"no effort has enough items: {still_open}", **about)
     if open_question:
         return (undecided if asked(record, "accuracy") else not_asked)(open_question, **about)
     if goal.limit_bytes is not None and taken(record, goal.name) is None:
         missing = " or ".join(map(label, LIMITED[goal.name]))
-        # Its dimension was asked for, since something of it serves the goal: more effort would measure it no better.
-        return result("undecided", f"{missing} was not measured, so the limit cannot be held against it", **about)
+        # Its dimension was requested, because one of its metrics serves the goal: more effort would not help.
+        return result("undecided", f"{missing} was not measured, so the limit cannot be checked", **about)
     if goal.limit_bytes is not None and (beyond := _beyond(record, goal)):
         return result("do not use", beyond, **about)
-    beside = _beside(record, goal, served) + _not_measured(record)
+    remarks = _qualified(record, goal, served) + _not_measured(record)
     gained = in_words.phrase(served, record.measurements)
     if paid := _paid(record, served):
-        reasons = [f"{_price(paid, record, most)}: {gained}{beside}" for most in (2, 1)]
+        reasons = [f"{_price(paid, record, most)}: {gained}{remarks}" for most in (2, 1)]
         return result("use if", next((r for r in reasons if brief.count(r) <= brief.MOST_WORDS), reasons[-1]), **about)
-    return result("use", f"{gained}, and quality is kept{beside}", **about)
+    return result("use", f"{gained}, and quality is kept{remarks}", **about)
 
 
 def _price(paid: Sequence[Measurement], record: Record, most: int) -> str:
-    """Return what has to be acceptable for a gain; `most` losses are named, the others counted."""
+    """Return the condition for a gain: the losses that must be acceptable; `most` are named, the others counted."""
     named = [in_words.phrase(m, record.measurements) for m in paid[:most]]
     more = f" (and {len(paid) - most} more)" if len(paid) > most else ""
     return f"{' and '.join(named)}{more} {'is' if len(paid) == 1 else 'are'} acceptable"
 
 
 def _not_measured(record: Record) -> str:
-    """Return that the speed which the optimization declares was not measured, as the end of a sentence."""
+    """Return the end of a sentence that says that the declared primary speed was not measured; empty where it was."""
     declared = record.primaries.get("performance")
     speeds = [m for m in record.measurements if declared and (m.metric, m.workload) == tuple(declared)]
     missing = speeds and all(m.verdict == "unavailable" for m in speeds)
@@ -193,11 +192,11 @@ def _not_measured(record: Record) -> str:
 
 
 def _serving(record: Record, goal: Goal) -> Measurement | None:
-    """Return the measurement that decides: one of the first of the goal's metrics that is better, worse or equivalent
-    on some workload, else the first that was judged without telling, else the first known.
+    """Return the measurement that decides: of the first of the goal's metrics that is better, worse or equivalent on
+    some workload; else the first inconclusive one, else the first known one.
 
-    Of several workloads that of the run's verdict decides; where the verdict is of none of them, one that is better:
-    what is worse is its price.
+    Among several workloads of that metric, the one that decides the run's verdict; if there is none, a better one,
+    because a worse one then counts as its price.
     """
     known = _known(record, goal)
     measured = [m for m in known if m.provenance != "estimated"]
@@ -210,19 +209,19 @@ def _serving(record: Record, goal: Goal) -> Measurement | None:
 
 
 def _known(record: Record, goal: Goal) -> list[Measurement]:
-    """Return the measurements that serve a goal and have a ratio, what counts most first."""
+    """Return the measurements that serve a goal and have a ratio, the most important metric first."""
     members = [m for m in record.measurements if m.ratio and m.verdict != "invalid"]
     return [m for metric in GOALS[goal.name] for m in members if m.metric == metric]
 
 
 def _carriers(record: Record) -> set[tuple[str, str]]:
-    """Return the (metric, workload) of what carries the run's verdict, and of what it declared for that."""
+    """Return the (metric, workload) of the measurements that decide the run's verdict, and of the declared ones."""
     return {(c.metric, c.workload) for c in record.verdict.carried_by.values()} | {*record.primaries.values()}
 
 
-def _beside(record: Record, goal: Goal, served: Measurement) -> str:
-    """Return what has to be said beside the number that decides, as the end of a sentence: what counts more for the
-    goal and is undecided, and where the same metric gained on another workload.
+def _qualified(record: Record, goal: Goal, served: Measurement) -> str:
+    """Return the end of a sentence that qualifies the deciding number: a more important metric of the goal that is
+    undecided, and a gain of the same metric on another workload.
     """
     known = [m for m in _known(record, goal) if m.provenance != "estimated"]
     before = {id(m) for m in itertools.takewhile(lambda m: m is not served, known)}
@@ -234,23 +233,23 @@ def _beside(record: Record, goal: Goal, served: Measurement) -> str:
 
 
 def _never_judged(record: Record, served: Measurement) -> bool:
-    """Return whether more effort would not judge a number either: it is only informative, or an estimate, at an effort
-    that judges whatever it can.
+    """Return whether more effort would not help to judge a number: it is informative or estimated although the effort
+    of the run is not a brief one.
     """
     unjudged = served.verdict == "informative" or served.provenance == "estimated"
     return unjudged and not settings.EFFORTS[record.effort].brief
 
 
 def taken(record: Record, goal: str) -> float | None:
-    """Return the most bytes that a limit of this goal is held against; None where none was measured, or for a goal
-    without limits.
+    """Return the largest measured number of bytes that a limit of this goal applies to; None where none was measured,
+    or for a goal without limits.
     """
     metrics = LIMITED.get(goal, ())
     return max((m.optimized for m in record.measurements if m.metric in metrics and m.optimized), default=None)
 
 
 def _beyond(record: Record, goal: Goal) -> str | None:
-    """Return why a record does not keep a limit in bytes that something was measured against, or None."""
+    """Return how a record exceeds the goal's limit in bytes; None where it does not."""
     assert goal.limit_bytes is not None
     if (reached := taken(record, goal.name)) and reached > goal.limit_bytes:
         limit = goal.written.partition("<=")[2] or quantity(goal.limit_bytes, "bytes")
@@ -259,16 +258,16 @@ def _beyond(record: Record, goal: Goal) -> str | None:
 
 
 def _paid(record: Record, served: Measurement) -> list[Measurement]:
-    """Return what was lost beside a gain, other than quality: the same metric on other workloads, losses that count,
-    and primaries that became worse. The same metric first, then by dimension, in each the largest loss first: a stored
-    record has its primaries in the order of the alphabet.
+    """Return the losses other than quality that come with a gain: the same metric on other workloads, losses that
+    count, and primaries that got worse. Sorted explicitly, because a stored record lists its primaries alphabetically:
+    the same metric first, then by dimension, in each the largest loss first.
     """
     if record.verdict.carried_by:
         named = {(m.metric, m.workload): m for m in record.measurements}
         pairs = [(c.metric, c.workload) for c in record.verdict.carried_by.values()]
         pairs += [(loss.metric, loss.workload) for loss in record.verdict.losses]
         known = [named[pair] for pair in pairs if pair in named]
-    else:  # a record from before there were primaries
+    else:  # a record older than the primaries
         carriers = {name: primary.carrier(record.measurements, name)[0] for name in DIMENSIONS}
         known = [m for m in carriers.values() if m] + [m for m, _ in primary.losses(record.measurements, carriers)]
     same = [m for m in record.measurements if m.metric == served.metric and m.provenance != "estimated"]
@@ -278,11 +277,12 @@ def _paid(record: Record, served: Measurement) -> list[Measurement]:
 
 
 def _again(record: Record) -> tuple[str | None, float | None]:
-    """Return the one command that would tell more, the same run with more effort, and about how many seconds it takes:
-    this run's, times the geometric mean of how many more blocks and items the effort asks for. What was measured on a
-    busy machine is measured again as it was, but for a preview, whose few rounds scatter on any machine. A run of some
-    dimensions only becomes a whole one, which takes an unknown time longer: one that lacks quality decides nothing.
-    None where a whole run on a quiet machine was at the largest effort: the same again would only draw once more.
+    """Return the command that could decide more, the same run with more effort, and its estimated seconds: this run's,
+    times the geometric mean of the increase in blocks and items.
+
+    A run on a busy machine is repeated at the same effort, except a preview, whose few rounds are noisy on any machine.
+    A run limited to some dimensions becomes a full one, of unknown duration, because without quality nothing is
+    decided. Returns (None, None) for a full run on a quiet machine at the largest effort: repeating it adds nothing.
     """
     whole = not record.dimensions
     if record.dimensions:

@@ -1,17 +1,17 @@
-"""Two result sets against each other, metric by metric: what got better or worse, what stayed, what cannot be decided.
+"""Comparison of two result sets, metric by metric: what got better or worse, what is unchanged, what is undecided.
 
-Matched by optimization and model; scale, effort, environment, parameters, the chosen stack and the jobs side by side
-must agree, or the pair is refused with the reason. What is compared is the gain of each set (optimized against
-baseline, from its own paired blocks or its interval over processes), so that a machine that is slower today cancels
-out; numbers without spread are compared as they are. Primary metrics (the usual ones, whatever carries a dimension's
-verdict in either set, and the scores of public tasks) are judged with Holm's correction over all of them, and only they
-make a regression; the others are shown, and so is what was read once, or is judged in neither set. Knows no files.
+Runs are matched by optimization and model; scale, effort, environment, parameters, the chosen stack and the number of
+parallel jobs must agree, or the pair is rejected with the reason. The comparison is between the gains of both sets
+(optimized against baseline, from paired blocks or the interval over processes), so that a slower machine cancels out;
+numbers without spread are compared directly. Primary metrics (PRIMARY, those that decide a dimension in either set, and
+the scores of public tasks) are judged with Holm's correction over all of them, and only they count as regressions.
+Other metrics, single readings, and metrics judged in neither set are only shown. Knows no files.
 
-A verdict needs significance, the metric's practical margin and both noise floors; `equivalent` needs the whole interval
-inside the margin; otherwise it is `inconclusive`, as is every single reading. The uncertainty of each side is that of
-its blocks or of its stored interval and noise floor, whichever is larger: the latter two hold what differs from process
-to process (`lib.report.analysis.noise.gains`). A score is worse, too, where the new set's output has degenerated. Holm
-1979, A simple sequentially rejective multiple test procedure.
+`better` and `worse` need significance, and an effect beyond the metric's margin and both noise floors; `equivalent`
+needs the whole interval inside the margin; all else is `inconclusive`, as is every single reading. The uncertainty of
+each side comes from its blocks, or from its stored interval and noise floor if these are larger: they include the
+variance between processes (`lib.report.analysis.noise.gains`). A score is also worse if the new set's output has
+degenerated. Holm 1979, A simple sequentially rejective multiple test procedure.
 """
 
 import math
@@ -42,26 +42,26 @@ PRIMARY = (
     "energy_joules_per_token",
     "cpu_seconds_per_token",
 )
-OF_PUBLIC_TASKS = ("accuracy", "accuracy_norm", "exact_match")  # beside F1 they would be one quantity twice
+OF_PUBLIC_TASKS = ("accuracy", "accuracy_norm", "exact_match")  # where F1 exists they would count it twice
 ENVIRONMENT = (
     "cpu", "cores_given", "gpu", "threads", "instructions", "dtype", "device", "attention_backend",
     "experts_backend",
 )  # fmt: skip
 LEVEL = gains.LEVEL
-# Settings that name where files lie or what is read beside the run, not what is measured.
+# Parameters that identify the run or are paths: they do not affect what is measured.
 NOT_COMPARED = ("model", "scale", "effort", "checkpoints", "history", "studies", "stacks")
-CHOICES = ("stack", "choice")  # entries of a record's details that a search has chosen
+CHOICES = ("stack", "choice")  # entries of a record's details that hold the result of a search
 ORDER = ("worse", "better", "inconclusive", "equivalent", "not comparable")
 
 
 @dataclass(frozen=True)
 class Change:
-    """One metric of two sets. `ratio` and its interval are turned so that above 1 is better; `how` says what they are
-    made of, `p` is corrected where the metric is primary, `reason` says why nothing can be compared, `once` that a side
-    is a single reading. `margin` and `floor` are logarithms.
+    """One metric in both sets. `ratio` (new gain over old gain) and its interval are above 1 where the new set is
+    better; `how` says what they are computed from. `p` is corrected if the metric is primary, `reason` says why nothing
+    can be compared, `once` that a side is a single reading. `margin` and `floor` are logarithms.
 
-    `points` are effect and interval (above 0 is better) of a score whose ratio has no interval, as where nothing is
-    right any more; there is no `ratio` then, and `margin` is in points too.
+    `points` are effect and interval (above 0 is better) of a score whose ratio has no interval, as when no answer is
+    correct any more; `ratio` is then None, and `margin` is in points too.
     """
 
     optimization: str
@@ -83,12 +83,12 @@ class Change:
 
     @property
     def regression(self) -> bool:
-        """Whether this alone makes the new set worse than the old one: a primary metric, of more than one reading."""
+        """Whether this change is a regression: a primary metric got worse, by more than one reading."""
         return self.primary and self.verdict == "worse" and not self.once
 
 
 def compare(old: Iterable[Record], new: Iterable[Record]) -> list[Change]:
-    """Return every change, worst first."""
+    """Return every change from the `old` to the `new` set, worst first (`ORDER`)."""
     before = {(r.optimization, r.model): r for r in old}
     after = {(r.optimization, r.model): r for r in new}
     changes = [change for key in sorted({*before, *after}) for change in _records(key, before.get(key), after.get(key))]
@@ -109,7 +109,7 @@ def _records(key: tuple[str, str], old: Record | None, new: Record | None) -> li
 
 
 def _by_name(record: Record | None) -> dict[tuple[str, str], Measurement]:
-    """Return (metric, workload) → measurement; of a busy machine, what was timed is not there to be compared."""
+    """Return (metric, workload) → measurement; if the machine was busy, timings are replaced by unavailable ones."""
     members = record.measurements if record else []
     busy = why_busy(members)
     timed = [m for m in members if m.noise_floor is not None and m.dimension in ("performance", "efficiency")]
@@ -121,7 +121,7 @@ def _by_name(record: Record | None) -> dict[tuple[str, str], Measurement]:
 
 
 def _unlike(old: Record | None, new: Record | None) -> str:
-    """Return why two runs cannot be compared at all, or nothing."""
+    """Return why two runs cannot be compared at all; empty where they can."""
     if old is None or new is None:
         return f"no run in the {'old' if old is None else 'new'} set"
     for record, side in ((old, "old"), (new, "new")):
@@ -138,8 +138,8 @@ def _unlike(old: Record | None, new: Record | None) -> str:
 
 
 def _unlike_settings(old: Record, new: Record) -> str:
-    """Return which parameter, choice or number of jobs differs between two runs, or nothing. What only one of them
-    knows cannot differ.
+    """Return which parameter, choice or number of jobs differs between two runs; empty where none does. Settings that
+    only one of them has are not compared.
     """
     for name in sorted({*old.parameters} & {*new.parameters} - {*NOT_COMPARED}):
         before, after = old.parameters[name], new.parameters[name]
@@ -152,9 +152,9 @@ def _unlike_settings(old: Record, new: Record) -> str:
     jobs = [record.process.jobs_side_by_side if record.process else None for record in (old, new)]
     if None not in jobs and jobs[0] != jobs[1]:
         return f"different number of jobs side by side: {jobs[0]}, {jobs[1]}"
-    beside = [record.environment.get("jobs_beside") for record in (old, new)]
-    if None not in beside and beside[0] != beside[1]:
-        return f"different number of other jobs: {beside[0]}, {beside[1]}"
+    others = [record.environment.get("jobs_beside") for record in (old, new)]
+    if None not in others and others[0] != others[1]:
+        return f"different number of other jobs: {others[0]}, {others[1]}"
     return ""
 
 
@@ -182,10 +182,10 @@ def _measurements(
         return replace(change, reason=reason)
     margin = METRICS[name[0]].margin or 0.0
     if absolute := METRICS[name[0]].margin_kind == "absolute":
-        # The change is one of the optimized arm, so points of a score are a share of what that arm had.
+        # The change is that of the optimized arm, so a margin in points is a share of that arm's old score.
         margin /= abs(old.optimized or old.baseline or 1.0)
     floor = math.hypot(old.noise_floor or 0.0, new.noise_floor or 0.0)
-    judged = {old.verdict, new.verdict} != {"informative"}  # what neither record judges makes no regression
+    judged = {old.verdict, new.verdict} != {"informative"}  # judged in neither record: no regression
     change = replace(change, primary=change.primary and judged, margin=math.log1p(margin), floor=floor)
     change = replace(change, once=_read_once(old) or _read_once(new))
     sign = 1.0 if new.higher_is_better else -1.0
@@ -210,9 +210,7 @@ def _measurements(
 
 
 def _broken(old: Measurement | None, new: Measurement | None) -> str:
-    """Return what is said of a score that the old set has and the new one, whose output has degenerated, has not; empty
-    elsewhere.
-    """
+    """Return a phrase if the old set has a score that the new set lost because its output degenerated; else empty."""
     if old is None or new is None or old.optimized is None or METRICS[new.metric].margin is None:
         return ""
     if new.verdict != "invalid" or new.dimension != "accuracy":
@@ -221,7 +219,7 @@ def _broken(old: Measurement | None, new: Measurement | None) -> str:
 
 
 def _is_primary(name: tuple[str, str], carriers: Collection[tuple[str, str]]) -> bool:
-    """Whether a (metric, workload) is primary; a score of labels ("classify") has its F1 for that."""
+    """Return whether a (metric, workload) is primary; of the scores of "classify" only F1 is."""
     metric, workload = name
     of_public_task = metric in OF_PUBLIC_TASKS and workload != "classify"
     return metric in PRIMARY or of_public_task or name in carriers
@@ -248,7 +246,7 @@ def _incomparable(old: Measurement | None, new: Measurement | None) -> str:
 
 
 def _read_once(measurement: Measurement) -> bool:
-    """Whether a number is a single reading, of which nothing tells the scatter. What was counted is none."""
+    """Return whether a number is a single reading, whose spread is unknown; a counted number is not."""
     return measurement.n in significance.SINGLE and not significance.is_counted(measurement)
 
 
@@ -269,7 +267,7 @@ def _in_points(change: Change, effect: float, low: float, high: float, error: fl
 
 
 def _holm(changes: Sequence[Change]) -> list[Change]:
-    """Return the changes with the p of the primary ones corrected over all of them."""
+    """Return the changes, the p-values of primary ones corrected over all primary ones (Holm)."""
     tested = [(i, c.p) for i, c in enumerate(changes) if c.primary and c.p is not None]
     corrected = list(changes)
     for (i, _), p in zip(tested, significance.holm([p for _, p in tested])):
@@ -284,7 +282,7 @@ def _judge(change: Change) -> Change:
     effect, low, high = span
     significant = change.p is None or change.p < LEVEL
     if change.once:
-        verdict = "inconclusive"  # one reading tells nothing of its own scatter
+        verdict = "inconclusive"  # the spread of a single reading is unknown
     elif significant and abs(effect) > max(change.margin, change.floor):
         verdict = "better" if effect > 0 else "worse"
     elif -change.margin <= low and high <= change.margin:
@@ -295,7 +293,7 @@ def _judge(change: Change) -> Change:
 
 
 def _span(change: Change) -> tuple[float, float, float] | None:
-    """Return effect and interval in the terms of the margin, above 0 is better; None where nothing was compared."""
+    """Return effect and interval in the margin's unit (above 0 is better); None where nothing was compared."""
     if change.points or change.ratio is None or change.low is None or change.high is None:
         return change.points
     return math.log(change.ratio), math.log(change.low), math.log(change.high)

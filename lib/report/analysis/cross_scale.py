@@ -1,6 +1,6 @@
-"""Quality from one scale beside speed from another: each number keeps its scale and provenance, none are merged.
+"""Quality from one scale next to speed from another: each number keeps its scale and provenance, none are merged.
 
-A proxy model shows what an optimization does to answers, a slice what it does to time at the real dimensions. Knows
+A proxy model shows the effect of an optimization on answers, a slice its effect on time at the real dimensions. Knows
 records only.
 """
 
@@ -22,8 +22,8 @@ COLUMNS = ("optimization", "model")
 
 
 def beside(folder: Path, scale: str) -> tuple[str, list[Record]]:
-    """Return the other scale, and the measured records in the folder of that name beside `folder`, with the words that
-    hold for the whole set there; empty where there is none.
+    """Return the other scale, and the measured records in the folder of that name next to `folder`, their verdicts
+    corrected over that whole set; empty where there is none.
     """
     other = SPEED if scale == QUALITY else QUALITY
     where = Path(folder).resolve().parent / other
@@ -34,10 +34,10 @@ def beside(folder: Path, scale: str) -> tuple[str, list[Record]]:
 def table(
     records: Iterable[Record], quality: str = "f1_macro", speed: str = "prefill_tokens_per_second"
 ) -> pd.DataFrame:
-    """Return a line per optimization and model that has `quality` on a proxy model and `speed` on a slice.
+    """Return a row per optimization and model that has `quality` on a proxy model and `speed` on a slice.
 
     Columns: the change in quality with its bound and verdict; the gain in speed with its interval and verdict; that
-    gain at full depth, where it was derived. Each says its scale and label.
+    gain at full depth, where it was derived. Each column names its scale, each cell its provenance.
     """
     of = {(record.scale, record.optimization, record.model): record for record in records}
     names = sorted({(optimization, model) for _, optimization, model in of})
@@ -60,7 +60,7 @@ def _first(record: Record | None, metric: str) -> Measurement | None:
 
 
 def _text(measurement: Measurement | None) -> str:
-    """Return value, interval or bound, verdict and label of a number, as everywhere else."""
+    """Return value, interval or bound, verdict and provenance of a measurement as text."""
     if measurement is None:
         return DASH
     shown = headlines.shown(measurement)

@@ -1,6 +1,6 @@
-"""The numbers that stand for a run: its headline measurements, each in a few words with sign, interval and source.
+"""The headline measurements of a run, each in a few words with sign, interval and source.
 
-One place for what the matrix, the suites' reports and the ranking show of a run. Judges nothing; knows no HTML.
+Shared by the matrix, the suites' reports and the ranking. Judges nothing; knows no HTML.
 """
 
 from collections import Counter
@@ -22,8 +22,8 @@ JUDGED = ("better", "worse", "equivalent", "inconclusive")
 
 @dataclass(frozen=True)
 class Shown:
-    """A number as a reader sees it: `what` it is of, `value` (`1.31×`), `spread` (`1.28–1.34`), and where it comes
-    from.
+    """A number formatted for readers: `what` was measured, `value` (`1.31×`), `spread` (`1.28–1.34`), `state` (the
+    verdict), provenance and source.
     """
 
     what: str
@@ -51,7 +51,7 @@ class Shown:
 
 
 def shown(measurement: Measurement) -> Shown:
-    """Return a measurement in words; one without a number says why there is none."""
+    """Return a measurement formatted for readers; if it has no number, its verdict replaces the value."""
     about = (sentence.subject(measurement), measurement.metric)
     if measurement.optimized is None or measurement.verdict == "not_exercised":
         value, spread = words(measurement.verdict), ""
@@ -77,7 +77,7 @@ def _speed(measurement: Measurement) -> tuple[str, str]:
 
 
 def _score(measurement: Measurement) -> tuple[str, str]:
-    """Return the change of quality, with the bound and the margin it was held to, or else its interval."""
+    """Return the change of a score as text, and its bound or interval with the margin."""
     if sentence.same_answers(measurement):
         return sentence.SAME, f"{measurement.n} items" if measurement.n else ""
     if sentence.change(measurement) is None:
@@ -96,8 +96,8 @@ def _amount(measurement: Measurement) -> tuple[str, str]:
 
 
 def members(record: Record, dimension: str) -> list[Measurement]:
-    """Return the measurements that stand for a dimension of a record: its primary one, the losses beside it, then what
-    else tables show; empty where nothing does.
+    """Return the headline measurements of a dimension: its primary one, the losses, then the others that tables show;
+    empty where there are none.
     """
     named = {(m.metric, m.workload): m for m in record.measurements}
     carrier = record.verdict.carried_by.get(dimension)
@@ -109,9 +109,9 @@ def members(record: Record, dimension: str) -> list[Measurement]:
 
 
 def of(record: Record, dimension: str) -> list[Shown]:
-    """Return what stands for a dimension of a record (`members`) in words.
+    """Return the headline measurements of a dimension (`members`), formatted for readers.
 
-    Two of the same kind are distinguished by their workloads.
+    Workloads distinguish measurements of the same name.
     """
     measurements = members(record, dimension)
     listed = [shown(item) for item in measurements]
@@ -123,13 +123,13 @@ def of(record: Record, dimension: str) -> list[Shown]:
 
 
 def state(record: Record, dimension: str) -> str:
-    """Return a dimension's verdict with its sign, and whether there is a loss beside it: `▲ better, but …`."""
+    """Return a dimension's verdict with its sign, marked if something else was lost: `▲ better, but …`."""
     word = getattr(record.verdict, dimension)
     lost = record.verdict.losses_of(dimension) and word not in LOSSES
     return f"{signed_word(word)}, but …" if lost else signed_word(word)
 
 
 def chosen(measurements: Sequence[Measurement], dimension: str) -> list[Measurement]:
-    """Return the headline measurements of a dimension, or, where all of them are missing, the first missing one."""
+    """Return the measurements that tables show for a dimension; where all are missing, the first missing one."""
     members = [m for m in measurements if m.dimension == dimension]
     return verdict.headline(members, dimension) or members[:1]

@@ -1,8 +1,8 @@
-"""Scores of unchanged models beside those that others published, with the difference in standard errors.
+"""Scores of unmodified models next to published ones, with the difference in standard errors.
 
-A difference of a few points between two protocols is ordinary (prompt, normalisation, quantized weights); one of many
-standard errors to the same protocol means that something is measured wrongly. The published scores are in
-`published_scores.json`, each with its source. Knows nothing of how a score is made.
+A few points between two protocols are normal (prompt, normalisation, quantized weights); a difference of many standard
+errors under the same protocol means that something is measured wrongly. The published scores are in
+`published_scores.json`, each with its source. Independent of how a score is measured.
 """
 
 import json
@@ -25,7 +25,7 @@ COLUMNS = (
 
 
 class PublishedScore(NamedTuple):
-    """A score in [0, 1] that others state for a model, and where."""
+    """A published score of a model, in [0, 1], and its source."""
 
     model: str
     task: str
@@ -46,9 +46,9 @@ def standard_error(share: float, n: int) -> float:
 
 
 def table(records: Iterable[Record]) -> pd.DataFrame:
-    """Return a row for each published score of a model that was measured: COLUMNS.
+    """Return a row (COLUMNS) per published score of a model that was measured.
 
-    Of several records of a model the one with the most items stands for it; they ask the same baseline.
+    All records of a model score the same baseline; the record with the most items is used.
     """
     measured: dict[tuple[str, str, str], Measurement] = {}
     for record in records:

@@ -1,7 +1,7 @@
-"""Quality against bytes: every arm of every record that has both, so that all compressions stand on one axis.
+"""Quality against bytes: every arm of every record that has both, so that all compressions share one axis.
 
-A control counts as well as the optimized model: weight-only int8 and int4, rounded or by GPTQ, are controls. Weights
-that lie in a file of full size and are held in memory in part are not compressed. Draws nothing.
+Controls count as well as optimized models: weight-only int8 and int4, rounded or by GPTQ, are controls. Weights that
+are partly held in memory and streamed from a full-size file are not compressed. Draws nothing.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,15 +16,15 @@ from lib.report.text.wording import title
 
 BYTES, FILE_BYTES, DIVERGENCE = "weights_bytes", "checkpoint_bytes", "kl_divergence_nats"
 COLUMNS = ("arm", "name", "label", "x", "x_low", "x_high", "y", "y_low", "y_high")
-YARDSTICKS = ("int8", "int4, groups of 128", "int4, GPTQ")  # named as they are, whichever record they stand in
+YARDSTICKS = ("int8", "int4, groups of 128", "int4, GPTQ")  # keep their names in every record
 
 
 def points(records: Iterable[Record]) -> pd.DataFrame:
-    """Return a row per arm with fewer bytes of weights than the baseline, in memory and in its file, where that is
-    known: `x` bytes over the baseline's (the larger share of the two), `y` divergence from it in nats per token with
-    its interval, `label` the model, `name` the arm, `arm` its family.
+    """Return a row per arm whose weights take fewer bytes than the baseline's, in memory and, where known, on disk: `x`
+    is the share of the baseline's bytes (the larger of the two), `y` the divergence from the baseline in nats per token
+    with its interval, `label` the model, `name` the arm, `arm` its family.
 
-    A yardstick of one model is the same in every record that holds all matrices: its smallest stands for it.
+    A yardstick is the same in every record of a model that quantizes all matrices, so only its smallest point is kept.
     """
     lines: list[dict[str, object]] = []
     for record in records:
@@ -58,23 +58,23 @@ def _point(measurements: Iterable[Measurement]) -> dict[str, float | None] | Non
 
 
 def read(frame: pd.DataFrame) -> tuple[str, str]:
-    """Return two sentences: whose points no other point beats in both, and how far the yardsticks are among them."""
+    """Return two sentences: which arms are on the Pareto front of their model, and how many of these are yardsticks."""
     if frame.empty:
         return "No record has both bytes and divergence.", "Nothing can be compared at equal bytes."
     best = [index for index, row in frame.iterrows() if not _beaten(row, frame[frame["label"] == row["label"]])]
     counts = frame.loc[best, "arm"].value_counts()
     names = [f"{count} {arm}" for arm, count in counts.items()]
     yardsticks = int(sum(count for arm, count in counts.items() if arm in YARDSTICKS))
-    begun = f"{len(best)} of {len(frame)} points have no other that is smaller and nearer to its baseline"
-    return _named(begun, names), f"{yardsticks} of them are weight-only quantization."
+    start = f"{len(best)} of {len(frame)} points lie on the Pareto front of bytes and divergence"
+    return _named(start, names), f"{yardsticks} of them are weight-only quantization."
 
 
-def _named(begun: str, names: Sequence[str]) -> str:
-    """Return a sentence that ends with the names, of which the last are only counted where it became too long."""
-    texts = [f"{begun}: {', '.join(names)}."]
+def _named(start: str, names: Sequence[str]) -> str:
+    """Return a sentence that begins with `start` and lists the names; if it is too long, the last ones are counted."""
+    texts = [f"{start}: {', '.join(names)}."]
     for shown in range(len(names) - 1, -1, -1):
         rest = counted(len(names) - shown, "other kind")
-        texts.append(f"{begun}: {', '.join([*names[:shown], rest])}.")
+        texts.append(f"{start}: {', '.join([*names[:shown], rest])}.")
     return next((text for text in texts if brief.count(text) <= brief.MOST_WORDS), texts[-1])
 
 

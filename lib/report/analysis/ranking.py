@@ -1,9 +1,9 @@
-"""Ranks with their uncertainty: how each optimization places in a metric when every gain is drawn from its interval.
+"""Ranks with their uncertainty: the rank of each optimization in a metric when every gain is drawn from its interval.
 
-A gain is a ratio turned so that above 1 is better. Over several models the logarithms are averaged. A gain is as
-uncertain as its interval or its noise floor says, whichever is wider; the same answers in both arms are as uncertain as
-the bound of an unseen loss; numbers without any of these (bytes, counts) count as exact. A score that was not exercised
-says nothing of an optimization, and has no place. Knows no page.
+A gain is a ratio, inverted where lower is better: above 1 is better. Logarithms are averaged over models. The
+uncertainty of a gain is its interval or its noise floor, whichever is wider; of identical answers in both arms, the
+bound on an unseen loss; numbers without any of these (bytes, counts) are exact. A score that was not exercised says
+nothing about an optimization and is not ranked. Knows no page.
 """
 
 import math
@@ -32,8 +32,8 @@ CALLS = ("better", "worse", "maintained", "not_maintained")
 
 @dataclass(frozen=True)
 class Rank:
-    """Where an optimization stands: its rank, the 90 % interval of the rank, the mean gain, over how many models, and
-    for how many of them the number was called anything (of settled records: for the whole set).
+    """The rank of an optimization, its 90 % interval (`low`, `high`), the mean gain, the number of models, and for how
+    many of them (`called`) the verdict is better, worse, maintained or not maintained.
     """
 
     optimization: str
@@ -47,7 +47,7 @@ class Rank:
 
 
 def places(records: Sequence[Record], metric: str) -> list[Rank]:
-    """Return the places in a metric, best first; optimizations without it have none."""
+    """Return the ranks in `metric`, best first; optimizations without it are left out."""
     groups: dict[str, list[Measurement]] = {}
     for record in records:
         able = (m for m in record.measurements if m.metric == metric and m.verdict != "not_exercised")
@@ -67,7 +67,7 @@ def places(records: Sequence[Record], metric: str) -> list[Rank]:
         called = sum(m.verdict in CALLS for m in members)
         standings.append((name, int(low), int(high), gain, len(members), called, ", ".join(labels)))
     standings.sort(key=lambda standing: -standing[3])
-    # Equals share a rank: bytes that were counted alike are no order.
+    # Equal gains share a rank, such as equal byte counts.
     ranks = [1 + sum(other[3] > standing[3] * (1 + 1e-9) for other in standings) for standing in standings]
     return [
         Rank(name, rank, low, high, gain, models, called, labels)
@@ -76,21 +76,21 @@ def places(records: Sequence[Record], metric: str) -> list[Rank]:
 
 
 def _draws(members: Sequence[Measurement], chance: np.random.Generator) -> np.ndarray:
-    """Return draws of the mean logarithm of the gains."""
+    """Return DRAWS draws of the mean logarithm of the gains."""
     total = np.zeros(DRAWS)
     for member in members:
         middle, _, _ = sentence.gain(member)
         if middle is None:
             continue  # `places` takes only members with a gain
         low, high = significance.ratio_ends(member) or (1.0, 1.0)
-        half = math.log(high / max(low, significance.LEAST)) / 2  # of a score that may be 0, nearly anything
+        half = math.log(high / max(low, significance.LEAST)) / 2  # very wide for a score that may be 0
         error = max(half, member.noise_floor or 0.0) / 1.96
         total += math.log(middle) + error * chance.standard_normal(DRAWS)
     return total / len(members)
 
 
 def geometric_mean(gains: Sequence[float]) -> float:
-    """Return the geometric mean of ratios; 0 where one of them is."""
+    """Return the geometric mean of ratios; 0 where one of them is not positive."""
     if min(gains) <= 0:
         return 0.0
     return math.exp(sum(map(math.log, gains)) / len(gains))

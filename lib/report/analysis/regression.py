@@ -1,7 +1,7 @@
 """One record against earlier builds of the same run: what got worse, or why nothing can be compared.
 
-Reads the history of builds (`lib.report.records.history`) and compares by `lib.report.analysis.compare`; makes and
-judges no number.
+Reads the history of builds (`lib.report.records.history`) and compares with `lib.report.analysis.compare`; computes and
+judges no number itself.
 """
 
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ from lib.report.records.record import Record
 
 @dataclass(frozen=True)
 class Earlier:
-    """The builds that hold this run, newest first, and the changes since the newest comparable one (`against`).
+    """The builds that contain this run, newest first, and the changes since the newest comparable one (`against`).
 
-    `summary` is a sentence on what was compared, or why nothing could be.
+    `summary` is a sentence on what was compared, or on why nothing could be.
     """
 
     builds: list[str]
@@ -37,7 +37,7 @@ class Earlier:
 
     @property
     def decided(self) -> int:
-        """How many primary metrics could be told from the earlier run, or be shown to be as then."""
+        """How many primary metrics were decided: better, worse or equivalent."""
         return sum(change.primary and change.verdict in ("better", "worse", "equivalent") for change in self.changes)
 
     @property
@@ -46,28 +46,28 @@ class Earlier:
 
 
 def against(record: Record, path: Path | None = None) -> Earlier:
-    """Return `record` against the newest comparable run of the same optimization and model in the history at `path`, by
-    default that beside the results.
+    """Return `record` compared with the newest comparable run of the same optimization and model in the history at
+    `path`, by default the history next to the results.
 
-    A run of another scale, effort or machine is not compared, and the sentence says so. Raises UserError where the file
-    is no history.
+    A run of another scale, effort or machine is not compared, and the summary says so. Raises UserError where the file
+    is not a history.
     """
     path = path or results_folder(record.scale).parent / history.NAME
     builds = history.builds(path)
     runs, known = [], set()
     for build in reversed(builds):
         for earlier in history.records(path, build):
-            mark = (earlier.started, earlier.key)
-            if (earlier.optimization, earlier.model) == (record.optimization, record.model) and mark not in known:
-                known.add(mark)
+            identity = (earlier.started, earlier.key)
+            if (earlier.optimization, earlier.model) == (record.optimization, record.model) and identity not in known:
+                known.add(identity)
                 runs.append((build, earlier))
     if not runs:
-        what = f"{record.optimization} on {record.model}"
+        name = f"{record.optimization} on {record.model}"
         return Earlier(
             [],
             None,
             [],
-            f"No earlier run of {what} in the {len(builds)} builds of the history: there is nothing to compare with.",
+            f"No earlier run of {name} in the {len(builds)} builds of the history: there is nothing to compare with.",
         )
     refused: list[str] = []
     for build, earlier in runs:

@@ -1,6 +1,6 @@
-"""A result set as plain JSON: what the suites' result files hold, computed from records alone.
+"""A result set as plain JSON, the content of the suites' result files, computed from records alone.
 
-Says what is there, what is missing and what failed; sums up over models; never judges. Knows no file names.
+Lists what is present, missing and failed, and aggregates over models; never judges. Knows no file names.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,8 +20,8 @@ from lib.report.text import sentence
 
 @dataclass(frozen=True)
 class Results:
-    """The records of a result folder, sorted; `damaged` is stem → fault; what is expected names what may be missing;
-    `folder` is where they lie, None where they lie in none.
+    """The records of a result folder, sorted. `damaged` is stem → fault; `optimizations` and `models` are expected, so
+    that missing runs can be named; `folder` is None for records that are in no folder.
     """
 
     scale: str
@@ -32,7 +32,7 @@ class Results:
     folder: Path | None = None
 
     def of(self, optimization: str, model: str) -> Record | None:
-        """Return a record, or None."""
+        """Return the record of `optimization` on `model`, None where there is none."""
         return self._by_pair.get((optimization, model))
 
     @cached_property
@@ -41,12 +41,12 @@ class Results:
 
     @cached_property
     def settled(self) -> "Results":
-        """The same results with the words that hold for the whole set (`lib.report.analysis.noise.discoveries`)."""
+        """The same results with verdicts corrected over the whole set (`lib.report.analysis.noise.discoveries`)."""
         return replace(self, records=discoveries.settled(self.records))
 
     @property
     def scales(self) -> str:
-        """The scales of the records in words, nearly always one."""
+        """The scales of the records as text; nearly always a single one."""
         return " and ".join(sorted({record.scale for record in self.records})) or self.scale
 
     @property
@@ -56,10 +56,10 @@ class Results:
 
     @property
     def missing(self) -> list[str]:
-        """The stems that are expected and have no record."""
-        there = {record.stem for record in self.records} | set(self.damaged)
+        """The expected stems without a record."""
+        present = {record.stem for record in self.records} | set(self.damaged)
         stems = [f"{optimization}--{model}" for optimization in self.optimizations for model in self.models]
-        return [stem for stem in stems if stem not in there]
+        return [stem for stem in stems if stem not in present]
 
 
 def read(
@@ -68,9 +68,9 @@ def read(
     models: Iterable[str] = (),
     look: Callable[[str, Any], None] | None = None,
 ) -> Results:
-    """Return the results in a folder; names that are there but not expected are added after the expected ones.
+    """Return the results in a folder; optimizations and models that are not expected are added after the expected ones.
 
-    `look` is shown each stem and its plain JSON.
+    `look` is called with each stem and its plain JSON.
     """
     folder = Path(folder)
     records, damaged = read_folder(folder, look)
@@ -85,7 +85,7 @@ def read(
 
 
 def summary(results: Results) -> dict[str, Any]:
-    """Return what ran, where, when and how long, and what did not."""
+    """Return a summary: counts by status, missing and damaged runs, durations, machines and dates."""
     records = results.records
     counts = {kind: sum(r.status == kind for r in records) for kind in ("ok", "failed", "not_applicable")}
     days = sorted(r.started for r in records if r.started)
@@ -105,7 +105,7 @@ def summary(results: Results) -> dict[str, Any]:
 
 
 def envelope(kind: str, results: Results) -> dict[str, Any]:
-    """Return what every result file opens with."""
+    """Return the fields common to all result files."""
     return {
         "schema": schema.VERSION,
         "kind": kind,
@@ -117,23 +117,23 @@ def envelope(kind: str, results: Results) -> dict[str, Any]:
 
 
 def comprehensive(results: Results) -> dict[str, Any]:
-    """Return every record, without the samples of its process and its log, which its own file keeps."""
+    """Return every record, without its process samples and log, which stay in its own file."""
     return envelope("comprehensive", results) | {"records": _records(results)}
 
 
 def enhanced(results: Results) -> dict[str, Any]:
-    """Return the impact curves, and which records have none of three strengths."""
+    """Return the impact curves, and the records without a curve of at least three strengths."""
     return envelope("enhanced", results) | _curves(results)
 
 
 def master(results: Results) -> dict[str, Any]:
-    """Return the runs in short, and what they amount to by optimization, over the models."""
+    """Return a short form of the runs, their cells, and the aggregates of each optimization over the models."""
     parts = {"runs": _runs(results), "cells": _cells(results), "aggregate": aggregate(results.settled.measured)}
     return envelope("all", results) | parts
 
 
 def complete(results: Results) -> dict[str, Any]:
-    """Return all of the above in one."""
+    """Return records, curves, runs, cells, aggregates and coverage in one."""
     rest = {"runs": _runs(results), "cells": _cells(results)}
     rest |= {"aggregate": aggregate(results.settled.measured), "coverage": coverage(results)}
     return envelope("complete", results) | {"records": _records(results)} | _curves(results) | rest
@@ -148,7 +148,7 @@ def _curves(results: Results) -> dict[str, Any]:
 
 
 def _runs(results: Results) -> list[dict[str, Any]]:
-    """Return a line per record: how it ended, and its headline numbers."""
+    """Return an entry per record: its status and its headline numbers."""
     lines = []
     for record in results.records:
         line = {name: getattr(record, name) for name in ("optimization", "model", "effort", "status", "reason", "key")}
@@ -160,7 +160,7 @@ def _runs(results: Results) -> list[dict[str, Any]]:
 
 
 def _cells(results: Results) -> list[dict[str, Any]]:
-    """Return a line per run and dimension: its primary, p, q, and the word that holds for the set."""
+    """Return an entry per run and dimension: its primary, p, q, and its verdict within the set."""
     return [asdict(cell) for cell in discoveries.cells(results.records)]
 
 
@@ -169,18 +169,18 @@ def _plain(value: Any) -> Any:
 
 
 def aggregate(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Return a line per optimization and metric: over how many models, the geometric mean gain, least, most, verdicts.
+    """Return an entry per optimization and metric: the models, the geometric mean gain, least, most, verdicts.
 
-    A gain is a ratio turned so that above 1 is better; where a metric stands for several workloads, each counts, but
-    for a score that was not exercised: it says nothing of the optimization, and would be averaged as unchanged. What is
-    only estimated has a line of its own: it is averaged with nothing that was measured.
+    A gain is a ratio, inverted where lower is better: above 1 is better. All workloads of a metric count, except scores
+    that were not exercised: they say nothing about the optimization, and would be averaged as unchanged. Estimates have
+    an entry of their own and are never averaged with measured numbers.
     """
     groups: dict[tuple[str, str, bool], list] = {}
     for record in records:
         for measurement in (m for m in record.measurements if m.verdict != "not_exercised"):
             gain = sentence.gain(measurement)[0]
             if gain is None and measurement.ratio == 0 and measurement.higher_is_better:
-                gain = 0.0  # nothing is right any more: of all losses this one must not be left out
+                gain = 0.0  # no answer is correct any more: the worst loss must not be left out
             if gain is not None:
                 kind = (record.optimization, measurement.metric, measurement.provenance == "estimated")
                 groups.setdefault(kind, []).append((record.model, gain, measurement.verdict))
@@ -201,14 +201,14 @@ def aggregate(records: Sequence[Record]) -> list[dict[str, Any]]:
                 "most": max(gains),
                 "verdicts": {word: verdicts.count(word) for word in sorted(set(verdicts))},
                 "provenance": "estimated" if estimated else "derived",
-                "source": "geometric mean of the runs' ratios, each turned so that above 1 is better",
+                "source": "geometric mean of the runs' ratios, each inverted where lower is better",
             }
         )
     return lines
 
 
 def coverage(results: Results) -> list[dict[str, Any]]:
-    """Return a line per expected run: how it ended, and how many numbers of each dimension and provenance it has."""
+    """Return an entry per expected run: its status, and its count of numbers by dimension and by provenance."""
     lines = []
     for optimization in results.optimizations:
         for model in results.models:
@@ -227,7 +227,7 @@ def coverage(results: Results) -> list[dict[str, Any]]:
 
 
 def comparable(records: Sequence[Record]) -> Mapping[str, list[str]]:
-    """Return metric → the models in which some record has a number of it."""
+    """Return metric → the models for which at least one record has a number."""
     models: dict[str, set[str]] = {}
     for record in records:
         for m in record.measurements:

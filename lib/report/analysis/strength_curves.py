@@ -1,8 +1,8 @@
-"""Impact curves: what an optimization does at several strengths, as the templates leave it in a record's details.
+"""Impact curves: the effect of an optimization at several strengths, as stored by the templates in a record's details.
 
-An entry of `details` is a curve where its value is a list of rows with `strength` and at least one more number; `arm`
-names the line, `value` with `low` and `high` the metric; further numbers are kept. `x` and `y` beside `provenance` and
-`source` name the axes. Knows no optimization and draws nothing.
+An entry of `details` is a curve if its value is a list of rows with a `strength` each; `arm` names the line, `value`
+with `low` and `high` is the metric, and further numbers are kept. `x` and `y`, next to `provenance` and `source`, name
+the axes. Knows no optimization and draws nothing.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,10 +25,9 @@ def strengths(curve: Mapping[str, Any]) -> list[float]:
 
 
 def short(records: Sequence[Record]) -> dict[str, str]:
-    """Return stem → why, of each measured record whose curve has fewer than three strengths, or that has none.
+    """Return stem → fault for each measured record without a curve, or whose curve has fewer than FEWEST strengths.
 
-    A record without quality (random weights) has nothing to draw over strength, and one of some dimensions alone need
-    not: both are left out.
+    Records without quality (random weights) or limited to some dimensions need no curve and are left out.
     """
     known = {(curve["optimization"], curve["model"]): curve for curve in curves(records)}
     faults = {}
@@ -39,7 +38,7 @@ def short(records: Sequence[Record]) -> dict[str, str]:
         if curve is None:
             faults[record.stem] = "no impact curve in its details"
         elif len(strengths(curve)) < FEWEST:
-            faults[record.stem] = f"{len(strengths(curve))} strengths, at least {FEWEST} are wanted"
+            faults[record.stem] = f"{len(strengths(curve))} strengths, at least {FEWEST} are needed"
     return faults
 
 
@@ -68,7 +67,7 @@ def _of(record: Record) -> dict[str, Any] | None:
 
 
 def _rows(entry: Any) -> list[Mapping[str, Any]]:
-    """Return the rows of an entry that is a curve: labelled, and each row with a strength."""
+    """Return the rows of an entry that is a curve (labelled, every row with a strength); else an empty list."""
     if not isinstance(entry, Mapping) or not entry.get("source") or not entry.get("provenance"):
         return []
     rows = entry.get("value", entry.get("rows"))
@@ -79,7 +78,7 @@ def _rows(entry: Any) -> list[Mapping[str, Any]]:
 
 
 def _number(value: Any) -> float | None:
-    """Return a finite number, or None."""
+    """Return `value` as a float; None where it is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or abs(value) == float("inf"):
         return None
     return float(value)

@@ -1,6 +1,6 @@
-"""A run for a reader in a hurry: its verdict in words, its decisions, six numbers, the machine's noise and load.
+"""Summary of a run: its verdict in words, its decisions, six numbers, the machine's noise and load.
 
-Everything is taken from the record alone; verdicts within a whole set belong to the index. Knows no HTML.
+Uses the record alone; verdicts within a whole set are shown by the index. Knows no HTML.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,20 +22,20 @@ from lib.report.text.sentence import subject
 from lib.report.text.wording import signed
 
 NUMBERS = 6
-FIRST = 3  # of EXPECTED: what stands before a gain that a decision rests on and the verdict does not name
-# What a reader expects to find, after what carries each dimension.
+FIRST = 3  # of EXPECTED: these precede a gain that a decision rests on and the verdict does not name
+# Metrics that readers expect, after the deciding measurement of each dimension.
 EXPECTED = (
     "prefill_tokens_per_second", "decode_tokens_per_second", "f1_macro", "weights_bytes", "peak_tensor_bytes",
     "peak_memory_bytes", "retrieval_exact_match", "cpu_seconds_per_token", "decode_bytes_per_token",
 )  # fmt: skip
 CONTROL = "A/A"
-PRICED = {"use if": "use at a price"}  # as it is said before a list of goals
+PRICED = {"use if": "use at a price"}  # wording before a list of goals
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number as the first screen shows it: its name, the change in words, interval or bound, both arms, the verdict
-    with its sign, and where it comes from.
+    """A number on the first screen: its name, the change in words, interval or bound (`spread`), the values of both
+    arms, the verdict with its sign, and the provenance.
     """
 
     name: str
@@ -49,14 +49,14 @@ class Number:
 
 
 def sentence(record: Record) -> str:
-    """Return the verdict of a run in sentences of at most 25 words; where its stack is empty, that first."""
+    """Return the verdict of a run in sentences of at most 25 words; an empty stack is mentioned first."""
     first = stack.nothing_pays(record) if record.status == "ok" and not busy(record) else ""
     verdict = in_words.of_record(record)
     return f"{first[:1].upper()}{first[1:]}. {verdict}" if first else verdict
 
 
 def decisions(record: Record, keep: float = advice.KEEP) -> list[Advice]:
-    """Return what this run alone advises, goal by goal."""
+    """Return the advice that follows from this run alone, one entry per goal."""
     goals = [advice.Goal(name) for name in advice.GOALS]
     by_goal = {row.goal: row for row in advice.advise([record], record.model, goals, keep)}
     return [by_goal[name] for name in advice.GOALS]
@@ -64,7 +64,7 @@ def decisions(record: Record, keep: float = advice.KEEP) -> list[Advice]:
 
 def decision(record: Record) -> str:
     """Return the decisions as a sentence: `Use for latency, size; undecided for memory.` A gain in speed that the
-    verdict in words does not name is named: `Use for latency (time per output token).`
+    verdict in words does not mention is named: `Use for latency (time per output token).`
     """
     rows = decisions(record)
     names = {goal: _name(m, record) for goal, m in _unnamed(record).items()}
@@ -73,7 +73,7 @@ def decision(record: Record) -> str:
 
 
 def _in_a_sentence(rows: Sequence[Advice], names: Mapping[str, str]) -> str:
-    """Return decisions as a sentence; `names`: what stands in parentheses after a goal, once for all that share it."""
+    """Return decisions as a sentence; `names` maps a goal to a remark in parentheses after it."""
     groups: dict[str, list[str]] = {}
     for row in rows:
         groups.setdefault(row.decision, []).append(row.goal)
@@ -85,7 +85,7 @@ def _in_a_sentence(rows: Sequence[Advice], names: Mapping[str, str]) -> str:
 
 
 def _listed(goals: Sequence[str], names: Mapping[str, str]) -> str:
-    """Return goals in a row, each with its name in parentheses unless the next one has the same."""
+    """Return goals separated by commas, each with its remark in parentheses unless the next goal has the same one."""
     following = [*(names.get(goal) for goal in goals[1:]), None]
     shown = [names.get(goal) if names.get(goal) != after else None for goal, after in zip(goals, following)]
     return ", ".join(f"{goal} ({name})" if name else goal for goal, name in zip(goals, shown))
@@ -98,7 +98,7 @@ def _name(measurement: Measurement, record: Record) -> str:
 
 
 def _unnamed(record: Record) -> dict[str, Measurement]:
-    """Return goal → the gain in speed for which a run is recommended, where its verdict in words does not name that."""
+    """Return goal → the gain in speed that its recommendation rests on, if the verdict in words does not name it."""
     verdict = in_words.of_record(record).lower()
     rows = [row for row in decisions(record) if row.decision in ("use", "use if")]
     gains = {row.goal: row.evidence.measurement for row in rows if row.evidence}
@@ -107,14 +107,14 @@ def _unnamed(record: Record) -> dict[str, Measurement]:
 
 
 def _unnamed_loss(record: Record) -> list[Measurement]:
-    """Return the first score that was lost and that the verdict in words does not name; empty where there is none."""
+    """Return the first lost score that the verdict in words does not name, as a list; empty where there is none."""
     verdict = in_words.of_record(record).lower()
     lost = [m for m in record.measurements if m.dimension == "accuracy" and m.verdict == "not_maintained"]
     return [m for m in lost if in_words.phrase(m, record.measurements).lower() not in verdict][:1]
 
 
 def chosen(record: Record) -> list[Measurement]:
-    """Return the six measurements that a reader should see first, in the order of the dimensions."""
+    """Return the NUMBERS measurements that a reader should see first, in the order of the dimensions."""
     carriers = [headlines.members(record, name)[:1] for name in DIMENSIONS]
     listed = [m for members in carriers for m in members]
     expected = [m for metric in EXPECTED for m in record.measurements if m.metric == metric]
@@ -129,7 +129,7 @@ def chosen(record: Record) -> list[Measurement]:
 
 
 def numbers(record: Record) -> list[Number]:
-    """Return six numbers of a run, fewer where it has fewer."""
+    """Return the numbers of a run for the first screen, at most NUMBERS."""
     measurements = chosen(record)
     names = [subject(m) for m in measurements]
     return [
@@ -138,21 +138,21 @@ def numbers(record: Record) -> list[Number]:
 
 
 def number(measurement: Measurement, name: str) -> Number:
-    """Return a measurement as the first screen shows it."""
+    """Return a measurement formatted for the first screen."""
     m, judged_as = measurement, state(measurement)
     arms = f"{quantity(m.baseline, m.unit)} → {quantity(m.optimized, m.unit)}" if m.optimized is not None else ""
     return Number(name, m.metric, brief.value(m), brief.spread(m), arms, judged_as, signed(judged_as), m.provenance)
 
 
 def state(measurement: Measurement) -> str:
-    """Return a measurement's verdict; an estimate is never judged."""
+    """Return a measurement's verdict; that of an estimate is always `informative`."""
     estimated = measurement.provenance == "estimated" and measurement.verdict in headlines.JUDGED
     return "informative" if estimated else measurement.verdict
 
 
 def machine(record: Record) -> list[tuple[str, str]]:
-    """Return the machine's noise and load: how far a copy of the baseline lay from it (or, where there was no room for
-    one, the baseline from itself), the noise floors, the load, and jobs side by side.
+    """Return the machine's noise and load as (label, text): the noise floors, the A/A control (a copy of the baseline
+    against it, or, without room for a copy, the baseline against itself), the load, and jobs side by side.
     """
     declared = record.primaries.get("performance", ("", ""))[0]
     floors = _three(_largest_floors(record.measurements), declared)
@@ -160,9 +160,9 @@ def machine(record: Record) -> list[tuple[str, str]]:
     rows = [("Noise floor", ", ".join(named))]
     copies = [m for c in record.controls if c.name == CONTROL for m in c.measurements if m.ratio]
     rates = _three([m for m in copies if m.metric.endswith("tokens_per_second")], declared)
-    said = " ".join(filter(None, [str(record.details.get("control")), *(m.reason for m in rates)]))
-    what = "Baseline once more, no copy" if process_variance.SAME_OBJECT in said else "Copy of the baseline"
-    rows += [(what, ", ".join(f"{subject(m)} {brief.number(m)}" for m in rates))]
+    remarks = " ".join(filter(None, [str(record.details.get("control")), *(m.reason for m in rates)]))
+    control = "Baseline again, no copy" if process_variance.SAME_OBJECT in remarks else "Copy of the baseline"
+    rows += [(control, ", ".join(f"{subject(m)} {brief.number(m)}" for m in rates))]
     load = record.environment.get("load_at_start")
     rows += [("Load at start", figures(float(load), 2) if isinstance(load, (int, float)) else "")]
     disturbed = _disturbed(record.measurements)
@@ -173,7 +173,7 @@ def machine(record: Record) -> list[tuple[str, str]]:
 
 
 def _largest_floors(measurements: Sequence[Measurement]) -> list[Measurement]:
-    """Return of each measured rate the workload with the largest noise floor: what may withhold every verdict."""
+    """Return, for each measured rate, the workload with the largest noise floor: it may withhold every verdict."""
     largest: dict[str, Measurement] = {}
     for m in measurements:
         if m.noise_floor is not None and m.metric.endswith("_per_second") and m.provenance == "measured":
@@ -183,7 +183,7 @@ def _largest_floors(measurements: Sequence[Measurement]) -> list[Measurement]:
 
 
 def _disturbed(measurements: Sequence[Measurement]) -> int:
-    """Return how many pairs were disturbed and kept; what was timed together (a rate and its latency) counts once."""
+    """Return how many pairs were disturbed and kept; metrics timed together (a rate and its latency) count once."""
     by_workload: dict[str, int] = {}
     for m in measurements:
         by_workload[m.workload] = max(by_workload.get(m.workload, 0), m.disturbed or 0)
@@ -191,14 +191,14 @@ def _disturbed(measurements: Sequence[Measurement]) -> int:
 
 
 def _three(measurements: Sequence[Measurement], declared: str) -> list[Measurement]:
-    """Return the first measurement of each metric, that of the metric `declared` first, three at most."""
+    """Return the first measurement of each metric, at most three, the metric `declared` first."""
     first = [*{m.metric: m for m in reversed(measurements)}.values()][::-1]
     return sorted(first, key=lambda m: m.metric != declared)[:3]
 
 
 def busy(record: Record) -> str:
-    """Return why nothing timed is judged, as a sentence; empty where the machine was quiet. A preview's few rounds
-    scatter beyond the limit on any machine.
+    """Return a sentence on why timings are not judged; empty where the machine was quiet. The few rounds of a preview
+    exceed the noise limit on any machine.
     """
     reason = why_busy(record.measurements)
     label = f"{short_or_busy(record)}, nothing timed is judged".capitalize()
@@ -206,7 +206,7 @@ def busy(record: Record) -> str:
 
 
 def short_or_busy(record: Record) -> str:
-    """Return in two words why nothing timed is judged; empty where something is."""
+    """Return `too short` or `busy machine`, the reason why timings are not judged; empty where they are."""
     if not why_busy(record.measurements):
         return ""
     return "too short" if record.effort == in_words.PREVIEW else "busy machine"

@@ -1,4 +1,4 @@
-"""Horizontal bars: measured time with its physical bound, and controls beside what they control.
+"""Horizontal bars: measured times with their physical bounds, and arms next to their controls.
 
 Takes tidy frames (one row per bar) and returns matplotlib Figures; knows no records.
 """
@@ -28,7 +28,7 @@ def bound(frame: pd.DataFrame, *, unit: str = "ms", title: str = "") -> Figure:
 
     `frame` has a row per workload and arm: columns `workload`, `arm`, `time`, `bound` (both in `unit`), optionally
     `low`, `high` (the interval of the time) and `limit` ("compute" or "bandwidth"). The text at each bar is time ÷
-    bound. Each workload has an axis of its own: beside a long prompt's time that of one token would not be seen.
+    bound. Each workload has its own axis: next to the time of a long prompt, that of one token would be invisible.
     """
     rows = frame.reset_index(drop=True)
     arms = list(dict.fromkeys(rows["arm"]))
@@ -48,7 +48,7 @@ def bound(frame: pd.DataFrame, *, unit: str = "ms", title: str = "") -> Figure:
 
 
 def _bound_panel(axes: Axes, rows: pd.DataFrame, arms: Sequence[str]) -> None:
-    """Draw the bars of one workload; colours follow the place of an arm in `arms`."""
+    """Draw the bars of one workload; the colour of an arm depends on its index in `arms`."""
     for at, (_, row) in enumerate(rows.iterrows()):
         colour = GREY if row["arm"] == "baseline" else ARMS[max(arms.index(row["arm"]) - ("baseline" in arms), 0)]
         axes.barh(at, row["time"], color=colour, height=0.62, alpha=0.9)

@@ -20,8 +20,8 @@ from lib.report.figures.theme import (
     whiskers,
 )
 
-MOST_NAMED = 60  # points or arms whose names can still be read beside one another
-MOST_INSIDE = 6  # names of a legend that leave the curves beside it room; more stand below the axes
+MOST_NAMED = 60  # points or arms whose names remain legible
+MOST_INSIDE = 6  # names of a legend inside the axes; a longer legend goes below them
 
 
 def impact(
@@ -45,10 +45,10 @@ def impact(
     """Return a metric over an optimization's strength, one line per arm, with intervals.
 
     `frame` has a row per arm and strength: columns `x`, `y`, `arm` and, where known, the interval's ends `low`, `high`.
-    Arms named in `controls` are dashed and hollow. `reference` is the baseline's value, or that of what
-    `reference_name` says, such as an objective; `margin` is the band of values that still counts as maintained. Labels
-    carry the units. With `steps` a value holds up to the next point, as on a front of what was found: between two
-    points nothing is. The legend stands beside the curves, one of more than MOST_INSIDE names below the axes.
+    Arms named in `controls` are dashed and hollow. `reference` is the baseline's value, or another one that
+    `reference_name` names, such as an objective; `margin` is the band of values that count as maintained. Labels carry
+    the units. With `steps` a value holds until the next point, as on a Pareto front, where nothing lies between two
+    points. The legend is inside the axes, or below them if it has more than MOST_INSIDE names.
     """
     with applied():
         figure, (axes,) = new_axes(3.6)
@@ -89,8 +89,8 @@ def trade_off(
 ) -> Figure:
     """Return one point per row, quality against speed, with both intervals (`x_low`, `x_high`, `y_low`, `y_high`).
 
-    Colour and marker by `arm`; `label` names a column written beside each point, unless there are too many to be read;
-    `reference` is the baseline's point and `margin` the band of y that still counts as maintained.
+    Colour and marker are by `arm`; `label` is a column written next to each point, unless there are more than
+    MOST_NAMED; `reference` is the baseline's point and `margin` the band of y that counts as maintained.
     """
     with applied():
         figure, (axes,) = new_axes(4.2)

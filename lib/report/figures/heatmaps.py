@@ -1,5 +1,5 @@
-"""Values of ordered pairs, drawn as a matrix: rows come first, columns second; what is no number says why. In the look
-of `theme`: colour-blind safe (purple to orange), the number written in every cell, no meaning on colour alone.
+"""Values of ordered pairs as a matrix: the row is the first of the pair, the column the second; a cell without a number
+says why. In the style of `theme`: colour-blind safe (purple to orange), the number in every cell.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 
 from lib.report.figures.theme import GREY, INK, WIDTH_INCHES, applied, new_axes
 
-CELLS_BESIDE = 9  # cells beside one another that the page's width can hold with their intervals
+CELLS_BESIDE = 9  # cells with intervals that fit side by side into the page's width
 _PLATE = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
 
 
@@ -29,7 +29,7 @@ def pairs(
     """Return one panel per entry of `values` (column → heading) over all ordered pairs of `names`.
 
     `frame` has a row per pair: `first`, `second`, `state` (shown where there is no number) and the value's column, with
-    `<column>_low` and `<column>_high` where known: a value whose interval holds zero is set in grey.
+    `<column>_low` and `<column>_high` where known: a value whose interval includes zero is grey.
     """
     beside = len(names) * len(values) <= CELLS_BESIDE
     with applied():
@@ -56,7 +56,7 @@ def _panel(
         matrix[names.index(cell["first"]), names.index(cell["second"])] = cell.get(column, np.nan)
     most = np.nanmax(np.abs(matrix)) if np.isfinite(matrix).any() else 1.0
     colours = matplotlib.colormaps["PuOr_r"].with_extremes(bad="white")
-    limit = 2 * (most or 1)  # the pale half of the colours only, so that dark text can be read on every cell
+    limit = 2 * (most or 1)  # only the pale half of the colours, so that dark text is legible on every cell
     axes.imshow(np.ma.masked_invalid(matrix), cmap=colours, vmin=-limit, vmax=limit, aspect=aspect)
     for cell in cells:
         at = names.index(cell["second"]), names.index(cell["first"])
@@ -81,6 +81,6 @@ def _panel(
 
 
 def _number(value: float, form: str) -> str:
-    """Return a number as text, with a true minus; what is rounded to zero has no sign."""
+    """Return a number as text, with a true minus sign; a number rounded to zero has no sign."""
     text = form.format(value)
     return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")

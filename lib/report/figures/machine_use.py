@@ -1,4 +1,4 @@
-"""What a run took from the machine while it ran: CPU and memory over time."""
+"""The CPU and memory use of a run over time."""
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -8,8 +8,8 @@ from lib.report.text.quantities import counted
 
 
 def process(frame: pd.DataFrame, *, cores: int | None = None, title: str = "") -> Figure:
-    """Return CPU and memory use over a run: columns `seconds`, `cpu_percent` (100 is one core),
-    `memory_bytes`.
+    """Return a figure of CPU and memory use from the columns `seconds`, `cpu_percent` (100 is one core) and
+    `memory_bytes`; `cores` draws the limit.
     """
     with applied():
         figure, (above, below) = new_axes(3.0, rows=2, sharex=True)

@@ -1,4 +1,4 @@
-"""Which weights of a matrix are kept, drawn: one panel per mask, a square per weight. In the look of `theme`."""
+"""Pruning masks of a matrix as a figure: one panel per mask, a square per weight. In the style of `theme`."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from lib.report.figures.theme import BLUE, WIDTH_INCHES, applied, new_axes
 
 
 def masks(matrices: Mapping[str, np.ndarray], *, x_label: str, y_label: str, title: str = "") -> Figure:
-    """Return masks [rows, columns] (true: kept, drawn dark) side by side, each under its name."""
+    """Return a figure of masks [rows, columns] (true: kept, drawn dark) side by side, each titled with its name."""
     names = list(matrices)
     shape = np.shape(matrices[names[0]])
     height = WIDTH_INCHES / len(names) * shape[0] / shape[1] + 0.9

@@ -1,6 +1,6 @@
-"""Every metric's ratio with its interval over its noise floor, one line each: a forest plot.
+"""A forest plot: every metric's ratio with its interval over its noise floor, one line each.
 
-Takes what `lib.report.tables.tidy` gives and returns a matplotlib Figure; judges nothing.
+Takes a frame from `lib.report.tables.tidy` and returns a matplotlib Figure; judges nothing.
 """
 
 import math
@@ -26,16 +26,15 @@ VERDICTS = {  # verdict: colour, marker, filled
 }
 
 
-REACH = 5.0  # times its ratio that an interval is drawn to at most
+REACH = 5.0  # an interval is drawn at most this factor away from its ratio
 
 
 def forest(frame: pd.DataFrame, *, title: str = "", label: str = "label", group: str = "dimension") -> Figure:
-    """Return every metric's ratio with its interval, turned so that right of 1 is better, over its noise floor.
+    """Return a forest plot of every metric's gain (right of 1 is better) with its interval, over its noise floor.
 
-    `frame` is what `tables.tidy` gives: columns `label`, `dimension`, `gain` (≥ 1 is better), `gain_low`, `gain_high`,
-    `noise_floor` (a relative half-width, or missing) and `verdict`. Rows without a ratio are left out. An interval
-    that reaches to 0, for which the axis has no place, farther than REACH times the ratio or without an upper end is
-    dashed to the edge.
+    `frame` comes from `tables.tidy`: columns `label`, `dimension`, `gain` (above 1 is better), `gain_low`, `gain_high`,
+    `noise_floor` (a relative half-width, or missing) and `verdict`. Rows without a ratio are left out. An interval that
+    reaches 0 (not on a logarithmic axis), extends beyond a factor of REACH, or has no upper end is dashed to the edge.
     """
     rows = frame.dropna(subset=["gain"]).reset_index(drop=True)
     rows = rows[rows["gain"] > 0].reset_index(drop=True)
@@ -66,8 +65,8 @@ def forest(frame: pd.DataFrame, *, title: str = "", label: str = "label", group:
         for at, row in placed:
             _open_end(axes, row, at)
         axes.set_title(title)
-        # To the right: beside long names the axis is narrower than what is written below it, which was cut off there.
-        axes.set_xlabel("optimized against baseline, turned so that right of 1 is better", loc="right")
+        # Right-aligned: next to long names the axis is narrower than its label, which would be cut off.
+        axes.set_xlabel("optimized against baseline, oriented so that right of 1 is better", loc="right")
         _verdict_legend(figure, rows["verdict"], floor=bool((rows["noise_floor"] > 0).any()))
     return figure
 
@@ -94,8 +93,8 @@ def _forest_row(axes: Axes, row: pd.Series, position: float) -> None:
 
 
 def _ends(row: pd.Series) -> list[float]:
-    """Return the ends of a row's interval that an axis of ratios has a place for: none at 0, none at infinity, and none
-    so far from its ratio that the other rows would be pressed together.
+    """Return the ends of a row's interval that can be drawn: none at 0 or infinity, and none so far from its ratio that
+    the other rows would be squeezed.
     """
     ends = [row.get("gain_low"), row.get("gain_high")]
     known = [float(end) for end in ends if end is not None and 0 < end < math.inf]
@@ -103,8 +102,8 @@ def _ends(row: pd.Series) -> list[float]:
 
 
 def _open_end(axes: Axes, row: pd.Series, position: float) -> None:
-    """Draw an interval that reaches to 0, or too far, or has no upper end, dashed to its end or to the edge of the
-    finished axis, whichever is nearer.
+    """Draw the undrawable end of an interval as a dashed line to it or to the edge of the finished axis, whichever is
+    nearer.
     """
     known = _ends(row)
     if len(known) == 1:
@@ -117,7 +116,7 @@ def _open_end(axes: Axes, row: pd.Series, position: float) -> None:
 
 
 def _ratio_axis(axes: Axes) -> None:
-    """Put a logarithmic axis of plain ratios under the plot, never narrower than ±10 %."""
+    """Make the horizontal axis logarithmic, labelled with plain ratios, and at least ±10 % wide."""
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     low, high = min(low, 0.9), max(high, 1.1)

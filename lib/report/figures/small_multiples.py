@@ -1,6 +1,6 @@
-"""Small multiples in the look of `lib.report.figures.theme`: the same axes once per model, or once per metric.
+"""Small multiples in the style of `lib.report.figures.theme`: the same axes once per model.
 
-Takes tidy frames and returns matplotlib Figures; knows nothing of records.
+Takes tidy frames and returns matplotlib Figures; knows no records.
 """
 
 from collections.abc import Sequence
@@ -24,11 +24,11 @@ from lib.report.figures.theme import (
     whiskers,
 )
 
-MOST_LOOKS = 24  # colours and markers that a legend can tell apart
+MOST_LOOKS = 24  # pairs of colour and marker that readers can distinguish
 
 
 def panels(frame: pd.DataFrame, *, x_label: str, y_label: str, log_y: bool = False) -> Figure:
-    """Return small multiples of `impact`: a panel per model with the same axes, one legend, no more than two abreast.
+    """Return small multiples of `impact`: a panel per model with shared axes, at most two per row, and one legend.
 
     `frame` has columns `model`, `arm`, `strength`, `value`, `low`, `high`.
     """
@@ -58,11 +58,11 @@ def trade_offs(
     margin: tuple[float, float] | None = None,
     log_y: bool = False,
 ) -> Figure:
-    """Return quality against speed, a panel per model (column `label`), a colour and marker per `arm`; where there are
-    more than MOST_LOOKS arms, no legend could tell them apart, and all look alike.
+    """Return quality against speed: a panel per model (column `label`), a colour and marker per `arm`; more than
+    MOST_LOOKS arms would be indistinguishable, so they all get the same.
 
-    `frame` is what `tables.speed_and_quality` or `quality_over_bytes.points` returns; the baseline is at (1, 0), which
-    `log_y` has no place for, and `margin` the band of y that still counts as maintained.
+    `frame` comes from `tables.speed_and_quality` or `quality_over_bytes.points`; the baseline is at (1, 0), which is
+    not drawn on a `log_y` axis, and `margin` is the band of y that counts as maintained.
     """
     models, arms = list(dict.fromkeys(frame["label"])), list(dict.fromkeys(frame["arm"]))
     if len(arms) > MOST_LOOKS:
@@ -98,14 +98,14 @@ def trade_offs(
 
 
 def _legend(names: Sequence[str], most: int) -> tuple[int, float]:
-    """Return how many columns, at `most`, the legend below the panels has, and the inches that it takes."""
+    """Return the number of columns of the legend below the panels, at most `most`, and its height in inches."""
     columns = legend_columns(names, 8.5, most)
     return columns, 0.25 + 0.17 * -(-len(names) // columns)
 
 
 def _grid(count: int, x_label: str, y_label: str, *, height: float, more: float) -> tuple[Figure, list[Axes]]:
-    """Return a figure of `count` panels with shared axes, at most two abreast; only the lowest ones are labelled with
-    x. `height` of each row, and `more` for the legend, in inches.
+    """Return a figure of `count` panels with shared axes, at most two per row; only the lowest ones have an x label.
+    `height` is that of a row, `more` that of the legend, in inches.
     """
     columns = min(count, 2)
     lines = -(-count // columns)
@@ -114,6 +114,6 @@ def _grid(count: int, x_label: str, y_label: str, *, height: float, more: float)
         unused.set_axis_off()
     for panel in axes[max(count - columns, 0) : count]:
         panel.set_xlabel(x_label)
-        panel.tick_params(labelbottom=True)  # shared axes leave the numbers out above an empty place
+        panel.tick_params(labelbottom=True)  # shared axes omit them above an unused panel
     figure.supylabel(y_label, fontsize=9.5)
     return figure, list(axes[:count])

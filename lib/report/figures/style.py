@@ -1,8 +1,8 @@
-"""The figures that notebooks draw, under one name: every chart with a tidy frame, `show`, and `png`.
+"""The figures that notebooks draw, in one namespace: the charts, `show` and `png`.
 
 Each chart takes a tidy frame (one row per point) and returns a matplotlib Figure; `show` displays it with an
-alternative text that reaches HTML and Markdown. `lib.report.tables` makes the frames from a record. The charts stand in
-`bars`, `curves`, `ratios` and `machine_use`, what they share in `theme`.
+alternative text for HTML and Markdown. `lib.report.tables` builds the frames from a record. The charts are defined in
+`bars`, `curves`, `ratios` and `machine_use`, their common parts in `theme`.
 """
 
 import base64
@@ -28,11 +28,11 @@ def png(figure: Figure) -> bytes:
 
 
 def show(figure: Figure, alt: str) -> None:
-    """Display the figure in a notebook; `alt` says the finding and reaches HTML and Markdown. Raises ValueError
-    without it.
+    """Display the figure in a notebook; `alt` states the finding, as the alternative text in HTML and Markdown. Raises
+    ValueError where it is empty.
     """
     if not alt.strip():
-        raise ValueError("a figure needs an alternative text that says its finding")
+        raise ValueError("a figure needs an alternative text that states its finding")
     from IPython.display import display
 
     alt = " ".join(alt.split())

@@ -1,4 +1,4 @@
-"""The look of every figure: colours, fonts, sizes, and the parts that several charts draw alike.
+"""The style of every figure: colours, fonts, sizes, and the parts that several charts share.
 
 Colours are Okabe and Ito's, safe for the colour-blind; no meaning rests on colour alone. Knows no chart.
 """
@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation
 
 WIDTH_INCHES, DPI = 7.6, 160
-LETTER, BESIDE = 0.6, 5.0  # in a legend, in sizes of its font: a letter at most on average, a column's mark and gaps
-PLAIN = (1e-3, 1e4)  # a logarithmic axis between these has its numbers written out
+LETTER, BESIDE = 0.6, 5.0  # widths in a legend, in font sizes: an average letter (at most), a column's mark and gaps
+PLAIN = (1e-3, 1e4)  # within these limits a logarithmic axis has plain numbers
 INK, GREY, BAND = "#1a1a1a", "#6b6b6b", "#d9dde2"
 BLUE, VERMILLION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 PURPLE, SKY = "#CC79A7", "#56B4E9"
@@ -44,7 +44,7 @@ STYLE: dict[Any, Any] = {
 
 @contextmanager
 def applied() -> Iterator[None]:
-    """Draw in this look meanwhile."""
+    """Apply this style inside the block."""
     with sns.axes_style("ticks", rc={}), matplotlib.rc_context(STYLE):
         yield
 
@@ -61,10 +61,10 @@ def look(index: int) -> tuple[str, str]:
 
 
 class LogNumbers(LogFormatterSciNotation):
-    """The numbers of a logarithmic axis: 0.6, 2, 10 where the whole axis lies within PLAIN, else powers of ten."""
+    """Tick labels of a logarithmic axis: 0.6, 2, 10 if the whole axis lies within PLAIN, else powers of ten."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
-        """Return the text at `x`; empty where matplotlib writes none."""
+        """Return the label at `x`; empty where matplotlib writes none."""
         text = super().__call__(x, pos)
         assert self.axis is not None, "a formatter belongs to an axis before it writes"
         low, high = sorted(self.axis.get_view_interval())
@@ -72,15 +72,16 @@ class LogNumbers(LogFormatterSciNotation):
 
 
 def log_y_axis(axes: Axes) -> None:
-    """Make the vertical axis logarithmic, with numbers that can be read off."""
+    """Make the vertical axis logarithmic, with readable tick labels (`LogNumbers`)."""
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(LogNumbers())
     axes.yaxis.set_minor_formatter(LogNumbers())
 
 
 def legend_columns(names: Iterable[str], fontsize: float, most: int) -> int:
-    """Return how many columns of a legend fit beside one another on the page's width: `most`, or fewer where the names
-    are long. A legend that is wider than its figure is cut off on both sides.
+    """Return how many legend columns fit into the page's width: at most `most`, fewer where the names are long.
+
+    A legend wider than its figure would be cut off on both sides.
     """
     room = 72 * WIDTH_INCHES / fontsize
     return max(1, min(most, int(room // (LETTER * max(map(len, names), default=0) + BESIDE))))
@@ -102,7 +103,7 @@ def margin_and_baseline(
     reference: float | None,
     reference_name: str = "baseline",
 ) -> None:
-    """Draw, across the axes, the band of what still counts as maintained, and the value of `reference_name`."""
+    """Draw across the axes the band of values that count as maintained, and a line at `reference`."""
     if margin is not None:
         span(*margin, color=BAND, alpha=0.6, linewidth=0, label="within the margin", zorder=0)
     if reference is not None:

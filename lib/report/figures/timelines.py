@@ -1,7 +1,7 @@
-"""Several quantities over one time axis, one panel under the other: what a server did, second by second.
+"""Several quantities over one time axis, one panel per quantity: the behaviour of a server over time.
 
-`timeline` takes tidy frames and returns a matplotlib Figure in the look of `lib.report.figures.theme`; `serving` makes
-the panels of one run of the server loop. Knows nothing of models and policies.
+`timeline` takes tidy frames and returns a matplotlib Figure in the style of `lib.report.figures.theme`; `serving` and
+`loop` build the panels of a run of the server loop. Independent of models and policies.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class Panel:
     """One quantity: `frame` has the columns `seconds`, `value` and, for several curves, `arm`.
 
     kind: "line", "steps" (holds until the next point), "points" or "bars" (`width` seconds each, first arm only).
-    `objective` is drawn as a dashed line, called what `objective_name` says; `log` makes the axis logarithmic.
+    `objective` is drawn as a dashed line labelled `objective_name`; `log` makes the axis logarithmic.
     """
 
     frame: pd.DataFrame
@@ -45,7 +45,7 @@ class Panel:
 
 
 def timeline(panels: Sequence[Panel], *, marks: Sequence[tuple[float, str]] = (), title: str = "") -> Figure:
-    """Return the panels under one another over the same seconds; `marks` are (second, text) of what changed then.
+    """Return a figure of the panels stacked over one time axis; `marks` are (second, text) of events.
 
     Raises ValueError for no panel, an unknown kind, or a panel without its columns.
     """
@@ -77,7 +77,7 @@ def timeline(panels: Sequence[Panel], *, marks: Sequence[tuple[float, str]] = ()
 def serving(served, *, first_token_ms: float, token_ms: float, names: Sequence[str] = (), title: str = "") -> Figure:
     """Return the timeline of a run of the server loop: arrivals, queue, batch, and latency against the objectives.
 
-    `served` is a `lib.measure.serving.server.Served` with at least one step; `names` are those of its trace's phases.
+    `served` is a `lib.measure.serving.server.Served` with at least one step; `names` label the phases of its trace.
     """
     steps = pd.DataFrame([step._asdict() for step in served.steps])
     decode = steps[steps.kind == "decode"]
@@ -99,10 +99,10 @@ def serving(served, *, first_token_ms: float, token_ms: float, names: Sequence[s
 
 
 def loop(served, course: Sequence[tuple], profiles: Sequence[tuple], objectives) -> list[Panel]:
-    """Return the panels of a closed loop: signal, limit, profile in charge, and the times of requests by arrival.
+    """Return the panels of a closed loop: signal, limit, active profile, and the latencies of requests by arrival.
 
-    course: (second, limit in rows, seconds per token) of every decision; profiles: (second, profile) of every change;
-    `objectives` with `first_token_seconds` and `token_seconds`.
+    `course` has (second, limit in rows, seconds per token) of every decision, `profiles` (second, profile) of every
+    change; `objectives` has the attributes `first_token_seconds` and `token_seconds`.
     """
     signals = pd.DataFrame(course, columns=["seconds", "limit", "signal"])
     switched = pd.DataFrame([(0.0, 0), *profiles, (served.end, profiles[-1][1] if profiles else 0)],
@@ -143,7 +143,7 @@ def _draw(axes: Axes, panel: Panel, arms: list[str]) -> None:
         axes.axhline(panel.objective, color=VERMILLION, linestyle="--", linewidth=1.2, label=panel.objective_name)
     if panel.log:
         log_y_axis(axes)
-    else:  # of nothing but zeros the scale would be one of hundredths
-        some = panel.objective is not None or (panel.frame["value"] > 0).any()
-        axes.set_ylim(bottom=0, top=None if some else 1)
+    else:  # matplotlib would scale an axis of zeros to hundredths
+        has_values = panel.objective is not None or (panel.frame["value"] > 0).any()
+        axes.set_ylim(bottom=0, top=None if has_values else 1)
     axes.set_ylabel(panel.label, fontsize=STYLE["font.size"] - 1)

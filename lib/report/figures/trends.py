@@ -1,8 +1,8 @@
-"""Each metric over the builds that the history keeps: the frame, its figure, and what moved, in words.
+"""Each metric over the builds in the history: the frame, its figure, and the changes in words.
 
-A line joins builds of the same effort on the same machine, timed on the same workload, such as the fixed size that a
-policy was held against; others are not comparable. Knows the history's rows
-(`lib.report.records.history.over_time`) and no notebook.
+A line joins builds of the same effort on the same machine and workload (for a policy, the fixed size that it is
+compared with); others are not comparable. Knows the history's rows (`lib.report.records.history.over_time`) and no
+notebook.
 """
 
 from pathlib import Path
@@ -16,18 +16,18 @@ from lib.report.records import history
 from lib.report.text.quantities import counted, times
 from lib.report.text.wording import label, title
 
-MOST = 30
-MOST_MODELS, WITH_TIMES = 6, 4  # models beside one another; so many leave room for the times of day below their panels
+MOST = 30  # builds
+MOST_MODELS, WITH_TIMES = 6, 4  # models side by side; the most that leave room for times of day below their panels
 RUN = ["optimization", "model", "metric"]
 CONDITIONS = ["effort", "machine", "workload"]
 
 
 def read(path: Path, scale: str) -> pd.DataFrame:
-    """Return the judged metrics of the last builds: `at` (the build's number, from 0), `build` (its date),
+    """Return the judged metrics of the last MOST builds: `at` (the build's number, from 0), `build` (its date),
     `optimization`, `model`, `metric`, `dimension`, `effort`, `machine`, `gain` (above 1 is better), `low`, `high`.
 
-    Where a metric stands for several workloads, the first counts. Empty where there is no history. Raises UserError
-    where the file is not a history.
+    Of several workloads of a metric the first counts. Empty where there is no history. Raises UserError where the file
+    is not a history.
     """
     frame = pd.DataFrame(history.over_time(path, scale))
     if frame.empty:
@@ -43,13 +43,13 @@ def read(path: Path, scale: str) -> pd.DataFrame:
 
 
 def of(frame: pd.DataFrame, dimension: str) -> pd.DataFrame:
-    """Return the rows of one dimension of what `read` returned, which may be empty."""
+    """Return the rows of one dimension of a frame from `read`, which may be empty."""
     return frame[frame["dimension"] == dimension] if len(frame) else frame
 
 
 def draw(frame: pd.DataFrame) -> Figure:
-    """Return a panel per metric and model, of the first MOST_MODELS models: the gain of each optimization with its
-    interval, build after build.
+    """Return a panel per metric and model (the first MOST_MODELS models): the gain of each optimization over the
+    builds, with its interval.
     """
     models = sorted(set(frame["model"]))[:MOST_MODELS]
     frame = frame[frame["model"].isin(models)]
@@ -90,22 +90,22 @@ def draw(frame: pd.DataFrame) -> Figure:
 
 
 def words(frame: pd.DataFrame) -> str:
-    """Return what the figure shows: how many builds and metrics, and what left its interval since the build before."""
+    """Return the figure's alternative text: the number of builds and metrics, and the changes since the last build."""
     days = sorted(frame["build"])
     about = f"{counted(frame['metric'].nunique(), 'metric')} of {counted(len(frame.groupby(RUN[:2])), 'run')}"
     span = days[0][:10] if days[0][:10] == days[-1][:10] else f"{days[0][:10]} to {days[-1][:10]}"
     moved = _moved(frame)
     changes = "; ".join(moved[:6]) + (f"; and {len(moved) - 6} more" if len(moved) > 6 else "")
-    last = f"since the build before, intervals that no longer overlap: {changes or 'none'}"
+    last = f"since the previous build, intervals that no longer overlap: {changes or 'none'}"
     builds, models = frame["at"].nunique(), frame["model"].nunique()
-    drawn = f" Drawn are the first {MOST_MODELS} of {models} models." if models > MOST_MODELS else ""
+    drawn = f" Only the first {MOST_MODELS} of {models} models are drawn." if models > MOST_MODELS else ""
     return f"{about} over {counted(builds, 'build')}, {span}" + (
         f"; {last}.{drawn}" if builds > 1 else f"; nothing to compare.{drawn}"
     )
 
 
 def _moved(frame: pd.DataFrame) -> list[str]:
-    """Return the runs whose last interval lies apart from the one before, under the same conditions."""
+    """Return the runs whose last interval does not overlap the previous one, under the same conditions."""
     changes = []
     last = frame["at"].max()
     for (optimization, model, metric, *_), rows in frame.groupby([*RUN, *CONDITIONS], sort=True):

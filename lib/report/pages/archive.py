@@ -1,6 +1,6 @@
-"""Packs what a reader needs into `report.zip`: every page, the suites' files with their pictures, and the records.
+"""Packs everything that a reader needs into `report.zip`: pages, the suites' files with their pictures, and records.
 
-Opens from disk as the folder does; notebooks and logs are left out. Knows no content.
+The unpacked folder opens from disk like the original; notebooks and logs are left out. Independent of the content.
 """
 
 import os
@@ -13,9 +13,9 @@ STORED = (".png",)
 
 
 def write(folder: Path) -> Path:
-    """Write `<folder>/report.zip`, whole or not at all; return its path. Raises OSError.
+    """Write `<folder>/report.zip` atomically; return its path. Raises OSError.
 
-    The pages of single runs as Markdown, with pictures of their own, say what their HTML says, and are left out.
+    The Markdown pages of single runs, with their pictures, repeat the HTML pages and are left out.
     """
     folder = Path(folder)
     part = folder / f".{NAME}.{os.getpid()}.part"

@@ -1,8 +1,8 @@
-"""The index's first table: a line per run with its quality, prefill, decode and weights, and what to do with it, for
-every goal and every margin of quality.
+"""The index's first table: a row per run with its quality, prefill, decode and weights, and the decision for every goal
+and every margin of quality.
 
-The decisions are those of `lib.report.analysis.advice`, computed here for several margins, so that the page needs no
-rule of its own and works from a disk. Without script every goal at the usual margin is shown.
+The decisions come from `lib.report.analysis.advice`, computed here for several margins, so that the page needs no rules
+of its own and works from disk. Without JavaScript every goal at the default margin is shown.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ Flips = Mapping[str, Mapping[str, tuple[str, str]]]
 
 
 def rows(records: Sequence[Record], flips: Flips, folder: Path) -> list[dict[str, Any]]:
-    """Return a line per record, by model, what to use first for latency at the usual margin first."""
+    """Return a row per record, sorted by model and by the decision for the first goal at the default margin."""
     lines = []
     for model in sorted({record.model for record in records}):
         own = {record.optimization: record for record in records if record.model == model}
@@ -40,9 +40,9 @@ def rows(records: Sequence[Record], flips: Flips, folder: Path) -> list[dict[str
 
 
 def _decisions(records: Sequence[Record], model: str, out: str | None) -> dict[str, list[dict[str, Any]]]:
-    """Return optimization → its decisions, the ones that are equal at several margins as one, in the order of use.
+    """Return optimization → its decisions, the best optimization first; decisions equal at several margins are merged.
 
-    `out`: where the commands lead that would decide (`lib.report.text.commands`).
+    `out` is the DIR of `--out DIR` in the commands (`lib.report.text.commands`).
     """
     goals = [advice.Goal(name) for name in advice.GOALS]
     at_margin = {keep: advice.advise(records, model, goals, keep) for keep in MARGINS}
@@ -54,7 +54,7 @@ def _decisions(records: Sequence[Record], model: str, out: str | None) -> dict[s
 
 
 def _merged(name: str, goal: str, at_margin: Mapping[float, Sequence[Advice]], out: str | None) -> list[dict[str, Any]]:
-    """Return the decisions on one optimization for one goal, each with the margins that it holds for."""
+    """Return the decisions on one optimization for one goal, each with the margins that it applies to."""
     lines: dict[tuple, dict[str, Any]] = {}
     for keep, advised in at_margin.items():
         row = next(row for row in advised if (row.optimization, row.goal) == (name, goal))
@@ -74,12 +74,12 @@ def _decision(row: Advice, out: str | None) -> dict[str, Any]:
         "took": about(row.seconds) if row.command else "",
         "evidence": row.evidence.text if row.evidence else "",
         "limited": _limited(row),
-        "order": advice.ORDER.index(row.decision) - min(row.gain, 1000.0) / 1001,  # what gains most stands first
+        "order": advice.ORDER.index(row.decision) - min(row.gain, 1000.0) / 1001,  # the largest gain first
     }
 
 
 def _limited(row: Advice) -> dict[str, Any] | None:
-    """Return the bytes that a reader's limit is held against, and what is then decided, in words; None where no limit
+    """Return the bytes that a reader's limit is compared with, and the decision if they exceed it; None where no limit
     would change the decision.
     """
     if row.goal not in advice.LIMITED or row.decision not in ("use", "use if") or row.evidence is None:
@@ -88,7 +88,7 @@ def _limited(row: Advice) -> dict[str, Any] | None:
     decision: advice.Decision = "undecided" if reached is None else "do not use"
     shown = {"decision": decision, "class": DECISIONS[decision], "order": advice.ORDER.index(decision)}
     if reached is None:
-        text = "how much it takes was not measured, so the limit cannot be held against it"
+        text = "how much it takes was not measured, so the limit cannot be checked"
         return shown | {"bytes": "", "text": text}
     return shown | {"bytes": f"{reached:.0f}", "text": f"takes {quantity(reached, 'bytes')}, more than the limit"}
 
@@ -107,7 +107,7 @@ def _row(
         "flips": [
             shown_flip(name, before, day, now[name])
             for name, (before, day) in changed.items()
-            if before != now[name]  # a new word that the whole set withholds has not changed what the page says
+            if before != now[name]  # not if the set's correction restores the earlier verdict
         ],
         "status": words(record.status) if record.status != "ok" else "",
         "cells": [_cell(name, _measured(record, metrics)) for name, metrics in COLUMNS.items()],
@@ -116,7 +116,7 @@ def _row(
 
 
 def _measured(record: Record, metrics: Sequence[str]) -> Measurement | None:
-    """Return the measurement that a column shows: of quality what carries its word, else the first that is there."""
+    """Return the measurement that a column shows: for quality the deciding one if known, else the first available."""
     carrier = record.verdict.carried_by.get("accuracy") if metrics is QUALITY else None
     pairs = {(m.metric, m.workload): m for m in record.measurements}
     if carrier and (carrier.metric, carrier.workload) in pairs:

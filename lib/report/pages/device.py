@@ -1,9 +1,9 @@
 """Writes the results of a session on a lent device into executed/README.md: `python -m lib.report.pages.device OUT`.
 
-OUT holds `index.json` (what ran, what did not, and why), `records.jsonl` (a record a line) and `log.txt`. The section
+OUT holds `index.json` (what ran, what did not, and why), `records.jsonl` (a record per line) and `log.txt`. The section
 names the machine and the day, so that it stays true when another machine measures the same. Everything outside the
-markers is kept; nobody types a number into them. With `--records FOLDER` the records are written there too, a file
-each, as a build leaves them. Knows nothing of how a session runs.
+markers is kept. With `--records FOLDER` the records are also written there, one file each, as a build writes them.
+Independent of how a session runs.
 """
 
 import argparse
@@ -34,8 +34,8 @@ WORDS = {
 
 
 def read(folder: Path) -> tuple[dict[str, Any], list[Record]]:
-    """Return the index and the records of a session. Raises UserError naming the damaged file, and for a rehearsal: its
-    tiny models bear the names of the real ones.
+    """Return the index and the records of a session. Raises UserError for a damaged file, naming it, and for a
+    rehearsal, whose tiny models have the names of the real ones.
     """
     path = folder / "index.json"
     try:
@@ -47,10 +47,10 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Record]]:
     if not isinstance(index, dict) or not isinstance(index.get("steps"), list):
         raise UserError(f'{path}: expected a JSON object with "steps"; give the folder of a session')
     if index.get("device") == "cpu":
-        raise UserError(f"{path}: of a rehearsal, of tiny models on a processor; give the folder of a session on a GPU")
+        raise UserError(f"{path}: a rehearsal with tiny models on a CPU; give the folder of a session on a GPU")
     lines = folder / "records.jsonl"
     read_records = []
-    # By the byte: `splitlines` would also break at characters that JSON leaves as they are, such as U+2028.
+    # Split bytes: `splitlines` would also break at characters that JSON does not escape, such as U+2028.
     for number, line in enumerate(lines.read_bytes().split(b"\n") if lines.is_file() else (), 1):
         if not line:
             continue
@@ -63,7 +63,7 @@ def read(folder: Path) -> tuple[dict[str, Any], list[Record]]:
 
 
 def section(index: Mapping[str, Any], session_records: Sequence[Record]) -> str:
-    """Return the section: machine and day, what ran and what did not, the tests, and the records' tables."""
+    """Return the section as Markdown: machine and day, steps, tests, and the tables of the records."""
     steps = [step for step in index["steps"] if isinstance(step, dict)]
     parts = [_heading(index, steps), "#### What ran", _steps(steps)]
     if tests := [test for step in steps for test in step.get("tests", ())]:
@@ -126,7 +126,7 @@ def update(root: Path, folder: Path) -> bool:
 
 
 def unpack(folder: Path, target: Path) -> list[Path]:
-    """Write each record of a session into `target` as a file of its own, as a build leaves it; return the files."""
+    """Write each record of a session into `target`, one file each, as a build does; return the paths."""
     return [records.write(record, target / f"{record.stem}.json") for record in read(folder)[1]]
 
 
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m lib.report.pages.device", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("folder", type=Path, help="the folder that came back from the device")
-    parser.add_argument("--records", type=Path, help="also write the records there, a file each")
+    parser.add_argument("--records", type=Path, help="also write the records there, one file each")
     parser.add_argument("--root", type=Path, default=readme.ROOT, help="where executed/README.md is")
     chosen = parser.parse_args(arguments)
     try:

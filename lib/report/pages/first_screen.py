@@ -1,5 +1,5 @@
-"""The first screen of a run's page: decision, setting, six numbers, a forest plot, the trade-off among its neighbours,
-and the machine's noise and load. Plain values and two small charts for the template.
+"""The first screen of a run's page: decision, setting, six numbers, a forest plot, its trade-off among the other runs,
+and the machine's noise and load, as plain values and two small charts for the template.
 """
 
 from collections.abc import Sequence
@@ -32,11 +32,11 @@ DECISIONS = {
     "not applicable": "unavailable",
 }
 HIDDEN = ("model", "scale", "effort", "device", "checkpoints", "random_weights", "text", "results", "history")
-LONGEST = 28  # letters of a name with its workload in the forest plot
+LONGEST = 28  # letters of a name with workload in the forest plot
 
 
 def of(record: Record, out: Path) -> dict[str, Any]:
-    """Return the first screen of a run whose page lies in `out`, among the records of the same model there."""
+    """Return the values of a run's first screen; `out` is the folder of its page and of the same model's records."""
     measured = record.status == "ok"
     near = _of_model(out, record) if measured else []
     return {
@@ -61,7 +61,7 @@ def _decision(row: Advice, out: Path) -> dict[str, Any]:
 
 
 def setting(record: Record) -> list[tuple[str, str]]:
-    """Return the setting of a run in a line: parameters, its stack, scale and effort, machine, date, duration."""
+    """Return a run's setting as (label, text): parameters, stack, scale, effort, weights, machine, date, duration."""
     own = [(name, value) for name, value in record.parameters.items() if name not in HIDDEN]
     shown = ", ".join(f"{words(name)} {value}" for name, value in own if value not in ("", [], None))
     rows = [
@@ -77,13 +77,13 @@ def setting(record: Record) -> list[tuple[str, str]]:
 
 
 def _random_weights(record: Record) -> bool:
-    """Return whether the real model was built without its weights; of a slice or a proxy model the page says it."""
+    """Return whether the real model was built without its weights; for other scales the page's notice says so."""
     return record.scale == "full" and bool(record.parameters.get("random_weights"))
 
 
 def forest(record: Record) -> str:
-    """Return the forest plot of the six numbers; empty where none has a ratio. Two of one kind are told apart by their
-    workloads, as far as there is room.
+    """Return the forest plot of the six numbers; empty where none has a ratio. Numbers of the same name are
+    distinguished by their workloads, cut to LONGEST letters.
     """
     members, names = summary.chosen(record), [number.name for number in summary.numbers(record)]
     shown = [subject(m) if name == subject(m) else one_line(name, LONGEST) for m, name in zip(members, names)]
@@ -102,8 +102,8 @@ def _line(measurement: Measurement, name: str = "") -> ForestLine | None:
 
 
 def trade_off(record: Record, near: Sequence[Record]) -> dict[str, Any] | None:
-    """Return the chart of quality against speed on this model with this run's point, and its legend: which number is
-    which run. None where this run has no point.
+    """Return the chart of quality against speed on this model, with this run's point marked, and its legend. None where
+    this run has no point.
     """
     known = sorted({r.optimization: r for r in [*near, record]}.items())
     marks = {name: str(number) for number, (name, _) in enumerate(known, 1)}
@@ -116,7 +116,7 @@ def trade_off(record: Record, near: Sequence[Record]) -> dict[str, Any] | None:
 
 
 def _of_model(out: Path, record: Record) -> list[Record]:
-    """Return the other measured runs of a model at the same scale and effort: no chart holds two efforts together."""
+    """Return the other measured runs of the model at the same scale and effort; a chart never mixes efforts."""
     others = [path for path in sorted(out.glob(f"*--{record.model}.json")) if path.name != f"{record.stem}.json"]
     runs = [run for path in others if path.is_file() and (run := _read(path, path.stat().st_mtime_ns))]
     return [r for r in runs if r.status == "ok" and (r.scale, r.effort) == (record.scale, record.effort)]
@@ -124,7 +124,7 @@ def _of_model(out: Path, record: Record) -> list[Record]:
 
 @lru_cache(maxsize=256)
 def _read(path: Path, modified_ns: int) -> Record | None:
-    """Return a record, read once as long as it is unchanged; None where it is damaged."""
+    """Return a record, cached until its file changes; None where it is damaged."""
     try:
         return records.read(path)
     except UserError:
@@ -132,7 +132,7 @@ def _read(path: Path, modified_ns: int) -> Record | None:
 
 
 def flipped(record: Record, out: Path) -> list[dict[str, Any]]:
-    """Return which verdicts differ from those of the build before."""
+    """Return the verdicts that differ from the previous build's."""
     try:
         changed = flips.since_last(out, [record]).get(record.stem, {})
     except UserError:

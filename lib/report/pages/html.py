@@ -1,8 +1,8 @@
-"""Renders one run as HTML and Markdown through nbconvert, with the templates beside this module.
+"""Renders one run as HTML and Markdown through nbconvert, with the templates next to this module.
 
-The page starts with the record (verdict, measurements, sources, use of the machine), followed by the executed notebook,
-each of its sections folded under its heading, and its code folded too. Nothing on it needs a network: whatever would is
-removed at the end. Failed runs render too, with or without a notebook. Knows nothing of how runs are scheduled.
+The page starts with the record (verdict, measurements, sources, use of the machine), followed by the executed notebook
+with its sections and code folded. The page works offline: external references are removed at the end. Failed runs
+are rendered too, with or without a notebook. Independent of how runs are scheduled.
 """
 
 import base64
@@ -26,7 +26,7 @@ MARKDOWN_PRIORITY = ["text/markdown", "image/png", "image/jpeg", "text/plain"]
 EXTERNAL = re.compile(r"^\s*(?:[a-z][a-z0-9+.-]*:)?//", re.IGNORECASE)
 ADDRESSES = ("src", "href", "srcset", "poster", "action", "formaction", "background", "xlink:href")
 RUNS = re.compile(r"^\s*(?:java|vb)script:", re.IGNORECASE)
-IGNORED = re.compile(r"[\x00-\x20]+")  # a browser leaves these out where it looks for the scheme of an address
+IGNORED = re.compile(r"[\x00-\x20]+")  # browsers ignore these when they parse an address
 EXTERNAL_STYLE = re.compile(r"""url\(\s*['"]?\s*(?:https?:)?//[^)]*\)|@import[^;]*;?""", re.IGNORECASE)
 
 
@@ -36,11 +36,10 @@ def render(
     neighbours: Iterable[run_page.Neighbour] = (),
     out: Path = Path("."),
 ) -> tuple[Path, Path]:
-    """Write `<out>/<stem>.html`, `<out>/<stem>.md` and its pictures in `<out>/<stem>_files/`; return the two pages.
+    """Write `<out>/<stem>.html`, `<out>/<stem>.md` and its pictures in `<out>/<stem>_files/`; return both paths.
 
-    `record` may be None (the overview), `notebook_path` may be None or missing (a kernel that never started), not both.
-    `neighbours` are the (optimization, model) pairs that have a page in `out`. Raises OSError where `out` cannot be
-    written.
+    `record` may be None (the overview), or `notebook_path` None or missing (a kernel that never started), but not both.
+    `neighbours` are the (optimization, model) pairs with a page in `out`. Raises OSError where `out` cannot be written.
     """
     notebook = _read(notebook_path)
     stem = record.stem if record else Path(notebook_path or "").name.removesuffix(".ipynb")
@@ -54,7 +53,7 @@ def render(
 
 
 def _read(path: Path | None) -> nbformat.NotebookNode:
-    """Return the notebook, or an empty one where there is none to read."""
+    """Return the notebook; an empty one if there is none, one with an error message if it cannot be read."""
     if path is None or not Path(path).is_file():
         return nbformat.v4.new_notebook()
     try:
@@ -65,7 +64,7 @@ def _read(path: Path | None) -> nbformat.NotebookNode:
 
 
 def _without_scraps(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Remove what scrapbook glued: it is for programs, and no template can show it."""
+    """Remove scrapbook's outputs: they are for programs, and no template can show them."""
     for cell in notebook.cells:
         if "outputs" in cell:
             cell.outputs = [output for output in cell.outputs if "scrapbook" not in output.get("metadata", {})]
@@ -89,8 +88,8 @@ def _bare_view(notebook: nbformat.NotebookNode, stem: str, out: Path) -> dict[st
 
 
 def _of_scales(out: Path, about: str) -> str:
-    """Return what the title says of the records in `out`: that they are of stand-ins, or of which scales, where these
-    are several; empty where neither has to be said. `about` says what their models are.
+    """Return the title's suffix for the records in `out`: their scales if there are several, or that the models are
+    stand-ins; else empty. `about` is the notice on their models.
     """
     contents = (json_object(path) for path in out.glob("*--*.json") if path.is_file())
     scales = sorted({str(content["scale"]) for content in contents if content.get("scale")})
@@ -109,7 +108,7 @@ def _style() -> str:
 
 
 def _process_figure(process: Process | None) -> dict[str, str] | None:
-    """Return the figure of CPU and memory use as a data URI with its description; None where nothing was sampled."""
+    """Return the figure of CPU and memory use as a data URI with its texts; None where nothing was sampled."""
     if process is None or not process.seconds:
         return None
     import pandas as pd
@@ -141,10 +140,10 @@ def _html(notebook: nbformat.NotebookNode, view: dict[str, Any]) -> str:
 
 
 def seal(soup: Any, deepen: bool = False) -> None:
-    """Take from the parsed page whatever would reach for the network or run: scripts, frames, foreign pictures.
+    """Remove from the parsed page everything that uses the network or executes: scripts, frames, external pictures.
 
-    A link to the web becomes its text with the address after it. `deepen` lowers the notebook's headings by one, under
-    the page's own title.
+    A link to the web becomes its text, followed by the address. `deepen` lowers the notebook's headings by one level,
+    below the page's own title.
     """
     leads_away = soup.find_all("meta", attrs={"http-equiv": True})
     for element in [*soup(["script", "iframe", "link", "object", "embed", "base"]), *leads_away]:
@@ -169,15 +168,15 @@ def seal(soup: Any, deepen: bool = False) -> None:
 
 
 def _addresses(name: str, value: str) -> list[str]:
-    """Return the addresses in an attribute as a browser reads them; those of `srcset` are several."""
+    """Return the addresses in an attribute as a browser parses them; `srcset` may have several."""
     if name not in ADDRESSES:
         return []
     return [IGNORED.sub("", part) for part in (value.split(",") if name == "srcset" else [value])]
 
 
 def fold(soup: Any, level: int) -> None:
-    """Fold the sections of the notebook in the parsed page: every cell that begins with a heading of this level opens
-    one, which reaches to the next. What stands before the first stays open; a summary counts figures and tables.
+    """Fold the sections of the notebook in the parsed page: each cell that begins with a heading of `level` starts a
+    section, which ends at the next. Content before the first one stays open; summaries count figures and tables.
     """
     from bs4.element import Tag
 
@@ -202,20 +201,20 @@ def fold(soup: Any, level: int) -> None:
 
 
 def _address(heading: str, taken: Container[str]) -> str:
-    """Return an id for a section, from its heading, that the page does not have yet."""
+    """Return an unused id for a section, derived from its heading."""
     base = "part-" + re.sub(r"\W+", "-", heading.lower()).strip("-")
     names = [base, *(f"{base}-{number}" for number in range(2, 100))]
     return next(name for name in names if name not in taken)
 
 
 def _held(part: Any) -> str:
-    """Return how many figures and tables a folded section holds, in words."""
+    """Return the number of figures and tables in a folded section as text: `2 figures, 1 table`."""
     counts = {"figure": len(part.select("img, svg")), "table": len(part.select("table"))}
-    return ", ".join(f"{count} {what}{'s' if count > 1 else ''}" for what, count in counts.items() if count)
+    return ", ".join(f"{count} {noun}{'s' if count > 1 else ''}" for noun, count in counts.items() if count)
 
 
 def _replace(element: Any, address: str) -> None:
-    """Put text where a foreign reference was."""
+    """Replace an external reference by text."""
     words = element.get("alt") if element.name == "img" else element.get_text()
     bare = re.sub(r"^\w*:?//", "", address).rstrip("/")
     element.replace_with(
@@ -224,7 +223,7 @@ def _replace(element: Any, address: str) -> None:
 
 
 def _deeper(source: str) -> str:
-    """Return Markdown with its headings lowered by one, outside of code fences."""
+    """Return Markdown with its headings lowered by one level, except in code fences."""
     fenced, lines = False, []
     for line in source.splitlines():
         fenced ^= line.lstrip().startswith("```")
@@ -233,7 +232,7 @@ def _deeper(source: str) -> str:
 
 
 def fenced(text: str, language: str) -> str:
-    """Return text as a block of code, in a fence that nothing within it closes: a model may have written one."""
+    """Return text as a code block, in a fence longer than any within it: a model's output may contain one."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text}\n{fence}"
 
@@ -255,9 +254,7 @@ def _markdown(notebook: nbformat.NotebookNode, view: dict[str, Any], folder: str
 
 
 def _without_reprs(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Return a copy without the plain text of objects that say nothing as text (`<IPython.core.display.HTML
-    object>`).
-    """
+    """Return a copy without meaningless plain text of objects, such as `<IPython.core.display.HTML object>`."""
     copy = nbformat.from_dict(notebook)
     for cell in copy.cells:
         for output in cell.get("outputs", []):
@@ -268,7 +265,7 @@ def _without_reprs(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def _write_pictures(pictures: dict[str, bytes], out: Path, folder: str) -> None:
-    """Replace the folder of pictures by a fresh one, so that none of an earlier run stays behind."""
+    """Replace the folder of pictures, so that no picture of an earlier run remains."""
     fresh, old = out / f".{folder}.part", out / folder
     shutil.rmtree(fresh, ignore_errors=True)
     if pictures:

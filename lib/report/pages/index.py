@@ -1,7 +1,7 @@
-"""Writes `index.html` of a result folder: what to use on which model, and behind tabs all that compares runs.
+"""Writes `index.html` of a result folder: which optimization to use on which model, and, in tabs, comparisons of runs.
 
-Computed from the records on disk. A damaged record appears as damaged, with one line; an expected run without a record
-appears as missing. The caller names what is expected; whatever else lies in the folder is shown too.
+Computed from the records on disk. A damaged record is shown as damaged, with one line; an expected run without a record
+is shown as missing. The caller names the expected runs; other records in the folder are shown too.
 """
 
 from collections import Counter
@@ -25,7 +25,7 @@ from lib.report.text import brief, commands, sentence
 from lib.report.text.quantities import counted, duration
 from lib.report.text.wording import one_line, signed, title
 
-TEMPLATES = Path(__file__).resolve().parent / "templates"  # beside `html`, which loads nbformat for seconds
+TEMPLATES = Path(__file__).resolve().parent / "templates"  # not imported from `html`: nbformat is slow to load
 KEY = (
     "better",
     "maintained",
@@ -46,15 +46,15 @@ KEY = (
 def write(folder: Path, optimizations: Iterable[str] = (), models: Iterable[str] = ()) -> Path:
     """Write `<folder>/index.html` from every `*--*.json` in it; return its path. Raises OSError.
 
-    `optimizations` and `models` are the names that are expected, so that what is missing shows as missing.
+    `optimizations` and `models` are the expected names, so that missing runs are shown as missing.
     """
     folder = Path(folder)
-    (folder / "advice.html").unlink(missing_ok=True)  # of an earlier version: the index says what it said
+    (folder / "advice.html").unlink(missing_ok=True)  # page of an earlier version, now part of the index
     return write_atomically(folder / "index.html", text(folder, result_set.read(folder, optimizations, models)))
 
 
 def text(folder: Path, results: Results) -> str:
-    """Return the page; its verdicts are those that hold within the whole set."""
+    """Return the page's HTML; its verdicts are corrected over the whole set."""
     from jinja2 import Environment, FileSystemLoader
 
     changed: dict[str, dict[str, tuple[str, str]]] = {}
@@ -94,33 +94,33 @@ def text(folder: Path, results: Results) -> str:
 
 
 def _title(scales: str) -> str:
-    """Return the title, which says so where the models are stand-ins."""
+    """Return the title, which names the scale, or says that the models are stand-ins."""
     if scales == stand_in.PROXY:
         return "Results on proxy models (stand-ins)"
     return f"Results at scale{'s' if ' and ' in scales else ''} {scales}"
 
 
 def efforts(records: Sequence[Record]) -> str:
-    """Return which runs are of which effort, where a first pass has not been replaced everywhere; empty where all are
-    alike.
+    """Return a notice on runs of different effort, as while a first pass is being replaced; empty where all have the
+    same.
     """
     counts = Counter(r.effort for r in records)
     if len(counts) < 2:
         return ""
     listed = ", ".join(f"{number} at {effort}" for effort, number in sorted(counts.items(), key=lambda c: c[1]))
     usual = _usual_effort(records)
-    alone = f" Trade-offs and ranks are of those at {usual} alone." if usual else ""
-    return f"Runs of different effort: {listed}; each line names its own.{alone}"
+    only = f" Trade-offs and ranks use only those at {usual}." if usual else ""
+    return f"Runs of different effort: {listed}; each line names its own.{only}"
 
 
 def _usual_effort(records: Sequence[Record]) -> str:
-    """Return the effort of most runs with a result, of two that are as frequent the larger one; empty without any."""
+    """Return the most frequent effort among runs with a result, the larger one in a tie; empty without any."""
     counts, order = Counter(r.effort for r in records if r.status == "ok"), [*settings.EFFORTS]
     return max(counts, key=lambda e: (counts[e], order.index(e) if e in order else -1), default="")
 
 
 def _comparable(results: Results) -> Results:
-    """Return the runs that charts and ranks may hold together: those of one effort."""
+    """Return the runs that charts and ranks may combine: those of the most frequent effort."""
     usual = _usual_effort(results.records)
     return replace(results, records=[r for r in results.records if r.effort == usual])
 
@@ -152,7 +152,7 @@ def _status(state: str) -> dict[str, str]:
 
 
 def _part(record: Record, dimension: str) -> dict[str, Any]:
-    """Return a dimension of a cell: its verdict, the number behind it, why it says no more, and the others."""
+    """Return a dimension of a cell: its verdict, the deciding number, the reason, and the other numbers."""
     state = getattr(record.verdict, dimension)
     members, numbers = headlines.members(record, dimension), headlines.of(record, dimension)
     carried = dimension in record.verdict.carried_by and members
@@ -167,7 +167,7 @@ def _part(record: Record, dimension: str) -> dict[str, Any]:
 
 
 def _by(member: Any) -> str:
-    """Return the measurement behind a verdict, in a few words."""
+    """Return the deciding measurement of a verdict in a few words."""
     phrase = brief.phrase(member)
     open_number = member.verdict == "inconclusive" and not sentence.same_answers(member)
     shown = brief.number(member) if open_number else ""
@@ -175,7 +175,7 @@ def _by(member: Any) -> str:
 
 
 def _number(shown: headlines.Shown, member: Any) -> dict[str, Any]:
-    """Return a number of a cell in words, with its interval or bound, provenance and source."""
+    """Return a number of a cell as text, with its interval or bound, provenance and source."""
     keep = {"what": shown.what, "state": shown.state, "sign": shown.sign, "verdict": shown.verdict}
     keep |= {"provenance": shown.provenance, "source": shown.source}
     return keep | {"value": brief.value(member), "spread": brief.spread(member)}
@@ -194,7 +194,7 @@ def _summary(results: Results) -> str:
 
 
 def _facts(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """Return machines, days, efforts and the time in all; more than one of a kind is a warning to the reader."""
+    """Return machines, days, efforts and total time as (label, text); several machines or efforts warn the reader."""
     machines = _distinct(facts.machine(r.environment) for r in records)
     days = sorted({facts.day(r.started)[:10] for r in records} - {""})
     span = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}" if days else ""

@@ -1,4 +1,4 @@
-"""The model card of an optimized checkpoint: what was done to which model, what was measured of it, how to load it."""
+"""The model card of an optimized checkpoint: model and optimization, measurements, and how to load it."""
 
 import json
 from collections.abc import Mapping
@@ -13,10 +13,12 @@ from lib.report.text.wording import title
 
 
 def text(job: Any, stack: str | None, saved: Mapping[str, Any], folder: str, results: Path, key: str) -> str:
-    """Return the card as Markdown. `job` names model, scale, effort and parameters, `stack` is the recipe's path where
-    there is one, `saved` tells `steps`, `loads`, `tokenizer`, `dtype`, `weights_hash`, `by_blocks`, `latent`,
-    `chosen_for`, `effort` (that of a recipe, in place of the job's) and `unfit`, `folder` is the checkpoint's name,
-    `results` the result folder of the record that is quoted, and `key` the one that a run of `job` has now.
+    """Return the card as Markdown.
+
+    `job` has model, scale, effort and parameters; `stack` is the path of a recipe, if any; `saved` has `steps`,
+    `loads`, `tokenizer`, `dtype`, `weights_hash`, `by_blocks`, `latent`, `chosen_for`, `effort` (a recipe's, which
+    replaces the job's) and `unfit`; `folder` is the checkpoint's name; `results` is the result folder with the record
+    to quote; `key` is the cache key that a run of `job` would have now.
     """
     about = _about(job)
     effort = saved.get("effort") or job.effort
@@ -47,27 +49,27 @@ def text(job: Any, stack: str | None, saved: Mapping[str, Any], folder: str, res
 
 
 def _name(job: Any) -> str:
-    """Return the model's name, which says so for a stand-in and for the first blocks."""
+    """Return the model's name for the title; a stand-in or a slice is called one."""
     name = stand_in.on(job.scale, job.model, None)
     return name if name == job.model else f"{name[:1].upper()}{name[1:]}"
 
 
 def _about(job: Any) -> str:
-    """Return what the checkpoint is where it is not the model that it is named after; empty where it is."""
+    """Return the notice on a stand-in, a slice or random weights; empty for the real model."""
     random = bool(job.parameters.get("random_weights"))
     bare = "Its weights are random: shapes and bytes are the model's, and its answers mean nothing." if random else ""
     return stand_in.of_model(job.scale, job.model, None) or bare
 
 
 def usage(folder: str, plain: str | None, tokenizer: bool, latent: bool) -> str:
-    """Return the Python that loads the folder; `plain` is the class of transformers that reads it, if any, `tokenizer`
-    whether there is one, `latent` whether its attention has to be told to decode absorbed, as it was measured.
+    """Return the Python code that loads the folder; `plain` is the transformers class that can read it, if any,
+    `tokenizer` whether there is one, `latent` whether latent attention must be absorbed, as it was when measured.
     """
-    more, path = ", AutoTokenizer" if tokenizer else "", json.dumps(folder, ensure_ascii=False)  # a path of Windows too
+    more, path = ", AutoTokenizer" if tokenizer else "", json.dumps(folder, ensure_ascii=False)  # also a Windows path
     if plain:
         lines = [f"from transformers import {plain}{more}", f"model = {plain}.from_pretrained({path})"]
     else:
-        lines = ["from lib.models.checkpoints import io  # transformers alone does not know what this folder holds"]
+        lines = ["from lib.models.checkpoints import io  # transformers alone cannot read this folder"]
         lines += ["from transformers import AutoTokenizer"] if tokenizer else []
         lines += [f"model = io.load_folder({path})"]
     if latent:
@@ -77,8 +79,8 @@ def usage(folder: str, plain: str | None, tokenizer: bool, latent: bool) -> str:
 
 def _absorbed() -> str:
     return (
-        "Latent attention decodes absorbed here, as every speed of this workbench is measured. Without those two lines "
-        "it expands its whole cache again at every token: the same answers, but slower."
+        "Latent attention decodes absorbed here, as in all speed measurements of this workbench. Without these two "
+        "lines it expands its whole cache at every token: the same answers, but slower."
     )
 
 
@@ -93,27 +95,27 @@ def _done(job: Any, stack: str | None, saved: Mapping[str, Any]) -> str:
 
 def _by_blocks() -> list[str]:
     return [
-        "Nothing: the model does not fit into the memory of the machine that made it. It was changed block by block, "
-        "from file to file, and each block was read again and compared."
+        "Nothing: the model does not fit into the memory of the machine that optimized it. It was changed block by "
+        "block, from file to file, and each block was read back and compared."
     ]
 
 
 def _measured(job: Any, effort: str, stack: str | None, saved: Mapping[str, Any], results: Path, key: str) -> list[str]:
-    """Return what the record of the same run says of these weights, or how to make one."""
+    """Return the verdict of the record of the same run, if it measured these weights, or how to measure them."""
     path = results / f"{job.stem}.json"
     options = f"--model {job.model} --scale {job.scale} --effort {effort}"
     options += " --random-weights" if job.parameters.get("random_weights") else ""
     command = f"`{commands.at(f'python build.py run {job.optimization} {options}', results)}`"
     if not path.exists():
-        return [f"Nothing was measured yet; {command} does."]
+        return [f"Nothing was measured yet; {command} measures it."]
     try:
         stored = record.read(path)
     except UserError as error:
-        return [f"{error} Until then nothing is claimed of this checkpoint; {command} measures it."]
+        return [f"{error} Until then nothing is claimed about this checkpoint; {command} measures it."]
     where = f"{facts.machine(stored.environment)}, {facts.day(stored.started)}, effort {stored.effort}"
     quoted = [f"> {stored.verdict.sentence}", "", f"Record: `{path.name}`, {where}."]
     if stored.environment.get("weights_hash") == saved["weights_hash"]:
-        return [*quoted, "These are the weights that it measured: their hashes are equal."]
+        return [*quoted, "It measured exactly these weights: their hashes are equal."]
     differing = sorted(
         name
         for name, value in job.parameters.items()
@@ -123,14 +125,14 @@ def _measured(job: Any, effort: str, stack: str | None, saved: Mapping[str, Any]
     if differing:
         how = f"was made with other parameters ({', '.join(differing)})"
     elif stack:
-        how = "was made of other weights"
+        how = "was made with other weights"
     elif stored.status != "ok":
         how = "has no result"
     elif stored.key != key:
-        how = "was made of other weights, options or code"
+        how = "was made with other weights, options or code"
     else:
         return [*quoted, "It measured weights that were made in the same way; their last digits differ."]
     return [
-        f"The record `{path.name}` ({where}) {how}, so nothing is claimed of this checkpoint; {command} with the "
+        f"The record `{path.name}` ({where}) {how}, so nothing is claimed about this checkpoint; {command} with the "
         "parameters below measures it."
     ]

@@ -1,8 +1,8 @@
 """Writes the results into README.md (a matrix and a picture) and executed/README.md (full tables), from records.
 
-`python -m lib.report.pages.readme` takes `executed/proxy`; `python -m lib.report.pages.readme executed/full` writes the
-tables of another scale. The README shows the proxy models and, below them, real models, but no slices. Both files keep
-everything outside their markers. No number is typed by hand.
+`python -m lib.report.pages.readme` reads `executed/proxy`; `python -m lib.report.pages.readme executed/full` writes the
+tables of another scale. The README shows the proxy models and, below them, real models, but no slices. Everything
+outside the markers is kept. No number is typed by hand.
 """
 
 import argparse
@@ -22,19 +22,19 @@ from lib.report.records.record import Record, read_folder
 ROOT = Path(__file__).resolve().parents[3]
 PICTURE = ".github/results.svg"
 SCALES = ("proxy", "slice", "full")
-SHOWN = "proxy"  # the scale that the README shows with a picture
-REAL = "full"  # and the one below it, without
+SHOWN = "proxy"  # the scale shown in the README with a picture
+REAL = "full"  # the scale shown below it, without a picture
 MATRIX, REAL_MATRIX, FIGURE = "results", "real results", "picture"
 TABLE = "\n| --- |"
 
 
 def markers(name: str) -> tuple[str, str]:
-    """Return what encloses a generated part of a page."""
+    """Return the start and end markers of a generated part of a page."""
     return f"<!-- {name}: start -->", f"<!-- {name}: end -->"
 
 
 def between(text: str, name: str, page: str = "README.md") -> str:
-    """Return what stands between the markers of a part. Raises UserError without exactly one pair of them."""
+    """Return the text between the markers of a part. Raises UserError unless there is exactly one pair of them."""
     start, end = markers(name)
     if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
         raise UserError(f'{page}: expected one "{start}" and, after it, one "{end}"')
@@ -42,7 +42,7 @@ def between(text: str, name: str, page: str = "README.md") -> str:
 
 
 def picture(records: Sequence[Record]) -> tuple[str, str]:
-    """Return the picture of quality against speed as SVG, and what it shows in words; both empty without a point."""
+    """Return the picture of quality against speed as SVG, and its alternative text; both empty without a point."""
     optimizations = tuple(sorted({record.optimization for record in records}))
     models = tuple(sorted({record.model for record in records}))
     results = Results(SHOWN, list(records), {}, optimizations, models)
@@ -58,8 +58,8 @@ def picture(records: Sequence[Record]) -> tuple[str, str]:
 def update(root: Path, folder: Path) -> list[str]:
     """Write the results of `folder`, named after its scale, into the pages under `root`; return the changed files.
 
-    Raises UserError for a folder that is named after no scale, one without a record where a page shows results, a
-    missing page or missing markers; then nothing changes.
+    Raises UserError for a folder that is not named after a scale, a folder without records although a page shows
+    results, a missing page, or missing markers; then nothing changes.
     """
     scale = folder.resolve().name
     if scale not in SCALES:
@@ -83,7 +83,7 @@ def update(root: Path, folder: Path) -> list[str]:
 
 
 def replace(root: Path, page: str, parts: Mapping[str, str]) -> bool:
-    """Write parts of a page under `root` between their markers; return whether the page changed.
+    """Write `parts` of a page under `root` between their markers; return whether the page changed.
 
     Raises UserError for a missing page or missing markers; then nothing changes.
     """
@@ -104,7 +104,7 @@ def _replaced(root: Path, page: str, parts: Mapping[str, str]) -> str:
 
 
 def _write(path: Path, text: str) -> bool:
-    """Write the text unless the file holds it already; return whether it was written."""
+    """Write the text unless the file already has this content; return whether it was written."""
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    sys.stdout.write(f"updated: {', '.join(changed) or 'nothing, the pages show these records already'}\n")
+    sys.stdout.write(f"updated: {', '.join(changed) or 'nothing, the pages already show these records'}\n")
     return 0
 
 

@@ -1,7 +1,7 @@
-"""The results of one scale as Markdown tables, one metric per column: what `executed/README.md` shows.
+"""The results of one scale as Markdown tables with one metric per column, for `executed/README.md`.
 
-A line per run. A cell holds the verdict's sign, the change and its interval, as every other page does
-(`lib.report.analysis.headlines`). The README's matrix is made of the same cells, shortened. Knows no files.
+A row per run. A cell has the verdict's sign, the change and its interval, as on every other page
+(`lib.report.analysis.headlines`). The README's matrix uses the same cells, shortened. Knows no files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,12 +32,12 @@ LEGEND = (
 
 
 def ordered(records: Sequence[Record]) -> list[Record]:
-    """Return the records by optimization and model."""
+    """Return the records sorted by optimization and model."""
     return sorted(records, key=lambda record: (record.optimization, record.model))
 
 
 def columns(records: Sequence[Record], dimension: str) -> list[str]:
-    """Return the headline metrics of a dimension that some record has a change of, in the order of the headlines."""
+    """Return the headline metrics of a dimension for which some record has a change, in the order of HEADLINES."""
     known = {m.metric for record in records for m in record.measurements if _changed(m)}
     return [metric for metric in verdict.HEADLINES[dimension] if metric in known]
 
@@ -47,20 +47,20 @@ def _changed(m: Measurement) -> bool:
 
 
 def cells(record: Record, metric: str) -> list[tuple[str, str]]:
-    """Return the (workload, text) of each measurement of a metric in a record, in the record's order."""
+    """Return (workload, text) of each measurement of `metric` with a change, in the record's order."""
     members = [m for m in record.measurements if m.metric == metric and _changed(m)]
     return [(m.workload, _text(m)) for m in members]
 
 
 def _text(m: Measurement) -> str:
-    """Return sign, change and interval; what was neither measured nor counted says so."""
+    """Return sign, change and interval of a measurement; an estimate is marked as one."""
     shown = headlines.shown(m)
     note = ", ".join(part for part in (shown.spread, m.provenance if m.provenance == "estimated" else "") if part)
     return f"{shown.sign} {shown.value}" + (f" ({note})" if note else "")
 
 
 def name(metric: str) -> str:
-    """Return a metric's name at the head of a column."""
+    """Return the column header of a metric."""
     return SUBJECTS.get(metric) or label(metric)
 
 
@@ -72,7 +72,7 @@ def _cell(record: Record, metric: str) -> str:
 
 
 def status(record: Record) -> str:
-    """Return how a run without a result ended, or nothing."""
+    """Return the status of a run without a result; empty for a run with one."""
     return "" if record.status == "ok" else signed(record.status)
 
 
@@ -95,7 +95,7 @@ def section(records: Sequence[Record]) -> str:
 
 
 def about(records: Sequence[Record]) -> str:
-    """Return in italics what the records are results of, where that is not the model they are named after."""
+    """Return the notice on proxy models and slices in italics; empty for real models."""
     text = stand_in.of_records(records)
     return f"*{untagged(text)}*" if text else ""
 
@@ -129,10 +129,10 @@ def conditions(records: Sequence[Record]) -> str:
 
 
 def matrix(records: Sequence[Record]) -> str:
-    """Return the README's matrix: optimizations by models, a short cell each, and the conditions below it.
+    """Return the README's matrix, optimizations by models with a short cell each, and the conditions below it.
 
-    A cell holds the gains in speed that the second column names, in bold where they are more than noise, and the sign
-    of the verdict on quality.
+    A cell has the gains in speed named by the second column, in bold where they are judged better or worse, and the
+    sign of the verdict on quality.
     """
     if not records:
         return "No results yet: run `python build.py`."
@@ -153,7 +153,7 @@ def _matrix_line(stem: str, runs: Mapping[str, Record], models: Sequence[str]) -
 
 
 def speeds(records: Sequence[Record]) -> list[str]:
-    """Return the metrics of speed that stand for an optimization: its first two headlines that are judged at all."""
+    """Return the speed metrics of an optimization for the matrix: its first two headlines with a verdict."""
     judged = {m.metric for record in records for m in record.measurements if m.verdict != "informative"}
     shown = [m for m in columns(records, "performance") if m in judged and m not in primary.TWINS]
     return shown[: verdict.SHOWN["performance"]]
@@ -169,7 +169,7 @@ def _short(record: Record | None, metrics: Sequence[str]) -> str:
 
 
 def _gain(record: Record, metric: str) -> str:
-    """Return the gain in a metric on its first workload, in bold where it is judged better or worse."""
+    """Return the gain in `metric` on its first workload, in bold if it is judged better or worse."""
     members = cells(record, metric)
     if not members:
         return DASH

@@ -1,6 +1,6 @@
-"""What a report page says about one run, as plain values for the templates: title, verdict, facts, rows, neighbours.
+"""The content of one run's report page as plain values for the templates: title, verdict, facts, rows, links.
 
-Made from the record alone; knows no HTML and runs nothing.
+Computed from the record alone; knows no HTML and runs nothing.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,11 +18,11 @@ from lib.report.text.wording import label, one_line, signed, title, words
 
 Neighbour = tuple[str, str]  # optimization, model
 ENDINGS = (".html", ".md")
-UNJUDGED = ("informative", "unavailable")  # folded on the page: they carry nothing
+UNJUDGED = ("informative", "unavailable")  # folded on the page: they decide nothing
 
 
 def view(record: Record, neighbours: Iterable[Neighbour] = (), out: Path = Path(".")) -> dict[str, Any]:
-    """Return the values that both templates (HTML and Markdown) put on the page of one run, which lies in `out`."""
+    """Return the values that both templates (HTML and Markdown) use for the page of one run in the folder `out`."""
     measured, parameters = record.measurements, stand_in.size(record)
     chips = [
         {"name": name, "state": word, "text": headlines.state(record, name), "by": _carried(record, name)}
@@ -82,7 +82,7 @@ def view(record: Record, neighbours: Iterable[Neighbour] = (), out: Path = Path(
 
 
 def _deciding(decisions: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Return each command that would decide once: what for, about how long it takes, and the command."""
+    """Return each command that could decide an open goal, without duplicates: goals, estimated time, command."""
     goals: dict[tuple[str, str], list[str]] = {}
     for item in decisions:
         if item["command"]:
@@ -91,7 +91,7 @@ def _deciding(decisions: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 
 def _carried(record: Record, dimension: str) -> str:
-    """Return a dimension's primary measurement, or why there is none; what was lost beside it."""
+    """Return a dimension's primary measurement or why there is none, and the losses, as text."""
     carrier = record.verdict.carried_by.get(dimension)
     declared = {str(name): pair for name, pair in record.primaries.items()}.get(dimension)
     parts = [f"{label(carrier.metric)}, {carrier.workload}"] if carrier else []
@@ -145,7 +145,7 @@ def _more(record: Record) -> list[tuple[str, list[tuple[str, str]]]]:
 def navigation(neighbours: Iterable[Neighbour], optimization: str, model: str) -> list[tuple[str, list[dict]]]:
     """Return the link rows: the index, this optimization on other models, other optimizations on this model.
 
-    The page itself stands among its neighbours without a link.
+    The page itself is listed without a link.
     """
     near = {pair for pair in neighbours if pair[0] == optimization or pair[1] == model}
     known = sorted(near | {(optimization, model)})
@@ -161,7 +161,7 @@ def _link(optimization: str, model: str, text: str, current: bool) -> dict[str, 
 
 
 def process_alt(process: Process) -> str:
-    """Return what the figure of the process samples shows, in words."""
+    """Return the alternative text of the figure of the process samples."""
     if not process.seconds:
         return "CPU and memory were not sampled."
     cpu = sum(process.cpu_percent) / max(len(process.cpu_percent), 1)

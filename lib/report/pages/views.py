@@ -1,6 +1,6 @@
-"""What the index shows behind its tabs: quality against speed, ranks, curves, where numbers come from.
+"""The content of the index's tabs: quality against speed, ranks, curves, provenance of the numbers.
 
-Plain values for the template, computed from a result set. Knows no HTML but the charts it passes on.
+Plain values for the template, computed from a result set. The only markup is that of the charts.
 """
 
 import re
@@ -28,10 +28,10 @@ PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)]+)\)")
 
 
 def pareto(results: Results) -> dict[str, Any] | None:
-    """Return the charts of quality against speed: over all models (means), and each model by itself.
+    """Return the charts of quality against speed: means over all models, and one chart per model.
 
-    Speed is the prefill rate; an optimization that has none (a server's, say) is drawn with its first headline, and the
-    legend says which. Those without any point are named too.
+    Speed is the prefill rate; for an optimization without one (such as a server's policy) it is the first speed
+    headline, named in the legend. Runs without a point are listed.
     """
     marks = _marks(results)
     single = {
@@ -64,7 +64,7 @@ def means(results: Results) -> list[TradeOff]:
 
 
 def legend(results: Results) -> list[tuple[str, str, str]]:
-    """Return (mark, title, what is drawn as speed where it is not the prefill rate) of each optimization."""
+    """Return (mark, title, speed metric if it is not the prefill rate) of each optimization."""
     return [(mark, title(name), _other_speed(name, results)) for name, mark in _marks(results).items()]
 
 
@@ -73,13 +73,13 @@ def _marks(results: Results) -> dict[str, str]:
 
 
 def _other_speed(name: str, results: Results) -> str:
-    """Return what is drawn as an optimization's speed where that is not the prefill rate, or nothing."""
+    """Return the labels of an optimization's speed metrics other than the prefill rate; empty if there are none."""
     drawn = [both[0].metric for r in results.measured if r.optimization == name and (both := _numbers(r))]
     return ", ".join(label(metric) for metric in dict.fromkeys(drawn) if metric != SPEED)
 
 
 def _numbers(record: Record) -> tuple[Measurement, Measurement] | None:
-    """Return the measurements of speed and quality that make a record's point; None where one is missing."""
+    """Return the measurements of speed and quality for a record's point; None where one is missing."""
     members = [m for m in record.measurements if m.ratio is not None and m.verdict != "invalid"]
     timed = [m for m in members if m.dimension == "performance" and sentence.gain(m)[0] is not None]
     speed = next((m for m in timed if m.metric == SPEED), None) or next(
@@ -107,8 +107,8 @@ def point(record: Record, marks: dict[str, str], own: bool = False) -> TradeOff 
 
 
 def _mean(name: str, results: Results, marks: dict[str, str]) -> TradeOff | None:
-    """Return the mean over the models; its spread is from the least to the most of them, its state the worst. It is
-    judged where the speed of one of them is.
+    """Return the mean over the models; its spread is their range, its state the worst of theirs. It is judged if the
+    speed of at least one model is.
     """
     points = [p for r in results.measured if r.optimization == name and (p := point(r, marks))]
     if not points:
@@ -124,7 +124,7 @@ def _mean(name: str, results: Results, marks: dict[str, str]) -> TradeOff | None
 
 
 def rankings(results: Results) -> list[dict[str, Any]]:
-    """Return the ranks over all models, then on each model: per optimization a place in each metric."""
+    """Return the rankings over all models and per model: the rank of each optimization in each metric."""
     sets = [("All models", results.measured)]
     sets += [(model, [r for r in results.measured if r.model == model]) for model in results.models]
     return [ranked for name, records in sets if (ranked := _ranked(name, records))]
@@ -157,7 +157,7 @@ def _ranked(name: str, records: Sequence[Record]) -> dict[str, Any] | None:
 
 
 def provenance(results: Results) -> dict[str, Any] | None:
-    """Return how many numbers of each run are measured, derived, estimated, unavailable, with source or reason."""
+    """Return the counts of measured, derived, estimated and unavailable numbers of each run, and their sources."""
     if not results.measured:
         return None
     counts: list[tuple[str, str, str, list[int]]] = []
@@ -177,7 +177,7 @@ def provenance(results: Results) -> dict[str, Any] | None:
 
 
 def curves(folder: Path) -> list[tuple[str, str]]:
-    """Return the pictures of the impact report that lies in the folder, as (alternative text, path)."""
+    """Return the pictures of the impact report in the folder, as (alternative text, path)."""
     path = folder / "enhanced_optimization_impact_benchmark_report.md"
     if not path.is_file():
         return []

@@ -1,6 +1,6 @@
-"""Turns what a notebook holds into plain JSON and back, without loss where loss would mislead.
+"""Converts a notebook's values into plain JSON and back, without any loss that could mislead.
 
-NaN and the infinities are no JSON; they travel as `{"$float": "nan"}`. Knows nothing of records or of scrapbook.
+JSON has no NaN and no infinities; they are encoded as `{"$float": "nan"}`. Independent of records and scrapbook.
 """
 
 import dataclasses
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 TAG = "$float"
-NOT_FINITE = ("nan", "inf", "-inf")  # what is tagged; anything else under the tag is damaged, and stays as it is
+NOT_FINITE = ("nan", "inf", "-inf")  # the values tagged; anything else under the tag is damage and left unchanged
 
 
 def encode(value: Any, where: str = "value") -> Any:
-    """Return `value` made of dict, list, str, int, finite float, bool and None only.
+    """Return `value` as dict, list, str, int, finite float, bool and None only.
 
     Takes numpy scalars and arrays, pandas frames (as a list of rows), dataclasses, pydantic models, paths, dates, sets
     and tuples. Raises TypeError, naming the place, for anything else.
@@ -39,8 +39,8 @@ def encode(value: Any, where: str = "value") -> Any:
 
 
 def _encode_foreign(value: Any, where: str) -> Any:
-    """Encode what is neither a JSON type nor a built-in container; recognised by shape, so that numpy stays
-    unimported.
+    """Encode a value that is neither a JSON type nor a built-in container; recognised by its attributes, so that numpy
+    need not be imported.
     """
     if isinstance(value, (Path, datetime.date, datetime.time)):
         return value.isoformat() if hasattr(value, "isoformat") else str(value)
@@ -52,7 +52,7 @@ def _encode_foreign(value: Any, where: str) -> Any:
         return encode(value.to_dict("records"), where)
     if hasattr(value, "tolist") and hasattr(value, "dtype"):
         return encode(value.tolist(), where)
-    raise TypeError(f"{where}: a {type(value).__name__} has no place in a record; give numbers, text, lists or dicts")
+    raise TypeError(f"{where}: a {type(value).__name__} does not fit into a record; give numbers, text, lists or dicts")
 
 
 def _key(key: Any) -> str:
@@ -60,7 +60,7 @@ def _key(key: Any) -> str:
 
 
 def decode(value: Any) -> Any:
-    """Return `value` with the tagged floats of `encode` as floats again. Takes what a JSON text holds: dict, list."""
+    """Return `value`, as read from JSON, with the floats tagged by `encode` as floats again."""
     if isinstance(value, dict):
         if len(value) == 1 and value.get(TAG) in NOT_FINITE:
             return float(value[TAG])

@@ -1,5 +1,5 @@
-"""Keeps jsonschema from building grammars for seconds when it is imported, itself or by a library: they check a kind of
-address that neither notebooks nor results hold. Without them it leaves such addresses unchecked.
+"""Keeps jsonschema from spending seconds on building grammars when it, or a library that uses it, is imported. The
+grammars check a kind of address that occurs in neither notebooks nor results; without them it goes unchecked.
 """
 
 import sys
@@ -7,6 +7,6 @@ from types import ModuleType
 
 
 def refuse() -> None:
-    """Refuse the import of the package that holds them; to be called before jsonschema is imported."""
-    modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]  # None refuses an import
+    """Block the import of the package with these grammars; call this before jsonschema is imported."""
+    modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]  # None blocks an import
     modules.setdefault("rfc3987_syntax", None)

@@ -1,8 +1,8 @@
-"""Results of earlier builds in one SQLite file: every run's record, and which runs each build ended with.
+"""Results of earlier builds in one SQLite file: every run's record, and the set of runs at the end of each build.
 
 A run is identified by its start time and its key, so it is stored once, however many builds include it. A build is
-written in one transaction, and named by the beginning of its date (`2026-01-31`, `2026-01-31T14:05`) or of its commit.
-Knows nothing of how builds are run or compared.
+written in one transaction, and named by a prefix of its date (`2026-01-31`, `2026-01-31T14:05`) or of its commit.
+Independent of how builds are run and compared.
 """
 
 import contextlib
@@ -33,12 +33,12 @@ CREATE TABLE IF NOT EXISTS builds (id INTEGER PRIMARY KEY, ended TEXT, scale TEX
 CREATE TABLE IF NOT EXISTS kept (build INTEGER, started TEXT, key TEXT, PRIMARY KEY (build, started, key));
 """
 COMMIT = re.compile(r"[0-9a-f]{4,40}")
-PLACES = ("checkpoints", "history", "studies", "stacks")  # parameters that say where files lie, not what is measured
+PLACES = ("checkpoints", "history", "studies", "stacks")  # parameters that are paths and leave the results alone
 
 
 @dataclass(frozen=True)
 class Build:
-    """A build that ended: when, at which scale, with which command and commit, and with how many runs."""
+    """A finished build: its end time, scale, command and commit, and its number of runs."""
 
     id: int
     ended: str
@@ -53,12 +53,12 @@ class Build:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[sqlite3.Connection]:
-    """Open the history, creating it where there is none. Raises UserError for a file of another kind."""
+    """Open the history database, creating it if needed. Raises UserError where `path` is not a usable database."""
     connection = None
     try:
         connection = sqlite3.connect(path, timeout=30)
         connection.executescript(TABLES)
-        with connection:  # one transaction: all of it or nothing
+        with connection:  # one transaction
             yield connection
     except sqlite3.Error as error:
         raise UserError(f"{path.name}: cannot be used as the history of builds ({error}); move it away") from None
@@ -72,7 +72,10 @@ def _identity(record: Record) -> tuple[str, str]:
 
 
 def keep(path: Path, records: Sequence[Record], scale: str, command: str, commit: str = "") -> bool:
-    """Store what a build ended with; return whether its set of runs differs from the last build's."""
+    """Store the records of a finished build; return whether its set of runs differs from the previous build's.
+
+    An unchanged or empty set is not stored again.
+    """
     identities = sorted(_identity(record) for record in records)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _open(path) as connection:
@@ -92,7 +95,7 @@ def keep(path: Path, records: Sequence[Record], scale: str, command: str, commit
 
 
 def _insert(connection: sqlite3.Connection, record: Record) -> None:
-    """Store a run unless it is known; its process samples and log stay with its own file."""
+    """Store a run unless it is known, without its process samples and log, which stay in its own file."""
     started, key = _identity(record)
     bare = to_json(record.model_copy(update={"process": None, "log": None}))
     packed = zlib.compress(json.dumps(bare, ensure_ascii=False).encode())
@@ -105,7 +108,7 @@ def _insert(connection: sqlite3.Connection, record: Record) -> None:
 
 
 def builds(path: Path, scale: str | None = None) -> list[Build]:
-    """Return the builds of a scale (None: of all), oldest first; empty where there is no history."""
+    """Return the builds of `scale` (None: of all scales), oldest first; empty where there is no history."""
     if not path.is_file():
         return []
     with _open(path) as connection:
@@ -118,7 +121,7 @@ def builds(path: Path, scale: str | None = None) -> list[Build]:
 
 
 def find(path: Path, name: str, scale: str | None = None) -> Build:
-    """Return the last build whose date or commit begins with `name`. Raises UserError, naming what is known."""
+    """Return the last build whose date or commit begins with `name`. Raises UserError, naming the known builds."""
     known = builds(path, scale)
     date = name.replace(" ", "T", 1)
     matching = [build for build in known if len(date) >= 4 and build.ended.startswith(date)]
@@ -132,7 +135,7 @@ def find(path: Path, name: str, scale: str | None = None) -> Build:
 
 
 def records(path: Path, build: Build) -> list[Record]:
-    """Return the records that a build ended with, sorted by stem."""
+    """Return the records of a stored build, sorted by stem."""
     query = "SELECT record FROM runs JOIN kept USING (started, key) WHERE build = ?"
     with _open(path) as connection:
         rows = connection.execute(query, [build.id]).fetchall()
@@ -141,7 +144,7 @@ def records(path: Path, build: Build) -> list[Record]:
 
 
 def _unpacked(packed: bytes, path: Path) -> Any:
-    """Return the plain JSON of a stored run. Raises UserError where it is damaged, which SQLite does not see."""
+    """Return the plain JSON of a stored run. Raises UserError where it is damaged, which SQLite does not detect."""
     try:
         return json.loads(zlib.decompress(packed))
     except (zlib.error, ValueError, TypeError) as error:
@@ -149,9 +152,9 @@ def _unpacked(packed: bytes, path: Path) -> Any:
 
 
 def words_before(path: Path, records: Sequence[Record]) -> dict[str, tuple[str, dict[str, str]]]:
-    """Return stem → (start, dimension → word) of the newest earlier run of the same optimization, model, scale and
-    effort that a build ended with. Left out are runs without one, and those whose earlier run was made with another
-    value of a parameter: what such a run says is another result, not another word for the same.
+    """Return stem → (start time, dimension → verdict) of the newest earlier run of the same optimization, model, scale
+    and effort in the history. Runs without one are left out, and so are runs whose earlier run had another value of a
+    parameter: that is a different experiment, so its verdict may differ.
     """
     if not path.is_file():
         return {}
@@ -179,13 +182,13 @@ def words_before(path: Path, records: Sequence[Record]) -> dict[str, tuple[str, 
 
 
 def _set_alike(earlier: dict, now: dict) -> bool:
-    """Return whether every parameter that both runs have has the same value in both."""
+    """Return whether all parameters that both runs have are equal; paths (PLACES) are ignored."""
     return all(earlier[name] == now[name] for name in earlier.keys() & now.keys() if name not in PLACES)
 
 
 def over_time(path: Path, scale: str) -> list[dict]:
-    """Return a row per build, run and metric that has a ratio: `build` (its date), `optimization`, `model`, `effort`,
-    `metric`, `workload`, `gain` (above 1 is better), `low`, `high`, `verdict`, `machine`.
+    """Return a row per build, run and metric with a ratio: `build` (its date), `optimization`, `model`, `effort`,
+    `machine`, `metric`, `workload`, `gain` (above 1 is better), `low`, `high`, `verdict`.
     """
     names = ["build", "optimization", "model", "effort", "machine", "metric", "workload"]
     names += ["gain", "low", "high", "verdict"]

@@ -1,10 +1,10 @@
-"""Reads what earlier versions wrote: names that have changed since, in records, parameters and requests.
+"""Migration from earlier versions: names that have changed in records, parameters and requests.
 
-`upgrade` takes a record's plain JSON of any earlier schema to the present one. Schema 2 renamed the generated task from
-`recall` to `retrieval`, the machine's `processor` to `cpu`, and the steps of training after a cut to `finetune_steps`;
-it added the answers to what would refute a claim. Schema 3 added the primary measurement of each dimension: words that
-an earlier record holds were reached without one, and are kept as they are (among them "mixed", which is no longer
-given). Renames nothing else and judges nothing.
+`upgrade` converts a record's plain JSON from any earlier schema to the present one. Schema 2 renamed the generated task
+from `recall` to `retrieval`, the machine's `processor` to `cpu`, and the training steps after pruning to
+`finetune_steps`; it added the answers to "What would refute it". Schema 3 added the primary measurement of each
+dimension: verdicts of earlier records were reached without one and are kept unchanged (among them "mixed", which is no
+longer used). Nothing else is renamed, and nothing is judged again.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,9 +18,9 @@ _ENVIRONMENT = {"processor": "cpu"}
 
 
 def upgrade(content: Any) -> Any:
-    """Return a record's JSON in the present schema; anything else, damaged or of a newer schema, is returned as it is.
+    """Return a record's plain JSON in the present schema; damaged content or a newer schema is returned unchanged.
 
-    Nothing is dropped: fields of an unexpected type keep their value, for the record's own validation to name.
+    Nothing is dropped: fields of an unexpected type keep their value, and the record's validation reports them.
     """
     if not isinstance(content, dict) or content.get("schema") not in (1, 2):
         return content

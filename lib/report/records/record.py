@@ -1,9 +1,9 @@
 """The record: every result of one notebook run on one model. The only module that knows scrapbook.
 
 Builds a record in a notebook, glues it, reads it back from the executed notebook and from its JSON file. Scrapbook
-reads NaN back as a string and refuses numpy scalars and None, so what is glued is plain JSON
-(`lib.report.records.codec`). Knows nothing of how a number is made (`lib.measure`), how it is judged
-(`lib.report.records.verdicts.verdict`) or how it is shown.
+reads NaN back as a string and rejects numpy scalars and None, so a record is glued as plain JSON
+(`lib.report.records.codec`). Independent of how a number is measured (`lib.measure`), judged
+(`lib.report.records.verdicts.verdict`) and displayed.
 """
 
 import gc
@@ -99,7 +99,7 @@ class Record(BaseModel):
 
     @property
     def stem(self) -> str:
-        """The file name without its ending. Models have dots in their names: add an ending, never replace one."""
+        """The file name without suffix. Model names contain dots: append a suffix, never replace one."""
         return f"{self.optimization}--{self.model}"
 
 
@@ -122,19 +122,19 @@ def build(
 ) -> Record:
     """Return the record of a run, its verdict computed from the measurements.
 
-    Only measurements and controls of the requested dimensions are included (`lib.measure.metrics.settings`). A
-    model whose output has degenerated shows no speed: its performance and efficiency lose ratio and interval here. On
-    a machine that was too busy nothing timed is judged, nor where the stack of `details` is empty. `primaries` declares
-    which (metric, workload) carries each dimension's word (`lib.report.records.verdicts.primary`).
-    `status="not_applicable"` or `"failed"` needs a `reason`. Raises TypeError for a value that has no place in JSON,
-    ValueError for a primary that is no metric of its dimension.
+    Only measurements and controls of the requested dimensions are included (`lib.measure.metrics.settings`). If the
+    model's output has degenerated, ratios and intervals of performance and efficiency are removed. Timings are not
+    judged if the machine was too busy or the stack in `details` is empty. `primaries` declares which (metric, workload)
+    decides each dimension's verdict (`lib.report.records.verdicts.primary`). `status="not_applicable"` or `"failed"`
+    needs a `reason`. Raises TypeError for a value that JSON cannot hold, ValueError for a primary that is not a metric
+    of its dimension.
     """
     if status != "ok" and not reason:
         raise ValueError(f'a record with status "{status}" needs a reason')
     declared = dict(primaries or {})
     for dimension, (metric, _) in declared.items():
         if dimension not in DIMENSIONS or (metric in METRICS and METRICS[metric].dimension != dimension):
-            raise ValueError(f"primaries: {metric} is no metric of {dimension}")
+            raise ValueError(f"primaries: {metric} is not a metric of {dimension}")
     requested = settings.requested_dimensions()
     wanted = requested or DIMENSIONS
     withheld = withhold_if_unchanged(withhold_if_busy(withhold_if_invalid(list(measurements))), details or {})
@@ -169,10 +169,10 @@ def _as_mapping(value: Any) -> dict[str, Any]:
 
 
 def labelled(value: Any, provenance: str, source: str, **about: str) -> dict[str, Any]:
-    """Return an entry for `details` that carries numbers: the value with where it comes from, as the lint demands.
+    """Return an entry for `details` that holds numbers: the value with provenance and source, as the lint requires.
 
-    `about` are further words on it; an impact curve names its axes so, `x` and `y`
-    (`lib.report.analysis.strength_curves`).
+    `about` adds further text; an impact curve names its axes with `x` and `y` (`lib.report.analysis.strength_curves`).
+    Raises ValueError for another provenance or an empty source.
     """
     if provenance not in ("measured", "derived", "estimated") or not source:
         raise ValueError(
@@ -187,7 +187,9 @@ def to_json(record: Record) -> dict[str, Any]:
 
 
 def from_json(content: Any, where: str) -> Record:
-    """Return the record that `content` holds. Raises UserError: what is wrong, in `where`, and what to do."""
+    """Return the record in the plain JSON `content`. Raises UserError, naming the file `where`, the fault and what to
+    do.
+    """
     advice = "Delete it or build it again."
     if not isinstance(content, dict) or "schema" not in content:
         raise UserError(f'{where}: not a record: expected a JSON object with "schema": {SCHEMA}. {advice}')
@@ -213,8 +215,8 @@ def read(path: Path, look: Callable[[str, Any], None] | None = None) -> Record:
     `look` is called with the stem and the plain JSON before it is validated.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise UserError(f"{path.name}: not a record: no ordinary file. Delete it.")
+    if path.exists() and not path.is_file():  # reading a pipe would block
+        raise UserError(f"{path.name}: not a record: not a regular file. Delete it.")
     try:
         text = path.read_text(encoding="utf-8")
         if look is None and (record := _quickly(text)):
@@ -231,20 +233,20 @@ def read(path: Path, look: Callable[[str, Any], None] | None = None) -> Record:
 
 
 def _quickly(text: str) -> Record | None:
-    """Return the record of a JSON text that is valid as it stands and holds no tagged float; None otherwise."""
+    """Return the record of a JSON text that needs no migration and holds no tagged float; None otherwise."""
     if f'"{codec.TAG}"' in text:
         return None
     try:
         record = Record.model_validate_json(text)
-    except (ValidationError, UserError):  # a metric that was renamed since
+    except (ValidationError, UserError):  # UserError: a metric that has been renamed
         return None
     return record if "schema_version" in record.model_fields_set else None
 
 
 def read_folder(folder: Path, look: Callable[[str, Any], None] | None = None) -> tuple[list[Record], dict[str, str]]:
-    """Return every record in `folder`, sorted by stem, and the damaged ones as stem → what is wrong."""
+    """Return every record in `folder`, sorted by stem, and the damaged files as stem → error message."""
     records, damaged = [], {}
-    with _uncollected():  # thousands of records are millions of objects
+    with _uncollected():  # thousands of records hold millions of objects
         for path in visible(Path(folder), "*--*.json"):
             try:
                 records.append(read(path, look))
@@ -255,7 +257,7 @@ def read_folder(folder: Path, look: Callable[[str, Any], None] | None = None) ->
 
 @contextmanager
 def _uncollected():
-    """Disable garbage collection: where many objects are created and none are garbage, every pass is wasted time."""
+    """Disable garbage collection inside the block: where many objects are created and kept, every pass is wasted."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -266,8 +268,8 @@ def _uncollected():
 
 
 def glue(record: Record) -> None:
-    """Record `record` in the running notebook, as one JSON scrap. Only the cell tagged `record` calls this."""
-    with _uncollected():  # with the objects of a loaded model in memory every pass is long
+    """Store `record` in the running notebook as one JSON scrap. Called only by the cell tagged `record`."""
+    with _uncollected():  # every pass is slow while a model is loaded
         scrapbook = _scrapbook()
     scrapbook.glue(SCRAP, to_json(record), encoder="json")
 
@@ -280,9 +282,9 @@ def _scrapbook() -> ModuleType:
 
 
 def from_notebook(path: Path) -> Record | None:
-    """Return the record glued in an executed notebook, through scrapbook; None where it glued none.
+    """Return the record glued in an executed notebook, read through scrapbook; None where there is none.
 
-    Raises UserError where the file is no notebook or the scrap is no record.
+    Raises UserError where the file is not a notebook or the scrap is not a record.
     """
     path, scrapbook = Path(path), _scrapbook()
     try:
@@ -295,8 +297,8 @@ def from_notebook(path: Path) -> Record | None:
 
 
 def from_notebooks(folder: Path) -> tuple[list[Record], dict[str, str]]:
-    """Return the records glued in the notebooks of `folder`, sorted by stem, and the damaged ones as stem → what is
-    wrong.
+    """Return the records glued in the notebooks of `folder`, sorted by stem, and the damaged notebooks as stem → error
+    message.
     """
     records, damaged = [], {}
     for path in visible(Path(folder), "*--*.ipynb"):
@@ -310,11 +312,11 @@ def from_notebooks(folder: Path) -> tuple[list[Record], dict[str, str]]:
 
 
 def gather(folder: Path) -> tuple[list[Record], dict[str, str]]:
-    """Return every record of a result folder, sorted by stem, and the damaged ones as stem → what is wrong.
+    """Return every record of a result folder, sorted by stem, and the damaged files as stem → error message.
 
-    What a notebook glued is read through scrapbook, and completed by what the runner added in the JSON file (state,
-    time, samples); a run that glued nothing, because it failed, comes from its JSON file alone. Of more than
-    MOST_NOTEBOOKS runs all do: it holds the same, and opening thousands of notebooks takes many minutes.
+    A glued record is read through scrapbook, and completed by the fields that the runner added to the JSON file
+    (ADDED_BY_RUNNER); a run that failed before gluing is read from its JSON file alone. With more than MOST_NOTEBOOKS
+    runs all are read from JSON, which holds the same: opening thousands of notebooks takes many minutes.
     """
     known, damaged = read_folder(folder)
     if len(known) > MOST_NOTEBOOKS:

@@ -1,7 +1,7 @@
 """What would refute a notebook's claim, and whether it happened: an answer to each line, computed from the run.
 
-A line comes from the notebook's list "What would refute it", word for word. Knows how to turn a verdict into an answer;
-knows no optimization.
+The lines are those of the notebook's list "What would refute it", word for word. Turns a verdict into an answer; knows
+no optimization.
 """
 
 from collections.abc import Collection, Iterable
@@ -28,9 +28,9 @@ class Refutation(BaseModel):
 
 
 def decide(claim: str, refuted: bool | None, evidence: str) -> Refutation:
-    """Return the answer to `claim`: whether what it describes happened, None where the run cannot tell.
+    """Return the answer to `claim`; `refuted` says whether what it describes happened, None if the run cannot tell.
 
-    `evidence` is a phrase that holds the number. Raises ValueError without it.
+    `evidence` is a phrase with the number. Raises ValueError where it is empty.
     """
     if not evidence:
         raise ValueError("an answer needs its evidence: the number it rests on, or why there is none")
@@ -44,7 +44,9 @@ def by_verdict(
     refuted: Collection[str] = ("worse", "equivalent", "not_maintained"),
     upheld: Collection[str] = ("better", "maintained"),
 ) -> Refutation:
-    """Return the answer of a measurement's verdict: in `refuted`, in `upheld`, or in neither, which cannot tell."""
+    """Return the answer to `claim` from a measurement's verdict: refuted if it is in `refuted`, not refuted if in
+    `upheld`, otherwise "cannot tell".
+    """
     reason = measurement.reason if measurement is not None else None
     if measurement is None or measurement.baseline is None or measurement.optimized is None:
         return decide(claim, None, reason or "not measured")
@@ -52,7 +54,7 @@ def by_verdict(
         return decide(claim, None, reason)
     verdict = measurement.verdict
     shown, span = ratio(measurement.ratio, *ends(measurement))
-    if measurement.ratio is None:  # of a baseline of zero
+    if measurement.ratio is None:  # the baseline is zero
         shown = f"{figures(measurement.baseline)} → {figures(measurement.optimized)}"
     evidence = f"{label(measurement.metric)} [{measurement.workload}] {shown}"
     evidence += f" ({span}), {words(verdict)}" if span else f", {words(verdict)}"
@@ -67,5 +69,5 @@ def rows(refutations: Iterable[Refutation]) -> list[tuple[str, str, str]]:
 
 
 def state(answer: Refutation) -> str:
-    """Return the outcome as one word, as signs and styles name it: `not_refuted`."""
+    """Return the outcome as one word, the key of its sign and style: `not_refuted`."""
     return answer.outcome.replace(" ", "_")

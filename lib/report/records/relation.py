@@ -1,5 +1,5 @@
-"""What others published and this run should find again: each relation with its outcome, *held*, *not held* or *cannot
-tell*, and the numbers behind it. Judged in `lib.optimizations.common.evidence.relations`; knows no optimization.
+"""Published relations that this run should reproduce, each with its outcome (*held*, *not held* or *cannot tell*) and
+the numbers behind it. Judged in `lib.optimizations.common.evidence.relations`; knows no optimization.
 """
 
 from collections.abc import Iterable
@@ -25,9 +25,9 @@ class Relation(BaseModel):
 
 
 def decide(relation: str, published: str, source: str, held: bool | None, evidence: str) -> Relation:
-    """Return the outcome of a relation: whether it held, None where the run cannot tell.
+    """Return a relation with its outcome; `held` says whether it held here, None if the run cannot tell.
 
-    `evidence` is a phrase that holds the numbers. Raises ValueError without it.
+    `evidence` is a phrase with the numbers. Raises ValueError where it is empty.
     """
     if not evidence:
         raise ValueError("an outcome needs its evidence: the numbers it rests on, or why there are none")
@@ -41,5 +41,5 @@ def rows(relations: Iterable[Relation]) -> list[tuple[str, ...]]:
 
 
 def state(relation: Relation) -> str:
-    """Return the outcome as one word, as signs and styles name it: `not_held`."""
+    """Return the outcome as one word, the key of its sign and style: `not_held`."""
     return relation.outcome.replace(" ", "_")

@@ -1,6 +1,6 @@
-"""A record's measurements as rows of text: one place for what a table in a notebook, a page or a Markdown file says.
+"""A record's measurements as rows of text, the single source of the tables in notebooks, pages and Markdown files.
 
-Knows measurements and how to write their numbers; knows no pandas and no HTML.
+Knows measurements and the format of their numbers; knows no pandas and no HTML.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,10 +19,12 @@ COLUMNS = (
 
 
 def row(measurement: Measurement) -> dict[str, str]:
-    """Return one measurement as text, by column, plus `dimension`, `name` (its stem), `source` and `reason`."""
+    """Return one measurement as column → text: `COLUMNS`, and `dimension`, `name` (the metric's identifier), `source`,
+    `reason`, `state` (the verdict's identifier), `predicted` and `realised`.
+    """
     low, high = sentence.ends(measurement)
     ratio, ends = sentence.ratio(measurement.ratio, low, high)
-    if measurement.ratio is None:  # then the interval is of the optimized value
+    if measurement.ratio is None:  # the interval is then that of the optimized value
         ends = interval(low, high, form=".3g") if low == high else with_ends(0.0, low, high)[1]
     return {
         "dimension": measurement.dimension,
@@ -47,10 +49,10 @@ def row(measurement: Measurement) -> dict[str, str]:
 
 
 def _reason(measurement: Measurement) -> str:
-    """Return a measurement's own reason, and which gate kept an inconclusive one from being called."""
+    """Return a measurement's own reason, preceded by the gate that an inconclusive one did not pass."""
     gate = sentence.why(measurement) if measurement.verdict == "inconclusive" else ""
     own = measurement.reason or ""
-    if gate and own.startswith(gate):  # a reason may go on after the gate that it names
+    if gate and own.startswith(gate):  # the reason names the gate itself, and may say more
         gate = ""
     return "; ".join(dict.fromkeys(part for part in (gate, own.rstrip(".") if gate else own) if part))
 
@@ -61,13 +63,13 @@ def rows(measurements: Iterable[Measurement]) -> list[dict[str, str]]:
 
 
 def groups(measurements: Sequence[Measurement]) -> list[tuple[str, list[dict[str, str]]]]:
-    """Return the rows of each of the four dimensions, in order; a dimension with nothing has an empty list."""
+    """Return (dimension, rows) for each of the four dimensions, in order; without measurements the list is empty."""
     lines = rows(measurements)
     return [(name, [item for item in lines if item["dimension"] == name]) for name in DIMENSIONS]
 
 
 def markdown(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table; bars and what would open a tag of HTML are escaped in its cells."""
+    """Return a Markdown table; vertical bars and starts of HTML tags are escaped in its cells."""
     cells = [[untagged(str(cell)).replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
     table = [[untagged(str(column)) for column in columns], ["---"] * len(columns), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in table)

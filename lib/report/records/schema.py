@@ -1,8 +1,8 @@
 """The published JSON Schema of records and result files, `schemas/results.schema.json`, and validation against it.
 
-`python -m lib.report.records.schema` writes the file again from the record's definition and what stands here; a test
-holds that it is up to date. Knows no numbers: what they must be is `lib.report.records.checks.lint`'s and
-`lib.report.analysis.acceptance`'s business.
+`python -m lib.report.records.schema` regenerates the file from the record's definition and this module; a test checks
+that it is up to date. Describes structure only: the numbers are checked by `lib.report.records.checks.lint` and
+`lib.report.analysis.acceptance`.
 """
 
 import json
@@ -18,7 +18,7 @@ from lib.report.records.record import Record
 
 PATH = Path(__file__).resolve().parent / "schemas" / "results.schema.json"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-VERSION = 3  # of the result files, whose records are of `lib.report.records.record.SCHEMA`
+VERSION = 3  # of the result files; their records have the version `lib.report.records.record.SCHEMA`
 KINDS = ("comprehensive", "enhanced", "all", "complete")
 TEXT, NUMBER, COUNT = {"type": "string"}, {"type": "number"}, {"type": "integer", "minimum": 0}
 PROVENANCE = {"enum": ["measured", "derived", "estimated"]}
@@ -106,7 +106,7 @@ def document() -> dict[str, Any]:
 
 
 def text() -> str:
-    """Return the schema as the file holds it."""
+    """Return the text of the schema file."""
     return json.dumps(document(), indent=1, ensure_ascii=False) + "\n"
 
 
@@ -121,7 +121,7 @@ def _validator(name: str) -> Any:
 
 @cache
 def _quick(name: str) -> Callable[[Any], Any]:
-    """Return the same schema compiled, an order of magnitude quicker, which only says whether something is wrong."""
+    """Return the schema as a compiled validator: ten times faster, but it reports only the first fault, by raising."""
     import fastjsonschema
 
     published = json.loads(PATH.read_text(encoding="utf-8"))
@@ -130,7 +130,7 @@ def _quick(name: str) -> Callable[[Any], Any]:
 
 
 def _as_draft_7(schema: Any) -> Any:
-    """Return a schema as its dialect was before: there, a list with a schema for each place is called `items`."""
+    """Return a schema in the dialect of draft 7, which calls a list with one schema per position `items`."""
     if isinstance(schema, list):
         return [_as_draft_7(item) for item in schema]
     if not isinstance(schema, Mapping):
@@ -150,7 +150,7 @@ def _is_sound(name: str, content: Any) -> bool:
 
 
 def faults(content: Any, most: int = 5) -> list[str]:
-    """Return what is wrong with a record or a result file as plain JSON, a line each with its place; at most `most`."""
+    """Return the faults of a record or result file given as plain JSON: a line with the place each, at most `most`."""
     name = content.get("kind", "Record") if isinstance(content, Mapping) else "Record"
     if name not in ("Record", *KINDS):
         return [f"kind {name!r} is none of {', '.join(KINDS)}"]

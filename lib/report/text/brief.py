@@ -1,8 +1,7 @@
-"""A measurement in as few words as a reader in a hurry needs, in one notation: "prefill 19 % faster", "answers
-unchanged", "weights 26 % smaller".
+"""Short phrases for a measurement, in one notation: "prefill 19 % faster", "answers unchanged", "weights 26 % smaller".
 
-A change is that of the metric itself, in per cent of the baseline or in points of a score, never a reciprocal. A number
-that is not judged claims no direction. Knows no record and no page.
+A change is that of the metric itself, in percent of the baseline or in points of a score, never of its reciprocal. A
+number without a verdict is shown without a direction. Independent of records and pages.
 """
 
 import re
@@ -15,22 +14,22 @@ from lib.report.text.quantities import quantity, share
 from lib.report.text.wording import words
 
 MOST_WORDS = 25
-CLAUSE = 6  # words: a cut text may lose so many more where it then ends with a clause
-WORD = re.compile(r"[^\W_]\S*")  # a sign alone, such as "%" or "×", is no word
+CLAUSE = 6  # words that a cut text may lose in addition, if it then ends with a clause
+WORD = re.compile(r"[^\W_]\S*")  # a sign alone, such as "%" or "×", is not a word
 SENTENCE_END = re.compile(r"(?<=[.!?…])\s+(?=[A-Z])")
 CALLED = ("better", "worse", "not_maintained")
 OPEN = {"inconclusive": "undecided", "informative": "not judged", "unavailable": "not measured", "invalid": "invalid"}
 
 
 def phrase(measurement: Measurement) -> str:
-    """Return what is said of a measurement: its name, and by how much it changed or that this cannot be told."""
+    """Return a measurement as a phrase: its name, and by how much it changed or why no change is claimed."""
     if sentence.same_answers(measurement):
         return _unchanged_answers(measurement)
     return f"{sentence.subject(measurement)} {outcome(measurement)}"
 
 
 def outcome(measurement: Measurement) -> str:
-    """Return a phrase without its name: `19 % faster`, `unchanged`, `undecided`."""
+    """Return the phrase of a measurement without its name: `19 % faster`, `unchanged`, `undecided`."""
     if sentence.same_answers(measurement):
         return "unchanged"
     if measurement.verdict in CALLED and (changed := change(measurement)):
@@ -41,7 +40,7 @@ def outcome(measurement: Measurement) -> str:
 
 
 def value(measurement: Measurement) -> str:
-    """Return what a table shows of a measurement: the change in words where it was called, with its sign where not."""
+    """Return a measurement as a table cell: the change in words if its verdict names one, else as a signed number."""
     if sentence.same_answers(measurement):
         return _unchanged_answers(measurement)
     if measurement.verdict in CALLED and (changed := change(measurement)):
@@ -54,14 +53,14 @@ def value(measurement: Measurement) -> str:
 
 
 def _unchanged_answers(measurement: Measurement) -> str:
-    """Return that no answer changed; where the items were too few to conclude anything from that, of how many."""
+    """Return `answers unchanged`, with the number of items where these were too few for a conclusion."""
     few = measurement.verdict == "inconclusive" and measurement.n
     return f"{measurement.n} answers unchanged" if few else "answers unchanged"
 
 
 def change(measurement: Measurement) -> str:
-    """Return by how much the metric itself changed, in words: `19 % faster`, `4.1 points lower`; empty where nothing
-    can be compared.
+    """Return the change of the metric itself in words: `19 % faster`, `4.1 points lower`; empty where there is nothing
+    to compare.
     """
     known = sentence.change(measurement)
     if known is None:
@@ -74,7 +73,7 @@ def change(measurement: Measurement) -> str:
 
 
 def _direction(measurement: Measurement) -> tuple[str, str]:
-    """Return what a fall and a rise of a metric are called."""
+    """Return the words for a decrease and an increase of a metric, such as `lower` and `higher`."""
     if measurement.dimension == "performance":
         better, worse = sentence.comparatives(measurement)
         return (worse, better) if measurement.higher_is_better else (better, worse)
@@ -84,9 +83,9 @@ def _direction(measurement: Measurement) -> tuple[str, str]:
 
 
 def number(measurement: Measurement) -> str:
-    """Return the change with its sign: `+19 %`, `−0.4 points`; empty where nothing can be compared.
+    """Return the change as a signed number: `+19 %`, `−0.4 points`; empty where there is nothing to compare.
 
-    A change of nothing is called `unchanged` only where that was judged: an open one of 0 is a number like any other.
+    A change of 0 is `unchanged` only where the verdict says so; without a verdict it is a number like any other.
     """
     known = sentence.change(measurement)
     if known is None:
@@ -97,14 +96,14 @@ def number(measurement: Measurement) -> str:
     if unit != "%":
         return f"{signed(value)} {unit}"
     size = share(abs(value) / 100)
-    if not float(size.removesuffix(" %")):  # nothing that its digits show: no direction
+    if not float(size.removesuffix(" %")):  # rounds to 0: no direction
         return "0 %"
     return f"{'+' if value > 0 else MINUS}{size}"
 
 
 def spread(measurement: Measurement) -> str:
-    """Return what a change is known by: the interval of the change, or of a score its bound, with its unit; empty where
-    there is neither.
+    """Return the uncertainty of a change with its unit: a score's bound, else the interval; empty where there is
+    neither.
     """
     if measurement.dimension == "accuracy" and measurement.bound is not None:
         bound = next(iter(sentence.score(measurement)[1]), "")
@@ -118,7 +117,7 @@ def spread(measurement: Measurement) -> str:
 
 
 def count(text: str) -> int:
-    """Return how many words a text has; numbers count, signs that stand alone do not."""
+    """Return the number of words in a text; numbers count, isolated signs do not."""
     return len(WORD.findall(text))
 
 
@@ -128,7 +127,7 @@ def split(text: str) -> list[str]:
 
 
 def clipped(text: str, most: int = MOST_WORDS) -> str:
-    """Return a text of at most so many words, cut with an ellipsis: at the end of a clause where one ends nearby."""
+    """Return `text` cut to at most `most` words, with an ellipsis; at the end of a clause if one is near."""
     ends = [match.end() for match in WORD.finditer(text)]
     if len(ends) <= most:
         return text
@@ -140,7 +139,9 @@ def clipped(text: str, most: int = MOST_WORDS) -> str:
 
 
 def joined(phrases: Iterable[str], opening: str = "") -> str:
-    """Return phrases as sentences of at most MOST_WORDS words, the first opened by `opening`, others by "And" then."""
+    """Return phrases joined to sentences of at most MOST_WORDS words; `opening`, if any, starts the first sentence and
+    "And" the others.
+    """
     sentences: list[list[str]] = []
     for text in phrases:
         room = MOST_WORDS - count(opening)

@@ -1,5 +1,5 @@
-"""The commands that a page or a message names lead to the results that it is about: `--out DIR` where these do not lie
-in the usual folder, `executed` of the project. Knows no command.
+"""Adds `--out DIR` to a command shown on a page or in a message when the results it refers to are not in the default
+folder, the project's `executed`. Works for any command.
 """
 
 import shlex
@@ -11,8 +11,8 @@ SCALES = ("proxy", "slice", "full")
 
 
 def out_of(folder: Path | None) -> str | None:
-    """Return the DIR of `--out DIR` for the results in `folder`, which is DIR/<scale>, as it is seen from the project's
-    folder; None where that is the usual one, and where no DIR leads there.
+    """Return the DIR of `--out DIR` for the results in `folder` (DIR/<scale>), relative to the project's folder if it
+    lies inside; None where DIR is the default, or `folder` is not named after a scale.
     """
     if folder is None or (where := Path(folder).resolve()).name not in SCALES or where.parent == USUAL:
         return None
@@ -20,10 +20,10 @@ def out_of(folder: Path | None) -> str | None:
 
 
 def leading_to(command: str | None, out: str | None, option: str = "--out") -> str | None:
-    """Return a command with the option that names where the results are; as it is where `out` is None or empty."""
+    """Return `command` with `option` set to the folder `out`; unchanged where `out` is None or empty."""
     return f"{command} {option} {shlex.quote(out)}" if command and out else command
 
 
 def at(command: str, folder: Path | None) -> str:
-    """Return a command that leads to the results in `folder`."""
+    """Return `command` with the options that make it use the results in `folder`."""
     return leading_to(command, out_of(folder)) or command

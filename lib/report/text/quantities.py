@@ -1,6 +1,6 @@
-"""Numbers as a reader wants them: three figures, a unit, a true minus sign. Knows no metric and no verdict.
+"""Numbers formatted for readers: three significant figures, a unit, a true minus sign. Knows no metric and no verdict.
 
-Numbers with an interval are `lib.measure.metrics.digits`'s.
+Numbers with an interval are formatted by `lib.measure.metrics.digits`.
 """
 
 import math
@@ -57,7 +57,7 @@ def quantity(value: float | None, unit: str = "") -> str:
 
 
 def times(ratio: float | None) -> str:
-    """Return `1.31×`, with three decimals where the ratio is within 2 % of one."""
+    """Return a ratio as `1.31×`, with three decimals where it is within 2 % of 1."""
     if ratio is None:
         return DASH
     if ratio >= 100:
@@ -93,7 +93,7 @@ def duration(seconds: float | None) -> str:
 
 
 def about(seconds: float | None) -> str:
-    """Return an estimate of a time: `about 4 min`, `about 2.5 h`; empty where nothing is known."""
+    """Return an estimated duration: `about 4 min`, `about 2.5 h`; empty where it is unknown."""
     if seconds is None:
         return ""
     return f"about {max(round(seconds / 60), 1)} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"

@@ -1,7 +1,8 @@
 """Two sentences on how to read a figure, computed from the numbers that it shows.
 
-The first says what the figure shows of this run, the second what follows, or what does not. Each takes the tidy frame
-that the figure was drawn from. Knows no optimization; what only one of them draws is read in its `experiment.py`.
+The first sentence says what the figure shows for this run, the second what follows from it, or what does not. Each
+function takes the tidy frame that the figure was drawn from. Knows no optimization: a figure that only one of them
+draws is explained in its `experiment.py`.
 """
 
 import math
@@ -17,14 +18,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 END = re.compile(r"""[.!?]["”’)\]]*(?=\s|$)""")
-ALIKE = 0.01  # of a strength: two arms that differ by less have the same
+ALIKE = 0.01  # relative: strengths that differ by less count as equal
 ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|vs|cf|ca|al|approx|incl|resp|Fig|Eq|No)\.$")
 
 
 def two(first: str, second: str) -> str:
     """Return two sentences as one text. Raises ValueError unless each of them is exactly one sentence.
 
-    A decimal point (`1.31×`) and the full stop of an abbreviation (`e.g.`) end no sentence.
+    A decimal point (`1.31×`) and the full stop of an abbreviation (`e.g.`) do not end a sentence.
     """
     for text in (first, second):
         ends = [end for end in END.finditer(text) if not _abbreviated(text, end)]
@@ -39,15 +40,15 @@ def _abbreviated(text: str, end: re.Match) -> bool:
 
 
 def forest(frame: "pd.DataFrame") -> str:
-    """Return how to read `style.forest` of a record's tidy frame: how many ratios say anything, and which the most."""
+    """Return how to read `style.forest` of a record's tidy frame: how many ratios show an effect, and the largest."""
     shown = frame[frame["gain"].notna()]
     if not len(shown):
-        return two("No ratio could be shown.", "The reasons stand in the table of sources.")
+        return two("No ratio could be shown.", "The table of sources gives the reasons.")
     judged = shown[shown["verdict"].isin(["better", "worse", "not_maintained"])]
     differ = "differs" if len(judged) == 1 else "differ"
     first = f"{len(judged)} of {counted(len(shown), 'ratio')} {differ} from 1 by more than the noise and the margin."
     if not len(judged):
-        return two(first, "An interval that crosses the line shows neither an effect nor that there is none.")
+        return two(first, "An interval that crosses the line shows neither an effect nor its absence.")
     largest = judged.iloc[int(judged["gain"].astype(float).map(_factor).argmax())]
     known = largest.gain_low == largest.gain_low  # not NaN
     shown, ends = ratio(largest.gain, *((largest.gain_low, largest.gain_high) if known else (None, None)))
@@ -56,35 +57,35 @@ def forest(frame: "pd.DataFrame") -> str:
 
 
 def _factor(gain: float) -> float:
-    """Return by which factor something changed, in either direction."""
+    """Return the factor of a change in either direction, at least 1."""
     return max(gain, 1 / gain) if gain > 0 else math.inf
 
 
 def bound(frame: "pd.DataFrame") -> str:
-    """Return how to read `style.bound` (columns `workload`, `arm`, `time`, `bound`): how far from physics each is."""
+    """Return how to read `style.bound` (columns `workload`, `arm`, `time`, `bound`): times against physical bounds."""
     known = frame[frame["time"].notna() & frame["bound"].notna()]
     factors = known["time"].astype(float) / known["bound"].astype(float)
     if not len(factors):
-        return two("No bound could be computed.", "So what the machine would allow is not known.")
+        return two("No bound could be computed.", "So it is unknown how fast this machine could be.")
     far, near = known.iloc[int(factors.argmax())], known.iloc[int(factors.argmin())]
     first = f"The {near.arm} arm of {near.workload} takes {times(factors.min())} as long as its physical bound"
     if len(factors) > 1:
         first += f", the {far.arm} arm of {far.workload} {times(factors.max())}"
     return two(
-        f"{first}.", "Far above its bound a workload waits for something else, and fewer operations may not save time."
+        f"{first}.", "A workload far above its bound is limited by something else: fewer operations may not save time."
     )
 
 
 def controls(frame: "pd.DataFrame", chosen: str, others: str = "the others") -> str:
     """Return how to read `style.bars` of controls (columns `arm`, `value`, `low`, `high`; lower is better).
 
-    `chosen` is the arm that the claim is about: it is compared with the best of the other rows of `frame`, which
-    `others` calls by what they have in common.
+    `chosen` is the arm that the claim is about; it is compared with the best of the other rows of `frame`. `others` is
+    the collective name of those rows in the text.
     """
     numbers = frame.astype({"value": float, "low": float, "high": float})
     chosen_rows, rivals = numbers[numbers["arm"] == chosen], numbers[numbers["arm"] != chosen]
     if not len(chosen_rows) or not len(rivals):
-        return two(f"There is nothing to compare {chosen} with.", "Without a control no choice is shown to matter.")
+        return two(f"There is nothing to compare {chosen} with.", "Without a control no effect of the choice is shown.")
     own, best = chosen_rows.iloc[0], rivals.iloc[int(rivals["value"].argmin())]
     reached = f"{chosen} reaches {figures(own.value)}, the best of {others} ({best.arm}) {figures(best.value)}"
     first = f"{reached}; lower is better."
@@ -99,19 +100,20 @@ def controls(frame: "pd.DataFrame", chosen: str, others: str = "the others") -> 
 
 def curves(frame: "pd.DataFrame", x: str, *, lower_is_better: bool = True, strongest: str = "largest") -> str:
     """Return how to read `style.impact` (columns `strength`, `value`, `arm`, and `low`, `high` where known): which arm
-    is best at the strongest setting that all of them have, and whether it is told apart from the next.
+    is best at the strongest setting shared by all arms, and whether its interval excludes the second best.
 
-    `x` is the label of the axis of strengths; `strongest` says which end of it changes the model most.
+    `x` is the label of the strength axis; `strongest` is the end of it (`largest` or `smallest`) that changes the
+    model most.
     """
     if not len(frame):
         return two("There is no curve to show.", "No effect of the setting was recorded, so none is claimed.")
     ordered = frame.sort_values("strength")
     arms = ordered["arm"].unique()
     if len(arms) == 1:
-        return two(_course(ordered, x), "It is the only curve, so it is compared with nothing.")
+        return two(_course(ordered, x), "It is the only curve, so there is nothing to compare it with.")
     known = [at for at in ordered["strength"] if all(len(_near(ordered, arm, at)) for arm in arms)]
     if not known:
-        return two("The curves have no point in common.", "So none of them is said to be better.")
+        return two("The curves have no point in common.", "So none of them can be called better.")
     at = max(known) if strongest == "largest" else min(known)
     points = [_near(ordered, arm, at).iloc[-1] for arm in arms]
     best, *others = sorted(points, key=lambda point: point.value if lower_is_better else -point.value)
@@ -125,10 +127,10 @@ def curves(frame: "pd.DataFrame", x: str, *, lower_is_better: bool = True, stron
 
 
 def _ranked(setting: str, strongest: str, first: str, following: "pd.Series", rest: Sequence["pd.Series"]) -> str:
-    """Return a sentence on the best curve (`first`), the next and the worst at a setting. What would make it longer
-    than MOST_WORDS is left out: the worst first, then that this is the strongest setting which all have.
+    """Return a sentence on the best curve (`first`), the second best and the worst at a setting. To keep it within
+    MOST_WORDS words, it leaves out the worst curve first, then the remark that all arms share this setting.
     """
-    why = f", the {strongest} that all have,"
+    why = f", the {strongest} shared by all,"
     second = f"{following.arm} next with {figures(following.value)}"
     texts = [f"{setting}{why} {first} and {second}.", f"{setting} {first} and {second}."]
     if rest:
@@ -138,7 +140,7 @@ def _ranked(setting: str, strongest: str, first: str, following: "pd.Series", re
 
 
 def _same(point: "pd.Series", other: "pd.Series") -> bool:
-    """Return whether two points are one measurement: equal in number and interval, such as what was timed once."""
+    """Return whether two points are the same measurement: equal in value and interval, as when it was timed once."""
     return all(point.get(name) is not None and point.get(name) == other.get(name) for name in ("value", "low", "high"))
 
 
@@ -154,7 +156,7 @@ def _course(curve: "pd.DataFrame", x: str) -> str:
 
 
 def _near(frame: "pd.DataFrame", arm: str, strength: float) -> "pd.DataFrame":
-    """Return the points of an arm at a strength, or so near that no reader would tell them apart."""
+    """Return the points of an arm at a strength, or within the relative distance ALIKE of it."""
     return frame[(frame["arm"] == arm) & ((frame["strength"] - strength).abs() <= ALIKE * abs(strength))]
 
 
@@ -171,5 +173,5 @@ def _told_apart(best: "pd.Series", following: "pd.Series") -> str:
 
 
 def _figures(value: float) -> str:
-    """Return a setting with three figures, a whole number in full."""
+    """Return a setting as text: a whole number in full, any other with three significant figures."""
     return figures(int(value) if float(value).is_integer() else float(value))

@@ -1,6 +1,7 @@
-"""The parts of what is said of a measurement: its subject, its change with interval or bound, and why it is open.
+"""The parts of a sentence on a measurement: its subject, its change with interval or bound, and why it is undecided.
 
-Digits follow the interval. `lib.report.text.brief` makes phrases of them. Knows no record and no dimension's verdict.
+The interval's width sets the number of digits. `lib.report.text.brief` makes phrases of these parts. Independent of
+records and of the verdicts of dimensions.
 """
 
 import math
@@ -13,7 +14,7 @@ from lib.measure.quality.noninferiority import SAME
 from lib.report.text.quantities import figures, times
 from lib.report.text.wording import label, one_line
 
-# How a change is put into words: a rate of requests is higher, a time is shorter, anything else is faster.
+# Comparatives: a request rate is higher, a time is shorter, everything else is faster.
 NO_REASON = "no reason was recorded"
 COUNTED_PER_SECOND = ("goodput_requests_per_second", "requests_per_second", "goodput_share")
 SUBJECTS = {
@@ -32,12 +33,12 @@ SUBJECTS = {
 
 
 def subject(measurement: Measurement) -> str:
-    """Return what a sentence is about: `prefill` for a rate, the label otherwise."""
+    """Return the subject of a sentence on a measurement: `prefill` for a rate, the metric's label otherwise."""
     return SUBJECTS.get(measurement.metric, label(measurement.metric))
 
 
 def ends(measurement: Measurement) -> tuple[float | None, float | None]:
-    """Return the ends of a measurement's interval, as ratios; of a score no further than a score can lie, in [0, 1]."""
+    """Return the ends of a measurement's interval, as ratios; a score's are clipped to the scores possible, [0, 1]."""
     low, high = measurement.ci or (None, None)
     if low is None or high is None or measurement.dimension != "accuracy" or measurement.unit != "share":
         return low, high
@@ -45,7 +46,7 @@ def ends(measurement: Measurement) -> tuple[float | None, float | None]:
 
 
 def gain(measurement: Measurement) -> tuple[float | None, float | None, float | None]:
-    """Return ratio and interval turned so that above 1 is better; None where there is no ratio."""
+    """Return ratio and interval, inverted where lower is better: above 1 is better. None where there is no ratio."""
     if not measurement.ratio or measurement.ratio < 0:
         return None, None, None
     low, high = ends(measurement)
@@ -55,16 +56,16 @@ def gain(measurement: Measurement) -> tuple[float | None, float | None, float | 
 
 
 def change(measurement: Measurement) -> tuple[float, float | None, float | None, str] | None:
-    """Return the change against the baseline with its interval, and its unit: points for a share, else per cent.
+    """Return the change against the baseline, its interval and its unit: points for a share, else percent.
 
-    None where nothing can be compared.
+    None where there is nothing to compare.
     """
     base, value = measurement.baseline, measurement.optimized
     low, high = ends(measurement)
     if measurement.dimension == "accuracy" and measurement.unit == "share" and base is not None and value is not None:
         if low is None or high is None:
             return 100 * (value - base), None, None, "points"
-        # Without a baseline above zero the interval is of the optimized arm itself.
+        # With a baseline of zero the interval is that of the optimized arm itself.
         low, high = ((end - 1) * base if base else end for end in (low, high))
         return 100 * (value - base), 100 * low, 100 * high, "points"
     if measurement.ratio is None:
@@ -75,17 +76,17 @@ def change(measurement: Measurement) -> tuple[float, float | None, float | None,
 
 
 def same_answers(measurement: Measurement) -> bool:
-    """Whether a score is of two arms that gave the same answers to every item; not where the optimization never acted:
-    then it has no part in that.
+    """Return whether both arms gave the same answer to every item of a score; False where the optimization never
+    acted, because then the agreement shows nothing.
     """
     acted = measurement.verdict != "not_exercised"
     return acted and measurement.dimension == "accuracy" and measurement.source.startswith(SAME)
 
 
 def why(measurement: Measurement) -> str:
-    """Return why a measurement is inconclusive, not judged or missing; empty where it is neither.
+    """Return why a measurement is inconclusive, not judged or missing; empty where it is none of these.
 
-    Of an inconclusive effect that is: which gate held (interval, floor or margin), unless its own reason says more.
+    For an inconclusive effect: the gate it did not pass (interval, floor or margin), unless its own reason says more.
     """
     if measurement.verdict in ("better", "worse", "equivalent", "maintained", "not_maintained"):
         return ""
@@ -102,7 +103,7 @@ def why(measurement: Measurement) -> str:
     ruling = None if measurement.disturbed else judge_again(measurement)
     if ruling is not None and ruling.verdict == "inconclusive":
         return clipped(ruling.reason)
-    return clipped(measurement.reason)  # of quality, or from outside: a busy machine, the set it stands in
+    return clipped(measurement.reason)  # a score, or an outside cause: a busy machine, correction over the set
 
 
 def clipped(text: str | None) -> str:
@@ -111,7 +112,7 @@ def clipped(text: str | None) -> str:
 
 
 def ratio(value: float | None, low: float | None, high: float | None) -> tuple[str, str]:
-    """Return a ratio as `1.31×`, and its interval; the digits are those that the interval deserves."""
+    """Return a ratio as `1.31×`, and its interval, both with as many digits as the interval's width supports."""
     if value is None:
         return times(None), ""
     text, ends = with_ends(value, low, high)
@@ -119,14 +120,14 @@ def ratio(value: float | None, low: float | None, high: float | None) -> tuple[s
 
 
 def comparatives(measurement: Measurement) -> tuple[str, str]:
-    """Return what a better and a worse value of a metric of speed are called."""
+    """Return the comparatives for a better and a worse value of a speed metric, such as `faster` and `slower`."""
     if measurement.metric in COUNTED_PER_SECOND:
         return "higher", "lower"
     return ("shorter", "longer") if measurement.unit in ("ms", "s") else ("faster", "slower")
 
 
 def score(measurement: Measurement) -> tuple[str, list[str]]:
-    """Return the change of a score as text, and what it is judged by: bound and margin, or else its interval."""
+    """Return the change of a score as text, and the basis of its verdict: bound and margin, or interval and margin."""
     known = change(measurement)
     if known is None:
         return (figures(measurement.optimized) if measurement.optimized is not None else "", [])
@@ -154,6 +155,6 @@ def _bound(measurement: Measurement, digits: int) -> list[str]:
 
 
 def _margin(measurement: Measurement) -> list[str]:
-    """Return the margin in words: the measurement's own, since a run may set one that is not in the list."""
+    """Return the measurement's own margin in words: a run may set one that differs from the catalogue's."""
     sign = "" if measurement.unit == "share" else " %"
     return [] if measurement.margin is None else [f"margin {100 * measurement.margin:g}{sign}"]

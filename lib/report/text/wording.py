@@ -1,6 +1,6 @@
-"""Names and signs as a reader sees them: titles of stems, labels of metrics, words and signs of verdicts.
+"""Names and signs shown to readers: titles of stems, labels of metrics, words and signs of verdicts.
 
-Derived from the names themselves wherever that reads well, so that a new optimization or metric needs no entry. Knows
+Derived from the identifiers wherever the result reads well, so that a new optimization or metric needs no entry. Knows
 no HTML and no numbers.
 """
 
@@ -90,7 +90,7 @@ def title(stem: str) -> str:
 
 
 def model_title(stem: str) -> str:
-    """Return a model's stem as its name is written: `qwen3-coder-30b` → `Qwen3-Coder-30B`."""
+    """Return a model's stem in its usual spelling: `qwen3-coder-30b` → `Qwen3-Coder-30B`."""
     words = [
         _SPELLED.get(word) or (word.upper() if word[:1].isdigit() else word.capitalize()) for word in stem.split("-")
     ]
@@ -98,7 +98,7 @@ def model_title(stem: str) -> str:
 
 
 def label(metric: str) -> str:
-    """Return a metric's name for a table, without its unit."""
+    """Return a metric's label for tables, without its unit."""
     if metric in _LABELS:
         return _LABELS[metric]
     text = metric
@@ -118,7 +118,7 @@ def signed(verdict: str) -> str:
 
 
 def untagged(text: str) -> str:
-    """Return text for Markdown in which nothing opens a tag of HTML: a model may be called anything."""
+    """Return `text` for Markdown with every start of an HTML tag escaped: a model may have any name."""
     return re.sub(r"<(?=[A-Za-z/!?])", r"\\<", text)
 
 

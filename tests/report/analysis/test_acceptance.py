@@ -90,11 +90,11 @@ DAMAGE = {
         lambda c: c.update(dimensions=["performance"]),
         "several metrics in each of the four dimensions", "partial: measured for performance only",
     ),
-    "no before": (_no_before, "a before and an after in each dimension", "efficiency: no metric"),
+    "no before": (_no_before, "values before and after in each dimension", "efficiency: no metric"),
     "another effort": (lambda c: c.update(effort="thorough"), "comparable across models", "effort thorough, but quick"),
     "another scale": (lambda c: c.update(scale="slice"), "comparable across models", "scale slice"),
     "a metric that only the others have": (
-        _drop("decode_tokens_per_second"), "comparable across models", "without metrics that other models have: decode",
+        _drop("decode_tokens_per_second"), "comparable across models", "lacks metrics that other models have: decode",
     ),
     "slower": (
         _both("prefill_tokens_per_second", "performance", "worse", "worse", ratio=0.8, ci=[0.78, 0.82]),
@@ -128,10 +128,10 @@ DAMAGE = {
     ),
     "better, with an interval that holds no change": (
         _set("prefill_tokens_per_second", ci=[0.9, 1.4]), "verdicts follow from the numbers",
-        "stored as better, its fields make it inconclusive",
+        "stored as better, but its fields give inconclusive",
     ),
     "an interval upside down": (
-        _set("prefill_tokens_per_second", ci=[1.3, 1.1]), "verdicts follow from the numbers", "upside down",
+        _set("prefill_tokens_per_second", ci=[1.3, 1.1]), "verdicts follow from the numbers", "is reversed",
     ),
     "a ratio of other values": (
         _set("weights_bytes", ratio=0.5), "verdicts follow from the numbers", "the two values give 0.72",
@@ -141,7 +141,7 @@ DAMAGE = {
     ),
     "maintained beyond the margin": (
         _set("f1_macro", bound=-0.05), "verdicts follow from the numbers",
-        "stored as maintained, its fields make it inconclusive",
+        "stored as maintained, but its fields give inconclusive",
     ),
     "another carrier than the numbers say": (
         lambda c: c["verdict"]["carried_by"]["accuracy"].update(metric="retrieval_exact_match", workload="generate"),
@@ -212,7 +212,7 @@ def test_a_model_and_an_optimization_that_are_gone(folder):
     for path in [*folder.glob(f"*--{samples.MODELS[3]}.json"), *folder.glob(f"{FEW[0]}--*.json")]:
         path.unlink(missing_ok=True)
     short = _short(folder)
-    assert short["all 4 models are there"] == [(samples.MODELS[3], "no record with a result")]
+    assert short["all 4 models are present"] == [(samples.MODELS[3], "no record with a result")]
     assert (FEW[0], "measured on no model") in short[f"all {len(FEW)} optimizations are measured"]
 
 

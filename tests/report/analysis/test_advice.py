@@ -70,7 +70,7 @@ def test_quality_that_was_lost_decides_where_nothing_serves_the_goal():
     run = samples.whole("structured_pruning", MODEL, lost=0.3)
     without = [m for m in run.measurements if m.metric not in advice.GOALS["throughput"]]
     row = advised(run.model_copy(update={"measurements": without}), "throughput")
-    assert row.decision == "do not use" and "more than may be lost" in row.reason and row.evidence is None
+    assert row.decision == "do not use" and "more than allowed" in row.reason and row.evidence is None
 
 
 def test_a_declared_speed_that_was_not_measured_is_said():
@@ -83,9 +83,7 @@ def test_a_declared_speed_that_was_not_measured_is_said():
 
 def test_lost_quality_outweighs_every_gain_and_the_margin_is_the_users():
     lost = samples.whole("structured_pruning", MODEL, gain=2.0, lost=0.05)
-    assert (
-        advised(lost).decision == "do not use" and "F1 5.0 points lower, more than may be lost" in advised(lost).reason
-    )
+    assert advised(lost).decision == "do not use" and "F1 5.0 points lower, more than allowed" in advised(lost).reason
     assert advised(lost, keep=0.2).decision == "use"
     strict = advised(samples.whole("structured_pruning", MODEL, gain=2.0), keep=0.0001)
     assert strict.decision != "use"
@@ -160,7 +158,7 @@ def test_a_question_that_no_effort_answers_has_no_command(effort, optimized, dec
     asked = [open_score if m.metric == "f1_macro" else m for m in run.measurements]
     row = advised(run.model_copy(update={"measurements": asked, "effort": effort}))
     assert row.decision == "undecided" and (row.command is not None) == decides
-    assert row.reason.startswith("no effort asks enough items: F1: 400 items are too few") != decides
+    assert row.reason.startswith("no effort has enough items: F1: 400 items are too few") != decides
 
 
 @pytest.mark.parametrize(("effort", "decides"), [("standard", True), ("thorough", False)])
@@ -175,7 +173,7 @@ def test_a_speed_that_the_largest_effort_left_open_has_no_command(effort, decide
     ]
     row = advised(run.model_copy(update={"measurements": open_speed, "effort": effort}))
     assert row.decision == "undecided" and (row.command is not None) == decides
-    assert ("nothing asks for more than effort thorough" in row.reason) != decides
+    assert ("thorough is the largest effort" in row.reason) != decides
 
 
 def test_the_score_that_no_effort_decides_is_the_one_that_is_named():
@@ -184,7 +182,7 @@ def test_the_score_that_no_effort_decides_is_the_one_that_is_named():
     asked.append(samples.scored("f1_macro", 0.91, 0.897, "inconclusive", 0.02))
     asked.append(samples.scored("retrieval_exact_match", 0.91, 0.8902, "inconclusive", 0.02, "retrieval"))
     row = advised(run.model_copy(update={"measurements": asked}))
-    assert row.command is None and row.reason.startswith("no effort asks enough items: retrieval")
+    assert row.command is None and row.reason.startswith("no effort has enough items: retrieval")
 
 
 def test_estimated_energy_never_recommends():
@@ -210,7 +208,7 @@ def test_a_limit_that_nothing_was_measured_against_leaves_the_question_open():
     row = advised(run, "memory<=8GiB")
     assert row.decision == "undecided" and row.evidence.measurement.metric == "peak_tensor_bytes"
     assert row.command is None, "with more effort there is no child process either"
-    assert row.reason == "peak memory was not measured, so the limit cannot be held against it"
+    assert row.reason == "peak memory was not measured, so the limit cannot be checked"
 
 
 @pytest.mark.parametrize("text", ["speed", "latency<=3ms", "memory<=8stones", "memory>=8GiB", ""])
@@ -248,7 +246,7 @@ def test_commands_lead_to_the_folder_that_was_asked(tmp_path, capsys):
     command.advise(folder, [MODEL], ["latency"], 0.02, out=out)
     lines = capsys.readouterr().out.splitlines()
     decide = [line for line in lines if "to decide" in line]
-    have = [line for line in lines if "to have it" in line]
+    have = [line for line in lines if "to save it" in line]
     assert decide and all(line.endswith(f"--out '{out}'") for line in decide)
     assert have and all(line.endswith(f"--results '{out}'") for line in have)
     command.advise(folder, [MODEL], ["latency"], 0.02, as_json=True, out=out)
@@ -296,7 +294,7 @@ def test_the_command_says_it_in_words_and_in_json(tmp_path, capsys):
     text = capsys.readouterr().out
     assert f"{MODEL}, scale proxy" in text and "use: Structured pruning" in text
     assert "F1 (macro) maintained, " in text and "(lower bound " in text  # what the quality is known by
-    assert f"to have it: python build.py apply structured_pruning --model {MODEL} --effort quick" in text
+    assert f"to save it: python build.py apply structured_pruning --model {MODEL} --effort quick" in text
     assert "apply adaptive_sparse_attention" not in text  # no checkpoint holds how a model computes
     assert command.ALONE in text
     command.advise(tmp_path / "proxy", [MODEL], ["latency"], 0.02, as_json=True)
@@ -329,7 +327,7 @@ def test_a_stack_is_named_with_its_knobs_and_can_be_had_where_its_recipe_is(tmp_
     text = _told(folder, capsys)
     assert "use: AutoML components" in text
     assert "the stack: structured pruning (ratio 0.2) → tensor decomposition\n" in text
-    assert "to have it" not in text and command.ALONE not in text  # no recipe: nothing to apply
+    assert "to save it" not in text and command.ALONE not in text  # no recipe: nothing to apply
     recipe = folder / "stacks" / f"{MODEL}.yaml"
     recipe.parent.mkdir()
     recipe.write_text(json.dumps({"model": MODEL, "scale": "proxy", "stack": STACK}))  # JSON is YAML
@@ -397,7 +395,7 @@ def test_a_recipe_of_another_stack_or_none_is_not_offered(written, tmp_path, cap
     if written is not None:
         (folder / "stacks").mkdir()
         (folder / "stacks" / f"{MODEL}.yaml").write_text(written)
-    assert "to have it" not in _told(folder, capsys)
+    assert "to save it" not in _told(folder, capsys)
 
 
 def test_a_step_that_no_checkpoint_holds_is_not_offered(tmp_path, capsys):
@@ -406,7 +404,7 @@ def test_a_step_that_no_checkpoint_holds_is_not_offered(tmp_path, capsys):
     (folder / "stacks").mkdir()
     (folder / "stacks" / f"{MODEL}.yaml").write_text(json.dumps({"stack": steps}))
     text = _told(folder, capsys)
-    assert "→ adaptive sparse attention" in text and "to have it" not in text
+    assert "→ adaptive sparse attention" in text and "to save it" not in text
 
 
 def test_several_goals_of_one_name_are_told_apart_by_their_limits(tmp_path, capsys):
@@ -467,7 +465,7 @@ def test_an_open_perplexity_has_a_command_only_where_more_windows_would_tell(eff
     asked = [*run.measurements, score]
     row = advised(run.model_copy(update={"measurements": asked, "effort": effort}))
     assert row.decision == "undecided" and (row.command is not None) == decides
-    assert row.reason.startswith("no effort asks enough items: perplexity") != decides
+    assert row.reason.startswith("no effort has enough items: perplexity") != decides
 
 
 @pytest.mark.parametrize(("optimized", "decides"), [(0.901, False), (0.905, True)])
@@ -539,7 +537,7 @@ def test_a_score_that_decides_is_told_from_another_of_its_name(tmp_path, capsys)
     run = run.model_copy(update={"measurements": [*run.measurements, *scores]})
     row = advised(run)
     assert row.decision == "do not use"
-    assert row.reason == "perplexity 7.5 % higher (answers behind a long prompt), more than may be lost"
+    assert row.reason == "perplexity 7.5 % higher (answers behind a long prompt), more than allowed"
     record.write(run, tmp_path / f"{run.stem}.json")
     command.advise(tmp_path, [MODEL], ["latency"], 0.02)
     text = capsys.readouterr().out
@@ -560,10 +558,10 @@ def test_a_run_of_some_dimensions_leads_to_the_whole_one(monkeypatch):
     assert part.dimensions == ["performance"] and "--dimension performance" in reproduce.command(part)
     row = advised(part)
     assert row.decision == "undecided"
-    assert row.reason == "quality was not measured (the run was of performance only)"
+    assert row.reason == "quality was not measured (the run measured performance only)"
     assert "--effort quick" in row.command and "--dimension" not in row.command
     row = advised(part, "memory")
-    assert row.reason == "the run was of performance only, and nothing of it serves memory"
+    assert row.reason == "the run measured performance only, and nothing in it serves memory"
     assert "--effort quick" in row.command and "--dimension" not in row.command
     unsure = [m.model_copy(update={"verdict": "inconclusive"}) for m in part.measurements]
     row = advised(part.model_copy(update={"measurements": unsure, "seconds": 60.0}))

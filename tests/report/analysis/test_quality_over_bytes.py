@@ -49,7 +49,7 @@ def test_every_smaller_arm_with_both_numbers_is_a_point_and_a_yardstick_counts_o
 
 def test_what_another_point_beats_in_both_is_left_out_of_the_words(records):
     first, second = quality_over_bytes.read(quality_over_bytes.points(records))
-    assert first.startswith("2 of 4 points have no other that is smaller and nearer")
+    assert first.startswith("2 of 4 points lie on the Pareto front of bytes and divergence")
     assert second == "2 of them are weight-only quantization."
     assert quality_over_bytes.read(quality_over_bytes.points([]))[0].startswith("No record")
 

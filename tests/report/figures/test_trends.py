@@ -82,7 +82,7 @@ def test_of_many_models_the_first_are_drawn_and_that_is_said(dated):
     figure = trends.draw(many)
     assert len(figure.axes) == trends.MOST_MODELS * speed["metric"].nunique()
     assert style.png(figure).startswith(b"\x89PNG")
-    assert trends.words(many).endswith("Drawn are the first 6 of 9 models.") and "Drawn" not in trends.words(speed)
+    assert trends.words(many).endswith("Only the first 6 of 9 models are drawn.") and "drawn" not in trends.words(speed)
 
 
 def test_another_workload_is_not_compared(dated):

@@ -153,7 +153,7 @@ def test_runs_of_different_effort_are_told_apart(tmp_path):
     record.write(run, tmp_path / f"{run.stem}.json")
     text = index.write(tmp_path).read_text()
     assert "Runs of different effort: 1 at standard, 7 at quick" in text
-    assert "Trade-offs and ranks are of those at quick alone." in text
+    assert "Trade-offs and ranks use only those at quick." in text
     charts = BeautifulSoup(text, "html.parser").select("#trade-offs figure[data-model]")
     points = {chart["data-model"]: chart.svg.title.text.split(": ")[1].split(";")[0] for chart in charts}
     assert points == {model: "1 points" if model == run.model else "2 points" for model in samples.MODELS}

@@ -40,7 +40,7 @@ def test_a_control_that_is_the_baseline_itself_is_not_called_a_copy():
     same = [measurement.unjudged(m, reason) for m in control.measurements]
     run = run.model_copy(update={"controls": [control.model_copy(update={"measurements": same})]})
     rows = dict(summary.machine(run))
-    assert "Copy of the baseline" not in rows and "prefill" in rows["Baseline once more, no copy"]
+    assert "Copy of the baseline" not in rows and "prefill" in rows["Baseline again, no copy"]
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -196,7 +196,7 @@ def test_the_trade_off_holds_one_effort_and_says_which_number_is_which_run(folde
     assert view["legend"] == "1 Adaptive batch sizes, 2 Structured pruning" and view["own"] == "2"
     page, _ = html.render(None, run, (), folder)
     text = page.read_text()
-    assert "this run is 2." in text and f"when the page was made: {view['legend']}." in text
+    assert "this run is 2." in text and f"when this page was rendered: {view['legend']}." in text
 
 
 def test_random_weights_of_a_real_model_are_said_in_its_setting():

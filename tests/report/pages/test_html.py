@@ -206,9 +206,9 @@ def test_a_stack_is_named_on_the_first_screen(tmp_path):
     named = "structured pruning (ratio 0.2) → tensor decomposition"
     page, text = (path.read_text() for path in pages)
     assert 0 < page.index(named) < page.index('id="decisions"') and page.count(named) == 1
-    assert f"The stack that was measured: {named}." in text
+    assert f"The measured stack: {named}." in text
     page, text = (path.read_text() for path in html.render(None, run, (), tmp_path))
-    assert "→ tensor decomposition" not in page and "The stack that was measured" not in text
+    assert "→ tensor decomposition" not in page and "The measured stack" not in text
 
 
 def test_the_page_links_to_its_neighbours(rendered):

@@ -71,8 +71,8 @@ def test_other_weights_have_no_claim(options, differs, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "options", "why"),
     [
-        ({}, {"key": "sha256:other"}, "was made of other weights, options or code"),
-        ({}, {"key": "sha256:other", "random_weights": True}, "was made of other weights, options or code"),
+        ({}, {"key": "sha256:other"}, "was made with other weights, options or code"),
+        ({}, {"key": "sha256:other", "random_weights": True}, "was made with other weights, options or code"),
         ({"status": "failed", "reason": "out of memory"}, {}, "has no result"),
     ],
     ids=["other code", "random weights", "failed"],
@@ -80,7 +80,7 @@ def test_other_weights_have_no_claim(options, differs, tmp_path):
 def test_a_record_of_other_weights_options_or_code_has_no_claim(changes, options, why, tmp_path):
     run = measured("cd" * 32).model_copy(update=changes)
     text = card(tmp_path, run, **options)
-    assert why in text and "nothing is claimed of this checkpoint" in text
+    assert why in text and "nothing is claimed about this checkpoint" in text
     assert run.verdict.sentence not in text and "in the same way" not in text
     assert ("--effort quick --random-weights`" in text) == ("random_weights" in options)
 
@@ -121,7 +121,7 @@ def test_a_record_that_cannot_be_read_is_not_said_to_be_missing(tmp_path):
     (folder / f"structured_pruning--{MODEL}.json").write_text("{half")
     text = card(folder)
     assert "Nothing was measured yet" not in text and "not a record: not JSON" in text
-    assert "nothing is claimed of this checkpoint" in text
+    assert "nothing is claimed about this checkpoint" in text
     assert f"--effort quick --out {tmp_path / 'mine'}` measures it" in text  # where the next card looks for it
 
 

@@ -94,7 +94,7 @@ CURVES = pd.DataFrame(
 
 def test_curves_are_compared_where_all_of_them_have_a_point():
     assert reading.curves(CURVES, "bytes removed, %") == (
-        "At 40 (bytes removed, %), the largest that all have, pruned is best with 0.268, whitened next with 0.310 and "
+        "At 40 (bytes removed, %), the largest shared by all, pruned is best with 0.268, whitened next with 0.310 and "
         "plain last with 1.50. "
         "The intervals of pruned and whitened overlap, so this run does not tell these two apart."
     )
@@ -131,7 +131,7 @@ def test_the_end_of_the_axis_that_changes_most_may_be_the_smallest():
     rows = [(0.3547, 0.04, "found"), (0.749, 0.01, "found"), (0.3553, 0.07, "window"), (0.7488, 0.02, "window")]
     frame = pd.DataFrame(rows, columns=["strength", "value", "arm"])
     text = reading.curves(frame, "density", strongest="smallest")
-    assert "(density), the smallest that all have, found is best with 0.0400 and window next" in text
+    assert "(density), the smallest shared by all, found is best with 0.0400 and window next" in text
     apart = frame.assign(strength=[0.2, 0.4, 0.5, 0.9])
     assert "no point in common" in reading.curves(apart, "density")
 
@@ -140,7 +140,7 @@ def test_one_curve_is_told_by_its_ends():
     frame = pd.DataFrame([(1024, 1.1, "prefill"), (128, 1.3, "prefill")], columns=["strength", "value", "arm"])
     assert reading.curves(frame, "prompt, tokens") == (
         "The curve of prefill goes from 1.30 at 128 to 1.10 at 1024 (prompt, tokens). "
-        "It is the only curve, so it is compared with nothing."
+        "It is the only curve, so there is nothing to compare it with."
     )
     assert "is one point, 1.10 at 1024 (" in reading.curves(frame[:1], "prompt, tokens")
     assert "no curve" in reading.curves(frame[:0], "share")

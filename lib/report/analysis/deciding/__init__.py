@@ -1,1 +1,1 @@
-"""What a decision is made of: the goal and what serves it, and what the scores say of quality."""
+"""The inputs of a decision: the goal with its metrics, and whether the scores show that quality is kept."""

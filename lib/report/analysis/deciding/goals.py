@@ -1,13 +1,11 @@
-"""The goals that a user may have: which measurements serve one, and the limit in bytes that it may have. Knows no
-record.
-"""
+"""The goals that a user may have: the metrics that serve each, and an optional limit in bytes. Knows no record."""
 
 import re
 from dataclasses import dataclass
 
 from lib.errors import UserError, suggest
 
-# Goal → the metrics that serve it, the one that counts most first. A decision rests on the first one that is judged.
+# Goal → the metrics that serve it, the most important first. A decision rests on the first one that is judged.
 GOALS: dict[str, tuple[str, ...]] = {
     "latency": ("decode_tokens_per_second", "time_per_output_token_ms", "prefill_tokens_per_second",
                 "time_to_first_token_ms", "generate_tokens_per_second"),
@@ -18,7 +16,7 @@ GOALS: dict[str, tuple[str, ...]] = {
     "energy": ("energy_joules_per_token", "cpu_seconds_per_token"),
     "size": ("checkpoint_bytes", "parameters", "weights_bytes"),
 }  # fmt: skip
-# Goals that may have a limit, and of what.
+# Goals that may have a limit, and the metrics that it applies to.
 LIMITED = {"memory": ("peak_memory_bytes",), "size": ("checkpoint_bytes", "weights_bytes")}
 UNITS = {"": 1, "B": 1} | {f"{p}B": 1000**n for n, p in enumerate(("k", "M", "G", "T"), 1)}
 UNITS |= {f"{p}iB": 1024**n for n, p in enumerate(("K", "M", "G", "T"), 1)}
@@ -27,7 +25,7 @@ LIMIT = re.compile(r"(?P<name>[a-z]+)(?:<=(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[
 
 @dataclass(frozen=True)
 class Goal:
-    """What the user wants more of (or less), and the most bytes that it may take (None: no limit), as `written`."""
+    """What the user wants to improve, and the most bytes allowed (None: no limit), as `written` by the user."""
 
     name: str
     limit_bytes: float | None = None

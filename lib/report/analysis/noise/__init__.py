@@ -1,1 +1,1 @@
-"""What noise does to a whole result set: busy runs, variance between processes, false discoveries, flipped verdicts."""
+"""Noise in a whole result set: busy runs, variance between processes, false discoveries, flipped verdicts."""

@@ -1,4 +1,4 @@
-"""Which runs of a result folder were measured on a busy machine, and what was seen there."""
+"""Which runs of a result folder were measured on a busy machine, and the evidence."""
 
 from collections.abc import Iterable
 from contextlib import suppress
@@ -11,8 +11,8 @@ from lib.report.records.verdicts.in_words import PREVIEW
 
 
 def reasons(folder: Path, stems: Iterable[str]) -> dict[str, str]:
-    """Return stem → why nothing timed is judged; quiet, missing and damaged runs are left out, and previews, whose few
-    rounds scatter on any machine.
+    """Return stem → why its timings are not judged. Quiet, missing and damaged runs are left out, and so are previews,
+    whose few rounds are noisy on any machine.
     """
     reasons_by_stem = {}
     for stem in stems:

@@ -2,14 +2,14 @@
 
 Among many cells, some are called better or worse by chance. In each dimension the p-values of all primaries
 (`lib.measure.metrics.significance`) are corrected by Benjamini and Hochberg's procedure (1995, Controlling the false
-discovery rate), so that among the cells called in that dimension at most one in twenty is expected to be false. A cell
-whose q lies above that is shown as inconclusive, with that reason (a score that rose as maintained, which it is); the
-run's own record keeps its verdict.
+discovery rate), so that at most one in twenty of the cells called in that dimension is expected to be false. A cell
+with a larger q is shown as inconclusive, with that reason (a score that rose is shown as maintained); the run's own
+record keeps its verdict.
 
-Primaries without spread (counted, or equal answers) leave nothing to chance and are not part of a family. `maintained`
-and `equivalent` claim no difference: their error is held in each cell by the bound that they rest on. Cells that are
-not called (withheld on a busy machine, within margin or floor) are tests all the same, but no discoveries: they count
-with a p of 1, or a set of withheld effects would lend its significance to those that are called.
+Primaries without spread (counted, or equal answers) are free of chance and belong to no family. `maintained` and
+`equivalent` claim no difference: each cell's bound limits their error. Cells that are not called (withheld on a busy
+machine, within margin or floor) are tests, but not discoveries: they enter with p = 1; otherwise withheld effects would
+make the called ones more significant.
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ CALLS = ("better", "worse", "not_maintained")
 
 @dataclass(frozen=True)
 class Cell:
-    """A dimension of a run: its primary measurement, the verdict of its record, p and q (None: nothing left to chance),
-    the verdict within the set, and why that differs.
+    """A dimension of a run: its primary measurement, the verdict in its record (`recorded`), p and q (None: free of
+    chance), the verdict within the set (`word`), and the reason if the two differ.
     """
 
     optimization: str
@@ -60,9 +60,10 @@ def _family(records: Sequence[Record], dimension: str) -> list[Cell]:
         word = recorded = getattr(record.verdict, dimension)
         reason = None
         if q is not None and q > LEVEL and recorded in CALLS:
-            # What a score gained may be chance; its interval excludes every loss all the same.
+            # A score's gain may be chance, but its interval still excludes every loss.
             word = "maintained" if (dimension, recorded) == ("accuracy", "better") else "inconclusive"
-            reason = f"q {q:.2g} over the {len(tested)} primaries of {dimension}: not beyond chance among so many"
+            chance = "could be chance among this many tests"
+            reason = f"q {q:.2g} over the {len(tested)} primaries of {dimension}: {chance}"
         metric, workload = (carrier.metric, carrier.workload) if carrier else (None, None)
         about = record.optimization, record.model, dimension, metric, workload
         family.append(Cell(*about, recorded, p, q, word, reason))
@@ -88,11 +89,10 @@ def q_values(p_values: Sequence[float]) -> list[float]:
 
 
 def settled(records: Sequence[Record]) -> list[Record]:
-    """Return the records with the verdicts that hold within the set; those whose verdicts do not change are returned as
-    they are.
+    """Return the records with their verdicts within the set; a record whose verdicts do not change is returned itself.
 
-    Where a verdict is withheld, its measurement is inconclusive too, and so is the same quantity written another way (a
-    latency beside its rate); the sentence says so.
+    Where a verdict is withheld, its measurement becomes inconclusive too, and so does the metric that restates it (a
+    latency and its rate); the sentence says so.
     """
     withheld: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells(records):
@@ -117,11 +117,11 @@ def _settled(record: Record, changed: Sequence[Cell]) -> Record:
     ]
     update = words | {"reasons": verdict.reasons | reasons}
     settled = record.model_copy(update={"verdict": verdict.model_copy(update=update), "measurements": measurements})
-    sentences = [f"Over this set {each.dimension} is {each.word}: {each.reason}." for each in changed]
+    sentences = [f"Within this set {cell.dimension} is {cell.word}: {cell.reason}." for cell in changed]
     text = " ".join([in_words.of_record(settled), *sentences])
     return settled.model_copy(update={"verdict": settled.verdict.model_copy(update={"sentence": text})})
 
 
 def _quantity(metric: str | None) -> str | None:
-    """Return the metric in which a quantity is judged, whichever way it is written."""
+    """Return the metric in which the quantity of `metric` is judged (`primary.TWINS`)."""
     return primary.TWINS.get(metric, metric) if metric else None

@@ -1,7 +1,7 @@
-"""Which verdicts of a run differ from those of the build before: one that flipped deserves a second look.
+"""Verdicts of a run that differ from those of the previous build: a flipped verdict deserves a second look.
 
-Compares what the records themselves say, of runs with the same optimization, model, scale, effort and parameters; the
-verdicts within a whole set (`lib.report.analysis.noise.discoveries`) depend on its other runs.
+Compares the verdicts in the records of runs with the same optimization, model, scale, effort and parameters, not the
+verdicts within a set (`lib.report.analysis.noise.discoveries`), which depend on its other runs.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from lib.report.records.record import Record
 from lib.report.records.setting import facts
 
 OPPOSITE = ({"better", "worse"}, {"maintained", "not_maintained"}, {"better", "not_maintained"})
-OLD_WORDS = ("mixed",)  # of records without a primary: no word of today is the same
+OLD_WORDS = ("mixed",)  # of records without a primary: no present verdict corresponds to it
 
 
 def since_last(folder: Path, records: Sequence[Record]) -> dict[str, dict[str, tuple[str, str]]]:
-    """Return stem → dimension → (the word before, its day) of the words that changed; empty without a history.
+    """Return stem → dimension → (earlier verdict, its day) for the verdicts that changed; empty without a history.
 
-    `folder` is the result folder, beside which the history lies. Raises UserError where that cannot be read.
+    `folder` is the result folder; the history lies next to it. Raises UserError where the history cannot be read.
     """
     before = history.words_before(Path(folder).resolve().parent / history.NAME, records)
     flipped = {}
@@ -36,5 +36,5 @@ def since_last(folder: Path, records: Sequence[Record]) -> dict[str, dict[str, t
 
 
 def contradicts(before: str, now: str) -> bool:
-    """Return whether two verdicts contradict each other, rather than one of them saying less."""
+    """Return whether two verdicts contradict each other; a weaker verdict is not a contradiction."""
     return {before, now} in OPPOSITE

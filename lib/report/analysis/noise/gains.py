@@ -1,8 +1,8 @@
-"""How far the gain of one set lies from that of another, with its interval: from paired blocks, from both stored
-intervals, or in points of a score. Knows no verdict and no files.
+"""The difference between the gains of two sets, with its interval: from paired blocks, from both stored intervals, or
+in points of a score. Knows no verdict and no files.
 
-Each function returns (effect, low, high, standard error, degrees of freedom): of the natural logarithm of the gains'
-ratio, or of the points by which they differ.
+A `Gap` is (effect, low, high, standard error, degrees of freedom), in natural logarithms of the ratio of the gains, or
+in points.
 """
 
 import math
@@ -22,19 +22,19 @@ Gap = tuple[float, float, float, float, int]
 
 
 def over_processes(old: Measurement, new: Measurement) -> bool:
-    """Whether both intervals are over processes, so that the stored ratios are means over these and no medians."""
+    """Return whether both intervals are over processes; the stored ratios are then means over these, not medians."""
     return min(old.processes or 1, new.processes or 1) >= paired_stats.MINIMUM_PROCESSES
 
 
 def scatters(measurement: Measurement) -> bool:
-    """Whether a number was read several times and not always the same; then an interval alone tells its scatter."""
+    """Return whether a number was read several times and varied: its spread is then known only from an interval."""
     samples = measurement.samples or {}
     same = bool(samples) and all(len(set(values)) == 1 for values in samples.values())
     return measurement.n not in significance.SINGLE and not same
 
 
 def differences(measurement: Measurement) -> np.ndarray | None:
-    """Return ln(optimized / baseline) of each block, or None where the samples were not kept or are too few."""
+    """Return ln(optimized / baseline) of each block; None where samples are missing, too few or not positive."""
     samples = measurement.samples or {}
     base, opt = (np.array(samples.get(arm, [])) for arm in ("baseline", "optimized"))
     if len(base) != len(opt) or len(base) < FEWEST_BLOCKS or (base <= 0).any() or (opt <= 0).any():
@@ -43,7 +43,7 @@ def differences(measurement: Measurement) -> np.ndarray | None:
 
 
 def by_blocks(old: np.ndarray, new: np.ndarray) -> Gap:
-    """From the logarithms of both sets' blocks: the difference of their medians, bootstrapped."""
+    """Return the difference of the medians of both sets' log ratios per block, with a bootstrapped interval."""
     places = _middles(len(old), len(new))
     ranked = [np.sort(d)[place] for d, place in zip((old, new), places, strict=True)]
     medians = [0.5 * (low + high) for low, high in ranked]
@@ -54,9 +54,9 @@ def by_blocks(old: np.ndarray, new: np.ndarray) -> Gap:
 
 @lru_cache(maxsize=16)
 def _middles(*lengths: int) -> list[np.ndarray]:
-    """Return for each length the places (2 × RESAMPLES) in the sorted values whose mean is a resample's median.
+    """Return for each length the indices (2 × RESAMPLES) into the sorted values whose mean is a resample's median.
 
-    The same resamples serve every pair of measurements of these lengths, so they are drawn once.
+    All pairs of measurements with these lengths share the same resamples, so they are drawn once.
     """
     chance, places = np.random.default_rng(0), []
     for length in lengths:
@@ -66,11 +66,11 @@ def _middles(*lengths: int) -> list[np.ndarray]:
 
 
 def at_least(blocks: Gap, old: Measurement, new: Measurement) -> Gap:
-    """Return a comparison by blocks with the variance between processes: no side's error is smaller than that of its
-    stored interval or of its noise floor, which both hold it (and a stored standard deviation between processes).
+    """Return a comparison by blocks, widened to include the variance between processes: each side's error is at least
+    that of its stored interval, noise floor and standard deviation between processes.
 
-    Blocks of one process are not independent: the degrees of freedom are those of the stored intervals. Where these
-    widen, p is below 0.05 exactly where they exclude no change, and falls beyond as slowly as few processes ask.
+    Blocks of one process are not independent, so the degrees of freedom are those of the stored intervals. Where the
+    interval is widened, p is below 0.05 exactly if it excludes no change; with few processes p falls slowly beyond.
     """
     effect, low, high, deviation, _ = blocks
     half, freedom = NORMAL * math.hypot(error(old), error(new)), _freedom(old, new)
@@ -80,8 +80,9 @@ def at_least(blocks: Gap, old: Measurement, new: Measurement) -> Gap:
 
 
 def by_intervals(old: Measurement, new: Measurement) -> Gap | None:
-    """As `by_blocks`, from both intervals, treated as independent: too wide where the items are the same. p is below
-    0.05 exactly where the interval excludes no change, with the degrees of freedom of both (items, or processes).
+    """Return the difference of the gains from both stored intervals, treated as independent: too wide where both sets
+    use the same items. p is below 0.05 exactly if the interval excludes no change, with the degrees of freedom of both
+    sides (items, or processes).
 
     None where a ratio or its interval is unknown or not positive.
     """
@@ -96,8 +97,8 @@ def by_intervals(old: Measurement, new: Measurement) -> Gap | None:
 
 
 def by_points(old: Measurement, new: Measurement) -> Gap | None:
-    """As `by_intervals`, of scores, in points (above 0 is better): where an arm answers nothing right, or so little
-    that its interval holds zero, a ratio has no logarithm. None where a side has no interval.
+    """Return the difference of two scores' changes from their intervals, in points (above 0 is better): for a score
+    whose ratio has no logarithm, because it is 0 or its interval includes 0. None where a side has no interval.
     """
     changes, halves = [], []
     for m in (old, new):
@@ -130,8 +131,9 @@ def _quantile(freedom: int) -> float:
 
 
 def error(measurement: Measurement) -> float:
-    """Return the standard error of a measurement's logarithm: by its interval, its noise floor, or the standard
-    deviation between processes, whichever is largest."""
+    """Return the standard error of a measurement's log ratio: the largest of those from its interval, its noise floor,
+    and the standard deviation between processes.
+    """
     low, high = significance.ratio_ends(measurement) or (1.0, 1.0)
     by_ends = math.log(high / low) / 2 if low > 0 else 0.0
     sigma = (measurement.process_sigma or 0.0) / math.sqrt(measurement.processes or 1)
@@ -139,7 +141,7 @@ def error(measurement: Measurement) -> float:
 
 
 def p_value(effect: float, deviation: float, freedom: int) -> float:
-    """Return the two-sided p of an effect with its standard error."""
+    """Return the two-sided p-value of an effect with the standard error `deviation` (Student's t)."""
     from scipy import special
 
     return float(2 * special.stdtr(freedom, -abs(effect) / deviation)) if deviation > 0 else float(effect == 0)

@@ -1,5 +1,5 @@
-"""What records show of the variance between processes: every A/A control that was timed is a draw. Knows nothing of how
-the pool is used (`lib.measure.metrics.process_variance`).
+"""The variance between processes, estimated from records: every timed A/A control is a draw. Independent of how the
+pool of draws is used (`lib.measure.metrics.process_variance`).
 """
 
 import math
@@ -18,15 +18,15 @@ from lib.report.records import history
 from lib.report.records.record import Record, read_folder
 
 CONTROL = "A/A"
-SUFFIX = "tokens_per_second"  # latencies are the same times once more
-BUILDS = 3  # of the history
+SUFFIX = "tokens_per_second"  # latencies restate the same times
+BUILDS = 3  # builds of the history that are pooled
 
-QUICK = ("preview", "quick")  # efforts whose workloads are shorter
+QUICK = ("preview", "quick")  # efforts with shorter workloads
 
 
 def publish(folder: Path, store: Path, effort: str) -> None:
-    """Pool what this machine showed, and name the pool's file in the environment of the runs to come, which are of this
-    effort.
+    """Pool this machine's draws for runs of `effort`, and publish the pool's file to them in the environment variable
+    `process_variance.VARIABLE`.
     """
     os.environ.pop(process_variance.VARIABLE, None)
     path = refresh(folder, store, this_machine(), effort)
@@ -35,18 +35,17 @@ def publish(folder: Path, store: Path, effort: str) -> None:
 
 
 def this_machine() -> dict[str, Any]:
-    """Return the fields of the environment card by which this machine's records are known. Virtual machines of any size
-    may call their processor by one name, and how they differ between processes goes with their size.
+    """Return the fields of the environment card that identify this machine's records. Virtual machines of different
+    sizes may report the same processor, but their variance between processes depends on the size.
     """
     return {"cpu": energy_source.cpu_name(), "cores_of_machine": os.cpu_count()}
 
 
 def refresh(folder: Path, store: Path, machine: Mapping[str, Any], effort: str = "quick") -> Path | None:
-    """Pool the controls of a result folder and of the last builds in its history, as far as they were made on
-    `machine` (fields of the environment card), and write the pool into the folder; return its path, None where there is
-    no control.
+    """Pool the controls measured on `machine` (fields of the environment card) in a result folder and in the last
+    builds of its history, and write the pool into the folder; return its path, None where there is no control.
 
-    Runs of small efforts time shorter workloads under the same names: their controls serve runs of that effort only.
+    Small efforts time shorter workloads under the same names: their controls are pooled only for the same effort.
     """
     records = read_folder(folder)[0] if folder.is_dir() else []
     for build in history.builds(store, folder.name)[-BUILDS:]:
@@ -62,8 +61,9 @@ def _made_on(record: Record, machine: Mapping[str, Any]) -> bool:
 
 
 def draws(record: Record) -> Iterator[Draw]:
-    """Yield a draw for every process of every timed control of a record, unless the machine was seen to be busy. A
-    control that is the baseline itself is none: it never differs as two copies do, and would narrow what others claim.
+    """Yield a draw for every process of every timed control of a record, except measurements with disturbed pairs. A
+    control that is the baseline object itself is skipped: it varies less than two copies do, and would make the noise
+    floors of other runs too small.
     """
     if process_variance.SAME_OBJECT in str(record.details.get("control")):
         return
@@ -83,10 +83,10 @@ def draws(record: Record) -> Iterator[Draw]:
 
 
 def _effects(measurement: Measurement) -> Iterator[tuple[float, float]]:
-    """Yield (effect, standard error within) of each process, whose pairs stand in their order in the samples."""
+    """Yield (effect, standard error within the process) of each process; the samples list the pairs by process."""
     samples, processes = measurement.samples, measurement.processes
     if not samples or not processes:
-        return  # a record from before there were copies
+        return  # a record older than the copies
     d_N = paired_stats.differences(samples["baseline"], samples["optimized"])
     if d_N.size < paired_stats.MINIMUM_BLOCKS:
         return  # too few for an error of the effect

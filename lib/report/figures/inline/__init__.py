@@ -1,1 +1,1 @@
-"""Charts as SVG text that stand in a page and take its colours, so that they follow a dark scheme."""
+"""Charts as inline SVG that use the page's colours, so that they follow a dark colour scheme."""

@@ -1,7 +1,7 @@
-"""A small forest plot as SVG: how a few metrics changed, with their intervals, right of the line is better.
+"""A small forest plot as SVG: the changes of a few metrics with their intervals; right of the line is better.
 
-The axis is the change of each metric itself in per cent, turned so that right is better: 26 % smaller and 19 % faster
-both lie to the right. Takes plain values and returns text; the colours are the page's (`style.css`). Knows no records.
+The axis is the change of each metric itself in percent, signed so that right is better: 26 % smaller and 19 % faster
+are both on the right. Takes plain values and returns text; the colours are the page's (`style.css`). Knows no records.
 """
 
 import math
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, RIGHT, ROW, TOP, BOTTOM = 420, 14, 25, 8, 36
-LEAST_LEFT, GAP, LETTER = 100, 8, 7.6  # room for names: at least, before the plot, for each letter of a wide font
+LEAST_LEFT, GAP, LETTER = 100, 8, 7.6  # space for names: the minimum, the gap to the plot, a letter of a wide font
 STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
-MOST = 300.0  # per cent; what lies further out is drawn at the edge
+MOST = 300.0  # percent; larger changes are drawn at the edge
 KEPT, LOST = ("better", "maintained"), ("worse", "not_maintained", "invalid")
 
 
 @dataclass(frozen=True)
 class ForestLine:
-    """A line of the plot, in per cent and turned so that above 0 is better. `text` says the change in words; `floor` is
-    the noise floor in per cent.
+    """A line of the plot, in percent, signed so that above 0 is better. `text` is the change in words, `floor` the
+    noise floor in percent, `state` the verdict.
     """
 
     name: str
@@ -32,7 +32,7 @@ class ForestLine:
 
 
 def forest(changes: Sequence[ForestLine], title: str) -> str:
-    """Return the plot as an SVG element with a text for those who do not see it; empty where there is nothing."""
+    """Return the plot as an SVG element with an alternative text; empty where there are no changes."""
     if not changes:
         return ""
     height = TOP + ROW * len(changes) + BOTTOM
@@ -48,7 +48,7 @@ def forest(changes: Sequence[ForestLine], title: str) -> str:
     alt = escape(f"{title}: {'; '.join(f'{c.name} {c.text}' for c in changes)}.")
     parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{alt}"><title>{alt}</title>']
     floor = TOP + ROW * len(changes)
-    apart = LETTER * len("−100 %") * (high - low) / (WIDTH - left - RIGHT)  # per cent that a label is wide
+    apart = LETTER * len("−100 %") * (high - low) / (WIDTH - left - RIGHT)  # width of a label, in percent
     step = next((s for s in STEPS if (high - low) / s <= 6 and s >= apart), STEPS[-1])
     for number in range(math.ceil(low / step), math.floor(high / step) + 1):
         at, kind = across(number * step), "grid" if number else "zero"
@@ -79,7 +79,7 @@ def _line(change: ForestLine, y: float, left: float, across: Callable[[float], f
 
 
 def _mark(state: str, x: float, y: float) -> str:
-    """Return the shape of a verdict: a disc for kept and better, a cross for lost, a ring where nothing is said."""
+    """Return the shape of a verdict: a disc for better or maintained, a cross for a loss, a ring for all others."""
     if state in KEPT:
         return f'<circle class="kept" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>'
     if state in LOST:

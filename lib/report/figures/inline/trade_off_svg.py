@@ -1,7 +1,7 @@
 """Charts of the index as SVG: quality against speed, readable on a phone, in print and without colour.
 
-A point is a number inside a shape that says whether quality was maintained; the best trade-offs are joined by a line.
-Takes plain points and returns text; the colours are the page's (`style.css`). Knows no records.
+A point is a shape that shows whether quality was maintained, with a number; a line joins the best trade-offs. Takes
+plain points and returns text; the colours are the page's (`style.css`). Knows no records.
 """
 
 import math
@@ -35,15 +35,15 @@ text { font: 12.5px system-ui, sans-serif; fill: var(--soft); }
 .kept { fill: var(--good); }
 .open { fill: var(--paper); stroke: var(--open); stroke-width: 2; }
 .lost { fill: none; stroke: var(--bad); stroke-width: 2.6; }
-"""  # of a picture without a page; the same as in style.css
+"""  # for a picture without a page; the same as in style.css
 
 
 @dataclass(frozen=True)
 class TradeOff:
-    """A trade-off: `x` the gain in speed, `y` the change of quality in points, both with their spread; `mark` is what
-    is written beside it, `name` who it is, `state` the verdict on quality; `own` marks the one that a page is about.
-    `judged` is whether its speed was decided; an open or estimated one is drawn and is no best trade-off. `of_several`
-    marks a mean over several models, whose `state` is that of the worst of them.
+    """A trade-off: `x` is the gain in speed, `y` the change of quality in points, both with their spread; `mark` is the
+    text next to the point, `name` its name, `state` the verdict on quality; `own` marks the run that a page is about.
+    `judged` says whether its speed was decided; undecided or estimated points are drawn, but are never best trade-offs.
+    `of_several` marks a mean over several models; its `state` is the worst of theirs.
     """
 
     mark: str
@@ -61,7 +61,7 @@ class TradeOff:
 
     @property
     def called(self) -> str:
-        """Its mark and name, and that quality was not kept where it was not, be it on one of several models."""
+        """Mark and name, and whether quality was not maintained (for a mean: on some model)."""
         lost = f", quality not maintained{_on_some(self.of_several)}" if self.state == "not_maintained" else ""
         return f"{self.mark} {self.name}{lost}"
 
@@ -71,10 +71,11 @@ def _on_some(of_several: bool) -> str:
 
 
 def front(points: Sequence[TradeOff], margin: float = 0.0) -> list[TradeOff]:
-    """Return the points that no other one beats in both speed and quality, nor the baseline itself, from slow to fast.
+    """Return the Pareto front of speed and quality, from slow to fast: points beaten neither by another point nor by
+    the baseline.
 
-    The baseline beats what is no faster and gains no more quality than `margin` points. What was not `judged` is left
-    out: it neither stands there nor beats what does.
+    The baseline beats a point that is no faster and gains at most `margin` points of quality. Points that are not
+    `judged` are left out and beat no other.
     """
     gains = [p for p in points if p.judged and (p.x > 1 or p.y > margin)]
     best = [p for p in gains if not any(q.x >= p.x and q.y >= p.y and (q.x > p.x or q.y > p.y) for q in gains)]
@@ -82,7 +83,7 @@ def front(points: Sequence[TradeOff], margin: float = 0.0) -> list[TradeOff]:
 
 
 def words(points: Sequence[TradeOff], title: str, margin: float = 0.0) -> str:
-    """Return what the chart shows, for those who do not see it."""
+    """Return the chart's alternative text."""
     if not points:
         return f"{title}: no run has both numbers."
     named = ", ".join(f"{p.called} ({p.x:.2f}×, {p.y:+.1f})" for p in front(points, margin)) or "none"
@@ -93,14 +94,14 @@ def words(points: Sequence[TradeOff], title: str, margin: float = 0.0) -> str:
 
 
 def trade_off(points: Sequence[TradeOff], title: str, margin: float, y_label: str = "F1, change in points") -> str:
-    """Return the chart as an SVG element; its title is the text for those who do not see it."""
+    """Return the chart as an SVG element; its title is the alternative text."""
     alt = escape(words(points, title, margin))
     head = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{alt}"><title>{alt}</title>'
     return "".join([head, *_drawing(points, margin, y_label), "</svg>"])
 
 
 def _drawing(points: Sequence[TradeOff], margin: float, y_label: str) -> list[str]:
-    """Return the elements of the chart, without the element around them."""
+    """Return the elements of the chart, without the enclosing SVG element."""
     across = _Axis([p.x for p in points] + [v for p in points for v in (p.x_low, p.x_high) if v], LEFT, WIDTH - RIGHT)
     ends = [v for p in points for v in (p.y_low, p.y_high) if v is not None]
     low, high = min([*ends, *(p.y for p in points), -margin * 1.2]), max([*ends, *(p.y for p in points), margin * 1.2])
@@ -127,9 +128,9 @@ def _drawing(points: Sequence[TradeOff], margin: float, y_label: str) -> list[st
 
 
 def picture(points: Sequence[TradeOff], title: str, margin: float, legend: Sequence[tuple[str, str]]) -> str:
-    """Return the chart as an SVG file of its own: with its colours, a background, and a legend of (mark, name).
+    """Return the chart as a standalone SVG file: with its colours, a background, and a legend of (mark, name).
 
-    It needs no page around it and follows the reader's colour scheme; shapes say what colours say.
+    It follows the reader's colour scheme; shapes repeat the meaning of the colours.
     """
     width, height, scale = 920, 540, 1.4
     alt = escape(words(points, title, margin))
@@ -148,7 +149,7 @@ def picture(points: Sequence[TradeOff], title: str, margin: float, legend: Seque
 
 
 def _legend(names: Sequence[tuple[str, str]], margin: float, x: float, y: float) -> list[str]:
-    """Return the legend of a picture, a line each: the marks' names, what the shapes say, and the lines."""
+    """Return the legend of a picture: one line per mark, shape, line and band."""
     step = min(24, 250 / max(len(names), 1))
     parts = []
     for number, (mark, name) in enumerate(names):
@@ -191,7 +192,7 @@ class _Axis:
         return self.start + (math.log(value) - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """Return round ratios that lie apart."""
+        """Return round ratios that are far enough apart for their labels."""
         steps: list[float] = []
         for step in sorted(STEPS, key=lambda s: (s != 1, abs(math.log(s)))):
             inside = self.low <= math.log(step) <= self.high
@@ -231,7 +232,7 @@ def _whiskers(p: TradeOff, across: _Axis, down: Callable[[float], float]) -> lis
 
 
 def _point(p: TradeOff, x: float, y: float, placed: list[tuple[float, float]]) -> list[str]:
-    """Return shape, label and its leader; the label takes the place that is furthest from everything drawn so far."""
+    """Return shape, label and its leader line; the label is placed as far as possible from everything drawn so far."""
 
     def room(place: tuple[int, int]) -> float:
         at = x + place[0], y + place[1]
@@ -248,7 +249,7 @@ def _point(p: TradeOff, x: float, y: float, placed: list[tuple[float, float]]) -
 
 
 def _shape(state: str, x: float, y: float) -> str:
-    """Return the shape for a verdict on quality: a disc where it is maintained, a cross where not, else a ring."""
+    """Return the shape for a verdict on quality: a disc for maintained, a cross for not maintained, else a ring."""
     if state in ("maintained", "better"):
         return f'<circle class="kept" cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
     if state == "not_maintained":

@@ -1,1 +1,1 @@
-"""The files that the suites leave in a result folder: JSON, Markdown and the execution report."""
+"""The files that the suites write into a result folder: JSON, Markdown and the execution report."""

@@ -1,4 +1,4 @@
-"""The execution summary as plain text: what ran, where, how long, and what failed. Knows records and no metric."""
+"""The execution summary as plain text: what ran, where, how long, and what failed. Knows records, but no metric."""
 
 from lib.report.analysis.result_set import Results
 from lib.report.records.record import Record
@@ -10,7 +10,7 @@ RULE = "-" * 72
 
 
 def text(results: Results) -> str:
-    """Return the summary; a line per run, in the order in which they ran."""
+    """Return the summary, with a line per run in the order of execution."""
     records = sorted(results.records, key=lambda record: (record.started or "", record.stem))
     failed = [record for record in records if record.status == "failed"]
     parts = [
@@ -42,7 +42,7 @@ def _facts(results: Results, records: list[Record]) -> list[str]:
     partial = sum(bool(record.dimensions) for record in records)
     return [
         f"runs expected        {expected}",
-        f"measured             {count['ok']}" + (f" ({partial} of them of some dimensions only)" if partial else ""),
+        f"measured             {count['ok']}" + (f" ({partial} of them for some dimensions only)" if partial else ""),
         f"not applicable       {count['not_applicable']}",
         f"failed               {count['failed']}",
         f"damaged              {len(results.damaged)}",
@@ -55,13 +55,13 @@ def _facts(results: Results, records: list[Record]) -> list[str]:
 
 def _line(record: Record) -> str:
     process = record.process
-    beside = ""
+    cores = ""
     if process and process.cores:
-        beside = f"  {counted(process.cores, 'core')}, {counted(process.jobs_side_by_side or 1, 'job')} side by side"
+        cores = f"  {counted(process.cores, 'core')}, {counted(process.jobs_side_by_side or 1, 'job')} side by side"
     took = duration(record.seconds) if record.seconds is not None else "unknown"
     partial = f"  {', '.join(record.dimensions)} only" if record.dimensions else ""
     line = f"{facts.day(record.started) or 'unknown time':18}{words(record.status):15}{record.stem:58}"
-    return f"{line}{took:>12}  {record.effort:9}{beside}{partial}".rstrip()
+    return f"{line}{took:>12}  {record.effort:9}{cores}{partial}".rstrip()
 
 
 def _machines(records: list[Record]) -> list[str]:

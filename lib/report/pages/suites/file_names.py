@@ -1,4 +1,4 @@
-"""The names of the files that each suite leaves in a result folder."""
+"""The names of the files that each suite writes into a result folder."""
 
 FILES = {
     "comprehensive": (
@@ -13,11 +13,11 @@ FILES = {
     "all": ("master_benchmark_results_all_optimizations.json", "benchmark_execution_report_all_optimizations.txt"),
     "complete": ("complete_benchmark_suite_results.json",),
 }
-PARTS = ("comprehensive", "enhanced", "coverage", "all")  # what the complete suite is made of, besides its own file
+PARTS = ("comprehensive", "enhanced", "coverage", "all")  # parts of the complete suite, besides its own file
 
 
 def files(kind: str) -> tuple[str, ...]:
-    """Return the names of the files that a suite leaves; the complete one leaves all of them."""
+    """Return the names of the files that the suite `kind` writes; the complete suite writes all of them."""
     if kind == "complete":
         return tuple(name for part in (*PARTS, "complete") for name in FILES[part])
     return FILES[kind]

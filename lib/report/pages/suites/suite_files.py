@@ -1,6 +1,6 @@
-"""Writes the eight files of the suites from a result set: JSON by the published schema, Markdown, a summary as text.
+"""Writes the files of the suites from a result set: JSON by the published schema, Markdown, and a plain-text summary.
 
-Each file is computed from the records and replaced in one step. Runs nothing.
+Each file is computed from the records and replaced atomically. Runs nothing.
 """
 
 import json
@@ -24,9 +24,9 @@ CONTENT = {
 
 
 def write(kind: str, folder: Path, optimizations: Iterable[str] = (), models: Iterable[str] = ()) -> list[Path]:
-    """Write a suite's files from the records in `folder`; return them. Raises OSError.
+    """Write the files of the suite `kind` from the records in `folder`; return their paths. Raises OSError.
 
-    `optimizations` and `models` are the names that are expected, so that what is missing shows as missing.
+    `optimizations` and `models` are the expected names, so that missing runs are listed as missing.
     """
     results = result_set.read(folder, optimizations, models)
     kinds = (*PARTS, "complete") if kind == "complete" else (kind,)
@@ -52,7 +52,7 @@ def _json(content: dict[str, Any]) -> str:
 
 
 def _pictures(place: Path, pictures: dict[str, bytes]) -> None:
-    """Replace the folder of a report's pictures."""
+    """Replace the folder of a report's pictures by one with these files (name → PNG)."""
     fresh = place.with_name(f".{place.name}.part")
     shutil.rmtree(fresh, ignore_errors=True)
     if pictures:

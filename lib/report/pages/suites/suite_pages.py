@@ -1,7 +1,7 @@
-"""The suites' reports as Markdown that reads well on a code host: tables, and figures as relative links.
+"""The suites' reports as Markdown for a code host: tables, and figures as relative links.
 
-Each function returns the text and its pictures by name, which lie in the folder beside it. Knows records and curves,
-and nothing of how they were made; `lib.report.pages.suites.suite_files` writes the files.
+Each function returns the text and its pictures by file name, for the folder next to it. Independent of how records and
+curves are measured; `lib.report.pages.suites.suite_files` writes the files.
 """
 
 import math
@@ -26,10 +26,10 @@ Pictures = dict[str, bytes]
 LEGEND = (
     "▲ better · ▼ worse · = equivalent · ✓ maintained · ✗ not maintained · ○ not exercised · ? inconclusive · "
     "· informative. "
-    "The verdict is that of the dimension's primary measurement, which stands first; “but …”: another one got worse. "
+    "A dimension's verdict is that of its primary measurement, shown first; “but …”: another one got worse. "
     "A change is called better or worse only where its interval excludes zero and the effect exceeds both the margin "
-    "and the noise floor. The floor is what a copy of the baseline showed. It also has to survive the correction over "
-    "all runs of the set: at most one false call in twenty (Benjamini and Hochberg)."
+    "and the noise floor. The noise floor comes from a copy of the baseline. A change must also survive the correction "
+    "over all runs of the set: at most one false call in twenty (Benjamini and Hochberg)."
 )
 
 
@@ -45,8 +45,8 @@ def comprehensive(results: Results, folder: str) -> tuple[str, Pictures]:
         LEGEND,
     ]
     parts.append(_verdicts(results))
-    parts += ["## Headline numbers", "Of speed the gain over the baseline: above 1× is faster. Of the rest the "
-              "change. In parentheses the 95 % interval, or a score's bound and margin."]  # fmt: skip
+    parts += ["## Headline numbers", "For speed, the gain over the baseline: above 1× is faster. For the rest, the "
+              "change. In parentheses: the 95 % interval, or a score's bound and margin."]  # fmt: skip
     parts.append(_headlines(results.measured))
     frame = tables.across(results.measured, "prefill_tokens_per_second")
     if len(frame):
@@ -55,7 +55,7 @@ def comprehensive(results: Results, folder: str) -> tuple[str, Pictures]:
         verdicts = ", ".join(f"{count} {words(str(word))}" for word, count in frame["verdict"].value_counts().items())
         alt = f"Prefill rate of {len(frame)} runs with intervals: {verdicts}."
         if len(shown) < len(frame):
-            alt += f" Drawn are the {len(shown)} with the least and the largest gains."
+            alt += f" Only the {len(shown)} with the smallest and largest gains are drawn."
         parts += ["## Speed", _picture(alt, folder, "prefill")]
     points = tables.speed_and_quality(results.measured)
     if len(points):
@@ -80,12 +80,12 @@ def comprehensive(results: Results, folder: str) -> tuple[str, Pictures]:
 
 
 def enhanced(results: Results, folder: str) -> tuple[str, Pictures]:
-    """Return the report of impact over strength: a figure and a table per optimization."""
+    """Return the report on impact over strength: a figure and a table per optimization."""
     curves, short = strength_curves.curves(results.records), strength_curves.short(results.records)
     pictures: Pictures = {}
     parts = ["# Impact of each optimization over its strength", _about(results), _counts(results), _conditions(results)]
     parts.append(
-        f"{len(curves)} runs have an impact curve; {len(short)} measured runs have none of at least "
+        f"{len(curves)} runs have an impact curve; {len(short)} measured runs lack one with at least "
         f"{strength_curves.FEWEST} strengths" + (", listed at the end." if short else ".")
     )
     for name in dict.fromkeys(curve["optimization"] for curve in curves):
@@ -110,7 +110,7 @@ def enhanced(results: Results, folder: str) -> tuple[str, Pictures]:
 
 
 def coverage(results: Results, folder: str) -> tuple[str, Pictures]:
-    """Return the report of what is covered by which record."""
+    """Return the coverage report: which run is covered by which record."""
     lines = result_set.coverage(results)
     cells = {(line["optimization"], line["model"]): line for line in lines}
     head = ["optimization", *results.models]
@@ -132,9 +132,9 @@ def coverage(results: Results, folder: str) -> tuple[str, Pictures]:
     parts = [
         "# Coverage", _about(results), _counts(results), "## Which run is covered by which record",
         markdown(head, matrix), "## Numbers in each record",
-        "By dimension: metrics that have a number; by provenance: all metrics, missing ones among them.",
+        "By dimension: metrics with a number; by provenance: all metrics, including missing ones.",
         markdown(columns, detail), "## What can be compared across models",
-        "A tick where some record of the model has a number of the metric.",
+        "A tick means that at least one record of the model has a number for the metric.",
         markdown(["dimension", "metric", *results.models], metrics), *_failures(results),
         *_again("coverage", results),
     ]  # fmt: skip
@@ -142,7 +142,7 @@ def coverage(results: Results, folder: str) -> tuple[str, Pictures]:
 
 
 def _about(results: Results) -> str:
-    """Return in italics what the runs ran on, where that is not the model they are named after."""
+    """Return the notice on proxy models and slices in italics; empty for real models."""
     text = stand_in.of_records(results.records)
     return f"*{untagged(text)}*" if text else ""
 
@@ -157,7 +157,7 @@ def _picture(alt: str, folder: str, name: str) -> str:
 
 def _again(command: str, results: Results) -> list[str]:
     line = commands.at(reproduce.of_set(command, results.scale), results.folder)
-    return ["## Again", f"```sh\n{line}\n```"]
+    return ["## Run again", f"```sh\n{line}\n```"]
 
 
 def _machine_readable(kind: str) -> str:
@@ -262,7 +262,7 @@ def _drawn(members: list[dict]) -> pd.DataFrame:
 
 
 def _wide(values: pd.Series) -> bool:
-    """Return whether values span so much that a logarithmic axis is needed."""
+    """Return whether positive values span a range so wide that they need a logarithmic axis."""
     return bool((values > 0).all() and math.log10(values.max() / values.min()) > 1.5)
 
 
@@ -272,8 +272,8 @@ def _points(members: list[dict]) -> str:
         for arm, points in curve["arms"].items():
             for point in points:
                 ends = "" if point["low"] is None else f"{digits(point['low'])} to {digits(point['high'])}"
-                beside = "; ".join(f"{name} {digits(value)}" for name, value in point["more"].items())
+                others = "; ".join(f"{name} {digits(value)}" for name, value in point["more"].items())
                 value = "–" if point["value"] is None else digits(point["value"])
-                lines.append([curve["model"], arm, digits(point["strength"]), value, ends, beside])
-    head = ["model", "arm", members[0]["x"], members[0]["y"], "95 % interval", "beside it"]
+                lines.append([curve["model"], arm, digits(point["strength"]), value, ends, others])
+    head = ["model", "arm", members[0]["x"], members[0]["y"], "95 % interval", "other numbers"]
     return f"<details><summary>The numbers</summary>\n\n{markdown(head, lines)}\n\n</details>"

@@ -1,5 +1,5 @@
-// The index: tabs, the choice of model, goal and margin, sorting, and the filter of the matrix. What is chosen stands in
-// the address, so that it can be sent. Without this script everything is shown.
+// The index: tabs, the choice of model, goal and margin, sorting, and the filter of the matrix. The address holds the
+// state, so that a link can share it. Without this script everything is shown.
 (() => {
   const all = (selector, within = document) => [...within.querySelectorAll(selector)];
   const table = document.getElementById("decisions");
@@ -38,8 +38,8 @@
     history.replaceState(null, "", "#" + state);
   }
 
-  // What is decided instead, where the reader's limit, in MB, is passed by what an optimization takes, or cannot be
-  // held against it; null where the limit changes nothing.
+  // Return the decision that applies if an optimization exceeds the reader's limit (in MB), or if that cannot be
+  // checked; null where the limit changes nothing.
   function beyond(item, limit) {
     const limited = item.querySelector(".limited");
     if (!limited) return null;
@@ -80,9 +80,9 @@
   function sort() {
     const key = order.key || "decision";
     const turn = order.down ? -1 : 1;
-    const rows = asMade.map((row) => [valueOf(row, key), row]); // among equals the order is always the same
+    const rows = asMade.map((row) => [valueOf(row, key), row]); // ties keep the original order
     rows.sort(([a], [b]) => {
-      if (a === null || b === null) return Number(a === null) - Number(b === null); // what is missing stands last
+      if (a === null || b === null) return Number(a === null) - Number(b === null); // missing values last
       return turn * (a < b ? -1 : a > b ? 1 : 0);
     });
     table.tBodies[0].append(...rows.map(([, row]) => row));
@@ -146,7 +146,7 @@
       const tab = target && tabs.find((other) => panelOf(other).contains(target));
       if (tab) {
         show(tab);
-        // What a link leads to is shown, whatever the filter says.
+        // Show the target of a link even if the filter hides it.
         if (filter && (target.closest("[hidden]") || target.querySelector(".inside[hidden]"))) unsift();
         target.scrollIntoView();
       }
@@ -158,7 +158,7 @@
       if (state.has(name) && known) field.value = state.get(name);
     };
     for (const [name, field] of filter ? Object.entries(SIFTED) : []) {
-      filter.elements[field].value = ""; // what an address leaves out is not chosen, whatever was before
+      filter.elements[field].value = ""; // a field that the address omits is reset
       take(name, filter.elements[field]);
     }
     if (filter) sift();

@@ -1,5 +1,5 @@
 // A report: a link into a folded part opens it, printing opens every part, and one button opens or folds the notebook.
-// Without this script the parts open by hand.
+// Without this script the parts are opened manually.
 (() => {
   const parts = (selector) => [...document.querySelectorAll(selector)];
   const PRINTED = "details.part, details.more";

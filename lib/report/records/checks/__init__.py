@@ -1,1 +1,1 @@
-"""Records that a reader could not trust: numbers without a source, verdicts that their own fields do not give."""
+"""Checks for records that cannot be trusted: numbers without a source, verdicts that contradict their own fields."""

@@ -1,7 +1,7 @@
-"""Finds numbers that a reader could not trust: unlabelled, without a source, missing without a reason, contradicting
-the list of metrics, or with a verdict that does not follow from their fields (`lib.report.records.checks.recompute`).
+"""Finds numbers that cannot be trusted: without label or source, missing without a reason, contradicting the metric
+catalogue, or with a verdict that does not follow from their fields (`lib.report.records.checks.recompute`).
 
-Works on a record as plain JSON, so that it also checks what a newer or broken version wrote.
+Works on a record as plain JSON, so that it can also check the output of a newer or broken version.
 """
 
 import math
@@ -41,7 +41,7 @@ def verdicts(record: Record | Mapping[str, Any]) -> list[str]:
 
 
 def _sound(measurements: Iterable[Mapping[str, Any]]) -> Iterator[Measurement]:
-    """Yield the measurements that are such; what is malformed is named elsewhere."""
+    """Yield the well-formed measurements; `labels` reports the malformed ones."""
     for fields in measurements:
         try:
             yield Measurement.model_validate(fields)
@@ -52,7 +52,7 @@ def _sound(measurements: Iterable[Mapping[str, Any]]) -> Iterator[Measurement]:
 def labels(record: Record | Mapping[str, Any]) -> list[str]:
     """Return one line per fault in the labels, each with the record's stem and the place.
 
-    In `details`, an entry that holds a number must be an object with `provenance` and `source` beside it.
+    In `details`, an entry that contains a number must be an object with the keys `provenance` and `source`.
     """
     content = to_json(record) if isinstance(record, Record) else record
     stem = f"{content.get('optimization', '?')}--{content.get('model', '?')}"
@@ -104,7 +104,7 @@ def _label(entry: Any) -> list[str]:
 
 
 def has_number(value: Any) -> bool:
-    """Return whether a number stands anywhere in `value`; truth values are none."""
+    """Return whether `value` contains a number at any depth; booleans do not count."""
     if isinstance(value, Mapping):
         return TAG in value or any(has_number(item) for item in value.values())
     if isinstance(value, (list, tuple)):

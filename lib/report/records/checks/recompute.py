@@ -1,7 +1,6 @@
-"""Recomputes every verdict from its stored fields: where the stored and the recomputed one differ, one is wrong.
+"""Recomputes every verdict from a measurement's stored fields: if it differs from the stored one, one of them is wrong.
 
-Uses the rules by which verdicts are reached (`lib.measure`), on the fields of a measurement alone: no samples, no
-model.
+Applies the rules of `lib.measure` to the fields of a measurement alone: no samples, no model.
 """
 
 from collections.abc import Iterable
@@ -16,9 +15,9 @@ SILENT = ("unavailable", "invalid", "informative", "not_exercised")
 
 
 def differences(measurements: Iterable[Measurement], partial: bool = False) -> list[str]:
-    """Return a line for each of a record's measurements whose stored verdict does not follow from its fields.
+    """Return a line for each measurement of a record whose stored verdict does not follow from its fields.
 
-    A `partial` record holds some dimensions alone: what showed that the machine was busy may be among the others.
+    A `partial` record holds only some dimensions: the evidence of a busy machine may be in a missing one.
     """
     members = list(measurements)
     judged = [m.model_copy(update={"verdict": verdict(m) or m.verdict}) for m in members]
@@ -39,25 +38,25 @@ def _line(measurement: Measurement, again: str) -> str:
         return ""
     name = f"{measurement.metric} [{measurement.workload}]"
     stored, computed = (word.replace("_", " ") for word in (measurement.verdict, again))
-    return f"{name}: stored as {stored}, its fields make it {computed}"
+    return f"{name}: stored as {stored}, but its fields give {computed}"
 
 
 def verdict(measurement: Measurement) -> str | None:
-    """Return the verdict that a measurement's fields make; None where they are not those of a judged number."""
+    """Return the verdict that follows from a measurement's fields; None where the number is not judged."""
     if measurement.verdict in SILENT:
         return None
     if measurement.provenance == "estimated" and measurement.dimension == "efficiency":
         return "informative"
     if measurement.dimension == "accuracy":
         return noninferiority.judge_again(measurement)
-    if measurement.ci is None:  # what scatters is not judged without an interval, what was counted by its margin
+    if measurement.ci is None:  # a noisy number is not judged without an interval, a counted one by its margin
         return "informative" if measurement.noise_floor is not None else _counted(measurement)
     ruling = judge_again(measurement)
     return None if ruling is None else ruling.verdict
 
 
 def _counted(measurement: Measurement) -> str | None:
-    """Return the verdict on two numbers without spread: the margin alone."""
+    """Return the verdict on two numbers without spread, by the margin alone; None where one of the three is missing."""
     baseline, optimized, margin = measurement.baseline, measurement.optimized, measurement.margin
     if baseline is None or optimized is None or margin is None:
         return None

@@ -1,1 +1,1 @@
-"""The setting of a run, from its record alone: when and where it ran, on which model and stack, by which command."""
+"""The setting of a run, read from its record alone: time, machine, model, stack, and the command that repeats it."""

@@ -1,4 +1,4 @@
-"""What a reader must know to weigh a record's numbers, in a few words each: when, and on which machine."""
+"""Time and machine of a record, in a few words: the context in which a reader must judge its numbers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ def machine(environment: Mapping[str, Any]) -> str:
 
 
 def place(environment: Mapping[str, Any]) -> tuple[str, str]:
-    """Return where a record was measured, from its environment card: the machine, and the device of the model. Two
-    places are not to be compared.
+    """Return (machine, device of the model) from an environment card. Records with different values must not be
+    compared.
     """
     return machine(environment), str(environment.get("device") or "")

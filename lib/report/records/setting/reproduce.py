@@ -1,5 +1,5 @@
-"""The command that makes a record again, or the checkpoint that it measured, from what the record itself says. Knows
-no default and no template.
+"""The commands that reproduce a record, or the checkpoint that it measured, from the record alone. Knows no default and
+no template.
 """
 
 import shlex
@@ -11,18 +11,18 @@ OPTIONS = ("model", "scale", "effort", "device", "checkpoints", "random_weights"
 
 
 def command(record: Record) -> str:
-    """Return the command line; every parameter of the run stands in it, so that defaults may change later."""
+    """Return the command line that repeats a run, with every parameter written out, in case a default changes."""
     dimensions = [part for dimension in record.dimensions or () for part in ("--dimension", dimension)]
     return shlex.join([*_parts("run", record, dimensions), "--force"])
 
 
 def of_set(command: str, scale: str) -> str:
-    """Return the command line of a `command`, with what belongs to it, on the results of a scale."""
+    """Return the command line that runs `command` (with its arguments) on the results of `scale`."""
     return f"python build.py {command}" + (f" --scale {scale}" if scale in ("slice", "full") else "")
 
 
 def applying(record: Record, stack: str = "") -> str:
-    """Return the command line that saves the checkpoint of a record: its own optimization, or the recipe `stack`."""
+    """Return the command line that saves a record's optimized checkpoint: its optimization, or the recipe `stack`."""
     named = ["--stack", stack] if stack else []
     return shlex.join([*_parts("apply", record, named), "--out", "DIR"])
 

@@ -1,6 +1,6 @@
-"""The stack of a run: which optimizations it applied together, in order, where a search, a rule or a bisection chose.
+"""The stack of a run: the optimizations, in order, that a search, a rule or a bisection chose to apply together.
 
-Read from the record's details. Knows nothing of what an optimization does with its knobs.
+Read from the record's details. Independent of what an optimization does with its knobs.
 """
 
 from collections.abc import Mapping
@@ -11,19 +11,19 @@ from lib.report.records.verdicts.unchanged import stored, value_of
 from lib.report.text.quantities import counted
 from lib.report.text.wording import words
 
-APPLIED = ("works", "invalid")  # states of a candidate that could be applied, if only with a degenerate output
+APPLIED = ("works", "invalid")  # states of a candidate that could be applied, even if its output degenerated
 
 
 def steps(record: Record) -> list[tuple[str, dict[str, Any]]]:
-    """Return (optimization, knobs) of every step, in order; empty where the run has no stack, or an empty one."""
+    """Return (optimization, knobs) of every step, in order; empty where the run has no stack or an empty one."""
     return stored(record.details) or []
 
 
 def nothing_pays(record: Record) -> str:
-    """Return what is said of a run whose stack is empty, so that its optimized model is a copy; empty elsewhere.
+    """Return a phrase for a run with an empty stack, whose optimized model is a copy; empty for any other run.
 
-    A rule that names what it considered takes what is smaller, too; a search takes what is faster. Candidates that
-    could not be applied are not counted; of the others it is only known that none is surely a gain.
+    A rule that lists the candidates it considered also accepts smaller ones; a search accepts faster ones only.
+    Candidates that could not be applied are not counted; the others are only known not to be a sure gain.
     """
     if stored(record.details) != []:
         return ""
@@ -33,8 +33,8 @@ def nothing_pays(record: Record) -> str:
     tried = sum(row.get("state", "works") in APPLIED for row in considered if isinstance(row, Mapping))
     if not tried:
         return "nothing pays here: no candidate could be applied"
-    of = counted(tried, "candidate")
-    return f"nothing pays here: of {of} none is surely within the margins and faster or smaller"
+    candidates = counted(tried, "candidate")
+    return f"nothing pays here: of {candidates} none is surely within the margins and faster or smaller"
 
 
 def in_words(record: Record) -> str:

@@ -1,7 +1,7 @@
-"""Says before a result at scale `proxy` or `slice` what it is a result of: a stand-in, not the model it is named after.
+"""The notice above results at scale `proxy` or `slice`: they are of a stand-in, not of the model it is named after.
 
-The number of parameters is the record's own. Works on records and on their plain JSON, and loads next to nothing, so
-that the command line can say it too.
+The number of parameters comes from the record. Works on records and on their plain JSON, and imports almost nothing,
+so that the command line can print the notice too.
 """
 
 import json
@@ -25,7 +25,7 @@ BEGINNING = ("A stand-in", "Stand-ins")
 
 
 def size(record: Any) -> float | None:
-    """Return the parameters of a record's baseline, from a Record or its plain JSON; None where it does not say."""
+    """Return the parameter count of a record's baseline, from a Record or its plain JSON; None where it is unknown."""
     content = record if isinstance(record, Mapping) else {
         "environment": record.environment,
         "measurements": [{"metric": m.metric, "baseline": m.baseline} for m in record.measurements],
@@ -38,7 +38,7 @@ def size(record: Any) -> float | None:
 
 
 def sizes(records: Iterable[Any]) -> dict[str, float | None]:
-    """Return model → parameters of its baseline, for every model of the records."""
+    """Return model → parameter count of its baseline (None if unknown), for every model of the records."""
     by_model: dict[str, float | None] = {}
     for record in records:
         model = record["model"] if isinstance(record, Mapping) else record.model
@@ -48,7 +48,7 @@ def sizes(records: Iterable[Any]) -> dict[str, float | None]:
 
 
 def of_model(scale: str, model: str, parameters: float | None) -> str:
-    """Return what a run at this scale ran on, as a sentence; empty for the real model."""
+    """Return the notice for one model at `scale`; empty for the real model."""
     name = model_title(model)
     if scale == SLICE:
         return f"The first blocks of {name} at their real dimensions, with random weights; not {name}. {OF_A_SLICE}"
@@ -60,9 +60,9 @@ def of_model(scale: str, model: str, parameters: float | None) -> str:
 
 
 def of_records(records: Iterable[Any]) -> str:
-    """Return what records, or their plain JSON, ran on, as sentences, each scale for itself; empty for real models.
+    """Return the notices for records or their plain JSON, one per scale; empty for real models.
 
-    What is said of one scale's models is not said of another's: a real model beside stand-ins is none.
+    Each notice names only the models of its scale, so that a real model among stand-ins is not called one.
     """
     by_scale: dict[str, list[Any]] = {}
     for record in records:
@@ -71,9 +71,9 @@ def of_records(records: Iterable[Any]) -> str:
 
 
 def of_models(scale: str, known: Mapping[str, float | None]) -> str:
-    """Return what the runs of a set ran on, as sentences; empty for real models and where nothing ran.
+    """Return the notice for the models of a set at `scale`; empty for real models and for an empty set.
 
-    `known` is model → parameters (`sizes`).
+    `known` is model → parameter count (`sizes`).
     """
     if len(known) == 1:
         return of_model(scale, *next(iter(known.items())))
@@ -101,7 +101,7 @@ def _either(names: list[str]) -> str:
 
 
 def on(scale: str, model: str, parameters: float | None) -> str:
-    """Return the model's name in a title, which says so for a stand-in, with its size."""
+    """Return the model's name for a title; a stand-in is called one, with its size."""
     if scale == SLICE:
         return f"the first blocks of {model_title(model)}"
     if scale != PROXY:
@@ -111,11 +111,11 @@ def on(scale: str, model: str, parameters: float | None) -> str:
 
 
 def of_folder(folder: Path) -> str:
-    """Return what the runs in a result folder ran on, from the JSON files alone; empty where there is none to read."""
+    """Return the notices for a result folder, from its JSON files alone; empty where none can be read."""
     by_scale: dict[str, dict[str, float | None]] = {}
     for path in sorted(Path(folder).glob("*--*.json")):
         model = path.name.removesuffix(".json").split("--", 1)[1]
-        if not path.is_file():  # a pipe would be waited for
+        if not path.is_file():  # reading a pipe would block
             continue
         try:
             content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
-"""The verdict of a run in sentences of at most 25 words: the primary measurement of each dimension, what was lost
-beside it, what was not measured.
+"""The verdict of a run in sentences of at most 25 words: the primary measurement of each dimension, other losses, and
+what was not measured.
 
-"Prefill 19 % faster, decode 13 % faster, answers unchanged, weights 26 % smaller." Intervals and bounds stand in tables
-and figures. Knows which measurements carry and which losses count (`lib.report.records.verdicts.primary`), not why.
+"Prefill 19 % faster, decode 13 % faster, answers unchanged, weights 26 % smaller." Intervals and bounds are left to
+tables and figures. Takes the deciding measurements and the losses as given (`lib.report.records.verdicts.primary`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from lib.report.text import brief, sentence
 from lib.report.text.sentence import clipped
 
 PREVIEW = "preview"
-MOST_LOSSES = 3  # that are named; the verdict holds them all
+MOST_LOSSES = 3  # named in the sentence; the verdict lists all of them
 DECODE = "decode_tokens_per_second"
 NAMED = ("better", "worse", "equivalent", "inconclusive")
 
@@ -29,9 +29,11 @@ def sentences(
     requested: Sequence[str] | None = None,
     effort: str | None = None,
 ) -> str:
-    """Return the verdict of a run in words. `reasons` says why a dimension has no carrier; `requested` are the
-    dimensions that were to be measured, None where all were. A noise floor that is too high is the machine's fault, but
-    at effort preview that of few rounds.
+    """Return the verdict of a run in words.
+
+    `carriers` maps a dimension to the measurement that decides it, `reasons` to why there is none. `requested` are the
+    dimensions that were to be measured (None: all). A noise floor that is too high is blamed on the machine, at effort
+    preview on the small number of rounds.
     """
     wanted = [name for name in DIMENSIONS if name in (requested or DIMENSIONS)]
     broken = next((m for m in measurements if m.dimension == "accuracy" and m.verdict == "invalid"), None)
@@ -49,13 +51,13 @@ def sentences(
     short = "The run was too short" if effort == PREVIEW else "The machine was busy"
     parts += [f"{short}: nothing timed is judged."] if why_busy(measurements) else []
     left_out = [name for name in DIMENSIONS if name not in (requested or DIMENSIONS)]
-    parts += [f"Not asked for: {', '.join(left_out)}."] if left_out else []
+    parts += [f"Not requested: {', '.join(left_out)}."] if left_out else []
     return " ".join(parts)
 
 
 def phrase(measurement: Measurement, beside: Sequence[Measurement]) -> str:
-    """Return what is said of a measurement, with its workload where its metric is judged for more than one, and that it
-    is estimated where it is; beside unchanged answers to the tasks, how many of other answers differ, if any does.
+    """Return a measurement as a phrase with its `notes`. Where the answers to the tasks are unchanged, add how many
+    other answers differ, if any (metric `same_answers` among `beside`).
     """
     text = brief.phrase(measurement) + notes(measurement, beside)
     if sentence.same_answers(measurement):
@@ -66,7 +68,7 @@ def phrase(measurement: Measurement, beside: Sequence[Measurement]) -> str:
 
 
 def notes(measurement: Measurement, beside: Sequence[Measurement]) -> str:
-    """Return ` (its workload)` where its metric is judged for more than one, and that it is estimated where it is."""
+    """Return notes in parentheses: the workload, if the metric is judged for several, and `estimated`; may be empty."""
     judged = sum(m.metric == measurement.metric and m.verdict not in primary.SILENT for m in beside)
     words = [measurement.workload] if judged > 1 else []
     words += ["estimated"] if measurement.provenance == "estimated" else []
@@ -74,7 +76,7 @@ def notes(measurement: Measurement, beside: Sequence[Measurement]) -> str:
 
 
 def without_result(what: str, reason: str | None) -> str:
-    """Return a sentence on a run without a result, its reason cut to what a sentence holds."""
+    """Return the sentence `what: reason`, the reason cut so that it has at most MOST_WORDS words."""
     text = f"{what}: {brief.clipped(clipped(reason), brief.MOST_WORDS - brief.count(what))}"
     return text if text.endswith("…") else f"{text}."
 
@@ -82,7 +84,7 @@ def without_result(what: str, reason: str | None) -> str:
 def _of_dimension(
     name: str, measurements: Sequence[Measurement], carrier: Measurement | None, losses: Sequence[Measurement]
 ) -> list[Measurement]:
-    """Return the carrier of a dimension; beside the rate of prefill that of decode, which a reader expects."""
+    """Return the carrier of a dimension; for a prefill carrier also the decode rate, which readers expect."""
     if carrier is None:
         return []
     lost = {id(loss) for loss in losses}
@@ -91,7 +93,7 @@ def _of_dimension(
 
 
 def _silent(name: str, measurements: Sequence[Measurement], reason: str) -> str:
-    """Return how a dimension is called that nothing carries, and why."""
+    """Return the sentence on a dimension without a carrier: not judged, not exercised or unavailable, and why."""
     verdicts = {m.verdict for m in measurements if m.dimension == name}
     word = "not judged" if verdicts - {"unavailable", "invalid"} else "unavailable"
     word = "not exercised" if "not_exercised" in verdicts else word
@@ -99,15 +101,15 @@ def _silent(name: str, measurements: Sequence[Measurement], reason: str) -> str:
 
 
 def of_record(record: Any) -> str:
-    """Return the verdict of a stored record in words, made from its measurements, whatever its own sentence says.
+    """Return the verdict of a stored record in words, computed from its measurements, not from its stored sentence.
 
-    `record` is a `lib.report.records.record.Record`. Records from before there were primaries have none that carries:
-    the first that can takes its place.
+    `record` is a `lib.report.records.record.Record`. Records older than the primaries name no carrier: the first
+    measurement that can carry a dimension is used.
     """
     if record.status != "ok":
         what = "Failed, so nothing is claimed" if record.status == "failed" else "Not applicable"
         return without_result(what, record.reason)
-    members = withhold_if_busy(list(record.measurements))  # records of an earlier schema are not yet
+    members = withhold_if_busy(list(record.measurements))  # not yet done in records of an earlier schema
     named = {(m.metric, m.workload): m for m in members}
     carried = record.verdict.carried_by
     carriers: dict[str, Measurement | None] = {

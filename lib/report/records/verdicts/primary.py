@@ -1,14 +1,14 @@
-"""Which measurement decides a dimension's verdict (carries it), and which losses are named beside it.
+"""Which measurement decides a dimension's verdict (its carrier), and which other losses count.
 
 A template declares one primary (metric, workload) per dimension, before anything is measured. Its verdict is the
-dimension's. Where it cannot be used (missing, estimated, informative only, not exercised), the first of `PREFERRED`
-that can takes its place, and the reason is kept. A derived number is never used where a measured one can be, an
+dimension's. If it cannot be used (missing, estimated, informative only, not exercised), the first usable metric of
+`PREFERRED` replaces it, and the reason is recorded. A derived number is used only where no measured one can be, an
 estimated one never.
 
-All other judged measurements are guards: a loss among them counts only where it is beyond margin and floor (its own
+All other judged measurements are guards: a loss among them counts only if it is beyond margin and floor (its own
 verdict says so) and significant after Holm's correction over all guards of the record
-(`lib.measure.metrics.significance`). What was counted, and so has no spread, needs no correction. A gain among the
-guards never upgrades anything. Knows no files and no words.
+(`lib.measure.metrics.significance`). Counted numbers have no spread and need no correction. A gain among the guards
+never improves a verdict. Independent of files and of wording.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ PREFERRED = {
     "efficiency": ("energy_joules_per_token", "cpu_seconds_per_token", "decode_bytes_per_token",
                    "prefill_flops_per_token"),
 }  # fmt: skip
-# One quantity is judged once: the metric on the left is the one on the right, written another way.
+# Each quantity is judged once: the metric on the left restates the one on the right.
 TWINS = {
     "time_to_first_token_ms": "prefill_tokens_per_second",
     "time_per_output_token_ms": "decode_tokens_per_second",
@@ -45,8 +45,8 @@ NOT_MEASURED, ESTIMATE = "it was not measured", "it is only estimated"
 def carrier(
     measurements: Sequence[Measurement], dimension: str, declared: Pair | None = None
 ) -> tuple[Measurement | None, str | None]:
-    """Return the measurement that carries a dimension, and why it is not the declared one (None: it is, or none was
-    declared). The measurement is None where nothing can carry.
+    """Return the measurement that decides a dimension (None if none can), and why it is not the declared one (None: it
+    is, or none was declared).
     """
     members = [m for m in measurements if m.dimension == dimension]
     able = [m for m in members if _can_carry(m)]
@@ -83,15 +83,15 @@ def _why_not(members: Sequence[Measurement], declared: Pair, others: bool) -> st
 def losses(
     measurements: Sequence[Measurement], carriers: Mapping[str, Measurement | None]
 ) -> list[tuple[Measurement, float | None]]:
-    """Return the guards' losses that count, each with its p after Holm's correction over the record (None: counted,
-    without spread), in the order of the dimensions. What a busy machine withheld is a test, but lends others no
-    significance.
+    """Return the guards' losses that count, in the order of the dimensions, each with its p after Holm's correction
+    over the record (None: a counted number, without spread). A guard withheld because the machine was busy is counted
+    as a test with p = 1, so that it makes no other guard significant.
     """
-    there = {m.metric for m in measurements if m.verdict not in SILENT}
+    judged = {m.metric for m in measurements if m.verdict not in SILENT}
     guards = [
         m
         for m in measurements
-        if _can_carry(m) and m is not carriers.get(m.dimension) and TWINS.get(m.metric) not in there
+        if _can_carry(m) and m is not carriers.get(m.dimension) and TWINS.get(m.metric) not in judged
     ]
     tested = [(m, 1.0 if says_busy(m.reason) else p) for m in guards if (p := significance.p_value(m)) is not None]
     corrected = dict(zip((id(m) for m, _ in tested), significance.holm([p for _, p in tested])))
@@ -101,7 +101,7 @@ def losses(
 
 
 def _without_spread(measurement: Measurement) -> bool:
-    """Whether chance has no part in a number: it was counted, or every sample of it was the same."""
+    """Return whether a number is free of chance: it was counted, or all its samples were equal."""
     if measurement.n in significance.SINGLE:
         return significance.is_counted(measurement)
     return measurement.ci is not None and measurement.ci[0] == measurement.ci[1]

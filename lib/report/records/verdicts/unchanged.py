@@ -1,5 +1,5 @@
-"""A run whose stack is empty: a search, a rule or a bisection chose to change nothing. Its optimized model is a copy,
-so what is timed of it is noise, and nothing timed is judged: one such interval in twenty would claim something.
+"""Runs with an empty stack: a search, a rule or a bisection chose to change nothing. The optimized model is a copy, so
+any timing difference is noise and no timing is judged: one interval in twenty would show a false effect.
 """
 
 from collections.abc import Mapping
@@ -8,12 +8,12 @@ from typing import Any
 from lib.measure.metrics.busy import why_busy
 from lib.measure.metrics.measurement import Measurement, unjudged
 
-ENTRIES = ("stack", "order")  # of the details, in which such a run keeps its steps
-NOTHING_CHANGED = "the stack is empty: both arms have the same weights, and what differs is noise"
+ENTRIES = ("stack", "order")  # entries of the details that hold a run's steps
+NOTHING_CHANGED = "the stack is empty: both arms have the same weights, so any difference is noise"
 
 
 def stored(details: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]] | None:
-    """Return (optimization, knobs) of the steps that details keep, in order; None where they keep none."""
+    """Return (optimization, knobs) of the steps in a record's details, in order; None where it has no stack entry."""
     for name in ENTRIES:
         value = value_of(details, name)
         if isinstance(value, list) and all(isinstance(step, Mapping) and "optimization" in step for step in value):
@@ -22,14 +22,14 @@ def stored(details: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]] | Non
 
 
 def value_of(details: Mapping[str, Any], name: str) -> Any:
-    """Return the value of a detail, labelled or not; None where there is none."""
+    """Return the value of the detail `name`, with or without label; None where there is none."""
     entry = details.get(name)
     return entry.get("value") if isinstance(entry, Mapping) else entry
 
 
 def withhold_if_unchanged(measurements: list[Measurement], details: Mapping[str, Any]) -> list[Measurement]:
-    """Return the measurements; where the stack is empty, what has a noise floor is shown and not judged. Those of a
-    busy machine stay as they are: they say so, and ask for another run.
+    """Return the measurements; if the stack is empty, those with a noise floor are shown but not judged. Measurements
+    of a busy machine stay unchanged: they say so, and ask for another run.
     """
     if stored(details) != [] or why_busy(measurements):
         return measurements

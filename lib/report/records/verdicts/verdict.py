@@ -1,8 +1,8 @@
 """The verdict of a record: a word per dimension and a sentence, both computed from its measurements.
 
-Each measurement already has its own verdict (`lib.measure.metrics.measurement`). The word of a dimension is that of its
-primary measurement (`lib.report.records.verdicts.primary`); losses among the others are kept beside it, so that a gain
-never hides them, and are said as "better, but …". Knows nothing of files or pages.
+Each measurement already has its own verdict (`lib.measure.metrics.measurement`). A dimension's word is the verdict of
+its primary measurement (`lib.report.records.verdicts.primary`); losses among the others are listed with it, so that a
+gain never hides them: "better, but …". Independent of files and pages.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from lib.report.text.sentence import clipped
 
 Dimension = Literal["better", "worse", "equivalent", "mixed", "inconclusive", "invalid", "unavailable"]
 Accuracy = Literal["better", "maintained", "not_maintained", "inconclusive", "not_exercised", "invalid", "unavailable"]
-# The columns of tables, in this order; what a table shows carries no verdict by that.
+# The metrics shown in tables, in this order; being shown does not make a metric decide a verdict.
 HEADLINES = {
     "performance": primary.PREFERRED["performance"],
     "accuracy": ("f1_macro", "retrieval_exact_match", "perplexity", "accuracy"),
@@ -78,7 +78,7 @@ class Verdict(BaseModel):
         return {name: getattr(self, name) for name in DIMENSIONS}
 
     def losses_of(self, dimension: str) -> list[Loss]:
-        """Return the losses that stand beside a dimension's word."""
+        """Return the losses listed with the word of `dimension`."""
         return [loss for loss in self.losses if loss.dimension == dimension]
 
 
@@ -90,10 +90,10 @@ def judge(
     primaries: Mapping[str, Pair] | None = None,
     effort: str | None = None,
 ) -> Verdict:
-    """Return the verdict of a run; one that failed or does not apply claims nothing and says why.
+    """Return the verdict of a run; that of a failed or not applicable run claims nothing and says why.
 
-    `requested` are the dimensions that were to be measured, where not all were: the others are unavailable, and the
-    sentence says so. `primaries` are the declared (metric, workload) by dimension.
+    `requested` are the dimensions that were to be measured (None: all); the others are unavailable, and the sentence
+    says so. `primaries` maps a dimension to its declared (metric, workload).
     """
     if status == "failed":
         return Verdict(sentence=in_words.without_result("Failed, so nothing is claimed", reason))
@@ -127,8 +127,8 @@ def judge(
 
 
 def withhold_if_invalid(measurements: list[Measurement]) -> list[Measurement]:
-    """Return the measurements; where accuracy is invalid, speed and efficiency are withheld: no gain of a broken
-    model.
+    """Return the measurements; if accuracy is invalid, performance and efficiency are withheld, so that no gain of a
+    broken model is shown.
     """
     broken = next((m for m in measurements if m.dimension == "accuracy" and m.verdict == "invalid"), None)
     if broken is None:
@@ -143,8 +143,8 @@ def withhold_if_invalid(measurements: list[Measurement]) -> list[Measurement]:
 def _word(
     dimension: str, members: Sequence[Measurement], carrier: Measurement | None, not_declared: str | None
 ) -> tuple[str, str]:
-    """Return a dimension's word, and why it says no more than that where it says nothing; `not_declared` is why the
-    declared measurement does not carry it.
+    """Return a dimension's word, and the reason if it is inconclusive, invalid, not exercised or unavailable (else
+    empty). `not_declared` is why the declared measurement is not the carrier.
     """
     broken = next((m for m in members if m.verdict == "invalid"), None)
     if broken is not None:
@@ -167,15 +167,15 @@ def _word(
         name = sentence.subject(estimated or described)
         return (
             "inconclusive",
-            f"{name} is estimated, and no estimate is judged" if estimated else f"{name} describes only",
+            f"{name} is estimated, and no estimate is judged" if estimated else f"{name} is informative only",
         )
     missing = next((m.reason for m in members if m.reason), None)
     return "unavailable", clipped(missing or "nothing was measured")
 
 
 def headline(measurements: Sequence[Measurement], dimension: str) -> list[Measurement]:
-    """Return the measurements that tables show of a dimension: the first known ones of `HEADLINES` (or any other,
-    where there is none). What carries the verdict and what it lost stand in the record's verdict.
+    """Return the measurements that tables show for `dimension`: the first known metrics of `HEADLINES`, or any other if
+    none is known. The carrier and the losses are in the record's verdict, not here.
     """
     order = {name: rank for rank, name in enumerate(HEADLINES[dimension])}
     known = [m for m in measurements if m.verdict not in ("unavailable", "invalid")]

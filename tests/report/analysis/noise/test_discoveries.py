@@ -40,7 +40,7 @@ def test_a_clear_effect_stands_and_a_weak_one_among_many_does_not():
     assert settled["weak"].verdict.performance == settled["weak"].measurements[0].verdict == "inconclusive"
     assert "23 primaries" in settled["weak"].verdict.reasons["performance"]
     sentence = settled["weak"].verdict.sentence
-    assert sentence.startswith("Prefill undecided.") and sentence.endswith("not beyond chance among so many.")
+    assert sentence.startswith("Prefill undecided.") and sentence.endswith("could be chance among this many tests.")
     assert settled["strong_0"] is strong[0] and weak.verdict.performance == "better"  # the record keeps its word
     assert discoveries.settled([*settled.values()]) == [*settled.values()]
 
@@ -60,7 +60,7 @@ def test_a_score_that_rose_by_chance_is_still_maintained():
     assert cell.p < 0.05 < cell.q and (cell.recorded, cell.word) == ("better", "maintained")
     settled = discoveries.settled(sets)[0]
     assert settled.verdict.accuracy == settled.measurements[0].verdict == "maintained"
-    assert "Over this set accuracy is maintained: q " in settled.verdict.sentence
+    assert "Within this set accuracy is maintained: q " in settled.verdict.sentence
     assert discoveries.settled([settled, *sets[1:]]) == [settled, *sets[1:]]
 
 

@@ -210,7 +210,7 @@ def test_a_picture_of_many_runs_draws_some_and_says_so():
     runs = [samples.run().model_copy(update={"optimization": name}) for name in names]
     results = result_set.Results("proxy", runs, {}, names, (samples.MODELS[1],))
     text, pictures = suite_pages.comprehensive(results, "files")
-    assert "Prefill rate of 70 runs with intervals: 70 better. Drawn are the 60 with the least" in text
+    assert "Prefill rate of 70 runs with intervals: 70 better. Only the 60 with the smallest" in text
     few, _ = suite_pages.comprehensive(result_set.Results("proxy", runs[:2], {}, names[:2], results.models), "files")
     assert "Prefill rate of 2 runs with intervals: 2 better.]" in few and "prefill.png" in pictures
 

@@ -58,13 +58,13 @@ def test_another_verdict_is_found(make):
         for word in (word for word in (scores if m.dimension == "accuracy" else others) if word != right):
             wrong = m.model_copy(update={"verdict": word})
             [line] = recompute.differences([wrong])
-            assert line.endswith(f"its fields make it {right.replace('_', ' ')}"), (m, word)
+            assert line.endswith(f"its fields give {right.replace('_', ' ')}"), (m, word)
 
 
 def test_no_margin_alone_judges_what_was_timed():
     lost_its_interval = samples.paired("prefill_tokens_per_second", 1.3).model_copy(update={"ci": None})
     [line] = recompute.differences([lost_its_interval])
-    assert line.endswith("stored as better, its fields make it informative")
+    assert line.endswith("stored as better, but its fields give informative")
 
 
 def test_the_lint_of_a_record_names_it():
@@ -73,7 +73,7 @@ def test_the_lint_of_a_record_names_it():
     [f1] = [m for m in run.measurements if m.metric == "f1_macro"]
     f1.bound = -0.05
     [line] = [line for line in lint.lint(run) if "f1_macro" in line]
-    assert "stored as maintained, its fields make it inconclusive" in line
+    assert "stored as maintained, but its fields give inconclusive" in line
 
 
 def test_on_a_busy_machine_what_was_timed_is_inconclusive():

@@ -122,7 +122,7 @@ def test_one_quantity_is_judged_once():
 
 
 def test_a_primary_of_another_dimension_is_refused():
-    with pytest.raises(ValueError, match="f1_macro is no metric of performance"):
+    with pytest.raises(ValueError, match="f1_macro is not a metric of performance"):
         record.build("x", "m", "proxy", "quick", {}, primaries={"performance": ("f1_macro", "classify")})
     run = record.build("x", "m", "proxy", "quick", {}, samples.measurements(), primaries=samples.PRIMARIES)
     assert run.primaries == samples.PRIMARIES
