@@ -1,7 +1,7 @@
 """The command line of the workbench: `python build.py --help`.
 
-Needs nothing but Python 3.10 or newer. Finds or makes the environment that `requirements.txt` asks for
-(`lib.suite.bootstrap`), starts itself there and hands over to `lib.suite.cli.command`. Knows no command itself.
+Needs only Python 3.10 or newer. Finds or creates the environment described by `requirements.txt`
+(`lib.suite.bootstrap`), restarts itself there and hands over to `lib.suite.cli.command`. Defines no command itself.
 """
 
 import sys

@@ -1,5 +1,5 @@
-"""The processor time that this process may use: that of all its cores, or less where a control group (containers, batch
-systems) limits it. Control groups of Linux are read in both versions; other systems have no limit to read.
+"""The processor time that this process may use: all of its cores, or less where a control group (containers, batch
+systems) sets a quota. Reads both versions of Linux control groups; other systems have no quota to read.
 """
 
 from pathlib import Path
@@ -8,14 +8,15 @@ from lib import memory_limits
 
 
 def within_quota(cores: int) -> int:
-    """Return how many of so many cores this process may keep busy: as many as its time is worth, one at least."""
+    """Return how many of `cores` this process may keep busy: as many as its quota pays for, at least one."""
     quota = cpu_quota()
     return cores if quota is None or quota >= cores else max(1, int(quota))
 
 
 def cpu_quota() -> float | None:
-    """Return how many cores' time the control groups of this process allow it, None where they set no limit. Both
-    versions of control groups are read, and of each group those above it too, as for the memory.
+    """Return the quota of this process's control groups, in cores; None where they set no limit.
+
+    Reads both versions of control groups, and every parent of each group, as `memory_limits` does.
     """
     quotas = []
     for line in memory_limits.lines_of(memory_limits.OWN_GROUPS):

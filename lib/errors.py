@@ -1,4 +1,4 @@
-"""Errors that a user can act on, each in one line. Knows nothing of who raises them or how they are printed."""
+"""Errors that a user can act on, each in one line. Independent of who raises them and how they are printed."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,10 +9,10 @@ class UserError(Exception):
 
 
 class NotApplicable(UserError):
-    """An optimization has nothing to act on in this model, or cannot act on it as loaded, or not so strongly as it was
-    asked to: a result, not a fault.
+    """An optimization has nothing to act on in this model, cannot act on it as loaded, or cannot reach the requested
+    strength: a result, not a fault.
 
-    Raised in a cell of a template, it ends the run with the status `not_applicable` and its message as the reason.
+    Raised in a template's cell, it ends the run with status `not_applicable` and its message as the reason.
     """
 
     def _render_traceback_(self) -> list[str]:

@@ -1,5 +1,5 @@
-"""Files that other processes read or guard at the same time: whole writes, free names for what must not be lost, and
-locks; and the paths of a machine on which there may be no home. Knows nothing of what the files hold.
+"""Files shared with other processes: atomic writes, locks, free names for files that must not be lost, and paths on
+machines where the user may have no home. Independent of what the files contain.
 """
 
 import hashlib
@@ -20,8 +20,8 @@ RESULTS = "WORKBENCH_RESULTS"  # names the folder that holds a result folder for
 
 
 def write_atomically(path: Path, text: str) -> Path:
-    """Write `text` beside `path`, flush it to disk and rename it into place, so that a reader sees the old file or the
-    new one, never half of one. Returns `path`; raises OSError.
+    """Write `text` to `path` through a temporary file, flushed to disk and renamed into place: a reader sees the old
+    file or the new one, never a part. Returns `path`; raises OSError.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,14 +40,14 @@ def write_atomically(path: Path, text: str) -> Path:
 
 
 def visible(folder: Path, pattern: str) -> list[Path]:
-    """Return what matches a pattern in a folder, sorted, but for names that begin with a dot: editors and macOS leave
-    such files beside others (`.#x.yaml`, `._x.yaml`), and they hold none of what their ending says.
+    """Return the paths in `folder` that match `pattern`, sorted, without names that begin with a dot: editors and macOS
+    leave such files (`.#x.yaml`, `._x.yaml`), and their content is not what their suffix says.
     """
     return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; an empty one where the file cannot be read or holds anything else."""
+    """Return the JSON object in a file; an empty dict where the file is unreadable or holds anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -56,7 +56,7 @@ def json_object(path: Path) -> dict[str, Any]:
 
 
 def hash_of(path: Path) -> str:
-    """Return the SHA-256 of a file's content, read whole; empty where there is no such file."""
+    """Return the SHA-256 of a file's whole content in hex; empty where it cannot be read."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:
@@ -64,9 +64,9 @@ def hash_of(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """Return the folder for what is fetched or measured once per machine: WORKBENCH_CACHE, else `.cache/workbench` at
-    home, else (a user without a home) a folder of this user among the temporary files. Raises UserError where
-    WORKBENCH_CACHE begins at a home that is not there.
+    """Return the folder for files fetched or measured once per machine: WORKBENCH_CACHE, else `~/.cache/workbench`,
+    else (a user without a home) this user's folder in the temporary directory. Raises UserError where WORKBENCH_CACHE
+    starts with a home folder that does not exist.
     """
     if chosen := os.environ.get("WORKBENCH_CACHE"):
         return expanded(chosen)
@@ -78,8 +78,8 @@ def cache_folder() -> Path:
 
 
 def results_folder(scale: str) -> Path:
-    """Return the folder of a scale's results, in which a run leaves what others read, such as the stack that a search
-    chose: DIR/<scale> where WORKBENCH_RESULTS names DIR, as a build does, else `executed/<scale>`.
+    """Return the results folder of a scale, where a run stores what other runs read, such as the stack that a search
+    chose: DIR/<scale> where WORKBENCH_RESULTS is DIR (a build sets it), else `executed/<scale>`.
     """
     return Path(os.environ.get(RESULTS) or Path(__file__).resolve().parents[1] / "executed") / scale
 
@@ -93,7 +93,9 @@ def expanded(path: str | Path) -> Path:
 
 
 def seen_from_here(path: Path) -> str:
-    """Return a path as the working directory sees it; whole where it lies on another drive, or there is none."""
+    """Return `path` relative to the working directory; unchanged where it lies on another drive or the directory is
+    gone.
+    """
     try:
         return os.path.relpath(path)
     except (OSError, ValueError):
@@ -101,7 +103,7 @@ def seen_from_here(path: Path) -> str:
 
 
 def aside(path: Path) -> Path:
-    """Return a free name beside `path`, for a file that cannot be used and must not be lost."""
+    """Return a free name next to `path`, to set aside a file that cannot be used and must not be lost."""
     number = 1
     while (free := path.with_name(f"{path.name}.aside-{number}")).exists():
         number += 1
@@ -114,11 +116,11 @@ class Held(Exception):
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path` inside the block; raises Held where another process has it, OSError where the file
+    """Hold the lock file `path` inside the block. Raises Held where another process holds it, OSError where the file
     cannot be written.
 
-    The operating system releases the lock when its holder dies, so a lock is never stale. The file remains; it means
-    nothing unless it is locked. Beside it, `<name>.holder` says who holds it.
+    The operating system releases the lock when its holder dies, so a lock is never stale. The file remains; unlocked,
+    it means nothing. `<name>.holder` next to it names the process that holds it.
     """
     lock, about = FileLock(path), path.with_name(path.name + ".holder")
     try:

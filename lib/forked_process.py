@@ -1,4 +1,4 @@
-"""Processes that are forked and not started by `subprocess`: what both sides need. Knows nothing of what they do."""
+"""Processes forked without `subprocess`: the code that parent and child need, independent of what the child runs."""
 
 import atexit
 import os
@@ -15,8 +15,9 @@ POLL_SECONDS = 0.02
 
 
 class ForkedProcess:
-    """A child of this process, with what callers use of a `subprocess.Popen`. `stdin` and `stdout` are files, where
-    there is a pipe to it; `returncode` is None as long as it runs, and minus the signal's number where one ended it.
+    """A child of this process, with the part of `subprocess.Popen`'s interface that callers use. `stdin` and `stdout`
+    are files where a pipe exists; `returncode` is None while it runs, and minus the signal's number if a signal ended
+    it.
     """
 
     def __init__(self, pid: int, stdin: Any = None, stdout: Any = None) -> None:
@@ -28,7 +29,7 @@ class ForkedProcess:
         if self.returncode is None:
             try:
                 pid, status = os.waitpid(self.pid, os.WNOHANG)
-            except ChildProcessError:  # somebody else has waited for it
+            except ChildProcessError:  # other code has already waited for it
                 self.returncode = 0
             else:
                 self.returncode = os.waitstatus_to_exitcode(status) if pid else None
@@ -44,7 +45,7 @@ class ForkedProcess:
         return code
 
     def send_signal(self, number: int) -> None:
-        """Send a signal to a process that still runs. Raises ProcessLookupError where it ended in this moment."""
+        """Send a signal if the process still runs. Raises ProcessLookupError where it ends at this very moment."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
@@ -61,15 +62,15 @@ class ForkedProcess:
 
 
 def change_environment(environment: Mapping[str, str]) -> None:
-    """Put `environment` in the place of this process's variables, and forget what followed from these."""
+    """Replace this process's environment variables by `environment`; forget the temporary folder derived from them."""
     os.environ.clear()
     os.environ.update(environment)
     tempfile.tempdir = None
 
 
 def run_to_end(program: Callable[[], None]) -> None:
-    """Run the program of a forked process, and end the process as Python would: it must not return to what its parent
-    was doing.
+    """Run `program` in a forked process and end the process as Python would: it must never return into the parent's
+    code.
     """
     code = 1
     try:

@@ -1,7 +1,8 @@
-"""The memory that this process may use: that of the machine, or of a smaller control group (containers, batch systems).
+"""The memory that this process may use: the machine's, or less where a control group (containers, batch systems) sets
+a limit.
 
-psutil knows only the machine. Control groups of Linux are read in both versions; other systems have no limit to read.
-Soft limits are ignored.
+psutil sees only the machine. Reads both versions of Linux control groups; other systems have no limit to read. Soft
+limits are ignored.
 """
 
 from collections.abc import Iterator
@@ -31,8 +32,8 @@ def free_memory_bytes() -> int:
 
 
 def room_to_keep() -> int:
-    """Return how many bytes may be kept only to save computing them again: an eighth of what is free, between 256 MiB
-    and 2 GiB, however large a model is.
+    """Return how many bytes may be cached to avoid recomputation: an eighth of the free memory, between 256 MiB and
+    2 GiB, whatever the model's size.
     """
     return max(LEAST_KEPT, min(MOST_KEPT, free_memory_bytes() // 8))
 
@@ -44,7 +45,7 @@ def _limits() -> Iterator[tuple[int, int]]:
         for name in set(VERSIONS) & set(controllers.split(",")):
             folder, limit, use, files = VERSIONS[name]
             own_group = GROUPS / folder / path.lstrip("/")
-            # Within a container the path may be the one outside of it; then the limit is at the top.
+            # Inside a container the path may be the host's; the limit is then at the top.
             for group in (own_group, *own_group.parents):
                 if group.is_relative_to(GROUPS):
                     yield from _limit(group / limit, group / use, group / "memory.stat", files)
@@ -59,7 +60,7 @@ def _limit(limit: Path, use: Path, stat: Path, files: tuple[str, ...]) -> Iterat
 
 
 def lines_of(path: Path) -> list[str]:
-    """Return the lines of a file of the kernel; none where it cannot be read."""
+    """Return the lines of a kernel file such as one in /proc; none where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8").splitlines()
     except OSError:

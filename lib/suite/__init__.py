@@ -1,1 +1,1 @@
-"""What build.py runs: plan, cache, run, and store."""
+"""The build behind build.py: plan, cache, run, and store."""

@@ -1,10 +1,10 @@
-"""The environment: finds one that satisfies `requirements.txt`, or makes `.venv`, and restarts the program inside it.
+"""The environment: finds one that satisfies `requirements.txt`, or creates `.venv`, and restarts the program inside it.
 
-Needs the standard library only, and is imported before anything is installed. Knows nothing of what the packages do.
+Needs the standard library only, and is imported before anything is installed. Independent of what the packages do.
 
-`.venv/.workbench` holds the hash of the `requirements.txt` that was installed. It is written last; while an
-installation runs it says so instead. An environment whose installation was interrupted is made anew by the next call;
-one that worked, and into which pip could not install what is new, stays.
+`.venv/.workbench` holds the hash of the installed `requirements.txt`. It is written last, and marks a running
+installation until then. The next call recreates an environment whose installation was interrupted; it keeps a working
+one into which pip failed to install updates.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ RESTARTS = "WORKBENCH_RESTARTS"
 
 @dataclass(frozen=True)
 class Requirement:
-    """A line of `requirements.txt`: what an environment that is already there may have, and whether it may lack it."""
+    """A line of `requirements.txt`: the versions accepted in an existing environment, and whether it may be absent."""
 
     name: str
     accepted: str
@@ -79,7 +79,7 @@ def satisfies(version: str, bounds: str) -> bool:
 
 
 def unmet(text: str) -> list[str]:
-    """Return what this environment lacks of the requirements in `text`: `torch (2.9.1, needs >=2.11)`, `optuna`."""
+    """Return the requirements in `text` that this environment misses: `torch (2.9.1, needs >=2.11)`, `optuna`."""
     lacking = []
     for requirement in requirements(text):
         try:
@@ -118,24 +118,24 @@ def _say(line: str) -> None:
 
 
 def python_path() -> str:
-    """Return PYTHONPATH for a program that this one starts: the repository first, then what was set."""
+    """Return PYTHONPATH for a child program: the repository first, then its present value."""
     return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH", "")])])
 
 
 def enter() -> None:
-    """Return inside an environment that satisfies `requirements.txt`, making one first where there is none.
+    """Return inside an environment that satisfies `requirements.txt`, creating one first if there is none.
 
-    Does not return where it has to restart the program elsewhere. Exits with 2 and one line where it cannot be done.
+    Does not return where it has to restart the program in another environment. Exits with 2 and one line on failure.
     """
     if not REQUIREMENTS.is_file():
-        _say("requirements.txt is missing beside build.py; restore it")
+        _say("requirements.txt is missing next to build.py; restore it")
         sys.exit(2)
     outdated = _inside() and _stamp() not in (None, _fingerprint())
     if not outdated and not unmet(REQUIREMENTS.read_text(encoding="utf-8")):
         os.environ.pop(RESTARTS, None)
         return
     if _inside():
-        # The environment cannot be made anew from inside itself.
+        # The environment cannot be recreated from inside itself.
         _restart(Path(getattr(sys, "_base_executable", sys.executable)))
     if not _ready():
         try:
@@ -147,7 +147,7 @@ def enter() -> None:
 
 
 def _ready() -> bool:
-    """Return whether `.venv` can be used as it is: stamped complete, or made by hand and satisfying."""
+    """Return whether `.venv` is usable: its stamp is current, or it has none but satisfies the requirements."""
     stamp = _stamp()
     if stamp is not None:
         return stamp == _fingerprint() and _runs("import sys")
@@ -167,17 +167,17 @@ def _runs(program: str) -> bool:
 
 
 def _make() -> None:
-    """Make `.venv` and install into it; only one process at a time does, the others wait for it."""
+    """Create `.venv` and install into it, one process at a time; the others wait."""
     with _alone() as handle:
         if _ready():
             return
         broken = _stamp() == INSTALLING or not _runs("import pip")
         lacking = [item.split()[0] for item in unmet(REQUIREMENTS.read_text(encoding="utf-8"))]
         if ENVIRONMENT.exists() and not broken:
-            _say("bringing .venv up to requirements.txt, once; this takes minutes")
+            _say("updating .venv to requirements.txt, once; this takes minutes")
         else:
-            some = ", ".join(lacking[:3]) + (", …" if len(lacking) > 3 else "")
-            _say(f"setting up .venv from requirements.txt, once; this takes minutes (not here: {some})")
+            missing = ", ".join(lacking[:3]) + (", …" if len(lacking) > 3 else "")
+            _say(f"setting up .venv from requirements.txt, once; this takes minutes (missing: {missing})")
             shutil.rmtree(ENVIRONMENT, ignore_errors=True)
             _step([sys.executable, "-m", "venv", ENVIRONMENT], "python -m venv", handle)
         before, worked = _stamp(), ENVIRONMENT.exists() and not broken
@@ -191,8 +191,8 @@ def _make() -> None:
 
 
 def _put_back(stamp: str | None) -> None:
-    """Restore the stamp of an environment that worked before pip failed to install into it: the next call tries again
-    there, and deletes nothing.
+    """Restore the stamp of an environment that worked before pip failed to install into it, so that the next call tries
+    again there and deletes nothing.
     """
     if stamp is None:
         STAMP.unlink(missing_ok=True)
@@ -202,10 +202,10 @@ def _put_back(stamp: str | None) -> None:
 
 @contextlib.contextmanager
 def _alone() -> Iterator[int]:
-    """Hold the lock on `.venv.lock` inside the block; waits while another process has it, and exits with 2 and one line
-    after WAIT_SECONDS. Yields the file descriptor: a child process that is given it keeps the lock as long as it lives.
+    """Hold the lock on `.venv.lock` inside the block; wait while another process has it, and exit with 2 and one line
+    after WAIT_SECONDS. Yields the file descriptor: a child process that inherits it keeps the lock while it lives.
 
-    The lock of `lib.files` is filelock's, which is not there before the first installation.
+    `lib.files.locked` cannot be used: it needs filelock, which is not installed yet.
     """
     path, about = ROOT / ".venv.lock", ROOT / ".venv.lock.holder"
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # not inherited by child processes
@@ -228,7 +228,7 @@ def _alone() -> Iterator[int]:
 
 
 def _take(handle: int) -> bool:
-    """Try to lock the open file; False where another process has it."""
+    """Try to lock the open file; return False where another process holds the lock."""
     if sys.platform == "win32":
         import msvcrt
 
@@ -247,10 +247,10 @@ def _take(handle: int) -> bool:
 
 
 def _step(arguments: list, what: str, handle: int, undo: Callable[[], None] | None = None) -> None:
-    """Run one step of the set-up with its output in `.venv.log`. Exits with 2 and one line where it fails, after `undo`
-    where the step itself gave up: one that was killed may have left anything.
+    """Run one step of the set-up with its output in `.venv.log`. Exits with 2 and one line on failure; `undo` is called
+    first if the step ended by itself, but not if it was killed, which may leave anything behind.
 
-    The step is given the lock: where this process is killed outright, the next call waits until the step has ended too.
+    The step inherits the lock: if this process is killed, the next call waits until the step has ended too.
     """
     with LOG.open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
@@ -265,27 +265,27 @@ def _step(arguments: list, what: str, handle: int, undo: Callable[[], None] | No
         except KeyboardInterrupt:
             process.kill()
             process.wait()
-            _say("stopped; the next call sets .venv up anew")
+            _say("stopped; the next call sets up .venv again")
             sys.exit(130)
     if code > 0 and undo is not None:
         undo()
     if code:
-        _say(f"{what} failed: {_reason()} (all of it: {LOG.name})")
+        _say(f"{what} failed: {_reason()} (full output: {LOG.name})")
         sys.exit(2)
 
 
 def _reason() -> str:
-    """Return the last line of the log that speaks of an error, or its last line."""
+    """Return the last line of the log that mentions an error, else its last line."""
     lines = [line.strip() for line in LOG.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if re.search("error|not available", line, re.IGNORECASE)]
-    return (errors or lines or ["it said nothing"])[-1][:300]
+    return (errors or lines or ["it printed nothing"])[-1][:300]
 
 
 def _restart(python: Path) -> None:
     """Start the program again under `python`, with the same arguments; never returns."""
     restarts = int(os.environ.get(RESTARTS, 0))
     if restarts == 3:
-        _say(f"{python} does not keep what is installed into it; remove .venv and call again")
+        _say(f"{python} still lacks the packages that were installed into it; remove .venv and call again")
         sys.exit(2)
     os.environ[RESTARTS] = str(restarts + 1)
     os.environ.pop("PYTHONHOME", None)

@@ -1,7 +1,7 @@
-"""One build from beginning to end: plan, keys, runs, pages, overview and index. Knows no command line.
+"""A complete build: plan, keys, runs, pages, overview and index. Knows no command line.
 
-Returns the exit code: 0 if every run succeeded, 1 if one failed, 128 and the signal's number if the build was stopped
-(130 for Ctrl-C). A wrong request raises UserError before anything has run.
+Returns the exit code: 0 if every run succeeded, 1 if one failed, 128 plus the signal's number if the build was stopped
+(130 for Ctrl-C). A wrong request raises UserError before anything runs.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from lib.suite.run.stop import BuildStopped, stoppable
 from lib.suite.store import build_history, result_folder, running, site
 from lib.suite.store.result_folder import Folder, State
 
-MOST_SUMMARIZED = 4  # runs whose verdicts a build prints
-REFRESH_SECONDS = 120.0  # how old the index may become while the runs of a first pass are replaced
+MOST_SUMMARIZED = 4  # a build of at most this many runs prints their verdicts
+REFRESH_SECONDS = 120.0  # maximum age of the index while the runs of a first pass are replaced
 
 
 def survey(folder: Folder, jobs: Sequence[Job]) -> list[tuple[Job, dict, State]]:
@@ -48,20 +48,20 @@ def build(
     cluster: str | None = None,
     again_if_busy: bool = False,
 ) -> int:
-    """Run what is not finished, make the pages, the index and the files of `suite`; return the exit code.
+    """Run all unfinished jobs, write the pages, the index and the files of `suite`; return the exit code.
 
-    `force` runs everything again, `again_if_busy` what was measured on a busy machine. `cluster` is the address of the
-    Dask scheduler whose workers run it; without one, this machine does. A whole build (suite `complete`) at effort
-    standard makes a first pass at effort preview over what has no result yet, so that the site is complete early.
+    `force` repeats all runs, `again_if_busy` those measured on a busy machine. `cluster` is the address of a Dask
+    scheduler whose workers run the jobs (None: this machine does). The suite `complete` at effort standard starts with
+    a first pass at effort preview over jobs without a result, so that the site is complete early.
     """
     if jobs is not None and jobs > 1 and request.device != "cpu":
         raise UserError(f"--jobs {jobs}: expected 1 with --device {request.device}: two runs would share it")
     if jobs is not None:
         cpu_affinity.share_out(jobs)  # raises where there are too few cores
     for kind in ("cell", "run"):
-        kernel_process.limit(kind, request.effort)  # a wrong variable is a wrong request
+        kernel_process.limit(kind, request.effort)  # an invalid environment variable is a wrong request
     result_folder.require_place(out)
-    planned = plan.plan(request, here=cluster is None)  # after what is refused without a byte from elsewhere
+    planned = plan.plan(request, here=cluster is None)  # may fetch files, so it follows the checks that need none
     largest = plan.largest_checkpoint(request)
     shares = cpu_affinity.share_out(jobs or cpu_affinity.default_jobs(request.scale, request.device, largest))
     first_pass = suite == "complete" and request.effort == "standard"
@@ -72,27 +72,27 @@ def build(
             return _build(folder, planned, shares, force, suite, cluster, busy, first_pass)
     except BuildStopped as stopped:
         _show_what_is_there(folder)
-        print("\nbuild.py: stopped; what was finished is kept, and the same command resumes")
+        print("\nbuild.py: stopped; finished runs are kept, and the same command resumes")
         return stopped.exit_code
     except ClusterLost as lost:
         _show_what_is_there(folder)
-        print(f"build.py: {lost}; what was finished is kept, and the same command resumes")
+        print(f"build.py: {lost}; finished runs are kept, and the same command resumes")
         return 1
     except OSError as error:
         where = error.filename or folder.path
-        print(f"build.py: {where}: cannot be written ({error.strerror or error}); stopped, what was finished is kept")
+        print(f"build.py: {where}: cannot be written ({error.strerror or error}); stopped, finished runs are kept")
         return 1
 
 
 def _show_what_is_there(folder: Folder) -> None:
-    """Write the index of a build that did not end, so that it shows the runs that did."""
+    """Write the index of a build that was stopped, so that it shows the finished runs."""
     if result_folder.present(folder):
         site.refresh_index(folder)
 
 
 @contextlib.contextmanager
 def _locked(folder: Folder) -> Iterator[None]:
-    """Hold the folder's lock. Raises UserError where another build has it."""
+    """Hold the folder's lock inside the block. Raises UserError where another build holds it."""
     try:
         with locked(folder.lock):
             yield
@@ -121,7 +121,7 @@ def _build(
             print(f"build.py: {state.why}: running {job.stem} again")
     finished = len(planned) - len(to_run)
     if finished:
-        print(f"{finished} of {len(planned)} runs are finished already and kept")
+        print(f"{finished} of {len(planned)} runs are already finished and kept")
     with _fork_server([job for job, _ in to_run] if cluster is None else [], shares) as server:
         began = first_pass and _first_pass(folder, surveyed, shares, cluster, server)
         refresh = REFRESH_SECONDS if began else None
@@ -129,7 +129,7 @@ def _build(
         results = _run(folder, to_run, shares, planned, expected, cluster, server, refresh) if to_run else []
         if results and (again := _outdated(folder, surveyed)):
             results += _run(folder, again, shares, planned, expected, cluster, server, refresh)
-        if cluster is not None and commands.out_of(folder.path):  # no worker knows where its pages will lie
+        if cluster is not None and commands.out_of(folder.path):  # workers do not know the final folder of their pages
             to_render += [result.stem for result in results]
         faults = _render(folder, [*dict.fromkeys(to_render)], planned)
         faults += build_history.keep(folder, suite or "run")
@@ -144,30 +144,32 @@ def _build(
 
 
 def _outdated(folder: Folder, surveyed: Sequence[tuple[Job, dict, State]]) -> list[tuple[Job, dict]]:
-    """Return what read a file, such as a recipe, that a run of this build has written anew, and say so. Whatever these
-    write in turn is left to the next build.
+    """Return the jobs that read a file, such as a recipe, which a run of this build has rewritten; print their names.
+    Files that these jobs rewrite in turn are left to the next build.
     """
-    why = {job.stem: result_folder.changed_inputs(folder, job.stem) for job, _, _ in surveyed}
-    for stem, changed in why.items():
+    changes = {job.stem: result_folder.changed_inputs(folder, job.stem) for job, _, _ in surveyed}
+    for stem, changed in changes.items():
         if changed:
             print(f"{stem}: {changed} during this build; it is run again", flush=True)
-    return [(job, parts) for job, parts, _ in surveyed if why[job.stem]]
+    return [(job, parts) for job, parts, _ in surveyed if changes[job.stem]]
 
 
 def _expected(surveyed: Sequence[tuple[Job, dict, State]]) -> dict[str, float]:
-    """Return stem → seconds that a run took before, at the effort that it is planned at."""
+    """Return stem → seconds of the job's previous run at the same effort, where known."""
     return {job.stem: state.seconds for job, _, state in surveyed if state.seconds and state.effort == job.effort}
 
 
 @contextlib.contextmanager
 def _fork_server(jobs: Sequence[Job], shares: Sequence[Sequence[int]]) -> Iterator[fork_server.ForkServer | None]:
-    """Yield what forks the processes of jobs on this machine's processor; None where there is no such job."""
+    """Yield the server that forks the processes of jobs on this machine's CPU; None where a job needs a GPU or there is
+    no job.
+    """
     if not jobs or any(job.parameters.get("device", "cpu") != "cpu" for job in jobs):
         yield None
         return
     architectures = set()
     for model in {job.model for job in jobs}:
-        with contextlib.suppress(UserError):  # its own run will say so
+        with contextlib.suppress(UserError):  # reported by the model's own run
             architectures.add(parameters.read(model).architecture)
     with kernel_process.fork_server(len(shares[0]), sorted(architectures - {""})) as server:
         yield server
@@ -180,12 +182,12 @@ def _first_pass(
     cluster: str | None,
     server: fork_server.ForkServer | None,
 ) -> bool:
-    """Run at effort preview what has no result, or that of a preview alone, and make the whole site; return whether
-    there was anything to do.
+    """Run at effort preview all jobs without a result, or with that of a preview, and write the whole site; return
+    whether there was such a job.
 
-    What ran at any other effort, and has become stale or failed, stays on the site until it runs again. The records
-    of this pass name their effort and carry keys of their own: none of them counts as finished for the pass that
-    follows, and no build of the history ends with them.
+    Stale or failed runs at other efforts stay on the site until they run again. The records of this pass name their
+    effort and have keys of their own: they do not count as finished in the main pass, which replaces them, and are not
+    stored in the history.
     """
     lacking = [
         plan.at_effort(job, plan.FIRST_PASS)
@@ -211,7 +213,7 @@ def _first_pass(
 
 
 def _pool_process_variance(folder: Folder, effort: str) -> None:
-    """Tell the runs what earlier ones on this machine showed of the variance between processes."""
+    """Publish to the runs the variance between processes that earlier runs showed on this machine."""
     from lib.report.analysis.noise import process_draws
 
     with contextlib.suppress(UserError):  # a history that cannot be read is reported when the build ends
@@ -258,7 +260,7 @@ def _render(folder: Folder, stems: Sequence[str], planned: Sequence[Job]) -> lis
 
 
 def _overview(folder: Folder, shares: Sequence[Sequence[int]], server: fork_server.ForkServer | None) -> list[str]:
-    """Execute `overview.ipynb` over the records, last of all, unless none of them has changed."""
+    """Execute `overview.ipynb` over the records, after all runs, unless it is up to date; return the faults."""
     path = plan.NOTEBOOKS / f"{plan.OVERVIEW}.ipynb"
     if not path.is_file():
         return []
@@ -267,12 +269,12 @@ def _overview(folder: Folder, shares: Sequence[Sequence[int]], server: fork_serv
     if overview.up_to_date(folder, path):
         return []
     with running.temporary(folder) as temporary:
-        fault = overview.execute(folder, path, shares[0], temporary, server)  # it reckons little: a share is enough
+        fault = overview.execute(folder, path, shares[0], temporary, server)  # needs little: one share is enough
     return [fault] if fault else []
 
 
 def _busy(folder: Folder, stems: Sequence[str]) -> dict[str, str]:
-    """Return stem → why nothing timed is judged, of the finished runs that were measured on a busy machine."""
+    """Return stem → why timings are not judged, for the runs that were measured on a busy machine."""
     from lib.report.analysis.noise import busy_runs
 
     reasons = busy_runs.reasons(folder.path, stems)
@@ -280,7 +282,7 @@ def _busy(folder: Folder, stems: Sequence[str]) -> dict[str, str]:
 
 
 def _summary(folder: Folder, stems: Sequence[str], results: Sequence, faults: Sequence[str]) -> int:
-    """Print the last lines: what failed, of a few runs what they found, the index; return the exit code."""
+    """Print the final lines: failures, the verdicts of a small build, the index; return the exit code."""
     failed = [result for result in results if result.status == "failed"]
     for result in failed:
         print(f"FAILED {result.stem}: {result.reason}" + (f" (notebook: {result.notebook})" if result.notebook else ""))
@@ -300,7 +302,7 @@ def _summary(folder: Folder, stems: Sequence[str], results: Sequence, faults: Se
 
 
 def print_stand_in_note(folder: Path) -> None:
-    """Print which models a folder's results are of, where these are not the models they are named after."""
+    """Print the notice on proxy models and slices for the results in `folder`; nothing for real models."""
     from lib.report.records.setting import stand_in
 
     if about := stand_in.of_folder(folder):
@@ -308,14 +310,14 @@ def print_stand_in_note(folder: Path) -> None:
 
 
 def shown(path: Path) -> Path:
-    """Return a path as it is seen from here."""
+    """Return `path` relative to the working directory if it lies inside it, else unchanged."""
     with contextlib.suppress(ValueError, OSError):
         return path.relative_to(Path.cwd())
     return path
 
 
 def report(out: Path) -> int:
-    """Render the pages of every record again, and the index; return the exit code. Runs no notebook."""
+    """Render the pages of every record and the index again; return the exit code. Runs no notebook."""
     from lib.suite.store import render
 
     result_folder.require_records(out)

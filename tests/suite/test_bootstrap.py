@@ -132,7 +132,7 @@ def test_changed_requirements_are_installed(bare):
         inside = subprocess.run(
             [bare / ".venv/bin/python", bare / "build.py"], env=workbench.surroundings(), capture_output=True, text=True
         )
-        assert inside.returncode == 7 and "bringing .venv up to requirements.txt" in inside.stderr, inside.stderr
+        assert inside.returncode == 7 and "updating .venv to requirements.txt" in inside.stderr, inside.stderr
     finally:
         (bare / "requirements.txt").write_text(text, encoding="utf-8")
 
@@ -160,7 +160,7 @@ def test_an_environment_outlives_an_installation_that_fails(bare):
     try:
         for _ in range(2):  # without a network, say
             ended = _call(bare)
-            assert ended.returncode == 2 and "bringing .venv up to requirements.txt" in ended.stderr, ended.stderr
+            assert ended.returncode == 2 and "updating .venv to requirements.txt" in ended.stderr, ended.stderr
     finally:
         path.write_text(text, encoding="utf-8")
     again = _call(bare)

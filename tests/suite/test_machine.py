@@ -78,9 +78,9 @@ def test_a_record_that_is_a_pipe_is_damaged_and_not_waited_for(project):
     folder = project / "executed" / "proxy"
     folder.mkdir(parents=True)
     os.mkfifo(folder / "well--alpha-1.5.json")
-    assert "no ordinary file" in record.read_folder(folder)[1]["well--alpha-1.5"]
+    assert "not a regular file" in record.read_folder(folder)[1]["well--alpha-1.5"]
     ended = workbench.build(project, "list", timeout=60)
-    assert "damaged" in ended.stdout and "is no ordinary file" in ended.stdout
+    assert "damaged" in ended.stdout and "is not a regular file" in ended.stdout
     for command in (["check"], ["compare", "executed/proxy", "executed/proxy"]):
         assert workbench.build(project, *command, timeout=60).returncode in (1, 2)
 

@@ -1,4 +1,4 @@
-"""The command `advise`: what to use on a model for a goal, from the records of a result folder. Runs nothing."""
+"""The command `advise`: which optimizations to use on a model for a goal, from a folder's records. Runs nothing."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lib.report.records.record import Record
 
 RECOMMENDED = ("use", "use if")
-ALONE = "each of these was measured alone; a stack of several has a line of its own where one was measured"
+ALONE = "each of these was measured alone; a stack of several has its own line if it was measured"
 
 
 def advise(
@@ -31,7 +31,7 @@ def advise(
 ) -> int:
     """Print the advice; return 0. Raises UserError where there are no records, or for an unknown goal or model.
 
-    `out` is what was given for `--out`: the commands that are offered lead to the same results.
+    `out` is the value of `--out`, which the printed commands repeat.
     """
     from lib.report.analysis import advice
     from lib.report.analysis.noise import discoveries
@@ -62,7 +62,7 @@ def advise(
         print(json.dumps(plain, indent=1))
         for model in advice_by_model:
             for line in _never_run(model, [record for record in records if record.model == model], out):
-                print(f"{model}: {line.strip()}", file=sys.stderr)  # beside the JSON, which holds what was measured
+                print(f"{model}: {line.strip()}", file=sys.stderr)  # not in the JSON, which lists measured runs
         return 0
     if about := stand_in.of_records(r for r in records if r.model in advice_by_model):
         print(about)
@@ -83,8 +83,8 @@ def advise(
 
 
 def _never_run(model: str, records: Sequence["Record"], out: str | None) -> list[str]:
-    """Return which optimizations have no record of a model, so that nothing is said of them, and what would change it:
-    two lines, or none.
+    """Return two lines: the optimizations without a record of the model, which get no advice, and the command that runs
+    them; an empty list where all have one.
     """
     from lib.report.records.setting import reproduce
 
@@ -92,11 +92,11 @@ def _never_run(model: str, records: Sequence["Record"], out: str | None) -> list
     if not names:
         return []
     command = reproduce.of_set(f"run {' '.join(names)} --model {model}", records[0].scale)
-    return [f"no record: {', '.join(names)}", f"  to have one: {commands.leading_to(command, out)}"]
+    return [f"no record: {', '.join(names)}", f"  to run them: {commands.leading_to(command, out)}"]
 
 
 def as_plain(row: "Advice", folder: Path, out: str | None = None) -> dict[str, Any]:
-    """Return one piece of advice as plain JSON; `folder` is that of the records, `out` what was given for it."""
+    """Return one piece of advice as plain JSON; `folder` has the records, `out` is the value of `--out`."""
     plain: dict[str, Any] = {
         "optimization": row.optimization,
         "goal": row.goal,
@@ -128,8 +128,8 @@ def as_plain(row: "Advice", folder: Path, out: str | None = None) -> dict[str, A
 
 
 def applying(row: "Advice", folder: Path) -> str | None:
-    """Return the command that saves the checkpoint of what is recommended, or None: nothing is, or no checkpoint holds
-    it. A stack needs the recipe that its search has written beside the records.
+    """Return the command that saves the checkpoint of a recommended optimization; None where it is not recommended or
+    cannot be saved. A stack needs the recipe that its search wrote next to the records.
     """
     from lib.report.records.setting import reproduce, stack
 
@@ -143,12 +143,12 @@ def applying(row: "Advice", folder: Path) -> str | None:
 
 
 def _holds(written: Path, steps: Sequence[tuple[str, Mapping[str, Any]]]) -> bool:
-    """Return whether a recipe is there, has these steps, and each of them is one that a checkpoint holds."""
+    """Return whether the recipe `written` exists, has these steps, and all of them can be saved in a checkpoint."""
     try:
         chosen = yaml_file.content_of(written, ("stack",)).get("stack") or ()
         same = [(step["optimization"], step.get("knobs") or {}) for step in chosen] == [(n, dict(k)) for n, k in steps]
     except (UserError, TypeError, KeyError, AttributeError):
-        return False  # none, or none that can be read: then there is nothing to be had
+        return False  # missing or unreadable: there is nothing to save
     return same and all(declared.savable(name) for name, _ in steps)
 
 
@@ -173,7 +173,7 @@ def _lines(row: "Advice", folder: Path, out: str | None = None) -> list[str]:
     if scores := [_score(m, names.count(m.metric) > 1, row.keep) for m in row.quality]:
         lines.append(f"  {'; '.join(scores)}")
     if command := commands.leading_to(applying(row, folder), out, "--results"):
-        lines.append(f"  to have it: {command}")
+        lines.append(f"  to save it: {command}")
     if command := commands.leading_to(row.command, out):
         took = quantities.about(row.seconds)
         lines.append(f"  to decide{f', {took}' if took else ''}: {command}")
@@ -181,8 +181,8 @@ def _lines(row: "Advice", folder: Path, out: str | None = None) -> list[str]:
 
 
 def _score(measurement: Any, several: bool, keep: float) -> str:
-    """Return a score in words: its verdict with the margin `keep`, which the decision rests on, its change, and the
-    bound that was held against the margin; with its workload where there are several of its name.
+    """Return a score as text: its verdict with the margin `keep`, its change, and the bound compared with the margin;
+    with its workload if there are `several` scores of its name.
     """
     from lib.report.analysis import advice
     from lib.report.text import brief

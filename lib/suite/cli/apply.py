@@ -1,9 +1,9 @@
-"""The command `apply`: an optimization, or a stack of them, becomes a checkpoint folder with a model card.
+"""The command `apply`: saves an optimization, or a stack of them, as a checkpoint folder with a model card.
 
 A separate process does the work (`lib.optimizations.modular_components.saving`), so that this one needs no torch; the
-folder appears only when what was saved has been loaded again and compared. Where a model that does not fit into memory
-is written block by block, an interrupted run leaves DIR.part, and the same command resumes there. Runs no
-notebook and measures nothing.
+folder appears only after the saved checkpoint has been loaded again and compared. A model that does not fit into memory
+is written block by block; an interrupted run leaves DIR.part, and the same command resumes there. Runs no notebook and
+measures nothing.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ def apply(request: Request, stack: str | None, out: str | None, results: Path) -
     """Apply one optimization (or the recipe `stack`) to one model and save it in `out`; return the exit code.
 
     `results` is the result folder whose record the model card quotes. Raises UserError for an incomplete request, and
-    where the optimization changes no weights, is refused, or cannot be saved; `out` then does not exist. A signal that
-    ends the command ends the process that saves too.
+    where the optimization changes no weights, does not apply, or cannot be saved; `out` then does not exist. A signal
+    that ends the command also ends the saving process.
     """
     if len(request.optimizations) != 1 or len(request.models) != 1:
         with_stack = "; with --stack, OPTIMIZATION is the one whose search wrote the recipe" if stack else ""
@@ -40,10 +40,10 @@ def apply(request: Request, stack: str | None, out: str | None, results: Path) -
     if not out:
         raise UserError("apply needs --out DIR, the folder of the new checkpoint")
     target, recipe = expanded(out), str(expanded(stack)) if stack else None  # the process works in another folder
-    if target.is_symlink():  # perhaps to a larger disk
+    if target.is_symlink():  # such as to a larger disk
         target = Path(os.path.realpath(target))
     if recipe and not Path(recipe).is_file():
-        raise UserError(f"--stack {stack}: no such file; expected a recipe as automl_components writes it")
+        raise UserError(f"--stack {stack}: no such file; expected a recipe written by automl_components")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--out {out}: exists already; give a folder that does not")
     require_place(target)
@@ -54,7 +54,7 @@ def apply(request: Request, stack: str | None, out: str | None, results: Path) -
     from lib.report.pages import model_card
 
     unfinished = target.with_name(f"{target.name}.part")
-    made = [place for place in target.parents if not place.exists()]
+    new_folders = [place for place in target.parents if not place.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with stoppable(), tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
@@ -72,11 +72,11 @@ def apply(request: Request, stack: str | None, out: str | None, results: Path) -
         print(f"\nbuild.py: stopped{kept}", file=sys.stderr)
         return stopped.exit_code
     finally:
-        for place in made:
-            with contextlib.suppress(OSError):  # it holds something: the checkpoint, or what a stop has kept
+        for place in new_folders:
+            with contextlib.suppress(OSError):  # not empty: it has the checkpoint or an unfinished one
                 place.rmdir()
-    again = "written and read again block by block" if answer["by_blocks"] else "saved, loaded again"
-    print(f"{out}: {again}, and equal to what was applied")
+    again = "written and read back block by block" if answer["by_blocks"] else "saved, loaded again"
+    print(f"{out}: {again}, and equal to the applied model")
     if answer.get("unfit"):
         print(f"{stack}: {answer['unfit']}")
     print(model_card.usage(out, answer["loads"], answer["tokenizer"], answer["latent"]))
@@ -84,7 +84,7 @@ def apply(request: Request, stack: str | None, out: str | None, results: Path) -
 
 
 def _save(job: Job, stack: str | None, place: Path, unfinished: Path) -> dict[str, Any]:
-    """Have the checkpoint made in a process of its own; return its answer. Raises UserError with its refusal."""
+    """Save the checkpoint in a separate process; return its answer. Raises UserError with its refusal."""
     request = {
         "model": job.model,
         "optimization": job.optimization,
@@ -98,7 +98,7 @@ def _save(job: Job, stack: str | None, place: Path, unfinished: Path) -> dict[st
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
-        killed = f"its process was ended by signal {-done.returncode}, as happens where memory runs out"
+        killed = f"its process was ended by signal {-done.returncode}, as happens when memory runs out"
         why = killed if done.returncode < 0 else "the lines above say why"
         raise UserError(f"{job.optimization}: could not be applied to {job.model}; {why}")
     answer = json.loads(lines[-1])

@@ -1,8 +1,7 @@
-"""The commands of `build.py`: reads the command line, calls what does the work, returns the exit code.
+"""The commands of `build.py`: parses the command line, calls the module that does the work, returns the exit code.
 
-0: success. 1: a run failed, or a check fell short. 2: the request was wrong; one line says what was expected. 130: it
-was stopped by Ctrl-C; 143: by SIGTERM.
-Knows nothing of how anything is done.
+0: success. 1: a run failed, or a check fell short. 2: the request was wrong; one line says what was expected. 130:
+stopped by Ctrl-C; 143: by SIGTERM.
 """
 
 import argparse
@@ -23,25 +22,25 @@ from lib.suite.plan import plan
 ROOT = plan.ROOT
 PASSING_ON = ("proxies", "lab", "test")
 CACHE = "WORKBENCH_CACHE"
-# Errors that say something of the user's disk and paths, and nothing of this program.
+# Errors caused by the user's disk and paths, not by this program.
 OF_THE_MACHINE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO}
-STOPPED = 130  # as a shell says of what Ctrl-C has ended
+STOPPED = 130  # the shell's exit code after Ctrl-C
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Carry out a command line; return its exit code."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal without our characters shows others in their place
+    """Execute a command line; return its exit code."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks our characters shows replacements
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        if os.environ.get(CACHE):  # for the programs that are started, which work in other folders
+        if os.environ.get(CACHE):  # made absolute for child programs, which run in other folders
             os.environ[CACHE] = str(cache_folder())
         hub.make_places_absolute()
         return _main(list(arguments))
     except UserError as error:
         print(f"build.py: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader of our output has gone: `build.py list | head`
+    except BrokenPipeError:  # the reader of our output has ended: `build.py list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
@@ -82,7 +81,7 @@ def _main(arguments: list[str]) -> int:
 
 
 def _settle_scale(options: argparse.Namespace) -> None:
-    """Replace checkpoints among the models by their names, and a scale that was not given by the implied one."""
+    """Replace checkpoints among the models by their names, and a missing scale by the implied one."""
     options.model = [plan.model_named(text) for text in options.model]
     options.scale = options.scale or plan.implied_scale(options.model)
 
@@ -95,7 +94,7 @@ def _request(options: argparse.Namespace, optimizations: Sequence[str]) -> plan.
     tasks = parameters.get("tasks") or " ".join(task for file in models for task in file.tasks)
     online = loaded and any(file.source.kind == "hub" for file in models)
     online |= HARNESS in tasks  # its data sets come from the hub
-    if not online:  # what is on disk is enough; nothing may go to the network unasked
+    if not online:  # all files are on disk; the network must not be used unasked
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     return plan.Request(
         optimizations=tuple(optimizations),
@@ -105,7 +104,7 @@ def _request(options: argparse.Namespace, optimizations: Sequence[str]) -> plan.
         device=options.device,
         checkpoints=options.checkpoints or "",
         random_weights=options.random_weights,
-        dimensions=tuple(getattr(options, "dimension", ())),  # a checkpoint has none
+        dimensions=tuple(getattr(options, "dimension", ())),  # `apply` has no such option
         parameters=parameters,
     )
 

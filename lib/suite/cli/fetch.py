@@ -1,4 +1,4 @@
-"""The command `fetch`: downloads weights, benchmarks and data, or checks what is here already. Runs nothing else."""
+"""The command `fetch`: downloads weights, benchmarks and data, and checks files already here. Runs nothing else."""
 
 import time
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from lib.suite.plan import fetching, plan
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be fetched: its name, where it comes from, and the SHA-256 that a single file must have."""
+    """An item to fetch: its title, its source, and the SHA-256 of a single file."""
 
     title: str
     source: Reference
@@ -24,16 +24,16 @@ class Wanted:
 
 
 def fetch(texts: Sequence[str]) -> int:
-    """Fetch everything that was named, a line for each; return the exit code. Raises UserError for the first fault.
+    """Fetch all named items, printing a line each; return the exit code. Raises UserError for the first fault.
 
-    All is checked before anything is fetched: what has changed is removed with its whole package, of which something
-    else that was named may be a part.
+    All items are checked before anything is fetched: a changed file is removed with its whole package, which another
+    named item may belong to.
     """
     wanted = list(dict.fromkeys(item for text in texts for item in named(text)))
     checked = {item: _checked(item) for item in wanted}
     for item in wanted:
-        began, there = time.monotonic(), sources.local(item.source)
-        how = f"already here, {sources.checked(item.source)}" if there is not None else "fetched"
+        began, local = time.monotonic(), sources.local(item.source)
+        how = f"already here, {sources.checked(item.source)}" if local is not None else "fetched"
         place = fetching.bring(item.source, item.sha256)
         seconds = checked[item] + time.monotonic() - began
         print(f"{item.title}: {how}, {_bytes(place) / 1e6:,.1f} MB, {seconds:.1f} s: {place}", flush=True)
@@ -41,7 +41,7 @@ def fetch(texts: Sequence[str]) -> int:
 
 
 def _checked(item: Wanted) -> float:
-    """Remove what is here and has changed, and say so; return the seconds that reading it took."""
+    """Remove a local copy that has changed, with a message; return the seconds that the check took."""
     began = time.monotonic()
     if sources.local(item.source) is not None and (fault := sources.verify(item.source)):
         print(f"{item.title}: {fault}; fetching it again", flush=True)
@@ -50,7 +50,7 @@ def _checked(item: Wanted) -> float:
 
 
 def named(text: str) -> list[Wanted]:
-    """Return what a name or a reference stands for: of a model its weights and the benchmarks among its tasks."""
+    """Return the items of a name or reference; for a model, its weights and the benchmarks among its tasks."""
     if text in BENCHMARKS:
         return [_benchmark(text)]
     known = [*plan.models(), *parameter_files.registered()]
@@ -70,7 +70,7 @@ def _benchmark(name: str) -> Wanted:
 
 
 def _bytes(place: Path) -> int:
-    """Return the size of a file, or of everything in a folder."""
+    """Return the size of a file, or of all files in a folder, in bytes. Raises UserError where there is none."""
     files = [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
     if not files:
         raise UserError(f"{place}: holds no file")

@@ -17,10 +17,7 @@ WIDTH = 110
 
 
 def show(request: Request, out: Path) -> int:
-    """Print the listing; return the exit code.
-
-    What is wrong with a model's file is named, after the others: 2 then.
-    """
+    """Print the listing; return 0, or 2 if a model's file has a fault, which is printed last."""
     planned, faults = plan.plan_each(request)
     surveyed = build.survey(Folder(out), planned)
     print("models:")
@@ -48,9 +45,7 @@ def show(request: Request, out: Path) -> int:
 
 
 def about(template: Template) -> str:
-    """Return what an optimization is: the first sentence below its notebook's title, on one line; empty where there is
-    none.
-    """
+    """Return an optimization in one line: the first sentence below its notebook's title, or nothing."""
     prose = next((source for kind, source, _ in template.cells if kind == "markdown"), "")
     text = " ".join(line for line in prose.splitlines() if not line.startswith("#")).strip()
     first = FIRST_SENTENCE.match(text)

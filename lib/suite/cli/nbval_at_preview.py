@@ -1,5 +1,5 @@
-"""A plugin of pytest: nbval runs the templates at effort preview. Every cell is run, on the least data; what a template
-measures by default is asked for by whoever opens it.
+"""A pytest plugin: nbval runs the templates at effort preview. Every cell is run, on little data; the templates' larger
+default effort is for people who open them.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
-"""The options of `build.py`: the parser of each command, and what is checked of its values without a file.
+"""The options of `build.py`: the parser of each command, and the checks of its values that need no file.
 
-An error is one line that names the nearest valid option. Knows nothing of what a command does.
+An error is one line that names the nearest valid option. Independent of what a command does.
 """
 
 import argparse
@@ -52,8 +52,8 @@ def _number(text: str) -> float:
 
 
 def _model_options(parser: argparse.ArgumentParser, what: str) -> None:
-    """Add the options that define on what an optimization acts, and how; `parsed` checks their values, with better
-    errors than argparse's. `what` is what is done with a model.
+    """Add the options that define the model, the scale, the effort and the parameters of an optimization; `parsed`
+    checks their values, with better errors than argparse's. `what` is the help text of `--model`.
     """
     add = parser.add_argument
     add("--model", action="append", default=[], metavar="M", help=what)
@@ -63,7 +63,7 @@ def _model_options(parser: argparse.ArgumentParser, what: str) -> None:
     add("--device", default="cpu", metavar="D", help=f"{'|'.join(plan.DEVICES)} (default: cpu)")
     add("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE", help="set a template's parameter")
     add("--checkpoints", metavar="DIR", help="scale full: load DIR/<model> instead of the hub's checkpoint")
-    add("--random-weights", action="store_true", help="random weights where there is no checkpoint; no quality then")
+    add("--random-weights", action="store_true", help="use random weights instead of a checkpoint; without quality")
 
 
 def _request_options(parser: argparse.ArgumentParser, verb: str = "run on") -> None:
@@ -75,7 +75,7 @@ def _request_options(parser: argparse.ArgumentParser, verb: str = "run on") -> N
     _out(parser, "go to")
 
 
-def _out(parser: argparse.ArgumentParser, verb: str = "lie in") -> None:
+def _out(parser: argparse.ArgumentParser, verb: str = "are in") -> None:
     parser.add_argument("--out", metavar="DIR", help=f"results {verb} DIR/<scale> (default: executed)")
 
 
@@ -84,8 +84,8 @@ def run_options(parser: argparse.ArgumentParser) -> None:
     _request_options(parser)
     parser.add_argument("--jobs", type=_positive, metavar="N", help="runs side by side, each on its own cores")
     parser.add_argument("--cluster", metavar="URL", help="run on the workers of the Dask scheduler at tcp://HOST:PORT")
-    parser.add_argument("--busy", action="store_true", help="also rerun what was measured on a busy machine")
-    parser.add_argument("--force", action="store_true", help="also rerun what is finished already")
+    parser.add_argument("--busy", action="store_true", help="also rerun runs that were measured on a busy machine")
+    parser.add_argument("--force", action="store_true", help="also rerun finished runs")
 
 
 def _advise_options(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +105,7 @@ def _advise_options(parser: argparse.ArgumentParser) -> None:
 def _apply_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("optimizations", nargs="*", metavar="OPTIMIZATION", help="the one to apply; see: build.py list")
-    recipe = "apply the steps of this recipe in place of OPTIMIZATION, whose search wrote it"
+    recipe = "apply the steps of this recipe, written by the search of OPTIMIZATION, instead of OPTIMIZATION itself"
     add("--stack", metavar="FILE", help=recipe)
     add("--results", metavar="DIR", help="quote the record in DIR/<scale> (default: executed)")
     _model_options(parser, "apply it to this model: its name, a checkpoint folder, a .gguf file or a hub id")
@@ -117,7 +117,7 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
     top = Parser(
         prog="build.py", description="Measures what an optimization does to a model on this machine.", epilog=EPILOG
     )
-    run_options(top)  # for the help alone: they belong to the complete suite
+    run_options(top)  # only for the help: these are the options of the complete suite
     commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     parsers = {}
 
@@ -163,7 +163,9 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
 
 
 def parsed(own: Parser, arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the arguments; suggest the nearest option for an unknown one and check values that need no files."""
+    """Parse the arguments, and check the values that need no files. Raises UserError, which suggests the nearest option
+    for an unknown one.
+    """
     options, unknown = own.parse_known_args(arguments)
     valid = [name for action in own._actions for name in action.option_strings if name.startswith("--") or name == "-p"]
     for word in unknown:
@@ -181,6 +183,6 @@ def parsed(own: Parser, arguments: Sequence[str]) -> argparse.Namespace:
         if value is not None and value not in choices:
             raise UserError(f"--{name} {value}: expected one of {', '.join(choices)}.{suggest(value, choices)}")
     for name in ("out", "results", "stack", "checkpoints"):
-        if getattr(options, name, None) == "":  # a variable of the shell that is not set
+        if getattr(options, name, None) == "":  # an unset shell variable
             raise UserError(f"--{name}: expected a path, got nothing")
     return options

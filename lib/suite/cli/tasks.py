@@ -1,4 +1,4 @@
-"""The command `list tasks`: what a model can be asked, how many items there are, where they come from. Runs nothing."""
+"""The command `list tasks`: the tasks for models, their number of items, data and licences. Runs nothing."""
 
 from lib.models.tasks import benchmarks, corpus, registry
 from lib.models.tasks.benchmarks import BENCHMARKS
@@ -36,14 +36,14 @@ def rows() -> list[tuple[str, ...]]:
 
 
 def _items(name: str) -> str:
-    """Return how many items a task of our own has, over all splits; of retrieval there are as many as are asked for."""
+    """Return how many items one of our own tasks has, over all splits; retrieval is generated in `any` number."""
     if name not in CORPUS:
         return f"{DIGITS:,}" if name == "digits" else "any"
     return f"{sum(len(corpus.labelled(CORPUS[name], split)) for split in corpus.SPLITS):,}"
 
 
 def show() -> int:
-    """Print the tasks as a table, and what else may be named; return the exit code."""
+    """Print the tasks as a table, and other tasks that may be named; return the exit code."""
     table = [COLUMNS, *rows()]
     widths = [max(len(row[column]) for row in table) for column in range(len(COLUMNS))]
     for row in table:

@@ -1,6 +1,6 @@
 """The commands that start another program in this environment: the tests, JupyterLab, the training of the proxy models.
 
-Each takes the arguments that are passed on and returns an exit code. Knows nothing of builds.
+Each takes the arguments to pass on and returns an exit code. Independent of builds.
 """
 
 import os
@@ -18,16 +18,16 @@ from lib.suite.cli.options import Parser, parsed
 from lib.suite.plan.plan import NOTEBOOKS, ROOT
 
 PLUGIN = "lib.suite.cli.nbval_at_preview"
-MOST_BESIDE = 8  # test files side by side: each may hold a model and its children in memory
-# Few tests a file, each of seconds.
+MOST_BESIDE = 8  # parallel test files: each may have a model and its child processes in memory
+# Few tests per file, each of which takes seconds.
 SLOW_TESTS = ("tests/suite", "tests/browser", "tests/measure/trackers/test_memory.py")
 
 
 def _call(arguments: Sequence[str], environment: dict[str, str] | None = None, asks: bool = False) -> int:
     """Run a module of this environment in the repository's root; return its exit code.
 
-    Ctrl-C reaches the child by itself because it shares the terminal; SIGTERM is passed on. Raises KeyboardInterrupt
-    once a child that was stopped so has ended, unless it `asks` whether it should end.
+    Ctrl-C reaches the child directly, because it shares the terminal; SIGTERM is passed on. Raises KeyboardInterrupt
+    after a child stopped by Ctrl-C has ended, unless the child `asks` for confirmation itself.
     """
     stopped = False
     surroundings = {**os.environ, "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"), **(environment or {})}
@@ -39,7 +39,7 @@ def _call(arguments: Sequence[str], environment: dict[str, str] | None = None, a
                 code = process.wait()
                 break
             except KeyboardInterrupt:
-                stopped = True  # it decides for itself when that ends it
+                stopped = True  # the child decides when to end
     finally:
         signal.signal(signal.SIGTERM, before)
     if stopped and not asks:
@@ -50,9 +50,9 @@ def _call(arguments: Sequence[str], environment: dict[str, str] | None = None, a
 def test(arguments: Sequence[str], description: str) -> int:
     """Run ruff over code and notebooks, then pytest: the unit tests, and every template by nbval at effort preview.
 
-    As many files at a time as there are cores, each on one thread: templates spend most of their time on one core. The
-    slowest files come first, so that no core waits for the last of them.
-    If the arguments contain paths, pytest runs only those. Pytest's summary comes last, before failures of ruff.
+    One file per core in parallel, each on one thread, because templates spend most of their time on one core. The
+    slowest files come first, so that no core idles at the end. If the arguments contain paths, pytest runs only those.
+    Pytest's summary comes last, before failures of ruff.
     """
     if {"-h", "--help"} & set(arguments):
         print(f"usage: build.py test [PYTEST ARGUMENT …]\n\n{description}")
@@ -69,12 +69,12 @@ def test(arguments: Sequence[str], description: str) -> int:
         environment = {"PYTHONPATH": python_path(), "IPYTHONDIR": folder, "JUPYTER_RUNTIME_DIR": folder}
         processes = min(os.cpu_count() or 1, MOST_BESIDE)
         in_order = ["--dist=loadfile", "--no-loadscope-reorder"]
-        beside = [] if chosen else [f"--numprocesses={processes}", *in_order]
+        parallel = [] if chosen else [f"--numprocesses={processes}", *in_order]
         environment["WORKBENCH_BLOCK_SECONDS"] = os.environ.get("WORKBENCH_BLOCK_SECONDS", "0")  # nothing is judged
-        if beside:
+        if parallel:
             environment["OMP_NUM_THREADS"] = "1"
         nbval = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=1200", f"-p{PLUGIN}"]
-        exit_codes["pytest"] = _call(["pytest", *nbval, *beside, *where, *arguments], environment)
+        exit_codes["pytest"] = _call(["pytest", *nbval, *parallel, *where, *arguments], environment)
     failed = [name for name, code in exit_codes.items() if code]
     if failed:
         print(f"build.py test: failed: {', '.join(failed)}", flush=True)
@@ -82,9 +82,9 @@ def test(arguments: Sequence[str], description: str) -> int:
 
 
 def lab(arguments: Sequence[str], description: str) -> int:
-    """Start JupyterLab on working copies of the templates, with this environment's kernel and `lib` within reach.
+    """Start JupyterLab on working copies of the templates, with this environment's kernel and `lib` importable.
 
-    With `--model` there are copies that are set to that model. Raises UserError for a wrong option of our own.
+    With `--model` the copies are set to that model. Raises UserError for a wrong option of `build.py lab`.
     """
     from lib.suite.lab import jupyterlab, request, start_page, working_copies
 
@@ -108,8 +108,8 @@ def lab(arguments: Sequence[str], description: str) -> int:
 
 
 def proxies(arguments: Sequence[str], description: str) -> int:
-    """Train the proxy models again; return 2 for a wrong request, as elsewhere. Raises UserError for what is none of
-    the options of the program that trains.
+    """Train the proxy models again; return 0, 1 on failure, or 2 for a wrong request. Raises UserError for an unknown
+    option.
     """
     if not {"-h", "--help"} & set(arguments):
         parsed(train_options(description), arguments)

@@ -9,7 +9,7 @@ SHOWN = 40
 
 
 def check(folder: Path, everything: bool = False) -> int:
-    """Print the table of criteria; return 0 where all hold, 1 where one falls short."""
+    """Print the table of criteria; return 0 if all hold, else 1."""
     from lib.report.analysis import acceptance as checks
     from lib.report.records.setting import stand_in
 
@@ -20,12 +20,12 @@ def check(folder: Path, everything: bool = False) -> int:
     for line in checks.table(points, most=10**6 if everything else 4):
         print(line)
     short = [point for point in points if not point.holds]
-    print(f"{len(points) - len(short)} of {len(points)} points hold" + ("" if short else ": nothing falls short"))
+    print(f"{len(points) - len(short)} of {len(points)} criteria hold" + ("" if short else ": nothing falls short"))
     return 1 if short else 0
 
 
 def compare(old: str, new: str, folder: Path, everything: bool = False) -> int:
-    """Print what changed between two result sets; return 1 where a primary metric became worse, 0 otherwise."""
+    """Print the changes between two result sets; return 1 if a primary metric got worse, else 0."""
     from lib.report.analysis import compare as comparing
     from lib.report.records.setting import stand_in
 
@@ -53,7 +53,7 @@ def compare(old: str, new: str, folder: Path, everything: bool = False) -> int:
     elif compared:
         print(f"no regression in {compared} primary comparisons (Holm-corrected)")
     else:
-        print("no primary measurement could be compared, so this says nothing of regressions")
+        print("no primary measurement could be compared, so this says nothing about regressions")
     return 1 if worse else 0
 
 

@@ -1,9 +1,9 @@
-"""Runs jobs on the workers of a Dask cluster that is already there: one at a time per `device` token of a worker.
+"""Runs jobs on the workers of an existing Dask cluster, one at a time per `device` token of a worker.
 
-The same loop as on one machine (`lib.suite.run.schedule`), over other slots: hand out what there is room for, put what
-has come back into place. A job runs on the worker as it would here, in its own process and result folder; the files
-come back whole over the network and are put into the build's folder here. A lost worker's job runs again elsewhere; one
-that loses two is given up. Knows nothing of notebooks; whom it may trust is `lib.suite.cluster.workers`'s business.
+The same loop as on one machine (`lib.suite.run.schedule`), with remote slots: send jobs to free slots, put returned
+files into place. A job runs on the worker as it would here, in its own process and result folder; its files are
+returned over the network and put into the build's folder. The job of a lost worker runs again elsewhere; a job that
+loses two workers is given up. Independent of notebooks; `lib.suite.cluster.workers` decides which workers are used.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ def check_address(address: str) -> None:
 
 
 def patience() -> float:
-    """Return how long a scheduler may take to answer, and a build without a worker waits for one, in seconds."""
+    """Return the seconds that a scheduler may take to answer, and that a build waits for a worker."""
     return seconds_from(PATIENCE, 30.0)
 
 
@@ -58,7 +58,7 @@ def _connected(address: str) -> Iterator[Any]:
 
     for name in ["distributed", *logging.root.manager.loggerDict]:
         if name.startswith("distributed"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # this module reports what is lost
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # this module reports losses itself
     try:
         client = distributed.Client(address, timeout=patience(), set_as_default=False)
     except (OSError, TimeoutError, ValueError, RuntimeError) as error:
@@ -69,12 +69,12 @@ def _connected(address: str) -> Iterator[Any]:
     try:
         yield client
     finally:
-        with contextlib.suppress(Exception):  # a scheduler that has gone cannot be taken leave of
+        with contextlib.suppress(Exception):  # the scheduler may be gone
             client.close(timeout=2)
 
 
 def run(build: BuildContext, entries: Sequence[Entry], address: str) -> list[Result]:
-    """Run every entry on the cluster; return how each ended, in the order in which they did.
+    """Run every entry on the cluster; return the results in the order of completion.
 
     Raises UserError if no scheduler answers or no worker can be used; ClusterLost if the scheduler or the last worker
     is lost and none returns. Finished runs are in place by then. Raises OSError if results cannot be written.
@@ -120,16 +120,16 @@ class Loop:
                 refusals += self.crew.welcome()
                 if self.crew.slots or not self.crew.pending:
                     break
-                self.build.progress.line("the workers are busy with the work of others; waiting for one of them")
+                self.build.progress.line("all workers are busy with other work; waiting for one of them")
                 deadline = float("inf")
             time.sleep(POLL_SECONDS)
             self._look()
         if not self.crew.slots:
-            raise UserError(f"--cluster {self.address}: no worker may be used: {' | '.join(refusals)}")
+            raise UserError(f"--cluster {self.address}: no worker can be used: {' | '.join(refusals)}")
         self._tell_refused(refusals)
 
     def _workers(self) -> Mapping[str, Mapping[str, Any]]:
-        """Return address → what the scheduler knows of a worker. Raises ClusterLost if it no longer answers."""
+        """Return address → the scheduler's description of a worker. Raises ClusterLost if it no longer answers."""
         try:
             if self.client.status != "running":
                 raise OSError
@@ -138,8 +138,8 @@ class Loop:
             raise self._gone() from None
 
     def _meet(self, workers: Mapping[str, Mapping[str, Any]]) -> list[WorkerSlot]:
-        """Check new workers and return the slots of those that are gone. Raises ClusterLost, also where the scheduler
-        goes between the two questions that this takes: its lost connection is no file that cannot be written.
+        """Check new workers and return the slots of those that are gone. Raises ClusterLost if the scheduler is lost:
+        its OSError must not be mistaken for a file that cannot be written.
         """
         try:
             return self.crew.look(workers)
@@ -164,7 +164,7 @@ class Loop:
             elif slot.entry is not None and slot.future.done():
                 answer, entry = answer_of(slot.future), slot.entry
                 slot.entry = slot.future = None
-                if self.client.status == "running":  # else the next look tells
+                if self.client.status == "running":  # else the next `_look` raises ClusterLost
                     self._take(slot, entry, answer)
 
     def _look(self) -> None:
@@ -175,7 +175,7 @@ class Loop:
         for slot in self._meet(self._workers()):
             if slot.entry is not None:
                 slot.future.cancel()
-                self._lose(slot, slot.entry, "it went away")
+                self._lose(slot, slot.entry, "it disappeared")
         self._tell_refused(self.crew.welcome() if self.results or self.crew.slots else [])
         if self.crew.slots:
             self.alone_since = now
@@ -207,11 +207,11 @@ class Loop:
         self.build.progress.start(entry.job.stem, lambda: f"{slot.doing} on {where}")
 
     def _take(self, slot: WorkerSlot, entry: Entry, answer: Mapping[str, Any]) -> None:
-        """Store a returned result; handle a lost worker or a refused one."""
+        """Store a returned result, or handle a lost or refused worker."""
         stem = entry.job.stem
         if "lost" in answer:
             self._lose(slot, entry, answer["lost"])
-        elif why := self.crew.objection(answer):  # its files were changed since it was met
+        elif why := self.crew.objection(answer):  # its files have changed since it was checked
             self._tell_refused([f"{slot.address}: {why}"])
             self.waiting.appendleft(entry)
             for lost_slot in self.crew.dismiss(slot.address):
@@ -220,12 +220,12 @@ class Loop:
                     self.waiting.appendleft(lost_slot.entry)
         else:
             result_folder.adopt(self.build.folder, stem, answer["files"])
-            lies = self.build.folder.failed(stem)
-            notebook = seen_from_here(lies) if answer["status"] == "failed" and lies.is_file() else None
+            failed = self.build.folder.failed(stem)
+            notebook = seen_from_here(failed) if answer["status"] == "failed" and failed.is_file() else None
             self._end(Result(stem, answer["status"], answer["reason"], notebook, answer["seconds"]))
 
     def _lose(self, slot: WorkerSlot, entry: Entry, why: str) -> None:
-        """Queue the job again, or give it up after two lost workers."""
+        """Queue the job again, or give it up after MOST_LOST lost workers."""
         stem = entry.job.stem
         lost = self.lost.setdefault(stem, [])
         lost.append(f"{slot.address} at “{slot.doing}”, {why}")

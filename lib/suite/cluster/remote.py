@@ -1,10 +1,9 @@
-"""The workbench on a worker's side: `python -m lib.suite.cluster.remote`, started by `worker_stub.py` alone.
+"""The workbench on a worker's side: `python -m lib.suite.cluster.remote`, started only by `worker_stub.py`.
 
-Reads one line of JSON from standard input and answers with one. `hello`: whether code, environment, weights and data
-here are those of the build, and which cores there are. `run`: the same comparison, and then the job, through the very
-loop that runs jobs on one machine (`lib.suite.run.schedule`), into a result folder of its own; what lies there
-afterwards is what the build puts into place. When standard input closes, the answer is no longer wanted: everything is
-ended.
+Reads one line of JSON from standard input and answers with one. `hello` reports the cores, and whether code,
+environment, weights and data here equal those of the build. `run` makes the same comparison and then runs the job, with
+the same loop as on a single machine (`lib.suite.run.schedule`), into its own result folder, whose files the build puts
+into place. When standard input closes, the answer is no longer wanted: all processes are ended.
 """
 
 import contextlib
@@ -32,16 +31,16 @@ from lib.suite.store.result_folder import Folder
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 REPORT_SECONDS = 1.0
-STUDIES = "studies"  # where searches keep their trials, among the results
+STUDIES = "studies"  # the results' folder of the trials of searches
 
 
 def library(hashes: cache_key.Hashes) -> dict[str, str]:
-    """Return the hash of every file of `lib`: a worker runs the suite's own code too, not the template's alone."""
+    """Return the hash of every file of `lib`: a worker also runs the suite's own code, not only the template's."""
     return {f"lib/{name}": value for name, value in hashes.of_folder(plan.ROOT / "lib").items()}
 
 
 def describe(job: Job) -> dict[str, Any]:
-    """Return a job as plain JSON, without its template: the worker reads its own, and both are compared."""
+    """Return a job as plain JSON, without its template: the worker reads its own, and the keys are compared."""
     return {
         "optimization": job.optimization,
         "model": job.model,
@@ -53,7 +52,7 @@ def describe(job: Job) -> dict[str, Any]:
 
 
 def job_of(described: dict[str, Any]) -> Job:
-    """Return the job that `describe` described. Raises UserError where its template cannot be read here."""
+    """Return the job of a description from `describe`. Raises UserError where its template cannot be read here."""
     path = plan.NOTEBOOKS / f"{described['optimization']}.ipynb"
     if not path.is_file():
         raise UserError(f"notebooks/{path.name}: no such file")
@@ -64,7 +63,7 @@ def job_of(described: dict[str, Any]) -> Job:
 def main() -> None:
     """Answer one request."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a library prints belongs in the log
+    os.dup2(2, 1)  # output of libraries belongs in the log
     request = json.loads(sys.stdin.readline())
     threading.Thread(target=_listen, args=(Path(request["folder"]),), daemon=True).start()
 
@@ -80,11 +79,11 @@ def main() -> None:
         tell(**{"hello": _hello, "run": _run}[request["do"]](request, tell))
     except UserError as error:
         tell(error=str(error))
-    os._exit(0)  # the thread that listens may hold standard input
+    os._exit(0)  # the listening thread may block on standard input
 
 
 def _listen(folder: Path) -> None:
-    """End everything when standard input closes: the worker has died, or the answer is no longer needed."""
+    """End all processes when standard input closes: the worker has died, or the answer is no longer needed."""
     for _ in sys.stdin:
         pass
     Tree(os.getpid()).end_descendants()
@@ -101,8 +100,8 @@ def _compared(
 
 
 def _hello(request: dict, tell: Callable[..., None]) -> dict:
-    """Return this machine's id, its cores, the GPU that the jobs take (None: none) and, if something differs from the
-    build, the parts on this side.
+    """Return this machine's id, its cores, the GPU if the jobs use one and, if something differs from the build, the
+    parts on this side.
     """
     hashes, reached = cache_key.Hashes(), {}
     here = library(hashes)
@@ -132,8 +131,9 @@ def _host() -> str:
 
 
 def _gpu() -> str:
-    """Return the id of the GPU that runs of this worker take: the first that CUDA_VISIBLE_DEVICES names, or the first
-    of all. Where a batch system hides the others, a number alone is the same for different GPUs. Raises UserError.
+    """Return the id of the GPU that this worker's runs use: the first in CUDA_VISIBLE_DEVICES, or the first of all. The
+    number alone would not do: under a batch system that hides the others, different GPUs have the same one. Raises
+    UserError.
     """
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
     if not first.isdigit():
@@ -144,12 +144,12 @@ def _gpu() -> str:
         pynvml.nvmlInit()
         uuid = pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(int(first)))
     except pynvml.NVMLError as error:
-        raise UserError(f"CUDA_VISIBLE_DEVICES begins with {first}, which is no NVIDIA device here ({error})") from None
+        raise UserError(f"CUDA_VISIBLE_DEVICES starts with {first}: no such NVIDIA device here ({error})") from None
     return uuid.decode() if isinstance(uuid, bytes) else str(uuid)
 
 
 class _ProgressReports:
-    """Replaces the progress table on a worker: forwards what the job is doing to the build, which shows it."""
+    """Replaces the progress table on a worker: forwards the job's current step to the build, which shows it."""
 
     def __init__(self, tell: Callable[..., None]):
         self.tell = tell
@@ -176,8 +176,8 @@ class _ProgressReports:
 
 
 def _run(request: dict, tell: Callable[..., None]) -> dict:
-    """Run the job into `<folder>/results` and make its pages; return how it ended. The stacks that the build knows are
-    there for it to read, and what it has chosen anew is among what it leaves.
+    """Run the job into `<folder>/results` and render its pages; return its status, reason and seconds. The job can read
+    the build's stacks, and stacks that it chooses are among its results.
     """
     from lib.suite.run import schedule
 
@@ -205,13 +205,13 @@ def _run(request: dict, tell: Callable[..., None]) -> dict:
 
 
 def _shared(base: Path, scale: str, stacks: dict[str, str]) -> Folder:
-    """Return the folder in which the run leaves and finds what runs share, and name it in the environment. It holds the
-    build's stacks; searches that were interrupted resume from the studies that lie on this machine.
+    """Return the folder of the files that runs share, and set it in the environment. It has the build's stacks;
+    interrupted searches resume from the studies on this machine.
     """
     studies = files.results_folder(scale) / STUDIES
     shared = Folder(base / "shared" / scale)
     result_folder.lay_out(shared, stacks)
-    with contextlib.suppress(OSError):  # where it cannot be, a search begins anew
+    with contextlib.suppress(OSError):  # without it a search starts from the beginning
         studies.mkdir(parents=True, exist_ok=True)
         (shared.path / STUDIES).symlink_to(studies, target_is_directory=True)
     os.environ[files.RESULTS] = str(base / "shared")

@@ -1,8 +1,8 @@
-"""What the build sends to a Dask worker: starts the workbench that lies there, and brings back what it left.
+"""The code that the build sends to a Dask worker: it starts the worker's copy of the workbench and returns its files.
 
-This module travels as text of its own, so a worker need not be able to import `lib`: the standard library and
-`distributed` are all it uses. The workbench on the worker's side is the folder in which `dask worker` was started, or
-the one that its variable WORKBENCH_ROOT names. Knows nothing of what is asked (`lib.suite.cluster.remote`).
+This module is sent by value, so that a worker need not be able to import `lib`: it uses only the standard library and
+`distributed`. The worker's copy of the workbench is the folder in which `dask worker` was started, or WORKBENCH_ROOT.
+Independent of the requests (`lib.suite.cluster.remote`).
 """
 
 import json
@@ -17,15 +17,15 @@ from pathlib import Path
 
 POLL_SECONDS = 0.2
 TOPIC = "workbench"
-# Dask's nanny sets it for its worker's own sake; in a kernel it would make every release of memory slower.
+# Dask's nanny sets it for the worker; in a kernel it would slow down every release of memory.
 NOT_PASSED_ON = ("MALLOC_TRIM_THRESHOLD_",)
 
 
 def call(request: dict) -> dict:
-    """Carry out `request` in a process of its own; return its answer, with the bytes of the files it left.
+    """Carry out `request` in a separate process; return its answer, with the content of its result files.
 
-    The answer holds `error` where there is no workbench, and `lost` where the process ended without an answer. When the
-    build, the scheduler or this worker goes, the process and all that it started are ended.
+    The answer has `error` where there is no workbench, and `lost` where the process ended without an answer. If the
+    build, the scheduler or this worker ends, so do the process and its children.
     """
     import distributed
 
@@ -36,7 +36,7 @@ def call(request: dict) -> dict:
         return {"error": f"no workbench in {root}; start `dask worker` in the workbench's folder"}
     folder = Path(tempfile.mkdtemp(prefix="workbench-", dir=worker.local_directory))
     try:
-        with (folder / "said.txt").open("wb") as log:
+        with (folder / "log.txt").open("wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "lib.suite.cluster.remote"],
                 cwd=root,
@@ -50,10 +50,10 @@ def call(request: dict) -> dict:
             answer = _follow(process, request | {"folder": str(folder)}, worker, key)
         finally:
             if process.stdin is not None:
-                process.stdin.close()  # which ends the process, if it has not ended by itself
+                process.stdin.close()  # ends the process if it still runs
             process.wait()
         if answer is None:
-            log_lines = (folder / "said.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            log_lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
             return {
                 "lost": f"its process ended with {process.returncode}"
                 + (f" ({log_lines[-1][:200]})" if log_lines else "")
@@ -66,7 +66,7 @@ def call(request: dict) -> dict:
 
 
 def _follow(process, request, worker, key):
-    """Send the request and forward progress; return the process's answer, or None if there was none."""
+    """Send the request and forward progress; return the process's answer, None without one."""
     events = queue.Queue()
 
     def listen():

@@ -1,9 +1,9 @@
-"""The workers of a Dask cluster that may run jobs: met once each, compared with this side, given cores of their own.
+"""The workers of a Dask cluster that may run jobs: each is checked once, compared with this side, and given cores.
 
-A worker is met when it appears, and again when it comes back under the same address. It is refused, in one line, where
-its Python, code, environment, weights or data differ from those of the build. Workers on one machine are given cores
-apart from each other; where they were started on cores of their own (`taskset`, Slurm), those are what they keep. No
-two of them run on one GPU. Knows nothing of how a job runs, or ends.
+A worker is checked when it appears, and again when it returns under the same address. It is refused, in one line, if
+its Python, code, environment, weights or data differ from those of the build. Workers on one machine get disjoint
+cores; workers started on their own cores (`taskset`, Slurm) keep those. No two of them run on one GPU. Independent of
+how a job runs or ends.
 """
 
 import sys
@@ -21,8 +21,8 @@ Claim = tuple[tuple[str, str], Mapping[str, Any]]  # a token: its worker's addre
 
 
 class PickledByValue:
-    """A function of `lib.suite.cluster.worker_stub` that arrives whole where `lib` cannot be imported: scheduler and
-    worker.
+    """A function of `lib.suite.cluster.worker_stub` that is pickled with its code, for schedulers and workers that
+    cannot import `lib`.
     """
 
     def __init__(self, function: Callable):
@@ -37,14 +37,12 @@ class PickledByValue:
         return cloudpickle.loads, (self.text,)
 
     def __call__(self, *arguments: Any) -> Any:
-        raise TypeError("it is called where it arrives")
+        raise TypeError("only its unpickled form, on a worker, can be called")
 
 
 @dataclass
 class WorkerSlot:
-    """One `device` token of a worker, the cores that belong to it, its GPU where runs take one, and whatever the loop
-    has running there.
-    """
+    """One `device` token of a worker: its cores, its GPU if runs use one, and the entry that the loop runs there."""
 
     address: str
     incarnation: str
@@ -58,7 +56,7 @@ class WorkerSlot:
 
 @dataclass
 class Crew:
-    """Accepted workers (`slots`), workers whose check is `pending`, and `refused` ones that were not reported yet."""
+    """Accepted workers (`slots`), workers whose check is `pending`, and `refused` ones not yet reported."""
 
     client: Any
     jobs: Sequence[tuple[Job, str]]
@@ -76,7 +74,7 @@ class Crew:
         for address, about in workers.items():
             tokens = min(int(about["resources"].get(DEVICE, 0)), about["nthreads"])
             if tokens >= 1:
-                present[address, about["local_directory"]] = tokens  # another folder each time it starts
+                present[address, about["local_directory"]] = tokens  # a new folder at each start identifies it
         gone = [slot for slot in self.slots if (slot.address, slot.incarnation) not in present]
         self.slots = [slot for slot in self.slots if slot not in gone]
         for mark in set(self.tokens) - set(present):
@@ -116,9 +114,9 @@ class Crew:
         )
 
     def welcome(self) -> list[str]:
-        """Accept the workers that have answered; return a line for each refused worker that was not reported yet.
+        """Accept the workers that have answered; return a line for each refused worker not yet reported.
 
-        Workers that answered together share the cores of their machine evenly.
+        Workers of one machine that answered together share its cores evenly.
         """
         answers = {mark: future for mark, future in self.pending.items() if future.done()}
         accepted = {}
@@ -131,19 +129,20 @@ class Crew:
                 accepted[mark] = answer
         wanted: list[Claim] = [(mark, answer) for mark, answer in accepted.items() for _ in range(self.tokens[mark])]
         claims = self._with_own_gpus(wanted)
-        for (mark, told), mine in zip(claims, self._cores([told for _, told in claims]), strict=True):
-            if mine:
-                self.slots.append(WorkerSlot(*mark, told["host"], tuple(mine), told.get("gpu")))
+        shares = self._cores([hello for _, hello in claims])
+        for (mark, hello), cores in zip(claims, shares, strict=True):
+            if cores:
+                self.slots.append(WorkerSlot(*mark, hello["host"], tuple(cores), hello.get("gpu")))
             else:
-                self.refused[mark] = f"every core of {told['machine']} that it may use belongs to another worker"
+                self.refused[mark] = f"every core of {hello['machine']} that it may use belongs to another worker"
         lines = [f"{address}: {why}" for (address, _), why in self.refused.items()]
         self.refused.clear()
         return lines
 
     def _with_own_gpus(self, claims: Sequence[Claim]) -> list[Claim]:
-        """Return the claims without those to a GPU that another has, which are refused: the runs would time each other.
+        """Return the claims except those to a GPU in use, which are refused: runs on one GPU would disturb each other.
 
-        Claims that take no GPU are all kept.
+        Claims without a GPU are all kept.
         """
         in_use = {(slot.host, slot.gpu) for slot in self.slots}
         kept = []
@@ -199,14 +198,14 @@ def answer_of(future: Any) -> dict[str, Any]:
     if future.status == "finished":
         try:
             return future.result(timeout=60)
-        except Exception as error:  # the worker that held the answer has gone, or the answer could not be carried
+        except Exception as error:  # the worker with the answer is gone, or the answer could not be transferred
             return {"lost": f"its answer was lost ({type(error).__name__})"}
     cause = future.exception(timeout=10) if future.status == "error" else None
     return {"lost": f"{type(cause).__name__}: {cause}" if cause else f"its task was {future.status}"}
 
 
 def differing(mine: Mapping[str, Mapping[str, str]], theirs: Mapping[str, Mapping[str, str]], most: int = 3) -> str:
-    """Return what differs between two sides' parts: `torch is 2.13.0 here, 2.12.0 there; code: lib/x.py differs`."""
+    """Return the differences between two sides' parts: `torch is 2.13.0 here, 2.12.0 there; code: lib/x.py differs`."""
     differences = []
     for part in {**mine, **theirs}:
         here, there = mine.get(part, {}), theirs.get(part, {})

@@ -1,1 +1,1 @@
-"""JupyterLab on working copies: the copies, the page it opens on, and what its kernels show beside the results."""
+"""JupyterLab on working copies: the copies, the start page, and the progress and comparisons shown by its kernels."""

@@ -1,7 +1,7 @@
-"""How far a notebook's run is, as a line in the output of the running cell.
+"""The progress of a notebook's run, as a line in the output of the running cell.
 
-A cell that ends within a second shows nothing. The thread that rewrites the line sleeps two seconds at a time and takes
-about a millisecond, so that it does not disturb what the cell times.
+A cell that ends within a second shows nothing. The thread that updates the line wakes every two seconds for about a
+millisecond, so that it does not disturb timings in the cell.
 """
 
 import contextvars
@@ -16,8 +16,8 @@ FIRST_SECONDS, EVERY_SECONDS = 1.0, 2.0
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run is: the cell's number of so many, the heading above it, and the seconds that are expected of it and
-    of the cells after it; None where nothing is known.
+    """The position of a run: the cell's `number` of `total`, the heading above it, and the expected seconds of the cell
+    and of the cells after it (`behind`); None where unknown.
     """
 
     number: int | None
@@ -28,7 +28,7 @@ class Place:
 
 
 def text(place: Place, seconds: float, over: bool) -> str:
-    """Return the line after so many seconds of the cell, or what is left of it once the cell is over."""
+    """Return the line after `seconds` of the cell; once the cell is `over`, a shorter one."""
     at = f"cell {place.number} of {place.total}" if place.number else "cell"
     parts = [at, place.heading] if place.heading else [at]
     if over:
@@ -47,7 +47,7 @@ def duration(seconds: float) -> str:
 
 
 def as_html(place: Place, line: str) -> str:
-    """Return the line with a bar of the cells that have run."""
+    """Return the line as HTML, with a progress bar of the finished cells."""
     text = html.escape(line)
     if not place.number:
         return f"<small>{text}</small>"
@@ -56,7 +56,7 @@ def as_html(place: Place, line: str) -> str:
 
 
 class ProgressLine(threading.Thread):
-    """The line of one running cell; `finish` ends it and leaves the time that the cell took."""
+    """The progress line of one running cell; after `finish` it shows the time that the cell took."""
 
     def __init__(self, place: Place):
         super().__init__(name="cell progress", daemon=True)
@@ -66,7 +66,7 @@ class ProgressLine(threading.Thread):
         self.context = contextvars.copy_context()  # tells the display which cell this belongs to
 
     def run(self) -> None:
-        """Show the line after a second, and rewrite it until the cell is over."""
+        """Show the line after a second, and update it until the cell is over."""
         if not self.over.wait(FIRST_SECONDS):
             self.context.run(self._follow)
 

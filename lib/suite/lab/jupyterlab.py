@@ -1,6 +1,6 @@
-"""How JupyterLab is started: on the start page, with the kernel of this environment, without fetching news.
+"""The start of JupyterLab: on the start page, with the kernel of this environment, without fetching news.
 
-Writes what JupyterLab reads into a temporary folder; the user's own settings go before these defaults.
+Writes JupyterLab's files into a temporary folder; the user's own settings override these defaults.
 """
 
 import json
@@ -10,7 +10,7 @@ from lib.files import RESULTS
 from lib.suite.lab import kernel, start_page
 from lib.suite.run.kernel_process import write_kernel
 
-# "Run All" leaves a person at the last cell: the status bar counts the cells, and its button leads to the running one.
+# "Run All" jumps to the last cell: the status bar counts the cells, and its button leads to the running one.
 PROGRESS = {"showOnStatusBar": True, "showProgress": True, "showJumpToRecentExecutionButton": True}
 SETTINGS = {
     "@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"markdown": "Markdown Preview"}},
@@ -20,7 +20,7 @@ SETTINGS = {
 
 
 def arguments(root: Path, folder: Path) -> list[str]:
-    """Return JupyterLab's arguments: `root` is what it shows, `folder` takes the defaults of its settings."""
+    """Return JupyterLab's arguments: `root` is the folder that it shows; default settings are written to `folder`."""
     settings = folder / "settings"
     settings.mkdir(parents=True, exist_ok=True)
     (settings / "overrides.json").write_text(json.dumps(SETTINGS), encoding="utf-8")
@@ -28,5 +28,5 @@ def arguments(root: Path, folder: Path) -> list[str]:
 
 
 def environment(folder: Path, results: Path) -> dict[str, str]:
-    """Return the environment variables of JupyterLab and its kernels, which know where the results lie."""
+    """Return the environment variables of JupyterLab and its kernels, with the folder of the results."""
     return {"JUPYTER_PATH": str(write_kernel(folder, kernel.__name__)), RESULTS: str(results)}

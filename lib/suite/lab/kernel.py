@@ -1,7 +1,7 @@
-"""The extension of IPython that the kernels of `build.py lab` load: libraries are quiet, a running cell shows the run's
-progress, and after the last cell this run is shown beside the previous one.
+"""The IPython extension of the kernels of `build.py lab`: silences libraries, shows the run's progress in the running
+cell, and after the last cell shows this run next to the previous one.
 
-A build's kernels do not load it, and no template knows of it.
+A build's kernels do not load it, and templates do not depend on it.
 """
 
 import logging
@@ -16,7 +16,7 @@ from lib.suite.lab import notebook_cells
 from lib.suite.lab.cell_progress import Place, ProgressLine
 from lib.suite.lab.notebook_cells import LAST, CodeCell
 
-RUNS = ".runs"  # beside the copies: the last run of each
+RUNS = ".runs"  # folder next to the copies, with the last run of each
 OURS = r"(__main__|lib)(\.|$)"
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -26,17 +26,17 @@ QUIET = {
 
 
 def load_ipython_extension(shell: Any) -> None:
-    """Make libraries quiet, and follow the cells of the notebook that this kernel was started for."""
+    """Silence libraries, and follow the cells of the notebook that this kernel was started for."""
     silence()
     path = notebook_cells.notebook()
     if path is not None:
-        followed = CellFollower(shell, path, Path(os.environ.get(RESULTS) or "executed"))
-        shell.events.register("pre_run_cell", followed.before)
-        shell.events.register("post_run_cell", followed.after)
+        follower = CellFollower(shell, path, Path(os.environ.get(RESULTS) or "executed"))
+        shell.events.register("pre_run_cell", follower.before)
+        shell.events.register("post_run_cell", follower.after)
 
 
 def silence() -> None:
-    """Show the warnings of the notebook and of this project alone, and of what libraries log the errors."""
+    """Show only warnings of the notebook and of this project, and of the libraries' logs only errors."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     warnings.simplefilter("ignore")
@@ -55,13 +55,13 @@ class CellFollower:
         self.line: ProgressLine | None = None
         self.began = 0.0
         self.took: dict[int, float] = {}
-        self.shown: tuple[Any, Any] = (None, None)  # a record that has been kept, and the one before it
+        self.shown: tuple[Any, Any] = (None, None)  # the stored record, and the previous one
 
     def before(self, info: Any) -> None:
-        """Begin a cell: find it in the notebook, and show how far the run is once it takes longer than a second."""
+        """Begin a cell: find it in the notebook, and show the run's progress if it takes longer than a second."""
         source, behind = info.raw_cell or "", -1 if self.at is None else self.at
         self.at = notebook_cells.find(self.cells, source, behind)
-        if self.at is None:  # the first cell, or one that was edited since
+        if self.at is None:  # the first cell, or an edited one
             self.cells = notebook_cells.read(self.path)
             self.at = notebook_cells.find(self.cells, source, behind)
         self.began = time.monotonic()
@@ -69,7 +69,7 @@ class CellFollower:
         self.line.start()
 
     def after(self, outcome: Any) -> None:
-        """End a cell; after the last one that succeeds, show this run beside the last."""
+        """End a cell; after the last cell has succeeded, show this run next to the previous one."""
         if self.line is None:
             return
         seconds = self.line.finish()
@@ -95,16 +95,16 @@ class CellFollower:
         )
 
     def _stored(self, about: Any) -> list[Path]:
-        """Return where the last records of the notebook's run lie: that of a run here, that of the last build."""
+        """Return the paths of the notebook's last records: of the last run here, and of the last build."""
         stem = self.path.name.removesuffix(".ipynb").partition("--")[0]
         scale, model = about.get("scale"), about.get("model")
         if not isinstance(scale, str) or not isinstance(model, str):
-            return []  # the cell of parameters has not run
+            return []  # the parameters cell has not run
         name = f"{stem}--{model}.json"
         return [self.path.parent / RUNS / scale / name, self.results / scale / name]
 
     def _show_beside_earlier(self) -> None:
-        from lib.report import earlier_runs  # what reads records takes long to import
+        from lib.report import earlier_runs  # slow to import
 
         run = earlier_runs.record_of(self.shell.user_ns)
         if run is None:

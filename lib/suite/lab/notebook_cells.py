@@ -1,6 +1,6 @@
-"""The code cells of the notebook that a kernel of JupyterLab runs, and how long each took before.
+"""The code cells of the notebook that a JupyterLab kernel runs, and how long each took before.
 
-Reads the notebook and the records as plain JSON, so that a kernel starts quickly. Knows nothing of what is shown.
+Reads the notebook and the records as plain JSON, so that a kernel starts quickly. Shows nothing.
 """
 
 import os
@@ -27,7 +27,7 @@ class CodeCell:
 
 
 def notebook() -> Path | None:
-    """Return the notebook that this kernel was started for, None where no server says so."""
+    """Return the notebook that this kernel was started for; None where no Jupyter server started it."""
     name = os.environ.get("JPY_SESSION_NAME")
     if not name:
         return None
@@ -37,7 +37,7 @@ def notebook() -> Path | None:
 def read(path: Path) -> list[CodeCell]:
     """Return the code cells of a notebook; none where it cannot be read.
 
-    Papermill puts a cell of parameters after the one tagged so: the cells after it are counted as it counts them.
+    Papermill inserts a cell after the one tagged `parameters`; later cells are numbered accordingly.
     """
     try:
         cells = templates.read_cells(path)
@@ -56,13 +56,13 @@ def read(path: Path) -> list[CodeCell]:
 
 
 def find(cells: Sequence[CodeCell], source: str, after: int) -> int | None:
-    """Return the place of the cell with this source: the next one after the place `after`, else any; else None."""
+    """Return the index of the cell with this source: the next one behind the index `after`, else the first, or None."""
     places = [place for place, cell in enumerate(cells) if cell.source == source.strip()]
     return next((place for place in places if place > after), places[0] if places else None)
 
 
 def expected(cells: Sequence[CodeCell], stored: Iterable[Path], effort: Any) -> list[float | None]:
-    """Return the seconds of each cell in the first of the records `stored` with this effort; None where unknown."""
+    """Return the seconds of each cell from the first record in `stored` with this effort; None where unknown."""
     for path in stored:
         record = json_object(path)
         took = (record.get("process") or {}).get("cell_seconds") or {}

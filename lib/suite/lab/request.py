@@ -1,4 +1,4 @@
-"""The request of `build.py lab`: its own few options, and the arguments that JupyterLab gets."""
+"""The request of `build.py lab`: its own options, and the arguments passed on to JupyterLab."""
 
 import argparse
 from pathlib import Path
@@ -13,14 +13,14 @@ EFFORT = "quick"  # as in the templates: a person waits
 
 
 class Options(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, and that leaves what it does not know to JupyterLab."""
+    """An argument parser with one-line errors; unknown arguments are passed on to JupyterLab."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 
 def parser(description: str) -> Options:
-    """Return the parser of the options that are not JupyterLab's."""
+    """Return the parser of `build.py lab`'s own options."""
     own = Options(
         prog="build.py lab",
         usage="build.py lab [--model M] [--scale S] [--effort E] [--out DIR] [JUPYTERLAB ARGUMENT …]",
@@ -32,14 +32,14 @@ def parser(description: str) -> Options:
     scale = f"{'|'.join(plan.SCALES)} (default: proxy; full for a model that has no proxy model)"
     own.add_argument("--scale", metavar="S", help=scale)
     own.add_argument("--effort", default=EFFORT, metavar="E", help=f"{'|'.join(plan.EFFORTS)} (default: {EFFORT})")
-    own.add_argument("--out", metavar="DIR", help="the results to show lie in DIR/<scale> (default: executed)")
+    own.add_argument("--out", metavar="DIR", help="the results to show are in DIR/<scale> (default: executed)")
     return own
 
 
 def jobs(options: argparse.Namespace) -> list[Job]:
-    """Return a job for each optimization and model that copies are set to; none without a model.
+    """Return a job for each optimization and requested model, for which copies are made; none without a model.
 
-    Weights and data are there afterwards. Raises UserError for a wrong name, or what cannot be fetched.
+    Fetches weights and data. Raises UserError for a wrong name, or where something cannot be fetched.
     """
     for name, choices in (("scale", plan.SCALES), ("effort", plan.EFFORTS)):
         value = getattr(options, name)
@@ -57,5 +57,5 @@ def jobs(options: argparse.Namespace) -> list[Job]:
 
 
 def results(options: argparse.Namespace) -> Path:
-    """Return the folder that holds a result folder for each scale."""
+    """Return the folder with a result folder per scale."""
     return expanded(options.out) if options.out else plan.ROOT / "executed"

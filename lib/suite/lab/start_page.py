@@ -1,6 +1,6 @@
-"""The page on which JupyterLab opens: what there is, how many minutes it takes, and what the last result was.
+"""JupyterLab's start page: the notebooks, how many minutes each takes, and its last result.
 
-Markdown from the templates and from the records of a result folder; what was never run says so. Runs nothing.
+Markdown from the templates and the records of a result folder; notebooks that were never run are marked. Runs nothing.
 """
 
 import contextlib
@@ -24,19 +24,19 @@ from lib.suite.run.kernel_process import RUN_SECONDS
 
 NAME = "start.md"
 LONGEST = 260  # characters of a result in the table
-INTRODUCTION = """# Model optimizations, to take apart
+INTRODUCTION = """# Model optimizations, hands-on
 
-These notebooks are copies: edit them, run them, break them. The templates and the results of builds stay as they are,
+These notebooks are copies: edit them, run them, break them. The templates and the results of builds stay unchanged,
 and a copy in which you edited cells is never overwritten.
 
 Open a notebook below, change a parameter in its first code cell, then *Run → Run All Cells*. The status bar counts the
-cells, and its button leads to the running one, which shows the run's progress; after the last cell, this run is shown
-beside the previous one."""
+cells, and its button leads to the running one, which shows the run's progress. After the last cell, this run is shown
+next to the previous one."""
 
 
 @dataclass(frozen=True)
 class ListedNotebook:
-    """A notebook on the page: the copy's file name, its template, and the run that it makes as it stands."""
+    """A notebook on the page: the copy's file name, its template, and the model, scale and effort it is set to."""
 
     file: str
     template: Template
@@ -51,7 +51,7 @@ def entries(jobs: Sequence[Job]) -> list[ListedNotebook]:
         return [ListedNotebook(f"{job.stem}.ipynb", job.template, job.model, job.scale, job.effort) for job in jobs]
     listed = []
     for stem in plan.optimizations():
-        with contextlib.suppress(UserError, KeyError):  # a file that is still being written is no notebook yet
+        with contextlib.suppress(UserError, KeyError):  # a notebook that is still being written
             template = templates.read(plan.NOTEBOOKS / f"{stem}.ipynb")
             model, scale, effort = (str(template.parameters[name].default) for name in ("model", "scale", "effort"))
             listed.append(ListedNotebook(template.path.name, template, model, scale, effort))
@@ -59,7 +59,7 @@ def entries(jobs: Sequence[Job]) -> list[ListedNotebook]:
 
 
 def write(listed: Sequence[ListedNotebook], results: Path, folder: Path) -> Path:
-    """Write the page of these entries into `folder`; return its path. `results` holds a result folder per scale."""
+    """Write the page of these entries into `folder`; return its path. `results` has a result folder per scale."""
     known = {scale: read_folder(results / scale) for scale in {entry.scale for entry in listed}}
     records = {scale: discoveries.settled(read) for scale, (read, _) in known.items()}
     return write_atomically(folder / NAME, text(listed, records, {scale: bad for scale, (_, bad) in known.items()}))
@@ -70,8 +70,8 @@ def text(
     records: dict[str, list[Record]],
     damaged: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
 ) -> str:
-    """Return the page as Markdown; `records` by scale, with the words that hold for the set; `damaged`, by scale, is
-    stem → what is wrong with a record that cannot be read.
+    """Return the page as Markdown. `records` maps a scale to its records, with verdicts corrected over the set;
+    `damaged` maps a scale to stem → fault of records that cannot be read.
     """
     parts = [INTRODUCTION]
     for scale, model in dict.fromkeys((entry.scale, entry.model) for entry in listed):
@@ -118,13 +118,13 @@ def what_it_does(template: Template) -> str:
 
 
 def _takes(entry: ListedNotebook, records: Sequence[Record]) -> str:
-    """Return how long a run takes: from its own record, from those of other models, or at most, by its limit."""
+    """Return how long a run takes: from its own record, from those of other models, or its time limit."""
     alike = [r for r in records if r.optimization == entry.template.stem and r.seconds and r.status == "ok"]
     same = [r for r in alike if r.effort == entry.effort] or alike
     own = [r for r in same if r.model == entry.model] or same
     if not own:
         return f"no run yet; its limit is {_minutes(RUN_SECONDS[entry.effort])}"
-    own = [r for r in own if r.effort == own[0].effort]  # a median over two efforts would be of neither
+    own = [r for r in own if r.effort == own[0].effort]  # never a median over two efforts
     about = "" if own[0].model == entry.model else ", on other models"
     return f"{_minutes(median(r.seconds for r in own if r.seconds))} at {own[0].effort}{about}"
 

@@ -1,6 +1,6 @@
-"""Copies of the templates for JupyterLab, which saves outputs and edits into what it opens: the product stays as it is.
+"""Copies of the templates for JupyterLab, which saves outputs and edits into the files it opens.
 
-They lie in `.lab/`, as deep as the templates, so that relative paths mean the same. A copy in which cells were edited
+They are in `.lab/`, at the same depth as the templates, so that relative paths work in both. A copy with edited cells
 is never overwritten. Knows no JupyterLab.
 """
 
@@ -18,9 +18,9 @@ MADE_FROM = ".templates.json"
 
 
 def refresh(templates_folder: Path = NOTEBOOKS, copies: Path = COPIES, jobs: Iterable[Job] = ()) -> list[str]:
-    """Copy every template that is new or has changed; return a line for each edited copy that was set aside for it.
+    """Copy every template that is new or has changed; return a line for each edited copy that was set aside.
 
-    A job gets a copy of its own, `<optimization>--<model>.ipynb`, with its parameters set in the cell of that name.
+    A job gets its own copy, `<optimization>--<model>.ipynb`, with its parameters set in the cell tagged `parameters`.
     """
     copies.mkdir(exist_ok=True)
     made_from: dict[str, str | None] = json_object(copies / MADE_FROM)
@@ -56,7 +56,7 @@ def _cells_of(path: Path) -> str | None:
 
 
 def _cells(text: str) -> str | None:
-    """Return a hash of a notebook's cells without their outputs, None where the text is no notebook."""
+    """Return a hash of a notebook's cells without outputs; None where the text is not a notebook."""
     try:
         return digest([[cell["cell_type"], "".join(cell["source"])] for cell in json.loads(text)["cells"]])
     except (ValueError, KeyError, TypeError):

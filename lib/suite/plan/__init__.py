@@ -1,1 +1,1 @@
-"""What is to be run: requests, templates, dependencies, cache keys."""
+"""Planning of runs: requests, templates, dependencies, cache keys."""

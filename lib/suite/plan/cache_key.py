@@ -1,10 +1,9 @@
-"""The content key of a job: what its result depends on, hashed part by part, so that a change can be named.
+"""The content key of a job: a hash of everything its result depends on, part by part, so that a change can be named.
 
-Parts: the template's cells, the resolved parameters (the device among them) and the user's files that they name, the
-model's dimensions, the modules of `lib` that the notebook and `lib/optimizations/<stem>.py` reach through their
-imports, the weights with their tokenizer, the evaluation data, and the versions of Python, torch and transformers. A
-hit means: this measurement still belongs to this code. The machine is not part of it; the record names it. Knows
-nothing of records.
+Parts: the template's cells, the resolved parameters (including the device) and the user's files that they name, the
+model's dimensions, the modules of `lib` that the notebook and `lib/optimizations/<stem>.py` import, the weights with
+their tokenizer, the evaluation data, and the versions of Python, torch and transformers. A hit means that the
+measurement still belongs to this code. The machine is not part of the key; the record names it. Independent of records.
 """
 
 import contextlib
@@ -29,9 +28,9 @@ from lib.suite.plan.plan import ROOT, Job, proxy_folder
 WHOLE_BYTES = 256 * 2**20
 SAMPLES = 16
 SAMPLE_BYTES = 2**20
-MOST_HEADER = 10**8  # bytes, by the format
-TENSOR_BYTES = 2**12  # of the beginning and of the middle of each tensor in a large file
-# Ends of the files of a checkpoint that a loader may read, and the folder of its further chat templates.
+MOST_HEADER = 10**8  # bytes, the limit of the safetensors format
+TENSOR_BYTES = 2**12  # hashed at the beginning and in the middle of each tensor of a large file
+# Suffixes of the checkpoint files that a loader may read, and the folder of additional chat templates.
 OF_CHECKPOINT = (".json", ".safetensors", ".jinja", ".txt", ".model", ".tiktoken")
 CHAT_TEMPLATES = "additional_chat_templates"
 
@@ -47,17 +46,17 @@ class Hashes:
     def __init__(self, store: Path | None = None):
         self.store = store
         self.known: dict[str, list] = {}
-        self.looked_up: dict[Any, Any] = {}  # what was found of a file or a folder; each is looked at once
+        self.looked_up: dict[Any, Any] = {}  # results by file or folder, each computed once
         self.changed = False
         try:
             content = json.loads(store.read_text(encoding="utf-8")) if store else {}
             self.known = content if isinstance(content, dict) else {}
         except (OSError, ValueError):
-            pass  # a cache: without it, everything is read again
+            pass  # only a cache: without it, all files are read again
 
     def of(self, path: Path) -> str:
-        """Return the hash of a file's content; of a file above 256 MiB, that of its size, of sixteen samples and, where
-        it holds tensors, of two pieces of each: a few that were trained are a small part of it.
+        """Return the hash of a file's content; above 256 MiB, of its size, sixteen samples and, in a file of tensors,
+        two pieces of each tensor, because a few retrained tensors could fall between the samples.
         """
         return self._once(path, lambda: self._of(path))
 
@@ -81,9 +80,9 @@ class Hashes:
         return dict(self._once(folder, find))
 
     def of_checkpoint(self, folder: Path) -> dict[str, str]:
-        """Return relative path → hash of every file in a checkpoint folder of the user's own that a loader may read.
+        """Return relative path → hash of every file in the user's own checkpoint folder that a loader may read.
 
-        What else lies there is no part of the model: results that were sent there, git's files, another checkpoint.
+        Other files there are not part of the model, such as results, git's files, or another checkpoint.
         """
 
         def find() -> dict[str, str]:
@@ -95,7 +94,7 @@ class Hashes:
         return dict(self._once(("checkpoint", folder), find))
 
     def of_model(self, name: str) -> parameter_files.ModelParameters:
-        """Return what a model's parameter file holds."""
+        """Return the content of a model's parameter file."""
         return self._once(("model", name), lambda: parameter_files.read(name))
 
     def of_cells(self, cells: tuple) -> dict[str, str]:
@@ -117,7 +116,7 @@ class Hashes:
             part.write_text(json.dumps(self.known), encoding="utf-8")
             os.replace(part, self.store)
         except OSError:
-            with contextlib.suppress(OSError):  # where nothing can be written, nothing can be removed
+            with contextlib.suppress(OSError):  # an unwritable folder does not allow removal either
                 part.unlink(missing_ok=True)
 
 
@@ -140,7 +139,7 @@ def _content_hash(path: Path, size: int) -> str:
 
 
 def _tensors(file: BinaryIO, size: int) -> list[tuple[int, int]]:
-    """Return where each tensor of a safetensors file begins and ends, in order; nothing of any other file."""
+    """Return the start and end offset of each tensor in a safetensors file, sorted; empty for any other file."""
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if length > min(size - 8, MOST_HEADER):
@@ -154,14 +153,15 @@ def _tensors(file: BinaryIO, size: int) -> list[tuple[int, int]]:
 
 
 def parts(job: Job, hashes: Hashes, reached: Mapping[str, list[Path]] | None = None) -> dict[str, dict[str, str]]:
-    """Return part → name → hash or version: all that the job's result depends on.
+    """Return part → name → hash or version: everything the job's result depends on.
 
-    `reached` may hold, by optimization, what `dependencies.reached` found, so that it is walked once per template.
+    `reached` may map an optimization to the result of `dependencies.reached`, so that this is computed once per
+    template.
     """
     modules = (reached or {}).get(job.optimization) or dependencies.reached(job.template)
     model = hashes.of_model(job.model)
     dimensions = {"dimensions": {"asked for": ", ".join(job.dimensions)}} if job.dimensions else {}
-    asked = {"tasks": job.parameters.get("tasks") or model.tasks}  # those of the model's file may be files too
+    asked = {"tasks": job.parameters.get("tasks") or model.tasks}  # tasks of the model's file may be files too
     files = _by_name((path, hashes.of(path)) for path in named_files.of({**job.parameters, **asked}))
     named = {"files": files} if files else {}
     return (
@@ -188,7 +188,7 @@ def parts(job: Job, hashes: Hashes, reached: Mapping[str, list[Path]] | None = N
 
 
 def _by_name(files: Iterable[tuple[Path, str]]) -> dict[str, str]:
-    """Return name → hash of the files, without the folders in which they lie; the second of a name is `name (2)`."""
+    """Return file name → hash, without folders; a second file of the same name is called `name (2)`."""
     hashes: dict[str, str] = {}
     for path, value in files:
         names = itertools.chain([path.name], (f"{path.name} ({number})" for number in itertools.count(2)))
@@ -225,7 +225,7 @@ def _weights(job: Job, model: parameter_files.ModelParameters, hashes: Hashes) -
 
 
 def difference(before: Mapping[str, Mapping[str, str]], after: Mapping[str, Mapping[str, str]]) -> str:
-    """Return what changed between two jobs' parts: `code: lib/files.py changed`; empty if nothing."""
+    """Return the differences between two jobs' parts: `code: lib/files.py changed`; empty if there are none."""
     changes = []
     for part in {**after, **before}:
         old, new = before.get(part, {}), after.get(part, {})

@@ -1,4 +1,4 @@
-"""What an optimization's module declares, read from its source: nothing is imported, so a listing stays quick."""
+"""Declarations of an optimization's module, read from its source without importing it, so that listings stay quick."""
 
 import ast
 from pathlib import Path
@@ -7,11 +7,11 @@ from lib.suite.plan import plan
 from lib.suite.plan.plan import ROOT
 
 OPTIMIZATIONS = ROOT / "lib" / "optimizations"
-HELD = {"shapes", "weights", "storage"}  # what a checkpoint can hold of what an optimization touches
+HELD = {"shapes", "weights", "storage"}  # the changes that a checkpoint can store
 
 
 def touches(stem: str, folder: Path = OPTIMIZATIONS) -> tuple[str, ...]:
-    """Return `COMPOSES["touches"]` of an optimization; empty where it composes with no other, or has no module."""
+    """Return `COMPOSES["touches"]` of an optimization; empty where it declares none or has no module."""
     for path in (folder / stem / "method.py", folder / f"{stem}.py"):
         if path.is_file():
             return _touches(path.read_text(encoding="utf-8"))
@@ -19,14 +19,15 @@ def touches(stem: str, folder: Path = OPTIMIZATIONS) -> tuple[str, ...]:
 
 
 def savable(stem: str, folder: Path = OPTIMIZATIONS) -> bool:
-    """Return whether `apply` can make a checkpoint of an optimization by itself."""
+    """Return whether `apply` can save a checkpoint of this optimization alone."""
     return bool(HELD & set(touches(stem, folder)))
 
 
 def why_not_savable(stem: str) -> str | None:
-    """Return why `apply` can make no checkpoint of an optimization by itself; None where it can, or is none of ours.
+    """Return why `apply` cannot save a checkpoint of this optimization alone; None where it can, or where `stem` is not
+    an optimization.
 
-    What a run's model or parameters refuse in addition shows only when it is applied.
+    Refusals that depend on the model or on parameters are found only when it is applied.
     """
     touched = touches(stem)
     if HELD & set(touched) or stem not in plan.optimizations():

@@ -1,8 +1,8 @@
-"""Which modules of `lib` a template reaches: a static walk over the imports of its cells and of its own module.
+"""The modules of `lib` that a template depends on: a static walk over the imports of its cells and its own module.
 
-Reads source text; imports and runs nothing. Functions that import while they run are seen too. A notebook or an
-optimization module that finds others by name at run time (`import_module`, `iter_modules`) reaches all of
-`lib/optimizations`, because it cannot be known which.
+Reads source text; imports and runs nothing. Imports inside functions count too. A notebook or an optimization module
+that imports by name at run time (`import_module`, `iter_modules`) depends on all of `lib/optimizations`, because the
+modules cannot be determined.
 """
 
 import ast
@@ -18,16 +18,16 @@ from lib.suite.plan.template import Template
 OPTIMIZATIONS = ROOT / "lib" / "optimizations"
 MAGIC = re.compile(r"^\s*[%!?].*$", re.MULTILINE)
 NAME = re.compile(r"lib(\.\w+)+")
-QUOTED = re.compile(r"""["'}]lib\.\w""")  # where a text may begin that is a name
+QUOTED = re.compile(r"""["'}]lib\.\w""")  # possible start of a string that is a module's name
 BY_NAME = re.compile(r"\b(import_module|iter_modules|__import__|spec_from_file_location)\b")
 
 
 def reached(template: Template) -> list[Path]:
-    """Return the files of `lib` whose change may change the template's result, sorted."""
+    """Return the files of `lib` that the template's result may depend on, sorted."""
     source = "\n".join(MAGIC.sub("", text) for kind, text, _ in template.cells if kind == "code")
     own = [OPTIMIZATIONS / f"{template.stem}.py", OPTIMIZATIONS / template.stem / "method.py"]
-    there = _modules()
-    waiting = [path for name in imported(source, "") for path in _files(name, there)]
+    files_by_name = _modules()
+    waiting = [path for name in imported(source, "") for path in _files(name, files_by_name)]
     waiting += [path for path in own if path.is_file()]
     waiting += _every() if BY_NAME.search(source) else []
     files: set[Path] = set()
@@ -37,10 +37,10 @@ def reached(template: Template) -> list[Path]:
         if path in files:
             continue
         files.add(path)
-        names, finds_by_name = _module(path, path.stat().st_mtime_ns)
-        waiting += [file for name in names if name not in followed for file in _files(name, there)]
+        names, imports_by_name = _module(path, path.stat().st_mtime_ns)
+        waiting += [file for name in names if name not in followed for file in _files(name, files_by_name)]
         followed.update(names)
-        waiting += _every() if finds_by_name and path.is_relative_to(OPTIMIZATIONS) else []
+        waiting += _every() if imports_by_name and path.is_relative_to(OPTIMIZATIONS) else []
     return sorted(files)
 
 
@@ -50,7 +50,7 @@ def _every() -> list[Path]:
 
 @cache
 def _module(path: Path, _changed: int) -> tuple[tuple[str, ...], bool]:
-    """Return the modules that a file imports, and whether it finds others by name."""
+    """Return the modules that a file imports, and whether it imports others by name."""
     source = path.read_text(encoding="utf-8")
     package = ".".join(path.relative_to(ROOT).with_suffix("").parts[:-1])
     names = dict.fromkeys(name for name in imported(source, package) if name.partition(".")[0] == "lib")
@@ -58,10 +58,10 @@ def _module(path: Path, _changed: int) -> tuple[tuple[str, ...], bool]:
 
 
 def imported(source: str, package: str) -> Iterator[str]:
-    """Yield the dotted names that `source` imports, `from a import b` as `a.b`; nothing where it does not parse.
+    """Yield the dotted names that `source` imports, `from a import b` as `a.b`; nothing if it does not parse.
 
-    A text that is the name of a module counts too: `[sys.executable, "-m", "lib.measure.trackers.memory_child"]` runs
-    it.
+    A string that is the name of a module counts too: `[sys.executable, "-m", "lib.measure.trackers.memory_child"]`
+    runs that module.
     """
     try:
         tree = ast.parse(source)
@@ -76,13 +76,13 @@ def imported(source: str, package: str) -> Iterator[str]:
                 above = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*above, *filter(None, [base])])
             yield from (f"{base}.{alias.name}" for alias in node.names)
-    for text in ast.walk(tree) if QUOTED.search(source) else ():  # most modules hold no such text
+    for text in ast.walk(tree) if QUOTED.search(source) else ():  # most modules have no such string
         if isinstance(text, ast.Constant) and isinstance(text.value, str) and NAME.fullmatch(text.value):
             yield text.value
 
 
 def _statements(tree: ast.Module) -> Iterator[ast.AST]:
-    """Yield every statement, however deep; no expression holds an import."""
+    """Yield every statement at any depth; expressions cannot contain imports."""
     waiting: list[ast.AST] = [tree]
     while waiting:
         node = waiting.pop()
@@ -93,20 +93,21 @@ def _statements(tree: ast.Module) -> Iterator[ast.AST]:
 
 
 def _modules() -> dict[str, list[Path]]:
-    """Return dotted name → the files of `lib` of that name: a package's `__init__.py`, a module."""
-    there: dict[str, list[Path]] = {}
+    """Return dotted name → its files in `lib`: a package's `__init__.py`, a module."""
+    files_by_name: dict[str, list[Path]] = {}
     for folder, _, names in os.walk(ROOT / "lib"):
         package = ".".join(Path(folder).relative_to(ROOT).parts)
         for name in names:
             stem, ending = os.path.splitext(name)
             if ending == ".py":
-                there.setdefault(package if stem == "__init__" else f"{package}.{stem}", []).append(Path(folder, name))
-    return there
+                module = package if stem == "__init__" else f"{package}.{stem}"
+                files_by_name.setdefault(module, []).append(Path(folder, name))
+    return files_by_name
 
 
-def _files(name: str, there: Mapping[str, Sequence[Path]]) -> Iterator[Path]:
-    """Yield the files of `lib` that importing the dotted name `name` runs: its packages, and the module itself."""
+def _files(name: str, files_by_name: Mapping[str, Sequence[Path]]) -> Iterator[Path]:
+    """Yield the files of `lib` that are executed by importing the dotted name `name`: its packages and the module."""
     parts = name.split(".")
     if parts[0] == "lib":
         for end in range(1, len(parts) + 1):
-            yield from there.get(".".join(parts[:end]), ())
+            yield from files_by_name.get(".".join(parts[:end]), ())

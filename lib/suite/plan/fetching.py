@@ -1,6 +1,6 @@
-"""Brings what a run needs to this machine before anything runs, and shows the progress. Knows nothing of runs.
+"""Fetches the files that a run needs before anything runs, and shows the progress. Independent of runs.
 
-In a terminal a bar, elsewhere a line for each step; both on standard error.
+Progress is a bar in a terminal, elsewhere a line per step; both on standard error.
 """
 
 import contextlib
@@ -15,18 +15,16 @@ from lib.models.sources.store import Tell
 
 
 def weights(name: str) -> Path:
-    """Return the folder of a model's checkpoint; fetch it, with a message, where it is not here yet. Raises
-    UserError."""
+    """Return the folder of a model's checkpoint, fetching it with a message if needed. Raises UserError."""
     description = parameter_files.read(name)
     return bring(description.source, description.sha256)
 
 
 def bring(source: Reference, sha256: str | None = None) -> Path:
-    """Return the place of what `source` refers to; fetch it, with a message, where it is not here yet. Raises
-    UserError."""
+    """Return the local path of `source`, fetching it with a message if needed. Raises UserError."""
     if sources.local(source) is not None or source.kind == "folder":
-        return sources.fetch(source, sha256=sha256)  # raises, or it is there
-    sources.require(source)  # before anything is said to be done with it
+        return sources.fetch(source, sha256=sha256)  # raises if the folder is missing
+    sources.require(source)  # raises before the message below
     doing = "not converted yet: converting" if source.kind == "gguf" else "not here yet: fetching"
     print(f"build.py: {source.text} is {doing} it, once", file=sys.stderr, flush=True)
     with shown() as tell:
@@ -35,7 +33,7 @@ def bring(source: Reference, sha256: str | None = None) -> Path:
 
 @contextlib.contextmanager
 def shown() -> Iterator[Tell]:
-    """Yield a function that shows what is being done and how much of it is done."""
+    """Yield a function that shows the current step, the bytes done and the total."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 

@@ -1,5 +1,5 @@
-"""The user's own files that parameters of a run name: a task of the harness in a YAML file, what that names in turn, a
-text. A result belongs to what they hold. Knows nothing of what they mean.
+"""The user's own files named by a run's parameters: a YAML file with a task of the harness, the files that it names in
+turn, a text. A result depends on their content. Independent of what they mean.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,8 +12,8 @@ from lib.models.tasks.harness_names import FILES, HARNESS, Tolerant, listed
 
 
 def of(parameters: Mapping[str, Any]) -> list[Path]:
-    """Return every file that a parameter's value names by its absolute path, and those that a YAML file of them names
-    from its own folder, or, as a group of tasks, by what they hold; sorted.
+    """Return every file that a parameter names by absolute path, and the files that such a YAML file names: by relative
+    path, or, if it is a group of tasks, by the tasks' names. Sorted.
     """
     files: set[Path] = set()
     waiting = [path for text in _texts(dict(parameters)) if (path := Path(text)).is_absolute() and _is_file(path)]
@@ -30,25 +30,25 @@ def of(parameters: Mapping[str, Any]) -> list[Path]:
 
 
 def _members(group: dict[str, Any], folder: Path) -> list[Path]:
-    """Return the files under a folder that describe a task, or a group, which a group lists."""
+    """Return the files under `folder` that describe a task or group listed by `group`."""
     wanted = listed(group)
-    found: list[Path] = []
+    members: list[Path] = []
     for path in sorted(folder.rglob("*.yaml")) if wanted else ():
         content = _yaml(path)
         names = [content.get(key) for key in ("task", "group")] if isinstance(content, dict) else []
-        found += [path] if any(isinstance(name, str) and name in wanted for name in names) else []
-    return found
+        members += [path] if any(isinstance(name, str) and name in wanted for name in names) else []
+    return members
 
 
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # a text that is no path
+    except (OSError, ValueError):  # a string that is not a path
         return False
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yield every text in a value, however deep; of a task of the harness, its path."""
+    """Yield every string in a value, at any depth; for a task of the harness, the part after its prefix."""
     if isinstance(value, str):
         yield value.removeprefix(HARNESS)
     elif isinstance(value, (Mapping, list, tuple)):

@@ -1,8 +1,8 @@
-"""What is to be run: the folders' contents and a request, turned into jobs whose every parameter is checked.
+"""The plan: turns a request and the contents of the folders into jobs with checked parameters.
 
-The folder is the registry: an optimization is a notebook in `notebooks/`, a model a file in `parameters/`, or a
-checkpoint that was named on the command line. A model takes part at the scales that it describes. Knows nothing of what
-has been run already.
+Folders are the registry: an optimization is a notebook in `notebooks/`, a model is a file in `parameters/` or a
+checkpoint named on the command line. A model takes part at the scales that it describes. Independent of what has
+already been run.
 """
 
 import math
@@ -31,12 +31,12 @@ NOTEBOOKS = ROOT / "notebooks"
 OVERVIEW = "overview"
 SCALES = parameter_files.SCALES
 EFFORTS = ("preview", "quick", "standard", "thorough")
-# At real dimensions one call takes as long as many calls of a proxy model, and is as informative.
+# At real dimensions one call takes as long as many calls of a proxy model, and is just as informative.
 DEFAULT_EFFORT = {"proxy": "standard", "slice": "quick", "full": "standard"}
 FIRST_PASS = "preview"  # of a whole build at a larger effort: the site is complete early
 DEVICES = ("cpu", "cuda")
-PICTURES = "digits"  # the task that shows them
-# As in lib/measure/metrics/catalogue.py, which a listing need not load; a test holds both together.
+PICTURES = "digits"  # the task with pictures
+# As in lib/measure/metrics/catalogue.py, which a listing need not load; a test checks that both agree.
 DIMENSIONS = ("performance", "accuracy", "resources", "efficiency")
 
 
@@ -73,12 +73,12 @@ class Job:
 
     @property
     def stem(self) -> str:
-        """The name of this job's files, without ending."""
+        """The name of this job's files, without suffix."""
         return f"{self.optimization}--{self.model}"
 
 
 def at_effort(job: Job, effort: str) -> Job:
-    """Return the same job at another effort: another key, so that neither counts as the other."""
+    """Return the job at another effort; its key differs, so that neither result counts for the other."""
     return replace(job, effort=effort, parameters={**job.parameters, "effort": effort})
 
 
@@ -88,12 +88,12 @@ def optimizations() -> list[str]:
 
 
 def models(scale: str | None = None) -> list[str]:
-    """Return the models that have a parameter file, sorted; of a scale, those that take part at it."""
+    """Return the models with a parameter file, sorted; with `scale`, only those that take part at it."""
     return parameter_files.names_at(scale) if scale in SCALES else parameter_files.names()
 
 
 def model_named(text: str) -> str:
-    """Return the name of a model given on the command line: by its name, or by its checkpoint, which gets one.
+    """Return the name of a model given on the command line by its name or its checkpoint, which is then registered.
 
     A checkpoint is a folder, a `.gguf` file, `package:NAME==VERSION/PATH` or a hub id with a slash. Raises UserError.
     """
@@ -107,8 +107,8 @@ def model_named(text: str) -> str:
 
 
 def recorded_name(text: str) -> str:
-    """Return the name under which results of a model are kept, given by its name or by its checkpoint; `text` itself
-    where no model has that checkpoint. Raises UserError for what is no reference.
+    """Return the name under which the results of a model are stored, given its name or its checkpoint; `text` itself if
+    no model has that checkpoint. Raises UserError for an invalid reference.
     """
     if "/" in text or text.startswith(reference.PACKAGE) or reference.is_path(text):
         return parameter_files.known_as(text) or text
@@ -116,9 +116,9 @@ def recorded_name(text: str) -> str:
 
 
 def implied_scale(chosen: Sequence[str]) -> str:
-    """Return the scale of a request that names none: `proxy`, or `full` for models that have no proxy model.
+    """Return the scale of a request that names none: `proxy`, or `full` for models without a proxy model.
 
-    Raises UserError where some have one and some have none.
+    Raises UserError if only some of the models have one.
     """
     part = parameter_files.takes_part(chosen)
     without = [name for name, scales in part.items() if scales and "proxy" not in scales]
@@ -142,9 +142,10 @@ def assignments(pairs: list[str]) -> dict[str, str]:
 
 
 def plan(request: Request, to_run: bool = True, here: bool = True) -> list[Job]:
-    """Return the jobs of a request, in the order in which they are run. Raises UserError; nothing has run by then.
+    """Return the jobs of a request in the order of running. Raises UserError, before anything runs.
 
-    Where nothing is `to_run`, the device and the weights need not be there; where it is not `here`, the device.
+    Without `to_run` neither the device nor the weights need to be present; without `here` (on a cluster) the device
+    need not be.
     """
     chosen = _chosen("optimization", request.optimizations, optimizations(), "notebooks/*.ipynb")
     on = _models(request)
@@ -156,7 +157,7 @@ def plan(request: Request, to_run: bool = True, here: bool = True) -> list[Job]:
     for name in on:
         _check_sections(name, files[name].optimizations)
         _check_own_tasks(name, files[name].tasks)
-    # Everything that can be refused without a byte from elsewhere is refused before the first one is fetched.
+    # All checks that need no downloads come before the first download.
     values = {
         (template.stem, name): resolve(
             template, _options(name, request), files[name].optimizations.get(template.stem, {}), request.parameters
@@ -185,22 +186,21 @@ def plan(request: Request, to_run: bool = True, here: bool = True) -> list[Job]:
 
 
 def _check_pictures(model: str, description: parameter_files.ModelParameters, values: Mapping[str, Any]) -> None:
-    """Raise UserError where a model that is known to see no pictures is asked about some."""
+    """Raise UserError where a model without vision has a task with pictures."""
     _, tasks = _text_and_tasks(values, description.tasks)
     if PICTURES in tasks and description.full and description.full.get("vision_config") is None:
-        raise UserError(f'{model}: the task "{PICTURES}" shows pictures, which this model does not see; leave it out')
+        raise UserError(f'{model}: the task "{PICTURES}" shows pictures, but this model has no vision; leave it out')
 
 
 def _text_and_tasks(values: Mapping[str, Any], tasks: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-    """Return what a run is asked: a text of the user's own, or "", and the tasks, by default those of its model."""
+    """Return the user's own text of a run, or "", and its tasks, by default those of its model."""
     return values.get("text", ""), tuple(values.get("tasks") or tasks)
 
 
 def _bring_data(questions: Iterable[tuple[str, tuple[str, tuple[str, ...]]]], folders: Mapping[str, Path]) -> None:
-    """Check that a text of the user's own fills its windows for each model, and bring the benchmarks that are asked,
-    unchanged.
+    """Check that the user's own text fills its windows for each model; fetch and verify the benchmarks of the tasks.
 
-    `folders` holds the weights of the models that answer. Raises UserError.
+    `folders` maps a model to the folder of its weights; models with random weights are skipped. Raises UserError.
     """
     for name, (text, tasks) in sorted(questions):
         if name in folders and text:
@@ -209,12 +209,12 @@ def _bring_data(questions: Iterable[tuple[str, tuple[str, tuple[str, ...]]]], fo
             if task in BENCHMARKS:
                 fetching.bring(BENCHMARKS[task].reference)
                 if fault := sources.verify(BENCHMARKS[task].reference):
-                    raise UserError(f"{task}: {fault}; build.py fetch {task} brings it again")
+                    raise UserError(f"{task}: {fault}; build.py fetch {task} fetches it again")
 
 
 def plan_each(request: Request) -> tuple[list[Job], list[str]]:
-    """Return the jobs of a request, nothing of which is to be run, and what is wrong, model by model: the jobs of the
-    others are there. Raises UserError where every model is at fault.
+    """Return the jobs of a request that is only listed, and the faults of models that cannot be planned. Raises
+    UserError where no model can be planned.
     """
     jobs: list[Job] = []
     faults: dict[str, None] = {}
@@ -231,7 +231,7 @@ def plan_each(request: Request) -> tuple[list[Job], list[str]]:
 
 
 def _models(request: Request) -> list[str]:
-    """Return the models of a request, by name. Raises UserError for one that is unknown, or not of this scale."""
+    """Return the names of a request's models. Raises UserError for a model that is unknown or not of this scale."""
     if not request.models:
         return _chosen("model", (), models(request.scale), f"parameters/*.yaml for scale {request.scale}")
     chosen = list(dict.fromkeys(model_named(text) for text in request.models))
@@ -242,7 +242,7 @@ def _models(request: Request) -> list[str]:
 
 
 def _dimensions(requested: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the dimensions that were asked for, in their order; empty where all four are meant."""
+    """Return the requested dimensions in the order of DIMENSIONS; empty for all four. Raises UserError."""
     for name in requested:
         if name not in DIMENSIONS:
             raise UserError(f"--dimension {name}: expected one of {', '.join(DIMENSIONS)}.{suggest(name, DIMENSIONS)}")
@@ -276,18 +276,18 @@ def check_device(device: str) -> None:
 
 
 def _check_sections(model: str, sections: Mapping[str, Mapping[str, Any]]) -> None:
-    """Every section of a model file must name an optimization."""
+    """Raise UserError where a section of a model file does not name an optimization."""
     known = optimizations()
     for name in sections:
         if name not in known:
             raise UserError(
-                f'parameters/{model}.yaml: section "{name}" of "optimizations" names no optimization.'
+                f'parameters/{model}.yaml: section "{name}" of "optimizations" is not an optimization.'
                 f"{suggest(name, known)}"
             )
 
 
 def _check_own_tasks(model: str, tasks: Sequence[str]) -> None:
-    """Every task of a model file must be one: the notebook that loads the model would find out in its first cells."""
+    """Raise UserError where a model file names an unknown task, before a notebook would fail on it."""
     try:
         check_tasks(tasks)
     except UserError as error:
@@ -295,7 +295,7 @@ def _check_own_tasks(model: str, tasks: Sequence[str]) -> None:
 
 
 def described(model: str) -> parameter_files.ModelParameters | None:
-    """Return what a model's file says; None where it cannot be read, which whoever plans with it is told of."""
+    """Return the content of a model's file; None where it cannot be read, which `plan` reports."""
     try:
         return parameter_files.read(model)
     except UserError:
@@ -303,16 +303,16 @@ def described(model: str) -> parameter_files.ModelParameters | None:
 
 
 def _weights(model: str, request: Request) -> Path | None:
-    """Return the checked folder of the weights to be loaded, None for random ones; what is elsewhere is fetched.
+    """Return the folder of the weights to load, fetched if needed, or None for random weights. Raises UserError.
 
-    Now, rather than in the tenth cell of a notebook, it is found out whether they exist and are complete.
+    Missing or incomplete weights are found here rather than in a notebook's tenth cell.
     """
     if request.checkpoints and request.scale != "full":
         raise UserError(f'--checkpoints is for "--scale full"; the scale is "{request.scale}"')
     if request.checkpoints and request.random_weights:
         raise UserError("--checkpoints and --random-weights contradict each other; give one of them")
     if request.random_weights or request.scale == "slice":
-        parameter_files.read(model).config(request.scale)  # raises where it is not known yet
+        parameter_files.read(model).config(request.scale)  # raises where it is unknown
         return None
     if request.scale == "proxy":
         folder = proxy_folder(model)
@@ -327,13 +327,15 @@ def _weights(model: str, request: Request) -> Path | None:
         try:
             folder = fetching.weights(model)
         except UserError:
-            parameter_files.forget(model)  # a checkpoint that was named on the command line, and is none
+            parameter_files.forget(model)  # named on the command line, but not a checkpoint
             raise
     return checkpoint.check_checkpoint(model, folder)
 
 
 def largest_checkpoint(request: Request) -> int | None:
-    """Return the parameters of the largest checkpoint of a planned request at scale full; None for random weights."""
+    """Return the parameter count of the largest checkpoint of a planned request at scale full; None for other scales,
+    for random weights, and where a checkpoint is not here.
+    """
     if request.scale != "full" or request.random_weights:
         return None
     folders: list[Path | None] = [
@@ -350,7 +352,7 @@ def largest_checkpoint(request: Request) -> int | None:
 
 
 def _options(model: str, request: Request) -> dict[str, Any]:
-    """Return the parameters of every template that options of the command line set."""
+    """Return the parameters of every template that are set by command-line options."""
     return {
         "model": model,
         "scale": request.scale,

@@ -1,7 +1,7 @@
-"""A template notebook as the suite sees it: its cells, and the parameters it declares with their types and bounds.
+"""A template notebook: its cells, and its declared parameters with types and bounds.
 
-Reads the JSON of a notebook with the standard library alone, so that listing is quick. Knows nothing of what the cells
-do. A test holds that it reads the same parameters as papermill does.
+Reads the notebook's JSON with the standard library alone, so that listing is quick. Independent of what the cells do. A
+test checks that it reads the same parameters as papermill.
 """
 
 import ast
@@ -19,8 +19,8 @@ from lib.files import visible
 LINE = re.compile(r"^(?P<name>[A-Za-z_]\w*)\s*:\s*(?P<type>[^=#]+?)\s*=\s*(?P<rest>.+)$")
 NUMBER = r"[-+]?(?:inf|∞|\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)"
 INTERVAL = re.compile(rf"\bin\s+([\[(])\s*({NUMBER})\s*,\s*({NUMBER})\s*([\])])")
-DEFAULT_BELOW = re.compile(r";\s*-1:\s")  # in a help: -1 alone stands for a default, nothing else below 0 is a value
-PAIR = re.compile(r"\btwo numbers\b")  # how many a list holds
+DEFAULT_BELOW = re.compile(r";\s*-1:\s")  # in a help text: -1 stands for a default, no other negative value is allowed
+PAIR = re.compile(r"\btwo numbers\b")  # the length of a list
 DIVISOR = re.compile(r"\ba divisor of (\w+)")  # of another parameter
 STEMS = re.compile(r"\bstems joined by \+")  # of optimizations, each of which has a template
 CHOICES = re.compile(r"\bone of\s+([^\s,;|]+(?:\|[^\s,;|]+)+)")
@@ -53,7 +53,7 @@ class Template:
 
 
 def read(path: Path) -> Template:
-    """Read a template. Raises UserError where it is no notebook or has no cell tagged `parameters`."""
+    """Read a template. Raises UserError where it is not a notebook or has no cell tagged `parameters`."""
     cells = read_cells(path)
     for kind, source, tags in cells:
         if kind == "code" and "parameters" in tags:
@@ -65,7 +65,7 @@ def read(path: Path) -> Template:
 
 
 def read_cells(path: Path) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
-    """Return the cells of a notebook as (type, source, tags). Raises UserError where the file is no notebook."""
+    """Return the cells of a notebook as (type, source, tags). Raises UserError where the file is not a notebook."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return tuple(
@@ -103,7 +103,7 @@ def _declared(path: Path, source: str) -> dict[str, Parameter]:
 
 
 def with_values(source: str, values: Mapping[str, Any]) -> str:
-    """Return the source of a cell of parameters with other values; lines that declare none of them stay as they are."""
+    """Return the source of a parameters cell with `values` filled in; all other lines stay unchanged."""
     lines = []
     for line in source.splitlines():
         match = LINE.match(line.strip())
@@ -117,7 +117,7 @@ def with_values(source: str, values: Mapping[str, Any]) -> str:
 
 
 def _as_source(value: Any) -> str:
-    """Return a plain value as Python writes it, with texts in double quotation marks as the formatter has them."""
+    """Return a plain value as Python source, with strings in double quotes, as the formatter writes them."""
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, list):
@@ -150,9 +150,9 @@ def _choices(text: str) -> tuple[str, ...]:
 
 
 def check(value: Any, parameter: Parameter, where: str) -> Any:
-    """Return `value` as the parameter's type. Raises UserError, opening with `where`, for a wrong type or range.
+    """Return `value` as the parameter's type. Raises UserError, starting with `where`, for a wrong type or range.
 
-    A text (from the command line) is read as the declared type; an int is taken where a float is declared.
+    A string (from the command line) is parsed as the declared type; an int is accepted for a float.
     """
     converted = _convert(value, parameter.type)
     if converted is _WRONG:
@@ -170,7 +170,7 @@ def check(value: Any, parameter: Parameter, where: str) -> Any:
 
 
 def check_divisors(values: Mapping[str, Any], template: Template) -> None:
-    """Raise UserError for a value that is declared to divide another parameter's, and does not."""
+    """Raise UserError for a value that must divide another parameter's value, but does not."""
     for name, parameter in template.parameters.items():
         match = DIVISOR.search(parameter.help)
         if match and match[1] in values and values[match[1]] % values[name]:
@@ -181,7 +181,7 @@ def check_divisors(values: Mapping[str, Any], template: Template) -> None:
 
 
 def check_stems(values: Mapping[str, Any], template: Template) -> None:
-    """Raise UserError for a value that is declared to name optimizations, and names one that has no template."""
+    """Raise UserError for a value that must name optimizations, but names one without a template."""
     known = sorted(path.stem for path in visible(template.path.parent, "*.ipynb"))
     for name, parameter in template.parameters.items():
         if not STEMS.search(parameter.help) or values[name] == parameter.default:
@@ -213,7 +213,7 @@ _WRONG = object()
 
 
 def _convert(value: Any, kind: str) -> Any:
-    """Return `value` as `kind` (`float`, `list[int]`, `str | None` …), or _WRONG. An undeclared kind is left alone."""
+    """Return `value` as `kind` (`float`, `list[int]`, `str | None` …), or _WRONG; unchanged for an unknown kind."""
     kinds = [part.strip() for part in kind.split("|")]
     if "None" in kinds and value in (None, "None", "none"):
         return None

@@ -1,5 +1,5 @@
 """The value of every parameter of a run. Precedence: template default < model file's section for the optimization <
-`-p name=value`; what the options set (model, scale, effort, device, checkpoints, random_weights) is set by them alone.
+`-p name=value`. OPTIONS (model, scale, effort, device, checkpoints, random_weights) are set only by their options.
 """
 
 import logging
@@ -25,16 +25,16 @@ OPTIONS = {
     "checkpoints": "--checkpoints",
     "random_weights": "--random-weights",
 }
-PATHS = ("text", "studies", "stacks", "history")  # of files and folders: a notebook runs in another folder
-SEEDS = 2**31  # every library of those that draw takes this many, with what is added to them
+PATHS = ("text", "studies", "stacks", "history")  # made absolute: a notebook runs in another folder
+SEEDS = 2**31  # accepted by all random generators in use, even after small offsets are added
 
 
 def resolve(
     template: Template, options: Mapping[str, Any], section: Mapping[str, Any], from_command_line: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return the value of every parameter that the template declares. Raises UserError for a name, type or range.
+    """Return the value of every parameter that the template declares. Raises UserError for a wrong name, type or range.
 
-    `options`: what the options set; `section`: the model file's overrides; `from_command_line`: those after -p.
+    `options` are the values set by options, `section` the model file's overrides, `from_command_line` those after -p.
     """
     declared = template.parameters
     values = {name: parameter.default for name, parameter in declared.items()}

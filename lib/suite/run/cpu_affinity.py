@@ -1,12 +1,13 @@
 """CPU cores: which ones this process may use, and which of them each job gets.
 
-Cores that share one physical core (hyper-threads) stay with one job, so that pinned neighbours do not slow each other.
-Knows nothing of jobs beyond their number.
+Hyper-threads of one physical core stay with one job, so that pinned neighbours do not slow each other down. Knows only
+the number of jobs.
 
-The default number of jobs is the largest at which comparing the baseline with itself is known to stay clean: two, each
-pinned to its own cores, give no more false positives and no wider intervals than one alone, and more work done. More of
-them share caches and memory bandwidth in ways that have not been measured, and so do two on the threads of one physical
-core. At real dimensions and at full size two need memory for both; on a GPU and where cores cannot be pinned it is one.
+The default number of jobs is the largest at which comparing the baseline with itself is known to stay clean: two jobs,
+each pinned to its own cores, give no more false positives and no wider intervals than one, and get more done. More jobs
+share caches and memory bandwidth in ways that have not been measured, and so do two jobs on the threads of one physical
+core. At real dimensions and at full size two jobs need memory for both; on a GPU, and where cores cannot be pinned, the
+default is one.
 """
 
 from collections.abc import Sequence
@@ -19,13 +20,13 @@ from lib.errors import UserError
 
 CLEAN_SIDE_BY_SIDE = 2
 SLICE_BYTES = 7 * 2**30  # of memory per notebook at scale slice: two, children included, held up to 12.2 GiB
-FULL_COPIES, FULL_BYTES = 12, 2 * 2**30  # per notebook at scale full: float32 copies of the model, and what loads it
+FULL_COPIES, FULL_BYTES = 12, 2 * 2**30  # per notebook at scale full: float32 copies of the model, and libraries
 
 
 def available() -> list[int]:
-    """Return the cores that this process may use, hyper-threads of one physical core next to each other. Where a
-    control group limits the processor's time, as `docker --cpus` does, as many of them as that is worth: rather one
-    thread of each of several physical cores than several of one.
+    """Return the cores that this process may use, hyper-threads of one physical core next to each other. If a control
+    group limits the processor time, as `docker --cpus` does, only as many cores as the quota pays for: preferably one
+    thread of each physical core.
     """
     process = psutil.Process()
     if hasattr(process, "cpu_affinity"):
@@ -41,7 +42,7 @@ def available() -> list[int]:
 
 
 def _physical(cores: Sequence[int]) -> list[list[int]]:
-    """Return the cores in groups, each of which is one physical core."""
+    """Return the cores grouped by physical core."""
     groups: dict[int, list[int]] = {}
     for core in cores:
         groups.setdefault(_first_sibling(core), []).append(core)
@@ -62,8 +63,8 @@ def can_pin() -> bool:
 
 
 def default_jobs(scale: str, device: str, largest: int | None = None) -> int:
-    """Return the default number of parallel jobs; the module docstring gives the reasons. `largest`: the parameters of
-    the largest checkpoint at scale full, where it is known.
+    """Return the default number of parallel jobs; the module docstring gives the reasons. `largest` is the parameter
+    count of the largest checkpoint at scale full, where known.
     """
     if device != "cpu" or not can_pin() or (scale == "full" and largest is None):
         return 1
@@ -73,8 +74,8 @@ def default_jobs(scale: str, device: str, largest: int | None = None) -> int:
 
 
 def share_out(jobs: int) -> list[list[int]]:
-    """Return equally many cores for each of `jobs` jobs: whole physical cores as long as there are enough of them.
-    Raises UserError if there are too few cores.
+    """Return an equal number of cores for each of `jobs` jobs: whole physical cores if there are enough. Raises
+    UserError if there are too few cores.
     """
     cores = available()
     if not 1 <= jobs <= len(cores):
@@ -85,7 +86,7 @@ def share_out(jobs: int) -> list[list[int]]:
     each = len(groups) // jobs
     if len({len(group) for group in groups}) == 1:  # neighbours stay together: they share caches
         shares = [groups[at * each : (at + 1) * each] for at in range(jobs)]
-    else:  # of a processor whose physical cores differ, everyone gets some of each kind
+    else:  # physical cores of different kinds: every job gets some of each
         shares = [groups[at::jobs][:each] for at in range(jobs)]
     cores_of = [[core for group in share for core in group] for share in shares]
     fewest = min(map(len, cores_of))

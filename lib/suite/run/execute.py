@@ -1,10 +1,10 @@
-"""The child process of one run: `python -m lib.suite.run.execute`, started by `lib.suite.run.kernel_process`, never by
-a person, or forked by `lib.suite.run.fork_server`.
+"""The child process of one run: `python -m lib.suite.run.execute`, started by `lib.suite.run.kernel_process` or forked
+by `lib.suite.run.fork_server`, never started by a person.
 
 Reads one line of JSON from standard input (what to run), executes the notebook through papermill, reports its progress
 as lines of JSON on standard output, and renders the pages on request. When standard input closes, the build has died:
-the kernel and everything it started are ended. Everything else it says goes to standard error. It decides nothing: the
-record is written by the process that started it.
+the kernel and all its processes are ended. All other output goes to standard error. It decides nothing: the record is
+written by the process that started it.
 """
 
 import json
@@ -22,14 +22,14 @@ from lib.errors import NotApplicable
 from lib.report.records import grammars
 
 KERNEL_START_SECONDS = 120
-PAPERMILLS = "papermill-error-cell-tag"  # the cells that it adds where a cell raised
+PAPERMILLS = "papermill-error-cell-tag"  # tag of the cells that papermill adds after an error
 
 
 def main() -> None:
-    """Run one notebook, then render if told to."""
+    """Run one notebook, then render its pages on request."""
     grammars.refuse()
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a library prints belongs in the log
+    os.dup2(2, 1)  # output of libraries belongs in the log
     commands: queue.Queue = queue.Queue()
     request = json.loads(sys.stdin.readline())
     threading.Thread(target=_listen, args=(commands,), daemon=True).start()
@@ -113,12 +113,12 @@ def _execute(request: dict, tell: Any) -> dict:
 
 
 def _literal(path: str) -> str:
-    """Return a path as papermill takes it, which replaces names in braces by parameters."""
+    """Return a path with braces escaped, because papermill replaces names in braces by parameters."""
     return path.replace("{", "{{").replace("}", "}}")
 
 
 def _watch(nb_man: Any, tell: Any) -> None:
-    """Make the notebook manager report when a code cell starts and ends."""
+    """Make the notebook manager report the start and end of every code cell."""
     start, complete = nb_man.cell_start, nb_man.cell_complete
     began: dict[int | None, float] = {}
 

@@ -1,9 +1,9 @@
-"""Forks the child process of each run from a process that has imported the libraries of all notebooks, once: importing
-them anew for papermill, for the kernel and for the processes that are measured takes longer than what a preview
-measures. `python -m lib.suite.run.fork_server` is that process; `ForkServer` is the build's side of it.
+"""Forks the child process of each run from a process that has imported the libraries of all notebooks once: importing
+them again for papermill, for the kernel and for the measured processes takes longer than a preview's measurements.
+`python -m lib.suite.run.fork_server` is that process; `ForkServer` is the build's side of it.
 
-It imports libraries alone, none of this project's modules that know them, so a run executes the code as it is when it
-starts. Forking needs Linux; elsewhere, and where WORKBENCH_FORK_SERVER is "none", each child is started anew.
+It imports only libraries, not this project's modules that use them, so that a run executes the code as it is when it
+starts. Forking needs Linux; elsewhere, and if WORKBENCH_FORK_SERVER is "none", each child is a new process.
 """
 
 import gc
@@ -49,7 +49,7 @@ LIBRARIES = (
 
 
 def possible() -> bool:
-    """Return whether children can be forked here, and the user wants it."""
+    """Return whether children can be forked here, and the user has not disabled it."""
     return sys.platform == "linux" and hasattr(os, "pidfd_open") and os.environ.get(VARIABLE) != "none"
 
 
@@ -74,9 +74,9 @@ class ForkServer:
         self.codes: dict[int, int] = {}
 
     def fork(self, request: Mapping[str, Any], log: IO[bytes]) -> "ServedProcess | None":
-        """Return a process that runs `lib.suite.run.execute` in a session of its own, under the request's "environment"
-        and on its "cores"; None where the server is lost, or the request is longer than a message: the variables of a
-        system of modules can be. Its errors go to `log`.
+        """Return a process that runs `lib.suite.run.execute` in its own session, with the request's "environment" and
+        on its "cores"; None where the server is lost, or the request is longer than a message (environment modules
+        can set that many variables). Its errors go to `log`.
         """
         data = json.dumps(request).encode()
         if len(data) > MOST_BYTES or (not self.ready and not self._receive(READY_SECONDS, lambda _: self.ready)):
@@ -94,7 +94,7 @@ class ForkServer:
         return ServedProcess(self, reply["forked"], os.fdopen(to_it[1], "wb"), os.fdopen(from_it[0], "rb"))
 
     def _receive(self, seconds: float, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
-        """Read messages until one is `wanted`, and return it; None where none came in time. Keeps exit codes."""
+        """Read messages until one is `wanted`, and return it; None where none arrives in time. Stores exit codes."""
         while not self.lost and select.select([self.socket], [], [], seconds)[0]:
             try:
                 data = self.socket.recv(MOST_BYTES)
@@ -112,20 +112,20 @@ class ForkServer:
         return None
 
     def code(self, pid: int) -> int | None:
-        """Return the exit code of a process that has ended, else None; that of a lost server's is not known: -9."""
+        """Return the exit code of a process that has ended, else None; -9 (unknown) if the server is lost."""
         while pid not in self.codes and self._receive(0.0, lambda message: message.get("ended") == pid):
             continue
         return self.codes.get(pid, -9 if self.lost else None)
 
     def end(self) -> None:
-        """End the server; what it has forked goes on."""
+        """End the server; the processes that it has forked continue."""
         self.socket.close()
         self.process.kill()
         self.process.wait()
 
 
 class ServedProcess(ForkedProcess):
-    """A process that the server has forked, which alone can wait for it."""
+    """A process forked by the server; only the server can wait for it."""
 
     def __init__(self, server: ForkServer, pid: int, stdin: Any, stdout: Any) -> None:
         super().__init__(pid, stdin, stdout)
@@ -142,15 +142,15 @@ class ServedProcess(ForkedProcess):
 
 
 def main() -> None:
-    """Import, say so, and fork a child for each request until the build closes its end."""
+    """Import the modules, report that, and fork a child for each request until the build closes its end."""
     control = socket.socket(fileno=int(sys.argv[1]))
     grammars.refuse()
     for name in sys.argv[2:]:
-        with suppress(Exception):  # whoever needs it will say that it cannot be imported
+        with suppress(Exception):  # reported by the code that needs the module
             importlib.import_module(name)
     assert threading.active_count() == 1, "a process with threads cannot be forked"
     gc.collect()
-    gc.freeze()  # no child walks through what was imported, or copies its pages, to collect its own garbage
+    gc.freeze()  # a child's garbage collection must not visit, and so copy, the imported objects
     control.send(b'{"ready": true}')
     running: dict[int, int] = {}  # by the file descriptor that becomes readable when the process ends
     while True:

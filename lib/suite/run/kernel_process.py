@@ -1,5 +1,4 @@
-"""The build's side of one run: starts the child process, follows its reports, samples it, and ends it beyond its
-limits.
+"""The build's side of one run: starts the child process, follows its reports, samples it, and enforces its time limits.
 
 Knows what happened to a notebook (`ExecutionOutcome`), not what that means for its record (`lib.suite.run.settle`).
 """
@@ -25,18 +24,18 @@ from lib.suite.plan.plan import NOTEBOOKS, ROOT
 from lib.suite.run.fork_server import LIBRARIES, ForkServer, possible
 from lib.suite.run.sampling import Samples, Tree
 
-# How long a cell and a whole run may take, by effort; the environment variables override them.
+# Time limits of a cell and of a whole run, by effort; environment variables override them.
 CELL_SECONDS = {"preview": 1200, "quick": 1200, "standard": 7200, "thorough": 43200}
 RUN_SECONDS = {"preview": 3600, "quick": 3600, "standard": 21600, "thorough": 172800}
 GRACE_SECONDS = 20
-# What a build that is started from a notebook inherits, and its own notebooks must not take for theirs.
+# Variables that a build started from a notebook inherits, but must not pass on to its own notebooks.
 OF_A_SESSION = ("MPLBACKEND", "JPY_SESSION_NAME")
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A notebook to be executed: where it lies and with which parameters, where its files go, and what it may use."""
+    """A notebook to execute: its path and parameters, the folders of its files, and its cores."""
 
     name: str
     notebook: Path
@@ -62,7 +61,9 @@ class Task:
 
 @dataclass
 class ExecutionOutcome:
-    """How an execution ended. `error`: None, or kind, text and whether a cell raised it; `cell`: the last started."""
+    """How an execution ended. `error` is None, or kind, text and whether a cell raised it; `cell` is the last one
+    started.
+    """
 
     error: dict[str, Any] | None
     record: dict[str, Any] | None
@@ -83,13 +84,15 @@ class ExecutionOutcome:
 def limit(kind: str, effort: str) -> float:
     """Return the seconds that a cell or a run may take (`WORKBENCH_CELL_SECONDS`, `WORKBENCH_RUN_SECONDS`).
 
-    Raises UserError where a variable holds no such number.
+    Raises UserError where a variable is not a number of at least 1.
     """
     return seconds_from(f"WORKBENCH_{kind.upper()}_SECONDS", {"cell": CELL_SECONDS, "run": RUN_SECONDS}[kind][effort])
 
 
 def seconds_from(variable: str, default: float) -> float:
-    """Return the seconds, at least 1, that an environment variable holds; `default` where it is not set or empty."""
+    """Return the value of an environment variable in seconds, `default` where it is unset or empty. Raises UserError
+    for anything but a number of at least 1.
+    """
     value = os.environ.get(variable)
     if not value:
         return default
@@ -103,10 +106,10 @@ def seconds_from(variable: str, default: float) -> float:
 
 
 def write_kernel(folder: Path, extension: str | None = None) -> Path:
-    """Describe the kernel `python3` as this environment's own in `folder`; return what JUPYTER_PATH has to name.
+    """Write a description of the kernel `python3` of this environment into `folder`; return the value for JUPYTER_PATH.
 
-    Without it a `python3` that the user once installed for another environment would be taken. `extension` is a module
-    that the kernel loads as an extension of IPython when it starts.
+    Without it, a kernel `python3` that the user installed for another environment would be used. `extension` is a
+    module that the kernel loads as an IPython extension when it starts.
     """
     place = folder / "jupyter" / "kernels" / "python3"
     place.mkdir(parents=True, exist_ok=True)
@@ -125,7 +128,7 @@ def surroundings(folder: Path) -> dict[str, str]:
         "JUPYTER_PATH": str(write_kernel(folder)),
         "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
         "IPYTHONDIR": str(folder / "ipython"),
-        # Where it depends on the folder of temporary files, a notebook's is another one.
+        # Set explicitly: the default may depend on the temporary directory, which differs in a notebook.
         "WORKBENCH_CACHE": str(cache_folder()),
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     }
@@ -162,8 +165,8 @@ def threads(count: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def fork_server(cores: int, architectures: Iterable[str]) -> Iterator[ForkServer | None]:
-    """Yield a server that forks the children of tasks on `cores` cores whose models are of these architectures of
-    transformers, and end it; None where processes cannot be forked.
+    """Yield a server that forks the children of tasks on `cores` cores each, with the transformers modules of these
+    `architectures` imported, and end it afterwards; None where processes cannot be forked.
     """
     if not possible():
         yield None
@@ -178,9 +181,8 @@ def fork_server(cores: int, architectures: Iterable[str]) -> Iterator[ForkServer
 
 
 def start(task: Task, server: ForkServer | None = None) -> Worker:
-    """Start the child of a task: forked by `server`, where that serves as many threads and is not lost, else anew.
-
-    Raises OSError where its folder cannot be written.
+    """Start the child of a task: forked by `server` if it is available and has the same number of threads, else as a
+    new process. Raises OSError where its folder cannot be written.
     """
     task.folder.mkdir(parents=True, exist_ok=True)
     (task.temporary / "tmp").mkdir(parents=True, exist_ok=True)
@@ -272,9 +274,9 @@ def poll(worker: Worker) -> ExecutionOutcome | None:
 
 
 def _enforce(worker: Worker) -> None:
-    """End the kernel of a run past its limit; where the child does not tell of it soon, end the child too.
+    """End the kernel of a run past its limit; if the child does not report that soon, end the child too.
 
-    A cell's limit is papermill's to keep: here it is only a second line, for a child that hangs itself.
+    Papermill enforces the limit of a cell; here it is only a second safeguard, for a child that hangs.
     """
     now = time.monotonic()
     if worker.over is None:
@@ -301,7 +303,7 @@ def _outcome(worker: Worker, ended: Mapping[str, Any]) -> ExecutionOutcome:
 
 
 def finish(worker: Worker) -> None:
-    """Close the child's standard input, which ends a waiting child, and kill whatever it left behind."""
+    """Close the child's standard input, which ends a waiting child, and kill all its remaining processes."""
     if worker.process.stdin is not None:
         with contextlib.suppress(OSError):
             worker.process.stdin.close()

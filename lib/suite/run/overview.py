@@ -1,6 +1,6 @@
 """The overview notebook: executed last, over all records of a folder, into `overview.ipynb`, `.html` and `.md`.
 
-It is no optimization, has no record, and runs again only where a record or the code it reaches has changed.
+It is not an optimization, has no record, and runs again only if a record or the code it uses has changed.
 """
 
 import json
@@ -21,13 +21,13 @@ from lib.suite.store.result_folder import Folder
 if TYPE_CHECKING:
     from lib.suite.run.kernel_process import Worker
 
-EFFORT = "quick"  # for its limits of time
+EFFORT = "quick"  # sets its time limits
 POLL_SECONDS = 0.1
 RENDER_SECONDS = 120.0
 
 
 def up_to_date(folder: Folder, path: Path) -> bool:
-    """Return whether the overview that lies in the folder was made from these records by this code."""
+    """Return whether the overview in the folder was computed from the present records by the present code."""
     pages = [folder.of(OVERVIEW, ending) for ending in (".ipynb", ".html", ".md")]
     if not all(page.is_file() for page in pages):
         return False
@@ -41,21 +41,21 @@ def _key(folder: Folder, path: Path) -> str:
     hashes = cache_key.Hashes()
     template = templates.read(path)
     reached = {str(module): hashes.of(module) for module in dependencies.reached(template)}
-    # The folders of the other scales lie beside this one: the overview sets their records beside its own.
+    # The overview also shows the records of the other scales, whose folders are next to this one.
     paths = {path for scale in SCALES for path in (folder.path.parent / scale).glob("*--*.json")}
     paths |= set(folder.path.glob("*--*.json"))
-    there = (path for path in sorted(paths) if path.is_file())  # a pipe would be waited for, a link may lead nowhere
-    records = {f"{path.parent.name}/{path.name}": hashes.of(path) for path in there}
+    existing = (path for path in sorted(paths) if path.is_file())  # reading a pipe would block, a link may be broken
+    records = {f"{path.parent.name}/{path.name}": hashes.of(path) for path in existing}
     return cache_key.digest([template.cells, reached, records])
 
 
 def execute(
     folder: Folder, path: Path, cores: Sequence[int], temporary: Path, server: ForkServer | None = None
 ) -> str | None:
-    """Execute the overview, in a process forked by `server` where there is one, and render it; return None, or in one
-    line what went wrong.
+    """Execute the overview, in a process forked by `server` if there is one, and render it; return None, or the fault
+    in one line.
     """
-    from lib.suite.run import kernel_process, settle  # they load numpy, which a build without work need not wait for
+    from lib.suite.run import kernel_process, settle  # they load numpy, which is slow and often not needed
 
     template = templates.read(path)
     made_from = _key(folder, path)
@@ -90,7 +90,7 @@ def execute(
 
 
 def _render(folder: Folder, worker: "Worker") -> str | None:
-    """Have the child make the pages, which has loaded what that needs; return None, or one line on what went wrong."""
+    """Render the pages in the child, which has the libraries loaded; return None, or the fault in one line."""
     from lib.suite.run import kernel_process
     from lib.suite.store import render
 

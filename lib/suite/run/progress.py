@@ -1,4 +1,4 @@
-"""Progress of a build: a live table in a terminal, plain lines elsewhere. Knows nothing of processes."""
+"""Progress of a build: a live table in a terminal, plain lines elsewhere. Independent of processes."""
 
 import sys
 import time
@@ -16,7 +16,9 @@ SHOWN_ENDED = 8
 
 
 class Reporter(Protocol):
-    """Receives the progress of jobs: the progress table, or on a cluster's worker what forwards it to the build."""
+    """Receives the progress of jobs: the progress table, or, on a cluster's worker, an object that forwards it to the
+    build.
+    """
 
     side_by_side: int
 
@@ -32,7 +34,7 @@ class Reporter(Protocol):
 
 @dataclass
 class Progress:
-    """The waiting, running and ended jobs of a build. `expected` holds seconds by stem."""
+    """The waiting, running and ended jobs of a build. `expected` maps a stem to its expected seconds."""
 
     waiting: list[str]
     side_by_side: int

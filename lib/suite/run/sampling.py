@@ -1,4 +1,4 @@
-"""CPU and memory use of a process tree, sampled while it runs. Knows nothing of notebooks."""
+"""CPU and memory use of a process tree, sampled while it runs. Independent of notebooks."""
 
 import contextlib
 import time
@@ -12,7 +12,7 @@ MOST_SAMPLES = 1200
 
 @dataclass
 class Samples:
-    """Equally long lists; halved in number, and the interval doubled, whenever they grow beyond MOST_SAMPLES."""
+    """Samples as lists of equal length. At MOST_SAMPLES their number is halved, and the interval doubled."""
 
     seconds: list[float] = field(default_factory=list)
     cpu_percent: list[float] = field(default_factory=list)
@@ -44,7 +44,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 class Tree:
-    """The descendants of a process: samples their use and ends them. Remembers all of them, so that orphans end too."""
+    """The descendants of a process: samples their use and ends them. Remembers them all, so that orphans end too."""
 
     def __init__(self, pid: int):
         self.root = psutil.Process(pid)

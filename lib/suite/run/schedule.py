@@ -1,7 +1,8 @@
-"""Runs jobs beside each other, each on its own cores, and follows them until all have ended or the build is stopped.
+"""Runs jobs in parallel, each on its own cores, until all have ended or the build is stopped.
 
-One thread, one loop: start what there is room for, follow what runs, settle what has ended. A failure stops nothing;
-what is tried once more is a kernel that would not start and a child that was lost. Knows nothing of what notebooks do.
+One thread, one loop: start jobs on free cores, follow running jobs, settle ended ones. A failed job does not stop the
+others; a job is tried once more only if its kernel did not start or its child process was lost. Independent of what
+notebooks do.
 """
 
 import time
@@ -30,7 +31,7 @@ RENDER_SECONDS = 300
 
 @dataclass(frozen=True)
 class Entry:
-    """A job that has to run, its key, and what the key is made of."""
+    """A job to run, its key, and the parts of the key."""
 
     job: Job
     key: str
@@ -39,8 +40,8 @@ class Entry:
 
 @dataclass
 class EntryRun:
-    """An entry that is running: its child process, how often it was started, and its result while pages are made.
-    `planned`: whether it began with what its key is made of.
+    """A running entry: its child process, the number of starts, and its result while pages are rendered. `planned` says
+    whether the parts of its key were unchanged when it started.
     """
 
     entry: Entry
@@ -53,7 +54,7 @@ class EntryRun:
 
 @dataclass
 class CoreSlot:
-    """A share of the cores, and what runs on it."""
+    """A share of the cores, and the run on it."""
 
     cores: tuple[int, ...]
     temporary: Path
@@ -62,9 +63,9 @@ class CoreSlot:
 
 @dataclass(frozen=True)
 class BuildContext:
-    """What all jobs of a build share. `side_by_side`: how many run on this machine, where not all are this build's.
-    `refresh_seconds`: how old the index may become while runs are replaced one by one; None: it is left alone.
-    `server`: what forks the runs' processes; None: each is started anew.
+    """The context shared by all jobs of a build. `side_by_side` is the number of parallel jobs on this machine, if some
+    belong to others. `refresh_seconds` is the maximum age of the index while runs are replaced one by one (None: it is
+    not refreshed). `server` forks the runs' processes (None: each is a new process).
     """
 
     folder: Folder
@@ -78,9 +79,9 @@ class BuildContext:
 
 
 def run(build: BuildContext, entries: Sequence[Entry]) -> list[Result]:
-    """Run every entry; return how each ended, in the order in which they did.
+    """Run every entry; return the results in the order of completion.
 
-    No process of a job outlives this function, whatever ends it early (a signal, a full disk). Raises OSError where
+    No process of a job outlives this function, even if it ends early (a signal, a full disk). Raises OSError where
     results cannot be written.
     """
     waiting = deque(by_size(entries))
@@ -103,13 +104,13 @@ def run(build: BuildContext, entries: Sequence[Entry]) -> list[Result]:
 
 
 def sized(entry: Entry) -> bool:
-    """Return whether memory decides what may run beside `entry`: at real dimensions."""
+    """Return whether memory limits what may run next to `entry`, as it does at real dimensions (slices)."""
     return entry.job.scale == "slice"
 
 
 def by_size(entries: Sequence[Entry]) -> list[Entry]:
-    """Return the entries in the order of running. Slices: the largest model's first, since every second share of the
-    cores begins at the other end, so that the two largest models are not in memory at once.
+    """Return the entries in the order of running. Slices are sorted by model size, the largest first: every second
+    share of the cores starts from the other end, so that the two largest models are not in memory together.
     """
     if not all(sized(entry) for entry in entries):
         return list(entries)
@@ -137,7 +138,7 @@ def _begin(build: BuildContext, slot: CoreSlot, entry: Entry, tries: int = 1) ->
 
 
 def _as_planned(build: BuildContext, entry: Entry) -> bool:
-    """Return whether all that an entry's key is made of is what it was when the build was planned."""
+    """Return whether all parts of an entry's key are unchanged since the build was planned."""
     try:
         now = replace(entry.job, template=templates.read(entry.job.template.path))
         return cache_key.of(cache_key.parts(now, cache_key.Hashes(build.folder.hashes))) == entry.key
@@ -154,7 +155,7 @@ def _doing(run: EntryRun) -> str:
 
 
 def _step(build: BuildContext, slot: CoreSlot, run: EntryRun) -> Result | None:
-    """Advance one slot's run; return its result once the run has ended and its pages are made."""
+    """Advance one slot's run; return its result once the run has ended and its pages are rendered."""
     outcome = kernel_process.poll(run.worker)
     if run.result is None:
         if outcome is None:
@@ -168,14 +169,15 @@ def _step(build: BuildContext, slot: CoreSlot, run: EntryRun) -> Result | None:
     over = time.monotonic() - run.rendering_since > RENDER_SECONDS
     if run.worker.rendered is None and not over and not run.worker.closed:
         return None
-    rendered = run.worker.rendered or {"error": "the pages could not be made: the process was lost"}
+    rendered = run.worker.rendered or {"error": "the pages could not be rendered: the process was lost"}
     return _close(build, run, run.result, rendered["error"])
 
 
 def _settle(build: BuildContext, run: EntryRun, outcome: ExecutionOutcome) -> Result | None:
-    """Write the record of a run that has ended and have its pages made; return the result if they are made already.
+    """Write the record of a run that has ended and request its pages; return the result if they are already rendered.
 
-    Where code, weights or the template changed since the build was planned, the record gets no key: it may be of both.
+    If code, weights or the template changed since the build was planned, the record gets no key: it may mix both
+    versions.
     """
     job, key = run.entry.job, run.entry.key
     if not (run.planned and _as_planned(build, run.entry)):

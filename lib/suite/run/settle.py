@@ -1,7 +1,7 @@
-"""Turns the outcome of an execution into the files of the result folder: the record decides, and this module writes it.
+"""Turns the outcome of an execution into the files of the result folder, among them the record.
 
-When a kernel is killed or a cell runs out of time, papermill stamps every cell `completed`; so nothing is read from the
-stamps. Knows neither processes nor their order.
+Papermill marks every cell `completed` even when the kernel was killed or a cell ran out of time, so its marks are not
+used. Knows neither processes nor their order.
 """
 
 import datetime
@@ -20,12 +20,12 @@ from lib.suite.store import result_folder
 from lib.suite.store.result_folder import Folder
 
 LOG_LINES = 40
-LOST_WORKERS = "LostWorkers"  # the kind of an error that no notebook is known to have made
+LOST_WORKERS = "LostWorkers"  # kind of the error of a run that lost its workers, not attributed to the notebook
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended, for the last lines of a build. `notebook` is where a failed one lies, seen from here."""
+    """The result of a run, for the final lines of a build. `notebook` is the relative path of a failed notebook."""
 
     stem: str
     status: str
@@ -35,7 +35,7 @@ class Result:
 
 
 def settle(folder: Folder, job: Job, parts: Mapping, key: str, task: Task, outcome: ExecutionOutcome) -> Result:
-    """Put the notebook into place and write the record; return how the run ended. Raises OSError (a full disk)."""
+    """Put the notebook into place and write the record; return the run's result. Raises OSError (a full disk)."""
     record: records.Record | None = None
     status: records.Status = "failed"
     reason: str | None
@@ -64,13 +64,13 @@ def settle(folder: Folder, job: Job, parts: Mapping, key: str, task: Task, outco
     _place(folder, job.stem, task, failed=record.status == "failed")
     result_folder.keep_parts(folder, job.stem, parts)
     records.write(record, folder.of(job.stem, ".json"))
-    lies = folder.failed(job.stem)
-    notebook = seen_from_here(lies) if record.status == "failed" and lies.is_file() else None
+    failed = folder.failed(job.stem)
+    notebook = seen_from_here(failed) if record.status == "failed" and failed.is_file() else None
     return Result(job.stem, record.status, record.reason, notebook, outcome.seconds)
 
 
 def _accept(job: Job, content: Any) -> tuple[records.Record | None, str | None]:
-    """Return the record that the notebook glued, or None and why it is not one of this job."""
+    """Return the record that the notebook glued, or None and why it is not this job's record."""
     if content is None:
         return None, 'the notebook glued no record; the cell tagged "record" has to call lib.report.records.record.glue'
     record = records.from_json(content, f"{job.stem}.ipynb")
@@ -81,7 +81,7 @@ def _accept(job: Job, content: Any) -> tuple[records.Record | None, str | None]:
     if record.dimensions != (list(job.dimensions) or None):
         return (
             None,
-            f"the glued record is of {record.dimensions or 'all dimensions'}; lib.report.records.record.build makes it",
+            f"the glued record has {record.dimensions or 'all dimensions'}; use lib.report.records.record.build",
         )
     return record, None
 
@@ -92,7 +92,7 @@ def _started(seconds: float) -> str:
 
 
 def _process(task: Task, outcome: ExecutionOutcome) -> records.Process:
-    """Return the samples, with how many jobs ran side by side, on which cores, and how long each cell took."""
+    """Return the samples with the number of parallel jobs, the cores, and the seconds of each cell."""
     samples = outcome.samples
     return records.Process(
         seconds=samples.seconds,
@@ -124,25 +124,24 @@ def fault(template: Template, outcome: ExecutionOutcome, error: Mapping[str, Any
     """Return in one line which cell failed and why."""
     kind, text = error["kind"], " ".join(error["text"].split())
     if kind == "CellTimeoutError":
-        what = "it exceeded its time limit"
+        reason = "it exceeded its time limit"
     elif kind == "TimeLimit":
-        what = text
+        reason = text
     elif kind == "DeadKernelError":
         held = max(outcome.samples.memory_bytes, default=0)
-        what = f"the kernel was killed or died (it and its children held up to {held / 2**20:.0f} MiB)"
+        reason = f"the kernel was killed or died (it and its children held up to {held / 2**20:.0f} MiB)"
     else:
-        what = f"{kind}: {text[:300]}" if text else kind
+        reason = f"{kind}: {text[:300]}" if text else kind
     if kind == LOST_WORKERS:
         return text
     if outcome.cell is None:
-        return f"before the first cell: {what}"
-    return f"{_cell(template, outcome.cell)}: {what}"
+        return f"before the first cell: {reason}"
+    return f"{_cell(template, outcome.cell)}: {reason}"
 
 
 def _cell(template: Template, executed: int) -> str:
-    """Return the template's cell that was executed at this place: its number from 1, heading and first line.
-
-    Papermill puts the injected parameters after the cell tagged `parameters`.
+    """Return a description of the template's cell with the index `executed` in the executed notebook: its number from
+    1, heading and first line. Papermill injects the parameters after the cell tagged `parameters`.
     """
     at = next(index for index, (_, _, tags) in enumerate(template.cells) if "parameters" in tags)
     if executed == at + 1:
@@ -165,7 +164,7 @@ def _heading(template: Template, index: int) -> str:
 
 
 def _log(template: Template, task: Task, outcome: ExecutionOutcome, failed: bool) -> str:
-    """Return the run in a few lines: how long each cell took, and of a failed run the end of what the kernel said."""
+    """Return the run's log: the seconds of each cell and, if it failed, the last lines of the kernel's log."""
     lines = [f"{outcome.seconds:.1f} s, {task.jobs} side by side, cores {', '.join(map(str, task.cores))}"]
     for index, seconds in sorted(outcome.cell_seconds.items()):
         lines.append(f"{seconds:8.2f} s  {_cell(template, index)}")

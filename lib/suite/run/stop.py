@@ -1,5 +1,5 @@
-"""What ends a command early: Ctrl-C, SIGTERM or a closed terminal become an exception, so that what was started ends
-too and what was finished stays.
+"""Signals that end a command early: Ctrl-C, SIGTERM and a closed terminal become an exception, so that child processes
+end too and finished results are kept.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class BuildStopped(BaseException):
-    """The build was asked to end: Ctrl-C, SIGTERM or a closed terminal."""
+    """The build was told to end: by Ctrl-C, SIGTERM or a closed terminal."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -18,8 +18,8 @@ class BuildStopped(BaseException):
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Turn the first terminating signal into `BuildStopped`; ignore further ones during clean-up. A signal that was
-    ignored before stays so: that of a closed terminal under `nohup`, Ctrl-C in the background of a script.
+    """Turn the first terminating signal into `BuildStopped`; ignore further ones during clean-up. Signals that were
+    already ignored stay ignored: a closed terminal under `nohup`, Ctrl-C in a script's background job.
     """
     names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     names = [name for name in names if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN]

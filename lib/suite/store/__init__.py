@@ -1,1 +1,1 @@
-"""What a build leaves in a result folder."""
+"""The files that a build writes into a result folder."""

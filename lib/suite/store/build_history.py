@@ -12,7 +12,7 @@ from lib.suite.store.result_folder import Folder
 
 
 def keep(folder: Folder, command: str) -> list[str]:
-    """Append the folder's records to the history beside it; return the faults. Fast if nothing is new."""
+    """Append the folder's records to the history next to it; return the faults. Fast if nothing is new."""
     files = [path for path in visible(folder.path, "*--*.json") if path.is_file()]
     store = store_of(folder.path)
     mark = cache_key.digest([[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files])
@@ -32,7 +32,7 @@ def keep(folder: Folder, command: str) -> list[str]:
 
 
 def store_of(folder: Path) -> Path:
-    """Return the path of a result folder's history: beside the folders of all scales."""
+    """Return the path of a result folder's history, next to the folders of all scales."""
     return folder.parent / "history.sqlite"
 
 
@@ -44,7 +44,7 @@ def _read(path: Path) -> object:
 
 
 def _commit() -> str:
-    """Return the commit of this repository, or nothing where there is none."""
+    """Return the commit of this repository; empty where there is none."""
     git = ["git", "-C", str(plan.ROOT), "rev-parse", "--short=12", "HEAD"]
     try:
         ended = subprocess.run(git, capture_output=True, text=True, timeout=10)
@@ -56,7 +56,7 @@ def _commit() -> str:
 def result_set(name: str, folder: Path) -> tuple[str, Sequence]:
     """Return a title and the records that `name` refers to: a result folder, a result file, or an earlier build.
 
-    `folder` is the result folder whose history is meant. Raises UserError if it refers to nothing.
+    `folder` is the result folder whose history is searched. Raises UserError if `name` refers to nothing.
     """
     from lib.report.records import history
     from lib.report.records.record import from_json, read_folder

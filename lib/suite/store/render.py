@@ -1,4 +1,4 @@
-"""Pages from records: one run's HTML and Markdown, and all of a folder's again. Runs no notebook."""
+"""Renders pages from records: the HTML and Markdown of one run, or of a whole folder. Runs no notebook."""
 
 import logging
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 def render(folder: Path, stem: str, neighbours: Iterable[tuple[str, str]]) -> str | None:
-    """Write the pages of one run (or of the overview); return None, or one line that says why this failed."""
+    """Write the pages of one run (or of the overview); return None, or the reason for a failure in one line."""
     from lib.report.pages import html
     from lib.report.records import record
 
@@ -25,9 +25,9 @@ def render(folder: Path, stem: str, neighbours: Iterable[tuple[str, str]]) -> st
         html.render(notebook, run_record, [(optimization, model) for optimization, model in neighbours], where.path)
     except UserError as error:
         return str(error)
-    except Exception as error:  # a report that cannot be drawn must not take the result with it
+    except Exception as error:  # a failure to render must not lose the result
         log.exception("rendering %s", stem)
-        return f"{stem}: the pages could not be made: {type(error).__name__}: {_first_line(error)}"
+        return f"{stem}: the pages could not be rendered: {type(error).__name__}: {_first_line(error)}"
     return None
 
 
@@ -36,7 +36,7 @@ def _first_line(error: Exception) -> str:
 
 
 def render_all(folder: Folder, say: Callable[[str], None]) -> list[str]:
-    """Render every record of the folder again, then the overview; return what went wrong, a line each."""
+    """Render every record of the folder again, then the overview; return the faults, one line each."""
     pairs = present(folder)
     faults = []
     stems = [f"{optimization}--{model}" for optimization, model in pairs]

@@ -1,8 +1,8 @@
-"""The result folder: the paths of a run's files, the state of a run, and how files are placed atomically.
+"""The result folder: the paths of a run's files, the state of a run, and how files are put into place atomically.
 
-A run is finished when its record (the JSON) carries the job's key, and the notebook is there. Everything is written in
-`.running/` and renamed; the record comes last. Reads records as plain JSON, because a listing must be quick; what a
-record means is `lib.report.records.record`'s business.
+A run is finished when its record (the JSON) has the job's key, and the notebook exists. Everything is written in
+`.running/` and renamed, the record last. Reads records as plain JSON, because a listing must be quick; their meaning is
+defined in `lib.report.records.record`.
 """
 
 import json
@@ -24,7 +24,7 @@ FINISHED = ("ok", "not_applicable")
 
 @dataclass(frozen=True)
 class Folder:
-    """`executed/<scale>`, or what was given in its place. Model names have dots: endings are added, never replaced."""
+    """`executed/<scale>`, or another folder. Model names contain dots: suffixes are appended, never replaced."""
 
     path: Path
 
@@ -33,15 +33,15 @@ class Folder:
         return self.path / f"{stem}{ending}"
 
     def failed(self, stem: str) -> Path:
-        """Return where the notebook of a failed run lies."""
+        """Return the path of a failed run's notebook."""
         return self.path / "failed" / f"{stem}.ipynb"
 
     def log(self, stem: str) -> Path:
-        """Return where a run's log lies."""
+        """Return the path of a run's log."""
         return self.path / "logs" / f"{stem}.log"
 
     def parts(self, stem: str) -> Path:
-        """Return where the parts of a finished run's key lie: they explain, the record decides."""
+        """Return the path of the parts of a finished run's key, used to explain what changed; the record decides."""
         return self.path / ".cache" / f"{stem}.json"
 
     @property
@@ -51,7 +51,7 @@ class Folder:
 
     @property
     def stacks(self) -> Path:
-        """Where searches leave the recipes of the stacks that they chose, `<model>.yaml`: later runs read them."""
+        """The folder of the recipes of stacks chosen by searches, `<model>.yaml`, which later runs read."""
         return self.path / "stacks"
 
     @property
@@ -68,7 +68,7 @@ class Folder:
 @dataclass(frozen=True)
 class State:
     """The state of a job before it runs: `kind` is finished, unrendered, missing, failed, stale or damaged; `effort`
-    that of the record which lies there.
+    is that of the existing record.
     """
 
     kind: str
@@ -101,8 +101,8 @@ def open_folder(path: Path) -> Folder:
 
 
 def require_place(path: Path) -> None:
-    """Raise UserError where `path` cannot become a folder that can be written to, as far as that shows without writing:
-    for a command that first fetches what it needs.
+    """Raise UserError where `path` cannot become a writable folder, as far as can be told without writing. For commands
+    that fetch files before they write.
     """
     try:
         there = next(place for place in (path, *path.parents) if place.exists())
@@ -118,14 +118,14 @@ def _forget(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError:
-        return  # its folder is not one
+        return  # its parent is not a folder
 
 
 def state(folder: Folder, stem: str, parts: Mapping[str, Mapping[str, str]]) -> State:
-    """Return what is known of the run `stem`, whose job has the key parts `parts`."""
+    """Return the state of the run `stem`, whose job has the key parts `parts`."""
     path = folder.of(stem, ".json")
-    if path.exists() and not path.is_file():  # reading from a pipe would wait
-        return State("damaged", f"{path.name} is no ordinary file")
+    if path.exists() and not path.is_file():  # reading a pipe would block
+        return State("damaged", f"{path.name} is not a regular file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -152,10 +152,10 @@ def state(folder: Folder, stem: str, parts: Mapping[str, Mapping[str, str]]) -> 
 
 
 def _changed_inputs(folder: Folder, content: Mapping[str, Any]) -> str:
-    """Return which file, read by the run because an earlier run wrote it, is no longer the same; empty where all are.
+    """Return which file that the run read, written by an earlier run, has changed since; empty where none has.
 
-    The record holds their hashes (`details["inputs"]`, empty for a file that was not there) by their places among the
-    results; records of earlier versions name places in the project, in `executed`.
+    The record has their hashes (`details["inputs"]`, empty for a missing file) by path within the results; records of
+    earlier versions use paths within the project, in `executed`.
     """
     details = content.get("details")
     inputs = details.get("inputs") if isinstance(details, dict) else None
@@ -178,11 +178,11 @@ def _difference(folder: Folder, stem: str, parts: Mapping[str, Mapping[str, str]
         before = json.loads(folder.parts(stem).read_text(encoding="utf-8"))
         return keys.difference(before, parts) or "its cache key differs"
     except (OSError, ValueError, AttributeError):
-        return "its cache key differs (what it was made from is no longer known)"
+        return "its cache key differs (its earlier inputs are no longer known)"
 
 
 def keep_parts(folder: Folder, stem: str, parts: Mapping[str, Mapping[str, str]]) -> None:
-    """Store the parts of a run's key, to explain later what changed."""
+    """Store the parts of a run's key, so that later changes can be explained."""
     write_atomically(folder.parts(stem), json.dumps(parts, indent=1) + "\n")
 
 
@@ -197,8 +197,8 @@ def place(source: Path, target: Path) -> None:
 def adopt(folder: Folder, stem: str, files: Mapping[str, bytes]) -> None:
     """Copy a run's files from another result folder into this one, atomically, the record before its pages.
 
-    `files`: content by the path in that folder; what is neither the run's own nor a stack that it chose is left out.
-    Raises OSError.
+    `files` maps a path in that folder to its content; files other than the run's own and the stacks that it chose are
+    ignored. Raises OSError.
     """
     part = folder.running / stem / "part"
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -246,19 +246,19 @@ def require_records(path: Path) -> Folder:
 
 
 def present(folder: Folder) -> list[tuple[str, str]]:
-    """Return the (optimization, model) pairs that have a record in the folder."""
+    """Return the (optimization, model) pairs with a record in the folder."""
     stems = (path.name.removesuffix(".json") for path in visible(folder.path, "*--*.json"))
     return [(optimization, model) for optimization, _, model in (stem.partition("--") for stem in stems)]
 
 
 def stacks(folder: Folder) -> dict[str, str]:
-    """Return file name → content of the stacks that searches have left, for a run that has no such folder beside it."""
+    """Return file name → content of the stacks stored by searches, for a run on another machine."""
     paths = sorted(folder.stacks.glob("*.yaml"))
     return {path.name: path.read_bytes().decode("utf-8", "replace") for path in paths if path.is_file()}
 
 
 def lay_out(folder: Folder, contents: Mapping[str, str]) -> None:
-    """Write stacks as `stacks` returned them, where the folder's runs look for them. Raises OSError."""
+    """Write stacks returned by `stacks` into the folder, where its runs read them. Raises OSError."""
     folder.stacks.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         (folder.stacks / name).write_bytes(content.encode())

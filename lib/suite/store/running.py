@@ -1,4 +1,4 @@
-"""Where the runs of a build write until they are finished, and what a build that was killed left there."""
+"""The folders in which the runs of a build write until they are finished, and the removal of leftovers."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from lib.suite.store.result_folder import Folder
 
 @contextlib.contextmanager
 def named(folder: Folder) -> Iterator[None]:
-    """Name the results' folder in the environment of the runs: there they leave and find what they share."""
+    """Set WORKBENCH_RESULTS for the runs inside the block, so that they find the files that they share."""
     before = os.environ.get(RESULTS)
     os.environ[RESULTS] = str(folder.path.resolve().parent)
     try:
@@ -26,7 +26,7 @@ def named(folder: Folder) -> Iterator[None]:
 
 @contextlib.contextmanager
 def temporary(folder: Folder) -> Iterator[Path]:
-    """Make a folder for the notebooks' temporary files; its path is stored, so that the next build can remove it."""
+    """Create a folder for the notebooks' temporary files, and store its path, so that the next build can remove it."""
     path = Path(tempfile.mkdtemp(prefix="workbench-"))
     folder.running.mkdir(parents=True, exist_ok=True)
     (folder.running / "temporary").write_text(str(path), encoding="utf-8")

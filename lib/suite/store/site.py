@@ -1,6 +1,6 @@
-"""Files made from all records of a folder together: the suites' files, the index, the archive to send, the history.
+"""Files computed from all records of a folder: the suites' files, the index, and the archive.
 
-Each is rewritten only if a record, the expected runs, or the code that makes it has changed. Knows nothing of runs.
+Each is rewritten only if a record, the expected runs, or the code that writes it has changed. Independent of runs.
 """
 
 import json
@@ -18,14 +18,14 @@ from lib.suite.store.result_folder import Folder
 
 log = logging.getLogger(__name__)
 REPORT = plan.ROOT / "lib" / "report"
-MEASURE = plan.ROOT / "lib" / "measure"  # what the report judges by: metrics, margins, floors
-KINDS = ("complete", "comprehensive", "enhanced", "coverage", "all")  # the first leaves the files of the others too
+MEASURE = plan.ROOT / "lib" / "measure"  # the basis of the report's verdicts: metrics, margins, floors
+KINDS = ("complete", "comprehensive", "enhanced", "coverage", "all")  # the first writes the files of the others too
 
 
 def finish(folder: Folder, kind: str | None) -> list[str]:
-    """Write the files of the suite `kind` and of those that are there already, the index and the archive.
+    """Write the files of the suite `kind` and of suites already in the folder, the index and the archive.
 
-    Returns what went wrong, a line each.
+    Returns the faults, one line each.
     """
     current = made_from(folder)
     faults = [_make(folder, suite, current, _suite) for suite in KINDS if suite == kind or _present(folder, suite)]
@@ -36,8 +36,8 @@ def finish(folder: Folder, kind: str | None) -> list[str]:
 
 
 def made_from(folder: Folder) -> str:
-    """Return a fingerprint of everything the files are made from: records, expected runs, code of the reports, and
-    where the results lie, to which the commands on the pages lead.
+    """Return a fingerprint of all inputs of the files: records, expected runs, code of the reports, and the folder,
+    which the commands on the pages name.
     """
     code = [*REPORT.rglob("*.py"), *REPORT.rglob("*.j2"), *REPORT.rglob("*.css"), *MEASURE.rglob("*.py")]
     files = [*folder.path.glob("*--*.json"), *code]
@@ -46,15 +46,15 @@ def made_from(folder: Folder) -> str:
 
 
 def _others(folder: Folder) -> str:
-    """Return a fingerprint of what is linked or archived beside the records: pages and the suites' files."""
+    """Return a fingerprint of the other linked or archived files: pages and the suites' files."""
     endings = ("*.html", "*.md", "*.txt", "*_results*.json")
     files = [*(path for ending in endings for path in folder.path.glob(ending)), *REPORT.rglob("*.js")]
     return cache_key.digest(_marks(path for path in files if path.name != "index.html"))
 
 
 def _marks(files: Iterable[Path]) -> list:
-    there = (path for path in files if path.is_file())  # a link may lead nowhere
-    return sorted([path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in there)
+    existing = (path for path in files if path.is_file())  # a link may be broken
+    return sorted([path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in existing)
 
 
 def _present(folder: Folder, kind: str) -> bool:
@@ -68,7 +68,7 @@ def _names(kind: str) -> tuple[str, ...]:
 
 
 def _make(folder: Folder, what: str, mark: str, make: Callable[[Folder, str], None]) -> str | None:
-    """Make `what` unless it exists and its fingerprint is unchanged; return None, or one line that says what failed."""
+    """Write `what` unless it exists and its fingerprint is unchanged; return None, or the fault in one line."""
     stamp = folder.path / ".cache" / "made" / f"{what}.json"
     try:
         known = json.loads(stamp.read_text(encoding="utf-8"))
@@ -84,7 +84,7 @@ def _make(folder: Folder, what: str, mark: str, make: Callable[[Folder, str], No
         raise  # a full disk ends the build
     except UserError as error:
         return str(error)
-    except Exception as error:  # a report that cannot be drawn must not take the results with it
+    except Exception as error:  # a failure to render must not lose the results
         log.exception("making %s", what)
         return (
             f"{what} could not be made: {type(error).__name__}: {(str(error).splitlines() or ['no message'])[0][:200]}"
@@ -105,9 +105,9 @@ def _index(folder: Folder, _: str) -> None:
 
 
 def refresh_index(folder: Folder, every_seconds: float = 0.0) -> None:
-    """Write the index again, unless it was written less than `every_seconds` ago; what goes wrong is logged.
+    """Write the index again, unless it was written less than `every_seconds` ago; errors are logged.
 
-    For a build that replaces the runs of a first pass one by one, or is stopped meanwhile; `finish` has the last word.
+    For a build that replaces the runs of a first pass one by one, or is stopped; `finish` writes the final index.
     """
     path = folder.path / "index.html"
     try:

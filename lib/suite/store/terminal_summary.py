@@ -1,4 +1,4 @@
-"""What a finished run found, in a few lines for a terminal: its verdict, three numbers, the path of its report."""
+"""A finished run in a few lines for the terminal: its verdict, three numbers, the path of its report."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +11,9 @@ NUMBERS = 3
 
 
 def lines(folder: Folder, stem: str, shown: Callable[[Path], Path]) -> list[str]:
-    """Return the lines of one run; of one that failed there are none, as it is named elsewhere.
+    """Return the lines of one run; none for a failed run, which is reported elsewhere.
 
-    `shown` says how a path is written.
+    `shown` returns the form in which a path is printed.
     """
     from lib.report.analysis import summary
     from lib.report.records import record as records
@@ -34,6 +34,6 @@ def lines(folder: Folder, stem: str, shown: Callable[[Path], Path]) -> list[str]
 
 
 def _number(number: Any) -> str:
-    # "16 answers unchanged" names what it is of.
+    # "16 answers unchanged" needs no name before it.
     phrase = number.change if "answers unchanged" in number.change else f"{number.name} {number.change}"
     return f"{phrase} ({number.spread})" if number.spread else phrase

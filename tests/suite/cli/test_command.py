@@ -123,10 +123,10 @@ def test_nothing_compared_is_no_absence_of_regressions(tmp_path, capsys):
     record.write(real, new / f"{real.stem}.json")
     assert command.main(["compare", str(old), str(new)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "no primary measurement could be compared, so this says nothing of regressions"
+    assert lines[-1] == "no primary measurement could be compared, so this says nothing about regressions"
     assert lines[0].startswith("Stand-ins with") and "A-Real-Model" not in lines[0]
     assert command.main(["compare", str(old), str(old)]) == 0
-    assert "says nothing of regressions" in capsys.readouterr().out  # the same runs: nothing to compare
+    assert "says nothing about regressions" in capsys.readouterr().out  # the same runs: nothing to compare
 
 
 def test_the_options_of_the_training_are_those_that_are_checked_before_it(capsys):

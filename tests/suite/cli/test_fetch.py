@@ -105,7 +105,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsy
     ):
         assert command.main(arguments) == 2
         [line] = [text for text in capsys.readouterr().err.splitlines() if "fetching it, once" not in text]
-        assert "cannot be written to (" in line and "set WORKBENCH_CACHE to a folder that can" in line
+        assert "cannot be written to (" in line and "set WORKBENCH_CACHE to a writable folder" in line
 
 
 @pytest.mark.parametrize(

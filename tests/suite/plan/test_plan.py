@@ -91,7 +91,7 @@ def test_a_wrong_request_gets_one_line(workspace, arguments, message):
         ("optimizations: {well: {ratoi: 0.5}}", 'unknown parameter "ratoi"'),
         (
             "optimizations: {wel: {ratio: 0.5}}",
-            'section "wel" of "optimizations" names no optimization. Did you mean "well"?',
+            'section "wel" of "optimizations" is not an optimization. Did you mean "well"?',
         ),
     ],
 )
@@ -191,7 +191,7 @@ def test_a_model_that_sees_no_pictures_is_asked_about_none(tmp_path, monkeypatch
     monkeypatch.setattr(plan, "NOTEBOOKS", root / "notebooks")
     monkeypatch.setattr(parameters, "PARAMETERS", root / "parameters")
     request = plan.Request(parameters={"tasks": "digits"})
-    with pytest.raises(UserError, match=r'alpha-1\.5: the task "digits" shows pictures, which this model does not see'):
+    with pytest.raises(UserError, match=r'alpha-1\.5: the task "digits" shows pictures, but this model has no vision'):
         plan.plan(request)
     seeing = path.read_text().replace("full: {", "full: {vision_config: {depth: 1}, ")
     path.write_text(seeing)

@@ -72,7 +72,7 @@ def test_a_stopped_build_leaves_the_first_pass_and_goes_on_from_there(marked):
     assert any("z_slow--" in line and "at effort preview so far" in line for line in listed.splitlines())
     ended = workbench.build(root, *arguments, MARKS=str(marks), SLOW="0")
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "1 of 2 runs are finished already and kept" in ended.stdout
+    assert "1 of 2 runs are already finished and kept" in ended.stdout
     assert _order(marks).count("z_slow preview") == 1 and _efforts(root) == ["standard", "standard"]
 
 

@@ -59,7 +59,7 @@ def test_killed_build_goes_on_where_it_was(slow, how_started):
     workbench.wait_for(lambda: not workbench.running(root), 15)
     ended = workbench.build(root, *arguments, MARKS=str(marks), SLOW="0")
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "1 of 2 runs are finished already and kept" in ended.stdout
+    assert "1 of 2 runs are already finished and kept" in ended.stdout
     after = _runs(root)
     assert set(after) == {"well--alpha-1.5.json", "z_slow--alpha-1.5.json"}
     assert after["well--alpha-1.5.json"] == before["well--alpha-1.5.json"]
@@ -74,7 +74,7 @@ def test_stopped_build_ends_its_kernels(slow, how, how_started):
     kernel = _kernel(marks)
     workbench.kill(process, how)
     assert process.returncode == 128 + how
-    assert "stopped; what was finished is kept" in process.stdout.read()
+    assert "stopped; finished runs are kept" in process.stdout.read()
     assert not is_alive(kernel)
     workbench.wait_for(lambda: not workbench.running(root), 15)
 

@@ -118,7 +118,7 @@ def test_what_read_a_file_that_this_build_has_written_anew_is_run_again_by_it(pr
         ended = workbench.build(project, *arguments)
         assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "b_reads--alpha-1.5: stacks/alpha-1.5.yaml: changed during this build; it is run again" in ended.stdout
-    assert "2 of 3 runs are finished already" in ended.stdout and "2 run (" in ended.stdout
+    assert "2 of 3 runs are already finished" in ended.stdout and "2 run (" in ended.stdout
     recorded = workbench.record(project, "b_reads--alpha-1.5")["details"]["inputs"]["value"]
     assert recorded == {"stacks/alpha-1.5.yaml": hash_of(project / "executed/proxy/stacks/alpha-1.5.yaml")}
     assert "nothing had to be run" in workbench.build(project, *arguments).stdout
