@@ -81,7 +81,7 @@ def from_samples(
     that it cannot show is added in quadrature to interval and floor: `process_sigma`, by default that of other runs of
     this workload (`lib.measure.metrics.process_variance`), but 0 for estimates and for resources, about which times say
     nothing. `disturbed` lists the disturbances of pairs that could not be repeated; with any, nothing is decided.
-    `resolution` is the step of the reading, relative to it: the interval reaches at least that far to either side.
+    `resolution` is the step of the reading (natural logarithm): the interval reaches at least that far to either side.
 
     The verdict is informative without a `floor` (no A/A control ran), with too few pairs for an interval (of the arms
     or of the control), and for a metric without a margin. Above a floor of BUSY_FLOOR it is inconclusive, whatever the

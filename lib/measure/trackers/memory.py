@@ -209,7 +209,7 @@ def _process(
     if count < 2 or min(*base, *opt) <= 0:
         reason = shown or ("read once: no interval" if count < 2 else "a child held no more than before loading")
         return measurement.informative(metric, workload, median(base), median(opt), source, n=count, reason=reason)
-    resolution = 0.0 if ALLOCATOR in optimized.scope else HEAP_STEP_BYTES / min(*base, *opt)
+    resolution = 0.0 if ALLOCATOR in optimized.scope else math.log1p(HEAP_STEP_BYTES / min(*base, *opt))
     judged = paired_samples.from_samples(
         metric, workload, base, opt, source=source, floor=_floor(base), process=range(count), resolution=resolution
     )

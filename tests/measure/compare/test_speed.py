@@ -228,7 +228,8 @@ def test_a_footprint_is_of_saved_models(tiny, monkeypatch):
 
     def peaks(*arms, turns):
         folders.extend(arm.folder for arm in arms)
-        read = [memory.Peak(100, 200, 300 - 100 * n, "VmHWM", 1.0, 2.0, weights_bytes=2**30) for n in range(2)]
+        gb = 10**9
+        read = [memory.Peak(gb, 2 * gb, (3 - n) * gb, "VmHWM", 1.0, 2.0, weights_bytes=2**30) for n in range(2)]
         return [memory.Peaks([peak] * turns) for peak in read]
 
     monkeypatch.setattr(memory, "peaks", peaks)
@@ -277,7 +278,7 @@ def test_a_block_lasts_a_share_at_small_efforts_and_the_variable_is_said(monkeyp
     (said,) = replication.shortened().values()
     assert said["value"] == 0.02 and replication.VARIABLE in said["source"] and said["provenance"]
     monkeypatch.setenv(replication.VARIABLE, "short")
-    with pytest.raises(UserError, match='WORKBENCH_BLOCK_SECONDS: "short" is no number'):
+    with pytest.raises(UserError, match='WORKBENCH_BLOCK_SECONDS: "short" is not a number'):
         replication.block_seconds(settings.read("quick"))
 
 

@@ -117,7 +117,7 @@ def test_nothing_pays_is_an_answer():
     assert len(shares.speeds()) == len(shares.losses()) == 0
     first, second = shares.reading().split(". ", 1)
     assert reading.two(f"{first}.", second)
-    assert second == "There is no gain to share out."
+    assert second == "There is no gain to attribute."
 
 
 @pytest.mark.parametrize("broken, where", [("a → b", "whole"), ("b", "subset")])

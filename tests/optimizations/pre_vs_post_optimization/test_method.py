@@ -74,7 +74,7 @@ def test_a_stored_stack_keeps_the_order_in_which_it_was_judged(tiny, batch, monk
         ({"stack": [RecipeStep(optimization="gone")]}, 'no optimization "gone"'),
         ({"stack": []}, "it chose to change nothing"),
         ({"weights": "other"}, "chosen for weights other, not for w"),
-        ({"weights": ""}, "weights that it does not name"),
+        ({"weights": ""}, "weights that are not recorded"),
         ({"accuracy": "not_maintained"}, "judged not maintained"),
     ],
 )

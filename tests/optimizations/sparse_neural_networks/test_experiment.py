@@ -72,7 +72,7 @@ def test_a_variance_below_zero_by_rounding_is_no_error_of_the_output():
     masks = {name: pruned[0].bool() for name in ("sparsegpt", "wanda")}
     matrix = experiment.MatrixMasks("w", weight, masks, dict.fromkeys(masks, pruned), gram)
     assert matrix.table()["error of the output"].tolist() == [0.0, 0.0]
-    assert experiment.read_masks(matrix.table())[1] == "The output is nearest with sparsegpt, 0 off."
+    assert experiment.read_masks(matrix.table())[1] == "The output is nearest with sparsegpt, at a relative error of 0."
 
 
 def test_of_experts_one_that_saw_tokens_is_shown(setup, tiny):

@@ -171,7 +171,7 @@ def test_channels_of_experts_are_ranked_and_nothing_to_remove_is_no_removed_bloc
     assert said.startswith(f"The {100 * shares['channels']:.0f} % least salient of the expert channels carry")
     for ratio, granularity, words in (
         (0.0, "channels", "Nothing is to be removed."),
-        (0.25, "depth", "Whole blocks go"),
+        (0.25, "depth", "Whole blocks are removed"),
     ):
         shares = method.plan(model, ratio, granularity)
         curves = experiment.saliency_curves(routed, shares)

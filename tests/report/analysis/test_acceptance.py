@@ -232,7 +232,7 @@ def test_result_files_of_other_records_and_of_no_schema(folder):
     faults = dict(_short(folder)["the files are sound"])
     assert set(faults) == {file_names.FILES["comprehensive"][0], file_names.FILES["all"][0]}
     assert all("other records" in why for why in faults.values())
-    assert all(why.endswith(f"call: python build.py report --out {folder.parent}") for why in faults.values())
+    assert all(why.endswith(f"run: python build.py report --out {folder.parent}") for why in faults.values())
     path = folder / file_names.FILES["comprehensive"][0]
     path.write_text(path.read_text().replace('"summary"', '"summery"', 1))
     assert any("summ" in why for _, why in _short(folder)["the files are sound"])

@@ -113,7 +113,7 @@ def test_a_link_leads_to_the_folder_of_the_checkpoint(there, tmp_path, monkeypat
     assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "made" / "README.md").is_file()
 
 
-@pytest.mark.parametrize(("code", "why"), [(-9, "ended by signal 9, as happens where memory"), (1, "the lines above")])
+@pytest.mark.parametrize(("code", "why"), [(-9, "ended by signal 9, as happens when memory"), (1, "the lines above")])
 def test_paths_begin_where_the_user_is_and_a_lost_process_says_how(code, why, tmp_path, monkeypatch):
     requests = []
 

@@ -76,7 +76,7 @@ def test_a_benchmark_that_has_changed_here_is_refused_while_planning(index, tmp_
     plan._bring_data(asked, {"mine": tmp_path})
     [place] = (tmp_path / "cache").rglob(f"piqa/{benchmarks.FILE}")
     place.write_bytes(place.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"^piqa: .* has changed since it was fetched; build\.py fetch piqa brings it"):
+    with pytest.raises(UserError, match=r"^piqa: .* has changed since it was fetched; build\.py fetch piqa fetches it"):
         plan._bring_data(asked, {"mine": tmp_path})
     plan._bring_data(asked, {})  # random weights answer nothing
 

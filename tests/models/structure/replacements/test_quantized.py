@@ -82,7 +82,7 @@ def test_a_model_takes_fewer_bytes_and_says_nearly_the_same(tiny, name, batch, b
 
 
 def test_a_packed_model_is_refused_before_anything_is_saved(tiny, tmp_path):
-    with pytest.raises(UserError, match="not saved"):
+    with pytest.raises(UserError, match="save the model before quantizing"):
         io.save(weight_only(tiny("qwen3-coder-30b"), 4), tmp_path / "small")
     assert not (tmp_path / "small").exists()
 
