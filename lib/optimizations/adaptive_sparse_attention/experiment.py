@@ -372,7 +372,7 @@ def others_hold_as_much(
     lead_B = np.array([row["recall"] - max(row["window"], row["random"]) for row in rows])
     low, high = paired_stats.bootstrap_interval(lead_B, seed=seed)
     lead, *ends = (signed(number, ".4f") for number in (float(lead_B.mean()), low, high))
-    evidence = f"recall of mass less that of the better control {lead} ({' to '.join(ends)})"
+    evidence = f"recall of mass minus that of the better control {lead} ({' to '.join(ends)})"
     evidence += f", {len(rows)} blocks of the model at {survey[-1]['length']} tokens"
     if loaded.random_weights:
         return CLAIMS[0], None, f"random weights; {evidence}"
