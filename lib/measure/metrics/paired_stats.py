@@ -51,7 +51,11 @@ class Effect:
         return (self.high - self.low) / 2
 
     def at_resolution(self, step: float) -> "Effect":
-        """Return the effect with an interval that reaches at least `step` to either side of the estimate."""
+        """Return the effect with an interval that reaches at least `step` to either side of the estimate; with a step
+        of 0, the effect itself.
+        """
+        if not step:
+            return self
         return replace(self, low=min(self.low, self.median - step), high=max(self.high, self.median + step))
 
 

@@ -71,6 +71,13 @@ def test_a_drifting_machine_invents_nothing():
     assert sum(verdict in ("better", "worse") for verdict in verdicts) <= ALLOWED
 
 
+def test_a_resolution_widens_an_interval_and_none_leaves_it_alone():
+    skewed = paired_stats.Effect(median=0.0, low=0.01, high=0.5, sigma=0.1, scatter=0.1, n=6, outliers=0)
+    assert skewed.at_resolution(0.0) is skewed
+    wider = skewed.at_resolution(0.2)
+    assert (wider.low, wider.high) == (-0.2, 0.5)
+
+
 def test_a_fixed_order_would_invent_an_effect_on_a_drifting_machine():
     machine = Machine(0, drift=0.01, spread=0.001)
     arm, times = machine.arm(1.0), []
