@@ -25,6 +25,7 @@ from lib.optimizations.common import finetuning
 from lib.optimizations.common.compression import weight_only
 from lib.optimizations.feedback_mechanisms import disturbance_comparison, experiment, profiles, shadow
 from lib.optimizations.feedback_mechanisms.disturbance_comparison import LENGTHS, TwoProfileSetup
+from lib.optimizations.feedback_mechanisms.guarding.net_saving import NetSaving
 from lib.optimizations.feedback_mechanisms.profiles import NO_FAST, Candidate
 
 REQUESTS = {"preview": 50, "quick": 150, "standard": 300, "thorough": 1000}  # per third of a script, at capacity
@@ -92,11 +93,13 @@ def fast_profiles(
     quality bound, since drafted tokens are checked. Candidates, fastest first: `ratio` of the decoder's parameters
     removed in whole blocks (the draft), then half as many; if no block has experts, half as many and `MILD` of them
     removed in channels; and, if matrices are wide enough for it to pay, int8 weights. Models with experts lose more
-    quality by the same cut of channels, and even the mildest makes no step measurably shorter.
+    quality by the same cut of channels, and even the mildest makes no step measurably shorter. If a cut of channels is
+    within the margins but does not save enough time, a milder one is not tried: it saves less.
     """
     draft = makers.shallower(loaded, ratio, steps, effort, seed)
     view = anatomy(loaded.model)
     routed = any(block.feed_forward.experts for block in view.blocks)
+    too_slow: list[nn.Module] = []  # candidates within the margins that do not save enough time
 
     def candidates() -> Iterator[tuple[str, nn.Module]]:
         yield f"{percent(ratio)} fewer parameters, whole blocks", draft
@@ -108,13 +111,24 @@ def fast_profiles(
             except UserError:  # the model has fewer channels than that
                 continue
             yield f"{percent(share)} fewer parameters, channels", narrower
+            if any(model is narrower for model in too_slow):
+                break
         if view.config.hidden_size >= WIDE:
             yield "int8 weights", weight_only.weight_only(loaded.model, 8)
 
-    timed: dict[str, Any] = {}
-    if measure:
-        timed["saving"] = lambda model: measure(model).net
-        timed["worth"] = lambda model: experiment.not_worth_it(measure(model), effort, seed)
+    def saving(model: nn.Module) -> NetSaving | None:
+        net = measure(model).net if measure else None
+        if net and net.refused:
+            too_slow.append(model)
+        return net
+
+    def worth(model: nn.Module) -> str | None:
+        reason = experiment.not_worth_it(measure(model), effort, seed) if measure else None
+        if reason:
+            too_slow.append(model)
+        return reason
+
+    timed: dict[str, Any] = {"saving": saving, "worth": worth} if measure else {}
     amounts: dict[str, Any] = READ.get(effort, {})
     return draft, profiles.first_admitted(loaded, candidates(), bound, PROMPTS[effort], seed, **timed, **amounts)
 

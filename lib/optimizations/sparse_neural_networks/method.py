@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lib.errors import NotApplicable
+from lib.errors import NotApplicable, UserError
 from lib.models.calibration.distillation import Lessons, distil
 from lib.models.calibration.observed import Observed
 from lib.models.calibration.second_moments import PARTS, Matrix, feed_forward_matrices, matrices
@@ -183,11 +183,17 @@ def prune(
 
     Without `observed`, each block is pruned on the outputs of the pruned blocks before it. With `observed` (the result
     of `observe(model, calibration, …)`) every matrix is pruned on the original model's inputs, so the same statistics
-    serve many settings. budget: "uniform", or "owl" (`budgets.owl`): blocks with more outliers lose fewer weights.
+    serve many settings. budget: "uniform", or "owl" (`budgets.owl`; not for 2:4 and 4:8): blocks with more outliers
+    lose fewer weights.
     masked: whether to keep all masks, a byte per weight. Warns if calibration tokens are so few that damping matters.
     """
     check(model, sparsity=sparsity, method=method, pattern=pattern, within=within, parts=parts)
     checks.one_of(NAME, "budget", budget, BUDGETS)
+    if budget != "uniform" and pattern in HALVES:
+        raise UserError(
+            f'{NAME}: budget "{budget}" with pattern {pattern}: every group keeps the same number of weights, so every '
+            'block loses the same share; expected budget "uniform", or another pattern'
+        )
     checks.changeable(model)
     pruned = Pruned(sharing(model), {}, pattern)
     if sparsity == 0 and pattern not in HALVES:

@@ -244,14 +244,21 @@ def _quickly(text: str) -> Record | None:
 
 
 def read_folder(folder: Path, look: Callable[[str, Any], None] | None = None) -> tuple[list[Record], dict[str, str]]:
-    """Return every record in `folder`, sorted by stem, and the damaged files as stem → error message."""
+    """Return every record in `folder`, sorted by stem, and the damaged files as stem → error message.
+
+    A record under another run's name, such as a copy, is damaged: it would count twice.
+    """
     records, damaged = [], {}
     with _uncollected():  # thousands of records hold millions of objects
         for path in visible(Path(folder), "*--*.json"):
+            stem = path.name.removesuffix(".json")
             try:
-                records.append(read(path, look))
+                record = read(path, look)
+                if record.stem != stem:
+                    raise UserError(f"{path.name}: holds the record of {record.stem}; expected {stem}. Delete it.")
+                records.append(record)
             except UserError as error:
-                damaged[path.name.removesuffix(".json")] = str(error)
+                damaged[stem] = str(error)
     return records, damaged
 
 

@@ -71,6 +71,7 @@ class ForkServer:
                 start_new_session=True,
             )
         self.ready = self.lost = False
+        self.requests = 0
         self.codes: dict[int, int] = {}
 
     def fork(self, request: Mapping[str, Any], log: IO[bytes]) -> "ServedProcess | None":
@@ -78,7 +79,9 @@ class ForkServer:
         on its "cores"; None where the server is lost, or the request is longer than a message (environment modules
         can set that many variables). Its errors go to `log`.
         """
-        data = json.dumps(request).encode()
+        self.requests += 1
+        number = self.requests  # a reply that comes too late must not be taken for that of a later request
+        data = json.dumps({**request, "number": number}).encode()
         if len(data) > MOST_BYTES or (not self.ready and not self._receive(READY_SECONDS, lambda _: self.ready)):
             return None
         to_it, from_it = os.pipe(), os.pipe()
@@ -86,7 +89,7 @@ class ForkServer:
             socket.send_fds(self.socket, [data], [to_it[0], from_it[1], log.fileno()])
         for fd in (to_it[0], from_it[1]):
             os.close(fd)
-        reply = self._receive(READY_SECONDS, lambda message: "forked" in message)
+        reply = self._receive(READY_SECONDS, lambda message: message.get("number") == number)
         if reply is None:
             for fd in (to_it[1], from_it[0]):
                 os.close(fd)
@@ -164,13 +167,14 @@ def main() -> None:
             data, pipes, *_ = socket.recv_fds(control, MOST_BYTES, 3)
             if not data:
                 return
+            request = json.loads(data)
             pid = os.fork()
             if pid == 0:
-                run_to_end(partial(_child, json.loads(data), pipes, [control.detach(), *running]))
+                run_to_end(partial(_child, request, pipes, [control.detach(), *running]))
             for fd in pipes:
                 os.close(fd)
             running[os.pidfd_open(pid)] = pid
-            control.send(json.dumps({"forked": pid}).encode())
+            control.send(json.dumps({"forked": pid, "number": request["number"]}).encode())
 
 
 def _child(request: Mapping[str, Any], pipes: Sequence[int], others: Sequence[int]) -> None:

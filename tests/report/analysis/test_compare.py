@@ -1,4 +1,4 @@
-"""Two result sets: planted changes are found, no change is none, and what cannot be compared says why."""
+"""Two result sets: planted changes are found, unchanged sets show none, and incomparable ones give the reason."""
 
 import math
 
@@ -33,14 +33,14 @@ def _whole(seed=0, gain=1.2, spread=0.01):
 
 
 @pytest.mark.parametrize(("gain", "verdict"), [(1.2, "equivalent"), (1.1, "worse"), (1.35, "better")])
-def test_planted_changes_of_speed(gain, verdict):
+def test_planted_speed_changes_are_found(gain, verdict):
     change = _sets(_whole(spread=0.004), _whole(1, gain, spread=0.004))["prefill_tokens_per_second", "prefill"]
     assert change.verdict == verdict and change.primary
     assert change.low <= change.ratio <= change.high and change.ratio == pytest.approx(gain / 1.2, rel=0.01)
     assert change.regression == (verdict == "worse") and "12 paired blocks" in change.how
 
 
-def test_a_machine_that_is_slower_today_is_no_regression():
+def test_a_slower_machine_is_not_a_regression():
     old = _whole()
     slow = _whole(1)
     for m in slow.measurements:
@@ -49,14 +49,14 @@ def test_a_machine_that_is_slower_today_is_no_regression():
     assert not any(change.regression for change in _sets(old, slow).values())
 
 
-def test_noise_alone_is_no_regression():
-    """Forty runs against themselves: nothing in the family of them all; each a family of its own, at most a few."""
+def test_noise_alone_is_not_a_regression():
+    """Forty runs against themselves: no finding in the family of all, and at most a few if each is its own family."""
     pairs = [(_whole(seed, spread=0.03), _whole(seed + 1, spread=0.03)) for seed in range(0, 80, 2)]
     named = [[_changed(record, model=f"{i}") for record in pair] for i, pair in enumerate(pairs)]
     together = compare.compare([old for old, _ in named], [new for _, new in named])
     assert sum(c.primary and not c.reason for c in together) >= 200 and not [c for c in together if c.regression]
     alone = [any(change.regression for change in _sets(*pair).values()) for pair in pairs]
-    assert sum(alone) <= 5  # 5 % of 40 are 2; more than 5 would be seen once in sixty
+    assert sum(alone) <= 5  # 5 % of 40 is 2; more than 5 would occur once in sixty
 
 
 def test_wide_samples_are_inconclusive():
@@ -64,7 +64,7 @@ def test_wide_samples_are_inconclusive():
     assert change.verdict == "inconclusive"
 
 
-def test_a_time_that_fell_is_better():
+def test_a_shorter_time_is_better():
     old = _with(_whole(), samples.paired("time_to_first_token_ms", 1.0))
     new = _with(_whole(1), samples.paired("time_to_first_token_ms", 1.3, seed=1))
     change = _sets(old, new)["time_to_first_token_ms", "prefill"]
@@ -82,8 +82,8 @@ def test_counted_numbers_and_intervals():
     assert changes["parameters", "load"].verdict == "equivalent"
 
 
-def test_the_margin_of_a_score_is_of_the_level_that_changes():
-    """An arm that answers half as well as its baseline, and then 1.4 points less: within two points."""
+def test_the_margin_of_a_score_uses_the_level_that_changes():
+    """An arm that answers half as well as its baseline and then loses 1.4 points stays within two points."""
     old = samples.scored("f1_macro", 0.80, 0.400, "not_maintained", 0.001)
     less, lost = (samples.scored("f1_macro", 0.80, score, "not_maintained", 0.001) for score in (0.386, 0.370))
     key = "f1_macro", "classify"
@@ -91,8 +91,8 @@ def test_the_margin_of_a_score_is_of_the_level_that_changes():
     assert _sets(_with(_whole(), old), _with(_whole(1), lost))[key].regression
 
 
-def test_an_interval_over_processes_has_their_degrees_of_freedom_without_samples_too():
-    """Six processes of twelve pairs each are ten degrees of freedom, and not those of 144 pairs."""
+def test_an_interval_over_processes_keeps_its_degrees_of_freedom_without_samples():
+    """Six processes of twelve pairs each give ten degrees of freedom, not those of 144 pairs."""
 
     def joules(ratio):
         base = [100.0 + 0.01 * pair for pair in range(72)]
@@ -119,6 +119,10 @@ def test_an_interval_over_processes_has_their_degrees_of_freedom_without_samples
         ({"effort": "thorough"}, "different effort: quick, thorough"),
         ({"environment": samples.ENVIRONMENT | {"cpu": "Another"}}, "different environment: cpu"),
         ({"environment": samples.ENVIRONMENT | {"threads": 4}}, "different environment: threads None, 4"),
+        (
+            {"environment": samples.ENVIRONMENT | {"weights_hash": "b" * 64}},
+            "different weights of the baseline: SHA-256",
+        ),
         ({"scale": "slice"}, "different scale"),
         ({"parameters": {"model": "m", "seed": 1}}, "different parameter: seed 0, 1"),
         ({"environment": samples.ENVIRONMENT | {"jobs_beside": 1}}, "different number of other jobs: 0, 1"),
@@ -127,14 +131,15 @@ def test_an_interval_over_processes_has_their_degrees_of_freedom_without_samples
         ({"status": "failed", "reason": "x"}, "failed in the new set"),
     ],
 )
-def test_what_cannot_be_compared_says_why(fields, reason):
+def test_runs_that_cannot_be_compared_say_why(fields, reason):
     stack = {"stack": {"value": ["a"]}}
-    old = _changed(_whole(), details=stack, environment=samples.ENVIRONMENT | {"jobs_beside": 0})
+    environment = samples.ENVIRONMENT | {"jobs_beside": 0, "weights_hash": "a" * 64}
+    old = _changed(_whole(), details=stack, environment=environment)
     changes = compare.compare([old], [_changed(_changed(_whole(1), details=stack), **fields)])
     assert changes and all(change.verdict == "not comparable" and reason in change.reason for change in changes)
 
 
-def test_what_only_one_side_knows_does_not_differ():
+def test_values_known_on_one_side_only_are_not_differences():
     old = _changed(_whole(), parameters={"seed": 0, "new_knob": 3}, details={"stack": {"value": ["a"]}})
     assert any(not change.reason for change in compare.compare([old], [_changed(_whole(1), details={})]))
 
@@ -152,7 +157,7 @@ def test_a_single_reading_is_never_a_regression(n):
 
 
 @pytest.mark.parametrize("metric", ["peak_tensor_bytes", "checkpoint_bytes"])
-def test_a_number_that_is_the_same_in_every_process_is_no_reading(metric):
+def test_a_number_identical_in_every_process_is_treated_as_counted(metric):
     def counted(value: float):
         return measurement.counted(metric, "generate", 1e8, value, "all live tensors at the worst moment", "measured")
 
@@ -162,7 +167,7 @@ def test_a_number_that_is_the_same_in_every_process_is_no_reading(metric):
     assert same.verdict == "equivalent"
 
 
-def test_answers_that_were_the_same_and_are_no_longer_are_compared():
+def test_answers_that_are_no_longer_identical_are_compared():
     same = samples.scored("f1_macro", 0.91, 0.91, "maintained").model_copy(update={"ci": None, "bound": -0.008})
     lost = samples.scored("f1_macro", 0.91, 0.80, "not_maintained", 0.01)
     key = "f1_macro", "classify"
@@ -172,7 +177,7 @@ def test_answers_that_were_the_same_and_are_no_longer_are_compared():
     assert _sets(_with(_whole(), one_model), _with(_whole(1), one_model))[key].verdict == "equivalent"
 
 
-def test_estimates_and_what_was_not_exercised_are_not_compared():
+def test_estimated_and_unexercised_values_are_not_compared():
     energy = samples.paired("energy_joules_per_token", 1.2).model_copy(update={"provenance": "estimated"})
     idle = samples.scored("f1_macro", 0.91, 0.91, "not_exercised").model_copy(update={"reason": "never acted"})
     changes = _sets(_with(_with(_whole(), energy), idle), _with(_with(_whole(1), energy), idle))
@@ -180,8 +185,8 @@ def test_estimates_and_what_was_not_exercised_are_not_compared():
     assert changes["f1_macro", "classify"].reason == "not exercised in the old set"
 
 
-def test_what_differs_between_processes_is_part_of_the_uncertainty():
-    """Blocks agree within a process, but the stored floor says that processes differ by more than the change."""
+def test_variation_between_processes_is_part_of_the_uncertainty():
+    """Blocks agree within a process, but by the stored floor, processes differ by more than the change."""
     key = "prefill_tokens_per_second", "prefill"
     old, new = _whole(spread=0.002), _whole(1, 1.14, spread=0.002)
     assert _sets(old, new)[key].verdict == "worse"
@@ -193,8 +198,8 @@ def test_what_differs_between_processes_is_part_of_the_uncertainty():
 
 
 @pytest.mark.parametrize("processes", [3, 6, 12])
-def test_processes_are_the_degrees_of_freedom_however_many_blocks_each_has(processes):
-    """p inverts the wider interval, and its tail is as heavy as few processes make it: Holm looks far into the tail."""
+def test_degrees_of_freedom_are_processes_whatever_their_number_of_blocks(processes):
+    """p inverts the wider interval, with the heavy tail of few processes, because Holm looks far into the tail."""
     change = compare.Change(*STEM, "prefill_tokens_per_second", "prefill", "", True)
     timed = samples.timed("prefill_tokens_per_second", 1.2, 0.05)
     timed = timed.model_copy(update={"n": 12 * processes, "processes": processes})
@@ -228,7 +233,7 @@ def test_runs_on_one_side_only_and_the_same_run():
     assert "the same run" in same.reason
 
 
-def test_holm_is_steeper_than_no_correction_and_not_than_bonferroni():
+def test_holm_is_stricter_than_no_correction_but_not_than_bonferroni():
     changes = [
         compare.Change("o", "m", "f1_macro", str(i), "", True, ratio=1.0, low=1.0, high=1.0, p=p)
         for i, p in enumerate((0.01, 0.04, 0.03, 0.2))
@@ -246,8 +251,8 @@ def _score(metric, baseline, optimized, ends, workload="generate", n=160):
     )  # fmt: skip
 
 
-def test_a_model_that_answers_nothing_right_any_more_is_a_regression():
-    """A ratio of zero has no logarithm: the loss is judged in points."""
+def test_a_drop_to_no_correct_answers_is_a_regression():
+    """A ratio of zero has no logarithm, so the loss is judged in points."""
     key = "retrieval_exact_match", "generate"
     sound, broken = (_score(key[0], 0.9, score, ends) for score, ends in ((0.89, (-0.03, 0.01)), (0.0, (-0.95, -0.85))))
     lost = _sets(_with(_whole(), sound), _with(_whole(1), broken))[key]
@@ -257,7 +262,7 @@ def test_a_model_that_answers_nothing_right_any_more_is_a_regression():
     assert _sets(_with(_whole(), broken), _with(_whole(1), broken))[key].verdict == "inconclusive"
 
 
-def test_a_low_score_whose_interval_holds_zero_is_compared_in_points():
+def test_a_low_score_whose_interval_contains_zero_is_compared_in_points():
     key = "retrieval_exact_match", "generate"
     nothing = _score(key[0], 0.0, 0.0, (-0.001, 0.001))
     low, lower = (_score(key[0], 0.02, score, (-0.025, 0.005)) for score in (0.02, 0.01))
@@ -267,7 +272,7 @@ def test_a_low_score_whose_interval_holds_zero_is_compared_in_points():
 
 
 def test_a_perplexity_without_an_interval_is_not_compared():
-    """Windows of fewer than six documents have none: two such numbers are no count that chance has no part in."""
+    """Windows of fewer than six documents have no interval: such numbers are subject to chance, unlike counts."""
     few = samples.scored("perplexity", 41.0, 41.5, "inconclusive", workload="prefill")
     few = few.model_copy(update={"ci": None, "bound": None, "n": 8})
     worse = few.model_copy(update={"optimized": 60.0, "ratio": 60 / 41})
@@ -275,7 +280,7 @@ def test_a_perplexity_without_an_interval_is_not_compared():
     assert change.verdict == "not comparable" and "neither samples nor an interval" in change.reason
 
 
-def test_readings_that_are_always_the_same_are_counted_and_others_are_not():
+def test_constant_readings_are_treated_as_counted_and_others_are_not():
     def peak(*values: float):
         read = measurement.informative("peak_memory_bytes", "generate", values[0], values[0], "the allocator's peak")
         kept = {"baseline": [*values], "optimized": [*values]}
@@ -287,13 +292,13 @@ def test_readings_that_are_always_the_same_are_counted_and_others_are_not():
     assert scattering.verdict == "not comparable"
 
 
-def test_a_single_reading_is_not_called_equivalent_either():
+def test_a_single_reading_is_not_called_equivalent():
     read = measurement.counted("peak_memory_bytes", "generate", 1e8, 1e8, "VmHWM, read once", "measured")
     change = _sets(_with(_whole(), read), _with(_whole(1), read))["peak_memory_bytes", "generate"]
     assert change.verdict == "inconclusive" and "without a verdict" in change.how
 
 
-def test_the_score_of_a_public_task_and_whatever_carries_a_verdict_make_a_regression():
+def test_public_task_scores_and_verdict_carriers_make_a_regression():
     kept, lost = (_score("accuracy", 0.6, score, (score - 0.65, score - 0.55), "arc_easy") for score in (0.6, 0.4))
     assert _sets(_with(_whole(), kept), _with(_whole(1), lost))["accuracy", "arc_easy"].regression
     old, new = (
@@ -303,8 +308,8 @@ def test_the_score_of_a_public_task_and_whatever_carries_a_verdict_make_a_regres
     assert _sets(old, new)["generate_tokens_per_second", "generate"].regression
 
 
-def test_the_ratio_shown_is_that_of_the_records_where_these_are_over_processes():
-    """One process of six is slow: the records' means say so, the medians of all blocks would not."""
+def test_the_ratio_shown_is_the_records_own_where_they_span_processes():
+    """One process of six is slow: the records' means show it, the medians of all blocks would not."""
 
     def timed(slow: float):
         process = [number for number in range(6) for _ in range(4)]
@@ -320,7 +325,7 @@ def test_the_ratio_shown_is_that_of_the_records_where_these_are_over_processes()
     assert "over 6 and 6 processes" in change.how and change.low < 0.7 ** (1 / 6) < change.high
 
 
-def test_a_model_whose_output_has_degenerated_since_is_a_regression():
+def test_newly_degenerated_output_is_a_regression():
     sound = samples.scored("perplexity", 41.0, 41.5, "maintained", 0.01, "prefill")
     broken = measurement.invalid("perplexity", "prefill", "its logits are not finite")
     key = "perplexity", "prefill"
@@ -332,8 +337,8 @@ def test_a_model_whose_output_has_degenerated_since_is_a_regression():
     assert not _sets(_whole(), _with(_whole(1), busy))["prefill_tokens_per_second", "prefill"].regression
 
 
-def test_what_neither_record_judges_is_shown_and_makes_no_regression():
-    """Processor seconds beside a counter of energy, the peaks of processes that scatter more than a model weighs."""
+def test_a_metric_judged_by_neither_record_is_shown_without_a_regression():
+    """Processor seconds beside an energy counter, and process peaks that scatter by more than the model's size."""
     spent = [samples.paired("cpu_seconds_per_token", gain, 0.004, "decode") for gain in (1.2, 0.9)]
     shown = [measurement.unjudged(m, "energy is judged, by its counter") for m in spent]
     key = "cpu_seconds_per_token", "decode"

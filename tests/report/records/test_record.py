@@ -1,4 +1,4 @@
-"""Records survive the ways they take: JSON, scrapbook, damage."""
+"""Records survive JSON and scrapbook; damage is reported."""
 
 import dataclasses
 import json
@@ -60,7 +60,7 @@ def test_awkward_values_keep_their_meaning():
     assert _same(expected, back)
 
 
-def test_what_has_no_place_in_json_is_named():
+def test_values_without_a_json_form_are_named():
     with pytest.raises(TypeError, match=r"details\.curve\[1\]: a object"):
         record.build("x", "m", "proxy", "quick", {}, details={"curve": [1, object()]})
 
@@ -71,7 +71,7 @@ def test_a_record_survives_its_file(tmp_path):
     assert _same(record.to_json(run), record.to_json(record.read(path)))
     assert path.name == "structured_pruning--qwen3-4b-instruct-2507.json"
     assert "NaN" not in path.read_text()
-    assert not list(tmp_path.glob(".*"))  # nothing half written stays behind
+    assert not list(tmp_path.glob(".*"))  # no partial file is left behind
 
 
 def test_a_record_survives_scrapbook(tmp_path):
@@ -82,7 +82,7 @@ def test_a_record_survives_scrapbook(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_records_made_by_chance_survive(seed, tmp_path):
+def test_random_records_survive(seed, tmp_path):
     run = samples.by_chance(seed)
     assert record.read(record.write(run, tmp_path / "r.json")) == run
 
@@ -118,7 +118,7 @@ def test_a_notebook_without_a_record_has_none(tmp_path):
         ("\udcff", "not JSON"),
     ],
 )
-def test_a_damaged_record_gets_one_line(content, says, tmp_path):
+def test_a_damaged_record_gives_one_line(content, says, tmp_path):
     path = tmp_path / "a--b.json"
     path.write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(UserError) as caught:
@@ -128,7 +128,7 @@ def test_a_damaged_record_gets_one_line(content, says, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_what_macos_leaves_beside_a_record_is_none(tmp_path):
+def test_macos_sidecar_files_are_not_records(tmp_path):
     run = samples.run()
     record.write(run, tmp_path / f"{run.stem}.json")
     (tmp_path / f"._{run.stem}.json").write_bytes(b"\0\5\26\7")
@@ -137,12 +137,22 @@ def test_what_macos_leaves_beside_a_record_is_none(tmp_path):
     assert back.stem == run.stem and not damaged
 
 
-def test_a_missing_record_gets_one_line(tmp_path):
+def test_a_copy_under_another_name_does_not_count_twice(tmp_path):
+    run = samples.run()
+    for stem in (run.stem, "another--model"):
+        record.write(run, tmp_path / f"{stem}.json")
+    [back], damaged = record.read_folder(tmp_path)
+    assert back.stem == run.stem
+    fault = f"another--model.json: holds the record of {run.stem}; expected another--model. Delete it."
+    assert damaged == {"another--model": fault}
+
+
+def test_a_missing_record_gives_one_line(tmp_path):
     with pytest.raises(UserError, match=r"none\.json: cannot be read"):
         record.read(tmp_path / "none.json")
 
 
-def test_gather_joins_what_was_glued_with_what_the_runner_added(tmp_path):
+def test_gather_merges_glued_values_with_those_of_the_runner(tmp_path):
     run = samples.run()
     nbformat.write(_scrap(run.model_copy(update={"seconds": None, "started": None})), tmp_path / f"{run.stem}.ipynb")
     record.write(run, tmp_path / f"{run.stem}.json")
