@@ -1,1 +1,1 @@
-"""Tests, in the tree of what they test. A package, so that no other one of that name on the path takes its place."""
+"""Tests, laid out like the code they test. A package, so that no other package of that name on the path shadows it."""

@@ -1,4 +1,4 @@
-"""Shared by all tests: tiny random models of each architecture, offline, one thread."""
+"""Fixtures shared by all tests: tiny random models of each architecture, offline, one thread."""
 
 import copy
 import functools
@@ -46,7 +46,7 @@ SECONDS_OF_ROUNDS = (
 
 @pytest.fixture(autouse=True)
 def fewest_rounds(monkeypatch):
-    """Time as few rounds as there must be: no test needs their precision."""
+    """Time the minimum number of rounds: no test needs more precision."""
     for module, name in SECONDS_OF_ROUNDS:
         if module in sys.modules:
             monkeypatch.setattr(sys.modules[module], name, 0)
@@ -54,21 +54,21 @@ def fewest_rounds(monkeypatch):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Let every module's tests, and what they share, run on one thread, whichever ran before in this process."""
+    """Run every module's tests and their fixtures on one thread, whichever module ran before in this process."""
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def same_random_numbers():
-    """Let every test begin with the same random numbers, whichever ran before it in this process."""
+    """Start every test with the same random numbers, whichever test ran before it in this process."""
     if torch := sys.modules.get("torch"):
-        torch.random.default_generator.manual_seed(1234)  # the CPU's alone, which takes microseconds
+        torch.random.default_generator.manual_seed(1234)  # the CPU generator alone, which takes microseconds
 
 
 @pytest.fixture(scope="session")
 def tiny():
-    """Return a function that builds a tiny random model (float32) of a model's architecture by the model's name."""
+    """Return a function that builds a tiny random model (float32) of the architecture of a named model."""
     import torch
 
     from lib.models.checkpoints.io import build
@@ -97,9 +97,9 @@ def tiny():
 
 @pytest.fixture(params=[False, True], ids=["idle GPU", "GPU in use"])
 def waited(request, monkeypatch) -> tuple[bool, list[str]]:
-    """A machine with a GPU: whether this process has it in use, and a list that grows whenever it is waited for.
+    """A simulated GPU machine: whether this process is using the GPU, and a list that grows with every wait for it.
 
-    Waiting initializes a GPU, and a process with one in use reads its utilisation, its noise and its throttling.
+    Waiting initializes a GPU, and a process that uses one reads its utilization, noise and throttling.
     """
     import torch
 
@@ -118,7 +118,7 @@ def name(request) -> str:
 
 @pytest.fixture
 def batch():
-    """Return two sequences of 24 tokens; the second is padded on the right behind 15."""
+    """Return two sequences of 24 tokens; the second has 15 tokens and padding on the right."""
     import torch
 
     ids = torch.randint(8, 96, (2, 24), generator=torch.Generator().manual_seed(3))

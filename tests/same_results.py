@@ -21,13 +21,13 @@ COUNTED = {
     "decode_flops_per_token", "decode_bytes_per_token", "full_depth_parameters", "full_depth_weights_bytes",
     "full_depth_kv_cache_bytes_per_token", "attention_density",
 }  # fmt: skip
-# Scores that depend on when something happened, not on what was answered.
+# Scores that depend on timing, not on the answers.
 BY_THE_CLOCK = {
     "profile_disagreement", "quality_estimate_error", "false_rollback_share", "fault_detection_seconds",
 }  # fmt: skip
-# Workloads whose baseline is the dense form that was timed to be the fastest: its dtype, and so its bytes, may change.
+# Workloads whose baseline is the fastest timed dense form: its dtype, so its bytes, may change.
 FASTEST_BASELINE = {"feed-forward part"}
-# What the seconds of this run decide: which model is judged, or when.
+# Decided by the timings of this run: which model is judged, or when.
 STEERED_BY_TIME = {
     "adaptive_batch_sizes", "automl_components", "continuous_nas", "feedback_mechanisms", "modular_components",
     "pre_vs_post_optimization",
@@ -35,7 +35,7 @@ STEERED_BY_TIME = {
 
 
 def exact(records: Record) -> dict[tuple[str, str, str], tuple]:
-    """Return arm, metric and workload → (baseline, optimized) of every number that two runs must share."""
+    """Map arm, metric and workload to (baseline, optimized) for every number that two runs must share."""
     groups = [("arms", records.measurements), *((c.name, c.measurements) for c in records.controls)]
     return {
         (group, m.metric, m.workload): (None if m.workload in FASTEST_BASELINE else m.baseline, m.optimized)

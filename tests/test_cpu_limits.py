@@ -1,4 +1,4 @@
-"""A control group's limit of processor time holds for notebooks that no build has bound to cores, too."""
+"""A control group's CPU time limit also applies to notebooks that no build has pinned to cores."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from lib.models import loading
 
 @pytest.fixture
 def limited(tmp_path, monkeypatch):
-    """Return a function that limits this process to the time of so many cores."""
+    """Return a function that limits this process to the CPU time of a number of cores."""
     monkeypatch.setattr(memory_limits, "GROUPS", tmp_path)
     monkeypatch.setattr(memory_limits, "OWN_GROUPS", tmp_path / "own")
     (tmp_path / "own").write_text("0::/\n")
@@ -21,15 +21,15 @@ def limited(tmp_path, monkeypatch):
     return to
 
 
-def test_a_limit_counts_where_it_is_below_the_cores(limited):
+def test_a_limit_counts_if_it_is_below_the_core_count(limited):
     assert cpu_limits.within_quota(8) == 8, "no limit"
     for cores, expected in ((2, 2), (2.9, 2), (0.5, 1), (16, 8)):
         limited(cores)
         assert cpu_limits.within_quota(8) == expected
 
 
-def test_a_model_runs_on_no_more_threads_than_its_container_has_time_for(limited):
-    """Sixty-four threads that share the time of two cores wait for it, and every turn was called disturbed."""
+def test_a_model_runs_on_no_more_threads_than_its_cpu_quota(limited):
+    """Sixty-four threads that shared the time of two cores waited for it, and every turn was called disturbed."""
     threads = torch.get_num_threads()
     limited(1)
     try:

@@ -1,4 +1,4 @@
-"""What a GPU adds, each against the CPU or a slow reference; skipped without one."""
+"""GPU features, each compared with the CPU or a slow reference; skipped without a GPU."""
 
 import copy
 import itertools
@@ -27,14 +27,14 @@ PROMPT = torch.randint(8, 96, (2, 40), generator=torch.Generator().manual_seed(5
 
 @pytest.fixture(autouse=True)
 def exact():
-    """Products in float32 proper, so that answers can be compared with those of the CPU."""
+    """Use full float32 products, so that answers can be compared with those of the CPU."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     yield
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def test_answers_and_hash_are_those_of_the_processor(tiny, name):
+def test_answers_and_hash_match_the_cpu(tiny, name):
     model = tiny(name)
     changed = copy.deepcopy(model).to("cuda")
     with torch.inference_mode():
@@ -42,7 +42,7 @@ def test_answers_and_hash_are_those_of_the_processor(tiny, name):
     assert io.weights_hash(changed) == io.weights_hash(model)
 
 
-def test_a_workload_waits_for_the_device_and_times_its_steps_by_events(tiny, name):
+def test_a_workload_waits_for_the_gpu_and_times_its_steps_by_events(tiny, name):
     model = tiny(name).to("cuda")
     work = workloads.decode(model, PROMPT, 6)
     assert work.synchronize is not None
@@ -82,7 +82,7 @@ def test_sparse_attention_that_keeps_everything_changes_nothing(tiny, name):
 
 
 @pytest.mark.parametrize("ratio", ["smallest", 0.7])
-def test_streamed_weights_give_the_answers_of_resident_ones(tiny, name, ratio, tmp_path):
+def test_streamed_and_resident_weights_give_the_same_answers(tiny, name, ratio, tmp_path):
     model = tiny(name).to("cuda")
     folder = io.save(model, tmp_path / "checkpoint")
     size = {"allowance_bytes": streamer.smallest(folder)[0]} if ratio == "smallest" else {"memory_ratio": ratio}
@@ -102,7 +102,7 @@ def test_absorbed_attention_gives_the_same_answers(tiny):
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "16x1"])
-def test_weights_executed_sparse_equal_masked_ones(pattern):
+def test_sparse_execution_equals_masked_weights(pattern):
     model = loading.load("qwen3-4b-instruct-2507", device="cuda").model
     pruned = sparse_neural_networks.prune(model, [], sparsity=0.5, method="magnitude", pattern=pattern)
     changed = sparse_neural_networks.executed(pruned)
@@ -114,7 +114,7 @@ def test_weights_executed_sparse_equal_masked_ones(pattern):
             assert weight.values().dtype == torch.bfloat16 and weight.col_indices().dtype == torch.int32
 
 
-def test_the_allocator_in_this_process_tells_what_a_child_does():
+def test_the_allocator_in_this_process_agrees_with_a_child():
     name = "qwen3-4b-instruct-2507"
     loaded = loading.load(name, device="cuda")
     arm = memory.Arm(load={"name": name}, dtype="bfloat16", device="cuda", new_tokens=4)
@@ -127,11 +127,11 @@ def test_the_allocator_in_this_process_tells_what_a_child_does():
     in_process = memory.allocated(work, loaded.model, "no room")
     here, there = (read.median("above_start_bytes") for read in (in_process, child))
     assert here >= weight and occupied.numel()
-    # A child's first product also allocates the workspace of the libraries, which here was there before.
+    # A child's first product also allocates the libraries' workspace, which already existed here.
     assert abs(here - there) < 2**26
 
 
-def test_peaks_are_read_in_place_where_another_copy_has_no_room(tiny, monkeypatch):
+def test_peaks_are_read_in_place_if_another_copy_does_not_fit(tiny, monkeypatch):
     models = [tiny("qwen3-4b-instruct-2507").to("cuda") for _ in range(2)]
     assert saved.lack_of_room(*models) is None
     monkeypatch.setattr(placement, "free_bytes", lambda device: 100)
@@ -142,7 +142,7 @@ def test_peaks_are_read_in_place_where_another_copy_has_no_room(tiny, monkeypatc
     assert result["checkpoint_bytes"].reason.startswith("no room on the device for another copy")
 
 
-def test_energy_and_utilisation_come_from_the_card(tiny):
+def test_energy_and_utilization_come_from_the_gpu(tiny):
     model = tiny("qwen3-4b-instruct-2507").to("cuda")
     work = workloads.prefill(model, PROMPT)
     counter = energy.counter("cuda")
@@ -157,7 +157,7 @@ def test_ceilings_are_those_of_a_gpu(tmp_path, monkeypatch):
     assert result.flops_per_second > 1e12 and result.bytes_per_second > 1e11
 
 
-def test_marks_in_the_stream_are_in_order():
+def test_stream_marks_are_in_order():
     tensor = torch.ones(2**20, device="cuda")
     marks = [workloads._mark(tensor)]
     for _ in range(3):

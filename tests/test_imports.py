@@ -1,4 +1,4 @@
-"""What may import what: models ← measure ← optimizations ← notebooks, and the floors inside each of them.
+"""Import rules: models ← measure ← optimizations ← notebooks, and the floors inside each of them.
 
 Report and suite never import torch.
 """
@@ -18,12 +18,12 @@ MAY = {
     "models": {"models"},
     "measure": {"models", "measure"},
     "optimizations": {"models", "measure", "optimizations"},
-    # The record's measurements are defined by measure, whose modules of that kind know no torch.
+    # Measure defines the record's measurements, in modules that do not import torch.
     "report": {"report", "measure"},
     "suite": {"suite", "report", "models"},
 }
-# Inside an area: what stands on one floor may import what stands on it in the same room, and everything below.
-# Rooms of one floor do not know each other.
+# Inside an area: a module may import its own room on the same floor, and everything below.
+# Rooms on one floor do not import each other.
 FLOORS = {
     "models": (
         {"sources", "yaml_file", "dimensions"}, {"parameters"}, {"structure", "tokenizing"},
@@ -92,14 +92,14 @@ def test_floors_inside_an_area(path):
 
 
 @pytest.mark.parametrize("area", sorted(MAY))
-def test_no_circle_even_through_late_imports(area):
+def test_no_import_cycles_even_through_late_imports(area):
     known = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (LIB / area).rglob("*.py")}
     graph = {name: {module for module in _modules(path) if module in known} for name, path in known.items()}
-    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
 
 
 def _modules(path: Path) -> set[str]:
-    """Return every name that an import of the file may mean: `from a import b` is `a`, or `a.b`."""
+    """Return every name that an import in the file may refer to: `from a import b` is `a`, or `a.b`."""
     own = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     return {part for name in _imports(path) for part in (name, name.rpartition(".")[0])} - {own}
 
@@ -123,7 +123,7 @@ def test_no_folder_holds_more_than_twelve_modules(area):
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.name == "__init__.py"], ids=str)
-def test_packages_hold_nothing_but_a_docstring(path):
+def test_packages_contain_only_a_docstring(path):
     assert all(isinstance(node, ast.Expr) for node in ast.parse(path.read_text(encoding="utf-8")).body)
 
 
@@ -149,7 +149,7 @@ def test_listing_loads_next_to_nothing():
     assert not loaded & (HEAVY | {"papermill", "nbformat", "nbconvert", "scrapbook", "numpy", "scipy", "pandas"})
 
 
-def test_set_up_needs_the_standard_library_alone():
+def test_setup_needs_only_the_standard_library():
     more = _loaded("from lib.suite import bootstrap") - _loaded("")
     assert more <= set(sys.stdlib_module_names) | {"lib"}
 

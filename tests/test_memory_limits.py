@@ -1,4 +1,4 @@
-"""The memory that a process may use: what control groups of both versions say, in made-up folders."""
+"""The memory that a process may use according to control groups of both versions, in simulated folders."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ STAT = "anon 1\nactive_file 2147483648\ninactive_file 1073741824\ntotal_active_f
 
 @pytest.fixture
 def groups(tmp_path, monkeypatch):
-    """Return a function that writes a group's limit and use, and one that says in which groups this process is."""
+    """Return a function that writes a group's limit and use, and one that sets the groups of this process."""
     monkeypatch.setattr(memory_limits, "GROUPS", tmp_path / "cgroup")
     monkeypatch.setattr(memory_limits, "OWN_GROUPS", tmp_path / "own")
     now = SimpleNamespace(total=64 * GIB, available=40 * GIB)
@@ -27,7 +27,7 @@ def groups(tmp_path, monkeypatch):
     return group, (tmp_path / "own").write_text
 
 
-def test_without_a_control_group_it_is_the_machines(groups):
+def test_without_a_control_group_the_machines_memory_counts(groups):
     assert (memory_limits.memory_bytes(), memory_limits.free_memory_bytes()) == (64 * GIB, 40 * GIB)
     group, own = groups
     own("0::/free\n")
@@ -35,7 +35,7 @@ def test_without_a_control_group_it_is_the_machines(groups):
     assert (memory_limits.memory_bytes(), memory_limits.free_memory_bytes()) == (64 * GIB, 40 * GIB)
 
 
-def test_the_narrowest_group_counts_and_files_can_be_read_again(groups):
+def test_the_tightest_group_counts_and_file_cache_counts_as_free(groups):
     group, own = groups
     own("0::/batch/job/step\n")
     group("batch", 32 * GIB, 20 * GIB)
@@ -46,7 +46,7 @@ def test_the_narrowest_group_counts_and_files_can_be_read_again(groups):
     assert memory_limits.free_memory_bytes() == (32 - 34 + 3) * GIB
 
 
-def test_the_first_version_of_control_groups(groups):
+def test_cgroups_v1_limits_are_read(groups):
     group, own = groups
     own("5:cpu,cpuacct:/elsewhere\n4:memory:/job\n0::/\n")
     first = ("memory.limit_in_bytes", "memory.usage_in_bytes")
@@ -56,7 +56,7 @@ def test_the_first_version_of_control_groups(groups):
     assert (memory_limits.memory_bytes(), memory_limits.free_memory_bytes()) == (8 * GIB, (8 - 5 + 2) * GIB)
 
 
-def test_in_a_container_the_limit_stands_at_the_top(groups):
+def test_in_a_container_the_limit_is_in_the_top_group(groups):
     group, own = groups
     own("0::/machine/of/the/host\n")
     group(".", 4 * GIB, GIB)
@@ -68,6 +68,6 @@ def test_in_a_container_the_limit_stands_at_the_top(groups):
 @pytest.mark.parametrize(
     ("free", "kept"), [(0, 2**28), (2**32, 2**29), (2**40, 2**31)], ids=["none is free", "an eighth", "at most"]
 )
-def test_what_is_kept_only_to_save_time_is_bounded(monkeypatch, free, kept):
+def test_memory_kept_only_to_save_time_is_bounded(monkeypatch, free, kept):
     monkeypatch.setattr(memory_limits, "free_memory_bytes", lambda: free)
     assert memory_limits.room_to_keep() == kept

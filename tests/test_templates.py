@@ -1,6 +1,6 @@
-"""The skeleton of the template notebooks: stored clean, told in prose, nothing measured typed by hand.
+"""The skeleton of the template notebooks: stored clean, explained in prose, no measured number typed by hand.
 
-`faults` holds the rules; every template in notebooks/ has to pass, and a template with each fault in turn has to fail.
+`faults` holds the rules; every template in notebooks/ must pass, and a template with each fault in turn must fail.
 """
 
 import ast
@@ -41,20 +41,20 @@ TAGS = (
 HEADINGS = ("Question", "Idea", "Is it still right?", "Is it faster?", "What does it cost?", "Limits")
 MOST_LINES = 12
 MOST_COLUMNS = 88
-MOST_CODE_LINES = 125  # without the parameters
+MOST_CODE_LINES = 125  # excluding parameters
 SHOWING = ("show", "show_text", "display")
 CLAIMS = re.compile(r"^### What would refute it\s*$(.*?)(?=^#|\Z)", re.MULTILINE | re.DOTALL)
 IDEA_WORDS = 150
 PARAMETER = re.compile(r"^(?P<name>[a-z_]\w*): (?P<type>[^=#]+?) = (?P<default>.+?)  # (?P<help>\S.*)$")
-# A number with a unit of a result. Code spans (formulas), "95 %" (intervals) and lines that cite a source in brackets
-# are taken out before.
+# A number with a result's unit. Removed beforehand: code spans (formulas), "95 %" (intervals)
+# and lines that cite a source in brackets.
 TYPED = re.compile(
     r"\d+(?:\.\d+)?\s*(?:×|x\s+(?:faster|slower|smaller)|times\s+(?:faster|slower)|%|per\s?cent|ms\b|seconds\b|"
     r"tokens/s|tokens per second|MB\b|GB\b|joules\b)",
     re.IGNORECASE,
 )
 CITED = re.compile(r"\[[^\]]+\]")
-MOST_WORDS = 25  # of a sentence; a code span is one word
+MOST_WORDS = 25  # per sentence; a code span is one word
 SENTENCE_END = re.compile(r"(?<=[.!?])[)\"*_]*\s+(?=[A-Z0-9`*_\"(\[])")
 LIST_ITEM = re.compile(r"(?:[-*+]|\d+\.)\s+")
 REFERENCES, YEAR = "References: ", re.compile(r"\b[12]\d{3}\b")
@@ -76,7 +76,7 @@ def faults(notebook: nbformat.NotebookNode) -> list[str]:
 
 
 def _stored(notebook) -> list[str]:
-    """Without outputs, counts, or what papermill and nbclient leave in the metadata."""
+    """Stored without outputs, counts, or metadata of papermill and nbclient."""
     broken = ["papermill metadata in the notebook"] if "papermill" in notebook.metadata else []
     for index, cell in enumerate(notebook.cells):
         left = {"papermill", "execution"} & set(cell.metadata)
@@ -88,7 +88,7 @@ def _stored(notebook) -> list[str]:
 
 
 def _parameters(notebook) -> list[str]:
-    """The first code cell is tagged, has one name per line with type, default and help, and the common ones first."""
+    """The first code cell is tagged and has one name per line with type, default and help, the common ones first."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     if not code or "parameters" not in _tags(code[0]):
         return ["the first code cell is not tagged parameters"]
@@ -106,7 +106,7 @@ def _parameters(notebook) -> list[str]:
 
 
 def _tagged(notebook) -> list[str]:
-    """Every tag of the skeleton is there, and the cells come in the skeleton's order."""
+    """Every tag of the skeleton is present, and the cells follow its order."""
     tags = [tag for cell in notebook.cells if cell.cell_type == "code" for tag in _tags(cell)]
     broken = [f"no cell tagged {tag}" for tag in TAGS if tag not in tags]
     first = [
@@ -129,7 +129,7 @@ def _structured(notebook) -> list[str]:
 
 
 def _short(notebook) -> list[str]:
-    """Short cells of short lines with one displayed result each, and not many of them."""
+    """Few, short cells of short lines with one displayed result each."""
     broken, total = [], 0
     for index, cell in enumerate(notebook.cells):
         if cell.cell_type != "code" or "parameters" in _tags(cell):
@@ -164,7 +164,7 @@ def _shown(cell) -> int:
 
 
 def _read(notebook) -> list[str]:
-    """Behind every main figure (tag `figures`) the next code cell says in two computed sentences how to read it."""
+    """After every main figure (tag `figures`) the next code cell says in two computed sentences how to read it."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     after = [(cell, code[i + 1] if i + 1 < len(code) else None) for i, cell in enumerate(code)]
     return [
@@ -196,7 +196,7 @@ def _sections(notebook) -> dict[str, str]:
 
 
 def _plain(notebook) -> list[str]:
-    """No sentence is long; code, tables, headings, and a list of references that all have a year do not count."""
+    """No sentence is too long; code, tables, headings, and a list of references with years do not count."""
     return [
         f"cell {index}: a sentence of {words} words, at most {MOST_WORDS}: {sentence[:60]} …"
         for index, cell in enumerate(notebook.cells)
@@ -223,7 +223,7 @@ def _paragraphs(source: str) -> list[str]:
 
 
 def _typed(notebook) -> list[str]:
-    """No measured number stands in prose; a formula is code, a cited figure has its source in brackets on its line."""
+    """Prose has no measured number; a formula is code, a cited figure has its source in brackets on its line."""
     broken = []
     for index, cell in enumerate(notebook.cells):
         if cell.cell_type != "markdown":
@@ -237,7 +237,7 @@ def _typed(notebook) -> list[str]:
 
 
 def _glued(notebook) -> list[str]:
-    """One cell glues, and it is the one tagged record."""
+    """Exactly one cell glues: the tagged record."""
     glue = re.compile(r"\bglue\s*\(")
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     tagged = [cell for cell in code if "record" in _tags(cell)]
@@ -255,15 +255,15 @@ def _ended(notebook) -> list[str]:
 
 
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
-def test_templates_keep_the_skeleton(path):
+def test_templates_follow_the_skeleton(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert faults(notebook) == []
 
 
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
-def test_what_would_refute_it_is_what_the_experiment_answers(path):
-    """The list in prose and `CLAIMS` in the optimization's folder are the same lines, word for word."""
+def test_the_refutation_list_matches_the_experiments_claims(path):
+    """The list in prose and `CLAIMS` in the optimization's folder have the same lines, word for word."""
     folder = NOTEBOOKS.parent / "lib" / "optimizations" / path.stem
     stated = [
         ast.literal_eval(node.value)
@@ -282,7 +282,7 @@ def test_the_overview_is_stored_clean_and_has_short_cells():
 
 
 def _sound() -> nbformat.NotebookNode:
-    """Return the smallest template that keeps every rule."""
+    """Return the smallest template that follows every rule."""
     v = nbformat.v4
     lines = [f"{name}: {kind} = {DEFAULTS.get(name, repr('x'))}  # help" for name, kind in COMMON]
     lines.append("ratio: float = 0.25  # share removed, in [0, 1)")

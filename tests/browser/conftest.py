@@ -1,6 +1,6 @@
 """A browser for the tests in this folder: the system's Chromium through Playwright, which downloads nothing.
 
-Where there is no Chromium, or no Playwright, the tests are left out, and the last lines of the test run say which; with
+Without Chromium or Playwright the tests do not run, and the last lines of the test run list them; with
 `WORKBENCH_BROWSER=required` (continuous integration) they fail instead.
 """
 
@@ -36,7 +36,7 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        # The sandbox needs rights that a container's root does not have; the pages are our own.
+        # The sandbox needs privileges that root in a container lacks; the pages are our own.
         arguments = ["--no-sandbox", "--disable-dev-shm-usage"]
         chromium = playwright.chromium.launch(executable_path=_chromium(), args=arguments)
         yield chromium
@@ -44,7 +44,7 @@ def browser():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Name what was left out for want of a browser."""
+    """List the tests that did not run for lack of a browser."""
     skipped = [
         report.nodeid
         for report in terminalreporter.stats.get("skipped", [])

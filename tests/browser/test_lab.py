@@ -1,5 +1,5 @@
-"""JupyterLab itself: `python build.py lab` opens on the start page, Run All finishes a template with its figures, shows
-how far it is and how the run compares to the last one, and writes into no template; in the overview a person chooses.
+"""Tests in JupyterLab itself: `python build.py lab` opens the start page, Run All completes a template with its
+figures, shows progress, compares the run with the last one and writes to no template; the overview is interactive.
 """
 
 import json
@@ -21,10 +21,10 @@ from tests.report import samples
 from tests.suite import workbench
 
 TOKEN = "browser-test"
-# One that needs no model, with as many figures as it has; and one that prunes a proxy model, with at least so many.
+# One template without a model (exact figure count), one that prunes a proxy model (minimum count).
 TEMPLATES = {"overview": 2 + len(DIMENSIONS), "structured_pruning": 5}
 SETTINGS = {
-    # The whole notebook is kept in the page, so that all of it can be looked at.
+    # The whole notebook is kept in the page, so that all of it can be checked.
     "notebook-extension/tracker": {"windowingMode": "none"},
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
@@ -84,7 +84,7 @@ def lab(browser, tmp_path):
         log.close()
 
 
-def test_it_opens_on_the_start_page(lab, browser, tmp_path):
+def test_jupyterlab_opens_on_the_start_page(lab, browser, tmp_path):
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.set_default_timeout(90_000)
     page.goto(f"{lab}/?token={TOKEN}")
@@ -96,7 +96,7 @@ def test_it_opens_on_the_start_page(lab, browser, tmp_path):
     assert "Structured pruning" in row and " min" in row and "(2026-" in row, row
     table.get_by_role("link", name="Structured pruning").click()
     page.locator(".jp-NotebookPanel .jp-CodeCell").first.wait_for()
-    page.get_by_text("(workbench) | Idle").wait_for()  # JupyterLab ends late while a kernel starts
+    page.get_by_text("(workbench) | Idle").wait_for()  # JupyterLab shuts down slowly while a kernel starts
     page.close()
 
 
@@ -109,7 +109,7 @@ def test_a_template_runs_in_jupyterlab(name, lab, browser, tmp_path):
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.set_default_timeout(90_000)
     page.goto(f"{lab}/lab/tree/{path.name}?token={TOKEN}&reset")
-    page.get_by_text("(workbench) | Idle").wait_for()  # the kernel answers; what is run before that is lost
+    page.get_by_text("(workbench) | Idle").wait_for()  # the kernel is ready; anything run before that is lost
     page.locator(".jp-Notebook .jp-CodeCell").nth(len(code) - 1).wait_for(state="attached")
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
@@ -138,7 +138,9 @@ def test_a_template_runs_in_jupyterlab(name, lab, browser, tmp_path):
 
 
 def _followed(page, tmp_path):
-    """A slow cell has its place and its time; behind the last one this run stands beside the last build's."""
+    """Check that a slow cell shows its position and time, and that the last cell compares this run with the last
+    build's.
+    """
     lines = page.locator(".jp-OutputArea small").all_inner_texts()
     assert any(line.strip().startswith("cell ") and " · " in line for line in lines), lines
     beside = page.locator("table.dataframe").last
@@ -148,7 +150,7 @@ def _followed(page, tmp_path):
 
 
 def _choose(page, figures, tmp_path):
-    """What is chosen is drawn below the widgets, and the margin decides who keeps quality."""
+    """Check that the selection is drawn below the widgets, and that the margin decides which arms keep quality."""
     before = figures.count()
     model = page.locator(".widget-dropdown select").first
     model.select_option(index=1)

@@ -1,4 +1,4 @@
-"""The site as a reader meets it: opened from disk without a network, on two widths, by keyboard, in print."""
+"""The site as a reader uses it: opened from disk without a network, at two widths, by keyboard, in print."""
 
 import io
 import zipfile
@@ -29,7 +29,7 @@ PAGES = (
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
-    """A folder of all eleven optimizations in which everything happens that may, with the pages of three of them."""
+    """A folder of all eleven optimizations that covers every possible case, with the pages of three of them."""
     folder = tmp_path_factory.mktemp("executed") / "proxy"
     folder.mkdir()
     samples.mixed(folder)
@@ -49,7 +49,7 @@ def site(tmp_path_factory):
 
 @pytest.fixture
 def open_page(browser):
-    """Return a function that opens a file with the network blocked; what it reached for and complained of is kept."""
+    """Return a function that opens a file with the network blocked; its requests and errors are recorded."""
     contexts = []
 
     def opened(path, **options):
@@ -100,7 +100,7 @@ def test_pages_are_accessible(site, open_page, name, scheme):
     assert page.evaluate(AUDIT) == []
 
 
-def test_the_audit_finds_what_it_looks_for(site, open_page):
+def test_the_audit_detects_faults(site, open_page):
     page = open_page(site / "overview.html")
     page.evaluate(
         """document.querySelector('main').insertAdjacentHTML('beforeend', `<h4>deep</h4><img src="data:,">
@@ -120,7 +120,7 @@ def _links(page):
 
 
 def _dead(folder, open_page):
-    """Return every link of every page that leads nowhere."""
+    """Return every broken link of every page."""
     dead = []
     anchors = {}
     pages = {path.name: open_page(path) for path in sorted(folder.glob("*.html"))}
@@ -137,7 +137,7 @@ def _dead(folder, open_page):
     return dead
 
 
-def test_every_link_leads_somewhere_and_back(site, open_page):
+def test_every_link_resolves_and_leads_back(site, open_page):
     assert _dead(site, open_page) == []
     page = open_page(site / "index.html")
     _tab(page, "Matrix")
@@ -152,7 +152,7 @@ def test_every_link_leads_somewhere_and_back(site, open_page):
     assert page.faults == []
 
 
-def test_what_is_sent_opens_too(site, open_page, tmp_path):
+def test_links_work_in_the_zip_archive(site, open_page, tmp_path):
     with zipfile.ZipFile(archive.write(site)) as packed:
         packed.extractall(tmp_path)
     assert _dead(tmp_path / "report", open_page) == []
@@ -179,7 +179,7 @@ def test_filters(site, open_page):
     shown = page.locator("#matrix .part:visible").evaluate_all("(all) => all.map((one) => one.dataset.dimension)")
     assert set(shown) == {"accuracy"}
     page.get_by_role("combobox", name="Verdict").select_option("maintained")
-    cells = discoveries.cells(record.read_folder(site)[0])  # the words that hold for the set
+    cells = discoveries.cells(record.read_folder(site)[0])  # verdicts as corrected for the whole set
     on_it = [cell for cell in cells if cell.model == "qwen3-vl-2b" and cell.dimension == "accuracy"]
     kept = sum(cell.word == "maintained" for cell in on_it)
     assert 0 < kept < 11 and _shown(page) == kept and status.inner_text() == f"{kept} of {total} cells shown"
@@ -206,7 +206,7 @@ def test_the_choice_shows_one_line_per_optimization(site, open_page):
         states = page.locator("#decisions .decided .state:visible").all_inner_texts()
         assert sorted(states) == sorted(row.decision for row in advised) and _rows(page).count() == len(advised)
         places = [advice.ORDER.index(state) for state in states]
-        assert places == sorted(places)  # what to use stands first
+        assert places == sorted(places)  # recommended ones come first
         counted = page.locator("#choice output").inner_text()
         assert f"{states.count(states[0])} {states[0]}" in counted
     assert page.faults == []
@@ -227,14 +227,14 @@ def test_the_table_sorts_by_every_column(site, open_page):
     for name in ("Quality", "Decode", "Weights", "Decision"):
         page.get_by_role("button", name=name, exact=True).click()
         assert page.locator("th[aria-sort=ascending], th[aria-sort=descending]").inner_text().startswith(name)
-    fresh = open_page(site / "index.html")  # sorted by the decision: a click there turns the order round
+    fresh = open_page(site / "index.html")  # already sorted by decision: a click there reverses the order
     assert fresh.locator("th[aria-sort=ascending]").inner_text().startswith("Decision")
     fresh.get_by_role("button", name="Decision", exact=True).click()
     assert fresh.locator("th[aria-sort=descending]").inner_text().startswith("Decision")
     assert page.faults == [] and fresh.faults == []
 
 
-def test_what_was_chosen_stands_in_the_address(site, open_page):
+def test_the_url_keeps_the_selection(site, open_page):
     page = open_page(site / "index.html")
     page.get_by_role("combobox", name="Model").select_option("qwen3-vl-2b")
     page.get_by_role("combobox", name="Goal").select_option("memory")
@@ -258,7 +258,7 @@ def test_what_was_chosen_stands_in_the_address(site, open_page):
         assert odd.locator("#decide").is_visible() and _rows(odd).count() > 5 and odd.faults == [], address
 
 
-def test_the_filter_of_the_matrix_stands_in_the_address_too(site, open_page):
+def test_the_url_keeps_the_matrix_filter(site, open_page):
     page = open_page(site / "index.html")
     _tab(page, "Matrix")
     page.get_by_role("combobox", name="Column").select_option("qwen3-vl-2b")
@@ -274,7 +274,7 @@ def test_the_filter_of_the_matrix_stands_in_the_address_too(site, open_page):
     assert page.faults == [] and again.faults == []
 
 
-def test_a_link_leads_to_a_cell_that_the_filter_had_hidden(site, open_page):
+def test_a_link_to_a_filtered_out_cell_shows_it(site, open_page):
     page = open_page(site / "index.html")
     _tab(page, "Matrix")
     page.get_by_role("combobox", name="Column").select_option("qwen3-vl-2b")
@@ -285,8 +285,8 @@ def test_a_link_leads_to_a_cell_that_the_filter_had_hidden(site, open_page):
     assert page.get_by_role("combobox", name="Column").input_value() == "" and page.faults == []
 
 
-def test_what_an_address_leaves_out_is_not_chosen(site, open_page):
-    """Another address that is pasted into the open page shows what it says, not what was chosen before."""
+def test_settings_missing_from_a_url_are_reset(site, open_page):
+    """A different URL pasted into the open page shows its own selection, not the previous one."""
     page = open_page(site / "index.html")
     page.get_by_role("combobox", name="Goal").select_option("size")
     page.get_by_role("spinbutton", name="at most").fill("0.001")
@@ -305,7 +305,7 @@ def test_what_an_address_leaves_out_is_not_chosen(site, open_page):
     assert page.get_by_role("combobox", name="Column").input_value() == "" and page.faults == []
 
 
-def test_a_long_name_of_a_model_widens_no_window(tmp_path, open_page):
+def test_a_long_model_name_does_not_widen_the_page(tmp_path, open_page):
     run = samples.run(optimization=FEW[0], model="a-model-with-" + "a-very-long-" * 12 + "name")
     record.write(run, tmp_path / f"{run.stem}.json")
     index.write(tmp_path)
@@ -315,7 +315,7 @@ def test_a_long_name_of_a_model_widens_no_window(tmp_path, open_page):
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab.inner_text()
 
 
-def test_no_name_in_a_chart_is_cut_off(site, open_page):
+def test_names_in_charts_are_not_cut_off(site, open_page):
     page = open_page(site / PAGES[1])
     for name in ("energy per token", "peak memory", "memory traffic per decoded token"):
         svg = forest_svg.forest([forest_svg.ForestLine(name, "5 % lower", 5.0, None, None, None, "better")], "Changes")
@@ -323,7 +323,7 @@ def test_no_name_in_a_chart_is_cut_off(site, open_page):
         assert page.locator(".forest text", has_text=name).evaluate("(text) => text.getBBox().x") >= 0, name
 
 
-def test_a_limit_that_is_typed_is_held_against_what_was_measured(site, open_page):
+def test_a_typed_size_limit_is_applied_to_the_decisions(site, open_page):
     page = open_page(site / "index.html")
     records = discoveries.settled(record.read_folder(site)[0])
     model, limit = samples.MODELS[3], page.get_by_role("spinbutton", name="at most")
@@ -359,14 +359,14 @@ def test_every_view_of_the_index_is_at_most_three_screens_high(site, open_page):
         assert height <= 3 * 800, f"{tab.inner_text()}: {height} pixels"
 
 
-def test_no_number_of_the_first_screen_runs_into_the_next(site, open_page):
+def test_numbers_on_the_first_screen_do_not_overlap(site, open_page):
     page = open_page(site / next(name for name in PAGES if "--" in name))
     page.evaluate("document.querySelectorAll('.six b').forEach(e => e.textContent = 'answers unchanged, all')")
     wide = "[...document.querySelectorAll('.six li')].filter(e => e.scrollWidth > e.clientWidth + 1).length"
     assert page.locator(".six li").count() == 6 and page.evaluate(wide) == 0
 
 
-def test_no_cell_of_the_decisions_runs_into_the_next(site, open_page):
+def test_cells_of_the_decision_table_do_not_overlap(site, open_page):
     page = open_page(site / "index.html")
     page.evaluate(
         "document.querySelectorAll('#decisions .value').forEach(e => e.append(' retrieval 47.3 points lower'))"
@@ -377,13 +377,13 @@ def test_no_cell_of_the_decisions_runs_into_the_next(site, open_page):
     assert wide == 0
 
 
-def test_the_first_screen_of_the_index_is_the_choice_and_the_first_decisions(site, open_page):
+def test_the_first_screen_of_the_index_shows_the_choice_and_first_decisions(site, open_page):
     page = open_page(site / "index.html", viewport={"width": 1280, "height": 800})
     assert _rows(page).nth(3).bounding_box()["y"] < 800
     assert page.locator(".stand-in").bounding_box()["y"] < page.locator("#choice").bounding_box()["y"] < 400
 
 
-def test_the_first_screen_of_a_report_is_the_answer(site, open_page):
+def test_the_first_screen_of_a_report_shows_the_answer(site, open_page):
     page = open_page(site / PAGES[1], viewport={"width": 1280, "height": 800})
     for name in (
         ".stand-in",
@@ -442,7 +442,7 @@ def test_links_into_folded_parts_open_them(long_report, open_page):
 
 
 @pytest.mark.parametrize("scripts", [True, False])
-def test_paper_shows_what_the_screen_folds(long_report, open_page, scripts):
+def test_print_includes_folded_parts(long_report, open_page, scripts):
     page = open_page(long_report, java_script_enabled=scripts)
     page.emulate_media(media="print")
     if scripts:
@@ -455,7 +455,7 @@ def test_paper_shows_what_the_screen_folds(long_report, open_page, scripts):
 
 
 @pytest.mark.parametrize(("name", "first"), [("index.html", "#decisions th a"), (PAGES[1], ".contents a")])
-def test_few_tab_stops_lie_before_the_first_result(site, open_page, name, first):
+def test_few_tab_stops_precede_the_first_result(site, open_page, name, first):
     page = open_page(site / name)
     for _ in range(25):
         page.keyboard.press("Tab")
@@ -464,11 +464,11 @@ def test_few_tab_stops_lie_before_the_first_result(site, open_page, name, first)
     raise AssertionError(f"25 tab stops, and the focus is at {page.evaluate('document.activeElement.outerHTML')}")
 
 
-def test_the_keyboard_is_enough(site, open_page):
+def test_the_site_works_with_the_keyboard_alone(site, open_page):
     page = open_page(site / "index.html")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
-    assert page.locator(".skip").bounding_box()["x"] >= 0  # seen once it has the focus
+    assert page.locator(".skip").bounding_box()["x"] >= 0  # visible once it has focus
     page.keyboard.press("Enter")
     page.get_by_role("tab", name="Decide").focus()
     page.keyboard.press("ArrowRight")
@@ -483,7 +483,7 @@ def test_the_keyboard_is_enough(site, open_page):
     assert "balanced AB/BA blocks" in cell.locator(".numbers").first.inner_text()
 
 
-def test_without_scripts_everything_is_shown(site, open_page):
+def test_everything_is_visible_without_scripts(site, open_page):
     page = open_page(site / "index.html", java_script_enabled=False)
     assert page.locator("#filter").is_hidden() and page.locator("#choice").is_hidden() and _shown(page) == 44
     assert all(page.locator(name).is_visible() for name in ("#decide", "#matrix", "#trade-offs", "#sources"))
@@ -505,8 +505,8 @@ def test_print(site, open_page):
     page = open_page(site / "index.html")
     page.emulate_media(media="print")
     assert page.locator("#filter").is_hidden() and page.locator("nav.tabs").is_hidden()
-    assert page.locator("#matrix").is_visible() and page.locator("#sources").is_visible()  # every tab is on paper
-    rows = page.locator("#decisions tbody tr").count()  # of all models: each line names its own, and the goal
+    assert page.locator("#matrix").is_visible() and page.locator("#sources").is_visible()  # every tab is printed
+    rows = page.locator("#decisions tbody tr").count()  # for all models: each line names its model and the goal
     assert page.locator("#decisions tbody tr .on:visible").count() == rows > len(samples.OPTIMIZATIONS)
     assert page.locator("#decisions .goal:visible").count() == page.locator("#decisions .decided li:visible").count()
     assert page.pdf(format="A4")[:5] == b"%PDF-"

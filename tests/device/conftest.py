@@ -1,4 +1,4 @@
-"""Shared by the tests of a session on a GPU: what it sets in the environment does not outlive a test."""
+"""Fixture shared by the GPU session's tests: environment variables set in a test do not outlive it."""
 
 import os
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def own_environment():
-    """Give the environment's variables back: the program under test sets some for the processes that it starts."""
+    """Restore the environment variables: the program under test sets some for the processes that it starts."""
     before = dict(os.environ)
     yield
     os.environ.clear()

@@ -1,8 +1,8 @@
-"""Runs the tests of tests/test_cuda.py in order of value and tells of each as it ends: `python -m
+"""Runs the tests of tests/test_cuda.py in order of value and reports each as it ends: `python -m
 tests.device.cuda_tests`.
 
-First one case of every function, the functions that have never run on a device at the head; then the other cases. A
-line of JSON on standard output per test; what pytest prints goes to standard error.
+One case of every function runs first, led by the functions that have never run on a device; then the other cases.
+Standard output has one line of JSON per test; pytest's own output goes to standard error.
 """
 
 import json
@@ -14,21 +14,21 @@ from tests.device.processes import end_with_parent
 
 FILE = "tests/test_cuda.py"
 FIRST = (
-    "test_weights_executed_sparse_equal_masked_ones",
+    "test_sparse_execution_equals_masked_weights",
     "test_flex_attention_equals_a_dense_mask",
-    "test_streamed_weights_give_the_answers_of_resident_ones",
-    "test_marks_in_the_stream_are_in_order",
-    "test_the_allocator_in_this_process_tells_what_a_child_does",
-    "test_peaks_are_read_in_place_where_another_copy_has_no_room",
-    "test_energy_and_utilisation_come_from_the_card",
+    "test_streamed_and_resident_weights_give_the_same_answers",
+    "test_stream_marks_are_in_order",
+    "test_the_allocator_in_this_process_agrees_with_a_child",
+    "test_peaks_are_read_in_place_if_another_copy_does_not_fit",
+    "test_energy_and_utilization_come_from_the_gpu",
     "test_ceilings_are_those_of_a_gpu",
 )
-# The case of a function that is the first of its kind to run; elsewhere the first that is collected.
+# The case of a function that runs first; for other functions, the first one collected.
 FIRST_CASES = ("2:4", "all-64", "smallest")
 
 
 def in_order(names: list[str]) -> list[int]:
-    """Return the places of tests (`function[case]`) in the order in which they run."""
+    """Return the positions of tests (`function[case]`) in execution order."""
     functions = [name.partition("[")[0] for name in names]
     collected = list(dict.fromkeys(functions))
     value = {name: FIRST.index(name) if name in FIRST else len(FIRST) + at for at, name in enumerate(collected)}
@@ -42,7 +42,7 @@ def in_order(names: list[str]) -> list[int]:
 
 
 class Teller:
-    """A plugin of pytest: orders the tests, and tells of each one."""
+    """A pytest plugin that orders the tests and reports each one."""
 
     def __init__(self, tell: Any):
         self.tell = tell

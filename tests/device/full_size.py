@@ -36,11 +36,11 @@ from tests.device.processes import ALL, Processes
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 570.0
-SLOWER = 20.0  # a rehearsal's clock: its processor is slower than the device, and may be busy
+SLOWER = 20.0  # a rehearsal's clock: its CPU is slower than the device, and may be busy
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0 all ended well, 1 something failed, 2 the request was wrong."""
+    """Run the command line; return the exit code: 0 success, 1 something failed, 2 invalid request."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.device.full_size", description=(__doc__ or "").splitlines()[0]
     )
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def session(
     chosen: argparse.Namespace, device: str, environment: Mapping[str, str], optimizations: Mapping[str, Mapping]
 ) -> int:
-    """Run everything on `device` until the time is over; return the exit code."""
+    """Run everything on `device` until the time is up; return the exit code."""
     slower = 1.0 if device == "cuda" else SLOWER
     clock = schedule.Clock(chosen.seconds, slower=slower)
     target = tempfile.mkdtemp(prefix="packages-")
@@ -117,7 +117,7 @@ def session(
         kept.keep(ended)
         print(f"{clock.spent:6.0f} s  {ended.status:14}  {ended.step.name}  {ended.reason or ''}".rstrip(), flush=True)
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was finished is kept, and no process stays behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # finished steps are kept, and no process is left running
     try:
         outcomes = schedule.run(planned, clock, executor, keep)
     finally:
@@ -137,7 +137,7 @@ def _paths(target: str) -> list[str]:
 
 
 def _packages(folder: Path | None, target: Path) -> list[str]:
-    """Unpack what is missing and make it importable; return the names. Raises UserError for what is missing still."""
+    """Unpack missing packages and make them importable; return their names. Raises UserError for those still missing."""
     unpacked = wheels.unpack(folder, target) if folder else []
     sys.path.insert(1, str(target))
     importlib.invalidate_caches()
@@ -149,7 +149,7 @@ def _packages(folder: Path | None, target: Path) -> list[str]:
 
 
 def _about(seconds: float, device: str, unpacked: Sequence[str]) -> dict[str, Any]:
-    """Return what the index says of the machine, the code and the time."""
+    """Return the index's description of the machine, the code and the time."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
     try:
         git = ["git", "rev-parse", "--short=12", "HEAD"]
@@ -169,7 +169,7 @@ def _about(seconds: float, device: str, unpacked: Sequence[str]) -> dict[str, An
 
 
 def _nvml() -> tuple[Any, Any]:
-    """Return the driver's library and the handle of the first device. Raises UserError without one."""
+    """Return the driver's library and the handle of the first device. Raises UserError if there is none."""
     try:
         import pynvml
 
@@ -182,14 +182,14 @@ def _nvml() -> tuple[Any, Any]:
 
 
 def gpu_name() -> str:
-    """Return the name of the device. Raises UserError without one."""
+    """Return the name of the device. Raises UserError if there is none."""
     library, handle = _nvml()
     name = library.nvmlDeviceGetName(handle)
     return name.decode() if isinstance(name, bytes) else name
 
 
 def free_bytes(device: str) -> float:
-    """Return the free memory of the device in bytes, asked of the driver: no library of the models is loaded here."""
+    """Return the free memory of the device in bytes, as the driver reports it: no model library is loaded here."""
     if device == "cuda":
         library, handle = _nvml()
         return float(library.nvmlDeviceGetMemoryInfo(handle).free)
@@ -207,8 +207,8 @@ def weights_bytes(name: str) -> float:
 
 
 def context_bytes(name: str, tokens: int) -> float:
-    """Return the bytes of the queries, keys and values of every block of a model for a prompt, in bfloat16; 0 where its
-    configuration comes with its checkpoint, which is small enough to be carried.
+    """Return the bytes of the queries, keys and values of all blocks of a model for a prompt, in bfloat16; 0 if its
+    configuration comes with its checkpoint, which is small enough to transfer.
     """
     from lib.models import parameters
 
@@ -222,9 +222,9 @@ def context_bytes(name: str, tokens: int) -> float:
 
 
 def _checkpoints(named: Sequence[str], log: Path) -> dict[str, str]:
-    """Join the pieces of checkpoints and unpack them; return model → the folder that holds its checkpoint folder.
+    """Join and unpack the pieces of checkpoints; return model → the folder that holds its checkpoint folder.
 
-    What was split is an archive (.zip) of a folder in the hub's layout, or a GGUF file. Raises UserError.
+    A split file is an archive (.zip) of a folder in the hub's layout, or a GGUF file. Raises UserError.
     """
     folders = {}
     for entry in named:
@@ -242,7 +242,7 @@ def _checkpoints(named: Sequence[str], log: Path) -> dict[str, str]:
 
 
 def _convert(file: Path, folder: Path, log: Path) -> None:
-    """Make a checkpoint folder of a GGUF file, in a process of its own: this one loads no library of models."""
+    """Convert a GGUF file to a checkpoint folder in a separate process: this one loads no model library."""
     command = [sys.executable, "-m", "lib.models.sources.convert", str(file), str(folder)]
     with log.open("ab") as output:
         if subprocess.run(command, cwd=ROOT, stdout=output, stderr=output, check=False).returncode:

@@ -1,5 +1,5 @@
 """The processes that execute steps: one for the tests, one for each model that is kept. They are ended when a step
-takes too long, when their memory is needed, and at the end; what is told of a step that was ended names its last cell.
+takes too long, when their memory is needed, and at the end; the report on an ended step names its last cell.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ from tests.device.schedule import TESTS, Ended, Step
 ROOT = Path(__file__).resolve().parents[2]
 ALL = ("performance", "accuracy", "resources", "efficiency")
 END_SECONDS = 3.0
-# What torch and Triton say of a fault on the device, after which every further call of the process fails too. Memory
-# that ran out ("CUDA out of memory") is none.
+# Messages of torch and Triton for a device fault, after which every call of the process fails.
+# Running out of memory ("CUDA out of memory") is not such a fault.
 FAULTS = ("CUDA error", "Triton Error [CUDA]")
 
 
 def end_with_parent() -> None:
-    """End this process, and what it started, soon after its parent has died: nothing is left on the device."""
+    """End this process and those it started soon after its parent dies: nothing is left on the device."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -40,7 +40,7 @@ def end_with_parent() -> None:
 
 
 class Child:
-    """A process in a session of its own, so that all it started ends with it; a thread reads its events."""
+    """A process in its own session, so that all it started ends with it; a thread reads its events."""
 
     def __init__(self, module: str, log: Path, environment: dict[str, str] | None = None):
         with log.open("ab") as output:
@@ -59,12 +59,12 @@ class Child:
     def _listen(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            with contextlib.suppress(ValueError):  # half a line of a process that was killed
+            with contextlib.suppress(ValueError):  # truncated line of a killed process
                 self.events.put(json.loads(line))
         self.events.put({"event": "closed"})
 
     def ask(self, request: dict[str, Any]) -> None:
-        """Send a request. A process that is gone says so by its events."""
+        """Send a request. If the process has ended, its events say so."""
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -86,8 +86,8 @@ class Child:
 
 
 class Processes:
-    """Executes steps on `device`. `free_bytes` returns the free memory of the device, None where it cannot be read;
-    `slower`: how many times slower the clock is that limits are given by.
+    """Executes steps on `device`. `free_bytes` returns the free memory of the device, None if it cannot be read;
+    `slower` is the factor by which the clock that sets the limits is slower.
     """
 
     def __init__(
@@ -106,11 +106,11 @@ class Processes:
         self.workers: dict[tuple[str, str], Child] = {}
 
     def loads(self, step: Step) -> bool:
-        """Return whether a step starts a process first."""
+        """Return whether a step has to start a process first."""
         return (step.model, step.checkpoints) not in self.workers
 
     def hindrance(self, step: Step) -> str | None:
-        """Return why a step has no room on the device, or None. Other models' processes make room first."""
+        """Return why a step has no room on the device, or None. Processes of other models make room first."""
         if not step.needs_bytes:
             return None
         free = shutil.disk_usage(tempfile.gettempdir()).free
@@ -132,12 +132,12 @@ class Processes:
         return f"needs about {needed / 2**30:.0f} GiB of the device's memory, {free / 2**30:.0f} GiB are free"
 
     def execute(self, step: Step, limit_seconds: float) -> Ended:
-        """Execute one step, at most `limit_seconds` long by the clock that gave them."""
+        """Execute one step, for at most `limit_seconds` of the clock that set the limit."""
         deadline = time.monotonic() + self.slower * limit_seconds
         return self._tests(step, deadline) if step.name == TESTS else self._record(step, deadline)
 
     def _tests(self, step: Step, deadline: float) -> Ended:
-        # Notebooks of a session start no processes to measure in; tests of what such processes read have to.
+        # Device notebooks start no measuring processes; tests of what such processes read need to.
         child = Child("tests.device.cuda_tests", self.log, {**self.environment, "WORKBENCH_CHILDREN": ""})
         ended = Ended(step, "stopped", "took longer than its limit; the tests below had ended")
         try:
@@ -156,8 +156,8 @@ class Processes:
         return ended
 
     def _outcome(self, tests: Sequence[dict[str, Any]], code: int) -> tuple[str, str | None]:
-        """Return status and reason of tests that pytest has run to its end, with its exit code. On a device it is a
-        failure where every test was skipped: none of them has seen the device.
+        """Return status and reason of a completed pytest run with its exit code. On a device it is a failure if every
+        test was skipped: none has used the device.
         """
         if failed := sum(test["outcome"] == "failed" for test in tests):
             return "failed", f"{failed} tests failed"

@@ -1,6 +1,6 @@
-"""The models of a rehearsal: those of the session, with the same architectures and names, made tiny.
+"""The models of a rehearsal: the session's architectures and names, made tiny.
 
-They lie in a temporary folder of parameter files, which the environment variable WORKBENCH_PARAMETERS names to every
+They lie in a temporary folder of parameter files, which the environment variable WORKBENCH_PARAMETERS passes to every
 process. The evaluation text and the proxy models stay where they are.
 """
 
@@ -14,7 +14,7 @@ import yaml
 
 from tests.device.schedule import OPTIMIZATIONS
 
-# What is too large for a processor in a minute, made small; all else is that of the session.
+# Whatever takes a CPU more than a minute is made small; all else is as in the session.
 SMALL: Mapping[str, Mapping[str, Any]] = {
     "adaptive_sparse_attention": {"context": 2048},
     "adaptive_batch_sizes": {"replay_seconds": 2.0},

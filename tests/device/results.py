@@ -1,8 +1,8 @@
-"""What is brought home: records, an index and a log, written as steps end, and small.
+"""The results of a session: records, an index and a log, written as steps end, and small.
 
-`index.json` says what ran, what was left out and why; `records.jsonl` holds a record a line; `log.txt` is what the
-processes said. A record that is too large loses samples first, evenly, then its largest details; the index says which.
-Reading is `lib.report.pages.device`'s. Knows nothing of clocks and processes.
+`index.json` lists what ran, what was left out and why; `records.jsonl` holds one record per line; `log.txt` is the
+output of the processes. A record that is too large loses samples first, evenly, then its largest details; the index
+says which. `lib.report.pages.device` reads them. This module knows nothing of clocks and processes.
 """
 
 import json
@@ -13,12 +13,12 @@ from typing import Any
 from tests.device.schedule import Ended
 
 RECORD_BYTES, RECORDS_BYTES, LOG_BYTES = 400 * 2**10, 10 * 2**20, 2**20
-SAMPLES = (256, 64, 16)  # numbers of a list that stay, one after the other until the record is small enough
+SAMPLES = (256, 64, 16)  # numbers kept per list, tried in turn until the record is small enough
 INDEX, RECORDS, LOG = "index.json", "records.jsonl", "log.txt"
 
 
 class Results:
-    """The results of one session in `folder`. `about`: what the index says of the machine and the code."""
+    """The results of one session in `folder`. `about`: the index's description of the machine and the code."""
 
     def __init__(self, folder: Path, about: dict[str, Any], records_bytes: int = RECORDS_BYTES):
         self.folder, self.about, self.records_bytes = folder, about, records_bytes
@@ -30,11 +30,11 @@ class Results:
 
     @property
     def log(self) -> Path:
-        """The file that processes write to."""
+        """The log file that processes write to."""
         return self.folder / LOG
 
     def keep(self, ended: Ended) -> None:
-        """Write a step that has ended: its record, and its line in the index. Both are on disk when this returns."""
+        """Write the record and the index line of a step that has ended. Both are on disk when this returns."""
         step = ended.step
         entry: dict[str, Any] = {"step": step.name, "status": ended.status, "reason": ended.reason}
         entry |= {"seconds": round(ended.seconds, 2), "load_seconds": ended.load_seconds}
@@ -58,7 +58,7 @@ class Results:
         return {"record": "kept", **notes}
 
     def finish(self, **about: Any) -> None:
-        """Add to what the index says of the session, write it, and cut the log to its last part."""
+        """Complete the index's description of the session, write it, and cut the log to its last part."""
         self.about |= about
         self._write_index()
         if self.log.is_file() and self.log.stat().st_size > LOG_BYTES:
@@ -74,7 +74,7 @@ class Results:
 
 
 def thin(record: dict[str, Any], most_bytes: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the record in at most `most_bytes` where possible, and notes on what it lost."""
+    """Return the record in at most `most_bytes` where possible, and notes on what was removed."""
     size = _bytes(record)
     if size <= most_bytes:
         return record, {}

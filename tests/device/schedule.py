@@ -1,7 +1,7 @@
-"""What runs, in which order, and until when: steps in order of value, against a clock.
+"""Decides what runs, in which order and until when: steps in order of value, against a clock.
 
-A step is begun only where it can end in the time left, and is ended when it takes longer; what could not run is named
-with the reason. Every step is kept as soon as it has ended. Knows neither processes nor models: `execute` does.
+A step starts only if it can end in the time left, and is stopped if it takes longer; steps that could not run are
+listed with the reason. Every step is kept as soon as it has ended. Knows neither processes nor models: `execute` does.
 """
 
 import time
@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 TESTS_SECONDS, RECORD_SECONDS, START_SECONDS = 150.0, 60.0, 15.0
-ENERGY_SECONDS = 45.0  # six blocks of three windows of two seconds, and the calls that reach over their ends
-BYTES_PER_SECOND = 2e9  # at which random weights are made on the device: an assumption on the careful side
-ASIDE_SECONDS = 4.0  # of the time given: to end processes and to write the index
+ENERGY_SECONDS = 45.0  # six blocks of three windows of two seconds, and the calls that overrun them
+BYTES_PER_SECOND = 2e9  # assumed rate at which random weights are made on the device, on the cautious side
+ASIDE_SECONDS = 4.0  # reserved from the time given, to end processes and write the index
 TESTS = "tests"
 
-# In order of value; the models of a group are kept beside each other. One of thirty billion parameters comes last and
-# alone: loading it takes as long as a run.
+# In order of value, models of a group together. The one with thirty billion parameters comes last
+# and alone: loading it takes as long as a run.
 MODELS = (("qwen3-vl-2b", "qwen3-4b-instruct-2507"), ("glm-4.7-flash",), ("qwen3-coder-30b",))
 OPTIMIZATIONS: Mapping[str, Mapping[str, Any]] = {
     "structured_pruning": {"finetune_steps": 0},
@@ -26,8 +26,8 @@ OPTIMIZATIONS: Mapping[str, Mapping[str, Any]] = {
     "streaming_computation": {"memory_ratio": 0.7},
     "adaptive_batch_sizes": {"replay_seconds": 2.0},
 }
-# Memory that a run takes on the device, in sizes of the model's weights: the baseline, the copy that is changed, what
-# both hold while they run. Attention and batching change no weight.
+# Device memory of a run, in multiples of the weights' size: baseline, modified copy, and what both
+# hold while they run. Attention and batching change no weights.
 COPIES = {
     "structured_pruning": 2.1,
     "adaptive_sparse_attention": 1.3,
@@ -36,15 +36,15 @@ COPIES = {
     "streaming_computation": 2.1,
     "adaptive_batch_sizes": 1.3,
 }
-# Room on the temporary disk, in sizes of the weights.
+# Temporary disk space, in multiples of the weights' size.
 ON_DISK = {"streaming_computation": 1.05}
-MARGIN_BYTES = 6 * 2**30  # context of the driver, activations, workspaces
+MARGIN_BYTES = 6 * 2**30  # driver context, activations, workspaces
 
 
 @dataclass(frozen=True)
 class Step:
-    """One thing to do. `seconds`: what it may take, without loading; `weights_bytes` of its model, `needs_bytes` of
-    memory on the device, loading included, `disk_bytes` of the temporary disk; all 0 where it has no model.
+    """One step of a session. `seconds`: its limit, without loading; `weights_bytes` of its model, `needs_bytes` of
+    device memory including loading, `disk_bytes` of temporary disk space; all 0 without a model.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Ended:
 
 
 class Executor(Protocol):
-    """Executes steps. `loads` says whether a step has to load its model first; `hindrance` why it cannot run now."""
+    """Executes steps. `loads` says whether a step has to load its model first, `hindrance` why it cannot run now."""
 
     def loads(self, step: Step) -> bool: ...
 
@@ -92,8 +92,8 @@ class Executor(Protocol):
 
 
 class Clock:
-    """Counts down `seconds` from its making; `now` is a monotonic clock in seconds. One that is `slower` so many times
-    is a rehearsal's: a processor takes longer than the device, and the programme is to be rehearsed whole.
+    """Counts down `seconds` from its creation; `now` is a monotonic clock in seconds. `slower` is the slowdown of a
+    rehearsal's clock: a CPU takes longer than the device, and the whole program is to be rehearsed.
     """
 
     def __init__(self, seconds: float, now: Callable[[], float] = time.monotonic, slower: float = 1.0):
@@ -122,12 +122,12 @@ def steps(
     positions: Mapping[str, int] | None = None,
 ) -> list[Step]:
     """Return the steps in order of value: tests, then each optimization on the models of a group, group by group, then
-    the other models of `checkpoints` (name → folder of checkpoints). A model that is named there has its own weights,
-    wherever it stands.
+    the other models of `checkpoints` (name → folder of checkpoints). A model listed there uses its own weights wherever
+    it appears.
 
-    `weights_bytes` by model; a model that it does not name has no step. `context_bytes` of a model and a number of
-    tokens: what the queries, keys and values of all blocks take, where a step asks for a context; `positions`: the
-    longest context by model, where it is less than what is asked for.
+    `weights_bytes` by model; a model missing there has no step. `context_bytes` of a model and a number of tokens: the
+    bytes of the queries, keys and values of all blocks, for steps that set a context; `positions`: the longest context
+    by model, if it is shorter than the requested one.
     """
     planned = [Step(TESTS, TESTS_SECONDS)]
     seconds = RECORD_SECONDS + (ENERGY_SECONDS if energy else 0.0)
@@ -160,8 +160,8 @@ def steps(
 def run(planned: Iterable[Step], clock: Clock, executor: Executor, keep: Callable[[Ended], None]) -> list[Ended]:
     """Execute the steps that fit into the time left, in order; `keep` each as soon as it has ended; return them all.
 
-    What does not fit is left out, and the next, which may be shorter, is tried. An exception of the executor is the
-    step's failure; those that end the program pass through.
+    A step that does not fit is left out, and the next, which may be shorter, is tried. An exception of the executor is
+    the step's failure; those that end the program propagate.
     """
     outcomes = []
     for step in planned:

@@ -1,5 +1,5 @@
-"""Processes are started once for each model, ended when they take too long, and give way to others' memory; a session
-rehearsed whole on the processor leaves records, an index and a page.
+"""Processes are started once per model, ended when they take too long, and make room for other models; a session
+rehearsed in full on the CPU leaves records, an index and a page.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ CHILD = """
 
 @pytest.fixture
 def executor(tmp_path, monkeypatch):
-    """Return a function that makes an executor whose workers are the small program above; all are ended afterwards."""
+    """Return a function that makes an executor with the small program above as workers; all are ended afterwards."""
     program = tmp_path / "child.py"
     program.write_text(textwrap.dedent(CHILD))
     stock, sessions, started = processes.subprocess.Popen, [], []
@@ -72,9 +72,9 @@ def test_a_model_is_loaded_once_for_several_steps(executor):
     assert len(session.started) == 1 and not session.loads(_step())
 
 
-def test_what_takes_too_long_is_ended_with_its_cell_and_started_anew(executor):
+def test_an_overrun_names_its_cell_and_the_process_is_restarted(executor):
     session = executor()
-    assert session.execute(_step(), 20.0).status == "finished"  # so that it tells of its cell at once
+    assert session.execute(_step(), 20.0).status == "finished"  # so that it reports its cell at once
     start = time.monotonic()
     ended = session.execute(_step(how="late"), 1.0)
     assert (ended.status, ended.reason) == ("stopped", "took longer than its limit, in cell 3")
@@ -82,13 +82,13 @@ def test_what_takes_too_long_is_ended_with_its_cell_and_started_anew(executor):
     assert session.execute(_step(), 20.0).status == "finished"
 
 
-def test_limits_are_those_of_the_clock_that_gave_them(executor):
+def test_limits_use_the_clock_that_set_them(executor):
     session = executor(slower=1e4)
-    assert session.execute(_step(), 2e-3).status == "finished"  # twenty seconds of this machine
-    assert executor().execute(_step(), 1e-3).status == "stopped"  # a process takes longer to start
+    assert session.execute(_step(), 2e-3).status == "finished"  # twenty seconds of real time
+    assert executor().execute(_step(), 1e-3).status == "stopped"  # starting a process takes longer
 
 
-def test_a_lost_process_and_a_failed_notebook_are_told_apart(executor):
+def test_a_lost_process_and_a_failed_notebook_are_distinguished(executor):
     session = executor()
     assert session.execute(_step(how="dies"), 20.0).reason == "its process was lost"
     ended = session.execute(_step(how="fails"), 20.0)
@@ -96,7 +96,7 @@ def test_a_lost_process_and_a_failed_notebook_are_told_apart(executor):
     assert not session.loads(_step()), "a process that has told of a failure goes on"
 
 
-def test_a_process_whose_device_has_faulted_runs_nothing_more(executor):
+def test_a_process_runs_nothing_after_a_device_fault(executor):
     session = executor()
     assert session.execute(_step(how="faults"), 20.0).reason == "cell 3: RuntimeError: CUDA error: misaligned"
     assert session.loads(_step()) and not session.workers
@@ -134,8 +134,8 @@ worker.main()
 """
 
 
-def test_memory_is_free_before_a_failure_is_told():
-    """Whoever is told of the failure asks at once whether the next step has room."""
+def test_memory_is_free_before_a_failure_is_reported():
+    """After a failure the caller checks at once whether the next step has room."""
     order = json.dumps({"optimization": "x", "model": "a"}) + "\n"
     options = {"input": order, "capture_output": True, "text": True, "cwd": processes.ROOT, "start_new_session": True}
     ended = subprocess.run([sys.executable, "-c", FAILS], **options)
@@ -155,13 +155,13 @@ def test_memory_is_free_before_a_failure_is_told():
         ("cpu", ["skipped"], 0, ("finished", None)),
     ],
 )
-def test_tests_are_finished_where_they_ran_to_their_end_and_on_the_device(tmp_path, device, outcomes, code, expected):
+def test_the_tests_step_is_finished_if_it_completes_and_uses_the_device(tmp_path, device, outcomes, code, expected):
     tests = [{"name": "test", "outcome": outcome, "reason": "needs a GPU"} for outcome in outcomes]
     assert Processes(tmp_path / "log", device, lambda: None)._outcome(tests, code) == expected
 
 
-def test_the_tests_start_processes_of_their_own_though_notebooks_do_not(tmp_path, monkeypatch):
-    """Some compare what a child process reads with what is read in place: without a child they can only fail."""
+def test_tests_may_start_processes_though_notebooks_do_not(tmp_path, monkeypatch):
+    """Some compare what a child process reads with what is read in place: without a child they always fail."""
     started = []
 
     class Told:
@@ -172,7 +172,7 @@ def test_the_tests_start_processes_of_their_own_though_notebooks_do_not(tmp_path
             return {"event": "ended", "code": 0}
 
         def end(self):
-            """Nothing was started."""
+            """Do nothing: nothing was started."""
 
     monkeypatch.setattr(processes, "Child", Told)
     monkeypatch.setenv(children.VARIABLE, "none")
@@ -181,7 +181,7 @@ def test_the_tests_start_processes_of_their_own_though_notebooks_do_not(tmp_path
     assert children.why_none() is None
 
 
-def test_others_give_way_to_a_model_that_has_no_room(executor):
+def test_other_models_make_room_for_a_new_one(executor):
     session = executor(free=lambda: 10.0 if session.workers else 100.0)
     session.execute(_step("a"), 20.0)
     assert session.hindrance(_step("b", needs_bytes=50.0)) is None
@@ -189,19 +189,19 @@ def test_others_give_way_to_a_model_that_has_no_room(executor):
     assert "GiB are free" in session.hindrance(_step("c", needs_bytes=500.0))
 
 
-def test_weights_that_are_held_already_are_not_asked_for_twice(executor):
+def test_memory_of_loaded_weights_is_not_counted_twice(executor):
     session = executor(free=lambda: 30.0)
     session.execute(_step("a"), 20.0)
     assert session.hindrance(_step("a", needs_bytes=50.0, weights_bytes=25.0)) is None
     assert session.workers
 
 
-def test_a_checkpoint_that_has_no_room_on_the_disk_is_not_written(executor):
+def test_a_checkpoint_without_disk_space_is_not_written(executor):
     reason = executor().hindrance(_step("a", needs_bytes=1.0, disk_bytes=1e18))
     assert "of the temporary disk" in reason
 
 
-def test_no_more_models_are_kept_than_asked(executor):
+def test_no_more_models_are_kept_than_requested(executor):
     session = executor(kept=1)
     for model in "ab":
         session.execute(_step(model), 20.0)
@@ -228,7 +228,7 @@ print(process.pid, flush=True)
             time.sleep(0.1)
 
 
-def test_one_case_of_every_function_comes_first_those_that_never_ran_at_the_head():
+def test_one_case_per_function_runs_first_led_by_functions_that_never_ran():
     flex, sparse = cuda_tests.FIRST[1], cuda_tests.FIRST[0]
     names = ["test_x[1]", "test_x[2]", f"{flex}[all-16]", f"{flex}[all-64]", f"{sparse}[16x1]", f"{sparse}[2:4]"]
     ordered = [names[at] for at in cuda_tests.in_order(names)]
@@ -243,12 +243,12 @@ def test_sizes_follow_from_the_configuration():
         assert full_size.weights_bytes(name) == pytest.approx(2 * count, rel=0.12)
 
 
-def test_a_bare_machine_without_git_has_no_commit_to_name(monkeypatch, tmp_path):
+def test_a_machine_without_git_reports_no_commit(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert full_size._about(570.0, "cpu", [])["commit"] is None
 
 
-def test_every_parameter_of_a_session_is_one_that_its_notebook_takes():
+def test_notebooks_accept_every_session_parameter():
     from lib.suite.plan import plan
 
     for name, parameters in schedule.OPTIMIZATIONS.items():
@@ -257,7 +257,7 @@ def test_every_parameter_of_a_session_is_one_that_its_notebook_takes():
             assert all(job.parameters[key] == value for key, value in parameters.items())
 
 
-def test_one_optimization_is_rehearsed_whole(tmp_path, capsys):
+def test_one_optimization_is_rehearsed_in_full(tmp_path, capsys):
     chosen = ["--out", str(tmp_path), "--optimization", "structured_pruning"]
     code = full_size.main([*chosen, "--model", "glm-4.7-flash", "rehearse"])
     index = json.loads((tmp_path / results.INDEX).read_text())

@@ -1,4 +1,4 @@
-"""What is brought home is on disk at once, stays small, and says what it lost."""
+"""Results are on disk at once, stay small, and list what was removed."""
 
 import json
 
@@ -46,7 +46,7 @@ def test_each_step_is_on_disk_when_it_is_kept(tmp_path):
     assert _index(tmp_path)["steps"][1]["reason"] == "12 s are left"
 
 
-def test_a_large_record_loses_samples_evenly_and_says_so():
+def test_a_large_record_loses_samples_evenly_and_reports_it():
     content = _record(most=9000)
     thinned, notes = results.thin(content, 300_000)
     assert len(json.dumps(thinned).encode()) <= 300_000
@@ -54,21 +54,21 @@ def test_a_large_record_loses_samples_evenly_and_says_so():
     kept = thinned["measurements"][0]["samples"]["baseline"]
     assert len(kept) == notes["samples_at_most"]
     assert (kept[0], kept[-1]) == (1.0, content["measurements"][0]["samples"]["baseline"][-1])
-    records.from_json(thinned, "thinned")  # still a record
+    records.from_json(thinned, "thinned")  # still a valid record
 
 
-def test_details_go_last_the_largest_first():
+def test_details_are_removed_last_largest_first():
     content = _record() | {"details": {"large": [{"text": "x" * 200}] * 2000, "small": {"value": 1}}}
     thinned, notes = results.thin(content, 60_000)
     assert notes["details_left_out"] == ["large"] and "small" in thinned["details"]
 
 
-def test_a_small_record_is_left_as_it_is():
+def test_a_small_record_is_unchanged():
     content = _record(most=12)
     assert results.thin(content, results.RECORD_BYTES) == (content, {})
 
 
-def test_together_they_stay_below_the_cap_and_the_index_names_what_had_no_room(tmp_path):
+def test_records_stay_below_the_cap_and_the_index_names_those_left_out(tmp_path):
     size = len(json.dumps(_record(), separators=(",", ":")).encode())
     kept = Results(tmp_path, dict(ABOUT), records_bytes=3 * size)
     for _ in range(5):
@@ -103,7 +103,7 @@ def home(tmp_path):
     return tmp_path
 
 
-def test_the_page_names_machine_day_steps_and_records(home, capsys):
+def test_the_page_lists_machine_day_steps_and_records(home, capsys):
     assert device.main([str(home / "out"), "--root", str(home)]) == 0
     text = (home / "executed" / "README.md").read_text()
     assert text.startswith("Before.") and text.rstrip().endswith("After.") and "old" not in text
@@ -116,8 +116,8 @@ def test_the_page_names_machine_day_steps_and_records(home, capsys):
     assert "shows this session already" in capsys.readouterr().out
 
 
-def test_the_verdicts_of_a_session_are_corrected_for_their_number():
-    """As in every other table of the page: one weak effect among many that are none is no discovery."""
+def test_session_verdicts_are_corrected_for_multiple_comparisons():
+    """As in every other table of the page: one weak effect among many null results is not a discovery."""
 
     def run(name, gain, half, verdict):
         timed = samples.timed("prefill_tokens_per_second", gain, half, verdict)
@@ -130,13 +130,13 @@ def test_the_verdicts_of_a_session_are_corrected_for_their_number():
     assert f"{line}? inconclusive |" in device.section({"steps": []}, [weak, *others])
 
 
-def test_records_are_written_as_a_build_leaves_them(home):
+def test_records_are_written_as_a_build_writes_them(home):
     assert device.main([str(home / "out"), "--root", str(home), "--records", str(home / "full")]) == 0
     (record,), damaged = records.read_folder(home / "full")
     assert not damaged and record.stem == "structured_pruning--qwen3-vl-2b"
 
 
-def test_a_record_may_hold_any_character_that_a_model_answers_with(tmp_path):
+def test_a_record_may_hold_any_character_of_a_model_answer(tmp_path):
     answers = "a\u2028b\x85c\x1cd"
     details = {"answers": {"value": answers, "provenance": "measured", "source": "greedy"}}
     Results(tmp_path, dict(ABOUT)).keep(_ended(record=_record() | {"details": details}))
@@ -145,7 +145,7 @@ def test_a_record_may_hold_any_character_that_a_model_answers_with(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["no index", "half a record", "no steps", "a rehearsal", "half a character"])
-def test_damage_is_named_in_one_line_and_the_page_stays(home, damage, capsys):
+def test_damage_is_reported_in_one_line_and_the_page_is_kept(home, damage, capsys):
     index = home / "out" / results.INDEX
     if damage == "no index":
         index.unlink()
@@ -166,5 +166,5 @@ def test_damage_is_named_in_one_line_and_the_page_stays(home, damage, capsys):
     assert (home / "executed" / "README.md").read_text() == before
 
 
-def test_the_page_of_this_repository_has_the_markers():
+def test_the_repository_page_has_the_markers():
     readme.between((readme.ROOT / device.PAGE).read_text(encoding="utf-8"), device.MARKER, device.PAGE)

@@ -1,4 +1,4 @@
-"""Order, stopping and leftovers of a session, by a clock that moves only when a step says so."""
+"""Order, stopping and leftovers of a session, with a clock that moves only when a step advances it."""
 
 import pytest
 
@@ -10,7 +10,7 @@ SIZES = {"qwen3-vl-2b": 4 * GIGA, "qwen3-4b-instruct-2507": 8 * GIGA, "glm-4.7-f
 
 
 class Played:
-    """Executes steps by moving the clock: `seconds` by name, RECORD_SECONDS / 2 for others."""
+    """Executes steps by advancing the clock: `seconds` by name, RECORD_SECONDS / 2 for others."""
 
     def __init__(self, seconds=None, hindrances=None, errors=None):
         self.now, self.executed, self.held = 0.0, [], set()
@@ -36,7 +36,7 @@ class Played:
 
 
 class Slow:
-    """An executor that is given limits by a slower clock, as `Processes` is in a rehearsal."""
+    """An executor whose limits come from a slower clock, as those of `Processes` in a rehearsal."""
 
     def __init__(self, played: Played, slower: float):
         self.played, self.slower = played, slower
@@ -71,39 +71,39 @@ def test_a_model_with_weights_comes_last_and_names_its_folder():
     assert (last.model, last.checkpoints) == ("small", "/weights")
 
 
-def test_a_model_of_a_group_whose_weights_are_there_runs_once_with_them():
+def test_a_group_model_with_real_weights_runs_once():
     planned = schedule.steps(SIZES, checkpoints={"qwen3-vl-2b": "/weights"})
     assert [step.name for step in planned] == [step.name for step in schedule.steps(SIZES)]
     assert {step.checkpoints for step in planned if step.model == "qwen3-vl-2b"} == {"/weights"}
 
 
-def test_attention_is_asked_at_32k_and_sparsity_at_two_of_four():
+def test_attention_runs_at_32k_and_sparsity_at_two_of_four():
     by_name = {step.optimization: step.parameters for step in schedule.steps(SIZES)[1:]}
     assert by_name["adaptive_sparse_attention"]["context"] == 32768
     assert by_name["sparse_neural_networks"]["pattern"] == "2:4"
 
 
-def test_energy_costs_time_only_where_it_is_asked_for():
+def test_energy_adds_time_only_if_requested():
     quiet, metered = (schedule.steps(SIZES, energy=energy)[1].seconds for energy in (False, True))
     assert quiet <= 60 < metered
 
 
 @pytest.mark.parametrize("seconds", [30, 100, 200, 333, 570, 900])
-def test_a_session_ends_in_its_time_whatever_steps_take(seconds):
+def test_a_session_ends_on_time_whatever_steps_take(seconds):
     for takes in (5.0, 55.0, 1e6):
         played = Played(dict.fromkeys([step.name for step in schedule.steps(SIZES)], takes))
         _run(played, seconds)
         assert played.now <= seconds - schedule.ASIDE_SECONDS or not played.executed
 
 
-def test_nothing_is_begun_that_cannot_end_and_something_shorter_still_is():
+def test_a_step_that_cannot_finish_is_skipped_for_a_shorter_one():
     long, short = Step("long", 100.0), Step("short", 10.0)
     outcomes = _run(Played({"short": 5.0}), 60.0, [long, short])
     assert [ended.status for ended in outcomes] == ["left_out", "finished"]
     assert "may take 115 s" in outcomes[0].reason
 
 
-def test_loading_counts_once_for_each_model():
+def test_loading_counts_once_per_model():
     played = Played()
     first, second = schedule.steps(SIZES)[1], schedule.steps(SIZES)[3]
     assert first.model == second.model
@@ -113,7 +113,7 @@ def test_loading_counts_once_for_each_model():
 
 
 @pytest.mark.parametrize("seconds", [570, 900])
-def test_a_rehearsal_leaves_nothing_out_although_every_step_takes_minutes(seconds):
+def test_a_rehearsal_skips_nothing_although_steps_take_minutes(seconds):
     planned = schedule.steps(SIZES | {"qwen3-coder-30b": 61 * GIGA})
     played = Played(dict.fromkeys([step.name for step in planned], 200.0))
     clock = Clock(seconds, lambda: played.now, slower=full_size.SLOWER)
@@ -123,7 +123,7 @@ def test_a_rehearsal_leaves_nothing_out_although_every_step_takes_minutes(second
     assert all(ended.seconds == pytest.approx(10.0) for ended in outcomes)
 
 
-def test_what_overruns_is_stopped_and_the_rest_goes_on():
+def test_an_overrunning_step_is_stopped_and_the_rest_runs():
     names = [step.name for step in schedule.steps(SIZES)]
     outcomes = _run(Played({names[1]: 1e6}), 570.0)
     assert outcomes[1].status == "stopped"
@@ -131,7 +131,7 @@ def test_what_overruns_is_stopped_and_the_rest_goes_on():
     assert sum(ended.status == "finished" for ended in outcomes) >= 5
 
 
-def test_a_failure_stops_nothing_and_no_room_is_left_out():
+def test_failures_stop_nothing_and_steps_without_room_are_left_out():
     names = [step.name for step in schedule.steps(SIZES)]
     played = Played(hindrances={names[2]: "needs more"}, errors={names[1]: RuntimeError("lost")})
     outcomes = _run(played, 570.0)
@@ -140,7 +140,7 @@ def test_a_failure_stops_nothing_and_no_room_is_left_out():
     assert outcomes[3].status == "finished"
 
 
-def test_an_interrupt_ends_the_session_with_what_was_kept():
+def test_an_interrupt_ends_the_session_and_keeps_finished_steps():
     names, kept = [step.name for step in schedule.steps(SIZES)], []
     played = Played(errors={names[2]: KeyboardInterrupt()})
     with pytest.raises(KeyboardInterrupt):
@@ -148,7 +148,7 @@ def test_an_interrupt_ends_the_session_with_what_was_kept():
     assert [ended.step.name for ended in kept] == names[:2]
 
 
-def test_a_context_needs_memory_beside_the_weights():
+def test_a_context_needs_memory_in_addition_to_the_weights():
     def needs(bytes_per_token: float) -> dict[str, float]:
         planned = schedule.steps(SIZES, context_bytes=lambda model, tokens: bytes_per_token * tokens)
         return {step.name: step.needs_bytes for step in planned}

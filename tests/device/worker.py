@@ -1,11 +1,11 @@
-"""A process that keeps one model and plays notebooks on it: `python -m tests.device.worker`, started by
+"""A process that keeps one model and runs notebooks on it: `python -m tests.device.worker`, started by
 `tests.device.processes`.
 
-Reads a request per line from standard input (JSON: optimization, model, scale, parameters, checkpoints, device,
-dimensions) and answers on standard output with events, a line each: `load`, `cell`, and one of `record` and `failed`.
-The code cells of the notebook are executed in order in a namespace of their own, as papermill would, without a kernel;
-what they display goes to the log. The model is loaded once and handed to every notebook; where one has changed it,
-which the version counters of its tensors tell, the next loads it anew.
+Reads one request per line from standard input (JSON: optimization, model, scale, parameters, checkpoints, device,
+dimensions) and answers on standard output with events, one per line: `load`, `cell`, and either `record` or `failed`.
+The notebook's code cells are executed in order in a namespace of their own, as papermill would, without a kernel; their
+output goes to the log. The model is loaded once and handed to every notebook; if one has changed it, as the version
+counters of its tensors show, the next loads it again.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ Tell = Callable[..., None]
 
 
 class Held:
-    """The model that is kept, handed out in place of `lib.models.loading.load`."""
+    """The model that is kept, returned in place of `lib.models.loading.load`."""
 
     def __init__(self, load: Callable[..., Any], tell: Tell):
         self.load, self.tell = load, tell
@@ -49,7 +49,7 @@ class Held:
 
 
 def _versions(model: Any) -> list[tuple]:
-    """Return what changes where a tensor of the model is written to or replaced."""
+    """Return values that change when a tensor of the model is written to or replaced."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return [(name, id(t), tuple(t.shape), None if t.is_inference() else t._version) for name, t in tensors]
 
@@ -63,7 +63,7 @@ def _free() -> None:
 
 
 def play(request: dict[str, Any], held: Held, tell: Tell) -> None:
-    """Execute the notebook of a request and tell of its record, or of its failure."""
+    """Execute the notebook of a request and report its record or its failure."""
     import IPython.display
 
     from lib.errors import NotApplicable
@@ -105,7 +105,7 @@ def play(request: dict[str, Any], held: Held, tell: Tell) -> None:
 
 
 def show(data: Any, **_: Any) -> None:
-    """Print what a notebook displays, as text: takes the place of IPython's `display`."""
+    """Print what a notebook displays, as text: replaces IPython's `display`."""
     print(data.get("text/plain", "") if isinstance(data, dict) else data, flush=True)
 
 
@@ -124,7 +124,7 @@ def _execute(notebook: Any, values: dict[str, Any], tell: Tell) -> None:
 def main() -> None:
     """Answer requests until standard input closes."""
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a library prints belongs in the log
+    os.dup2(2, 1)  # library output goes to the log
     end_with_parent()
     os.chdir(ROOT / "notebooks")
     os.environ.setdefault("MPLBACKEND", "agg")
@@ -151,8 +151,8 @@ def main() -> None:
                 tell(event="failed", reason=reason)
                 raise
         if reason is not None:
-            # Here the error has gone, with its causes, whose frames kept what the notebook made. Who is told measures
-            # at once what room the next step has.
+            # The error is freed by now, with its causes, whose frames held the notebook's objects. The caller
+            # measures at once how much room the next step has.
             with contextlib.suppress(Exception):
                 _free()
             tell(event="failed", reason=reason)

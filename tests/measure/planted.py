@@ -33,17 +33,17 @@ from lib.measure.metrics import busy, paired_stats  # noqa: E402
 
 MODEL = "qwen3-4b-instruct-2507"
 CALLED = {"better", "worse"}
-NOTHING = 0.005  # share of a call's time that a hook takes which does nothing
+NOTHING = 0.005  # share of a call's time that a no-op hook takes
 HELD_IN = ("peak_memory_bytes", "peak_memory_above_start_bytes", "peak_tensor_bytes")
 Rows = list[dict[str, Any]]  # measurements as JSON
-ATTEMPTS = 3  # at a repetition, while it finds the machine busy
-KEPT: Path | None = None  # a folder of the rows of each finished repetition
-JOBS: queue.Queue[set[int]] = queue.Queue()  # the cores of each run that may go on beside others, as in a build
+ATTEMPTS = 3  # per repetition, while it finds the machine busy
+KEPT: Path | None = None  # folder with the rows of each finished repetition
+JOBS: queue.Queue[set[int]] = queue.Queue()  # core sets of the runs that may run in parallel, as in a build
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table: what was planted, what was expected and seen, and whether that holds."""
+    """One line of the table: what was planted, expected and observed, and whether it holds."""
 
     planted: str
     expected: str
@@ -53,7 +53,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Size:
-    """How often things are repeated, and at which effort."""
+    """How often experiments are repeated, and at which effort."""
 
     times: int
     draws: int
@@ -70,7 +70,7 @@ while True:
         block.copy()
     time.sleep(0.25)
 """
-# With 200 draws, of which 3.9 % have no lost answer among 160 items, more than 5 % are exceeded in one set of six.
+# With 200 draws, of which 3.9 % lose no answer among 160 items, one set in six exceeds 5 %.
 LONG, SHORT = Size(20, 2000, "standard"), Size(3, 60, "quick")
 
 
@@ -112,7 +112,7 @@ def more_work(size: Size, model: str) -> Iterator[Finding]:
             seen = f"{math.expm1(-truth):+.1%}; {inside} of {len(rows)} intervals hold it; {_listed(words)}"
             planted = f"{share:.0%} more work, {workload}" + (", one process" if alone else "")
             yield Finding(planted, f"{least} hold; {expected}", seen, good)
-            if not share:  # of all shares the one whose truth is known beforehand
+            if not share:  # the only share whose true effect is known beforehand
                 low, high = paired_stats.student_interval(effects, 0.99)
                 none = low <= NOTHING and high >= -NOTHING
                 expected = f"within {NOTHING:.1%} of none, as far as its 99 % interval tells"
@@ -161,7 +161,7 @@ def ten_processes(size: Size, model: str) -> list[Finding]:
 
 
 def a_neighbour(size: Size, model: str) -> list[Finding]:
-    """7. A neighbour that streams memory half of the time: two equal arms are never called better or worse."""
+    """7. A neighbor that streams memory half of the time: two equal arms are never called better or worse."""
     beside = [subprocess.Popen([sys.executable, "-c", NEIGHBOUR]) for _ in range(2)]
     try:
         runs = repeat("slowed", max(3, size.times // 2), quiet=False, model=model, effort=size.effort)

@@ -132,7 +132,7 @@ def losing(model: str, draws: int, number: int) -> list[dict[str, Any]]:
     random = np.random.default_rng(number)
     right = np.flatnonzero(answers.right_N)
     margin = 0.02
-    flip_share = margin * len(answers.ids) / len(right)  # of the right answers: the true loss is the margin
+    flip_share = margin * len(answers.ids) / len(right)  # of the right answers: the loss is the margin
     maintained = {name: 0 for name in ("accuracy", "f1_macro")}
     for draw in range(draws):
         chosen = random.integers(0, len(answers.ids), 160)

@@ -1,4 +1,4 @@
-"""The planted experiments can fail: here they receive results that they do not expect."""
+"""Tests that the planted experiments can fail: they receive results that they do not expect."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from tests.measure import planted
 
 
 def _row(metric: str, optimized: float | None, verdict: str) -> dict:
-    """Return a measurement of a peak as JSON, of a baseline of 100 MB."""
+    """Return a peak measurement as JSON, for a baseline of 100 MB."""
     baseline = None if optimized is None else 100.0 * 2**20
     return {"metric": metric, "baseline": baseline, "optimized": optimized, "verdict": verdict, "reason": "planted"}
 
@@ -27,7 +27,7 @@ def _row(metric: str, optimized: float | None, verdict: str) -> dict:
         (None, "unavailable", False),
     ],
 )
-def test_no_memory_held_is_equivalent_and_a_missing_peak_is_no_success(monkeypatch, added, verdict, holds):
+def test_zero_held_memory_is_equivalent_and_a_missing_peak_is_not_a_success(monkeypatch, added, verdict, holds):
     def repeat(arm, times, *, megabytes, **options):
         optimized = None if added is None else (100.0 + megabytes + added) * 2**20
         return [[_row("peak_memory_bytes", optimized, verdict), _row("load_seconds", 1.0, "informative")]]
@@ -38,7 +38,7 @@ def test_no_memory_held_is_equivalent_and_a_missing_peak_is_no_success(monkeypat
     assert findings[0].holds == holds
 
 
-def test_quality_that_was_not_measured_is_not_identical(monkeypatch):
+def test_unmeasured_quality_is_not_identical(monkeypatch):
     row = {"metric": "accuracy", "dimension": "accuracy", "baseline": None, "optimized": None, "verdict": "unavailable"}
     monkeypatch.setattr(planted, "repeat", lambda *_, **__: [[row]])
     assert not planted.nothing_removed(planted.SHORT, "a model")[-1].holds
@@ -47,8 +47,8 @@ def test_quality_that_was_not_measured_is_not_identical(monkeypatch):
 
 
 @pytest.mark.parametrize(("bias", "holds"), [(0.0, True), (0.004, True), (0.02, False), (-0.02, False)])
-def test_a_bias_of_all_repetitions_is_found_where_nothing_is_planted(monkeypatch, bias, holds):
-    """Every interval held the mean of all, which is what was taken for the truth: a common bias was in no line."""
+def test_a_bias_common_to_all_repetitions_is_found_when_nothing_is_planted(monkeypatch, bias, holds):
+    """Previously the mean of all repetitions served as the truth, so every interval held it and hid a common bias."""
 
     def repeat(arm, times, **options):
         if arm == "work_for":
@@ -61,13 +61,13 @@ def test_a_bias_of_all_repetitions_is_found_where_nothing_is_planted(monkeypatch
 
 
 def _rate(workload: str, effect: float) -> dict:
-    """Return a measurement of a rate as JSON, `effect` a logarithm."""
+    """Return a rate measurement as JSON; `effect` is a logarithm."""
     ends = [math.exp(effect - 0.01), math.exp(effect + 0.01)]
     about = {"workload": workload, "unit": "tokens/s", "verdict": "inconclusive"}
     return about | {"ratio": math.exp(effect), "ci": ends}
 
 
-def test_a_repetition_on_a_busy_machine_is_taken_again_and_no_other(monkeypatch):
+def test_only_repetitions_on_a_busy_machine_are_repeated(monkeypatch):
     taken = []
 
     def repetition(request, attempt):

@@ -1,4 +1,4 @@
-"""Twin builds: contradictions are named, and verdicts that merely differ in being undecided are counted."""
+"""Twin builds: contradictions are named, and verdicts that differ only in being undecided are counted."""
 
 from tests.measure import twins
 from tests.report import samples
@@ -7,14 +7,14 @@ KEY = ("streaming--x", "decode_tokens_per_second", "decode")
 OTHER = ("streaming--x", "f1_macro", "classify")
 
 
-def test_better_against_worse_is_a_contradiction_and_undecided_is_not():
+def test_better_versus_worse_contradicts_but_undecided_does_not():
     assert twins.contradict("better", "worse") and twins.contradict("not_maintained", "better")
     assert twins.contradict("maintained", "not_maintained")
     for word in ("inconclusive", "equivalent", "better"):
         assert not twins.contradict("better", word)
 
 
-def test_only_what_is_judged_counts():
+def test_only_judged_measurements_count():
     verdicts = {KEY: "better", OTHER: "informative"}
     assert twins.hold(verdicts, verdicts) == ({}, 1)
     differing, judged = twins.hold(verdicts, {KEY: "inconclusive", OTHER: "informative"})
@@ -23,8 +23,8 @@ def test_only_what_is_judged_counts():
     assert twins.table(differing, [KEY], 0)[0].startswith("  streaming: 1 of 1")
 
 
-def test_what_two_builds_would_share_follows_from_the_intervals():
-    """Far from every threshold all agree; an effect that lies on one is called in half of the builds."""
+def test_expected_agreement_follows_from_the_intervals():
+    """Far from every threshold all builds agree; an effect on a threshold is called in half of them."""
     clear = samples.whole("structured_pruning", "qwen3-vl-2b", gain=1.3)
     assert twins.expected({"a": clear})[:2] == (1.0, 1.0)
     measured = next(m for m in clear.measurements if m.metric == "prefill_tokens_per_second")
@@ -34,8 +34,8 @@ def test_what_two_builds_would_share_follows_from_the_intervals():
     assert count == 1 and everything == timed and 0.4 < timed < 0.6
 
 
-def test_a_regression_between_two_builds_of_one_commit_does_not_hold():
-    """Both call the gain better, so that no verdict differs: it is a sixth smaller in one of them."""
+def test_a_regression_between_builds_of_one_commit_fails():
+    """Both call the gain better, so no verdict differs, but it is a sixth smaller in one of them."""
     one, other, alike = (
         {"a": samples.whole("structured_pruning", "qwen3-vl-2b", gain=gain, seed=seed)}
         for seed, gain in enumerate((1.4, 1.2, 1.4))
@@ -47,6 +47,6 @@ def test_a_regression_between_two_builds_of_one_commit_does_not_hold():
     assert holds and lines[-1] == "regressions called in either order: 0"
 
 
-def test_folders_without_records_do_not_hold(tmp_path, capsys):
+def test_folders_without_records_fail(tmp_path, capsys):
     assert twins.main([str(tmp_path), str(tmp_path)]) == 2
     assert "nothing can be compared" in capsys.readouterr().out

@@ -45,26 +45,26 @@ def verdicts(records: Mapping[str, Record]) -> dict[Key, str]:
 
 
 def cells(records: Mapping[str, Record]) -> dict[Key, str]:
-    """Return the word of every run in every dimension."""
+    """Return the verdict of every run in every dimension."""
     return {
         (stem, name, ""): getattr(recorded.verdict, name) for stem, recorded in records.items() for name in DIMENSIONS
     }
 
 
 def contradict(one: str, other: str) -> bool:
-    """Whether two verdicts contradict each other."""
+    """Return whether two verdicts contradict each other."""
     pair = {one, other}
     return ("better" in pair and bool(pair & LOST)) or pair == {"maintained", "not_maintained"}
 
 
 def hold(one: Mapping[Key, str], other: Mapping[Key, str]) -> tuple[dict[Key, tuple[str, str]], int]:
-    """Return the differing verdicts among the keys that are judged in either build, and the number of these keys."""
+    """Return the differing verdicts among keys judged in either build, and the number of those keys."""
     judged = [key for key in one.keys() & other.keys() if {one[key], other[key]} - NOT_JUDGED]
     return {key: (one[key], other[key]) for key in sorted(judged) if one[key] != other[key]}, len(judged)
 
 
 def table(differing: Mapping[Key, tuple[str, str]], judged: Iterable[Key], part: int) -> list[str]:
-    """Return a line per metric (`part` 1) or notebook (`part` 0) in which something differs."""
+    """Return one line per metric (`part` 1) or notebook (`part` 0) with a difference."""
 
     def name(key: Key) -> str:
         return key[part].split("--")[0]
@@ -97,7 +97,7 @@ def compare(one: Mapping[str, Record], other: Mapping[str, Record]) -> tuple[lis
 
 
 def regressions(one: Mapping[str, Record], other: Mapping[str, Record]) -> list[str]:
-    """Return a line for every regression that `build.py compare` calls between two builds, in either order."""
+    """Return one line per regression that `build.py compare` finds between two builds, in either order."""
     changes = [c for old, new in ((one, other), (other, one)) for c in comparison.compare(old.values(), new.values())]
     return [
         f"  REGRESSION {c.optimization}--{c.model} {c.metric} {c.workload}: {c.how}" for c in changes if c.regression
@@ -147,7 +147,7 @@ def expected(records: Mapping[str, Record], draws: int = 40, seed: int = 0) -> t
 
 
 def main(folders: list[str]) -> int:
-    """Print the comparison of any two folders; return the exit code."""
+    """Print the comparison of every pair of folders; return the exit code."""
     if len(folders) < 2:
         print(__doc__)
         return 2

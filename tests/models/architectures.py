@@ -1,4 +1,4 @@
-"""Tiny random models of architectures that are not among the workbench's four: what users bring.
+"""Tiny random models of architectures outside the workbench's four, such as users bring.
 
 Weights, norms and biases are random, so that a mistake in any of them changes the logits.
 """
@@ -34,7 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "topk_group": 1,
     },
 }  # fmt: skip
-OTHERS: dict[str, dict[str, Any]] = {  # of other structures: refused by name
+OTHERS: dict[str, dict[str, Any]] = {  # unsupported structures: refused by name
     "phi3": {},
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},

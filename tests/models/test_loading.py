@@ -1,4 +1,4 @@
-"""Checkpoints: the round trip through disk, and the message of every damaged folder before anything runs."""
+"""Checkpoints: the round trip through disk, and the message for every damaged folder before anything runs."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ from lib.models.offload import streamer
 
 @pytest.fixture
 def folder(tiny, tmp_path):
-    """A small checkpoint of Coder's architecture in several shards with an index."""
+    """Return a small checkpoint of Coder's architecture in several shards with an index."""
     tiny("qwen3-coder-30b").save_pretrained(tmp_path / "checkpoint", max_shard_size="60KB")
     assert len(list((tmp_path / "checkpoint").glob("*.safetensors"))) > 1
     return tmp_path / "checkpoint"
@@ -34,12 +34,12 @@ def test_a_loaded_model_owns_its_weights(tiny, batch, tmp_path):
     back = io.load_folder(io.save(model, tmp_path), torch.float32)
     path = tmp_path / io.WEIGHTS
     with path.open("r+b") as file:
-        file.write(bytes(path.stat().st_size))  # in place: what is mapped would become zeros
+        file.write(bytes(path.stat().st_size))  # overwritten in place: mapped weights would become zeros
     assert torch.equal(back(**batch).logits, model(**batch).logits)
 
 
-def test_the_head_never_sees_a_view(tiny, name, batch):
-    """Torch copies the whole head before it multiplies a view: seconds more per prompt at real vocabularies."""
+def test_the_head_never_receives_a_view(tiny, name, batch):
+    """Torch copies the whole head before multiplying a view: seconds more per prompt with real vocabularies."""
     model, strides = copy.deepcopy(tiny(name)), []
     model.lm_head.register_forward_pre_hook(lambda module, args: strides.append(args[0].stride()))
     single, pair = {"input_ids": batch["input_ids"][:1]}, {"input_ids": batch["input_ids"]}
@@ -48,14 +48,14 @@ def test_the_head_never_sees_a_view(tiny, name, batch):
     assert strides == [(32, 32, 1)] * 2
 
 
-def test_hash_sees_one_changed_weight(tiny):
+def test_the_hash_detects_one_changed_weight(tiny):
     model = tiny("qwen3-4b-instruct-2507")
     before = io.weights_hash(model)
     model.lm_head.weight.view(-1)[0] += 1
     assert io.weights_hash(model) != before
 
 
-def test_sharded_checkpoint_is_whole_and_loads(tiny, folder, batch):
+def test_a_sharded_checkpoint_is_complete_and_loads(tiny, folder, batch):
     assert check_checkpoint("qwen3-coder-30b", folder) == folder
     assert len(tensor_shapes(folder)) > 10
     model = io.load_folder(folder, torch.float32)
@@ -77,12 +77,10 @@ def test_load_takes_a_checkpoint_folder_by_the_models_name(folder, tmp_path, tin
         (2.0, "float32", False, torch.bfloat16),  # float32 would not fit
         (2.0, "bfloat16", False, torch.bfloat16),
         (1.2, "float32", True, torch.bfloat16),
-        (1.2, "float16", True, torch.bfloat16),  # what streams keeps its own
+        (1.2, "float16", True, torch.bfloat16),  # a streamed model keeps its own dtype
     ],
 )
-def test_what_fits_in_bfloat16_is_not_streamed_for_want_of_room_in_float32(
-    tiny, tmp_path, monkeypatch, free, fastest, streams, dtype
-):
+def test_models_that_fit_in_bfloat16_are_not_streamed(tiny, tmp_path, monkeypatch, free, fastest, streams, dtype):
     folder = io.save(tiny("qwen3-4b-instruct-2507").to(torch.bfloat16), tmp_path / "qwen3-4b-instruct-2507")
     total = placement.weights_bytes(folder, torch.bfloat16)
     monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", lambda path: "tokenizer")
@@ -143,7 +141,7 @@ def test_random_weights_have_no_quality_and_are_repeatable(monkeypatch):
     assert io.weights_hash(first.model) == io.weights_hash(second.model)
 
 
-def test_wrong_requests_are_named():
+def test_invalid_requests_are_named():
     with pytest.raises(UserError, match="unknown scale"):
         loading.load("qwen3-4b-instruct-2507", "huge")
     with pytest.raises(UserError, match="unknown dtype"):

@@ -1,4 +1,4 @@
-"""Parameter files: valid ones are read, faults are named in one line."""
+"""Parameter files: valid ones are read, errors are reported in one line."""
 
 import json
 
@@ -23,7 +23,7 @@ def refused(tmp_path, content, raw: str | None = None) -> str:
     return str(caught.value)
 
 
-def test_the_shipped_ones_are_there_and_valid():
+def test_shipped_files_exist_and_are_valid():
     four = ["glm-4.7-flash", "qwen3-4b-instruct-2507", "qwen3-coder-30b", "qwen3-vl-2b"]
     assert parameters.names_at("proxy") == parameters.names_at("slice") == four
     assert parameters.names() == parameters.names_at("full") == [*four, "smollm2-135m-instruct"]
@@ -31,7 +31,7 @@ def test_the_shipped_ones_are_there_and_valid():
         assert parameters.read(name).tasks
 
 
-def test_unknown_model_names_the_nearest():
+def test_an_unknown_model_suggests_the_nearest_name():
     with pytest.raises(UserError, match='Did you mean "qwen3-vl-2b"'):
         parameters.read("qwen3-vl-2")
 
@@ -67,7 +67,7 @@ def test_empty_sections_mean_no_override(content):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """Return a folder with nothing but the configuration of a checkpoint."""
+    """Return a folder that contains only the configuration of a checkpoint."""
     folder = tmp_path / "weights" / "Tiny Llama (new)"
     folder.mkdir(parents=True)
     config = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 3, "dtype": "bfloat16"}
@@ -75,7 +75,7 @@ def checkpoint(tmp_path):
     return folder
 
 
-def test_a_file_with_nothing_but_a_checkpoint(tmp_path, checkpoint):
+def test_a_file_may_contain_only_a_checkpoint(tmp_path, checkpoint):
     (tmp_path / "phi.yaml").write_text(yaml.safe_dump({"checkpoint": str(checkpoint)}))
     described = parameters.read("phi", tmp_path)
     assert (described.name, described.architecture, described.scales) == ("phi", "llama", ("full",))
@@ -91,7 +91,7 @@ def test_a_file_with_nothing_but_a_checkpoint(tmp_path, checkpoint):
         described.training()
 
 
-def test_pictures_are_asked_about_where_they_are_seen(tmp_path, checkpoint):
+def test_vision_models_get_picture_tasks(tmp_path, checkpoint):
     config = {"model_type": "qwen3_vl", "vision_config": {}, "text_config": {"num_hidden_layers": 2}}
     (checkpoint / "config.json").write_text(json.dumps(config))
     (tmp_path / "phi.yaml").write_text(yaml.safe_dump({"checkpoint": str(checkpoint)}))
@@ -100,7 +100,7 @@ def test_pictures_are_asked_about_where_they_are_seen(tmp_path, checkpoint):
     assert parameters.read("phi", tmp_path).tasks == ["topic", "retrieval"], "a text model cut out of another"
 
 
-def test_what_is_not_here_yet_is_not_made_up(tmp_path):
+def test_unfetched_checkpoints_get_no_invented_configuration(tmp_path):
     (tmp_path / "phi.yaml").write_text("checkpoint: package:nothing-here==1.0/model.gguf\n")
     described = parameters.read("phi", tmp_path)
     assert described.architecture == "" and described.scales == ("full",)
@@ -108,7 +108,7 @@ def test_what_is_not_here_yet_is_not_made_up(tmp_path):
         described.config("full")
 
 
-def test_parts_that_need_each_other(tmp_path, content):
+def test_interdependent_keys_are_required_together(tmp_path, content):
     del content["architecture"]
     assert 'missing key "architecture"' in refused(tmp_path, content)
     assert 'missing key "full"' in refused(tmp_path, {"checkpoint": "a/b", "proxy": content["proxy"]})
@@ -122,7 +122,7 @@ def test_parts_that_need_each_other(tmp_path, content):
     assert parameters.read("phi", tmp_path).sha256 == pinned["sha256"]
 
 
-def test_numbers_as_people_write_them(tmp_path, content):
+def test_common_number_notations_are_read(tmp_path, content):
     text = yaml.safe_dump(content).replace("rms_norm_eps: 1.0e-06", "rms_norm_eps: 1e-06")
     text = text.replace("rope_theta: 5000000", "rope_theta: 5e6").replace("muon_rate: 0.008", "muon_rate: 8e-3")
     assert "1e-06" in text and "5e6" in text and "8e-3" in text
@@ -134,7 +134,7 @@ def test_numbers_as_people_write_them(tmp_path, content):
     assert refused(tmp_path, None, "checkpoint: a/b\nfull: {x: 1e9999}\n").startswith(tmp_path.name)
 
 
-def test_lists_of_every_block_are_as_long_as_there_are_blocks(content):
+def test_per_block_lists_match_the_number_of_blocks(content):
     kinds = ["full_attention", "sliding_attention"] * 18
     content["full"] |= {"layer_types": kinds, "no_rope_layers": [1, 0] * 18, "mlp_only_layers": [*range(36)]}
     described = parameters.ModelParameters.model_validate(content)
@@ -145,7 +145,7 @@ def test_lists_of_every_block_are_as_long_as_there_are_blocks(content):
     assert described.config("slice")["mlp_only_layers"] == [*range(36)], "numbers of blocks, not one for each"
 
 
-def test_a_checkpoint_gets_a_name_and_keeps_it(tmp_path, checkpoint, monkeypatch):
+def test_a_checkpoint_gets_a_stable_name(tmp_path, checkpoint, monkeypatch):
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
     name = parameters.register(str(checkpoint))
     assert name == "tiny-llama-new" and parameters.registered() == [name]
@@ -173,7 +173,7 @@ def test_a_checkpoint_gets_a_name_and_keeps_it(tmp_path, checkpoint, monkeypatch
         parameters.register(str(checkpoint))
 
 
-def test_the_size_of_a_slice_counts_experts_and_heads_that_are_named_otherwise():
+def test_slice_size_counts_experts_and_heads_under_other_names():
     full = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
     full |= {"intermediate_size": 14336, "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 32000}
     mixtral = parameters.ModelParameters(checkpoint="a/b", architecture="mixtral", full=full, slice={"layers": 2})
@@ -199,9 +199,9 @@ def test_the_size_of_a_slice_counts_experts_and_heads_that_are_named_otherwise()
         ("slice", {"layers": 37}, 'key "layers" in section "slice": expected at most the 36 blocks of the model'),
     ],
 )
-def test_what_can_be_no_dimension_is_refused_before_a_model_is_built(tmp_path, content, section, change, says):
-    """With random weights it was found out in the notebook, as a run that failed; a slice of 37 of 36 blocks ran, and a
-    dimension under another name was transformers' own.
+def test_invalid_dimensions_are_refused_before_a_model_is_built(tmp_path, content, section, change, says):
+    """Previously, with random weights, the error surfaced as a failed run in the notebook; a slice of 37 of 36 blocks
+    ran, and a dimension under another name was the default of transformers.
     """
     changed = content["proxy"]["config"] if section == "proxy" else content[section]
     changed |= change
@@ -210,14 +210,14 @@ def test_what_can_be_no_dimension_is_refused_before_a_model_is_built(tmp_path, c
     assert says in refused(tmp_path, content)
 
 
-def test_a_slice_of_a_checkpoint_has_no_more_blocks_than_that(tmp_path, checkpoint):
+def test_a_slice_has_no_more_blocks_than_its_checkpoint(tmp_path, checkpoint):
     assert "expected at most the 3 blocks" in refused(tmp_path, {"checkpoint": str(checkpoint), "slice": {"layers": 4}})
     (tmp_path / "phi.yaml").write_text(yaml.safe_dump({"checkpoint": str(checkpoint), "slice": {"layers": 3}}))
     assert parameters.read("phi", tmp_path).config("slice")["num_hidden_layers"] == 3
 
 
-def test_sections_that_are_null_are_none(tmp_path, checkpoint):
-    """As the configuration of a text model has them that was cut out of one with pictures."""
+def test_null_sections_count_as_absent(tmp_path, checkpoint):
+    """A text model that was cut out of one with pictures has such sections in its configuration."""
     config = {"model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
     config |= {"intermediate_size": 128, "vocab_size": 96, "vision_config": None, "text_config": None}
     (checkpoint / "config.json").write_text(json.dumps(config))

@@ -84,20 +84,20 @@ class Reading:
 
     @property
     def beside(self) -> int:
-        """What was held beside weights: those of the model and the new ones, or, from a file, all but the blocks."""
+        """The bytes held besides weights: those of the model and the new ones, or, from a file, all but the blocks."""
         if self.from_file:
             return self.peak - (self.weights - self.in_blocks)
         return self.peak - self.weights - self.made
 
 
 def measure(config: dict[str, Any], architecture: str, method: Method, text: Text, from_file: bool) -> Reading:
-    """Return the bytes of one run on a model with random weights of bfloat16."""
+    """Return the bytes of one run on a model with random bfloat16 weights."""
     model = io.build(config, architecture, dtype=torch.bfloat16, tiled=True)
     blocks, weights, in_blocks = len(anatomy(model).blocks), nbytes(model), bytes_of_blocks(model)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     live, start = LiveTensors(), time.perf_counter()
     if not from_file:
-        gc.collect()  # so that the next collection does not depend on what ran before
+        gc.collect()  # so that the next collection does not depend on earlier work
         live.hold(model)
         with live:
             changed = method.in_memory(model, text)
@@ -116,7 +116,7 @@ def measure(config: dict[str, Any], architecture: str, method: Method, text: Tex
 
 
 def nbytes(model: nn.Module) -> int:
-    """Return the bytes of a model's weights, tied ones once."""
+    """Return the bytes of a model's weights, counting tied ones once."""
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
@@ -126,8 +126,8 @@ def bytes_of_blocks(model: nn.Module) -> int:
 
 
 def whole(readings: Sequence[Reading], config: dict[str, Any], architecture: str) -> float:
-    """Return the bytes that the whole model would need: its weights (without its blocks, from a file), new ones in the
-    proportion of the largest slice, and the most that any slice held beside.
+    """Return the bytes that the whole model would need: its weights (from a file, without its blocks), new ones in
+    proportion to the largest slice, and the most that any slice held besides.
     """
     model = io.build(config, architecture, device="meta", dtype=torch.bfloat16)
     largest, beside = max(readings, key=lambda reading: reading.blocks), max(reading.beside for reading in readings)
@@ -137,7 +137,7 @@ def whole(readings: Sequence[Reading], config: dict[str, Any], architecture: str
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line: a line per run, and one derived for the whole model."""
+    """Run the command line: print one line per run and one derived for the whole model."""
     parser = argparse.ArgumentParser(prog="python -m tests.optimizations.slice_memory")
     parser.add_argument("--model", nargs="+", default=MODELS)
     parser.add_argument("--method", nargs="+", default=[*METHODS], choices=[*METHODS])

@@ -1,4 +1,4 @@
-"""What a module says of its knobs and what its template says of the same parameters must be one thing."""
+"""The knobs of a module and the parameters of its template must agree."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from lib.suite.plan import template
 
 ROOT = Path(__file__).resolve().parents[2]
 STEMS = discovery.stems()
-BY_SCALE, BY_SCALE_NUMBER = "auto", -1  # of a template alone: the default of the scale; a search names what it tries
+BY_SCALE, BY_SCALE_NUMBER = "auto", -1  # template only: the scale's default; a search names the values it tries
 
 
 @pytest.mark.parametrize("stem", STEMS)
@@ -29,7 +29,7 @@ def test_knobs_agree_with_the_template(stem):
             assert low <= knob["default"] <= high
             least = BY_SCALE_NUMBER if declared[name].default == BY_SCALE_NUMBER else low
             assert declared[name].interval[:2] == (least, high), name
-            levels = knob.get("levels", (knob["default"],))  # what a search tries, where not every number is worth it
+            levels = knob.get("levels", (knob["default"],))  # the values that a search tries
             assert knob["default"] in levels and all(low <= level <= high for level in levels), name
 
 

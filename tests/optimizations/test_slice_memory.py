@@ -1,4 +1,4 @@
-"""What a compression holds beside the weights does not grow with the number of blocks, in memory and from a file."""
+"""A compression's memory beside the weights does not grow with the number of blocks, in memory and from a file."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def tiny_config(name: str, blocks: int) -> tuple[dict, str]:
 @pytest.mark.parametrize("from_file", [False, True])
 @pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize("name", slice_memory.MODELS)
-def test_what_is_held_beside_the_weights_does_not_grow_with_depth(name, method, from_file):
+def test_memory_beside_the_weights_does_not_grow_with_depth(name, method, from_file):
     text = [{"input_ids": torch.randint(8, 96, (2, 48), generator=torch.Generator().manual_seed(1))} for _ in range(2)]
     readings = [slice_memory.measure(*tiny_config(name, blocks), METHODS[method], text, from_file) for blocks in (2, 6)]
     assert [reading.blocks for reading in readings] == [2, 6]
@@ -30,7 +30,7 @@ def test_what_is_held_beside_the_weights_does_not_grow_with_depth(name, method, 
     assert readings[0].beside > 0 and grown < 0.2 * (readings[1].in_blocks - readings[0].in_blocks)
 
 
-def test_the_whole_is_its_weights_and_what_is_held_beside():
+def test_total_memory_is_the_weights_plus_the_extra():
     config, architecture = tiny_config(slice_memory.MODELS[0], 6)
     model = io.build(config, architecture, dtype=torch.bfloat16)
     weights, blocks = slice_memory.nbytes(model), slice_memory.bytes_of_blocks(model)

@@ -1,7 +1,7 @@
-"""Which peer stands beside what of the workbench, by which numbers, and how each peer is installed.
+"""Which peer is compared with which part of the workbench, by which metrics, and how each peer is installed.
 
-An arm is a script of `arms/` with its options; the first of a comparison is the peer, the others are measured beside
-it. Adding a peer is one script and one entry here.
+An arm is a script of `arms/` with its options; the first of a comparison is the peer, the others are compared with it.
+To add a peer, write one script and add one entry here.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ WORKBENCH = "workbench"
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of an arm: its key in the arm's result, how it is called, its unit, and which way is better (None:
+    """One number of an arm: its key in the arm's result, its label, its unit, and which direction is better (None:
     neither, it is a condition).
     """
 
@@ -34,14 +34,14 @@ class Arm:
 
     @property
     def arguments(self) -> list[str]:
-        """What stands behind setting and result on its command line."""
+        """The arguments after setting and result on its command line."""
         return list(self.options)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A peer and what it is held against. `once`: the arms take minutes and do the same each time, one turn is enough;
-    else they take turns in fresh processes.
+    """A peer and the arms compared with it. `once`: the arms take minutes and do the same each time, so one turn is
+    enough; else they take turns in fresh processes.
     """
 
     peer: str
@@ -122,7 +122,7 @@ COMPARISONS = (
 
 
 def ways(peer: str) -> tuple[Way, ...]:
-    """Return the ways to install a peer, the likeliest first: beside the workbench's torch and transformers, with the
+    """Return the ways to install a peer, the likeliest first: with the workbench's torch and transformers, with the
     transformers that its own pins allow, against its pins.
     """
     torch, transformers = release("torch"), release("transformers")

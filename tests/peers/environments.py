@@ -1,7 +1,7 @@
-"""Environments of the peers: each its own, made once, outside the tree, and found again by what was asked for.
+"""Environments of the peers: one each, made once outside the tree, and reused for the same request.
 
-A peer's pins may not go with the workbench's torch or transformers, so that there are several ways to install it, tried
-in turn. The release of torch is the workbench's in each of them. Knows no peer.
+A peer's pins may conflict with the workbench's torch or transformers, so several ways to install it are tried in turn.
+Each of them uses the workbench's release of torch. Contains nothing specific to a peer.
 """
 
 import hashlib
@@ -15,29 +15,31 @@ from pathlib import Path
 from lib.files import write_atomically
 
 READY = "ready.json"
-SECONDS = 1800  # for one call of pip
+SECONDS = 1800  # limit for one pip call
 REASON_CHARACTERS = 160
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to install a peer: requirements, and packages without their dependencies, whose pins are overruled."""
+    """One way to install a peer: requirements, and packages installed without dependencies, whose pins are
+    overridden.
+    """
 
     requirements: tuple[str, ...]
     bare: tuple[str, ...] = ()
 
 
 class Impossible(Exception):
-    """An environment cannot be made, or an arm does not run; the text says why, in one line."""
+    """An environment cannot be made, or an arm does not run; the message gives the reason in one line."""
 
 
 def release(package: str) -> str:
-    """Return the installed release of a package as a requirement, without the name of its build (`+cpu`)."""
+    """Return the installed release of a package as a requirement, without its build tag (`+cpu`)."""
     return f"{package}=={importlib.metadata.version(package).partition('+')[0]}"
 
 
 def place(folder: Path, name: str, way: Way) -> Path:
-    """Return where the environment of a peer lies: one for each way and each Python."""
+    """Return the path of a peer's environment: one for each way and each Python."""
     identity = json.dumps([way.requirements, way.bare, sys.version])
     return folder / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
 
@@ -48,7 +50,7 @@ def python(environment: Path) -> Path:
 
 
 def ensure(folder: Path, name: str, way: Way) -> Path:
-    """Return the interpreter of a peer's environment, which is made where it is not there yet. Raises Impossible."""
+    """Return the interpreter of a peer's environment, creating it if it is missing. Raises Impossible."""
     environment = place(folder, name, way)
     interpreter = python(environment)
     if (environment / READY).is_file():
@@ -74,7 +76,7 @@ def _run(command: list[str]) -> None:
 
 
 def reason(output: str) -> str:
-    """Return the line of a failed command's output that says most: the first error, else the last line."""
+    """Return the most informative line of a failed command's output: the first error, else the last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if line.lower().startswith(("error:", "because ", "the conflict"))]
     chosen = (errors or lines[-1:] or ["it gives no reason"])[0]

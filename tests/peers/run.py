@@ -1,10 +1,9 @@
 """Peers on the same file, in one run: `python tests/peers/run.py [PEER …] --out DIR`.
 
-Each peer runs in its own environment, made once outside the tree, on the same checkpoint, prompt, windows and
-calibration text as the workbench beside it, with the same threads. Writes `peers.md`, `peers.json` and the arms' own
-results and logs into DIR; the same command resumes an interrupted run, with another DIR it starts anew. A peer that
-cannot be installed, or does not run, is a line of the table with the reason. Times mean something only on a quiet
-machine.
+Each peer runs in its own environment, made once outside the tree, with the same checkpoint, prompt, windows,
+calibration text and threads as the workbench. Writes `peers.md`, `peers.json` and the arms' own results and logs into
+DIR; the same command resumes an interrupted run, another DIR starts a new one. A peer that cannot be installed or does
+not run gets a table row with the reason. Times are meaningful only on a quiet machine.
 """
 
 import argparse
@@ -32,8 +31,8 @@ from tests.peers.environments import Way  # noqa: E402
 from tests.peers.running import Places, Result  # noqa: E402
 
 PEERS = tuple(dict.fromkeys(comparison.peer for comparison in COMPARISONS))
-NOT_SHARED = ("peers", "out", "environments", "note", "turns")  # more turns go on from fewer
-IDS = ("prompt", "windows", "calibration")  # of the setting, too long to be shown
+NOT_SHARED = ("peers", "out", "environments", "note", "turns")  # a run with more turns continues one with fewer
+IDS = ("prompt", "windows", "calibration")  # parts of the setting that are too long to show
 
 
 def parser() -> argparse.ArgumentParser:
@@ -71,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def chosen(peers: list[str]) -> list[Comparison]:
-    """Return the comparisons of the peers, all without any. Raises UserError for an unknown one."""
+    """Return the comparisons of the given peers, or all if none is given. Raises UserError for an unknown one."""
     for peer in peers:
         if peer not in PEERS:
             raise UserError(f'unknown peer "{peer}".{suggest(peer, PEERS)} Known: {", ".join(PEERS)}')
@@ -79,9 +78,9 @@ def chosen(peers: list[str]) -> list[Comparison]:
 
 
 def make_setting(options: argparse.Namespace, out: Path) -> tuple[Path, bool]:
-    """Write what all arms share to a file; return it, and whether it was there, made by the same choices.
+    """Write what all arms share to a file; return it, and whether it already existed with the same choices.
 
-    Raises UserError where the model cannot be loaded.
+    Raises UserError if the model cannot be loaded.
     """
     choices = {name: value for name, value in vars(options).items() if name not in NOT_SHARED}
     choices["model"] = plan.model_named(options.model)
@@ -99,7 +98,7 @@ def make_setting(options: argparse.Namespace, out: Path) -> tuple[Path, bool]:
 
 
 def facts(setting: dict[str, Any], results: list[Result], load: list[str], note: str) -> dict[str, str]:
-    """Return what stands above the table: when, where, with what."""
+    """Return the facts shown above the table: when, where, with what."""
     shown = {name: value for name, value in setting.items() if name not in (*IDS, "folder", "gguf")}
     shown |= {name: len(setting[name]) for name in ("windows", "calibration")}
     digest = hashlib.sha256(json.dumps([setting[name] for name in IDS]).encode()).hexdigest()[:12]
@@ -124,7 +123,7 @@ def load_now() -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the comparisons and write the table; return the exit code: 1 where a peer gave nothing."""
+    """Run the comparisons and write the table; return the exit code: 1 if a peer gave no result."""
     options = parser().parse_args(arguments)
     comparisons = chosen(options.peers)
     out = options.out.absolute()
@@ -145,7 +144,7 @@ def main(arguments: list[str]) -> int:
 def _write(
     out: Path, setting: dict[str, Any], rows: list[table.Row], results: list[Result], load: list[str], note: str
 ) -> None:
-    """Write the table of what is there so far: a run that is broken off leaves what it has."""
+    """Write the table of the results so far, so that an interrupted run keeps them."""
     about = facts(setting, results, load, note)
     notes = [f"{result.arm.title}: {result.note}" for result in results if result.note]
     write_atomically(out / "peers.md", table.markdown(rows, about, notes))

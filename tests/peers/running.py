@@ -1,7 +1,7 @@
 """Arms as processes: the peer's in an environment where it runs, the workbench's own beside it, in turns.
 
-The order is reversed from turn to turn, so that of any two arms each comes first equally often. Knows nothing of what
-the numbers mean.
+The order is reversed from turn to turn, so that of any two arms each comes first equally often. Does not interpret the
+numbers.
 """
 
 import json
@@ -19,12 +19,14 @@ from tests.peers.environments import Impossible, Way
 
 ROOT = Path(__file__).resolve().parents[2]
 ARMS = Path(__file__).resolve().parent / "arms"
-SECONDS = 5400  # for one arm
+SECONDS = 5400  # limit for one arm
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one arm gave in one turn: a number per metric, the versions that made them, a note; or why it gave none."""
+    """One arm's result of one turn: a number per metric, the package versions, a note; or the reason why there is
+    none.
+    """
 
     arm: Arm
     turn: int
@@ -36,9 +38,9 @@ class Result:
 
 @dataclass(frozen=True)
 class Places:
-    """Where a run reads and writes: the setting, the folder of the environments, and that of results and logs.
+    """Where a run reads and writes: the setting, the environments' folder, and the folder of results and logs.
 
-    `resumed`: the setting is that of a run that was broken off, and what its arms have written stands.
+    `resumed`: the setting is that of an interrupted run, and the results of its arms are kept.
     """
 
     setting: Path
@@ -54,9 +56,9 @@ Make = Callable[[Path, str, Way], Path]
 
 
 def run_arm(arm: Arm, turn: int, interpreter: Path, places: Places) -> Result:
-    """Run an arm in a fresh process and return its result, or the one that is there already.
+    """Run an arm in a fresh process and return its result, or the existing one.
 
-    Raises Impossible where it ends without one.
+    Raises Impossible if it ends without a result.
     """
     stem = "-".join([arm.script, *(option.replace("=", "-") for option in arm.options), str(turn)])
     written, log = places.results / f"{stem}.json", places.results / f"{stem}.log"
@@ -80,7 +82,7 @@ def run_arm(arm: Arm, turn: int, interpreter: Path, places: Places) -> Result:
 
 
 def read(arm: Arm, turn: int, written: Path, log: Path, code: int = 0) -> Result:
-    """Return the result that an arm has written. Raises Impossible where there is none, or it is none."""
+    """Return the result that an arm has written. Raises Impossible if it is missing or invalid."""
     try:
         content = json.loads(written.read_text(encoding="utf-8"))
         values = {name: float(value) for name, value in content["values"].items()}
@@ -101,10 +103,10 @@ def in_turns(
     run: RunArm = run_arm,
     make: Make = environments.ensure,
 ) -> list[Result]:
-    """Return the results of all arms in all turns; of arms that do not run one result with the reason.
+    """Return the results of all arms in all turns; an arm that does not run gives one result with the reason.
 
-    Where the peer cannot be installed or does not run in any way, that is the only result: there is nothing to hold
-    against it. `known` remembers the way that worked, per peer.
+    If the peer cannot be installed or run in any way, that is the only result, as there is nothing to compare with.
+    `known` remembers the way that worked, per peer.
     """
     peer = comparison.arms[0]
     try:

@@ -1,7 +1,7 @@
 """What all arms of a run share: checkpoint, prompt, windows, calibration text, threads; as one JSON file.
 
-Runs in a process of its own, so that the one that starts the arms never loads torch: `python -m tests.peers.setting
-CHOICES.json SETTING.json`. Knows no peer.
+Runs in its own process, so that the process that starts the arms never loads torch: `python -m tests.peers.setting
+CHOICES.json SETTING.json`. Contains nothing specific to a peer.
 """
 
 import json

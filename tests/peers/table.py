@@ -1,7 +1,7 @@
-"""From the arms' results to one table: a row for each number that stands beside the peer's, with the ratio of both.
+"""Builds one table from the arms' results: a row for each number that is compared with the peer's, with their ratio.
 
-Numbers are means over turns (geometric); the interval is Student's over the turns' log-ratios, and there is none of a
-single turn. Knows nothing of how an arm was run.
+Numbers are geometric means over turns; the interval is Student's over the turns' log-ratios; a single turn has none.
+Does not depend on how an arm was run.
 """
 
 import math
@@ -13,16 +13,16 @@ from lib.measure.metrics import paired_stats
 from tests.peers.comparisons import Arm, Comparison, Metric
 from tests.peers.running import Result
 
-SAME = 5e-4  # as far as a ratio is shown
+SAME = 5e-4  # displayed precision of a ratio
 COLUMNS = ("peer", "beside it", "number", "peer's", "the other's", "ratio, other / peer", "better")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One number of the peer and of an arm beside it; `reason` instead of numbers where there are none.
+    """One number of the peer and of another arm; `reason` replaces the numbers if there are none.
 
-    `ratio` is the arm's over the peer's, `ci` its 95 % interval, `better` who is: "peer", "other", "equal" (as far as a
-    ratio is shown), "cannot tell", or None where neither way is better.
+    `ratio` is the arm's over the peer's, `ci` its 95 % interval, `better` the better side: "peer", "other", "equal" (at
+    the displayed precision), "cannot tell", or None where neither direction is better.
     """
 
     peer: str
@@ -40,7 +40,7 @@ class Row:
 
 
 def rows(comparison: Comparison, results: Sequence[Result]) -> list[Row]:
-    """Return the rows of a comparison, arm by arm; one with the reason for an arm that gave nothing."""
+    """Return the rows of a comparison, arm by arm; a failed arm gets one row with the reason."""
     peer, *others = comparison.arms
     by_arm = {arm: [result for result in results if result.arm == arm] for arm in comparison.arms}
     if failed := _reason(by_arm[peer]):
@@ -61,7 +61,7 @@ def _reason(results: Sequence[Result]) -> str | None:
 
 
 def _row(comparison: Comparison, arm: Arm, metric: Metric, by_arm: Mapping[Arm, Sequence[Result]]) -> Row | None:
-    """Return the row of one metric, None where either arm does not read it."""
+    """Return the row of one metric, or None if either arm does not report it."""
     theirs, others = (_values(by_arm[key], metric.key) for key in (comparison.arms[0], arm))
     turns = sorted(set(theirs) & set(others))
     if not turns:
@@ -109,7 +109,7 @@ def plain(table_rows: Iterable[Row]) -> list[dict[str, Any]]:
 
 
 def markdown(table_rows: Sequence[Row], facts: Mapping[str, str], notes: Sequence[str]) -> str:
-    """Return the page: what was run where and when, the table, what has to be known of it."""
+    """Return the page: what was run where and when, the table, and its notes."""
     lines = ["# Peers on the same file", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     lines += ["", f"| {' | '.join(COLUMNS)} |", f"| {' | '.join('---' for _ in COLUMNS)} |"]
@@ -139,7 +139,7 @@ def _ratio(value: float) -> str:
 
 
 def number(value: float | None) -> str:
-    """Return a value in four digits, thousands apart."""
+    """Return a value with four digits and separated thousands."""
     if value is None:
         return ""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -1,4 +1,4 @@
-"""What all arms measure with: perplexity, shares of zeros and bytes by hand; and the setting that they share."""
+"""What all arms measure with: perplexity, shares of zeros and bytes, checked by hand; and their shared setting."""
 
 import math
 
@@ -14,7 +14,7 @@ NAME = "qwen3-4b-instruct-2507"
 CHOICES = {"model": NAME, "dtype": "", "threads": 1, "prompt_tokens": 24, "windows": 3, "window_tokens": 32}
 
 
-def test_perplexity_is_the_workbench_s_own(tiny):
+def test_perplexity_matches_the_workbench(tiny):
     model = tiny(NAME)
     ids_NT = torch.randint(8, 96, (3, 40), generator=torch.Generator().manual_seed(0))
     expected = math.exp(evaluate.read(model, ids_NT).loss_N.mean())
@@ -35,8 +35,8 @@ def test_zeros_are_counted_in_the_decoder_and_tied_weights_once(tiny):
     assert probe.stored_bytes(model) == sum(own.values())
 
 
-def test_the_median_of_the_timed_rounds_counts_and_the_peak_is_read(monkeypatch):
-    """Two rounds to warm up take longest; of the five that count, the median is neither the mean nor the last."""
+def test_the_median_of_timed_rounds_and_the_peak_are_read(monkeypatch):
+    """The two warm-up rounds take longest; of the five timed ones, the median is neither the mean nor the last."""
     now, lasts = [0.0], iter((90.0, 80.0, 5.0, 1.0, 2.0, 40.0, 3.0))
     monkeypatch.setattr(probe.time, "perf_counter", lambda: now[0])
 

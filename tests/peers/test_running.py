@@ -1,4 +1,4 @@
-"""Arms in turns, and what becomes of one that does not run; nothing is installed, and no peer is needed."""
+"""Tests arms in turns and arms that do not run; nothing is installed, and no peer is needed."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ def places(tmp_path):
 
 
 def recorded(order: list, fails: tuple[str, ...] = ()):
-    """Return a stand-in for running an arm, which notes what was run by which interpreter."""
+    """Return a fake arm runner that records what was run by which interpreter."""
 
     def run_arm(arm, turn, interpreter, _):
         order.append((arm.title, turn, interpreter))
@@ -46,7 +46,7 @@ def test_arms_take_turns_and_the_order_is_reversed(places):
     assert {str(where) for title, _, where in order if title != "llama.cpp"} == {sys.executable}
 
 
-def test_a_peer_that_cannot_be_installed_is_one_result_with_every_reason(places):
+def test_a_peer_that_cannot_be_installed_gives_one_result_with_every_reason(places):
     def impossible(_, name, way):
         raise Impossible(f"{name} has no wheel")
 
@@ -56,7 +56,7 @@ def test_a_peer_that_cannot_be_installed_is_one_result_with_every_reason(places)
     assert len(results) == 1 and not order and results[0].reason.count("has no wheel") == 4
 
 
-def test_the_next_way_is_tried_where_the_peer_does_not_run_and_is_remembered(places):
+def test_the_next_way_is_tried_if_the_peer_does_not_run_and_is_remembered(places):
     made, known = [], {}
 
     def make(_, name, way):
@@ -75,7 +75,7 @@ def test_the_next_way_is_tried_where_the_peer_does_not_run_and_is_remembered(pla
     assert len(made) == 3 and made[2] == made[1]
 
 
-def test_an_arm_that_fails_is_not_run_again_and_stops_no_other(places):
+def test_a_failing_arm_is_not_rerun_and_stops_no_other(places):
     order: list = []
     results = running.in_turns(THREE, places, 4, {}, run=recorded(order, ("one",)), make=lambda *_: Path("x"))
     assert [title for title, _, _ in order].count("one") == 1
@@ -83,14 +83,14 @@ def test_an_arm_that_fails_is_not_run_again_and_stops_no_other(places):
     assert len([result for result in results if result.arm == TWO]) == 4
 
 
-def test_minutes_are_run_once(places):
+def test_arms_that_take_minutes_run_once(places):
     order: list = []
     once = Comparison("llama.cpp", "", (PEER, ONE), (), once=True)
     running.in_turns(once, places, 4, {}, run=recorded(order), make=lambda *_: Path("x"))
     assert [title for title, _, _ in order] == ["llama.cpp", "one"]
 
 
-def test_a_result_is_read_and_a_damaged_one_is_a_reason(tmp_path):
+def test_a_result_is_read_and_a_damaged_one_gives_a_reason(tmp_path):
     written, log = tmp_path / "result.json", tmp_path / "log"
     written.write_text(json.dumps({"values": {"rate": 3}, "versions": {"peer": "1.0"}, "note": "so"}))
     result = running.read(PEER, 1, written, log)
@@ -105,7 +105,7 @@ def test_a_result_is_read_and_a_damaged_one_is_a_reason(tmp_path):
         running.read(PEER, 1, written, log, 1)
 
 
-def test_an_arm_runs_in_a_process_of_its_own(places, tmp_path, monkeypatch):
+def test_an_arm_runs_in_its_own_process(places, tmp_path, monkeypatch):
     (tmp_path / "arms").mkdir()
     script = """import json, os, sys
 from pathlib import Path
@@ -121,8 +121,8 @@ Path(sys.argv[2]).write_text(json.dumps({"values": {"threads": threads}, "versio
         running.run_arm(Arm("ill", "ill"), 0, Path(sys.executable), places)
 
 
-def test_a_run_that_was_broken_off_goes_on(places, tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "ARMS", tmp_path / "arms")  # holds no script: nothing could be run
+def test_an_interrupted_run_resumes(places, tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "ARMS", tmp_path / "arms")  # contains no scripts, so nothing could run
     (tmp_path / "arm-0.json").write_text(json.dumps({"values": {"x": 1}, "versions": {}}))
     resumed = replace(places, resumed=True)
     assert running.run_arm(Arm("arm", "arm"), 0, Path(sys.executable), resumed).values == {"x": 1.0}
@@ -148,7 +148,7 @@ def test_a_setting_is_kept_only_for_the_same_choices(tmp_path, monkeypatch):
     assert run.make_setting(options, tmp_path)[1] is False and len(made) == 2
 
 
-def test_an_environment_is_found_again_and_each_way_has_its_own(tmp_path, monkeypatch):
+def test_an_environment_is_reused_and_each_way_has_its_own(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(environments, "_run", calls.append)
     way, other = Way(("torch==1",), ("peer",)), Way(("torch==1",))
@@ -174,7 +174,7 @@ def test_the_reason_is_one_line(output, expected):
     assert len(environments.reason("error: " + "x" * 999)) == environments.REASON_CHARACTERS
 
 
-def test_every_arm_is_a_script_and_an_unknown_peer_is_one_line():
+def test_every_arm_is_a_script_and_an_unknown_peer_gives_one_line():
     assert {arm.script for comparison in COMPARISONS for arm in comparison.arms} | {"probe"} == {
         path.stem for path in ARMS.glob("*.py")
     }

@@ -1,4 +1,4 @@
-"""The table of the peers: ratios and intervals by hand, and who is better by them; one line for a peer that fails."""
+"""Tests the peers' table: ratios and intervals computed by hand, the better side, and one row for a peer that fails."""
 
 import json
 import math
@@ -40,12 +40,12 @@ def test_ratio_and_interval_are_those_of_the_turns():
 @pytest.mark.parametrize(
     "key, ours, better", [("rate", 2.0, "other"), ("rate", 0.5, "peer"), ("min", 2.0, "peer"), ("min", 0.5, "other")]
 )
-def test_who_is_better_depends_on_the_number(key, ours, better):
+def test_the_better_side_depends_on_the_metric(key, ours, better):
     (row,) = table.rows(PAIR, results([{key: 1.0}] * 2, [{key: ours}, {key: ours * 1.0001}]))
     assert row.better == better
 
 
-def test_an_interval_that_holds_one_tells_nothing_and_a_condition_is_not_judged():
+def test_an_interval_containing_one_cannot_tell_and_a_condition_is_not_judged():
     theirs, ours = [{"rate": 100.0, "b": 5.0}] * 2, [{"rate": 90.0, "b": 16.0}, {"rate": 120.0, "b": 16.0}]
     rate, bits = table.rows(PAIR, results(theirs, ours))
     assert rate.better == "cannot tell" and rate.ci[0] < 1 < rate.ci[1]
@@ -58,7 +58,7 @@ def test_turns_are_paired_and_one_turn_has_no_interval():
     assert row.theirs == pytest.approx(100)
 
 
-def test_what_is_equal_as_far_as_it_is_shown_is_called_equal():
+def test_values_equal_as_displayed_are_called_equal():
     (row,) = table.rows(PAIR, results([{"min": 1.0}], [{"min": 1.0001}]))
     assert row.better == "equal"
     (row,) = table.rows(PAIR, results([{"min": 1.0}], [{"min": 1.01}]))
@@ -70,7 +70,7 @@ def test_zero_has_no_ratio():
     assert row.ratio is None and row.theirs == 0 and row.better is None
 
 
-def test_a_failing_peer_is_one_line_and_a_failing_arm_one_of_its_own():
+def test_a_failing_peer_gives_one_row_and_a_failing_arm_its_own_row():
     failed = Result(PEER, 0, reason="with peer==1: the index offers none | of them")
     (row,) = table.rows(PAIR, [failed])
     assert row.reason and row.ratio is None
@@ -90,13 +90,13 @@ def test_the_page_holds_every_row_and_json_keeps_every_number():
     assert json.loads(json.dumps(table.plain(rows)))[0]["others"] == pytest.approx(2468.4)
 
 
-def test_the_table_that_is_kept_has_these_columns_and_every_peer():
+def test_the_stored_table_has_these_columns_and_every_peer():
     page = (Path(__file__).resolve().parents[2] / ".github" / "PEERS.md").read_text(encoding="utf-8")
     assert f"| {' | '.join(table.COLUMNS)} |" in page and "- date: " in page
     assert {comparison.peer for comparison in COMPARISONS} <= {line.split(" | ")[0][2:] for line in page.splitlines()}
 
 
-def test_every_comparison_can_be_told_apart_and_every_peer_installed():
+def test_every_comparison_is_distinguishable_and_every_peer_installable():
     for comparison in COMPARISONS:
         assert comparison.arms[0].own and not any(arm.own for arm in comparison.arms[1:])
         assert len({(arm.script, arm.options) for arm in comparison.arms}) == len(comparison.arms)

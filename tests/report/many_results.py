@@ -1,9 +1,9 @@
 """Ten thousand results: how long planning, `list`, `check`, `compare` and the overview take, and how that grows.
 
-By hand: `python tests/report/many_results.py [--models 25 50 100] [--optimizations 100]`. Makes a workbench with that
-many models and templates and a record for each pair, runs every command in a process of its own, and prints seconds,
-the peak of memory, and the growth: the exponent k of time ~ records^k between the smallest and the largest set. Exits
-with 1 where the largest set takes more than 20 seconds or 2 GB, or where a time grows faster than in proportion.
+Run by hand: `python tests/report/many_results.py [--models 25 50 100] [--optimizations 100]`. Makes a workbench with
+that many models and templates and a record for each pair, runs every command in its own process, and prints seconds,
+peak memory, and the growth: the exponent k of time ~ records^k between the smallest and the largest set. Exits with 1
+if the largest set takes more than 20 seconds or 2 GB, or if a time grows faster than linearly.
 """
 
 import argparse
@@ -52,7 +52,7 @@ assert not faults, faults
 
 
 def project(root: Path, models: int, optimizations: int) -> Path:
-    """Make a workbench with so many models and templates."""
+    """Make a workbench with the given numbers of models and templates."""
     import workbench
 
     workbench.project(root)
@@ -69,7 +69,7 @@ def project(root: Path, models: int, optimizations: int) -> Path:
 
 
 def fill(root: Path, name: str) -> None:
-    """Write the record of every planned run, with its key, its pages and a notebook, so that all count as finished."""
+    """Write the record of every planned run, with its key, pages and notebook, so that all count as finished."""
     import samples
 
     from lib.report.records import record
@@ -94,7 +94,7 @@ def fill(root: Path, name: str) -> None:
 
 
 def executed(glued: dict) -> str:
-    """Return a notebook with one cell, which glued a record."""
+    """Return a notebook with one cell that glued a record."""
     mark = {"scrapbook": {"name": "record", "data": True, "display": False}}
     scrap = {"name": "record", "data": glued, "encoder": "json", "version": 1}
     output = {"output_type": "display_data", "metadata": mark, "data": {MIME: scrap}}
@@ -103,13 +103,13 @@ def executed(glued: dict) -> str:
 
 
 def measured(root: Path, command: list[str]) -> tuple[float, float, int, str]:
-    """Run a command; return its seconds, those of the processor, the peak of memory of its processes together, and what
-    it said if it failed.
+    """Run a command; return its seconds, its processor seconds, the peak memory of all its processes, and its output if
+    it failed.
     """
     from lib.suite.run.sampling import Tree
 
     began, before = time.monotonic(), processor()
-    with tempfile.TemporaryFile("w+") as out:  # a pipe that nobody reads would hold up a command that says much
+    with tempfile.TemporaryFile("w+") as out:  # an unread pipe would block a command with much output
         process = subprocess.Popen(command, cwd=root, stdout=out, stderr=subprocess.STDOUT, env=surroundings())
         tree, peak = Tree(process.pid), 0
         while process.poll() is None:
@@ -125,13 +125,13 @@ def measured(root: Path, command: list[str]) -> tuple[float, float, int, str]:
 
 
 def processor() -> float:
-    """Return the seconds that the processor has worked for children of this process that have ended."""
+    """Return the processor seconds of this process's children that have ended."""
     used = os.times()
     return used.children_user + used.children_system
 
 
 def resident(processes: list) -> int:
-    """Return the bytes that processes hold together."""
+    """Return the total resident bytes of processes."""
     import psutil
 
     total = 0
@@ -150,7 +150,7 @@ def surroundings() -> dict[str, str]:
 
 
 def commands() -> dict[str, list[str]]:
-    """Return what is timed. `check` and `compare` may find faults and changes: they exit with 1 then."""
+    """Return the timed commands. `check` and `compare` may find faults and changes, and then exit with 1."""
     build = [sys.executable, "build.py"]
     return {
         "planning": [sys.executable, "-c", PLANNING],

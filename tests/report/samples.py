@@ -1,4 +1,4 @@
-"""Records made by hand and by chance, for the tests of the report. No model was run for them."""
+"""Handmade and random records for the report tests. No model was run for them."""
 
 import random
 
@@ -31,7 +31,7 @@ def timed(
 
 
 def energy(ratio: float, low: float, high: float, verdict: str) -> Measurement:
-    """Return energy per token with an interval and a verdict, whether or not they go together."""
+    """Return energy per token with an interval and a verdict, whether or not they are consistent."""
     return measurement.judged(
         "energy_joules_per_token", "decode", baseline=1.0, optimized=ratio, ratio=ratio, ci=(low, high), n=12,
         noise_floor=0.01, margin=0.03, verdict=verdict, provenance="measured", source="NVML counter",
@@ -115,7 +115,7 @@ def without_result(
 
 
 def by_chance(seed: int) -> Record:
-    """Return a record of random metrics, values and verdicts, all of them lawful."""
+    """Return a valid record of random metrics, values and verdicts."""
     chance = random.Random(seed)
     drawn = []
     for name in chance.sample(sorted(METRICS), chance.randint(0, len(METRICS))):
@@ -145,7 +145,7 @@ OPTIMIZATIONS = (
 
 
 def paired(metric: str, gain: float, spread: float = 0.01, workload: str = "prefill", seed: int = 0) -> Measurement:
-    """Return a measurement of twelve blocks with a planted gain, judged as a real one is."""
+    """Return a measurement of twelve blocks with a planted gain, judged like a real one."""
     chance = random.Random(f"{metric} {gain} {seed}")
     turned = gain if METRICS[metric].higher_is_better else 1 / gain
     baseline = [800 * chance.lognormvariate(0, 0.05) for _ in range(12)]
@@ -157,7 +157,7 @@ def paired(metric: str, gain: float, spread: float = 0.01, workload: str = "pref
 
 
 def whole(optimization: str, model: str, gain: float = 1.2, lost: float = 0.002, seed: int = 0) -> Record:
-    """Return a record that falls short of nothing: timed in blocks, several metrics in each dimension, a curve."""
+    """Return a complete record: timed in blocks, several metrics in each dimension, a curve."""
     counted_and_timed = [
         paired("prefill_tokens_per_second", gain, seed=seed),
         paired("decode_tokens_per_second", gain * 0.95, workload="decode", seed=seed),
@@ -191,7 +191,7 @@ def whole(optimization: str, model: str, gain: float = 1.2, lost: float = 0.002,
 
 
 def good(folder, optimizations=OPTIMIZATIONS, seed: int = 0, **options):
-    """Write a result set of all eleven optimizations on all four models that falls short of nothing; return it."""
+    """Write a complete result set of all eleven optimizations on all four models; return it."""
     for optimization in optimizations:
         for model in MODELS:
             run = whole(optimization, model, seed=seed, **options)
@@ -200,7 +200,7 @@ def good(folder, optimizations=OPTIMIZATIONS, seed: int = 0, **options):
 
 
 def mixed(folder):
-    """Write a result set in which everything happens that may: gains, losses, failures, gaps, damage; return it."""
+    """Write a result set with every possible outcome: gains, losses, failures, gaps, damage; return it."""
     chance = random.Random(11)
     for optimization in OPTIMIZATIONS:
         for model in MODELS:

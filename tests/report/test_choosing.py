@@ -1,4 +1,4 @@
-"""Figures that a person chooses: static where nobody is there, the same figure and widgets where somebody is."""
+"""Interactive figures: static without a user, the same figure plus widgets with one."""
 
 import pytest
 
@@ -11,7 +11,7 @@ from tests.report import samples
 
 @pytest.fixture
 def displayed(monkeypatch):
-    """Return what is displayed, as words, and without anybody in front."""
+    """Return the displayed output as text, without an interactive user."""
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
     texts: list[str] = []
     monkeypatch.setattr(style, "show", lambda figure, alt: texts.append(alt))
@@ -21,7 +21,7 @@ def displayed(monkeypatch):
 
 @pytest.fixture
 def offered(monkeypatch):
-    """Return the boxes of widgets that are offered to a person who is there."""
+    """Return the widget boxes that are offered to an interactive user."""
     monkeypatch.setenv("JPY_SESSION_NAME", "overview.ipynb")
     boxes: list = []
     offer = choosing.offer
@@ -34,7 +34,7 @@ def _records():
     return [*known, samples.run(samples.OPTIMIZATIONS[3], samples.MODELS[0], accuracy="not_maintained")]
 
 
-def test_with_nobody_there_each_figure_is_shown_once(displayed, monkeypatch):
+def test_without_a_user_each_figure_is_shown_once(displayed, monkeypatch):
     monkeypatch.setattr(choosing, "offer", lambda *_, **__: pytest.fail("nobody is there to choose"))
     choosing.forest(_records(), "prefill_tokens_per_second")
     choosing.trade_offs(_records(), "prefill_tokens_per_second", "f1_macro")
@@ -59,8 +59,8 @@ def test_runs_that_lose_another_score_are_counted():
     assert choosing.lost_elsewhere([*runs[:-1], lost], "f1_macro") == " 1 run loses another score beyond its margin."
 
 
-def test_a_run_that_answers_nothing_right_any_more_is_in_the_figure(displayed):
-    """Its ratio is 0, which was taken for a missing one: the worst runs stood nowhere."""
+def test_a_run_with_no_correct_answers_left_is_in_the_figure(displayed):
+    """Previously its ratio of 0 was treated as missing, and the worst runs appeared nowhere."""
     speed, quality = "prefill_tokens_per_second", "retrieval_exact_match"
     lost = samples.scored(quality, 0.95, 0.0, "not_maintained", workload="retrieval")
     kept = [m for m in samples.measurements() if m.metric != quality]
@@ -114,7 +114,7 @@ def test_a_tighter_margin_keeps_fewer():
 
 
 def test_a_score_that_rose_is_kept():
-    """It was counted among those of which nothing can be told."""
+    """Previously it was counted among the undecided ones."""
     rose = samples.scored("f1_macro", 0.85, 0.91, "better")
     run = samples.run(measurements=[samples.timed("prefill_tokens_per_second", 1.3), rose])
     text = choosing.within_margin([run], "prefill_tokens_per_second", "f1_macro", 2.0)
@@ -122,8 +122,8 @@ def test_a_score_that_rose_is_kept():
     assert "Kept, and better in prefill rate: Structured pruning on" in text
 
 
-def test_a_score_that_has_no_points_keeps_its_own_margin_and_says_so(displayed, offered):
-    """Perplexity is judged by its own share, whatever number of points is chosen beside it."""
+def test_a_score_without_points_keeps_and_names_its_own_margin(displayed, offered):
+    """Perplexity is judged by its own relative margin, whatever margin in points is chosen."""
     choosing.trade_offs(_records(), "prefill_tokens_per_second", "perplexity")
     margin = offered[0].children[1].children[-1]
     assert margin.value == pytest.approx(2)  # as for any score, until one in points is chosen
@@ -132,7 +132,7 @@ def test_a_score_that_has_no_points_keeps_its_own_margin_and_says_so(displayed, 
     assert displayed[-1].startswith("perplexity within its own margin: 7 of 7 runs keep it")
 
 
-def test_many_runs_are_named_in_sentences_that_can_be_read():
+def test_many_runs_are_named_in_readable_sentences():
     pairs = [(name, model) for name in samples.OPTIMIZATIONS[:4] for model in samples.MODELS[:2]]
     runs = [record.build(name, model, "proxy", "quick", {}, samples.measurements()) for name, model in pairs]
     text = choosing.within_margin(runs, "prefill_tokens_per_second", "f1_macro", 5.0)
@@ -140,8 +140,8 @@ def test_many_runs_are_named_in_sentences_that_can_be_read():
     assert all(brief.count(part) <= brief.MOST_WORDS for part in brief.split(text)), text
 
 
-def test_what_a_figure_calls_better_holds_for_the_whole_set(displayed):
-    """As in the matrix above it: one weak effect among many that are none is no discovery."""
+def test_better_in_a_figure_holds_across_the_whole_set(displayed):
+    """As in the matrix above it, one weak effect among many null effects is not a discovery."""
 
     def run(name, gain, half, verdict):
         timed = samples.timed("prefill_tokens_per_second", gain, half, verdict)
@@ -156,8 +156,8 @@ def test_what_a_figure_calls_better_holds_for_the_whole_set(displayed):
     ]
 
 
-def test_what_is_read_off_a_figure_holds_for_the_whole_set_as_well():
-    rate = samples.timed("prefill_tokens_per_second", 1.05, 0.06)  # better by its record, by chance in the set
+def test_the_reading_of_a_figure_holds_across_the_whole_set():
+    rate = samples.timed("prefill_tokens_per_second", 1.05, 0.06)  # better in its record, chance within the set
     run = samples.run(measurements=[rate, *(m for m in samples.measurements() if m.workload != "prefill")])
     failed = samples.without_result("failed", "no memory", "automl_components")
     assert run.verdict.performance == "better"

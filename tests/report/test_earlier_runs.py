@@ -1,11 +1,11 @@
-"""This run beside the last one: what differs is said, what is missing is a dash, and a run is kept for the next."""
+"""This run compared with the last one: differences are stated, missing values are dashes, each run is kept."""
 
 from lib.report import earlier_runs
 from lib.report.records import record
 from tests.report import samples
 
 
-def test_what_the_other_run_did_otherwise_is_said():
+def test_differences_from_the_other_run_are_stated():
     run, other = samples.run(), samples.run()
     assert earlier_runs.difference("last build", run, other) == "Last build (2026-01-31 14:05), same settings."
     changed = other.model_copy(update={"effort": "standard", "parameters": other.parameters | {"ratio": 0.5}})

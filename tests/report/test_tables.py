@@ -1,4 +1,4 @@
-"""Tables say what the record says; figures draw intervals, stand any frame, and never come without words."""
+"""Tables match the record; figures draw intervals, accept any frame, and never come without text."""
 
 import pandas as pd
 import pytest
@@ -32,7 +32,7 @@ def test_quantities_read_well():
     assert quantities.duration(185) == "3 min 05 s"
 
 
-def test_names_need_no_entry():
+def test_titles_and_labels_need_no_entry():
     assert title("structured_pruning") == "Structured pruning"
     assert title("continuous_nas") == "Continuous NAS"
     assert title("automl_components") == "AutoML components"
@@ -40,7 +40,7 @@ def test_names_need_no_entry():
     assert label("latency_p99_ms") == "latency p99"
 
 
-def test_tidy_has_a_row_of_numbers_per_measurement():
+def test_tidy_has_one_numeric_row_per_measurement():
     run = samples.run()
     frame = tables.tidy(run)
     assert list(frame.columns) == list(tables.TIDY)
@@ -50,7 +50,7 @@ def test_tidy_has_a_row_of_numbers_per_measurement():
     assert time["gain_low"] < time["gain"] < time["gain_high"]
 
 
-def test_a_metric_of_two_workloads_is_told_apart():
+def test_workloads_of_one_metric_are_distinguished():
     timed = [samples.timed("decode_tokens_per_second", 1.1, workload=name) for name in ("short", "long")]
     assert list(tables.tidy(timed)["label"]) == ["decode rate [short]", "decode rate [long]"]
 
@@ -72,7 +72,7 @@ def test_tables_are_escaped_and_survive_markdown():
 
 
 @pytest.mark.parametrize("count", [0, 1, 8])
-def test_tables_across_records_stand_any_number(count):
+def test_tables_across_records_accept_any_number(count):
     records = [samples.run(model=samples.MODELS[i % 4], optimization=f"o_{i // 4}") for i in range(count)]
     assert len(tables.matrix(records)) == count
     assert len(tables.speed_and_quality(records)) == count
@@ -83,7 +83,7 @@ def test_tables_across_records_stand_any_number(count):
     assert len(tables.missing(records)) == min(count, 1)
 
 
-def test_a_record_counts_once_however_many_workloads_its_metric_has():
+def test_a_record_counts_once_despite_many_workloads_of_its_metric():
     run = samples.run()
     often = [samples.timed("decode_tokens_per_second", 1.1, workload=name) for name in ("decode", "long", "longer")]
     records = [run.model_copy(update={"measurements": often, "optimization": name}) for name in ("a", "b")]
@@ -104,7 +104,7 @@ def test_controls_are_drawn_with_their_own_interval():
     assert tables.controls(arms, "accuracy").empty
 
 
-def test_quality_is_in_points_and_up_is_better():
+def test_quality_is_in_points_and_higher_is_better():
     line = tables.speed_and_quality([samples.run(accuracy="not_maintained")]).iloc[0]
     assert line["y"] == pytest.approx(-4.1)
     assert line["y_low"] < line["y"] < line["y_high"]
@@ -163,17 +163,17 @@ def test_every_figure_can_be_drawn(figure):
     assert style.png(figure()).startswith(PNG)
 
 
-def test_a_figure_without_words_is_refused():
+def test_a_figure_without_text_is_refused():
     with pytest.raises(ValueError, match="alternative text"):
         style.show(style.forest(tables.tidy([])), " ")
 
 
-def test_colours_and_markers_tell_arms_apart():
+def test_colors_and_markers_distinguish_arms():
     looks = {theme.look(index) for index in range(36)}
     assert len(looks) == 36
 
 
-def test_rows_keep_the_reason_of_what_is_missing():
+def test_rows_keep_the_reason_for_missing_values():
     row = rows.rows(samples.measurements())[-1]
     assert row["optimized"] == "–"
     assert row["reason"] == "the peak of this machine was not measured"
@@ -190,7 +190,7 @@ def test_a_figure_of_many_models_draws_the_first_and_says_so():
     ("ci", "shown"),
     [((0.0318, 0.036), "0.0318–0.0360"), ((1.01e-5, 1.2e-5), "0.000010–0.000012"), ((0.0, 0.0), "0–0"), (None, "–")],
 )
-def test_an_interval_of_a_value_has_the_digits_that_it_deserves(ci, shown):
-    """As `1.01e-05–1.2e-05` its dash looked like another minus."""
+def test_an_interval_has_as_many_digits_as_it_warrants(ci, shown):
+    """In `1.01e-05–1.2e-05` the dash looked like another minus sign."""
     divergence = measurement.informative("kl_divergence_nats", "prefill", 0.0, 0.03, "32 windows", ci=ci, n=32)
     assert rows.row(divergence)["95 % interval"] == shown

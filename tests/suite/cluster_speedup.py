@@ -1,10 +1,10 @@
-"""How much faster two single-core workers finish a set of runs than one, and whether their numbers stay honest.
+"""Measures how much faster two single-core workers finish a set of runs than one, and whether results stay honest.
 
 By hand: `python tests/suite/cluster_speedup.py [OPTIMIZATION …] [--effort quick] [--model M …]`. Starts a scheduler and
-workers on this machine, each worker kept to a core of its own; runs the same jobs on one worker, then on two, into
-fresh folders; prints both times and their ratio, and how many of the comparisons of the baseline with itself (A/A)
-called a difference under either. Exits with 1 below 1.7×, or where such false calls exceed 5 % and the slack of so few
-trials (one-sided binomial test).
+workers on this machine, each worker pinned to its own core; runs the same jobs on one worker, then on two, into fresh
+folders; prints both times, their ratio, and how many comparisons of the baseline with itself (A/A) called a difference
+in each case. Exits with 1 below 1.7×, or if such false calls exceed 5 % plus the slack for so few trials (one-sided
+binomial test).
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def timed(folder: Path, workers: int, arguments: list[str]) -> tuple[float, str]:
-    """Run the jobs on so many workers; return the seconds that the build took, and what went wrong."""
+    """Run the jobs on the given number of workers; return the build's seconds and its errors."""
     cluster = Cluster(folder, workbench.ROOT)
     try:
         address = cluster.address
@@ -68,7 +68,7 @@ def timed(folder: Path, workers: int, arguments: list[str]) -> tuple[float, str]
 
 
 def false_calls(results: Path) -> tuple[int, int]:
-    """Return how many A/A comparisons of a result folder are called better or worse, of how many."""
+    """Return how many A/A comparisons of a result folder are called better or worse, and their total."""
     verdicts = []
     for path in results.glob("*--*.json"):
         for control in json.loads(path.read_text(encoding="utf-8"))["controls"]:

@@ -1,4 +1,4 @@
-"""A real Dask scheduler and real workers, each a process of this machine, ended whatever happens."""
+"""A real Dask scheduler and real workers, each a local process that is always ended."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from typing import Any
 import workbench
 
 DASK = Path(sys.executable).with_name("dask")
-# What a lost connection costs is a matter of these; a test need not wait for a slow network.
+# These determine what a lost connection costs; a test need not wait for a slow network.
 QUICK = {
     "DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "3s",
     "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "15s",
@@ -23,7 +23,7 @@ QUICK = {
 
 
 class Cluster:
-    """A scheduler and its workers; `root` is the workbench's folder that the workers are started in."""
+    """A scheduler and its workers; `root` is the workbench's folder in which the workers are started."""
 
     def __init__(self, folder: Path, root: Path):
         self.folder, self.root = folder, root
@@ -32,7 +32,7 @@ class Cluster:
         self.scheduler = self.start("scheduler", "--port", "0", "--host", "127.0.0.1")
 
     def start(self, *arguments: str, cores: str = "", root: Path | None = None) -> subprocess.Popen:
-        """Start `dask` with arguments in `root`, kept to `cores` (as taskset takes them) if given."""
+        """Start `dask` with arguments in `root`, pinned to `cores` (in taskset's syntax) if given."""
         command = [DASK, *arguments, "--no-dashboard", "--scheduler-file", self.file]
         with (self.folder / f"{len(self.processes)}.log").open("w") as log:
             process = subprocess.Popen(
@@ -58,7 +58,7 @@ class Cluster:
         return workbench.wait_for(written_address)
 
     def worker(self, name: str, resources: str = "device=1", **more: Any) -> subprocess.Popen:
-        """Start a worker without a nanny; it need not have met the scheduler when this returns."""
+        """Start a worker without a nanny; it may not have met the scheduler when this returns."""
         options = ["--nthreads", "1", "--no-nanny", "--name", name, "--local-directory", str(self.folder / name)]
         given_resources = ["--resources", resources] if resources else []
         return self.start("worker", "--host", "127.0.0.1", *options, *given_resources, **more)
@@ -71,7 +71,7 @@ class Cluster:
             client.wait_for_workers(number, timeout=seconds)
 
     def end(self) -> None:
-        """End every process, and whatever it started."""
+        """End every process and its children."""
         for process in reversed(self.processes):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -80,7 +80,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def cluster(folder: Path, root: Path, workers: int = 2) -> Iterator[Cluster]:
-    """Yield a cluster with so many workers."""
+    """Yield a cluster with the given number of workers."""
     folder.mkdir(parents=True, exist_ok=True)
     dask = Cluster(folder, root)
     try:

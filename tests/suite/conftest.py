@@ -1,4 +1,4 @@
-"""One small build, shared by the tests that only look at what it left."""
+"""One small build, shared by the tests that only inspect its output."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ import workbench
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory):
-    """Return a copy of the project after a build in which one template is well, and the others fail in their ways."""
+    """Return a copy of the project after a build with one working template and others that fail in different ways."""
     root = workbench.project(tmp_path_factory.mktemp("built") / "project")
     folder = root / "notebooks"
     workbench.notebook(folder / "well.ipynb", [("Set-up", "x = ratio"), ("Record", workbench.RECORD)])
@@ -28,7 +28,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture
 def project(tmp_path):
-    """Return a copy of the project with one template that is well."""
+    """Return a copy of the project with one working template."""
     root = workbench.project(tmp_path / "project")
     workbench.notebook(root / "notebooks" / "well.ipynb", [("Set-up", "x = ratio"), ("Record", workbench.RECORD)])
     return root

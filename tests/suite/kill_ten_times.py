@@ -1,7 +1,7 @@
-"""Kills a build outright at random moments, ten times, and shows that nothing finished is lost or run twice.
+"""Kills a build outright at random moments, ten times, and shows that no finished run is lost or repeated.
 
 By hand: `python tests/suite/kill_ten_times.py [OPTIMIZATION …] [--kills 10] [--seed 0]`. Works in a temporary copy,
-with tiny templates, or with those of the optimizations named, at effort quick.
+with tiny templates, or with those of the named optimizations at effort quick.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def _real(folder: Path, optimizations: list[str]) -> Path:
 
 
 def _finished(root: Path) -> dict[str, str]:
-    """Return the finished runs, each with the time at which it started."""
+    """Return the finished runs with their start times."""
     by_name = {}
     for path in (root / "executed/proxy").glob("*--*.json"):
         by_name[path.name.removesuffix(".json")] = workbench.record(root, path.name.removesuffix(".json"))["started"]

@@ -1,4 +1,4 @@
-"""The environment: what satisfies the requirements, how one is made, how an interrupted one is repaired. Offline."""
+"""Environment setup: what satisfies the requirements, how it is made, how an interruption is repaired. Offline."""
 
 import contextlib
 import importlib.metadata
@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from lib.suite import bootstrap
 
 
-def test_requirements_are_read_with_what_is_accepted():
+def test_requirements_are_parsed_with_their_accepted_versions():
     text = "# why\ntorch==2.13.0  # accept >=2.11\npapermill>=2.6,<3\nsix\n--no-index\n"
     text += "playwright>=1.49  # accept absence\n"
     parsed = [(item.name, item.accepted, item.optional) for item in bootstrap.requirements(text)]
@@ -47,7 +47,7 @@ def test_this_environment_satisfies_the_requirements():
     assert bootstrap.unmet((workbench.ROOT / "requirements.txt").read_text(encoding="utf-8")) == []
 
 
-def test_unmet_names_what_is_missing():
+def test_unmet_names_missing_requirements():
     assert bootstrap.unmet("no-such-package-here\npytest>=9999\n")[0] == "no-such-package-here"
     assert bootstrap.unmet("pytest>=9999\n")[0].endswith("needs >=9999)")
     assert bootstrap.unmet("no-such-package-here>=1  # accept absence\n") == []
@@ -55,7 +55,7 @@ def test_unmet_names_what_is_missing():
 
 
 def _wheel(folder: Path, name: str = "tinypackage", version: str = "1.0") -> None:
-    """Write an installable package, so that a set-up needs no network."""
+    """Write an installable package, so that setup needs no network."""
     information = f"{name}-{version}.dist-info"
     with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"{name}.py", "")
@@ -68,7 +68,7 @@ def _wheel(folder: Path, name: str = "tinypackage", version: str = "1.0") -> Non
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
-    """Return a project whose only requirement is a package beside it, and whose program says where it runs."""
+    """Return a project that requires only a package beside it, and whose program prints where it runs."""
     root = tmp_path_factory.mktemp("bare")
     (root / "lib" / "suite" / "cli").mkdir(parents=True)
     for name in (
@@ -98,8 +98,8 @@ def _call(root: Path, *arguments: str, timeout: float = 120) -> subprocess.Compl
     )
 
 
-def test_first_use_makes_the_environment_and_starts_there(bare):
-    shutil.rmtree(bare / ".venv", ignore_errors=True)  # of the other tests, in whichever order they run
+def test_the_first_use_creates_the_environment_and_runs_in_it(bare):
+    shutil.rmtree(bare / ".venv", ignore_errors=True)  # left by other tests, in whichever order they run
     ended = _call(bare, "list", "-x")
     assert ended.returncode == 7, ended.stdout + ended.stderr
     assert ended.stdout.strip() == f"{bare / '.venv'} list -x"
@@ -109,7 +109,7 @@ def test_first_use_makes_the_environment_and_starts_there(bare):
 
 
 @pytest.mark.parametrize("damage", ["installing", "broken python"])
-def test_an_interrupted_set_up_is_repaired(bare, damage):
+def test_an_interrupted_setup_is_repaired(bare, damage):
     environment = bare / ".venv"
     assert _call(bare).returncode == 7
     if damage == "installing":
@@ -137,7 +137,7 @@ def test_changed_requirements_are_installed(bare):
         (bare / "requirements.txt").write_text(text, encoding="utf-8")
 
 
-def test_a_set_up_that_fails_says_so_in_one_line(bare):
+def test_a_failed_setup_gets_one_line(bare):
     path = bare / "requirements.txt"
     text = path.read_text(encoding="utf-8")
     path.write_text(text + "nothing-of-this-name==1\n", encoding="utf-8")
@@ -151,14 +151,14 @@ def test_a_set_up_that_fails_says_so_in_one_line(bare):
     assert _call(bare).returncode == 7
 
 
-def test_an_environment_outlives_an_installation_that_fails(bare):
+def test_the_environment_survives_a_failed_installation(bare):
     assert _call(bare).returncode == 7
     path, kept = bare / "requirements.txt", bare / ".venv" / "kept"
     text = path.read_text(encoding="utf-8")
     kept.touch()
     path.write_text(text + "nothing-of-this-name==1\n", encoding="utf-8")
     try:
-        for _ in range(2):  # without a network, say
+        for _ in range(2):  # e.g. without a network
             ended = _call(bare)
             assert ended.returncode == 2 and "updating .venv to requirements.txt" in ended.stderr, ended.stderr
     finally:
@@ -169,7 +169,7 @@ def test_an_environment_outlives_an_installation_that_fails(bare):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs signals and locks of POSIX")
-def test_ctrl_c_while_another_process_sets_up_is_one_line(bare):
+def test_ctrl_c_while_another_process_sets_up_gets_one_line(bare):
     import fcntl
 
     assert _call(bare).returncode == 7
@@ -194,7 +194,7 @@ def test_ctrl_c_while_another_process_sets_up_is_one_line(bare):
         stamp.write_text(before, encoding="utf-8")
 
 
-def test_a_set_up_that_was_killed_is_repaired(bare):
+def test_a_killed_setup_is_repaired(bare):
     shutil.rmtree(bare / ".venv", ignore_errors=True)
     python = getattr(sys, "_base_executable", sys.executable)
     process = subprocess.Popen([python, bare / "build.py"], env=workbench.surroundings(), stderr=subprocess.DEVNULL)
@@ -204,7 +204,7 @@ def test_a_set_up_that_was_killed_is_repaired(bare):
     assert ended.returncode == 7, ended.stdout + ended.stderr
 
 
-def test_the_tested_versions_satisfy_what_is_required():
+def test_tested_versions_satisfy_the_requirements():
     text = (workbench.ROOT / ".ci" / "constraints.txt").read_text(encoding="utf-8")
     tested = dict(line.split("==") for line in text.splitlines() if line and not line.startswith("#"))
     for wanted in bootstrap.requirements((workbench.ROOT / "requirements.txt").read_text(encoding="utf-8")):
@@ -212,8 +212,8 @@ def test_the_tested_versions_satisfy_what_is_required():
         assert bootstrap.satisfies(version, wanted.accepted), f"{wanted.name} {version}"
 
 
-def test_the_tested_versions_can_be_installed_together():
-    """What is installed here in its tested version asks of others what their tested versions satisfy."""
+def test_tested_versions_can_be_installed_together():
+    """Tested versions that are installed here have requirements that the other tested versions satisfy."""
     text = (workbench.ROOT / ".ci" / "constraints.txt").read_text(encoding="utf-8")
     tested = {name: version for name, version in re.findall(r"^([a-z0-9-]+)==(.+)$", text, re.M)}
     lines = (workbench.ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
@@ -236,13 +236,13 @@ def test_the_tested_versions_can_be_installed_together():
     assert {name for name, _ in seen} > {"torch", "transformers", "papermill", "python-dateutil"}
 
 
-def test_an_older_python_is_a_wrong_request():
+def test_an_older_python_is_refused():
     program = "import sys; sys.version_info = (3, 9, 2); exec(open('build.py').read())"
     ended = subprocess.run([sys.executable, "-c", program], cwd=workbench.ROOT, capture_output=True, text=True)
     assert ended.returncode == 2 and ended.stderr == "build.py: Python 3.10 or newer is needed, this is 3.9\n"
 
 
-def test_a_commit_is_formatted_by_the_version_that_the_tests_ask():
+def test_the_commit_hook_uses_the_tested_ruff_version():
     tested = (workbench.ROOT / ".ci" / "constraints.txt").read_text(encoding="utf-8")
     hooks = (workbench.ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
     [version] = re.findall(r"^ruff==(.+)$", tested, re.M)

@@ -1,4 +1,4 @@
-"""What a build leaves, what it says of what failed, and what it does when it is called again."""
+"""What a build leaves behind, what it reports about failures, and what it does when called again."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from lib.suite.store import render, running
 from lib.suite.store.result_folder import Folder
 
 
-def test_one_failure_stops_nothing(built):
+def test_one_failure_does_not_stop_other_runs(built):
     root, ended = built
     assert ended.returncode == 1, ended.stdout + ended.stderr
     statuses = {name: workbench.record(root, f"{name}--alpha-1.5")["status"] for name in ("well", "raises", "hangs")}
@@ -33,7 +33,7 @@ def test_one_failure_stops_nothing(built):
         ("silent", "the notebook glued no record"),
     ],
 )
-def test_a_failure_tells_cell_error_and_notebook(built, name, message):
+def test_a_failure_names_cell_error_and_notebook(built, name, message):
     root, ended = built
     stem = f"{name}--alpha-1.5"
     record = workbench.record(root, stem)
@@ -44,7 +44,7 @@ def test_a_failure_tells_cell_error_and_notebook(built, name, message):
     assert not (root / f"executed/proxy/{stem}.ipynb").exists()
 
 
-def test_what_does_not_apply_is_a_result(built):
+def test_not_applicable_is_a_result(built):
     root, ended = built
     folder, stem = root / "executed" / "proxy", "absent--alpha-1.5"
     record = workbench.record(root, stem)
@@ -56,7 +56,7 @@ def test_what_does_not_apply_is_a_result(built):
     assert f"FAILED {stem}" not in ended.stdout and not (folder / "failed" / f"{stem}.ipynb").exists()
 
 
-def test_a_finished_run_is_whole(built):
+def test_a_finished_run_is_complete(built):
     root, _ = built
     folder, stem = root / "executed" / "proxy", "well--alpha-1.5"
     assert {path.name for path in folder.glob(f"{stem}.*")} == {
@@ -72,13 +72,13 @@ def test_a_finished_run_is_whole(built):
     assert "under “Record”" in record["log"] and record["seconds"] > 0 and record["key"].startswith("sha256:")
 
 
-def test_paths_of_the_machine_stay_out_of_the_notebook(built):
+def test_machine_paths_stay_out_of_the_notebook(built):
     root, _ = built
     text = (root / "executed/proxy/well--alpha-1.5.ipynb").read_text(encoding="utf-8")
     assert str(root) not in text
 
 
-def test_nothing_changed_runs_nothing(built):
+def test_without_changes_nothing_runs(built):
     root, _ = built
     before = (root / "executed/proxy/well--alpha-1.5.json").stat().st_mtime_ns
     ended = workbench.build(root, "run", "well", "--model", "alpha-1.5")
@@ -86,7 +86,7 @@ def test_nothing_changed_runs_nothing(built):
     assert (root / "executed/proxy/well--alpha-1.5.json").stat().st_mtime_ns == before
 
 
-def test_list_names_the_state_of_every_run(built):
+def test_list_shows_the_state_of_every_run(built):
     root, _ = built
     lines = workbench.build(root, "list").stdout.splitlines()
     states = {line.split()[1]: line.split()[0] for line in lines if "--" in line}
@@ -108,7 +108,7 @@ def test_list_says_why_a_run_is_stale(built, path, old, new, reason):
     root, _ = built
     before = (root / path).read_text(encoding="utf-8")
     if path.startswith("lib"):
-        assert "import UserError" in workbench.RECORD  # the template reaches that module
+        assert "import UserError" in workbench.RECORD  # the template depends on that module
     (root / path).write_text(before.replace(old, new, 1), encoding="utf-8")
     try:
         [line] = [line for line in _list(root) if "well--alpha-1.5" in line]
@@ -123,7 +123,7 @@ def _list(root, *arguments):
     return ended.stdout.splitlines()
 
 
-def test_pages_that_are_gone_are_rendered_without_a_run(built):
+def test_missing_pages_are_rendered_without_a_run(built):
     root, _ = built
     page = root / "executed/proxy/well--alpha-1.5.html"
     page.unlink()
@@ -163,7 +163,7 @@ def test_two_builds_at_once_in_one_folder(built):
     assert str(os.getpid()) in ended.stderr and "Traceback" not in ended.stderr
 
 
-def test_the_lock_of_a_dead_process_is_none(tmp_path):
+def test_the_lock_of_a_dead_process_is_ignored(tmp_path):
     path = tmp_path / "lock"
     program = (
         "import os, sys; from pathlib import Path; from lib import files\n"
@@ -174,7 +174,7 @@ def test_the_lock_of_a_dead_process_is_none(tmp_path):
         pass
 
 
-def test_a_report_names_what_of_the_set_could_not_be_made(tmp_path, monkeypatch, capsys):
+def test_a_report_names_pages_that_could_not_be_made(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "proxy"
     folder.mkdir()
     (folder / "well--alpha-1.5.json").write_text("{}")
@@ -198,16 +198,16 @@ def test_a_build_under_nohup_outlives_its_terminal():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_what_a_killed_build_left_is_removed(tmp_path):
+def test_leftovers_of_a_killed_build_are_removed(tmp_path):
     folder = Folder(tmp_path)
-    (tmp_path / ".well--alpha-1.5_files.part").mkdir()  # of pictures, while pages were made
+    (tmp_path / ".well--alpha-1.5_files.part").mkdir()  # pictures of pages that were being made
     (tmp_path / ".well--alpha-1.5_files.part" / "figure.png").write_bytes(b"half")
     (tmp_path / ".index.html.x.part").write_text("half")
     running.tidy(folder)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_of_other_code_than_was_planned_is_out_of_date(project, tmp_path):
+def test_a_run_of_code_other_than_planned_is_out_of_date(project, tmp_path):
     changes = "import os\n\nwith open(os.environ['CHANGED'], 'a') as file:\n    file.write('# new')"
     workbench.notebook(project / "notebooks/well.ipynb", [("Change", changes), ("Record", workbench.RECORD)])
     code, arguments = project / "lib" / "errors.py", ("run", "--model", "alpha-1.5")
@@ -234,6 +234,6 @@ def test_overview_runs_last_and_only_when_a_record_changed(project):
     assert (folder / "overview.ipynb").stat().st_mtime_ns == before
 
 
-def test_a_cell_that_the_template_has_no_more_is_named_by_its_number(tmp_path):
+def test_a_cell_removed_from_the_template_is_named_by_its_number(tmp_path):
     template = templates.read(workbench.notebook(tmp_path / "short.ipynb", [("Sums", "x = 1")]))
     assert settle._cell(template, 4) == "cell 4 under “Sums” (`x = 1`)" and settle._cell(template, 9) == "cell 9"

@@ -1,4 +1,4 @@
-"""Machines, terminals and paths that nobody planned for: literal paths, any encoding, no home, pipes for records."""
+"""Unusual machines, terminals and paths: literal paths, any encoding, no home, pipes instead of records."""
 
 import os
 import pathlib
@@ -28,7 +28,7 @@ def test_braces_in_a_path_are_literal(project, out):
     ("encoding", "arguments"),
     [("ascii", ["check"]), ("cp1252", ["compare", "executed/proxy", "executed/proxy"]), ("latin-1", ["list"])],
 )
-def test_a_terminal_without_our_characters(built, encoding, arguments):
+def test_a_terminal_that_cannot_encode_our_characters(built, encoding, arguments):
     root, _ = built
     environment = workbench.surroundings(PYTHONIOENCODING=encoding, PYTHONUTF8="0")
     program = [sys.executable, str(root / "build.py"), *arguments]
@@ -50,7 +50,7 @@ def test_a_user_without_a_home(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError("path is on mount 'D:', start on mount 'C:'"), FileNotFoundError()])
-def test_a_path_on_another_drive_is_shown_whole(error, monkeypatch, tmp_path):
+def test_a_path_on_another_drive_is_shown_in_full(error, monkeypatch, tmp_path):
     def elsewhere(_):
         raise error
 
@@ -59,7 +59,7 @@ def test_a_path_on_another_drive_is_shown_whole(error, monkeypatch, tmp_path):
     assert files.seen_from_here(tmp_path / "x") == str(tmp_path / "x")
 
 
-def test_a_home_that_is_nobodys(project):
+def test_the_home_of_an_unknown_user(project):
     applied = ["apply", "well", "--model", "alpha-1.5"]
     for command in (
         ["--out", "~nobody-of-this-name/x"],
@@ -74,7 +74,7 @@ def test_a_home_that_is_nobodys(project):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
-def test_a_record_that_is_a_pipe_is_damaged_and_not_waited_for(project):
+def test_a_pipe_as_a_record_counts_as_damaged_without_waiting(project):
     folder = project / "executed" / "proxy"
     folder.mkdir(parents=True)
     os.mkfifo(folder / "well--alpha-1.5.json")
@@ -86,8 +86,8 @@ def test_a_record_that_is_a_pipe_is_damaged_and_not_waited_for(project):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
-def test_what_is_no_file_among_the_records_is_neither_waited_for_nor_opened(tmp_path):
-    """A build waited for a pipe in the folder of another scale, and ended in a traceback at a link to nothing."""
+def test_non_files_among_the_records_are_neither_waited_for_nor_opened(tmp_path):
+    """Previously a build waited for a pipe in another scale's folder, and a dangling link ended in a traceback."""
     path = workbench.notebook(tmp_path / "overview.ipynb", [])
     folder = result_folder.Folder(tmp_path / "proxy")
     for scale in ("proxy", "full"):
@@ -100,14 +100,14 @@ def test_what_is_no_file_among_the_records_is_neither_waited_for_nor_opened(tmp_
     assert build_history.keep(folder, "run") == [] and not build_history.store_of(folder.path).exists()
 
 
-def test_a_name_opens_no_tag_in_markdown():
+def test_names_cannot_open_a_tag_in_markdown():
     name = "<img src=x onerror=alert(1)>"
     assert untagged(name) == f"\\{name}" and untagged("p < 0.05, a<b> c</b>") == "p < 0.05, a\\<b> c\\</b>"
     assert "| \\<b>x\\</b> |" in rows.markdown([name], [["<b>x</b>"]])
     assert "<img" not in rows.markdown([name], []).replace("\\<img", "")
 
 
-def test_a_full_disk_while_reporting_is_one_line(built, tmp_path):
+def test_a_full_disk_while_reporting_gets_one_line(built, tmp_path):
     root, _ = built
     program = (
         "import sys, zipfile\nfrom lib.suite.cli import command\n"

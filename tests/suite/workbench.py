@@ -1,4 +1,4 @@
-"""A temporary copy of the project with tiny templates that need no torch: what the tests of the suite build.
+"""A temporary copy of the project with tiny templates that need no torch, which the suite tests build.
 
 The copy has its own `lib`, parameter files and proxy models (safetensors files without a tensor), so that a test may
 change anything in it.
@@ -26,7 +26,7 @@ checkpoints: str = ""  # folder of checkpoints
 random_weights: bool = False  # whether the weights are random
 seed: int = 0  # the seed
 ratio: float = 0.25  # share of channels removed, in [0, 1)"""
-# What lib.report.records.record.glue leaves, without the seconds that importing scrapbook takes.
+# The output of lib.report.records.record.glue, without the seconds of importing scrapbook.
 RECORD = """from IPython.display import display
 from lib.errors import UserError
 
@@ -63,7 +63,7 @@ def _cell(kind: str, source: str, *tags: str) -> dict[str, Any]:
 
 
 def checkpoint(folder: Path, architecture: str = "qwen3") -> Path:
-    """Write a whole checkpoint folder without a tensor."""
+    """Write a complete checkpoint folder without a tensor."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"model_type": architecture}), encoding="utf-8")
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
@@ -85,7 +85,7 @@ def model_file(root: Path, name: str, optimizations: str = "{}") -> Path:
 
 
 def project(root: Path) -> Path:
-    """Make a copy of the project in `root` without its templates and models; return it."""
+    """Copy the project to `root` without its templates and models; return the copy."""
     root.mkdir(parents=True, exist_ok=True)
     shutil.copytree(ROOT / "lib", root / "lib")  # with its compiled files, which stay valid
     for name in ("build.py", "requirements.txt"):
@@ -99,8 +99,8 @@ def project(root: Path) -> Path:
 
 
 def _import_little(path: Path) -> None:
-    """Have the server that forks the runs of a copy import what its templates need, which is neither torch nor a model:
-    then a build of a few runs is faster with it than without.
+    """Make a copy's fork server import what its templates need, which is neither torch nor a model: a build of a few
+    runs is then faster with the server than without.
     """
     text = path.read_text(encoding="utf-8")
     before = re.search(r"^    modules = \[\*LIBRARIES, .*\]$", text, re.MULTILINE)
@@ -109,7 +109,7 @@ def _import_little(path: Path) -> None:
 
 
 def import_all(root: Path) -> None:
-    """Have the server of a copy import what that of the project does."""
+    """Make a copy's fork server import what the project's does."""
     shutil.copy2(ROOT / STARTS_SERVER, root / STARTS_SERVER)
 
 
@@ -120,18 +120,18 @@ NOT_FORKED = {"WORKBENCH_FORK_SERVER": "none"}
 
 
 def surroundings(**more: str) -> dict[str, str]:
-    """Return the environment of a build: nothing of ours but the cache of compiled files."""
+    """Return the environment of a build, with none of our variables but the cache of compiled files."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("WORKBENCH_", "PYTEST_"))}
     return kept | {"OMP_NUM_THREADS": "1"} | FORKED | more
 
 
 def build(root: Path, *arguments: str, timeout: float = 180, **more: str) -> subprocess.CompletedProcess:
-    """Run `build.py` of a copy with this interpreter; return how it ended."""
+    """Run a copy's `build.py` with this interpreter; return the completed process."""
     return run(root, str(root / "build.py"), *arguments, timeout=timeout, **more)
 
 
 def run(root: Path, *arguments: str, timeout: float = 180, **more: str) -> subprocess.CompletedProcess:
-    """Run this interpreter in a copy; return how it ended."""
+    """Run this interpreter in a copy; return the completed process."""
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=root,
@@ -143,7 +143,7 @@ def run(root: Path, *arguments: str, timeout: float = 180, **more: str) -> subpr
 
 
 def begin(root: Path, *arguments: str, **more: str) -> subprocess.Popen:
-    """Start `build.py` of a copy in the background."""
+    """Start a copy's `build.py` in the background."""
     return subprocess.Popen(
         [sys.executable, str(root / "build.py"), *arguments],
         cwd=root,
@@ -156,12 +156,12 @@ def begin(root: Path, *arguments: str, **more: str) -> subprocess.Popen:
 
 
 def heed_ctrl_c() -> None:
-    """Take up Ctrl-C again, in a child: it is ignored where the tests run in the background of a script."""
+    """Restore Ctrl-C in a child: it is ignored when the tests run in the background of a script."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(condition: Any, seconds: float = 180) -> Any:
-    """Return what `condition()` returns once that is true. Fails after `seconds`."""
+    """Return the result of `condition()` once it is true. Fails after `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if value := condition():
@@ -171,7 +171,7 @@ def wait_for(condition: Any, seconds: float = 180) -> Any:
 
 
 def running(root: Path) -> list[int]:
-    """Return the processes whose command line or working directory is of this copy."""
+    """Return the processes whose command line or working directory belongs to this copy."""
     import psutil
 
     pids = []

@@ -1,5 +1,5 @@
-"""A file in pieces that are small enough to be carried one by one, and joined again: the hash decides whether it is the
-same file. Standard library only.
+"""Splits a file into pieces that are small enough to transfer one by one, and joins them again, verified by hash.
+Standard library only.
 """
 
 import hashlib
@@ -13,8 +13,8 @@ PIECE_BYTES = 60 * 2**20
 
 
 def split(file: Path, folder: Path, piece_bytes: int = PIECE_BYTES) -> list[Path]:
-    """Write `file` into `folder` as NAME.000, NAME.001 … of at most `piece_bytes`, with NAME.json beside them; return
-    the pieces. Each carries alone: every piece's own hash is in NAME.json.
+    """Write `file` into `folder` as NAME.000, NAME.001 … of at most `piece_bytes`, plus NAME.json; return the pieces.
+    Each can be transferred separately: NAME.json holds the hash of every piece.
     """
     folder.mkdir(parents=True, exist_ok=True)
     whole, pieces, hashes = hashlib.sha256(), [], []
@@ -33,7 +33,7 @@ def split(file: Path, folder: Path, piece_bytes: int = PIECE_BYTES) -> list[Path
 def join(folder: Path, target: Path) -> Path:
     """Join the one file whose pieces lie in `folder` into the folder `target`; return it.
 
-    Raises UserError for a missing or a damaged piece, which it names; nothing is left behind then.
+    Raises UserError that names a missing or damaged piece; no partial file is left.
     """
     descriptions = sorted(folder.glob("*.json"))
     if len(descriptions) != 1:
@@ -62,8 +62,8 @@ def join(folder: Path, target: Path) -> Path:
 
 
 def unpack(archive: Path, target: Path) -> Path:
-    """Unpack a .zip of a checkpoint folder into `target`, whether it holds the files or one folder of them; remove the
-    archive; return `target`. Raises UserError for another kind of file.
+    """Unpack a .zip of a checkpoint folder (the files, or one folder of them) into `target`; remove the archive; return
+    `target`. Raises UserError for any other kind of file.
     """
     if not zipfile.is_zipfile(archive):
         raise UserError(f"{archive.name}: expected a .zip of a checkpoint folder")

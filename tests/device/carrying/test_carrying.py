@@ -1,4 +1,4 @@
-"""Wheels and pieces: what a bare machine lacks is found, fetched and unpacked; files come apart and join again."""
+"""Wheels and pieces: packages that a bare machine lacks are found, fetched and unpacked; files are split and joined."""
 
 import importlib.metadata
 import json
@@ -34,17 +34,17 @@ def _wheel(folder: Path, name: str, needs=(), size: int = 100) -> Path:
     return path
 
 
-def test_missing_and_outdated_packages_are_named_those_of_a_device_image_accepted():
+def test_missing_and_outdated_packages_are_named_but_not_device_image_ones():
     lacking = wheels.missing(("numpy", "torch", "transformers", "pandas", "pydantic"), _version)
     assert set(lacking) == {"pandas", "pydantic"}
     assert lacking["pydantic"] == "not installed" and lacking["pandas"].startswith("1.0, needs >=")
 
 
-def test_nothing_is_missing_where_the_tests_run():
+def test_nothing_is_missing_in_the_test_environment():
     assert wheels.missing() == {}
 
 
-def test_what_is_fetched_brings_what_it_needs_and_nothing_that_is_there(tmp_path):
+def test_fetch_adds_dependencies_but_no_installed_packages(tmp_path):
     fetched_names = []
 
     def get(requirement: str, folder: Path, python: str) -> None:
@@ -68,8 +68,8 @@ def test_what_is_fetched_brings_what_it_needs_and_nothing_that_is_there(tmp_path
     assert fetched_names == [], "what lies there already is not fetched again"
 
 
-def test_what_is_there_in_a_version_too_old_is_fetched_and_so_is_what_is_small(tmp_path):
-    """`missing` would refuse it there, when the time on the device runs already."""
+def test_outdated_and_small_packages_are_fetched(tmp_path):
+    """Otherwise `missing` would refuse them on the device, while its time is already running."""
     fetched_names = []
 
     def get(requirement: str, folder: Path, python: str) -> None:
@@ -91,12 +91,12 @@ def test_wheels_above_the_limit_are_refused_by_name(tmp_path):
         wheels.fetch(tmp_path, [name for name in wheels.NEEDED if name != "zeus"], get=get, most_bytes=10_000)
 
 
-def test_torch_has_to_be_on_the_machine(tmp_path):
+def test_torch_must_already_be_installed(tmp_path):
     with pytest.raises(UserError, match="torch: has to be on the machine"):
         wheels.fetch(tmp_path, [name for name in wheels.NEEDED if name != "torch"], get=lambda *_: None)
 
 
-def test_unpacked_packages_can_be_imported_and_others_stay(tmp_path, monkeypatch):
+def test_unpacked_packages_are_importable_and_others_stay(tmp_path, monkeypatch):
     _wheel(tmp_path / "wheels", "carried-along")
     _wheel(tmp_path / "wheels", "numpy")
     target = tmp_path / "target"
@@ -118,7 +118,7 @@ def test_pieces_join_to_the_same_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["missing", "flipped", "other description"])
-def test_a_damaged_piece_is_named_and_nothing_is_left_behind(tmp_path, damage):
+def test_a_damaged_piece_is_named_and_no_partial_file_is_left(tmp_path, damage):
     file = tmp_path / "weights.zip"
     file.write_bytes(b"abc" * 3000)
     parts = pieces.split(file, tmp_path / "pieces", 4096)
@@ -134,7 +134,7 @@ def test_a_damaged_piece_is_named_and_nothing_is_left_behind(tmp_path, damage):
     assert list((tmp_path / "joined").iterdir()) == []
 
 
-def test_a_checkpoint_in_pieces_becomes_a_folder_of_its_model(tmp_path):
+def test_checkpoint_pieces_become_a_model_folder(tmp_path):
     archive = tmp_path / "small.zip"
     with zipfile.ZipFile(archive, "w") as opened:
         opened.writestr("any-name/config.json", "{}")
@@ -146,7 +146,7 @@ def test_a_checkpoint_in_pieces_becomes_a_folder_of_its_model(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [[], ["--weights", "no-equals", "--out", "x"]])
-def test_a_wrong_request_is_one_line(arguments, capsys, tmp_path, monkeypatch):
+def test_an_invalid_request_gives_a_one_line_error(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert full_size.main(arguments) == 2
     assert capsys.readouterr().err.count("\n") == 1

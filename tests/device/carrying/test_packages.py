@@ -1,5 +1,5 @@
-"""What a session imports on a bare machine is what is carried along or named as needed: everything else is refused here
-while the notebooks' own imports run.
+"""Packages imported on a bare machine are carried along or listed as required: all others are refused here while the
+notebooks' own imports run.
 """
 
 import json
@@ -10,14 +10,14 @@ from tests.device import schedule
 from tests.device.carrying import wheels
 from tests.device.processes import ROOT
 
-# Packages of requirements.txt that a bare machine does not have and that are not carried.
+# Packages of requirements.txt that a bare machine lacks and that are not carried along.
 ABSENT = (
     "papermill", "nbconvert", "nbformat", "nbclient", "ipykernel", "ipywidgets", "scrapbook", "optuna", "distributed",
     "nbval", "jupyterlab", "playwright",
 )  # fmt: skip
 
 
-def test_the_notebooks_of_a_session_import_nothing_that_is_not_carried():
+def test_device_notebooks_import_only_available_packages():
     assert not set(ABSENT) & set(wheels.NEEDED)
     lines = ["import sys", f"sys.modules.update(dict.fromkeys({ABSENT!r}))  # None refuses an import"]
     for name in schedule.OPTIMIZATIONS:

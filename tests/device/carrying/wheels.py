@@ -1,10 +1,9 @@
-"""Packages that a bare machine lacks: what is missing, fetched beforehand as wheels, unpacked there. Standard library
-only.
+"""Finds the packages that a bare machine lacks, fetches them as wheels beforehand and unpacks them there. Standard
+library only.
 
-`missing` names what this environment lacks of what a session needs. `fetch` downloads the wheels of that, and of what
-they need in turn, for another machine, and refuses more than MOST_BYTES together. `unpack` puts them into a folder for
-`sys.path`: a wheel is an archive of the files to be installed. torch, transformers and the driver's libraries are taken
-as the machine has them.
+`missing` names the required packages that this environment lacks. `fetch` downloads their wheels and dependencies for
+another machine, and refuses a total above MOST_BYTES. `unpack` puts them into a folder for `sys.path`: a wheel is an
+archive of the files to install. torch, transformers and the driver's libraries are used as installed on the machine.
 """
 
 import importlib.metadata
@@ -20,24 +19,24 @@ from lib.errors import UserError
 from lib.suite.bootstrap import REQUIREMENTS, requirements, satisfies
 
 MOST_BYTES = 64 * 2**20
-# What the tests and the notebooks of a session import, of what stands in requirements.txt or is needed by it.
+# What device tests and notebooks import, from requirements.txt or its dependencies.
 NEEDED = (
     "accelerate", "filelock", "gguf", "ipython", "matplotlib", "numpy", "nvidia-ml-py", "packaging", "pandas", "pillow",
     "psutil", "pydantic", "pytest", "pyyaml", "rich", "safetensors", "scikit-learn", "scipy", "seaborn", "tokenizers",
     "torch", "transformers", "zeus",
 )  # fmt: skip
 AS_FOUND = ("torch", "transformers", "triton", "nvidia-")
-SMALL = ("nvidia-ml-py",)  # bears the name of the driver's libraries, and is none: it asks them
+SMALL = ("nvidia-ml-py",)  # named like the driver's libraries but not one of them: it queries them
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 
 def normal(name: str) -> str:
-    """Return a package's name as indexes compare it."""
+    """Return a package's name in the normalized form that indexes compare."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def bounds() -> dict[str, str]:
-    """Return what an environment may have of each package of requirements.txt: name → bounds."""
+    """Return the accepted versions of each package of requirements.txt: name → bounds."""
     text = REQUIREMENTS.read_text(encoding="utf-8")
     return {normal(requirement.name): requirement.accepted for requirement in requirements(text)}
 
@@ -45,7 +44,7 @@ def bounds() -> dict[str, str]:
 def missing(
     names: Sequence[str] = NEEDED, version: Callable[[str], str] = importlib.metadata.version
 ) -> dict[str, str]:
-    """Return the packages of `names` that are not here, or not in a version that requirements.txt accepts, and why."""
+    """Return the packages of `names` that are missing here or at a version that requirements.txt refuses, and why."""
     lacking, accepted = {}, bounds()
     for name in names:
         try:
@@ -59,12 +58,12 @@ def missing(
 
 
 def name_of(wheel: Path) -> str:
-    """Return the package's name of a wheel's file name."""
+    """Return the package name in a wheel's file name."""
     return normal(wheel.name.split("-")[0])
 
 
 def needs_of(wheel: Path, python: str) -> list[str]:
-    """Return the requirements that a wheel names for Python `python` on Linux, extras left out."""
+    """Return a wheel's requirements for Python `python` on Linux, without extras."""
     from packaging.requirements import Requirement
 
     with zipfile.ZipFile(wheel) as archive:
@@ -81,7 +80,7 @@ def needs_of(wheel: Path, python: str) -> list[str]:
 
 
 def download(requirement: str, folder: Path, python: str) -> None:
-    """Download one wheel without what it needs. Raises UserError with pip's last line."""
+    """Download one wheel without its dependencies. Raises UserError with pip's last line."""
     platforms = [part for platform in PLATFORMS for part in ("--platform", platform)]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", *platforms]
     command += ["--implementation", "cp", "--python-version", python, "-d", str(folder), requirement]
@@ -97,11 +96,11 @@ def fetch(
     get: Callable[[str, Path, str], None] = download,
     most_bytes: int = MOST_BYTES,
 ) -> list[Path]:
-    """Download into `folder` what a machine with the packages `present` (NAME, or NAME==VERSION) lacks or has in a
-    version that requirements.txt does not accept, and what that needs; return the wheels.
+    """Download into `folder` the wheels that a machine with the packages `present` (NAME, or NAME==VERSION) lacks or
+    has at a version that requirements.txt does not accept, with their dependencies; return the wheels.
 
-    Raises UserError where they take more than `most_bytes` together, or where something is missing that has to be found
-    on the machine (AS_FOUND).
+    Raises UserError if they exceed `most_bytes` in total, or if a package is missing that has to be preinstalled on the
+    machine (AS_FOUND).
     """
     folder.mkdir(parents=True, exist_ok=True)
     accepted = bounds()
@@ -133,14 +132,14 @@ def fetch(
 
 
 def _entry(present: str) -> tuple[str, str]:
-    """Return the name and the version of NAME==VERSION; the version is empty where there is a name alone."""
+    """Return the name and version of NAME==VERSION; the version is empty for a name alone."""
     name, _, version = present.partition("==")
     return normal(name), version
 
 
 def unpack(folder: Path, target: Path, lacking: Collection[str] | None = None) -> list[str]:
-    """Unpack into `target` the wheels of `folder` whose package is not here, or is named in `lacking`; return their
-    names. `target` then belongs at the head of `sys.path`.
+    """Unpack into `target` the wheels of `folder` whose package is missing here or named in `lacking`; return their
+    names. `target` then belongs at the front of `sys.path`.
     """
     wanted = {normal(name) for name in (missing() if lacking is None else lacking)}
     unpacked = []

@@ -1,4 +1,4 @@
-"""Resources are counted by formula; break-even follows from the judged ratio, and only from a gain."""
+"""Resources are counted by formula; break-even follows from the judged ratio, and only for a gain."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def test_resources_are_counted_and_derived(tiny, name):
     assert skipped["decode_flops_per_token"].verdict == "better"
     assert counted["prefill_flops_per_token"].verdict == skipped["prefill_flops_per_token"].verdict == "equivalent"
     timed = cost_model.of(base, workloads.prefill(base, workloads.random_prompt(base, 1, 16)))
-    assert counted["prefill_flops_per_token"].baseline == timed.flops / 16  # of the head one position, as is timed
+    assert counted["prefill_flops_per_token"].baseline == timed.flops / 16  # one position of the head, as is timed
     assert counted["parameters"].baseline == cost_model.parameters(base)
     if name == "glm-4.7-flash":
         options = {"tokens": 16, "costs": {"absorbed": True}}
@@ -32,7 +32,7 @@ def test_break_even_needs_a_gain():
     better = better.model_copy(update={"verdict": "better"})
     applied, tokens = costs.break_even(2.0, better)
     assert applied.optimized == 2.0 and tokens.optimized == pytest.approx(400) and tokens.baseline is None
-    # The pairs say a tenth faster, the two medians, of different pairs, the opposite: the judged ratio counts.
+    # The pairs show 10 % faster, the two medians (of different pairs) slower: the judged ratio counts.
     crossed = better.model_copy(update={"ratio": 1.1, "optimized": 99.0})
     assert costs.break_even(2.0, crossed)[1].optimized == pytest.approx(2.0 * 100 / (1 - 1 / 1.1))
     none = costs.break_even(2.0, better.model_copy(update={"verdict": "inconclusive"}))[1]

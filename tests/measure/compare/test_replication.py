@@ -23,7 +23,7 @@ MODEL = "glm-4.7-flash"
 
 @pytest.fixture
 def absorbed(tiny):
-    """A model that decodes absorbed, and a smaller one that does too."""
+    """A model with absorbed decoding, and a smaller one."""
     return mla_absorption.absorb(tiny(MODEL)), mla_absorption.absorb(tiny(MODEL, seed=1))
 
 
@@ -40,7 +40,7 @@ def timed(models, **options):
     return replication.in_processes(models, arms, prompt_BT, QUICK, **options)
 
 
-def test_models_that_decode_absorbed_are_timed_in_processes(absorbed):
+def test_models_with_absorbed_decoding_are_timed_in_processes(absorbed):
     pairs, reason = timed(absorbed)
     assert reason is None and set(pairs) == {"decode", "batch_decode"}
     for optimized, control in pairs.values():
@@ -61,19 +61,19 @@ def test_streamed_weights_and_another_attention_are_timed_in_processes(tiny, tmp
     ("effort", "blocks", "processes"),
     [("preview", 6, 1), ("quick", 6, 3), ("standard", 12, 6), ("standard", 6, 6), ("thorough", 30, 10)],
 )
-def test_few_blocks_are_shared_by_six_processes_but_at_small_efforts(effort, blocks, processes):
+def test_few_blocks_use_six_processes_except_at_small_efforts(effort, blocks, processes):
     asked = replace(settings.read(effort), blocks=blocks)
     assert asked.blocks // replication.rounds(asked) == processes
 
 
-def test_a_hook_that_nobody_noted_is_timed_in_one_process(tiny):
+def test_a_hook_that_is_not_noted_is_timed_in_one_process(tiny):
     base, hooked = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507")
     hooked.register_forward_hook(lambda *_: None)
     pairs, reason = timed((base, hooked))
     assert not pairs and "files do not hold all of it" in reason
 
 
-def test_a_stock_and_an_absorbed_model_are_each_loaded_as_they_are(absorbed, tiny):
+def test_stock_and_absorbed_models_are_each_loaded_as_they_are(absorbed, tiny):
     models = tiny(MODEL), absorbed[1]
     expected = [signature(model) for model in models]
     with saved.saved(*models) as arms:
@@ -89,8 +89,8 @@ def test_other_architectures_are_loaded_as_before(tiny, name):
 
 
 @pytest.mark.parametrize("how", ["hook", "forward", "one block"])
-def test_what_no_file_holds_is_timed_here(absorbed, how):
-    """Anything beside absorbed decoding, and absorbed decoding of some blocks alone."""
+def test_models_not_fully_stored_in_files_are_timed_in_this_process(absorbed, how):
+    """These have changes beside absorbed decoding, or absorb only some blocks."""
     changed = sharing.sharing(absorbed[0])
     block = anatomy(changed).blocks[1]
     if how == "hook":
@@ -103,7 +103,7 @@ def test_what_no_file_holds_is_timed_here(absorbed, how):
     assert pairs == {} and "files do not hold all of it" in reason
 
 
-def test_files_of_an_absorbed_model_are_those_of_the_stock_one(absorbed, tmp_path):
+def test_files_of_an_absorbed_model_equal_those_of_the_stock_model(absorbed, tmp_path):
     again = io.load_folder(io.save(absorbed[0], tmp_path / "saved"))
     assert not mla_absorption.is_absorbed(again)
     ids_BT = workloads.random_prompt(again, 1, 16)
@@ -114,7 +114,7 @@ def test_files_of_an_absorbed_model_are_those_of_the_stock_one(absorbed, tmp_pat
 @pytest.mark.parametrize(
     ("call_seconds", "quick", "standard"), [(0.001, 36, 72), (0.19, 28, 28), (0.5, 12, 12), (3.0, 6, 12), (0.0, 36, 72)]
 )
-def test_calls_of_one_process_have_as_many_rounds_as_fit(call_seconds, quick, standard, monkeypatch):
+def test_calls_in_one_process_get_as_many_rounds_as_fit(call_seconds, quick, standard, monkeypatch):
     monkeypatch.delenv(replication.VARIABLE, raising=False)
     monkeypatch.setattr(replication, "BLOCK_SECONDS", 0.5)
     calls = []
@@ -127,13 +127,13 @@ def test_calls_of_one_process_have_as_many_rounds_as_fit(call_seconds, quick, st
 
 
 @pytest.mark.parametrize(("call_seconds", "quick", "standard"), [(0.01, 12, 12), (0.3, 6, 3), (0.9, 2, 2), (5.0, 2, 2)])
-def test_long_calls_have_as_many_rounds_in_each_process_as_fit(call_seconds, quick, standard):
+def test_long_calls_get_as_many_rounds_per_process_as_fit(call_seconds, quick, standard):
     assert replication.least_in_each(call_seconds, settings.read("quick")) == quick
     assert replication.least_in_each(call_seconds, settings.read("standard")) == standard
 
 
 @pytest.mark.parametrize("call_seconds", [0.001, 0.19, 0.5, 3.0])
-def test_a_preview_takes_a_fifth_of_the_rounds_and_never_fewer_than_an_interval_needs(call_seconds, monkeypatch):
+def test_a_preview_runs_a_fifth_of_the_rounds_but_enough_for_an_interval(call_seconds, monkeypatch):
     monkeypatch.delenv(replication.VARIABLE, raising=False)
     monkeypatch.setattr(replication, "BLOCK_SECONDS", 0.5)
     monkeypatch.setattr(replication.interleaved, "warm_up", lambda arm: call_seconds)

@@ -1,4 +1,4 @@
-"""One call measures the speed and efficiency of two models, and shows no speed-up of a degenerate model."""
+"""One call measures the speed and efficiency of two models, and reports no speed-up of a degenerate model."""
 
 import threading
 import time
@@ -20,7 +20,7 @@ QUICK = replace(settings.read("quick"), prompt_tokens=16, new_tokens=2, batch=2)
 
 @pytest.fixture(autouse=True)
 def small_machine(tmp_path, monkeypatch):
-    """Ceilings of a small product, an energy window of a moment, and no waiting for a quiet machine."""
+    """Use a small product for the ceilings and a very short energy window, and do not wait for a quiet machine."""
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
     monkeypatch.setattr(ceilings, "PRODUCT", {"cpu": 64})
     monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 2**12})
@@ -50,7 +50,7 @@ def test_one_call_fills_performance_and_efficiency(tiny, name):
 
 
 @pytest.mark.parametrize("handle", [None, "a GPU"])
-def test_a_gpu_is_watched_for_longer_than_a_short_call(tiny, monkeypatch, handle):
+def test_a_gpu_is_sampled_for_longer_than_a_short_call(tiny, monkeypatch, handle):
     """It is sampled twenty times a second: a call of a few milliseconds ends before the first sample."""
     model = tiny("qwen3-4b-instruct-2507")
     work = workloads.prefill(model, workloads.random_prompt(model, 1, 16))
@@ -85,8 +85,8 @@ def test_the_control_is_a_copy_in_the_same_rounds(tiny, monkeypatch):
     monkeypatch.setattr(interleaved, "rounds_for", lambda *_, **__: (6, 1))
     monkeypatch.setattr(speed, "LONG_SECONDS", 0.0)
     compared = speed.compare(base, other, workloads.random_prompt(base, 1, 16), QUICK, **names)
-    # One call of each, for the experts and the processor that it uses, one of each copy, then six rounds of three. The
-    # copies have the hooks of what they were made of.
+    # One call of each arm, for experts and CPU use, one of each copy, then six rounds of three. The
+    # copies have the hooks of their originals.
     assert calls[:5] == ["base", "other"] * 2 + ["base"] and len(calls) == 23 and calls.count("other") == 8
     pairs, control = compared.timed["prefill"].pairs, compared.timed["prefill"].control
     assert pairs.baseline_seconds == control.baseline_seconds and pairs.optimized_seconds != control.optimized_seconds
@@ -108,7 +108,7 @@ def test_cost_options_reach_the_prediction(tiny):
     assert rate.predicted > 1.3
 
 
-def test_the_copy_decodes_at_the_same_place_of_the_answer_as_the_others(tiny, monkeypatch):
+def test_the_copy_decodes_at_the_same_position_as_the_other_arms(tiny, monkeypatch):
     model = tiny("qwen3-4b-instruct-2507")
     prompt_BT = workloads.random_prompt(model, 1, 16)
     longer = replace(QUICK, new_tokens=6)
@@ -120,7 +120,7 @@ def test_the_copy_decodes_at_the_same_place_of_the_answer_as_the_others(tiny, mo
         for work in works:
             work.output_BN = None
             work()
-            seen.append(work.output_BN is not None)  # set by the first turn of an answer alone
+            seen.append(work.output_BN is not None)  # set only by the first turn of an answer
         return None, None
 
     monkeypatch.setattr(speed, "with_control", at_the_beginning)
@@ -130,7 +130,7 @@ def test_the_copy_decodes_at_the_same_place_of_the_answer_as_the_others(tiny, mo
 
 
 def _watched(tiny, monkeypatch):
-    """Return two models that are timed in one process, their arms, the prompt, and the identities of what has run."""
+    """Return two models that are timed in one process, their arms, the prompt, and the ids of the models that ran."""
     models = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507", seed=1)
     ran = set()
     for model in models:
@@ -141,7 +141,7 @@ def _watched(tiny, monkeypatch):
     return models, arms, prompt_BT, ran
 
 
-def test_in_one_process_every_arm_is_a_copy_made_just_before(tiny, monkeypatch):
+def test_in_one_process_every_arm_is_a_fresh_copy(tiny, monkeypatch):
     models, arms, prompt_BT, ran = _watched(tiny, monkeypatch)
     originals = {id(model) for model in models}
     for work in arms["prefill"]:
@@ -152,8 +152,10 @@ def test_in_one_process_every_arm_is_a_copy_made_just_before(tiny, monkeypatch):
     assert len(ran) == 3 and not ran & originals
 
 
-def test_where_one_arm_cannot_be_copied_neither_is(tiny, monkeypatch):
-    """A copy of the baseline beside an optimized model that was loaded long before: the difference was its age."""
+def test_if_one_arm_cannot_be_copied_neither_is(tiny, monkeypatch):
+    """Previously a copy of the baseline ran against an optimized model loaded long before: the difference was its
+    age.
+    """
     models, arms, prompt_BT, ran = _watched(tiny, monkeypatch)
     models[1].lock = threading.Lock()  # which cannot be copied
     _, details = speed._pairs(models, arms, prompt_BT, QUICK, 0, ())
@@ -162,7 +164,7 @@ def test_where_one_arm_cannot_be_copied_neither_is(tiny, monkeypatch):
 
 
 def test_a_control_that_is_the_baseline_itself_is_not_judged(tiny, monkeypatch):
-    """It cannot differ as two copies do, and was called equivalent."""
+    """It cannot differ as two copies do, and was previously called equivalent."""
     models = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507", seed=1)
     models[0].lock = threading.Lock()  # which cannot be copied
     monkeypatch.setattr(speed.replication, "in_processes", lambda *a, **b: ({}, "planted"))
@@ -174,15 +176,15 @@ def test_a_control_that_is_the_baseline_itself_is_not_judged(tiny, monkeypatch):
 
 
 def _counted(models, arms, prompt_BT, monkeypatch):
-    """Return the joules that a counter of energy tells of both arms."""
+    """Return the joules that an energy counter reports for both arms."""
     source = energy_source.Counter("rapl", "measured", "RAPL", 0.001, None, lambda: 10.0 * time.perf_counter())
     monkeypatch.setattr(energy, "counter", lambda device="cpu": source)
     timed = speed.Timed(*arms["prefill"], None, None, ())
     return speed._energy("prefill", timed, models, prompt_BT, QUICK, 0)
 
 
-def test_energy_is_counted_of_copies_of_one_age(tiny, monkeypatch):
-    """Of two copies of one model the older one took more, for its age alone, and the margin of energy is less."""
+def test_energy_is_counted_on_copies_of_the_same_age(tiny, monkeypatch):
+    """The older of two copies of one model took more because of its age alone, by more than the energy margin."""
     models, arms, prompt_BT, ran = _watched(tiny, monkeypatch)
     for work in arms["prefill"]:
         work()
@@ -192,7 +194,7 @@ def test_energy_is_counted_of_copies_of_one_age(tiny, monkeypatch):
     assert len(ran) == 3 and not ran & {id(model) for model in models}
 
 
-def test_energy_is_counted_of_both_models_as_they_are_where_one_cannot_be_copied(tiny, monkeypatch):
+def test_energy_uses_both_original_models_if_one_cannot_be_copied(tiny, monkeypatch):
     models, arms, prompt_BT, ran = _watched(tiny, monkeypatch)
     for work in arms["prefill"]:
         work()
@@ -201,7 +203,7 @@ def test_energy_is_counted_of_both_models_as_they_are_where_one_cannot_be_copied
     assert ran == {id(model) for model in models}
 
 
-def test_where_the_copy_of_one_arm_answers_otherwise_neither_is_timed(tiny):
+def test_if_the_copy_of_one_arm_answers_differently_neither_is_timed(tiny):
     model, other = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507", seed=1)
     prompt_BT = workloads.random_prompt(model, 1, 16)
     works = tuple(workloads.standard("prefill", each, prompt_BT, 2, 1) for each in (model, other))
@@ -213,7 +215,7 @@ def test_where_the_copy_of_one_arm_answers_otherwise_neither_is_timed(tiny):
     assert renewed[0] is not works[0] and renewed[1] is not works[1]
 
 
-def test_a_copy_that_answers_otherwise_is_not_timed(tiny):
+def test_a_copy_that_answers_differently_is_not_timed(tiny):
     model, other = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507", seed=1)
     prompt_BT = workloads.random_prompt(model, 1, 16)
     work = workloads.standard("decode", model, prompt_BT, 2, 1)
@@ -223,7 +225,7 @@ def test_a_copy_that_answers_otherwise_is_not_timed(tiny):
     assert again is not work and again.output_BN.equal(work.output_BN)
 
 
-def test_a_footprint_is_of_saved_models(tiny, monkeypatch):
+def test_the_footprint_is_measured_on_saved_models(tiny, monkeypatch):
     folders = []
 
     def peaks(*arms, turns):
@@ -256,19 +258,19 @@ def test_without_room_for_another_copy_peaks_are_read_in_place(tiny, monkeypatch
         assert sizes[name].verdict == "unavailable" and sizes[name].reason.startswith("no room on the device")
 
 
-def test_a_processor_always_has_room(tiny):
+def test_a_cpu_always_has_room_for_another_copy(tiny):
     model = tiny("qwen3-4b-instruct-2507")
     assert saved.lack_of_room(model, model) is None
 
 
-def test_an_effort_asks_less_of_a_slice():
+def test_an_effort_is_smaller_for_a_slice():
     for name, whole in settings.EFFORTS.items():
         assert settings.read(name) == settings.read(name, "full") == whole
         cut = settings.read(name, "slice")
         assert cut.new_tokens < whole.new_tokens and cut.blocks == whole.blocks and cut.items == whole.items
 
 
-def test_a_block_lasts_a_share_at_small_efforts_and_the_variable_is_said(monkeypatch):
+def test_small_efforts_use_shorter_blocks_and_the_variable_is_reported(monkeypatch):
     monkeypatch.setattr(replication, "BLOCK_SECONDS", 0.5)
     monkeypatch.delenv(replication.VARIABLE, raising=False)
     seconds = [replication.block_seconds(settings.read(effort)) for effort in settings.EFFORTS]
@@ -283,8 +285,8 @@ def test_a_block_lasts_a_share_at_small_efforts_and_the_variable_is_said(monkeyp
 
 
 @pytest.mark.parametrize(("moves", "with_energy", "carries"), [(1, True, False), (0, True, True), (1, False, True)])
-def test_processor_seconds_are_judged_unless_energy_is(tiny, monkeypatch, moves, with_energy, carries):
-    """A counter that could be read judges nothing where it stands still, nor where no energy was asked for."""
+def test_cpu_seconds_are_judged_unless_energy_is(tiny, monkeypatch, moves, with_energy, carries):
+    """A readable counter judges nothing if it stands still or if energy was not requested."""
     joules = lambda: 10.0 * moves * time.perf_counter()  # noqa: E731
     source = energy_source.Counter("rapl", "measured", "RAPL", 0.001, None, joules)
     monkeypatch.setattr(energy, "counter", lambda device="cpu": source)

@@ -16,26 +16,26 @@ def timed(metric: str = "prefill_tokens_per_second", floor: float = 0.01, distur
 
 
 @pytest.mark.parametrize("unsettling", [{"disturbed": LOADED}, {"floor": 0.48}])
-def test_one_workload_on_a_busy_machine_withholds_all_that_was_timed(unsettling):
+def test_one_workload_on_a_busy_machine_withholds_all_timed_verdicts(unsettling):
     counted = measurement.counted("weights_bytes", "load", 100, 70, "count")
     quiet, loaded = timed(workload="decode"), timed(**unsettling)
     assert quiet.verdict == "better"
     judged = busy.withhold_if_busy([quiet, loaded, counted])
     assert [m.verdict for m in judged] == ["inconclusive", "inconclusive", "better"]
     assert judged[1].reason == loaded.reason == busy.why_busy(judged)
-    # Decoding, whose own floor is 1 %, was said to have one of 48 %.
+    # Decoding has a floor of 1 %, but was reported with one of 48 %.
     assert judged[0].reason == (loaded.reason if "disturbed" in unsettling else f"prefill: {loaded.reason}")
     assert busy.says_busy(judged[0].reason) and busy.withhold_if_busy(judged) == judged
 
 
-def test_a_quiet_machine_and_a_short_kernel_withhold_nothing():
+def test_a_noisy_short_kernel_on_a_quiet_machine_withholds_nothing():
     kernel = timed("attention_ms", floor=0.3)
     judged = busy.withhold_if_busy([timed(), kernel])
     assert judged[0].verdict == "better" and kernel.verdict == "inconclusive" and busy.why_busy(judged) is None
 
 
-def test_a_disk_whose_rate_wanders_withholds_its_own_verdict_alone():
-    """Two processes that read the same mapping under a limit differed by half on a machine without other work."""
+def test_a_disk_with_a_varying_rate_withholds_only_its_own_verdict():
+    """Two processes that read the same mapping under a limit differed by half on an otherwise idle machine."""
     disk = timed("decode_tokens_per_second", floor=0.6, workload="decode within the allowance, page cache included")
     judged = busy.withhold_if_busy([disk, timed()])
     assert [m.verdict for m in judged] == ["inconclusive", "better"] and busy.why_busy(judged) is None
@@ -44,9 +44,10 @@ def test_a_disk_whose_rate_wanders_withholds_its_own_verdict_alone():
 
 
 @pytest.mark.parametrize("missing", [{"count": 3}, {"floor": None}])
-def test_what_disturbed_rounds_without_a_verdict_is_the_reason_that_withholds_the_others(missing):
-    """The others were withheld because "3 pairs are too few for an interval", which nobody could run again on a quiet
-    machine."""
+def test_disturbed_rounds_without_a_verdict_are_the_reason_for_the_others(missing):
+    """Previously the others were withheld because "3 pairs are too few for an interval", which does not tell a reader
+    to rerun on a quiet machine.
+    """
     count, floor = missing.get("count", 12), missing.get("floor", 0.01)
     rounds = [1.0] * count, [1.2] * count
     few = paired_samples.from_samples(

@@ -15,15 +15,15 @@ from lib.measure.metrics.digits import interval, outward, percent, places, with_
         (0.94, 0.84, 1.06, ("0.94", "0.84–1.06")),
         (1.002, 1.0004, 1.0036, ("1.0020", "1.0004–1.0036")),
         (2.17, 1.16, 8.13, ("2.2", "1.1–8.2")),
-        (1.02, 1.0004, 1.04, ("1.0200", "1.0004–1.0400")),  # the end is not printed as 1
+        (1.02, 1.0004, 1.04, ("1.0200", "1.0004–1.0400")),  # the lower end is not printed as 1
         (1.31, 1.31, 1.31, ("1.31", "1.31–1.31")),
     ],
 )
-def test_two_figures_of_the_half_width_rounded_outward(value, low, high, shown):
+def test_intervals_have_two_digits_of_the_half_width_rounded_outward(value, low, high, shown):
     assert with_ends(value, low, high) == shown
 
 
-def test_changes_carry_their_signs():
+def test_changes_are_printed_with_signs():
     assert with_ends(-0.3, -3, 1, 0, signs=True) == ("−0.3", "−3.0 to +1.0")
     assert with_ends(2.3, 0.2, 5, 0, signs=True) == ("+2.3", "+0.2 to +5.0")
     assert interval(-5.61, -2.6, ".1f") == "−5.6 to −2.6" and interval(-1, 3, ".0f") == "−1 to +3"
@@ -31,7 +31,7 @@ def test_changes_carry_their_signs():
 
 
 @pytest.mark.parametrize("seed", range(50))
-def test_what_is_printed_holds_the_interval_and_excludes_what_it_excludes(seed):
+def test_printed_intervals_contain_the_exact_ones_and_exclude_the_same_values(seed):
     chance = random.Random(seed)
     low = 1 + chance.gauss(0, 0.3)
     high = low + chance.choice([0.3, 0.01, 1e-4]) * chance.random()
@@ -43,5 +43,5 @@ def test_what_is_printed_holds_the_interval_and_excludes_what_it_excludes(seed):
     assert math.isfinite(digits)
 
 
-def test_a_share_is_written_in_one_way_with_a_space_and_a_true_minus_sign():
+def test_percentages_have_one_format_with_a_space_and_a_true_minus_sign():
     assert [percent(0.125, 1), percent(0.954), percent(-0.004, 1)] == ["12.5 %", "95 %", "−0.4 %"]

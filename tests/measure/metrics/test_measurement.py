@@ -1,4 +1,4 @@
-"""Every number is labelled and listed; counted numbers are judged in the right direction."""
+"""Every number is labeled and listed; counted numbers are judged in the right direction."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from lib.measure.metrics import busy, measurement, paired_samples, settings
 from lib.measure.metrics.catalogue import DIMENSIONS, METRICS, metric
 
 
-def test_what_is_not_judged_still_says_that_the_machine_was_busy():
+def test_an_unjudged_measurement_still_reports_a_busy_machine():
     seen = "other processes took 40% of our cores"
     options = {"source": "test", "floor": 0.0, "process_sigma": 0.0, "disturbed": [seen]}
     loaded = paired_samples.from_samples("goodput_requests_per_second", "serve", [1.0] * 6, [2.0] * 6, **options)
@@ -51,7 +51,7 @@ def test_names_come_from_one_list():
     assert all(listed.unit for listed in METRICS.values())
 
 
-def test_lint_names_what_is_not_labelled():
+def test_lint_names_unlabeled_numbers():
     good = measurement.counted("parameters", "load", 2, 1, "count").model_dump()
     assert measurement.lint([json.loads(json.dumps(good))]) == []
     unlabelled = {key: value for key, value in good.items() if key != "provenance"}
@@ -61,7 +61,7 @@ def test_lint_names_what_is_not_labelled():
     assert len(faults) == 3 and all(fault.startswith("parameters: ") for fault in faults)
 
 
-def test_what_reports_import_does_not_import_torch():
+def test_modules_imported_by_reports_do_not_import_torch():
     modules = ("metrics.catalogue", "metrics.measurement", "metrics.paired_samples", "metrics.settings")
     modules += ("metrics.paired_stats", "timing.interleaved", "timing.disturbance", "quality.noninferiority")
     imports = ", ".join(f"lib.measure.{name}" for name in modules)

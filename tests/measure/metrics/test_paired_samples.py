@@ -11,13 +11,13 @@ pytestmark = pytest.mark.usefixtures("one_process_is_like_another")
 
 
 def pairs(ratio: float, blocks: int = 12) -> Pairs:
-    """Blocks in which the optimized arm takes `ratio` times as long, with a little unevenness."""
+    """Blocks in which the optimized arm takes `ratio` times as long, with slight variation."""
     base = [0.1 * (1 + 0.001 * i) for i in range(blocks)]
     uneven = [ratio * (1 + 0.001 * (i % 3 - 1)) for i in range(blocks)]
     return Pairs(base, [t * u for t, u in zip(base, uneven)], ["AB", "BA"] * (blocks // 2), [None] * blocks, 1)
 
 
-def test_rates_and_latencies_are_two_sides_of_the_same_times():
+def test_rates_and_latencies_are_derived_from_the_same_times():
     rate = paired_samples.from_pairs("prefill_tokens_per_second", "prefill", pairs(0.8), 256, 0.01)
     time = paired_samples.from_pairs("time_to_first_token_ms", "prefill", pairs(0.8), 1, 0.01)
     assert rate.verdict == time.verdict == "better"
@@ -28,13 +28,13 @@ def test_rates_and_latencies_are_two_sides_of_the_same_times():
     assert per_token.verdict == "worse" and per_token.baseline == pytest.approx(10, rel=0.01)
 
 
-def test_the_source_says_how_many_calls_a_turn_was_in_all_processes():
+def test_the_source_states_the_range_of_calls_per_turn_over_processes():
     parts = [replace(pairs(0.8, 2), iterations=calls) for calls in (4, 3, 6)]
     assert join(parts).describe().startswith("6 balanced AB/BA blocks in 3 fresh processes, 3 to 6 calls each")
     assert ", 4 calls each" in join(parts[:1] * 3).describe()
 
 
-def test_the_noise_floor_and_the_margin_both_hold_a_verdict_back():
+def test_the_noise_floor_and_the_margin_both_withhold_a_verdict():
     assert paired_samples.from_pairs("load_seconds", "load", pairs(0.5), 1, 0.01).verdict == "informative"
     small = paired_samples.from_pairs("time_to_first_token_ms", "prefill", pairs(0.99), 1, 0.001)
     assert small.verdict == "equivalent"
@@ -44,7 +44,7 @@ def test_the_noise_floor_and_the_margin_both_hold_a_verdict_back():
     assert uncontrolled.verdict == "informative" and "A/A" in uncontrolled.reason
 
 
-def test_above_a_floor_of_ten_percent_nothing_is_claimed_of_speed():
+def test_a_floor_above_ten_percent_withholds_any_speed_claim():
     busy = paired_samples.from_pairs("decode_tokens_per_second", "decode", pairs(0.4), 1, 0.48)
     assert busy.verdict == "inconclusive" and busy.ratio == pytest.approx(2.5, rel=0.01)
     assert "48 %" in busy.reason and "above 10 %" in busy.reason and "load " in busy.reason
@@ -52,7 +52,7 @@ def test_above_a_floor_of_ten_percent_nothing_is_claimed_of_speed():
     assert quiet.verdict == "better" and quiet.reason is None
 
 
-def test_a_few_processes_that_disagree_by_a_factor_carry_no_verdict_however_many_blocks_they_time():
+def test_few_processes_that_disagree_give_no_verdict_however_many_blocks():
     process = [number // 12 for number in range(36)]
     seconds = [0.1] * 36
     wild = [0.1 / (2.0, 2.6, 1.7)[number] for number in process]
@@ -65,7 +65,7 @@ def test_a_few_processes_that_disagree_by_a_factor_carry_no_verdict_however_many
     assert paired_samples.judge_again(rate).verdict == "inconclusive"
 
 
-def test_too_few_pairs_of_a_control_give_no_floor_and_no_verdict():
+def test_too_few_control_pairs_give_no_floor_and_no_verdict():
     few = pairs(1.0, 4)
     for floor in (few, few.floor(0.0)):
         rate = paired_samples.from_pairs("decode_tokens_per_second", "decode", pairs(0.5), 1, floor)
@@ -75,7 +75,7 @@ def test_too_few_pairs_of_a_control_give_no_floor_and_no_verdict():
     assert short.verdict == "informative" and short.ci is None and "4 pairs are too few" in short.reason
 
 
-def test_a_record_keeps_means_of_neighbours_of_many_samples_as_many_of_every_process():
+def test_many_samples_are_stored_as_group_means_equally_per_process():
     count = 3 * 40
     seconds = [1.0 + 0.001 * (i % 7) for i in range(count)]
     pairs = Pairs(
@@ -91,7 +91,7 @@ def test_a_record_keeps_means_of_neighbours_of_many_samples_as_many_of_every_pro
 
 
 @pytest.mark.parametrize("count", [71, 79, 121])
-def test_a_number_of_samples_that_nothing_divides_is_kept_in_groups_too(count):
+def test_sample_counts_without_a_divisor_are_grouped_too(count):
     base = [1.0 + 0.01 * (at % 7) for at in range(count)]
     rate = paired_samples.from_samples("prefill_tokens_per_second", "prefill", base, base, source="test", floor=0.01)
     kept = rate.samples["baseline"]

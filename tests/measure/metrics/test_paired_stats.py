@@ -1,4 +1,4 @@
-"""The statistics detect planted effects, and none where there is none, on a clock that the test drives."""
+"""The statistics detect planted effects, and none if there is none, on a clock that the test drives."""
 
 import math
 
@@ -12,13 +12,13 @@ from lib.measure.timing import interleaved
 pytestmark = pytest.mark.usefixtures("one_process_is_like_another")
 
 TRIALS = 400
-# The most hits among 400 that an honest 5 % gives in 99 of 100 cases.
+# The most hits among 400 that a true 5 % level gives in 99 of 100 cases.
 ALLOWED = int(binom.ppf(0.99, TRIALS, 0.05))
 STANDARD = settings.read("standard").blocks
 
 
 class Machine:
-    """A clock that arms push forward; its calls get slower by `drift` per block (two calls)."""
+    """A clock that the arms advance; its calls get slower by `drift` per block (two calls)."""
 
     def __init__(self, seed: int, drift: float = 0.0, noise=None, spread: float = 0.03):
         self.now, self.calls, self.drift = 0.0, 0, drift
@@ -46,7 +46,7 @@ class Machine:
 
 
 def outlying(random) -> float:
-    """One time in ten ten spreads too slow."""
+    """Times of which one in ten is ten spreads too slow."""
     return 10 if random.random() < 0.1 else random.normal()
 
 
@@ -56,7 +56,7 @@ def heavy(random) -> float:
 
 @pytest.mark.parametrize("blocks", [6, 12, 30])
 @pytest.mark.parametrize("noise", [None, heavy, outlying])
-def test_equal_arms_are_hardly_ever_told_apart(blocks, noise):
+def test_equal_arms_are_rarely_told_apart(blocks, noise):
     verdicts, excluded = [], 0
     for trial in range(TRIALS):
         verdict, effect = Machine(trial, noise=noise).compare(0.0, blocks, trial)
@@ -66,19 +66,19 @@ def test_equal_arms_are_hardly_ever_told_apart(blocks, noise):
     assert excluded <= ALLOWED
 
 
-def test_a_drifting_machine_invents_nothing():
+def test_a_drifting_machine_creates_no_effect():
     verdicts = [Machine(trial, drift=0.01).compare(0.0, seed=trial)[0] for trial in range(TRIALS)]
     assert sum(verdict in ("better", "worse") for verdict in verdicts) <= ALLOWED
 
 
-def test_a_resolution_widens_an_interval_and_none_leaves_it_alone():
+def test_a_resolution_widens_an_interval_and_none_leaves_it_unchanged():
     skewed = paired_stats.Effect(median=0.0, low=0.01, high=0.5, sigma=0.1, scatter=0.1, n=6, outliers=0)
     assert skewed.at_resolution(0.0) is skewed
     wider = skewed.at_resolution(0.2)
     assert (wider.low, wider.high) == (-0.2, 0.5)
 
 
-def test_a_fixed_order_would_invent_an_effect_on_a_drifting_machine():
+def test_a_fixed_order_would_create_an_effect_on_a_drifting_machine():
     machine = Machine(0, drift=0.01, spread=0.001)
     arm, times = machine.arm(1.0), []
     for _ in range(2 * STANDARD):
@@ -101,13 +101,13 @@ def test_the_bootstrap_of_a_mean_keeps_its_level_with_few_values(n):
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.inf, math.nan])
-def test_samples_that_are_no_times_are_refused(bad):
+def test_samples_that_are_not_times_are_refused(bad):
     for arms in (([1.0, bad], [1.0, 1.0]), ([1.0, 1.0], [bad, 1.0])):
         with pytest.raises(ValueError, match="positive and finite"):
             paired_stats.differences(*arms)
 
 
-def test_five_percent_is_found_at_standard_effort():
+def test_five_percent_is_detected_at_standard_effort():
     verdicts = [Machine(trial).compare(0.05, seed=trial)[0] for trial in range(TRIALS)]
     assert verdicts.count("worse") >= 0.95 * TRIALS
 
@@ -122,14 +122,14 @@ def test_planted_effects_are_estimated_without_bias_and_never_reversed(planted, 
         assert [verdict for verdict, _ in results].count("worse") >= 99
 
 
-def test_ten_percent_is_found_among_outliers_which_are_counted_and_kept():
+def test_ten_percent_is_detected_among_outliers_which_are_counted_and_kept():
     results = [Machine(trial, noise=outlying, spread=0.02).compare(0.10, seed=trial) for trial in range(100)]
     assert [verdict for verdict, _ in results].count("worse") >= 85
     assert all(effect.n == STANDARD for _, effect in results)
     assert np.mean([effect.outliers for _, effect in results]) > 1
 
 
-def test_equivalent_needs_the_whole_interval_inside_the_margin():
+def test_equivalence_needs_the_whole_interval_inside_the_margin():
     quiet = [Machine(trial, spread=0.01).compare(0.0, seed=trial)[0] for trial in range(100)]
     assert quiet.count("equivalent") >= 95
     loud = [Machine(trial, spread=0.10).compare(0.0, blocks=6, seed=trial)[0] for trial in range(100)]
@@ -151,21 +151,21 @@ def test_the_interval_keeps_its_level_where_bootstraps_of_a_median_do_not():
     assert outside["ours"] <= outside["percentile"]
 
 
-def test_interval_is_between_the_exact_ones_and_open_where_there_are_too_few():
+def test_median_interval_is_interpolated_and_infinite_for_few_values():
     ordered = np.arange(12.0)
     low, high = paired_stats.median_interval(ordered[::-1])
     assert 2 <= low <= 3 and 8 <= high <= 9 and low + high == pytest.approx(11)
     assert paired_stats.median_interval([1, 2, 3, 4, 5]) == (-math.inf, math.inf)
 
 
-def test_sizes_of_samples_and_percentiles():
+def test_sample_sizes_and_percentiles():
     # One point at 5 % discordance, three points at 10 %.
     assert paired_stats.items_needed(math.sqrt(0.05), 0.01) == pytest.approx(3100, rel=0.01)
     assert paired_stats.items_needed(math.sqrt(0.10), 0.03) == pytest.approx(690, rel=0.01)
     assert paired_stats.percentiles(range(30)) == {"p50": 14.5, "p95": pytest.approx(27.55), "p99": None}
 
 
-def test_one_interruption_does_not_speak_for_its_process():
+def test_one_interruption_does_not_shift_the_process_mean():
     d = [0.01] * 9 + [5.0] + [0.02] * 10
     assert paired_stats.process_means(d, [0] * 10 + [1] * 10) == pytest.approx([0.01, 0.02])
     assert paired_stats.process_means([0.0, 1.0], [0, 0]) == pytest.approx([0.5])

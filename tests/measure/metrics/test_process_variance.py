@@ -1,4 +1,4 @@
-"""Variance between processes is pooled from other runs: it finds a planted spread, and intervals that use it hold."""
+"""Variance between processes is pooled from other runs: the pool recovers a planted spread, and its intervals hold."""
 
 import json
 import math
@@ -18,7 +18,7 @@ ALLOWED = int(binom.ppf(0.99, TRIALS, 0.05))
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
-    """No pool of a surrounding build."""
+    """Use no pool of a surrounding build."""
     monkeypatch.delenv(process_variance.VARIABLE, raising=False)
     process_variance._read.cache_clear()
 
@@ -30,11 +30,11 @@ def draws(tau: float, count: int, error: float = 0.004, seed: int = 0) -> list[D
 
 
 @pytest.mark.parametrize("tau", [0.005, 0.01, 0.02])
-def test_the_pool_finds_the_planted_spread(tau):
+def test_the_pool_recovers_the_planted_spread(tau):
     assert process_variance.pool(draws(tau, 300)).sigma == pytest.approx(tau, rel=0.15)
 
 
-def test_few_draws_stay_near_the_prior_and_none_is_the_prior():
+def test_few_draws_stay_near_the_prior_and_none_gives_the_prior():
     assert process_variance.pool([]).sigma == pytest.approx(process_variance.PRIOR_SIGMA)
     assert "prior" in process_variance.pool([]).source
     few = process_variance.pool(draws(0.0, 3, error=0.001))
@@ -43,13 +43,13 @@ def test_few_draws_stay_near_the_prior_and_none_is_the_prior():
     assert process_variance.pool(draws(0.0, 500)).sigma == process_variance.LEAST_SIGMA
 
 
-def test_one_disturbed_run_does_not_blind_all_later_ones():
+def test_one_disturbed_run_does_not_widen_later_intervals():
     mixed = [*draws(0.005, 40), Draw("cpu", "decode", 0.8, 0.01)]
     assert process_variance.pool(mixed).sigma < 3 * process_variance.pool(draws(0.005, 40)).sigma
 
 
-def test_a_noisy_run_does_not_sharpen_all_later_ones():
-    """Controls whose own error is 10 to 50 % tell nothing of a spread of 2 %, whatever effect they happen to show."""
+def test_a_noisy_run_does_not_narrow_later_intervals():
+    """Controls with an error of 10 to 50 % say nothing about a spread of 2 %, whatever effect they happen to show."""
     quiet = draws(0.02, 60)
     noisy = [Draw("cpu", "decode", effect, error) for effect in (0.0, 0.03) for error in (0.1, 0.2, 0.5)]
     alone = process_variance.pool(quiet).sigma
@@ -57,14 +57,14 @@ def test_a_noisy_run_does_not_sharpen_all_later_ones():
     assert process_variance.pool(noisy).sigma == pytest.approx(process_variance.PRIOR_SIGMA, rel=0.05)
 
 
-def test_the_pool_finds_a_spread_behind_errors_of_every_size():
+def test_the_pool_recovers_a_spread_behind_errors_of_any_size():
     random = np.random.default_rng(5)
     errors = random.choice([0.002, 0.01, 0.03], 600)
     mixed = [Draw("cpu", "decode", 0.015 * random.normal() + error * random.normal(), error) for error in errors]
     assert process_variance.pool(mixed).sigma == pytest.approx(0.015, rel=0.15)
 
 
-def test_the_pool_is_read_by_device_and_workload(tmp_path, monkeypatch):
+def test_the_pool_is_looked_up_by_device_and_workload(tmp_path, monkeypatch):
     many = [*draws(0.003, 60), *(Draw("cpu", "prefill", *pair) for pair in [(0.03, 0.001), (-0.03, 0.001)] * 20)]
     path = process_variance.write(tmp_path / process_variance.NAME, process_variance.table(many))
     monkeypatch.setenv(process_variance.VARIABLE, str(path))
@@ -79,8 +79,10 @@ def test_the_pool_is_read_by_device_and_workload(tmp_path, monkeypatch):
     )
 
 
-def test_between_processes_a_single_process_invents_effects_unless_the_pool_is_counted():
-    """A standard deviation of 2 % between processes, invisible inside them: a third of equal arms would be called."""
+def test_a_single_process_creates_effects_unless_the_pool_is_included():
+    """A standard deviation of 2 % between processes is invisible inside them: a third of equal arms would get a
+    verdict.
+    """
     random, tau = np.random.default_rng(0), 0.02
 
     def verdicts(process_sigma: float) -> list[str]:
@@ -104,7 +106,7 @@ def test_between_processes_a_single_process_invents_effects_unless_the_pool_is_c
 
 
 @pytest.mark.parametrize(("used", "sigma"), [(False, 0.03), (True, 0.004)])
-def test_a_run_on_the_cpu_beside_a_gpu_takes_the_cpus_pool(tmp_path, monkeypatch, used, sigma):
+def test_a_cpu_run_beside_a_gpu_uses_the_cpu_pool(tmp_path, monkeypatch, used, sigma):
     pooled = {"cpu": {"*": process_variance.Pooled(0.03, 9)}, "cuda": {"*": process_variance.Pooled(0.004, 9)}}
     path = process_variance.write(tmp_path / "pool.json", pooled)
     monkeypatch.setenv(process_variance.VARIABLE, str(path))
@@ -129,8 +131,8 @@ def test_the_process_is_the_unit_of_replication():
     assert paired_stats.student_interval([1.0]) == (-math.inf, math.inf)
 
 
-def test_the_level_of_an_arm_is_as_uncertain_as_processes_differ():
-    """Within each process all blocks agree: thirty-six of them are three samples."""
+def test_the_level_of_an_arm_includes_the_variance_between_processes():
+    """Within each process all blocks agree: thirty-six blocks are three samples."""
     seconds, process = [1.0] * 12 + [1.1] * 12 + [1.21] * 12, [number // 12 for number in range(36)]
     middle, low, high = paired_stats.level(seconds, process)
     half = 4.303 * math.log(1.1) / math.sqrt(3)
@@ -138,7 +140,7 @@ def test_the_level_of_an_arm_is_as_uncertain_as_processes_differ():
     assert paired_stats.level(seconds) == (1.1, *paired_stats.median_interval(seconds))
 
 
-def test_a_stored_measurement_is_judged_again_from_its_own_fields():
+def test_a_stored_measurement_is_judged_again_from_its_fields():
     for ratio, disturbed in ((1.2, ()), (1.001, ()), (0.8, ()), (1.2, ("other processes took 40% of our cores",))):
         values = [ratio * (1 + 0.002 * (number % 3 - 1)) for number in range(12)]
         judged = paired_samples.from_samples(

@@ -36,7 +36,7 @@ def test_every_table_by_effort_has_every_effort():
     assert tables > 10
 
 
-def test_a_larger_effort_asks_for_no_less_of_anything():
+def test_a_larger_effort_requests_no_less_of_anything():
     efforts = list(settings.EFFORTS.values())
     for small, large in itertools.pairwise(efforts):
         assert all(before <= after for before, after in zip(astuple(small), astuple(large)))
@@ -47,7 +47,7 @@ def _ask(monkeypatch, *names):
     monkeypatch.setenv(settings.DIMENSIONS_VARIABLE, ",".join(names))
 
 
-def test_all_of_them_is_none_in_particular(monkeypatch):
+def test_selecting_all_dimensions_equals_selecting_none(monkeypatch):
     for text in ("", "efficiency, accuracy,resources,performance"):
         monkeypatch.setenv(settings.DIMENSIONS_VARIABLE, text)
         assert settings.requested_dimensions() is None and settings.wants("accuracy")
@@ -64,7 +64,7 @@ def test_the_command_line_knows_the_same_dimensions():
 
 
 @pytest.mark.parametrize("name", DIMENSIONS)
-def test_a_record_keeps_what_was_asked_for_and_says_so(name, monkeypatch):
+def test_a_record_keeps_and_states_the_requested_dimensions(name, monkeypatch):
     _ask(monkeypatch, name)
     recorded = samples.run()
     assert recorded.dimensions == [name] and {m.dimension for m in recorded.measurements} == {name}
@@ -75,11 +75,11 @@ def test_a_record_keeps_what_was_asked_for_and_says_so(name, monkeypatch):
     assert record.from_json(record.to_json(recorded), "x") == recorded
 
 
-def test_a_whole_record_names_no_dimensions():
+def test_a_complete_record_names_no_dimensions():
     assert samples.run().dimensions is None and "not asked" not in samples.run().verdict.sentence
 
 
-def test_nothing_is_timed_where_no_time_was_asked_for(tiny, monkeypatch):
+def test_nothing_is_timed_if_no_timing_was_requested(tiny, monkeypatch):
     def timed(*_, **__):
         raise AssertionError("something was timed")
 
@@ -95,7 +95,7 @@ def test_nothing_is_timed_where_no_time_was_asked_for(tiny, monkeypatch):
     assert costs.break_even(1.0, measurements[0])[1].verdict == "unavailable"
 
 
-def test_no_question_is_asked_where_no_answer_was_asked_for(monkeypatch):
+def test_no_question_is_asked_if_no_answers_were_requested(monkeypatch):
     def refused(*_, **__):
         raise AssertionError("a question was asked")
 

@@ -17,12 +17,12 @@ def test_p_is_below_the_level_exactly_where_the_interval_excludes_no_change(metr
 
 
 @pytest.mark.parametrize(("lost", "beyond"), [(0.05, True), (0.03, False), (-0.05, True), (-0.01, False)])
-def test_a_lost_score_is_tested_against_its_margin_and_a_gained_one_against_nothing(lost, beyond):
+def test_a_score_loss_is_tested_against_its_margin_and_a_gain_against_zero(lost, beyond):
     score = samples.scored("f1_macro", 0.9, 0.9 - lost, "inconclusive", half=0.02 / 0.9)
     assert (significance.p_value(score) < 0.05) == beyond
 
 
-def test_what_leaves_nothing_to_chance_has_no_p():
+def test_results_without_sampling_error_have_no_p_value():
     assert significance.p_value(measurement.counted("weights_bytes", "load", 10.0, 5.0, "counted")) is None
     assert significance.p_value(samples.timed("peak_memory_bytes", 0.5, 0.0)) is None
     once = samples.timed("peak_memory_bytes", 0.5, 0.1).model_copy(update={"n": 1})
@@ -37,8 +37,8 @@ def test_a_wider_interval_is_less_significant():
     assert significance.p_value(samples.timed("prefill_tokens_per_second", 1.0, 0.1)) == 1.0
 
 
-def test_few_documents_say_less_than_the_many_items_that_come_from_them():
-    """The interval is over documents; p counted their windows, and fell as if each of these were independent."""
+def test_few_documents_are_less_significant_than_their_many_items():
+    """The interval is over documents; p previously counted their windows, and fell as if these were independent."""
     lost = samples.scored("perplexity", 41.0, 44.0, "not_maintained", half=0.02)
     of_few = lost.model_copy(update={"documents": 8})
     assert (significance.freedom_of(lost), significance.freedom_of(of_few)) == (399, 7)

@@ -24,7 +24,7 @@ def loaded(tmp_path, monkeypatch):
 
 
 def was_asked(loaded, question=QUESTION) -> bool:
-    """Return whether the model was asked, not looked up."""
+    """Return whether the model was evaluated, not looked up."""
     calls = []
 
     def ask():
@@ -36,20 +36,20 @@ def was_asked(loaded, question=QUESTION) -> bool:
     return bool(calls)
 
 
-def test_the_same_model_is_asked_once(loaded):
+def test_the_same_model_is_evaluated_once(loaded):
     assert was_asked(loaded) and not was_asked(loaded)
     assert not was_asked(loading.load("qwen3-4b-instruct-2507"))
     assert was_asked(loaded, QUESTION | {"ids": ["a"]})
 
 
-def test_what_an_optimization_made_is_asked_and_not_kept(loaded):
+def test_an_optimized_model_is_evaluated_and_not_cached(loaded):
     was_asked(loaded)
     for model in (method.apply(loaded.model), copy.deepcopy(loaded.model)):
         arm = replace(loaded, model=model)
         assert was_asked(arm) and was_asked(arm)
 
 
-def test_an_absorbed_baseline_is_asked_once_and_apart_from_stock_decoding(tmp_path, monkeypatch):
+def test_an_absorbed_baseline_is_evaluated_once_and_cached_apart_from_stock(tmp_path, monkeypatch):
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
     stock = loading.load("glm-4.7-flash")
     assert was_asked(stock)
@@ -61,7 +61,7 @@ def test_an_absorbed_baseline_is_asked_once_and_apart_from_stock_decoding(tmp_pa
 
 
 @pytest.mark.parametrize("how", ["weight", "forward", "hook", "attention", "data", "code", "threads"])
-def test_a_model_that_was_changed_in_place_is_asked(loaded, how, monkeypatch):
+def test_a_model_changed_in_place_is_evaluated(loaded, how, monkeypatch):
     was_asked(loaded)
     block = anatomy(loaded.model).blocks[1]
     if how == "weight":
@@ -81,8 +81,8 @@ def test_a_model_that_was_changed_in_place_is_asked(loaded, how, monkeypatch):
     assert was_asked(loaded)
 
 
-def test_fewer_experts_per_token_are_another_model_of_the_same_weights(tmp_path, monkeypatch):
-    """A checkpoint that is written again under its name may differ in nothing else."""
+def test_fewer_experts_per_token_count_as_a_different_model(tmp_path, monkeypatch):
+    """A checkpoint that is rewritten under its name may differ in nothing else."""
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
     loaded = loading.load("qwen3-coder-30b")
     assert was_asked(loaded) and not was_asked(loaded)
@@ -91,19 +91,19 @@ def test_fewer_experts_per_token_are_another_model_of_the_same_weights(tmp_path,
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 not an archive", None])
-def test_a_damaged_file_is_as_good_as_none(loaded, tmp_path, damage):
+def test_a_damaged_cache_file_is_ignored(loaded, tmp_path, damage):
     was_asked(loaded)
     (stored,) = (tmp_path / "answers").glob("*.npz")
     stored.write_bytes(stored.read_bytes()[:-30] if damage is None else damage)
     assert was_asked(loaded) and not was_asked(loaded)
 
 
-def test_a_folder_that_cannot_be_written_to_is_no_error(loaded, tmp_path):
+def test_an_unwritable_folder_is_not_an_error(loaded, tmp_path):
     (tmp_path / "answers").write_text("a file where the folder should be")
     assert was_asked(loaded) and was_asked(loaded)
 
 
-def test_answers_found_are_those_given_and_say_so(loaded):
+def test_cached_answers_equal_the_original_ones_and_are_marked(loaded):
     first = evaluate.classify(loaded, "topic", "search", 12)
     again = evaluate.classify(loaded, "topic", "search", 12)
     assert first.answered is None and again.answered and first.ids == again.ids

@@ -50,7 +50,7 @@ def answered(right: float, n: int = 400, chance: float | None = 0.25, seed: int 
 
 
 @torch.no_grad()
-def test_choices_are_scored_by_hand(loaded, questions):
+def test_choice_scores_match_a_manual_computation(loaded, questions):
     answers = evaluate.classify(loaded, "arc_easy", "final", 12)
     assert len(answers.ids) == 12 and answers.metric == "accuracy" and set(answers.others) == {"accuracy_norm"}
     by_id = {item.id: item for item in questions}
@@ -70,7 +70,7 @@ def test_choices_are_scored_by_hand(loaded, questions):
         assert norm == (np.argmax(per_character) == item.right)
 
 
-def test_answers_of_the_unchanged_model_are_kept_unless_a_prompt_would_change(loaded, questions):
+def test_baseline_answers_are_cached_unless_a_prompt_changes(loaded, questions):
     first = evaluate.classify(loaded, "arc_easy", "final", 12)
     again = evaluate.classify(loaded, "arc_easy", "final", 12)
     assert first.answered is None and again.answered and (first.scores_NL == again.scores_NL).all()
@@ -80,7 +80,7 @@ def test_answers_of_the_unchanged_model_are_kept_unless_a_prompt_would_change(lo
     assert evaluate.classify(loaded, "arc_easy", "final", 12).answered is None
 
 
-def test_a_passage_is_right_where_it_would_be_given(loaded, monkeypatch):
+def test_a_passage_is_right_if_it_would_be_generated(loaded, monkeypatch):
     ids = loaded.tokenizer("import json and then import").input_ids
     with torch.no_grad():
         greedy = loaded.tokenizer.decode(loaded.model(torch.tensor([ids])).logits[0, -1].argmax())
@@ -93,7 +93,7 @@ def test_a_passage_is_right_where_it_would_be_given(loaded, monkeypatch):
     assert answers.right_N.tolist() == [int(identity.split("-")[1]) % 2 == 0 for identity in answers.ids]
 
 
-def test_a_loss_is_judged_by_the_score_usually_stated_and_the_task_names_the_workload():
+def test_the_usual_score_is_judged_and_the_task_names_the_workload():
     good, bad = answered(0.7, 2000), answered(0.6, 2000, seed=1)
     compared = by_name(answer_comparison.compare_classified(good, bad))
     assert set(compared) == {"accuracy_norm", "accuracy", "flips", "flips_to_wrong", "flips_to_right"} <= set(METRICS)
@@ -105,8 +105,8 @@ def test_a_loss_is_judged_by_the_score_usually_stated_and_the_task_names_the_wor
     assert same["accuracy_norm"].verdict == "maintained" and same["flips"].optimized == 0
 
 
-def test_another_wrong_choice_is_no_same_answer():
-    """No right answer became wrong, nor a wrong one right, and yet the answers were said to be the same."""
+def test_a_different_wrong_choice_is_not_the_same_answer():
+    """Previously answers were called the same because no right one became wrong and no wrong one right."""
     good = answered(0.7)
     chosen_N = np.where(good.right_N, good.chosen_N, (good.truth_N + 2) % 4)
     moved = replace(good, chosen_N=chosen_N, scores_NL=np.eye(4)[chosen_N] - 5)
@@ -119,7 +119,7 @@ def test_another_wrong_choice_is_no_same_answer():
     assert same.source.startswith("same answers, 400 items") and same.ci is None
 
 
-def test_a_baseline_at_chance_has_nothing_to_lose():
+def test_a_baseline_at_chance_level_gives_no_verdict():
     guess, worse = answered(0.25), answered(0.2, seed=2)
     score = by_name(answer_comparison.compare_classified(guess, worse))["accuracy_norm"]
     assert score.verdict == "informative" and "no better than guessing (25 %)" in score.reason

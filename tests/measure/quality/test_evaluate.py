@@ -20,7 +20,7 @@ LABELS = list("abcdefgh")
 
 
 def classified(n: int, accuracy: float, seed: int = 0, wrong: int = 0) -> Classified:
-    """Answers to n items at about `accuracy`; `wrong` more of the right ones are wrong."""
+    """Answers to n items at about `accuracy`, with `wrong` more of the right ones made wrong."""
     random = np.random.default_rng(seed)
     truth_N = np.arange(n) % len(LABELS)
     chosen_N = np.where(random.random(n) < accuracy, truth_N, (truth_N + 1) % len(LABELS))
@@ -35,7 +35,7 @@ def by_name(measurements) -> dict:
     return {measured.metric: measured for measured in measurements}
 
 
-def test_resampled_scores_are_scikit_learns_on_resampled_items():
+def test_resampled_scores_match_scikit_learn():
     random = np.random.default_rng(1)
     truth_N, base_N, opt_N = random.integers(0, 4, (3, 60))
     drawn = score_bounds.resampled_scores(truth_N, base_N, opt_N, 4, 20000)
@@ -74,7 +74,7 @@ def test_a_lost_score_is_not_maintained_and_a_gained_one_is_better():
     assert lost["f1_macro"].ci[0] < lost["f1_macro"].ratio < lost["f1_macro"].ci[1] < 1
 
 
-def test_too_few_items_say_how_many_it_would_take():
+def test_too_few_items_state_how_many_are_needed():
     good = classified(200, 1.0)
     other = replace(good, chosen_N=good.chosen_N.copy(), scores_NL=good.scores_NL + 1)
     good.chosen_N[:4] = (good.truth_N[:4] + 1) % 8
@@ -83,8 +83,8 @@ def test_too_few_items_say_how_many_it_would_take():
     assert accuracy.verdict == "inconclusive" and "200 items are too few: about" in accuracy.reason
 
 
-def test_non_inferiority_errs_as_rarely_as_it_says():
-    """The true loss is the margin itself: `maintained` may come out at most one time in twenty, and a little."""
+def test_non_inferiority_keeps_its_error_rate():
+    """The true loss is the margin itself: `maintained` may come out at most slightly more than one time in twenty."""
     random, wrong = np.random.default_rng(0), 0
     for trial in range(300):
         truth_N = np.arange(1200) % 8
@@ -123,14 +123,14 @@ def test_flips_are_counted_both_ways_though_accuracy_ties():
     )
 
 
-def test_a_lost_retrieval_is_seen():
+def test_a_retrieval_loss_is_detected():
     all_right, none_right = Retrieved(256, np.ones(64, bool)), Retrieved(256, np.zeros(64, bool))
     exact_match = answer_comparison.compare_retrieved(all_right, none_right)
     assert exact_match.verdict == "not_maintained" and exact_match.workload == "generate" and exact_match.optimized == 0
 
 
-def test_other_wrong_values_are_no_same_answers():
-    """Of 300 values the first half is right in both arms; of the others only that they are wrong was looked at."""
+def test_other_wrong_values_are_not_the_same_answers():
+    """Of 300 values the first half is right in both arms; previously the others were only checked for being wrong."""
     given_NV = np.arange(600).reshape(300, 2)
     base = Retrieved(256, np.arange(300) < 150, given_NV=given_NV)
     other = replace(base, given_NV=np.where(base.right_N[:, None], given_NV, given_NV + 1))
@@ -143,7 +143,7 @@ def test_other_wrong_values_are_no_same_answers():
 @pytest.mark.parametrize(
     ("loss", "verdict"), [(0.0, "maintained"), (0.005, "maintained"), (0.2, "not_maintained"), (-0.2, "better")]
 )
-def test_perplexity_by_its_own_margin(loss, verdict):
+def test_perplexity_uses_its_own_margin(loss, verdict):
     base_N = np.random.default_rng(0).normal(4, 0.3, 32)
     opt_N = base_N + loss + np.random.default_rng(1).normal(0, 0.01, 32)
     perplexity = noninferiority.perplexity(base_N, opt_N, source="32 windows")
@@ -152,7 +152,7 @@ def test_perplexity_by_its_own_margin(loss, verdict):
 
 
 @torch.no_grad()
-def test_text_is_read_in_chunks_as_it_would_be_at_once(tiny, name, monkeypatch):
+def test_text_read_in_chunks_matches_text_read_at_once(tiny, name, monkeypatch):
     monkeypatch.setattr(evaluate, "CHUNK_ELEMENTS", 96 * 5)
     base, other = tiny(name), tiny(name, seed=3)
     ids_NT = torch.randint(8, 96, (6, 24), generator=torch.Generator().manual_seed(0))
@@ -220,7 +220,7 @@ def test_different_items_are_refused():
         answer_comparison.compare_classified(classified(40, 1.0), classified(48, 1.0))
 
 
-def test_tasks_may_be_chosen_and_unknown_ones_are_named():
+def test_tasks_can_be_selected_and_unknown_ones_are_named():
     from lib.models.tasks.registry import check_tasks
 
     check_tasks(["topic", "retrieval", "arc_easy", "hellaswag"])
@@ -235,7 +235,7 @@ def test_an_unknown_task_is_refused_before_anything_runs():
         plan.plan(plan.Request(optimizations=("structured_pruning",), parameters={"tasks": "topics"}))
 
 
-def test_losses_that_are_no_numbers_are_invalid_and_compared_with_nothing():
+def test_losses_that_are_not_numbers_are_invalid_and_not_compared():
     ids = torch.zeros(6, 4, dtype=torch.long)
     sound, broken = (evaluate.Text(ids, np.full(6, loss), torch.zeros(6, 4, 2), None) for loss in (2.0, math.nan))
     for pair in ((sound, broken), (broken, sound)):
@@ -244,8 +244,8 @@ def test_losses_that_are_no_numbers_are_invalid_and_compared_with_nothing():
         assert {m.verdict for m in measurements} == {"invalid"} and "not finite" in measurements[0].reason
 
 
-def test_two_tasks_of_labels_are_two_workloads(monkeypatch):
-    """What bears one metric and workload is one number: of two by one name the last would stand for both."""
+def test_two_label_tasks_are_two_workloads(monkeypatch):
+    """Metric and workload identify one number: under a shared name the last of two would represent both."""
     tasks = ["topic", "code_origin"]
     monkeypatch.setattr(evaluate, "ask", lambda arm, name, *_: replace(classified(80, 0.9), task=name))
     for other in ("read_text", "retrieval"):
@@ -259,8 +259,8 @@ def test_two_tasks_of_labels_are_two_workloads(monkeypatch):
     assert {m.verdict for m in measured if m.dimension == "accuracy"} == {"not_exercised", "informative"}
 
 
-def test_a_task_that_measures_perplexity_is_none_of_those_that_are_right_or_wrong(monkeypatch):
-    """Two profiles were compared on every task of a model: one of the harness that reads documents ended the run."""
+def test_a_perplexity_task_is_excluded_from_right_or_wrong_tasks(monkeypatch):
+    """Two profiles were compared on every task of a model: a harness task that reads documents aborted the run."""
     asked = []
 
     def answer(arm, task, *_):

@@ -46,7 +46,7 @@ def loaded(tiny, vocabulary):
 
 
 def task(folder, name: str, lines: list[dict], **fields) -> str:
-    """Write a task of the harness and its items; return how it is named here."""
+    """Write a harness task and its items; return the task's name in the workbench."""
     (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}}}
     described = {"task": name, **data, "test_split": "test", "doc_to_text": "Question: {{question}}\nAnswer:"} | fields
@@ -68,7 +68,7 @@ def choices(folder, **fields) -> str:
 
 
 def by_itself(loaded: Loaded, name: str) -> dict[int, dict]:
-    """Return what the harness logs of every item, run directly with its own wrapper."""
+    """Return what the harness logs for every item when run directly with its own wrapper."""
     import lm_eval as package
 
     members, manager = lm_eval._tasks(name)
@@ -83,7 +83,7 @@ def items(answers: Classified | Rolled) -> list[int]:
 
 
 @pytest.mark.parametrize("shots", [0, 3])
-def test_choices_are_those_of_the_harness_item_by_item(harness, loaded, tmp_path, shots):
+def test_choices_match_the_harness_item_by_item(harness, loaded, tmp_path, shots):
     examples = (
         {"num_fewshot": shots, "fewshot_split": "test", "fewshot_config": {"sampler": "first_n"}} if shots else {}
     )
@@ -102,7 +102,7 @@ def test_choices_are_those_of_the_harness_item_by_item(harness, loaded, tmp_path
     assert not set(other.ids) & set(answers.ids)
 
 
-def test_single_continuations_generated_answers_and_documents(harness, loaded, tmp_path):
+def test_continuations_generated_answers_and_documents_match_the_harness(harness, loaded, tmp_path):
     word = task(
         tmp_path,
         "word",
@@ -136,7 +136,7 @@ def test_single_continuations_generated_answers_and_documents(harness, loaded, t
         evaluate.classify(loaded, rolled, "final", 99)
 
 
-def test_the_harness_reads_a_prompt_once_where_it_read_it_for_every_choice(harness, loaded, tmp_path):
+def test_a_prompt_is_read_once_where_the_harness_reads_it_per_choice(harness, loaded, tmp_path):
     name = choices(tmp_path)
     read = []
     loaded.model.model.embed_tokens.register_forward_hook(lambda _, args, __: read.append(args[0].numel()))
@@ -144,10 +144,10 @@ def test_the_harness_reads_a_prompt_once_where_it_read_it_for_every_choice(harne
     ours = sum(read)
     read.clear()
     by_itself(loaded, name)
-    assert ours < 0.5 * sum(read) * 14 / 20  # of as many items
+    assert ours < 0.5 * sum(read) * 14 / 20  # scaled to the same number of items
 
 
-def test_what_cannot_be_loaded_is_one_line(harness, loaded, tmp_path):
+def test_an_unloadable_task_gives_a_one_line_error(harness, loaded, tmp_path):
     with pytest.raises(UserError, match="there is no such file"):
         evaluate.ask(loaded, "lm_eval:nowhere.yaml", "final", 5)
     (tmp_path / "broken.yaml").write_text("task: broken\ndataset_path: json\ndataset_kwargs: {data_files: nowhere}\n")
@@ -159,7 +159,7 @@ def test_what_cannot_be_loaded_is_one_line(harness, loaded, tmp_path):
         harness_names.check("lm_eval:arc_eazy")
 
 
-def test_without_the_harness_the_way_to_get_it_is_said(loaded, monkeypatch):
+def test_without_the_harness_the_error_says_how_to_install_it(loaded, monkeypatch):
     for name in ("lm_eval", "lm_eval.tasks", "lm_eval.models.huggingface"):
         monkeypatch.setitem(sys.modules, name, None)
     harness_names.names.cache_clear()
@@ -176,7 +176,7 @@ def test_without_the_harness_the_way_to_get_it_is_said(loaded, monkeypatch):
         harness_names.names.cache_clear()
 
 
-def test_a_file_is_named_from_anywhere(tmp_path, monkeypatch):
+def test_a_task_file_can_be_named_from_anywhere(tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text("task: mine")
     monkeypatch.chdir(tmp_path)
     assert harness_names.check("lm_eval:mine.yaml") == f"lm_eval:{tmp_path / 'mine.yaml'}"
@@ -184,9 +184,9 @@ def test_a_file_is_named_from_anywhere(tmp_path, monkeypatch):
         harness_names.check("lm_eval:other.yaml")
 
 
-def test_a_file_is_taken_whatever_it_is_called_and_whatever_lies_beside_it(harness, tmp_path):
-    """With a second file in the folder, or a tag, the task was looked for under the file's name; data in the folder of
-    the notebook.
+def test_a_task_file_works_with_any_name_and_any_neighboring_files(harness, tmp_path):
+    """Previously, with a second file in the folder or a tag, the task was looked up under the file's name, and data in
+    the notebook's folder.
     """
     choices(tmp_path)
     described = json.loads((tmp_path / "sums.yaml").read_text()) | {"task": "other", "tag": "mine"}
@@ -200,9 +200,9 @@ def test_a_file_is_taken_whatever_it_is_called_and_whatever_lies_beside_it(harne
     assert {*members} == {"sums", "other"} and os.getcwd() == before
 
 
-def test_what_writes_the_prompts_is_part_of_the_question(harness, loaded, tmp_path, monkeypatch):
-    """A function that another calls, or the examples, changed: the kept answers of the baseline came back, beside those
-    of an arm that was asked the new way.
+def test_code_that_writes_the_prompts_is_part_of_the_question(harness, loaded, tmp_path, monkeypatch):
+    """Previously, after a change of a called function or of the examples, the baseline's cached answers were reused
+    beside those of an arm that was asked the new way.
     """
     program = "def shown(doc):\n    return line(doc)\n\n\ndef line(doc):\n    return doc['question'] + ' A:'\n"
     (tmp_path / "utils.py").write_text(program)
@@ -231,7 +231,7 @@ def test_what_writes_the_prompts_is_part_of_the_question(harness, loaded, tmp_pa
     assert questions[0] == questions[1] and len({*questions}) == 3
 
 
-def test_a_file_that_is_none_of_a_task_is_refused_before_anything_runs(tmp_path):
+def test_a_file_that_is_not_a_task_is_refused_before_anything_runs(tmp_path):
     path = tmp_path / "mine.yaml"
     for text, message in (
         ("a: [1", "not readable as YAML (expected"),
@@ -247,8 +247,8 @@ def test_a_file_that_is_none_of_a_task_is_refused_before_anything_runs(tmp_path)
         assert harness_names.check(f"lm_eval:{path}") == f"lm_eval:{path}"
 
 
-def test_choices_that_are_asked_once_more_without_the_question_are_no_further_choices():
-    """Guessing one of three came out as one of six, so that a baseline that guesses had something to lose."""
+def test_choices_repeated_without_the_question_are_not_counted_as_choices():
+    """Previously guessing one of three counted as one of six, so that a guessing baseline had something to lose."""
     asked = [(-3.0, False), (-1.0, True), (-2.0, False), (-9.0, False), (-8.0, False), (-7.0, False)]
     sample = {"doc_id": 0, "metrics": ["acc", "acc_mutual_info"], "acc": 1.0, "filtered_resps": asked}
     arrays = lm_eval._arrays("lm_eval:sums", {"sums": [sample, sample | {"doc_id": 1, "acc": 0.0}]})
@@ -258,8 +258,8 @@ def test_choices_that_are_asked_once_more_without_the_question_are_no_further_ch
     assert float(plain["chance"]) == pytest.approx(1 / 6)
 
 
-def test_who_always_gives_the_more_frequent_of_two_answers_guesses():
-    """As in BoolQ, where yes is right on three items of five. Items with choices of their own have no such answer."""
+def test_always_giving_the_more_frequent_of_two_answers_counts_as_guessing():
+    """In BoolQ, yes is right on three items of five. Items with choices of their own have no such answer."""
     answers = {"metrics": ["acc"], "acc": 1.0, "filtered_resps": [(-3.0, False), (-1.0, True)]}
     same = [["Is it?", " no"], ["Is it?", " yes"]]
     samples = [answers | {"doc_id": n, "target": int(n < 6), "arguments": same} for n in range(10)]

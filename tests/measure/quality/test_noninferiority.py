@@ -18,23 +18,23 @@ def _exact(count: int, n: int, level: float) -> float:
 
 
 @pytest.mark.parametrize("n", [16, 48, 149, 400])
-def test_an_unseen_loss_of_one_class_is_clopper_and_pearsons(n):
+def test_an_unseen_loss_of_one_class_matches_clopper_pearson(n):
     assert score_bounds.unseen_loss([n], 0.05) == pytest.approx(_exact(0, n, 0.05), abs=1e-9)
-    equal = score_bounds.unseen_loss([n] * 8, 0.05)  # classes of equal size are one share
+    equal = score_bounds.unseen_loss([n] * 8, 0.05)  # classes of equal size act as one share
     assert equal == pytest.approx(_exact(0, 8 * n, 0.05), abs=1e-9)
 
 
-def test_an_unseen_loss_is_the_worst_that_no_flip_rules_out():
-    """Against a search: no shares of flips that leave 5 % for seeing none cost more than the bound, some as much."""
+def test_an_unseen_loss_is_the_worst_case_without_observed_flips():
+    """Checked by a search: no flip shares with a 5 % chance of no flip cost more than the bound, some as much."""
     counts, level = np.array([3, 40, 60]), 0.05
     bound = score_bounds.unseen_loss(counts.tolist(), level)
     drawn_RC = np.random.default_rng(0).dirichlet(np.ones(3), 20000) * -math.log(level)
     losses = (1 - np.exp(-drawn_RC / counts)).mean(1)
     assert losses.max() <= bound + 1e-9 and losses.max() == pytest.approx(bound, rel=0.02)
-    assert bound > 3 * score_bounds.unseen_loss([103], level)  # the rare class weighs more than a share would
+    assert bound > 3 * score_bounds.unseen_loss([103], level)  # the rare class weighs more than in a plain share
 
 
-def test_a_rare_class_keeps_a_macro_mean_open_where_a_share_is_maintained():
+def test_a_rare_class_leaves_a_macro_mean_inconclusive_but_not_a_share():
     common = classified(400, 1.0)
     rare = replace(common, truth_N=np.where(np.arange(400) < 4, 7, np.arange(400) % 7))
     rare = replace(rare, chosen_N=rare.truth_N.copy())
@@ -47,11 +47,11 @@ def test_a_rare_class_keeps_a_macro_mean_open_where_a_share_is_maintained():
 
 
 @pytest.mark.parametrize(("count", "words"), [(149, "149"), (999, "999"), (1260, "1,300"), (302_292, "310,000")])
-def test_how_many_would_suffice_is_said_in_two_digits(count, words):
+def test_the_required_number_of_items_is_stated_in_two_digits(count, words):
     assert noninferiority._about(count) == words
 
 
-def test_same_answers_have_no_interval_and_say_how_many():
+def test_same_answers_have_no_interval_and_state_their_number():
     base = classified(48, 0.9)
     for other, verdict in ((replace(base, scores_NL=base.scores_NL + 0.1), "inconclusive"), (base, "maintained")):
         score = by_name(answer_comparison.compare_classified(base, other))["accuracy"]
@@ -62,7 +62,7 @@ def test_same_answers_have_no_interval_and_say_how_many():
 
 
 @pytest.mark.parametrize("source_N", [None, np.zeros(40, dtype=int)])
-def test_a_single_item_or_source_decides_nothing(source_N):
+def test_a_single_item_or_source_gives_no_verdict(source_N):
     n = 1 if source_N is None else 40
     good = replace(classified(n, 1.0), source_N=source_N)
     bad = replace(good, chosen_N=(good.truth_N + 1) % 8, scores_NL=good.scores_NL + 1)
@@ -71,7 +71,7 @@ def test_a_single_item_or_source_decides_nothing(source_N):
 
 
 @pytest.mark.parametrize("wrong", [0, 1, 3, 20])
-def test_the_smallest_loss_that_would_be_found_is_never_zero(wrong):
+def test_the_smallest_detectable_loss_is_never_zero(wrong):
     base = classified(200, 1.0)
     other = replace(base, chosen_N=base.chosen_N.copy(), scores_NL=base.scores_NL + 1)
     other.chosen_N[:wrong] = (base.truth_N[:wrong] + 1) % 8
@@ -81,7 +81,7 @@ def test_the_smallest_loss_that_would_be_found_is_never_zero(wrong):
 
 
 def test_a_few_gains_are_as_uncertain_as_a_few_losses():
-    """Three answers that became right are no proof of a gain, as three that became wrong are none of a loss."""
+    """Three answers that became right do not prove a gain, as three that became wrong do not prove a loss."""
     good = classified(60, 1.0)
     bad = replace(good, chosen_N=good.chosen_N.copy(), scores_NL=good.scores_NL + 1)
     bad.chosen_N[:3] = (good.truth_N[:3] + 1) % 8
@@ -89,12 +89,12 @@ def test_a_few_gains_are_as_uncertain_as_a_few_losses():
         by_name(answer_comparison.compare_classified(*pair))["accuracy"] for pair in ((good, bad), (bad, good))
     )
     ends = [np.array(m.ci) * m.baseline - m.baseline for m in (lost, won)]
-    assert ends[0] == pytest.approx(-ends[1][::-1], abs=0.004)  # mirrored, but for the bootstrap's own scatter
+    assert ends[0] == pytest.approx(-ends[1][::-1], abs=0.004)  # mirrored, up to the bootstrap's own scatter
     assert ends[1][0] < 0.03 and won.verdict != "better"
 
 
-def test_a_bound_that_takes_items_of_one_document_as_independent_says_so():
-    """It cannot know how flips that did not occur would cluster; a reader may think of that."""
+def test_a_bound_that_assumes_independent_items_of_a_document_says_so():
+    """It cannot know how flips that did not occur would cluster; a reader can consider that."""
     base = classified(60, 1.0)
     shared, few = replace(base, source_N=np.arange(60) // 4), base.chosen_N.copy()
     few[:1] = (base.truth_N[:1] + 1) % 8
@@ -125,8 +125,8 @@ def _shared(chance, sources: int, each: int, loss: float):
     return truth_N, truth_N, np.where(flips_N, 1 - truth_N, truth_N), source_N
 
 
-def test_items_of_one_source_are_drawn_together():
-    """The true loss is the margin, all items of a source flip together: only drawing sources keeps the level."""
+def test_items_of_one_source_are_resampled_together():
+    """The true loss is the margin, all items of a source flip together: only resampling sources keeps the level."""
     chance, wrong = np.random.default_rng(1), {"items": 0, "sources": 0}
     for trial in range(200):
         truth_N, base_N, opt_N, source_N = _shared(chance, 40, 20, 0.2)
@@ -141,7 +141,7 @@ def test_items_of_one_source_are_drawn_together():
     assert wrong["sources"] <= 20 < wrong["items"]
 
 
-def test_windows_of_one_document_are_drawn_together():
+def test_windows_of_one_document_are_resampled_together():
     chance = np.random.default_rng(2)
     document_N = np.repeat(np.arange(8), 8)
     losses = chance.normal(4, 0.1, 64)
@@ -154,8 +154,8 @@ def test_windows_of_one_document_are_drawn_together():
     assert few.verdict == "inconclusive" and "5 documents are too few" in few.reason and few.ci is None
 
 
-def test_windows_that_repeat_others_of_their_document_change_no_interval():
-    """A few windows lose much, as they do: the interval is as lopsided over documents as over windows."""
+def test_repeated_windows_of_a_document_do_not_change_the_interval():
+    """A few windows lose much, as in practice: the interval is as skewed over documents as over windows."""
     loss_N = -np.random.default_rng(1).lognormal(-3, 1, 24)
     alone = noninferiority.mean_interval(loss_N, 0.9, 1000, 0)
     twice = noninferiority.mean_interval(np.repeat(loss_N, 2), 0.9, 1000, 0, np.repeat(np.arange(24), 2))
@@ -164,7 +164,7 @@ def test_windows_that_repeat_others_of_their_document_change_no_interval():
     assert mean - alone[0] > 1.2 * (alone[1] - mean)
 
 
-def test_a_workload_in_which_nothing_acted_is_not_exercised():
+def test_a_workload_in_which_the_optimization_never_acts_is_not_exercised():
     base = classified(400, 0.9)
     all_right, none_right = Retrieved(256, np.ones(64, bool)), Retrieved(256, np.zeros(64, bool))
     answers = Answers([base], None, all_right)
@@ -175,8 +175,8 @@ def test_a_workload_in_which_nothing_acted_is_not_exercised():
     assert metrics["flips"].verdict == "informative" and metrics["retrieval_exact_match"].verdict == "not_maintained"
 
 
-def test_a_loss_that_no_perplexity_can_be_stated_for_is_invalid():
-    """e to the power of 800 is no number: a candidate of a search that blew up, say."""
+def test_a_loss_too_large_for_a_perplexity_is_invalid():
+    """e to the power of 800 overflows: for example, a search candidate that diverged."""
     base_N = np.linspace(3.0, 4.0, 8)
     for lost in (800.0, math.inf, math.nan):
         judged = noninferiority.perplexity(base_N, base_N + lost, source="8 windows")
@@ -184,7 +184,7 @@ def test_a_loss_that_no_perplexity_can_be_stated_for_is_invalid():
     assert noninferiority.perplexity(base_N, base_N + 30.0, source="8 windows").verdict == "not_maintained"
 
 
-def test_how_many_items_would_suffice_follows_the_margin():
+def test_the_required_number_of_items_follows_the_margin():
     replicates_R = np.random.default_rng(0).normal(-0.01, 0.02, 4000)
     about = {"n": 400, "to_wrong": 30, "to_right": 26, "source": "400 items"}
     stored = noninferiority.score("accuracy", "arc_easy", 0.6, 0.59, replicates_R, **about)
@@ -197,7 +197,7 @@ def test_how_many_items_would_suffice_follows_the_margin():
     assert noninferiority.too_few_at(same, 0.05) == "400 items are too few to tell"
 
 
-def test_so_many_items_show_a_loss_four_times_out_of_five():
+def test_the_required_number_of_items_detects_a_loss_four_times_out_of_five():
     """A true loss of 4 points at a discordance of 10 %, margin 2 points."""
     loss, discordance = 0.04, 0.10
     sigma = math.sqrt(discordance - loss**2)
@@ -215,24 +215,24 @@ def test_so_many_items_show_a_loss_four_times_out_of_five():
         shares = 1 - float(right_N.mean()), 1 - float(wrong_N.mean())
         score = noninferiority.score("accuracy", "classify", *shares, drawn, n=n, source="items", **counts)
         called += score.verdict == "not_maintained"
-    assert called / runs > 0.74  # 0.8 less 2.5 of its standard errors
+    assert called / runs > 0.74  # 0.8 minus 2.5 standard errors
 
 
 @pytest.mark.parametrize("windows", [8, 16, 32])
-def test_skewed_losses_of_few_windows_are_rarely_called_maintained_at_the_margin(windows):
-    """The true loss is the margin; most windows lose little and a few much, which a small sample may not hold."""
+def test_skewed_losses_of_few_windows_are_rarely_maintained_at_the_margin(windows):
+    """The true loss is the margin; most windows lose little and a few much, which a small sample may miss."""
     chance, trials, limit = np.random.default_rng(windows), 400, math.log1p(0.03)
     called, by_bootstrap = 0, 0
     for trial in range(trials):
         base_N = chance.normal(4.0, 0.1, windows)
-        lost_N = limit * chance.lognormal(-0.125, 0.5, windows)  # of mean `limit`
+        lost_N = limit * chance.lognormal(-0.125, 0.5, windows)  # with mean `limit`
         judged = noninferiority.perplexity(base_N, base_N + lost_N, source="text", resamples=300, seed=trial)
         called += judged.verdict in ("maintained", "better")
         by_bootstrap += noninferiority.mean_interval(-lost_N, 0.9, 300, trial)[0] > -limit
     assert called < by_bootstrap and called <= 0.085 * trials
 
 
-def test_halls_interval_is_students_without_skewness_and_mirrors():
+def test_halls_interval_equals_students_without_skewness_and_mirrors():
     even_N = np.array([-3.0, -2.0, -1.0, 0.0, 0.0, 1.0, 2.0, 3.0])
     assert paired_stats.skewed_interval(even_N, 0.9) == pytest.approx(paired_stats.student_interval(even_N, 0.9))
     loss_N = np.random.default_rng(3).lognormal(0, 1, 12)
@@ -246,8 +246,8 @@ def test_halls_interval_is_students_without_skewness_and_mirrors():
 
 
 @pytest.mark.parametrize(("right", "verdict"), [(0, "informative"), (6, "informative"), (7, "maintained")])
-def test_a_baseline_that_has_no_more_than_the_margin_keeps_nothing(right, verdict):
-    """Of 300 values 6 are the margin: who repeats no more of them cannot lose more either."""
+def test_a_baseline_score_within_the_margin_cannot_be_maintained(right, verdict):
+    """Of 300 values 6 are the margin: a baseline that repeats no more than that cannot lose more either."""
     base = Retrieved(256, np.arange(300) < right)
     [score] = answer_comparison.compare(Answers([], None, base), Answers([], None, base))
     assert score.verdict == verdict and score.source.startswith("same answers, 300 items")
@@ -256,7 +256,7 @@ def test_a_baseline_that_has_no_more_than_the_margin_keeps_nothing(right, verdic
     assert gained.verdict == "better", "a gain is one, wherever it begins"
 
 
-def test_answers_of_a_baseline_that_guesses_are_not_said_to_be_kept():
+def test_answers_of_a_guessing_baseline_are_not_called_maintained():
     guess = classified(400, 1 / 8 - 0.02)
     other = replace(guess, scores_NL=guess.scores_NL + 0.1)
     for score in answer_comparison.compare_classified(guess, other)[:4]:
@@ -268,16 +268,16 @@ def test_answers_of_a_baseline_that_guesses_are_not_said_to_be_kept():
     assert kept["accuracy"].verdict == "maintained"
 
 
-def test_who_always_gives_the_most_frequent_label_guesses():
-    """Of eight labels one is right on a fifth of the items, which is beyond an eighth, and known to nobody."""
+def test_always_giving_the_most_frequent_label_counts_as_guessing():
+    """Of eight labels one is right on a fifth of the items, which exceeds an eighth but shows no knowledge."""
     truth_N = np.where(np.arange(400) < 80, 0, 1 + np.arange(400) % 7)
     always = replace(classified(400, 1.0), truth_N=truth_N, chosen_N=np.zeros(400, dtype=int))
     for score in answer_comparison.compare_classified(always, replace(always, scores_NL=always.scores_NL + 0.1))[:4]:
         assert score.verdict == "informative" and "no better than guessing (20 %)" in score.reason
 
 
-def test_one_window_that_blew_up_leaves_an_interval_that_is_a_number():
-    """Seven windows as they were, one with 790 nats: the interval's end in nats is beyond what e can be raised to."""
+def test_one_diverged_window_still_gives_a_finite_interval():
+    """Seven windows are unchanged, one loses 790 nats: the interval's end in nats is beyond the range of exp."""
     base_N = np.linspace(3.0, 4.0, 8)
     blown = noninferiority.perplexity(base_N, base_N + np.array([0.0] * 7 + [760.0]), source="8 windows")
     assert blown.verdict == "inconclusive" and blown.ci is not None and math.isfinite(blown.ci[1])

@@ -12,8 +12,8 @@ LINEAR = ("aten.mm", "aten.addmm")
 
 @torch.no_grad()
 def prefill(model: nn.Module, tokens: int, batch: int) -> int:
-    """Return the FLOPs of reading `tokens` of `batch` sequences: those of linear layers as torch counts them, those of
-    attention, which it does not count as they are computed, from heads and widths.
+    """Return the FLOPs of reading `tokens` of `batch` sequences: linear layers as torch counts them, attention, which
+    torch does not count as it is computed, from heads and widths.
     """
     model.set_experts_implementation("eager")
     ids_BT = workloads.random_prompt(model, batch, tokens)

@@ -1,4 +1,4 @@
-"""Utilisations are shares of the measured ceilings of this machine; the vendor's figures are stated as well."""
+"""Utilizations are shares of the machine's measured ceilings; the vendor's figures are stated as well."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ def _sources(peaks: Ceilings) -> list[str]:
     return [m.source for m in ceilings.utilisation("prefill", COSTS, (0.1, 0.1), peaks)]
 
 
-def test_what_a_data_sheet_states_stands_beside_the_measured_ceilings(monkeypatch):
+def test_data_sheet_figures_are_shown_with_the_measured_ceilings(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     measured = ceilings.utilisation("prefill", COSTS, (0.1, 0.1), PEAKS)
     assert [measured[0].baseline, measured[0].optimized] == pytest.approx([0.1, 0.05]), "shares of what was measured"
@@ -27,6 +27,6 @@ def test_what_a_data_sheet_states_stands_beside_the_measured_ceilings(monkeypatc
 @pytest.mark.parametrize(
     ("changed", "name"), [({"device": "cpu"}, None), ({"dtype": "float32"}, "NVIDIA H200"), ({}, "A card of tomorrow")]
 )
-def test_where_no_data_sheet_is_known_nothing_is_stated(monkeypatch, changed, name):
+def test_no_figure_is_stated_without_a_data_sheet(monkeypatch, changed, name):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert not any("data sheet" in source for source in _sources(replace(PEAKS, **changed)))

@@ -1,4 +1,4 @@
-"""Formulas agree with tensors, cache and FLOP counter, and the bound explains why a gain was not realised."""
+"""Formulas agree with tensors, cache and FLOP counter, and the bound explains why a gain was not realized."""
 
 import itertools
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ MACHINE = Ceilings(1e12, 1e10, "cpu", "float32", 1, "2026-01-01", 2**20)
 
 @torch.no_grad()
 def test_matrix_flops_agree_with_the_counter(tiny, name):
-    """The counter is right for linear layers (`mm`), not for attention: compare the formula less its attention."""
+    """The counter is right for linear layers (`mm`), not for attention: compare the formula without its attention."""
     model = tiny(name)
     assert cost_model.prefill_flops(model, 16, 2) == counted_flops.prefill(model, 16, 2)
 
@@ -55,8 +55,8 @@ def loaded_full(name: str):
     return io.build(described.config("full"), described.architecture, device="meta", dtype=torch.bfloat16)
 
 
-def test_calls_that_make_up_one_answer_cost_together_what_the_answer_costs(tiny):
-    """The cost of each of them was that of the first one, at the shortest context."""
+def test_the_calls_of_one_answer_cost_what_the_answer_costs(tiny):
+    """Previously each call was charged the cost of the first one, at the shortest context."""
     model = tiny("qwen3-4b-instruct-2507")
     prompt_BT = workloads.random_prompt(model, 2, 16)
     whole, in_turns = (workloads.steps(model, prompt_BT, 12, at_once) for at_once in (None, 2))
@@ -79,7 +79,7 @@ def test_active_parameters_of_the_real_models():
 
 
 @torch.no_grad()
-def test_cache_bytes_are_what_the_cache_holds(tiny, name):
+def test_cache_bytes_match_the_cache(tiny, name):
     model = tiny(name)
     cache = cache_names.of(model(input_ids=workloads.random_prompt(model, 2, 16), use_cache=True))
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
@@ -101,7 +101,7 @@ def test_experts_hit_by_formula_and_by_hook(tiny):
 
 
 def test_a_prompt_reads_only_the_experts_that_its_tokens_use(tiny):
-    """A router that sends every token to the same experts: a bound that counts all of them could be beaten."""
+    """A router that sends every token to the same experts could beat a bound that counts all of them."""
     model = tiny("qwen3-coder-30b")
     for block in anatomy(model).blocks:
         torch.nn.init.zeros_(block.feed_forward.experts.router.weight)
@@ -112,7 +112,7 @@ def test_a_prompt_reads_only_the_experts_that_its_tokens_use(tiny):
     assert cost.bytes < cost_model.of(model, work).bytes
 
 
-def test_bytes_include_the_overhead_of_a_format_and_tied_weights_once(tiny):
+def test_bytes_include_format_overhead_and_count_tied_weights_once(tiny):
     dense = torch.zeros(64, 64)
     dense[0, :8] = 1
     sparse = dense.to_sparse_csr()
@@ -134,17 +134,17 @@ def test_zeros_are_seen_and_skipped_only_on_request(tiny):
     assert cost_model.of(model, work, skip_zeros=True).flops < before.flops
 
 
-def test_attention_that_decodes_in_the_latents_by_itself_is_counted_so(tiny):
+def test_attention_that_decodes_in_the_latents_is_counted_that_way(tiny):
     model = tiny("glm-4.7-flash")
     stock, absorbed = (cost_model.decode_flops(model, 512, absorbed=inside) for inside in (False, True))
-    attending = sparse_attention.apply(model, pages=0)  # all pages, as many operations as absorbed decoding
+    attending = sparse_attention.apply(model, pages=0)  # all pages: as many operations as absorbed decoding
     assert cost_model.decode_flops(attending, 512) == absorbed < stock == cost_model.decode_flops(model, 512)
     rounded = sparse_attention.apply(weight_only.weight_only(model, 8), pages=0)
-    assert cost_model.decode_flops(rounded, 512) == stock  # no dense matrix: the cache is expanded
+    assert cost_model.decode_flops(rounded, 512) == stock  # without a dense matrix the cache is expanded
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_fewer_bits_save_bytes_and_no_operation(tiny, name, bits):
+def test_fewer_bits_save_bytes_but_no_operations(tiny, name, bits):
     model = tiny(name)
     changed = weight_only.weight_only(model, bits)
     assert cost_model.active_parameters(changed) == cost_model.active_parameters(model)
@@ -184,7 +184,7 @@ def timed(ratio: float, mde: float = 0.01) -> measurement.Measurement:
     return rate.model_copy(update={"ci": (ratio * 0.99, ratio * 1.01), "mde": mde, "noise_floor": 0.01})
 
 
-def test_the_bound_predicts_and_says_what_was_not_realised():
+def test_the_bound_predicts_the_gain_and_names_the_unrealized_part():
     twice = (Cost(2e9, 1e6), Cost(1e9, 1e6))
     assert ceilings.bound(twice[0], MACHINE).seconds == 2e-3
     assert ceilings.bound(Cost(1e6, 1e8), MACHINE).limited_by == "traffic"
@@ -219,7 +219,7 @@ def test_ceilings_are_measured_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 2**12})
     monkeypatch.setattr(ceilings, "_DISTURBED", {})
     monkeypatch.setattr(ceilings.disturbance, "watch", lambda: lambda: None)
-    ticks = itertools.count(0.0, 0.5)  # of a clock on which everything between two readings takes half a second
+    ticks = itertools.count(0.0, 0.5)  # a clock on which everything between two readings takes half a second
     monkeypatch.setattr(ceilings, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     first = ceilings.measure()
     assert first.flops_per_second == 2 * 64**3 / 0.5, "a multiplication and an addition per element of the product"
@@ -231,8 +231,8 @@ def test_ceilings_are_measured_once_and_kept(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("copying", "reading", "best"), [(0.5, 0.2, 5.0), (0.2, 0.5, 10.0)])
-def test_no_product_that_only_reads_its_weights_beats_the_ceiling(monkeypatch, copying, reading, best):
-    """A copy moves two bytes for one, but a CPU fetches the target's lines too: reading can be faster."""
+def test_products_that_only_read_their_weights_do_not_exceed_the_ceiling(monkeypatch, copying, reading, best):
+    """A copy moves two bytes per byte, but a CPU also fetches the target's cache lines: reading can be faster."""
     monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 2**12})
 
     def seconds(call, device):
@@ -243,7 +243,7 @@ def test_no_product_that_only_reads_its_weights_beats_the_ceiling(monkeypatch, c
     assert ceilings._traffic("cpu") == pytest.approx(best * 2**12)
 
 
-def test_ceilings_of_a_disturbed_machine_serve_one_process_alone(tmp_path, monkeypatch):
+def test_ceilings_of_a_disturbed_machine_are_used_by_one_process_only(tmp_path, monkeypatch):
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
     monkeypatch.setattr(ceilings, "PRODUCT", {"cpu": 64})
     monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 2**12})

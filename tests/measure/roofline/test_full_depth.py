@@ -1,4 +1,4 @@
-"""A slice scaled to full depth: exact for counted numbers, and for times on a clock whose ticks are known."""
+"""A slice scaled to full depth: exact for counted numbers, and for times on a clock with known ticks."""
 
 import copy
 import math
@@ -37,13 +37,13 @@ def as_slice(model, whole: list[str]):
     return model
 
 
-def test_a_gpu_is_waited_for_where_it_is_in_use_and_else_left_alone(waited):
+def test_a_gpu_is_waited_for_only_if_it_is_in_use(waited):
     in_use, times = waited
     full_depth._synchronize()
     assert bool(times) is in_use
 
 
-def test_a_slice_counts_to_the_whole_models_parameters(name):
+def test_parameters_of_a_slice_scale_to_the_whole_model(name):
     model = slice_of(name)
     sizes = {m.metric: m for m in full_depth.sizes((model, model))}
     assert sizes["full_depth_parameters"].baseline == COUNTS[name]
@@ -52,7 +52,7 @@ def test_a_slice_counts_to_the_whole_models_parameters(name):
     assert measurement.lint(sizes.values()) == []
 
 
-def test_the_size_of_a_slice_is_known_about_from_its_configuration(name):
+def test_the_size_of_a_slice_is_estimated_from_its_configuration(name):
     about = parameters.about_slice_parameters(parameters.read(name))
     assert about == pytest.approx(cost_model.parameters(slice_of(name)), rel=0.15)
 
@@ -65,7 +65,7 @@ def test_the_cache_of_the_whole_model_follows_from_its_blocks():
     assert cache[grouped] == 48 * 2 * 4 * 128 * size[grouped]
 
 
-def test_every_tick_of_a_block_counts_as_often_as_it_stands_for(tiny, monkeypatch):
+def test_each_blocks_time_is_multiplied_by_the_blocks_it_represents(tiny, monkeypatch):
     model = as_slice(tiny("glm-4.7-flash"), ["dense"] + ["experts"] * 46)
     counts, clock = slice_depth.stands_for(model), [0.0]
     assert counts == [1.0, *[46 / 3] * 3]
@@ -91,8 +91,8 @@ def test_every_tick_of_a_block_counts_as_often_as_it_stands_for(tiny, monkeypatc
     assert rate.processes == 3 and rate.ci == pytest.approx((math.exp(low), math.exp(high)))
 
 
-def test_blocks_that_no_other_is_like_stand_for_themselves(tiny):
-    """The first blocks of a model may be treated otherwise, and a deeper one has no more of them."""
+def test_blocks_of_a_unique_kind_represent_only_themselves(tiny):
+    """The first blocks of a model may be treated differently, and a deeper model has no more of them."""
     model = as_slice(tiny("qwen3-4b-instruct-2507"), ["dense"] * 36)
     assert slice_depth.stands_for(model) == [9.0] * 4 and not slice_depth.alone(model)
     assert slice_depth.stands_for(model, {0, 1}) == [1.0, 1.0, 17.0, 17.0]
@@ -107,21 +107,21 @@ def test_blocks_that_no_other_is_like_stand_for_themselves(tiny):
     assert {m.metric: m.optimized for m in full_depth.sizes((model, optimized))} == every
 
 
-def test_hooks_are_taken_away_again(tiny, name):
+def test_hooks_are_removed_afterwards(tiny, name):
     model = as_slice(tiny(name), ["dense"] * 9)
     before = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     full_depth.whole_seconds(workloads.prefill(model, torch.randint(8, 90, (1, 8))), model, [1.0] * 4)
     assert before == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
 
 
-def test_a_whole_model_has_no_other_depth(tiny, name):
+def test_a_whole_model_is_not_scaled(tiny, name):
     model = tiny(name)
     work = workloads.prefill(model, torch.randint(8, 90, (1, 8)))
     assert full_depth.sizes((model, model)) == full_depth.speed("prefill", (work, work), (model, model), ([], [])) == []
 
 
 @pytest.mark.parametrize("case", ["kind", "count", "streamed"])
-def test_what_cannot_be_told_says_why(tiny, case):
+def test_metrics_that_cannot_be_scaled_give_the_reason(tiny, case):
     if case == "kind":
         base = other = slice_of("glm-4.7-flash", layers=1)
         reason = "no block of kind experts, of which the whole model has 46"
@@ -138,7 +138,7 @@ def test_what_cannot_be_told_says_why(tiny, case):
     assert {m.provenance for m in metrics} == {"unavailable"} and all(reason in m.reason for m in metrics)
 
 
-def test_a_copy_and_a_saved_slice_still_know_the_whole(tiny, tmp_path):
+def test_a_copied_or_saved_slice_still_describes_the_whole_model(tiny, tmp_path):
     model = as_slice(tiny("qwen3-4b-instruct-2507"), ["dense"] * 36)
     io.save(model, tmp_path)
     assert slice_depth.whole(copy.deepcopy(model)) == slice_depth.whole(io.load_folder(tmp_path)) == ["dense"] * 36

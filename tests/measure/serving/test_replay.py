@@ -29,7 +29,7 @@ def rounds() -> replay.ServingRounds:
     return replay.ServingRounds(traces, runs, counter)
 
 
-def test_the_peak_of_a_cache_follows_from_the_chosen_size_and_is_not_judged(rounds):
+def test_the_cache_peak_follows_from_the_chosen_size_and_is_not_judged(rounds):
     measured = {item.metric: item for item in replay.costs(rounds, "fixed", "again", "adaptive")}
     peak = measured["kv_cache_peak_bytes"]
     assert (peak.baseline, peak.optimized, peak.ratio) == (4, 2, 0.5)
@@ -38,8 +38,8 @@ def test_the_peak_of_a_cache_follows_from_the_chosen_size_and_is_not_judged(roun
 
 
 @pytest.mark.parametrize("kind, joules", [("estimate", 12.0), ("rapl", 10.0)])
-def test_what_a_policy_thinks_is_part_of_what_its_replay_took(kind, joules):
-    """A policy was charged for the steps of its engine alone: seconds, and joules that are estimated of them."""
+def test_policy_time_is_part_of_the_replay_cost(kind, joules):
+    """Previously a policy was charged only for its engine's steps: seconds, and joules estimated from them."""
     of_times = (lambda seconds, busy: 2.0 * seconds + 5.0 * busy) if kind == "estimate" else None
     counter = Counter(kind, "estimated", "test", 0.1, None, lambda: 0.0, of_times=of_times)
     engine, policy = (SimpleNamespace(wall_seconds=w, cpu_seconds=c, joules=10.0) for w, c in ((4.0, 3.0), (0.5, 0.2)))
@@ -60,15 +60,15 @@ def test_a_cache_with_room_for_one_row_is_warmed_up_and_bounded_afterwards(tiny)
         engine.prefill([ServingRequest(1, 0.0, 20, 8)])
 
 
-def test_two_rounds_judge_nothing_and_say_so(rounds):
+def test_two_rounds_give_no_verdict_and_say_so(rounds):
     few = replace(rounds, traces=rounds.traces[:2], runs={name: runs[:2] for name, runs in rounds.runs.items()})
     seconds = next(item for item in replay.costs(few, "fixed", "again", "adaptive") if "cpu" in item.metric)
     assert (seconds.ratio, seconds.verdict) == (0.5, "informative")
     assert seconds.reason == "2 pairs are too few for an interval"
 
 
-def test_a_counter_that_moves_more_seldom_than_arms_take_turns_judges_no_energy(rounds):
-    """NVML's counter stands still for many steps: what it adds falls on whichever arm steps next."""
+def test_a_counter_slower_than_the_turns_judges_no_energy(rounds):
+    """NVML's counter stands still for many steps: its increase falls on whichever arm steps next."""
     nvml, rapl = (Counter(kind, "measured", kind, 2.0, None, lambda: 0.0) for kind in ("nvml", "rapl"))
 
     def judged(counter, stepwise) -> str:
@@ -79,8 +79,8 @@ def test_a_counter_that_moves_more_seldom_than_arms_take_turns_judges_no_energy(
     assert judged(nvml, False) == judged(rapl, True) == "better"
 
 
-def test_a_replay_in_real_time_says_so_and_judges_no_energy_that_another_process_took(rounds):
-    """The live replays wait between requests, and the process that shares their cores is in the counter too."""
+def test_a_real_time_replay_says_so_and_judges_no_energy_shared_with_others(rounds):
+    """Live replays wait between requests, and the counter includes the process that shares their cores."""
     stepwise, real = replace(rounds, stepwise=True).source, rounds.source
     assert "waiting left out" in stepwise and "waiting left out" not in real
     assert "in real time, waiting included" in real
@@ -95,7 +95,7 @@ def test_a_replay_in_real_time_says_so_and_judges_no_energy_that_another_process
     assert alone["cpu_seconds_per_token"].reason == "energy is judged, by its counter"
     assert shared["energy_joules_per_token"].verdict == "informative"
     assert "other process" in shared["energy_joules_per_token"].reason
-    # Where energy is not judged, nothing says that it is: our own processor time is judged instead.
+    # If energy is not judged, nothing says that it is: our own CPU time is judged instead.
     assert shared["cpu_seconds_per_token"].verdict == "better"
     on_gpu = judged("nvml", planned=True)
     assert on_gpu["energy_joules_per_token"].verdict == "better", "a process on the cores takes nothing of the GPU's"
@@ -103,9 +103,8 @@ def test_a_replay_in_real_time_says_so_and_judges_no_energy_that_another_process
     assert blurred.verdict == "informative" and "energy is judged" not in blurred.reason
 
 
-def test_energy_that_others_took_on_other_cores_is_not_judged(rounds):
-    """A neighbouring run of the build, on cores of its own, disturbs no round, and the counter of the socket counts
-    it."""
+def test_energy_used_by_others_on_other_cores_is_not_judged(rounds):
+    """A neighboring run of the build, on its own cores, disturbs no round, but the socket's counter includes it."""
     rapl = Counter("rapl", "measured", "rapl", 2.0, None, lambda: 0.0)
     others = "other programs kept the processor busy 1.1 times as long as this one"
     shared = replace(rounds, counter=rapl, shared=others)
@@ -121,7 +120,7 @@ def test_rates_set_on_a_disturbed_machine_give_no_verdict(rounds):
     assert len(calibrated.busy) == 6 and all("while step times were measured" in reason for reason in calibrated.busy)
 
 
-def test_what_the_replay_plans_is_no_disturbance_and_alike_ones_are_one_phrase(rounds):
+def test_planned_load_is_not_a_disturbance_and_similar_reasons_are_merged(rounds):
     reasons = [f"our threads waited for a core {share} % of the time" for share in (15, 17, 16)]
     reasons += ["2 % of the time was stolen by the hypervisor", None, None]
     runs = {
@@ -134,12 +133,12 @@ def test_what_the_replay_plans_is_no_disturbance_and_alike_ones_are_one_phrase(r
     planned = replace(busy, planned=True)
     assert planned.disturbed == stolen and rounds.disturbed == "nothing"
     assert "on purpose" in planned.source and "3 of 18 replays disturbed" in planned.source
-    # What was planned explains no theft by the hypervisor, nor heat: such a round is a disturbed one.
+    # Planned load explains neither theft by the hypervisor nor heat: such a round counts as disturbed.
     assert planned.busy == [stolen] and len(busy.busy) == 4
 
 
 @pytest.mark.parametrize("why", ["3% of the time was stolen by the hypervisor", "throttled"])
-def test_what_nobody_planned_withholds_the_verdict_beside_what_was_planned(rounds, monkeypatch, why):
+def test_unplanned_disturbances_withhold_the_verdict_despite_planned_ones(rounds, monkeypatch, why):
     goodput = {"fixed": 1.0, "again": 1.0, "adaptive": 2.0}
     served = {
         name: [
@@ -158,10 +157,10 @@ def test_what_nobody_planned_withholds_the_verdict_beside_what_was_planned(round
     }
     assert judged(shared).verdict == "better"
     assert judged(served).verdict == "inconclusive" and why in judged(served).reason
-    # Nor is the control: called "worse" on a busy machine, it would speak against runs that it says nothing of.
+    # The control is not judged either: "worse" on a busy machine says nothing about these runs.
     own = replay.control(replace(rounds, runs=served, planned=True), None, "fixed", "again")
     assert own.verdict == "inconclusive" and own.disturbed == 6 and why in own.reason
-    # Without a ratio of every round the others are withheld for it too.
+    # Without a ratio for every round the others are withheld for the same reason.
     monkeypatch.setattr(replay.slo, "goodput", lambda run, _: run.value if run.value > 1 else 0.0)
     none = judged(served)
     seconds = next(item for item in replay.costs(rounds, "fixed", "again", "adaptive") if "cpu" in item.metric)

@@ -15,13 +15,13 @@ from lib.measure.serving.traffic import Lengths, ServingRequest, Trace
 
 
 def stub_times(step=1.0, per_row=0.0, read=0.5, per_byte=0.0):
-    """Seconds of a decode = step + per_row·rows; of a prefill = read per prompt; ten bytes per token."""
+    """Return times: decode = step + per_row·rows seconds, prefill = read seconds per prompt; ten bytes per token."""
     dense = tuple((step + per_row * rows,) * 200 for rows in range(1, 33))
     return StepTimes(dense, (read, 0.0, 0.0), (0.0, per_byte), (1.0,), (1.0,), 10.0, 0)
 
 
 class Greedy:
-    """Admits everybody there is room for."""
+    """Admits as many requests as there is room for."""
 
     name = "greedy"
 
@@ -37,7 +37,7 @@ class Greedy:
 
 
 class InParts(Greedy):
-    """The same, with prompts that are read `chunk` tokens at a time."""
+    """As `Greedy`, but reads prompts `chunk` tokens at a time."""
 
     def __init__(self, chunk, most=32):
         super().__init__(most)
@@ -52,19 +52,19 @@ def trace_of(*requests, seconds=100.0, warm_up=0.0):
     return Trace("by hand", 0, (traffic.Phase(seconds, 1.0, Lengths(4, 4)),), listed, warm_up)
 
 
-def test_times_of_a_trace_counted_by_hand():
-    # One prompt: read 0.5 s, then two steps of 1 s. The second arrives meanwhile and joins between two steps.
+def test_times_match_a_hand_computed_trace():
+    # Prefill 0.5 s, then two steps of 1 s. The second request arrives meanwhile and joins between steps.
     trace = trace_of((0.0, 4, 3), (0.7, 4, 2))
     served = simulate(trace, Greedy(), stub_times(), Limits())
     first, second = served.outcomes
-    assert (first.first, first.finished) == (0.5, 3.0)  # 0.5 read, step to 1.5, read of the other to 2.0, step to 3.0
+    assert (first.first, first.finished) == (0.5, 3.0)  # prefill 0.5, step to 1.5, other prefill to 2.0, step to 3.0
     assert (second.admitted, second.first, second.finished) == (1.5, 2.0, 3.0)
     assert second.first_token_seconds == pytest.approx(1.3) and second.token_seconds == pytest.approx(1.0)
     assert [step.kind for step in served.steps] == ["prefill", "decode", "prefill", "decode", "leave"]
     assert not served.saturated and served.end == 3.0
 
 
-def test_request_level_batches_wait_for_the_one_before_and_keep_their_width():
+def test_request_level_batches_wait_for_the_previous_one_and_keep_their_width():
     trace = trace_of((0.0, 4, 2), (0.0, 4, 4), (0.6, 4, 1))
     served = simulate(trace, Greedy(), stub_times(), Limits(), batching="request")
     assert [outcome.finished for outcome in served.outcomes[:2]] == [1.5, 3.5]
@@ -76,7 +76,7 @@ def test_request_level_batches_wait_for_the_one_before_and_keep_their_width():
 
 @pytest.mark.parametrize("batching", protocol.BATCHINGS)
 @pytest.mark.parametrize("seed", range(4))
-def test_the_cache_never_outgrows_its_bound_and_nobody_is_lost(batching, seed):
+def test_the_cache_stays_within_its_bound_and_no_request_is_lost(batching, seed):
     draw = random.Random(seed)
     trace = trace_of(*sorted((draw.uniform(0, 20), draw.randint(1, 60), draw.randint(1, 20)) for _ in range(60)))
     limits = Limits(8, 10.0 * draw.choice([90, 150, 300]), 10.0)
@@ -87,21 +87,21 @@ def test_the_cache_never_outgrows_its_bound_and_nobody_is_lost(batching, seed):
         assert outcome.finished is not None and outcome.produced >= outcome.request.new_tokens
 
 
-def test_a_request_that_never_fits_is_refused_not_waited_for():
+def test_a_request_that_never_fits_is_refused_immediately():
     trace = trace_of((0.0, 500, 3), (0.0, 4, 3))
     served = simulate(trace, Greedy(), stub_times(), Limits(8, 100.0, 10.0))
     assert served.refused == [0] and served.outcomes[0].finished is None and served.outcomes[1].finished is not None
     assert slo.goodput_share(served, Objectives(10, 10)) == 0.5
 
 
-def test_no_traffic_ends_at_once():
+def test_a_run_without_traffic_ends_at_once():
     served = simulate(traffic.constant(0, 10, Lengths(4, 4)), Greedy(), stub_times(), Limits())
     assert served.steps == [] and not served.saturated
     numbers = slo.summary(served, Objectives(1, 1))
     assert numbers["goodput"] == 0 and numbers["goodput share"] is None and numbers["latency p50"] is None
 
 
-def test_beyond_saturation_the_run_ends_and_says_so():
+def test_a_saturated_run_ends_and_reports_saturation():
     trace = traffic.constant(50, 20, Lengths(4, 8), 1)
     served = simulate(trace, Greedy(4), stub_times(0.2), Limits(), drain_seconds=5)
     assert served.saturated and served.end < trace.seconds + 5 + 10
@@ -109,7 +109,7 @@ def test_beyond_saturation_the_run_ends_and_says_so():
     assert numbers["saturated"] and numbers["unfinished"] > 100 and numbers["goodput share"] < 0.2
 
 
-def test_the_late_are_served_last():
+def test_overdue_requests_are_served_last():
     trace = trace_of((0.0, 4, 10), (0.1, 4, 1), (7.0, 4, 1))
     served = simulate(trace, Greedy(1), stub_times(), Limits(patience_seconds=3.0))
     early, late, prompt = served.outcomes
@@ -118,7 +118,7 @@ def test_the_late_are_served_last():
     assert patient.outcomes[1].admitted < patient.outcomes[2].admitted
 
 
-def test_a_policy_that_waits_for_nothing_is_an_error():
+def test_a_policy_that_waits_without_reason_is_an_error():
     class Idle(Greedy):
         def decide(self, view):
             return Decision(0)
@@ -127,7 +127,7 @@ def test_a_policy_that_waits_for_nothing_is_an_error():
         simulate(trace_of((0.0, 4, 2)), Idle(), stub_times(), Limits())
 
 
-def test_a_policy_may_wait_for_a_moment():
+def test_a_policy_may_wait_until_a_given_time():
     class Patient(Greedy):
         def decide(self, view):
             return Decision(1) if view.now >= 2 else Decision(0, 2.0)
@@ -165,16 +165,16 @@ def test_goodput_needs_both_objectives_and_settling_finds_the_last_bad_stretch()
     assert slo.settling_seconds(served, objective, 35.0, 40.0) is None
 
 
-def test_what_a_finished_row_is_padded_with_is_no_output():
-    trace = trace_of((0.0, 4, 2), (0.0, 4, 8))  # the first has its answer after one of the seven steps
+def test_padding_of_finished_rows_is_not_output():
+    trace = trace_of((0.0, 4, 2), (0.0, 4, 8))  # the first finishes after one of the seven steps
     served = simulate(trace, Greedy(), stub_times(), Limits(), batching="request")
     assert served.end == 0.5 + 7 and [outcome.produced for outcome in served.outcomes] == [8, 8]
     assert slo.summary(served, Objectives(10.0, 10.0))["output tokens/s"] == (2 + 8) / 7.5
 
 
-def test_a_prompt_read_in_parts_shares_steps_with_decoding():
-    # The first is alone, so it is read at once, 0.5 s. The second, ten tokens, arrives meanwhile: parts of 4, 4 and 2,
-    # each with a token of the first (1 s) and a call of its own (0.5 s).
+def test_a_chunked_prompt_shares_steps_with_decoding():
+    # The first is alone: read at once, 0.5 s. The second (ten tokens) arrives: chunks of 4, 4 and 2,
+    # each alongside one token of the first (1 s) plus its own call (0.5 s).
     trace = trace_of((0.0, 4, 9), (0.2, 10, 2))
     served = simulate(trace, InParts(4), stub_times(), Limits())
     first, second = served.outcomes
@@ -182,20 +182,20 @@ def test_a_prompt_read_in_parts_shares_steps_with_decoding():
     assert kinds == [("prefill", 1, 0), ("shared", 1, 4), ("shared", 1, 4), ("shared", 1, 2)]
     assert second.admitted == 0.5 and second.first == pytest.approx(0.5 + 3 * 1.5)
     assert second.finished == pytest.approx(6.0) and first.produced == 9
-    assert served.gaps[:3] == pytest.approx([1.5] * 3)  # of the first row; at once it would have waited for the whole
+    assert served.gaps[:3] == pytest.approx([1.5] * 3)  # first row; without chunks it would wait for the whole prompt
     whole = simulate(trace, Greedy(), stub_times(), Limits())
     assert whole.outcomes[1].first == pytest.approx(1.0)
 
 
-def test_rows_that_leave_do_not_strand_a_prompt_that_is_read_in_parts():
+def test_a_chunked_prompt_is_finished_when_the_decoding_rows_leave():
     served = simulate(trace_of((0.0, 4, 2), (0.2, 20, 2)), InParts(4), stub_times(), Limits())
     assert all(outcome.finished is not None for outcome in served.outcomes)
-    # One part beside the only step of the first row; then nobody decodes, and the rest is read in one go.
+    # One chunk alongside the first row's only step; then no row decodes and the rest is read at once.
     assert [step.read for step in served.steps if step.kind == "shared"] == [4, 16]
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_prompts_read_in_parts_stay_within_the_cache_and_all_get_their_tokens(seed):
+def test_chunked_prompts_stay_within_the_cache_and_get_all_their_tokens(seed):
     draw = random.Random(seed)
     trace = trace_of(*sorted((draw.uniform(0, 20), draw.randint(1, 60), draw.randint(1, 20)) for _ in range(60)))
     limits = Limits(8, 10.0 * 300, 10.0)
@@ -206,7 +206,7 @@ def test_prompts_read_in_parts_stay_within_the_cache_and_all_get_their_tokens(se
         assert outcome.finished is not None and outcome.produced == outcome.request.new_tokens
 
 
-def test_the_warm_up_is_served_and_not_counted():
+def test_the_warm_up_is_served_but_not_counted():
     requests = [(float(second), 4, 2) for second in range(20)]
     served = simulate(trace_of(*requests, seconds=20.0, warm_up=5.0), Greedy(), stub_times(0.1), Limits())
     objective = Objectives(10, 10)
@@ -215,23 +215,23 @@ def test_the_warm_up_is_served_and_not_counted():
     assert slo.goodput(served, objective) == 15 / 15 and len(served.gaps) == 15
 
 
-def test_unfinished_requests_are_counted_as_such_and_their_latency_is_infinite():
-    """Left out, the slow ones made a server look fast: of two answers to five requests the median was that of two."""
-    # One row at a time, ten seconds each; the run ends at 25 s: two are done, the third is under way, two wait.
+def test_unfinished_requests_count_and_have_infinite_latency():
+    """Leaving them out made a slow server look fast: with two of five answered, the median was that of the two."""
+    # One row at a time, 10 s each. The run ends at 25 s: two done, the third under way, two waiting.
     requests = [(float(second), 4, 10) for second in range(4)] + [(19.0, 4, 10)]
     served = simulate(trace_of(*requests, seconds=20.0), Greedy(1), stub_times(), Limits(), drain_seconds=5)
     numbers = slo.summary(served, Objectives(12.0, 2.0))
     assert numbers["unfinished"] == 3 and numbers["latency p50"] is None
-    # Three of five have a first token: the median is the latest of these, that of the third request.
+    # Three of five have a first token: the median is the last of these, the third request's.
     assert numbers["first token p50"] == pytest.approx(19.5 - 2.0)
-    # Of the last one nobody knows yet: it has waited for less than the objective.
+    # The last one is still undecided: it has waited for less than the objective.
     assert numbers["first token late"] == pytest.approx(2 / 4)
     assert numbers["goodput share"] == pytest.approx(2 / 5)
 
 
 @pytest.mark.parametrize(("unfinished", "p95"), [(0, 94.05), (4, 94.05), (5, None), (60, None)])
-def test_a_percentile_is_infinite_where_so_many_requests_did_not_finish(unfinished, p95):
-    """A hundred requests that take 0 to 99 seconds; the slowest are the ones that did not finish."""
+def test_a_percentile_is_infinite_if_too_many_requests_are_unfinished(unfinished, p95):
+    """A hundred requests that take 0 to 99 seconds; the slowest are the unfinished ones."""
     times = [float(second) if second < 100 - unfinished else None for second in range(100)]
     found = slo.percentiles(times)
     assert found["p95"] == (None if p95 is None else pytest.approx(p95))
@@ -239,14 +239,14 @@ def test_a_percentile_is_infinite_where_so_many_requests_did_not_finish(unfinish
     assert (found["p99"] is None) is (unfinished > 0) and slo.percentiles([None, None]) == {}
 
 
-def test_the_highest_rate_with_nine_in_ten_in_time():
+def test_the_highest_rate_with_90_percent_in_time():
     assert slo.attained_rate([1.0, 2.0, 3.0], [1.0, 0.95, 0.85]) == pytest.approx(2.5)
     assert slo.attained_rate([1.0, 2.0], [1.0, 0.9]) == 2.0
     assert slo.attained_rate([1.0, 2.0, 3.0], [0.5, 0.95, 0.95]) is None
     assert slo.attained_rate([], []) is None
 
 
-def test_the_virtual_clock_never_goes_back():
+def test_the_virtual_clock_never_goes_backwards():
     clock = VirtualClock()
     clock.advance(2.0)
     clock.wait_until(1.0)

@@ -1,5 +1,5 @@
-"""The simulated server against the real server on the same trace: the same cache size in every call and, on a clock
-with known costs, the same times of every request.
+"""Tests the simulated server against the real one on the same trace: cache sizes match in every call and, on a clock
+with known costs, so do the times of every request.
 """
 
 import random
@@ -22,7 +22,7 @@ TEXT_T = torch.randint(8, 96, (400,), generator=torch.Generator().manual_seed(3)
 
 
 class Upto:
-    """At most `most` rows; prompts in parts of `chunk` tokens, where there is a chunk."""
+    """Admits at most `most` rows; reads prompts in chunks of `chunk` tokens if `chunk` is set."""
 
     name = "by hand"
 
@@ -49,17 +49,17 @@ def prompt_of(request):
     return TEXT_T[request.id : request.id + request.prompt_tokens]
 
 
-KEPT = 8  # tokens with which longer prompts begin alike
+KEPT = 8  # length of the prefix that longer prompts share
 
 
 def alike(request):
-    """A prompt as `prompt_of`, but longer ones begin with the same KEPT tokens."""
+    """Return a prompt as `prompt_of` does, but longer ones share their first KEPT tokens."""
     prompt_T = prompt_of(request)
     return torch.cat([TEXT_T[-KEPT:], prompt_T[KEPT:]]) if request.prompt_tokens > KEPT else prompt_T
 
 
 class Both:
-    """The real engine and the simulated one on the same calls: real work, simulated seconds, bytes compared."""
+    """Runs the real engine and the simulated one on the same calls: real work, simulated seconds, bytes compared."""
 
     def __init__(self, real, simulated):
         self.real, self.simulated, self.compared = real, simulated, 0
@@ -91,12 +91,12 @@ class Both:
         return self._both("leave", ids)
 
 
-MACHINE = {"slowness": 1.0}  # of `planted_clock`: a test sets it
+MACHINE = {"slowness": 1.0}  # read by `planted_clock`, set by a test
 
 
 @pytest.fixture
 def planted_clock(tiny, monkeypatch):
-    """A machine on which a pass takes 1 ms and 0.2 ms per token, whatever the tokens are; its model and step times."""
+    """Model and step times of a machine where a pass takes 1 ms plus 0.2 ms per token, whatever the tokens."""
     now = [0.0]
     monkeypatch.setitem(MACHINE, "slowness", 1.0)
 
@@ -117,7 +117,7 @@ def planted_clock(tiny, monkeypatch):
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(("batching", "kept"), [("iteration", 0), ("request", 0), ("iteration", KEPT)])
-def test_the_simulated_cache_is_the_real_one_call_by_call(tiny, name, policy, batching, kept):
+def test_the_simulated_cache_equals_the_real_one_in_every_call(tiny, name, policy, batching, kept):
     model = tiny(name)
     beginning = batch_cache.prefill(model, [TEXT_T[-KEPT:]]) if kept else None
     real = ModelEngine(model, alike, kept=beginning)
@@ -131,7 +131,7 @@ def test_the_simulated_cache_is_the_real_one_call_by_call(tiny, name, policy, ba
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(("spacing", "kept"), [(0.002, 0), (0.03, 0), (0.002, KEPT)])
-def test_real_server_and_simulation_give_every_request_the_same_times(planted_clock, policy, spacing, kept):
+def test_real_and_simulated_server_give_every_request_the_same_times(planted_clock, policy, spacing, kept):
     model, times = planted_clock
     beginning = batch_cache.prefill(model, [TEXT_T[-KEPT:]]) if kept else None
     requests = trace(spacing=spacing)
@@ -147,8 +147,8 @@ def test_real_server_and_simulation_give_every_request_the_same_times(planted_cl
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_beginning_that_is_kept_changes_no_token(tiny, name, policy):
-    """Also where prompts of several lengths are read together behind it, and others are shorter than it."""
+def test_a_kept_prefix_changes_no_token(tiny, name, policy):
+    """Includes prompts of several lengths read together after the prefix, and prompts shorter than it."""
     model, outputs = tiny(name), []
     beginning = batch_cache.prefill(model, [TEXT_T[-KEPT:]])
     before = [part.clone() for layer in beginning.cache.layers for part in (layer.keys, layer.values)]
@@ -163,7 +163,7 @@ def test_a_beginning_that_is_kept_changes_no_token(tiny, name, policy):
     assert all(map(torch.equal, before, after)), "what is kept is copied and never changed"
 
 
-def test_prompts_read_in_parts_give_the_tokens_of_prompts_read_at_once(tiny, name):
+def test_chunked_prompts_give_the_same_tokens_as_whole_prompts(tiny, name):
     model, outputs = tiny(name), []
     for policy in POLICIES.values():
         engine = ModelEngine(model, prompt_of)
@@ -173,8 +173,8 @@ def test_prompts_read_in_parts_give_the_tokens_of_prompts_read_at_once(tiny, nam
 
 
 @pytest.mark.parametrize("batch, new", [(1, 4), (4, 16), (8, 8), (8, 48)])
-def test_a_batch_that_is_kept_full_serves_what_capacity_says(batch, new):
-    """Every token was counted as a step, and the first one comes from the prompt: a server did up to an eighth more."""
+def test_a_full_batch_serves_the_computed_capacity(batch, new):
+    """Previously every token counted as a step, but the first comes from the prefill: servers did up to 1/8 more."""
     decode = tuple((0.004 + 0.0005 * rows,) for rows in range(1, 33))
     times = StepTimes(decode, (0.0, 1.5e-4, 0.0), (1e-4, 0.0), (1.0,), (1.0,), 1.0, 1)
     per, rate = times.sustained(batch, Lengths(40, new))
@@ -187,13 +187,13 @@ def test_a_batch_that_is_kept_full_serves_what_capacity_says(batch, new):
     few, many = count // 10, count - count // 10
     assert (many - few) / (ends[many] - ends[few]) == pytest.approx(rate, rel=0.03)
     seconds = sum(outcome.finished - outcome.first for outcome in served.outcomes)
-    # Rows that join together do not wait for each other: less than one prefill at a time says.
+    # Rows that join together do not wait for each other: less than one-at-a-time prefills predict.
     assert seconds / sum(length - 1 for length in lengths) == pytest.approx(per, rel=0.08)
     assert times.sustained(batch, Lengths(40, 1))[0] == 0  # nothing comes after the first token
 
 
-def test_no_jitter_of_a_trace_is_another_traces():
-    """Traces are numbered one after the other, and so are jitters: their sums would meet."""
+def test_jitter_seeds_of_different_traces_are_distinct():
+    """Traces and jitters are both numbered consecutively, so sums of the two numbers would collide."""
     jitters = [*range(10), policy_comparison.NEW_JITTER]
     seeds = [policy_comparison.seed_of(trace(seed), jitter) for seed in [*range(12), *range(1000, 1012)] for jitter in
              jitters]  # fmt: skip
@@ -201,8 +201,8 @@ def test_no_jitter_of_a_trace_is_another_traces():
     assert policy_comparison.seed_of(trace(7), 0) == 7
 
 
-def test_a_round_that_begins_on_a_slower_machine_is_served_as_on_the_one_that_set_its_rates(planted_clock):
-    """Planted: twice as slow. By its own seconds the same trace would be twice the share of its capacity."""
+def test_the_load_is_unchanged_when_a_round_starts_on_a_slower_machine(planted_clock):
+    """Planted: a machine twice as slow. In its own seconds the trace would load it twice as much."""
     model, times = planted_clock
 
     def served(**options):
@@ -223,7 +223,7 @@ def test_a_round_that_begins_on_a_slower_machine_is_served_as_on_the_one_that_se
     assert plain.slowness == () and late > 1.5 * expected
 
 
-def test_a_disturbed_round_is_served_again_a_bounded_number_of_times(tiny, monkeypatch):
+def test_a_disturbed_round_is_repeated_a_bounded_number_of_times(tiny, monkeypatch):
     watched = iter(["busy", None, None, "busy", "busy", "busy"])
     made = []
     monkeypatch.setattr(replay.disturbance, "watch", lambda: lambda: next(watched))

@@ -14,7 +14,7 @@ def load_step(seed):
     return traffic.make("load step", [Phase(20, rate, CHAT) for rate in (5, 20, 5)], seed)
 
 
-def test_a_seed_makes_one_trace_and_its_description_makes_it_again():
+def test_a_seed_fixes_the_trace_and_its_description_reproduces_it():
     first, again, another = (load_step(seed) for seed in (3, 3, 4))
     assert first == again and first.requests != another.requests
     description = first.describe()
@@ -31,7 +31,7 @@ def test_a_seed_makes_one_trace_and_its_description_makes_it_again():
     assert description["requests"] == len(first.requests)
 
 
-def test_rate_and_burstiness_are_those_asked_for():
+def test_rate_and_burstiness_are_as_requested():
     calm, bursty = traffic.constant(20, 500, CHAT, 1), traffic.bursty(20, 500, CHAT, 1)
     for trace, spread in ((calm, 1.0), (bursty, traffic.BURSTINESS)):
         gaps = np.diff([request.arrival for request in trace.requests])
@@ -40,7 +40,7 @@ def test_rate_and_burstiness_are_those_asked_for():
         assert (gaps >= 0).all() and trace.requests[-1].arrival < trace.seconds
 
 
-def test_phases_change_rate_and_lengths_where_they_say():
+def test_phases_change_rate_and_lengths_at_the_given_times():
     trace = traffic.make("change of lengths", [Phase(50, 5, CHAT), Phase(50, 20, Lengths(200, 8))], 2)
     halves = [[request for request in trace.requests if low <= request.arrival < low + 50] for low in trace.starts]
     assert trace.starts == [0, 50] and len(halves[1]) > 2 * len(halves[0])
@@ -49,7 +49,7 @@ def test_phases_change_rate_and_lengths_where_they_say():
     assert max(request.prompt_tokens + request.new_tokens for request in trace.requests) <= Lengths(200, 8).longest
 
 
-def test_a_rate_of_zero_is_silence():
+def test_a_rate_of_zero_gives_no_requests():
     trace = traffic.constant(0, 10, CHAT)
     assert trace.requests == () and trace.seconds == 10
 
@@ -72,7 +72,7 @@ def test_impossible_phases_are_refused(phase, says):
         traffic.make("empty", [])
 
 
-def test_a_warm_up_is_part_of_the_trace_and_leaves_something_to_count():
+def test_a_warm_up_is_part_of_the_trace_and_leaves_requests_to_count():
     trace = traffic.make("warm", [Phase(5, 4, CHAT), Phase(20, 4, CHAT)], 1, 5.0)
     assert trace.counted_seconds == 20 and trace.describe()["warm_up_seconds"] == 5.0
     assert trace.requests == traffic.make("warm", [Phase(5, 4, CHAT), Phase(20, 4, CHAT)], 1).requests

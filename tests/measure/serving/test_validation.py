@@ -1,4 +1,4 @@
-"""Planted errors of the simulation widen the intervals of simulated numbers, and large errors forbid a verdict."""
+"""Planted simulation errors widen the intervals of simulated numbers, and large errors prevent a verdict."""
 
 import math
 
@@ -15,7 +15,7 @@ OBJECTIVE = Objectives(1.0, 0.1)
 
 
 def run(seconds, count=40):
-    """A run in which a request a second takes `seconds`, a tenth of it to the first token."""
+    """Return a run with one request per second that takes `seconds`, a tenth of it to the first token."""
     requests = tuple(ServingRequest(i, float(i), 8, 11) for i in range(count))
     trace = Trace("by hand", 0, (traffic.Phase(float(count), 1.0, Lengths(8, 11)),), requests)
     outcomes = [
@@ -39,19 +39,19 @@ def measured(gain, spread=0.01, floor=0.005):
     )
 
 
-def test_a_simulation_is_beside_itself_without_error_and_a_planted_one_is_seen():
+def test_identical_runs_have_zero_error_and_a_planted_one_is_found():
     real = {"fixed": [run(0.5), run(0.5)], "ours": [run(0.6), run(0.6)]}
     rows = validation.compare({name: [runs, runs] for name, runs in real.items()}, real, OBJECTIVE)
     assert {row["quantity"] for row in rows} == set(validation.COMPARED) and len(rows) == 10
     assert all(row["error"] == 0 and row["least"] == row["simulated"] == row["most"] for row in rows)
     slower = {"fixed": [[run(0.5), run(0.5)]], "ours": [[run(0.9), run(0.9)]]}
     error = validation.simulation_error(validation.compare(slower, real, OBJECTIVE), "planted")
-    # Ours: three of the five quantities are half as long again, goodput and tokens are the same.
+    # Ours: three of five quantities are 1.5 times as long; goodput and tokens are the same.
     assert error.baseline == 0 and error.optimized == pytest.approx(3 * 0.5 / 5)
     assert validation.error_of(error).share == error.optimized
 
 
-def test_goodput_that_the_real_server_never_had_is_no_small_error():
+def test_goodput_that_the_real_server_lacks_is_a_large_error():
     """All real requests are late, all simulated ones in time: the other quantities agree within a few percent."""
     strict = Objectives(1.0, 0.0455)
     real = {"fixed": [run(0.51)], "ours": [run(0.51)]}
@@ -65,8 +65,8 @@ def test_goodput_that_the_real_server_never_had_is_no_small_error():
     assert all(row["error"] is None for row in nowhere if row["quantity"] == validation.GOODPUT)
 
 
-def test_what_any_simulation_finds_does_not_hide_an_error_of_goodput():
-    """A third of the real requests are late: goodput is off by half, everything else by hardly anything."""
+def test_quantities_that_agree_do_not_hide_a_goodput_error():
+    """A third of the real requests are late: goodput is off by half, everything else hardly at all."""
     strict = Objectives(1.0, 0.0455)
     mixed = run(0.5, 39)
     for outcome in mixed.outcomes[::3]:
@@ -92,7 +92,7 @@ def test_the_error_adds_in_quadrature_to_the_interval():
     assert validation.with_error(plain, SimulationError(0.0, "planted")).ci == pytest.approx(plain.ci)
 
 
-def test_an_error_as_large_as_the_effect_leaves_it_open():
+def test_an_error_as_large_as_the_effect_leaves_it_undecided():
     assert measured(1.06).verdict == "better"
     assert validation.with_error(measured(1.06), SimulationError(0.08, "planted")).verdict == "inconclusive"
     assert (
@@ -102,14 +102,14 @@ def test_an_error_as_large_as_the_effect_leaves_it_open():
     )
 
 
-def test_beyond_a_tenth_nothing_is_judged_and_the_reason_is_said():
+def test_an_error_above_a_tenth_prevents_a_verdict_and_gives_the_reason():
     carried = validation.with_error(measured(1.5), SimulationError(0.12, "planted"))
     assert carried.verdict == "informative" and "12.0 % (planted)" in carried.reason and "limit 10 %" in carried.reason
     assert carried.ci[0] < measured(1.5).ci[0]
 
 
-def test_the_error_that_forbids_a_verdict_is_named():
-    """Both arms' means lie within the limit; what exceeds it is one policy's goodput, and the reason says so."""
+def test_the_error_that_prevents_a_verdict_is_named():
+    """Both arms' means lie within the limit; one policy's goodput exceeds it, and the reason says so."""
     error = measurement.informative("simulation_error", "serve", 0.05, 0.08, "planted")
     rows = [
         {"policy": name, "quantity": quantity, "error": share}
@@ -123,6 +123,6 @@ def test_the_error_that_forbids_a_verdict_is_named():
     assert SimulationError(0.1, "planted").forbids is None and "unknown" in SimulationError(None).forbids
 
 
-def test_the_error_widens_any_interval_of_a_logarithm():
+def test_the_error_widens_any_log_scale_interval():
     assert SimulationError(0.04).widened(0.0, -0.03, 0.03) == pytest.approx((-0.05, 0.05))
     assert SimulationError(None).widened(0.0, -0.03, 0.03) == (-0.03, 0.03)

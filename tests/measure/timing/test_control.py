@@ -11,7 +11,7 @@ from lib.measure.timing import control
 
 
 class Noted(nn.Module):
-    """A module that tells in which order its copies were made."""
+    """A module that records the order in which its copies are made."""
 
     order: ClassVar[list[str]] = []
 
@@ -24,7 +24,7 @@ class Noted(nn.Module):
         return Noted(self.name)
 
 
-def test_copies_have_memory_of_their_own():
+def test_copies_have_their_own_memory():
     model = nn.Linear(4, 4)
     fresh = control.fresh_copies({"baseline": model, "copy": model})
     addresses = {copied.weight.data_ptr() for copied, _ in fresh.values()}
@@ -32,7 +32,7 @@ def test_copies_have_memory_of_their_own():
     assert all(reason is None and copied.weight.equal(model.weight) for copied, reason in fresh.values())
 
 
-def test_which_copy_is_made_first_is_decided_by_the_seed():
+def test_the_seed_decides_which_copy_is_made_first():
     models = {name: Noted(name) for name in "abc"}
     firsts = set()
     for seed in range(20):
@@ -47,14 +47,14 @@ def test_which_copy_is_made_first_is_decided_by_the_seed():
     assert firsts == {"a", "b", "c"}
 
 
-def test_only_a_small_model_is_copied_to_be_of_the_age_of_another(monkeypatch):
+def test_only_small_models_are_copied_to_equalize_age(monkeypatch):
     model = nn.Linear(4, 4)
     assert control.fresh_copy(model).weight.data_ptr() != model.weight.data_ptr()
     monkeypatch.setattr(control, "SMALL_BYTES", 10)
     assert control.fresh_copy(model) is model
 
 
-def test_what_cannot_be_copied_stays_itself():
+def test_models_that_cannot_be_copied_are_used_as_they_are():
     model = nn.Linear(4, 4)
     model.lock = threading.Lock()
     (copied, reason), (other, none) = control.fresh_copies({"first": model, "second": nn.Linear(2, 2)}).values()
@@ -62,14 +62,14 @@ def test_what_cannot_be_copied_stays_itself():
 
 
 class Streams(nn.Linear):
-    """A part that refuses to be copied, as that whose weights stream from a file."""
+    """A module that refuses to be copied, like one whose weights stream from a file."""
 
     def __deepcopy__(self, memo):
         raise NotApplicable("the weights of this model stream from a file")
 
 
-def test_what_refuses_to_be_copied_stays_itself_and_ends_no_comparison():
-    """A stack that streams, chosen by a search, ended the sweep over prompt lengths: "not applicable"."""
+def test_a_refused_copy_uses_the_original_and_ends_no_comparison():
+    """A streaming stack, chosen by a search, ended the sweep over prompt lengths: "not applicable"."""
     model = nn.Sequential(Streams(4, 4))
     (copied, reason), (other, none) = control.fresh_copies({"first": model, "second": nn.Linear(2, 2)}).values()
     assert copied is model and "stream from a file" in reason and none is None and other is not model

@@ -1,4 +1,4 @@
-"""Disturbances are read from the machine's counters and named; nothing else counts as a disturbance."""
+"""Disturbances are read from the machine's counters and named; nothing else counts as one."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from lib.measure.timing import disturbance
 from lib.measure.timing.disturbance import Reading
 
 QUIET = Reading(wall=0.0, own=0.0, busy=0.0, stolen=0.0, waited=0.0, throttled=0)
-# One second later on two cores of which we used both.
+# One second later, on two cores, both used by us.
 AFTER = Reading(wall=1.0, own=2.0, busy=2.0, stolen=0.0, waited=0.01, throttled=0)
 
 
@@ -28,26 +28,26 @@ def test_each_disturbance_is_named(change, reason):
     assert disturbed is None if reason is None else reason in disturbed
 
 
-def test_waiting_is_a_share_of_the_time_that_a_container_is_given():
-    """Half a second of waiting is much beside the time of two cores, however many the machine has."""
+def test_waiting_is_a_share_of_the_time_given_to_the_container():
+    """Half a second of waiting is much relative to two cores' time, however many cores the machine has."""
     waiting = replace(AFTER, waited=0.5)
     assert disturbance.judge(QUIET, waiting, 64) is None
     assert "waited for a core" in disturbance.judge(QUIET, waiting, 64, 2)
 
 
-def test_one_tick_of_the_kernel_in_a_short_block_is_no_disturbance():
+def test_one_kernel_tick_in_a_short_block_is_not_a_disturbance():
     assert disturbance.judge(QUIET, replace(AFTER, wall=0.01, own=0.02, busy=0.03, stolen=0.01, waited=0), 2) is None
 
 
 @pytest.mark.parametrize("edges", [(True, False), (False, True), (True, True)])
-def test_a_gpu_that_was_slow_all_along_is_as_disturbed_as_one_that_became_slow(edges):
-    """A block that is repeated while the GPU is still slow must not pass for a quiet one."""
+def test_a_constantly_slow_gpu_is_as_disturbed_as_one_that_slowed_down(edges):
+    """A block repeated while the GPU is still slow must not pass as quiet."""
     before, after = (replace(reading, slowed=slow) for reading, slow in zip((QUIET, AFTER), edges))
     assert disturbance.judge(before, after, 2) == "throttled"
 
 
-def test_nvml_is_asked_about_the_gpu_that_torch_uses(monkeypatch):
-    """With CUDA_VISIBLE_DEVICES torch's first device may be any of those that NVML counts."""
+def test_nvml_reads_the_gpu_that_torch_uses(monkeypatch):
+    """With CUDA_VISIBLE_DEVICES, torch's first device may be any of those that NVML counts."""
     pynvml, torch = pytest.importorskip("pynvml"), pytest.importorskip("torch")
     used = [False]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -69,15 +69,15 @@ def test_nvml_is_asked_about_the_gpu_that_torch_uses(monkeypatch):
 
 
 @pytest.mark.parametrize(("others", "said"), [(0.1, None), (3.0, "1.5 times as long as this one")])
-def test_who_works_beside_us_is_told_on_whichever_cores(others, said):
-    """A counter of the whole socket counts a neighbour that disturbs none of our cores."""
+def test_other_processes_are_seen_on_any_core(others, said):
+    """A socket-wide counter includes a neighbor that disturbs none of our cores."""
     readings = iter([QUIET, replace(AFTER, busy=AFTER.own + others)])
     told = disturbance.beside(lambda: next(readings))()
     assert told is None if said is None else told.endswith(said)
     assert disturbance.beside(lambda: None)() is None
 
 
-def test_all_cores_of_the_machine_are_read_where_all_count(monkeypatch, tmp_path):
+def test_all_cores_are_read_where_all_count(monkeypatch, tmp_path):
     (tmp_path / "stat").write_text("cpu  9 9 9 9 9 9 9 9\ncpu0 10 0 0 0 0 0 0 0\ncpu1 30 0 0 0 0 0 0 0\nctxt 5\n")
     monkeypatch.setattr(disturbance, "STAT", tmp_path / "stat")
     monkeypatch.setattr(disturbance, "cores", lambda: [0])
@@ -92,8 +92,8 @@ def test_a_system_without_counters_marks_nothing():
 
 
 @pytest.mark.parametrize(("columns", "busy", "stolen"), [("10 5 20 900 7 1 2 4 0 0", 38, 4), ("10 5 20 900", 35, 0)])
-def test_a_system_without_all_columns_is_read_as_far_as_it_goes(monkeypatch, tmp_path, columns, busy, stolen):
-    """FreeBSD's `/proc` for Linux programs has four of them."""
+def test_missing_columns_are_tolerated(monkeypatch, tmp_path, columns, busy, stolen):
+    """FreeBSD's `/proc` for Linux programs has four columns."""
     (tmp_path / "stat").write_text(f"cpu  {columns}\ncpu0 {columns}\ncpu1 1 1 1 1 1 1 1 1\n")
     monkeypatch.setattr(disturbance, "STAT", tmp_path / "stat")
     monkeypatch.setattr(disturbance, "cores", lambda: [0])

@@ -12,7 +12,7 @@ from lib.measure.timing import interleaved
 
 
 class Clock:
-    """A clock that stands still but while an arm is called."""
+    """A clock that advances only while an arm is called."""
 
     def __init__(self):
         self.now = 0.0
@@ -34,7 +34,7 @@ def test_orders_are_balanced_and_shuffled():
     assert abs(interleaved.balanced_orders("AB", 7).count(["A", "B"]) * 2 - 7) == 1
 
 
-def test_rounds_time_every_arm_once_and_of_any_two_each_comes_first_equally_often():
+def test_rounds_time_every_arm_once_with_balanced_pairwise_order():
     clock = Clock()
     arms = {name: clock.arm(seconds) for name, seconds in (("a", 1.0), ("b", 2.0), ("c", 4.0))}
     timed = interleaved.rounds(arms, 8, clock=clock)
@@ -46,7 +46,7 @@ def test_rounds_time_every_arm_once_and_of_any_two_each_comes_first_equally_ofte
     assert "3 arms a round" in pairs.describe()
 
 
-def test_two_arms_are_rounds_of_two():
+def test_two_arms_form_rounds_of_two():
     clock = Clock()
     arms = clock.arm(1.0), clock.arm(2.0)
     timed = interleaved.rounds(dict(zip(("baseline", "optimized"), arms)), 8, seed=3, clock=clock)
@@ -96,8 +96,8 @@ def test_preparation_is_not_timed():
     assert interleaved.iterations_for(Arm(), 5, clock=clock) == 5
 
 
-def test_every_reading_of_the_clock_waits_for_the_device():
-    """Calls return at once; what they started ends only when someone waits for it."""
+def test_every_clock_reading_waits_for_the_device():
+    """Calls return at once; the work that they start ends only when someone waits for it."""
     clock, queued = Clock(), []
 
     class Arm:
@@ -116,8 +116,8 @@ def test_every_reading_of_the_clock_waits_for_the_device():
     assert interleaved.iterations_for(Arm(1.0), 5, clock=clock) == 5
 
 
-def test_an_arm_that_cannot_wait_for_the_device_is_waited_for_all_the_same():
-    """A plain function beside work on a device: what it has started there is its own time, not the next arm's."""
+def test_an_arm_that_cannot_wait_for_the_device_is_waited_for():
+    """A plain function next to device work: what it started on the device is its own time, not the next arm's."""
     clock, queued = Clock(), []
 
     class Arm:
@@ -135,7 +135,7 @@ def test_an_arm_that_cannot_wait_for_the_device_is_waited_for_all_the_same():
     assert interleaved.rounds_for({**arms, "copy": copy}, 400.0, 6, clock=clock) == (100, 1)
 
 
-def test_processor_time_is_measured_in_the_same_turns_and_leaves_out_what_waits():
+def test_cpu_time_is_measured_in_the_same_turns_and_excludes_waiting():
     def busy():
         return sum(range(300_000))
 
@@ -158,14 +158,14 @@ def test_short_work_gets_many_short_rounds_and_long_work_the_fewest():
     assert chosen(0.0101, least=6) == (6, 1)
 
 
-def test_short_turns_see_less_of_a_machine_whose_speed_wanders():
-    """Speed that wanders within a second, as on a shared machine: the same seconds, in turns of 100 ms and of 10 ms."""
+def test_short_turns_are_less_affected_by_drifting_machine_speed():
+    """Speed drifts within a second, as on a shared machine: the same total time in turns of 100 ms and of 10 ms."""
 
     def half_width(turn: float, seed: int) -> float:
         random, clock, level = np.random.default_rng(seed), Clock(), [0.0]
 
         def call():
-            for _ in range(round(turn / 0.01)):  # the level forgets itself in a few tenths of a second
+            for _ in range(round(turn / 0.01)):  # the level decorrelates in a few tenths of a second
                 level[0] = 0.95 * level[0] + 0.05 * random.normal()
                 clock.now += 0.01 * np.exp(level[0])
 

@@ -32,7 +32,7 @@ def hanging(model):
 
 @pytest.fixture
 def folder(tiny, tmp_path, monkeypatch):
-    """The folder of a saved model; modules beside it can be imported by children."""
+    """The folder of a saved model; children can import modules next to it."""
     (tmp_path / "process_transforms.py").write_text(TRANSFORMS, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     return str(io.save(tiny(MODEL), tmp_path / "model"))
@@ -58,7 +58,7 @@ def test_every_process_times_every_workload_of_three_arms(folder):
             assert sample.rounds.pairs("baseline", "copy").baseline_seconds == sample.wall["baseline"]
 
 
-def test_weights_lie_elsewhere_in_every_process(folder):
+def test_weights_lie_at_other_addresses_in_every_process(folder):
     replicates = replicate(Arm(folder=folder), Arm(folder=folder), processes=4)["prefill"]
     for arm in ("baseline", "optimized", "copy"):
         assert len({sample.addresses[arm] for sample in replicates}) == 4
@@ -69,7 +69,7 @@ def test_weights_lie_elsewhere_in_every_process(folder):
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 3, 5])
-def test_processes_of_odd_rounds_are_balanced_together_and_do_not_turn_as_they_loaded(rounds):
+def test_odd_rounds_are_balanced_across_processes_independently_of_load_order(rounds):
     arms, orders, alike = ["baseline", "optimized", "copy"], [], 0
     for process in range(12):
         chosen = process_child.order_of_rounds({"seed": 0, "process": process})
@@ -81,32 +81,32 @@ def test_processes_of_odd_rounds_are_balanced_together_and_do_not_turn_as_they_l
     assert alike < 8 and len({tuple(order) for order in orders}) > 2
 
 
-def test_the_moved_heap_moves_small_and_large_memory():
+def test_the_heap_shift_moves_small_and_large_allocations():
     kept = [child.move_heap(seed) for seed in range(3)]
     sizes = [[len(piece) for piece in pieces] for pieces in kept]
     assert sizes[0] != sizes[1] and [len(piece) for piece in child.move_heap(0)] == sizes[0]
 
 
-def test_an_arm_with_a_transform_is_timed_as_the_transform_makes_it(folder):
+def test_an_arm_with_a_transform_is_timed_as_transformed(folder):
     negated = Arm(folder=folder, transform="process_transforms:negated")
     for sample in replicate(Arm(folder=folder), negated, processes=2)["prefill"]:
         assert sample.outputs["baseline"] == sample.outputs["copy"] != sample.outputs["optimized"]
 
 
-def test_a_process_that_fails_says_why(folder):
+def test_a_failing_process_gives_its_reason(folder):
     with pytest.raises(processes.ChildFailed, match=r"process 1 of 2: .*ValueError: planted"):
         replicate(Arm(folder=folder), Arm(folder=folder, transform="process_transforms:broken"), processes=2)
     with pytest.raises(processes.ChildFailed, match="expected a checkpoint folder"):
         replicate(Arm(folder=folder), Arm(folder=folder + "/nothing"), processes=1)
 
 
-def test_a_process_that_hangs_is_ended(folder):
+def test_a_hanging_process_is_ended(folder):
     hanging = Arm(folder=folder, transform="process_transforms:hanging")
     with pytest.raises(processes.ChildFailed, match="ran past 2 s"):
         replicate(Arm(folder=folder), hanging, processes=1, limit_seconds=2)
 
 
-def test_a_server_that_hangs_is_ended_with_its_children(tmp_path, monkeypatch):
+def test_a_hanging_server_is_ended_with_its_children(tmp_path, monkeypatch):
     (tmp_path / "hanging_program.py").write_text("import os, time\nos.fork()\ntime.sleep(60)\n", encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(children, "STARTING_SECONDS", 1.0)
@@ -114,7 +114,7 @@ def test_a_server_that_hangs_is_ended_with_its_children(tmp_path, monkeypatch):
     assert ["ran past" in answer["failed"] for answer in answers] == [True, True]
 
 
-def test_a_program_that_ends_early_loses_its_jobs_and_says_how(tmp_path, monkeypatch):
+def test_a_program_that_ends_early_loses_its_jobs_and_reports_how(tmp_path, monkeypatch):
     text = 'print(\'{"value": 1}\')\nraise SystemExit("no more")\n'
     (tmp_path / "short_program.py").write_text(text, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -147,7 +147,7 @@ def test_one_server_serves_until_threads_change_or_it_dies(tmp_path, monkeypatch
     assert not psutil.pid_exists(after["server"])
 
 
-def test_an_interrupted_call_leaves_no_answers_to_the_next_one(tmp_path, monkeypatch):
+def test_an_interrupted_call_leaves_no_answers_for_the_next(tmp_path, monkeypatch):
     text = "def run(job):\n    return {'echo': job['value']}\n"
     (tmp_path / "echoing_program.py").write_text(text, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -170,10 +170,10 @@ def test_servers_end_with_the_process_that_started_them(tmp_path):
     text += "os.kill(os.getpid(), signal.SIGKILL)\n"
     out = subprocess.run([sys.executable, "-c", text], cwd=children.ROOT, capture_output=True, text=True).stdout
     with suppress(psutil.NoSuchProcess):
-        psutil.Process(int(out)).wait(timeout=60)  # it reads the end of its input when its libraries are imported
+        psutil.Process(int(out)).wait(timeout=60)  # it notices the end of its input once its libraries are imported
 
 
-def test_conditions_that_differ_are_refused(folder):
+def test_differing_conditions_are_refused(folder):
     with pytest.raises(processes.ChildFailed, match="not comparable"):
         replicate(Arm(folder=folder), Arm(folder=folder, dtype="bfloat16"), processes=1)
     assert replicate(Arm(folder=folder), Arm(folder=folder, dtype="bfloat16"), processes=1, except_for=("dtype",))

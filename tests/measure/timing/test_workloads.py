@@ -9,7 +9,7 @@ from tests.models.architectures import build
 
 
 def greedy(model, ids_BT, new_tokens):
-    """The slow, obvious reference: runs the whole sequence again for every token."""
+    """Return greedy tokens by rerunning the whole sequence for every token: the slow, obvious reference."""
     for _ in range(new_tokens):
         ids_BT = torch.cat([ids_BT, model(input_ids=ids_BT, use_cache=False).logits[:, -1:].argmax(-1)], 1)
     return ids_BT
@@ -28,7 +28,7 @@ def test_generation_equals_the_reference_at_forced_length_from_a_fresh_cache(tin
 
 
 @torch.inference_mode()
-def test_decode_leaves_the_prefill_to_its_preparation(tiny, name):
+def test_decode_runs_the_prefill_during_preparation(tiny, name):
     model = tiny(name)
     prompt_BT = workloads.random_prompt(model, 2, 12)
     work = workloads.decode(model, prompt_BT, 4)
@@ -43,8 +43,8 @@ def test_decode_leaves_the_prefill_to_its_preparation(tiny, name):
 @pytest.mark.parametrize("name", ["mistral", "gemma3_text"])
 @pytest.mark.parametrize("tokens", [5, 12])
 @torch.inference_mode()
-def test_steps_start_again_behind_a_prompt_longer_than_the_window(name, tokens):
-    """Windows of 8 tokens: reached while decoding, or by the prompt already. Each time the same tokens come."""
+def test_steps_restart_after_a_prompt_longer_than_the_window(name, tokens):
+    """Windows of 8 tokens, reached while decoding or already by the prompt. The tokens are the same each time."""
     model = build(name)
     prompt_BT = workloads.random_prompt(model, 2, tokens)
     expected_BN = greedy(model, prompt_BT, 7)[:, tokens + 1 :]
@@ -69,7 +69,7 @@ def test_prefill_counts_the_prompt_and_takes_inputs(tiny, batch):
     assert work.tokens == 48 and work.output_BN.shape == (2, 1)
 
 
-def test_arms_that_cannot_be_compared_are_refused(tiny):
+def test_incomparable_arms_are_refused(tiny):
     model = tiny("qwen3-4b-instruct-2507")
     prompt_BT = workloads.random_prompt(model, 1, 8)
     base = workloads.prefill(model, prompt_BT)
@@ -82,7 +82,7 @@ def test_arms_that_cannot_be_compared_are_refused(tiny):
         workloads.assert_same_conditions(base, workloads.prefill(model, workloads.random_prompt(model, 1, 8, seed=1)))
 
 
-def test_the_gate_sees_each_degeneration(tiny):
+def test_the_gate_detects_each_degeneration(tiny):
     name = "qwen3-4b-instruct-2507"
     model = tiny(name)
     ids_BT = workloads.random_prompt(model, 2, 32)
@@ -107,8 +107,8 @@ def test_the_gate_sees_each_degeneration(tiny):
     assert "repeated token" in sanity.check(stuck, ids_BT)
 
 
-def test_answers_that_each_repeat_a_token_of_their_own_are_degenerate(tiny, monkeypatch):
-    """Only one token for all prompts was looked for: a model that repeats each prompt's last token passed."""
+def test_answers_that_each_repeat_their_own_token_are_degenerate(tiny, monkeypatch):
+    """Previously only a token shared by all prompts was checked: repeating each prompt's last token passed."""
     model = tiny("qwen3-4b-instruct-2507")
     ids_BT = torch.arange(8, 40).view(2, 16)
     monkeypatch.setattr(sanity.nn.functional, "cross_entropy", lambda *_: torch.tensor(0.0))
@@ -127,20 +127,20 @@ def test_answers_that_each_repeat_a_token_of_their_own_are_degenerate(tiny, monk
     assert sanity.check(model, ids_BT) is None
 
 
-def test_a_picture_seen_before_does_not_move_a_text_prompt(tiny):
+def test_an_earlier_picture_does_not_shift_a_text_prompt(tiny):
     model = tiny("qwen3-vl-2b")
     ids_BT = torch.randint(8, 96, (2, 12), generator=torch.Generator().manual_seed(0))
     fresh = workloads.generate(model, ids_BT, 6)
     fresh()
     for stale in (torch.full((1, 1), 7), torch.full((3, 1), 7)):
-        model.model.rope_deltas = stale  # as a prompt with pictures leaves it, for another number of sequences
+        model.model.rope_deltas = stale  # as an image prompt leaves it, for another number of sequences
         again = workloads.generate(model, ids_BT, 6)
         again()
         assert torch.equal(again.output_BN, fresh.output_BN)
 
 
 @torch.inference_mode()
-def test_an_answer_in_turns_is_the_same_answer(tiny, name):
+def test_an_answer_decoded_in_turns_is_unchanged(tiny, name):
     model = tiny(name)
     prompt_BT = workloads.random_prompt(model, 2, 12)
     expected_BN = greedy(model, prompt_BT, 7)[:, 13:]
@@ -156,7 +156,7 @@ def test_an_answer_in_turns_is_the_same_answer(tiny, name):
     work.whole()
     assert torch.equal(work.output_BN, expected_BN[:, :2])
     whole = workloads.steps(model, prompt_BT, 6)
-    for _ in range(2):  # what was decoded has left the cache
+    for _ in range(2):  # decoded tokens have left the cache
         whole()
         assert torch.equal(whole.output_BN, expected_BN)
     assert workloads.steps(model, prompt_BT, 5, at_once=2).new_tokens == 1  # a divisor

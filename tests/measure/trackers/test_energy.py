@@ -14,7 +14,7 @@ ENERGY = ("energy_joules_per_token", "energy_above_idle_joules_per_token", "toke
 
 
 class Arm:
-    """An arm that takes `joules` of a counter and keeps the processor busy a moment."""
+    """An arm that adds `joules` to a counter and keeps the CPU busy for a moment."""
 
     tokens = 10
 
@@ -30,7 +30,7 @@ def counter(meter: list[float], idle: float | None = 0.0) -> Counter:
     return Counter("nvml", "measured", "a counter", 0.001, idle, lambda: meter[0])
 
 
-def test_energy_per_token_of_both_arms_with_interval_and_label():
+def test_both_arms_have_energy_per_token_with_interval_and_label():
     meter = [0.0]
     gross, above, inverse, cpu = energy.per_token(
         Arm(meter, 2.0), Arm(meter, 1.0), workload="decode", blocks=6, source=counter(meter)
@@ -38,14 +38,14 @@ def test_energy_per_token_of_both_arms_with_interval_and_label():
     assert (gross.baseline, gross.optimized, gross.ratio) == (0.2, 0.1, pytest.approx(0.5))
     assert gross.verdict == "better" and gross.provenance == "measured" and gross.n == 6 and gross.ci
     assert above.baseline == gross.baseline and inverse.optimized == pytest.approx(10)
-    # One quantity is judged once, and one alone carries efficiency.
+    # Each quantity is judged once, and only one counts toward efficiency.
     assert inverse.verdict == "informative" and "inverse" in inverse.reason
     assert cpu.verdict == "informative" and "energy is judged" in cpu.reason and cpu.provenance == "measured"
     assert measurement.lint([gross, above, inverse, cpu]) == []
 
 
-def test_the_floor_above_idle_is_that_of_what_stands_above_idle():
-    """Windows of 100 J that scatter by 1 J, 90 of them idle: a hundredth of the whole, a tenth of what is above."""
+def test_the_noise_floor_above_idle_is_relative_to_the_energy_above_idle():
+    """Windows of 100 J, 90 J of them idle, scatter by 1 J: 1 % of the total, 10 % of what exceeds idle."""
     scatter = (0.0, 1.0, -1.0, 0.5, -0.5, 0.8, -0.8, 0.2)
     arms = {
         "baseline": [100.0] * 8,
@@ -59,8 +59,8 @@ def test_the_floor_above_idle_is_that_of_what_stands_above_idle():
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_counter_that_heats_up_within_a_block_invents_no_energy(seed):
-    """What runs later in a block takes more, as on a device that grows warm: each arm is as often before the other."""
+def test_heating_within_a_block_creates_no_energy_difference(seed):
+    """Later calls in a block take more, as on a device that warms up: each arm comes first equally often."""
     meter, turns = [0.0], [1]  # two calls warm up, so that a block begins with a multiple of three
 
     class Warming(Arm):
@@ -92,13 +92,13 @@ def no_counter(monkeypatch, tmp_path):
 
 
 class Slow(Arm):
-    """Ten times the processor time, as an estimate and the processor's clock see it."""
+    """Takes ten times the CPU time, both by the estimate and by the CPU clock."""
 
     def __call__(self):
         return sum(range(20_000))
 
 
-def test_the_estimate_is_shown_with_its_table_and_never_judged(no_counter):
+def test_the_estimate_is_shown_with_its_table_but_never_judged(no_counter):
     source = energy.counter()
     meter = [0.0]
     measured = energy.per_token(
@@ -106,7 +106,7 @@ def test_the_estimate_is_shown_with_its_table_and_never_judged(no_counter):
     )
     *joules, cpu = measured
     assert [m.metric for m in joules] == list(ENERGY)
-    # On a busy machine a window may take no more than idling would: then nothing stands above it.
+    # On a busy machine a window may take no more than idling: then nothing exceeds idle.
     shown = [m for m in joules if m.provenance == "estimated"]
     assert shown[0] is joules[0] and shown[-1] is joules[2]
     for m in shown:
@@ -119,13 +119,13 @@ def test_the_estimate_is_shown_with_its_table_and_never_judged(no_counter):
     assert measurement.lint(measured) == []
 
 
-def test_processor_seconds_may_be_measured_elsewhere(no_counter):
+def test_cpu_seconds_may_be_measured_elsewhere(no_counter):
     arms = Arm([0.0], 0), Arm([0.0], 0)
     options = {"workload": "decode", "blocks": 6, "seconds": 0.001}
     assert "cpu_seconds_per_token" not in {m.metric for m in energy.per_token(*arms, **options, with_cpu_seconds=False)}
 
 
-def test_processor_seconds_of_several_processes():
+def test_cpu_seconds_come_from_several_processes():
     process = [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     base = [1.0, 1.01, 1.02, 1.01, 1.0, 0.99, 1.01, 1.0, 1.02, 1.01, 1.0, 0.99]
     half, copy = [value / 2 for value in base], base[::-1]
@@ -138,7 +138,7 @@ def test_processor_seconds_of_several_processes():
     assert dead.verdict == "unavailable" and "did not move" in dead.reason
 
 
-def test_why_no_counter_was_read(no_counter, monkeypatch):
+def test_the_reason_for_a_missing_counter_is_given(no_counter, monkeypatch):
     assert energy.counter().missing.startswith("absent") and "virtual machines" in energy.counter().missing
     file = no_counter / "intel-rapl:0" / "energy_uj"
     file.parent.mkdir()
@@ -155,12 +155,12 @@ def test_why_no_counter_was_read(no_counter, monkeypatch):
     assert energy_source.facts() == {"counter": "rapl", "missing": None}
 
 
-def test_a_card_without_a_counter_says_what_was_raised(no_counter):
+def test_a_gpu_without_a_counter_reports_the_exception(no_counter):
     assert energy.counter("cuda").missing == "NVML offers no energy counter here (ZeusCPUInitError: none)"
 
 
-def test_an_estimate_from_turns_is_that_of_their_times(no_counter):
-    """Half of the wall and processor time: half of the joules, and what the formula says of either arm."""
+def test_an_estimate_from_turns_scales_with_their_times(no_counter):
+    """Half the wall and CPU time: half the joules, and what the formula gives for either arm."""
     base, half, copy = ([0.2, 0.21, 0.19, 0.2, 0.2, 0.2], [0.1] * 6, [0.2] * 6)
     pairs = Pairs(base, half, ["AB", "BA"] * 3, [None] * 6, 1, cpu_seconds=(base, half))
     control = Pairs(base, copy, ["AB", "BA"] * 3, [None] * 6, 1, cpu_seconds=(base, copy))
@@ -182,8 +182,8 @@ def test_an_estimate_from_turns_is_that_of_their_times(no_counter):
         (2, 500.0, "RAPL package and memory counters, all 2 sockets"),
     ],
 )
-def test_the_scope_of_rapl_says_what_was_counted(monkeypatch, sockets, memory, said):
-    """Many processors count no memory, and of several sockets all are added up."""
+def test_the_rapl_scope_states_what_was_counted(monkeypatch, sockets, memory, said):
+    """Many CPUs count no memory, and several sockets are added up."""
     device = pytest.importorskip("zeus.device")
     read = SimpleNamespace(cpu_mj=1500.0, dram_mj=memory)
 
@@ -199,7 +199,7 @@ def test_the_scope_of_rapl_says_what_was_counted(monkeypatch, sockets, memory, s
     assert (kind, scope) == ("rapl", said) and joules() == sockets * (1.5 + (memory or 0) / 1000)
 
 
-def test_opening_a_counter_for_the_card_takes_no_second(monkeypatch):
+def test_the_environment_card_opens_a_counter_without_measuring_idle_power(monkeypatch):
     monkeypatch.setattr(energy_source, "_rapl_joules", lambda: (lambda: 1.0, "rapl", "RAPL"))
     monkeypatch.setattr(energy_source.time, "sleep", lambda seconds: pytest.fail("the card reads no idle power"))
     energy_source._opened.cache_clear()
@@ -210,8 +210,8 @@ def test_opening_a_counter_for_the_card_takes_no_second(monkeypatch):
 
 
 @pytest.mark.parametrize(("disturbed_blocks", "verdict"), [(0, "better"), (2, "better"), (100, "inconclusive")])
-def test_a_block_in_which_others_took_energy_is_repeated(disturbed_blocks, verdict):
-    """A counter is the whole socket's: what another program takes would be charged to the arm that runs."""
+def test_a_block_in_which_others_used_energy_is_repeated(disturbed_blocks, verdict):
+    """The counter covers the whole socket: another program's energy would be charged to the running arm."""
     meter, left = [0.0], [disturbed_blocks]
 
     def watch():
@@ -233,9 +233,10 @@ def test_a_block_in_which_others_took_energy_is_repeated(disturbed_blocks, verdi
 
 
 @pytest.mark.parametrize("others", [None, "other programs kept the processor busy 1.1 times as long as this one"])
-def test_joules_that_others_took_on_other_cores_are_not_judged(others):
-    """A build runs two notebooks side by side, each on cores of its own: no block of either is disturbed, and the
-    counter of the socket adds them up."""
+def test_joules_used_by_others_on_other_cores_are_not_judged(others):
+    """A build runs two notebooks side by side on separate cores: no block of either is disturbed, and the socket's
+    counter adds them up.
+    """
     meter = [0.0]
     source = replace(counter(meter), kind="rapl", beside=lambda: lambda: others)
     arms = Arm(meter, 2.0), Arm(meter, 1.0)
@@ -250,7 +251,7 @@ def test_joules_that_others_took_on_other_cores_are_not_judged(others):
     assert measurement.lint([*joules, cpu]) == []
 
 
-def test_the_counter_of_the_socket_tells_whom_it_counts(monkeypatch):
+def test_only_the_cpu_counter_reports_other_processes(monkeypatch):
     monkeypatch.setattr(energy_source, "_idle_watts", lambda joules: 1.0)
     opened = {"cpu": (lambda: 1.0, "rapl", "RAPL"), "cuda": (lambda: 1.0, "nvml", "NVML")}
     monkeypatch.setattr(energy_source, "_opened", lambda device: (opened[device], None))
@@ -262,7 +263,7 @@ def test_the_counter_of_the_socket_tells_whom_it_counts(monkeypatch):
         energy_source._zeus_counter.cache_clear()
 
 
-def test_a_control_of_its_own_has_a_window_in_every_block():
+def test_a_separate_control_has_a_window_in_every_block():
     meter, calls = [0.0], []
 
     class Copied(Arm):
@@ -289,8 +290,8 @@ ARM = "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n\nprocessor\t
         (None, None, "Apple M2 Pro", "server"),
     ],
 )
-def test_a_processor_is_named_on_systems_that_state_no_name(monkeypatch, tmp_path, cpuinfo, vendor, name, row):
-    """ARM's Linux has numbers, macOS a command; "aarch64" or "arm" would be every such machine."""
+def test_the_cpu_is_named_on_systems_that_state_no_name(monkeypatch, tmp_path, cpuinfo, vendor, name, row):
+    """ARM Linux has numbers, macOS a command; "aarch64" or "arm" would fit every such machine."""
     for constant, text in (("CPU_INFO", cpuinfo), ("VENDOR", vendor)):
         if text is not None:
             (tmp_path / constant).write_text(text)
@@ -308,7 +309,7 @@ def test_a_processor_is_named_on_systems_that_state_no_name(monkeypatch, tmp_pat
 
 
 def test_idle_power_is_read_before_and_after():
-    """A device that was warm before and is warmer afterwards idles at neither power while it works."""
+    """A device that is warmer afterwards than before idles at neither power while it works."""
     meter, powers = [0.0], iter([1.0, 3.0])
     source = replace(counter(meter, 7.0), idle=lambda: next(powers))
     options = {"workload": "decode", "blocks": 6, "seconds": 1e-9, "source": source}

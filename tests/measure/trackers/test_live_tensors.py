@@ -42,11 +42,11 @@ def kilobyte(count: int = 1) -> torch.Tensor:
         (lambda: torch.empty(10, device="meta"), 0),
     ],
 )
-def test_counted_by_hand(work, kilobytes):
+def test_peaks_match_hand_counts(work, kilobytes):
     assert peak(work) == kilobytes * KB
 
 
-def test_what_is_freed_is_free_and_may_come_again():
+def test_freed_memory_is_subtracted_and_may_be_allocated_again():
     with LiveTensors() as live:
         for _ in range(10):
             tensor = kilobyte(3)
@@ -59,7 +59,7 @@ def test_what_is_freed_is_free_and_may_come_again():
     assert live.bytes == 0
 
 
-def test_a_cache_that_grows_by_copying_holds_both_for_a_moment():
+def test_a_cache_that_grows_by_copying_briefly_holds_both_copies():
     def grow():
         cache = kilobyte(1)
         for _ in range(4):
@@ -70,7 +70,7 @@ def test_a_cache_that_grows_by_copying_holds_both_for_a_moment():
     assert peak(grow) == 10 * KB
 
 
-def test_a_storage_that_is_resized_counts_as_it_is():
+def test_a_resized_storage_counts_at_its_current_size():
     def resize():
         tensor = kilobyte(1)
         return tensor.resize_(3 * KB // F32)
@@ -87,7 +87,7 @@ def test_parts_of_a_composite_operation_are_seen():
     assert peak(lambda: torch.nn.functional.silu(x) * x) == 3 * x.nbytes
 
 
-def test_weights_made_elsewhere_are_held_once_and_with_tied_ones():
+def test_weights_made_elsewhere_are_counted_once_even_if_tied():
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
     model[1].weight = model[0].weight
     with LiveTensors() as live:
@@ -107,7 +107,7 @@ def test_a_model_peaks_above_its_weights_by_cache_and_activations(tiny, name):
     model = tiny(name)
     prompt_BT = workloads.random_prompt(model, 2, 24)
     gc.collect()
-    gc.disable()  # as a child process does: when garbage is collected depends on all that ran before in this one
+    gc.disable()  # as a child process does: here garbage collection would depend on everything that ran before
     try:
         peaks = []
         for prompt in (prompt_BT, prompt_BT, prompt_BT.repeat(1, 2)):

@@ -1,4 +1,4 @@
-"""Memory peaks from child processes: planted memory is found, and none is found where none is planted."""
+"""Memory peaks from child processes: planted memory is found, and none where none is planted."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def work(model, rows):
 
 @pytest.fixture
 def arm(tiny, tmp_path, monkeypatch) -> Arm:
-    """A saved model as an arm; `memory_transforms` can be imported by its children."""
+    """A saved model as an arm; its children can import `memory_transforms`."""
     (tmp_path / "memory_transforms.py").write_text(TRANSFORMS, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     return Arm(folder=str(io.save(tiny(MODEL), tmp_path / "model")), prompt_tokens=16, new_tokens=2)
@@ -73,8 +73,8 @@ def test_peaks_come_from_several_fresh_processes_in_turn(arm):
     assert all(m.verdict == "unavailable" and "child process" in m.reason for m in missing)
 
 
-def test_two_children_take_no_variance_from_times():
-    """Too few for an interval, and how times differ between processes says nothing of memory."""
+def test_two_children_do_not_borrow_variance_from_times():
+    """Two are too few for an interval, and the spread of times between processes says nothing about memory."""
     two = Peaks([Peak(0, 900, 1000, "peak of the CUDA allocator", 1.0, 1.0, weights_bytes=2**29)] * 2)
     for name in PROCESS:
         peak = by_metric(two, two)[name]
@@ -82,8 +82,8 @@ def test_two_children_take_no_variance_from_times():
         assert peak.noise_floor == 0 and not peak.process_sigma and "between processes" not in peak.source
 
 
-def test_peaks_on_a_gpu_are_read_as_often_as_an_interval_asks(monkeypatch):
-    """Two readings have no interval, so that no peak on a GPU was ever judged."""
+def test_gpu_peaks_are_read_as_often_as_an_interval_requires(monkeypatch):
+    """Previously there were two readings, which give no interval, so no peak on a GPU was ever judged."""
     peak_bytes = {"large": 1000, "small": 900}
 
     def run(_program, jobs) -> list[dict]:
@@ -99,8 +99,8 @@ def test_peaks_on_a_gpu_are_read_as_often_as_an_interval_asks(monkeypatch):
     assert measured["peak_memory_after_load_bytes"].verdict == "equivalent"
 
 
-def test_what_libraries_allocate_once_is_paid_by_no_arm(tiny, monkeypatch):
-    """A workspace stays after the first call, whichever arm that is of."""
+def test_one_time_library_allocations_are_charged_to_no_arm(tiny, monkeypatch):
+    """A workspace stays allocated after the first call, whichever arm makes it."""
     model = tiny("qwen3-4b-instruct-2507")
     own = cost_model.weights_bytes(model)
     allocator = {"held": own + 1000, "peak": 0}
@@ -118,7 +118,7 @@ def test_what_libraries_allocate_once_is_paid_by_no_arm(tiny, monkeypatch):
     assert peaks == [own + 7] * 2
 
 
-def test_what_a_hook_holds_is_found_to_the_byte_and_within_a_megabyte(arm):
+def test_memory_held_by_a_hook_is_found_to_the_byte_and_within_a_megabyte(arm):
     planted = [0, 5, 20, 40]
     hooks = [replace(arm, transform="memory_transforms:holding", arguments={"megabytes": held}) for held in planted]
     baseline, *others = memory.peaks(arm, *hooks, turns=3)
@@ -134,7 +134,7 @@ def test_what_a_hook_holds_is_found_to_the_byte_and_within_a_megabyte(arm):
         assert "peak_tensor_bytes is judged" in whole.reason and whole.ci and whole.noise_floor is not None
 
 
-def test_live_tensors_are_the_same_to_the_byte_in_every_child(arm, tiny, tmp_path):
+def test_live_tensors_match_to_the_byte_in_every_child(arm, tiny, tmp_path):
     others = [replace(arm, folder=str(io.save(tiny(name), tmp_path / name))) for name in ("qwen3-coder-30b",)]
     first, second = (memory.peaks(arm, *others, turns=1) for _ in range(2))
     for before, after in zip(first, second, strict=True):
@@ -145,7 +145,7 @@ def readings(values: list[float], weights_bytes: int = 2**30) -> Peaks:
     return Peaks([Peak(100, int(value), int(value), "VmHWM", 1.0, 2.0, None, weights_bytes) for value in values])
 
 
-def test_large_weights_are_judged_by_the_process_with_an_interval_and_a_floor():
+def test_large_weights_are_judged_by_process_memory_with_interval_and_floor():
     base, less = readings([1e9, 1.001e9, 1.002e9]), readings([0.8e9, 0.801e9, 0.8005e9])
     judged = by_metric(base, less)["peak_memory_bytes"]
     assert judged.verdict == "better" and judged.n == 3 and judged.ci[1] < 0.82 and judged.noise_floor > 0
@@ -155,22 +155,22 @@ def test_large_weights_are_judged_by_the_process_with_an_interval_and_a_floor():
     assert by_metric(scattered, readings([1.2e9, 0.7e9, 0.9e9]))["peak_memory_bytes"].verdict == "inconclusive"
 
 
-def test_an_interval_of_peaks_is_no_narrower_than_a_step_of_the_heap():
-    """Four processes of either arm often read the same peak to the byte, and the next four one of another step."""
+def test_a_peak_interval_is_at_least_as_wide_as_a_heap_step():
+    """Four processes of an arm often read the same peak to the byte, and the next four a peak of another step."""
     step = memory.HEAP_STEP_BYTES / 1e9
     for peak in ("peak_memory_bytes", "peak_memory_after_load_bytes"):
         low, high = by_metric(readings([1e9] * 4), readings([1e9] * 4))[peak].ci
         assert low < 1 - 0.9 * step and high > 1 + 0.9 * step
     wide = by_metric(readings([1e9, 1.1e9, 1.2e9]), readings([1.2e9, 1e9, 1.1e9]))["peak_memory_bytes"]
-    assert wide.ci[1] - wide.ci[0] > 100 * step  # scatter of its own is not widened further
+    assert wide.ci[1] - wide.ci[0] > 100 * step  # real scatter is not widened further
 
 
-def test_a_peak_that_was_read_once_is_informative():
+def test_a_single_peak_reading_is_informative():
     once = by_metric(readings([1e9]), readings([0.5e9]))["peak_memory_bytes"]
     assert once.verdict == "informative" and once.reason == "read once: no interval" and once.ratio == 0.5
 
 
-def test_weights_that_no_tensor_holds_leave_the_process_to_be_judged():
+def test_weights_outside_tensors_are_judged_by_process_memory():
     base, streamed = (readings(values, 2**20) for values in ([1e9, 1.001e9, 1.0e9], [0.5e9, 0.501e9, 0.5e9]))
     measured = by_metric(base, streamed)
     assert "peak_tensor_bytes" not in measured and measured["peak_memory_bytes"].verdict == "better"
@@ -184,13 +184,13 @@ def test_a_child_times_loading_and_the_first_call(arm):
     assert slow.readings[0].first_call_ms >= 600, "a call holds both of its passes"
 
 
-def test_a_child_does_the_work_that_it_is_told(arm):
+def test_a_child_runs_the_given_workload(arm):
     work = {"workload": "memory_transforms:work"}
     few, many = memory.peaks(*(replace(arm, **work, workload_arguments={"rows": rows}) for rows in (1, 64)), turns=1)
     assert few.reason is None and many.tensor_bytes > few.tensor_bytes
 
 
-def test_what_a_transform_imports_is_there_before_any_arm_is_forked(tmp_path, monkeypatch, capsys):
+def test_imports_of_a_transform_happen_before_any_arm_is_forked(tmp_path, monkeypatch, capsys):
     (tmp_path / "heavy_transform.py").write_text("def apply(model):\n    return model\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     arms = [Arm(load={"name": MODEL}), Arm(transform="heavy_transform:apply")]
@@ -198,12 +198,12 @@ def test_what_a_transform_imports_is_there_before_any_arm_is_forked(tmp_path, mo
     request |= {"jobs": [{"arms": [asdict(arm)]} for arm in arms], "fork": True, "limit_seconds": 1}
     monkeypatch.setattr("sys.stdin", StringIO(json.dumps(request)))
     monkeypatch.setattr(child, "_forked", lambda run, job, limit: {"known": "heavy_transform" in sys.modules})
-    monkeypatch.setattr(child.gc, "freeze", lambda: None)  # of this process, which goes on
+    monkeypatch.setattr(child.gc, "freeze", lambda: None)  # of this process, which continues
     child.serve()
     assert capsys.readouterr().out.splitlines() == ['{"known": true}'] * 2
 
 
-def test_a_peak_begins_anew_when_the_libraries_are_loaded(monkeypatch, tmp_path):
+def test_the_peak_is_reset_once_libraries_are_loaded(monkeypatch, tmp_path):
     spent = bytearray(64 * MB)
     spent[::4096] = b"x" * len(spent[::4096])
     held = memory_child.peak_bytes()[0]
@@ -216,8 +216,8 @@ def test_a_peak_begins_anew_when_the_libraries_are_loaded(monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize(("platform", "unit"), [("linux", 1024), ("freebsd14", 1024), ("darwin", 1)])
-def test_a_kernel_that_shows_no_peak_is_asked_another_way(monkeypatch, tmp_path, platform, unit):
-    """A sandbox's `/proc` has files of that name, and no line of the peak; only macOS counts in bytes."""
+def test_without_a_kernel_peak_getrusage_is_used(monkeypatch, tmp_path, platform, unit):
+    """A sandbox's `/proc` has files of that name but no peak line; only macOS counts in bytes."""
     resource = pytest.importorskip("resource")
     (tmp_path / "status").write_text("Name:\tpython\nVmRSS:\t1000 kB\n")
     monkeypatch.setattr(memory_child, "MEMORY", tmp_path)
@@ -230,9 +230,9 @@ def test_a_kernel_that_shows_no_peak_is_asked_another_way(monkeypatch, tmp_path,
     assert memory_child.peak_bytes()[0] is None, "unknown is never 0"
 
 
-def test_the_allocator_of_a_child_gives_large_blocks_back_at_once(tmp_path, monkeypatch):
-    """A block of 8 MB lies in malloc's heap where larger ones were freed before, and in a mapping of its own where
-    the allocator is settled.
+def test_a_child_returns_large_blocks_to_the_system_at_once(tmp_path, monkeypatch):
+    """A block of 8 MB lies in malloc's heap where larger ones were freed before, but in its own mapping if the
+    allocator is configured.
     """
     text = """
 import ctypes
@@ -257,20 +257,20 @@ def run(job):
     assert (plain, settled) == ({"in_heap": True}, {"in_heap": False})
 
 
-def test_a_system_that_permits_no_reset_says_so(arm, monkeypatch):
+def test_a_system_without_peak_reset_reports_it(arm, monkeypatch):
     monkeypatch.setattr(memory_child, "reset_peak", lambda: False)
     peak = memory_child.read(replace(arm, workload="prefill"))
     assert "cannot be reset" in peak.scope and peak.above_start_bytes >= 0
 
 
-def test_weights_that_were_taken_away_make_no_peak():
+def test_removed_weights_make_no_peak():
     memory_child._require_all(3_740_000_000, 4_060_000_000, 310_000_000)
-    memory_child._require_all(13_000_000, 310_000_000, 310_000_000)  # held in what was given back before
+    memory_child._require_all(13_000_000, 310_000_000, 310_000_000)  # held in memory that was returned before
     with pytest.raises(UserError, match="memory is short: of 3"):
         memory_child._require_all(3_740_000_000, 2_420_000_000, 310_000_000)
 
 
-def test_a_checkpoint_is_in_memory_after_loading_and_once(tiny, tmp_path):
+def test_a_checkpoint_is_in_memory_once_after_loading(tiny, tmp_path):
     # 64 MB in one matrix.
     model = tiny(MODEL)
     model.resize_token_embeddings(2**19)

@@ -1,4 +1,4 @@
-"""Statistics of a calibration pass against a slow second way; padding must not count."""
+"""Calibration statistics against a slow reference; padding must not count."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_padding_does_not_count(tiny, name, batch):
         assert torch.allclose(padded_block.head_contribution_Q, apart_block.head_contribution_Q, rtol=1e-3)
 
 
-def test_heads_against_each_heads_own_product(tiny, name, batch):
+def test_heads_match_the_product_of_each_head(tiny, name, batch):
     model = tiny(name)
     ids = {"input_ids": batch["input_ids"]}
     observation = observe(model, [ids])
@@ -41,7 +41,7 @@ def test_heads_against_each_heads_own_product(tiny, name, batch):
             assert torch.allclose(statistics.head_contribution_Q[head], slow, rtol=1e-3)
 
 
-def test_experts_against_a_loop_over_tokens(tiny, batch):
+def test_experts_match_a_loop_over_tokens(tiny, batch):
     for name in ("glm-4.7-flash", "qwen3-coder-30b"):
         model = tiny(name)
         ids = {"input_ids": batch["input_ids"][:1, :10]}
@@ -60,7 +60,7 @@ def test_experts_against_a_loop_over_tokens(tiny, batch):
         assert torch.allclose(statistics.expert_contribution_E, contribution, rtol=1e-3)
 
 
-def test_distillation_brings_a_damaged_model_back(tiny, batch):
+def test_distillation_repairs_a_damaged_model(tiny, batch):
     teacher, student = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507")
     student.model.layers[1].mlp.down_proj.weight.zero_()
     before = float(divergence(student, teacher, batch))
@@ -72,18 +72,18 @@ def test_distillation_brings_a_damaged_model_back(tiny, batch):
     assert not any(parameter.requires_grad for parameter in student.parameters())
 
 
-def test_distillation_that_does_harm_leaves_the_student_as_it_was(tiny, batch):
+def test_harmful_distillation_leaves_the_student_unchanged(tiny, batch):
     teacher, student = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507")
     student.model.layers[1].mlp.down_proj.weight.mul_(0.999)
     weights = [parameter.clone() for parameter in student.parameters()]
     lessons = distil(student, teacher, [batch], steps=100, held_out=[batch], learning_rate=100)
-    assert len(lessons.losses) < 100  # given up
+    assert len(lessons.losses) < 100  # stopped early
     assert lessons.kept == 0
     assert all(torch.equal(was, now) for was, now in zip(weights, student.parameters()))
 
 
-def test_a_student_that_is_nearly_its_teacher_is_brought_nearer(tiny, batch):
-    """At the rate that suits a damaged model every step would carry it away."""
+def test_a_student_close_to_its_teacher_is_brought_closer(tiny, batch):
+    """At the rate that suits a damaged model, every step would move it away."""
     teacher, student = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507")
     student.model.layers[1].mlp.down_proj.weight.mul_(0.9)
     before = float(divergence(student, teacher, batch))
@@ -101,15 +101,15 @@ def test_text_is_held_out_of_every_lesson(batch):
     taught, held_out = split([batch])
     assert taught[0]["input_ids"].tolist() == batch["input_ids"][:1].tolist()
     assert held_out[0]["attention_mask"].tolist() == batch["attention_mask"][1:].tolist()
-    pictures = {"input_ids": torch.ones(2, 4), "pixel_values": torch.ones(9, 4)}  # cannot be told apart by rows
+    pictures = {"input_ids": torch.ones(2, 4), "pixel_values": torch.ones(9, 4)}  # cannot be separated by rows
     assert split([pictures, pictures])[1] == [pictures]
     with pytest.raises(UserError, match="at least two sequences"):
         split([{"input_ids": torch.ones(1, 4)}])
     assert can_split([batch]) and not can_split([{"input_ids": torch.ones(1, 4)}]) and not can_split([])
 
 
-def test_what_is_held_out_is_spread_over_all_kinds_of_text():
-    """Calibration begins with running text and ends with questions: neither end stands for both."""
+def test_held_out_text_is_spread_over_all_kinds_of_text():
+    """Calibration begins with running text and ends with questions: neither end represents both."""
     rows = [{"input_ids": torch.arange(16)[:, None].expand(16, 4)}]
     taught, held_out = split(rows)
     assert held_out[0]["input_ids"][:, 0].tolist() == [3, 7, 11, 15]
@@ -118,8 +118,8 @@ def test_what_is_held_out_is_spread_over_all_kinds_of_text():
     assert [int(batch["input_ids"][0, 0]) for batch in split(batches)[1]] == [0, 6, 12, 18]
 
 
-def test_bfloat16_learns_what_its_own_steps_would_lose(tiny, batch):
-    """At this rate a step is far below the spacing of bfloat16; the masters add steps up."""
+def test_bfloat16_training_keeps_updates_below_its_precision(tiny, batch):
+    """At this rate a step is far below the spacing of bfloat16; the master weights accumulate steps."""
     teacher = tiny("qwen3-4b-instruct-2507").to(torch.bfloat16)
     student = tiny("qwen3-4b-instruct-2507").to(torch.bfloat16)
     for block in anatomy(student).blocks:
@@ -130,14 +130,14 @@ def test_bfloat16_learns_what_its_own_steps_would_lose(tiny, batch):
     assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
 
 
-def test_the_rate_falls_with_the_width(tiny):
+def test_the_learning_rate_decreases_with_width(tiny):
     model = tiny("qwen3-4b-instruct-2507")
     assert rate_for(model, 1e-3) == 1e-3
     anatomy(model).embeddings.weight = torch.nn.Parameter(torch.zeros(96, 1920), requires_grad=False)
     assert rate_for(model, 1e-3) == pytest.approx(1e-4)
 
 
-def test_distillation_ends_at_its_best_reading(tiny, batch):
+def test_distillation_ends_at_its_best_evaluation(tiny, batch):
     teacher, student = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507")
     student.model.layers[1].mlp.down_proj.weight.zero_()
     before = float(divergence(student, teacher, batch))

@@ -12,7 +12,7 @@ def by_router(model, batch):
     return moments(model, [batch], matrices(model), gram=True, dtype=torch.float64, weighting="router")
 
 
-def test_gram_matrices_are_those_of_the_real_tokens(tiny, name, batch):
+def test_gram_matrices_match_the_real_tokens(tiny, name, batch):
     model = tiny(name)
     block = anatomy(model).blocks[-1]
     inputs, routed = {}, []
@@ -47,7 +47,7 @@ def test_squares_are_the_diagonal(tiny, name, batch):
         assert torch.allclose(sums.squares, sums.gram.diagonal(dim1=-2, dim2=-1), rtol=1e-4, atol=1e-4)
 
 
-def test_the_pass_ends_behind_the_last_observed_block(tiny, batch):
+def test_the_pass_ends_after_the_last_observed_block(tiny, batch):
     model = tiny("qwen3-4b-instruct-2507")
     ran = []
     for block in anatomy(model).blocks:
@@ -56,7 +56,7 @@ def test_the_pass_ends_behind_the_last_observed_block(tiny, batch):
     assert ran == [0, 1]
 
 
-def test_no_token_is_refused(tiny, batch):
+def test_calibration_without_tokens_is_refused(tiny, batch):
     model = tiny("qwen3-4b-instruct-2507")
     padding = batch | {"attention_mask": torch.zeros_like(batch["attention_mask"])}
     for calibration in ([], [padding]):

@@ -1,4 +1,4 @@
-"""Walking from block to block against the whole model, and what is held on the way: one block's, never the model's."""
+"""Walking block by block against the whole model, and the memory held meanwhile: one block's, never the model's."""
 
 import gc
 
@@ -19,7 +19,7 @@ from lib.optimizations.structured_pruning import method as pruning
 
 
 def alternating(blocks: int = 4):
-    """Return a tiny model whose blocks see a window of 8 tokens and the whole text in turn."""
+    """Return a tiny model whose blocks alternate between a window of 8 tokens and the whole text."""
     kinds = ["sliding_attention", "full_attention"] * (blocks // 2)
     config = AutoConfig.for_model(
         "qwen3", hidden_size=32, intermediate_size=64, num_hidden_layers=blocks, num_attention_heads=4,
@@ -30,7 +30,7 @@ def alternating(blocks: int = 4):
     return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
-def test_from_any_block_on_it_is_the_model(tiny, name, batch):
+def test_walking_from_any_block_matches_the_model(tiny, name, batch):
     model = tiny(name)
     expected = model(**batch).logits
     walk = Walk(model, [batch])
@@ -38,8 +38,8 @@ def test_from_any_block_on_it_is_the_model(tiny, name, batch):
         torch.testing.assert_close(finish(model, walk.carried[0], block.index), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_that_reads_prompts_in_chunks_is_walked_as_a_whole(tiny, name, batch):
-    """Pruning behind streaming computation ended in an IndexError where a chunk was shorter than the text."""
+def test_a_model_with_chunked_prefill_is_walked_as_a_whole(tiny, name, batch):
+    """Pruning after streaming computation raised an IndexError where a chunk was shorter than the text."""
     model = tiny(name)
     expected = model(**batch).logits
     seen = observe(model, [batch])
@@ -62,7 +62,7 @@ def test_each_block_keeps_its_own_mask():
         torch.testing.assert_close(finish(model, walk.carried[0], block.index), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_features_of_pictures_are_added_where_the_model_adds_them(tiny):
+def test_picture_features_are_added_where_the_model_adds_them(tiny):
     model = tiny("qwen3-vl-2b")
     grid = torch.tensor([[1, 4, 4]])
     pixels = torch.randn(16, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(1))
@@ -75,7 +75,7 @@ def test_features_of_pictures_are_added_where_the_model_adds_them(tiny):
         torch.testing.assert_close(finish(model, walk.carried[0], block.index), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_changed_block_gives_what_it_gives_after_the_change(tiny, batch):
+def test_a_changed_block_gives_its_new_outputs(tiny, batch):
     model = tiny("qwen3-4b-instruct-2507")
     seen = []
     changed = sharing(model)
@@ -94,11 +94,11 @@ def test_a_changed_block_gives_what_it_gives_after_the_change(tiny, batch):
 
 
 def _held(objects: list[object]) -> int:
-    """Return the bytes of all living moments."""
+    """Return the bytes of all live moments."""
     return nbytes({str(id(moments)): moments for moments in objects if isinstance(moments, Moments)})
 
 
-def test_what_is_held_does_not_grow_with_depth():
+def test_memory_held_does_not_grow_with_depth():
     peaks = {}
     for blocks in (2, 4, 8):
         model, peak, visited = alternating(blocks), 0, 0
@@ -113,7 +113,7 @@ def test_what_is_held_does_not_grow_with_depth():
     assert peaks[8] == peaks[4] <= 2 * peaks[2]
 
 
-def test_small_moments_are_kept_for_the_next_reading_and_large_ones_summed_again(tiny, batch, monkeypatch):
+def test_small_moments_are_kept_for_the_next_pass_and_large_ones_recomputed(tiny, batch, monkeypatch):
     model = tiny("qwen3-4b-instruct-2507")
     kept, again = Observed(model, [batch]), Observed(model, [batch], room=0)
     first = {name: sums for _, by_name in kept for name, sums in by_name.items()}
@@ -126,7 +126,7 @@ def test_small_moments_are_kept_for_the_next_reading_and_large_ones_summed_again
         assert not any(third[name] is sums for name, sums in first.items())
 
 
-def test_every_block_runs_once_for_each_reading(tiny, batch):
+def test_every_block_runs_once_per_pass(tiny, batch):
     model = tiny("qwen3-coder-30b")
     runs = []
     for block in anatomy(model).blocks:
@@ -143,7 +143,7 @@ def test_a_damaged_expert_is_named(tiny, name, batch):
         list(Observed(model, [batch]))
 
 
-def test_no_token_is_refused(tiny, batch):
+def test_calibration_without_tokens_is_refused(tiny, batch):
     model = tiny("qwen3-4b-instruct-2507")
     for calibration in ([], [batch | {"attention_mask": torch.zeros_like(batch["attention_mask"])}]):
         with pytest.raises(UserError, match="no token"):
@@ -151,7 +151,7 @@ def test_no_token_is_refused(tiny, batch):
 
 
 def overflowing(tiny, name: str, block: int, part: str):
-    """Return a model of which one linear layer of a block gives infinite numbers, as one of float16 does."""
+    """Return a model in which one linear layer of a block gives infinite numbers, as float16 can."""
     model = tiny(name)
     layer = anatomy(model).blocks[block].module.get_submodule(part)
     layer.register_forward_hook(lambda module, args, output: output * float("inf"))
@@ -159,8 +159,8 @@ def overflowing(tiny, name: str, block: int, part: str):
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_a_block_that_gives_no_numbers_is_named_and_nothing_is_chosen_by_them(tiny, batch, method):
-    """NaN would be the highest of all scores: what it stands for would be kept, and the rest ranked at random."""
+def test_a_block_with_non_finite_output_is_named_and_not_used_for_ranking(tiny, batch, method):
+    """NaN would be the highest score: its part would be kept, and the rest ranked at random."""
     model = overflowing(tiny, "qwen3-4b-instruct-2507", 1, "mlp.down_proj")
     for use in (lambda: sparse.prune(model, [batch], method=method), lambda: pruning.apply(model, [batch], ratio=0.2)):
         with pytest.raises(UserError, match=r"^block 1: its outputs on the calibration text are not finite") as why:
@@ -168,7 +168,7 @@ def test_a_block_that_gives_no_numbers_is_named_and_nothing_is_chosen_by_them(ti
         assert "float16" in str(why.value) and "\n" not in str(why.value)
 
 
-def test_inside_the_last_block_the_matrix_is_named(tiny, batch):
+def test_a_non_finite_matrix_in_the_last_block_is_named(tiny, batch):
     model = overflowing(tiny, "qwen3-4b-instruct-2507", 3, "mlp.up_proj")
     with pytest.raises(UserError, match=r"^block 3, model\.layers\.3\.mlp\.down_proj\.weight: its inputs on the"):
         list(Observed(model, [batch]))
@@ -176,7 +176,7 @@ def test_inside_the_last_block_the_matrix_is_named(tiny, batch):
         observe(model, [batch])
 
 
-def test_what_padding_gives_may_be_no_number(tiny, batch):
+def test_padding_may_give_non_finite_outputs(tiny, batch):
     model = tiny("qwen3-4b-instruct-2507")
     padding = ~batch["attention_mask"].bool()[..., None]
     anatomy(model).blocks[0].module.register_forward_hook(

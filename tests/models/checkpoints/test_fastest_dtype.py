@@ -1,4 +1,4 @@
-"""The dtype at real size: decided by a measurement, the same one afterwards, bfloat16 unless float32 is far quicker."""
+"""The dtype at real size is measured once and reused: bfloat16 unless float32 is far faster."""
 
 import pytest
 
@@ -30,13 +30,13 @@ def _planted(monkeypatch, bfloat16: float, float32: float):
     [(1e-6, 2e-6, "bfloat16"), (2e-6, 1e-6, "float32"), (1.2e-6, 1e-6, "bfloat16")],
     ids=["quicker", "emulated", "about the same"],
 )
-def test_the_quicker_is_taken_and_half_the_memory_among_equals(monkeypatch, bfloat16, float32, expected):
+def test_the_faster_dtype_is_taken_and_among_equals_the_smaller(monkeypatch, bfloat16, float32, expected):
     _planted(monkeypatch, bfloat16, float32)
     assert fastest_dtype.fastest(CONFIG) == expected
     assert fastest_dtype.reason(CONFIG, expected).endswith("; float32 needs twice the memory")
 
 
-def test_it_is_measured_once(monkeypatch, own_cache):
+def test_the_dtype_is_measured_once(monkeypatch, own_cache):
     dtypes = _planted(monkeypatch, 2e-6, 1e-6)
     assert fastest_dtype.reason(CONFIG) is None
     assert fastest_dtype.fastest({"text_config": CONFIG}) == "float32"

@@ -1,7 +1,7 @@
-"""Real checkpoints, in the layout they are published in: several shards with an index, a tied head, a chat template.
+"""Checkpoints in their published layout: several shards with an index, a tied head, a chat template.
 
-Small ones of all four architectures, made here: they are read, asked with examples, streamed where they do not fit, and
-refused before anything runs where they are damaged.
+Small ones of all four architectures are made here, loaded, prompted with examples, streamed where they do not fit, and
+refused before anything runs if they are damaged.
 """
 
 import io
@@ -48,7 +48,7 @@ def source(tiny, name):
 
 @pytest.fixture
 def folder(source, name, vocabulary, tmp_path):
-    """A checkpoint in the genuine layout, under the model's name."""
+    """A checkpoint in the published layout, under the model's name."""
     checkpoint = tmp_path / name
     source.generation_config.do_sample = False
     for parameter in source.parameters():  # buffers, such as frequencies, stay exact
@@ -61,7 +61,7 @@ def folder(source, name, vocabulary, tmp_path):
     return checkpoint
 
 
-def test_the_layout_is_the_genuine_one_and_fits(folder, name):
+def test_the_layout_is_the_published_one_and_fits(folder, name):
     files = {path.name for path in folder.iterdir()}
     assert {INDEX, "config.json", "generation_config.json", "tokenizer.json"} <= files
     assert len(list(folder.glob("*.safetensors"))) > 1
@@ -74,7 +74,7 @@ def test_the_layout_is_the_genuine_one_and_fits(folder, name):
     assert check_checkpoint(name, folder) == folder and validate.fault(folder) is None
 
 
-def test_it_loads_as_it_was_saved(folder, source, name, batch):
+def test_it_loads_as_saved(folder, source, name, batch):
     loaded = loading.load(name, "full", checkpoints=folder.parent)
     assert loaded.dtype == torch.bfloat16 and loaded.folder == folder and not loaded.random_weights
     parameters_by_name = dict(source.named_parameters())
@@ -83,7 +83,7 @@ def test_it_loads_as_it_was_saved(folder, source, name, batch):
     assert (loaded.image_processor is not None) == ("vl" in name)
 
 
-def test_it_is_asked_with_examples_in_its_own_chat(folder, name):
+def test_examples_use_the_chat_template(folder, name):
     loaded = loading.load(name, "full", checkpoints=folder.parent, dtype="float32")
     task = loaded.parameters.tasks[0]
     chosen_items = tasks.items(task, "final", 3)
@@ -117,13 +117,13 @@ def test_without_a_chat_template_examples_are_plain_text(folder, name):
     assert prompting.answer(loaded, "x") == " x"
 
 
-def test_what_does_not_fit_is_streamed_with_the_same_answers(folder, source, name, batch, monkeypatch):
+def test_a_checkpoint_that_does_not_fit_streams_with_the_same_answers(folder, source, name, batch, monkeypatch):
     _, total = streamer.smallest(folder)
     monkeypatch.setattr(placement, "free_bytes", lambda device: int(1.1 * total))
     loaded = loading.load(name, "full", checkpoints=folder.parent)
     assert streamer.streamer(loaded.model).in_memory_bytes < 0.7 * total
     actual, expected = loaded.model(**batch).logits, source(**batch).logits
-    assert (actual - expected).abs().median() < 0.01 < expected.std()  # an expert chosen by a hair may be another one
+    assert (actual - expected).abs().median() < 0.01 < expected.std()  # an expert chosen narrowly may be another one
     from lib.optimizations.structured_pruning import method
 
     with pytest.raises(NotApplicable, match="stream from a file"):
@@ -132,7 +132,7 @@ def test_what_does_not_fit_is_streamed_with_the_same_answers(folder, source, nam
 
 
 def _checked_here(command, **options):
-    """What the process of a check does, without importing the libraries once more."""
+    """Run a check in this process, without importing the libraries again."""
     with redirect_stdout(io.StringIO()) as printed:
         code = validate.main(command[3:])
     return subprocess.CompletedProcess(command, code, printed.getvalue(), "")
@@ -140,7 +140,7 @@ def _checked_here(command, **options):
 
 @pytest.mark.parametrize("damage", ["missing shard", "wrong shape", "index", "other", "lacking", "no tokenizer"])
 def test_damage_is_named_before_anything_runs(folder, name, damage, monkeypatch):
-    if name != "qwen3-4b-instruct-2507":  # whose tensors are checked in a process of its own, as ever
+    if name != "qwen3-4b-instruct-2507":  # its tensors are checked in a separate process, as usual
         monkeypatch.setattr(validate.subprocess, "run", _checked_here)
     index = json.loads((folder / INDEX).read_text())
     places = index["weight_map"]
@@ -176,7 +176,7 @@ def test_damage_is_named_before_anything_runs(folder, name, damage, monkeypatch)
     assert words[damage] in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_what_needs_room_or_answers_does_not_apply_without(source, name, monkeypatch):
+def test_measurements_without_room_or_real_answers_do_not_apply(source, name, monkeypatch):
     monkeypatch.setattr(placement, "free_bytes", lambda device: 10 * sum(p.nbytes for p in source.parameters()))
     placement.require_room(source, 7, "measuring pairs")
     with pytest.raises(NotApplicable, match="measuring pairs holds about 9 copies of the model at once"):

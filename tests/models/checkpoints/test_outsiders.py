@@ -1,4 +1,4 @@
-"""Checkpoints as outsiders leave them: each is right on every path, or refused while planning in one line."""
+"""Checkpoints as third parties leave them: each works on every path, or is refused in one line during planning."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path, tokens):
-    """A whole checkpoint of Llama's architecture, as transformers saves it."""
+    """A complete Llama checkpoint, as transformers saves it."""
     model = gguf_files.model(tokens.get_vocab_size())
     model.generation_config.eos_token_id = 2
     model.save_pretrained(tmp_path / "tiny")
@@ -57,7 +57,7 @@ def edited(path, **changes):
 
 
 def fault(folder) -> str:
-    """Return the one line with which planning refuses a folder, as planning finds it."""
+    """Return the line with which planning refuses a folder."""
     try:
         name = parameters.register(str(folder))
         reason = validate.fault(check_checkpoint(name, folder))
@@ -69,7 +69,7 @@ def fault(folder) -> str:
 
 @torch.no_grad()
 def logits(folder, monkeypatch=None):
-    """Return the logits of a folder: by transformers, by our loader whole, saved and loaded again, and streamed."""
+    """Return a folder's logits: from transformers, from our loader in memory, saved and reloaded, and streamed."""
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     whole = io.load_folder(folder, torch.float32)
     again = io.load_folder(io.save(whole, folder.parent / "again"), torch.float32)
@@ -78,13 +78,13 @@ def logits(folder, monkeypatch=None):
     return [model(IDS).logits for model in (theirs, whole, again, streamed)]
 
 
-def test_a_whole_one_is_well_and_equal_on_every_path(folder):
+def test_an_intact_checkpoint_is_equal_on_every_path(folder):
     assert validate.fault(check_checkpoint(parameters.register(str(folder)), folder)) is None
     theirs, *ours = logits(folder)
     assert all(torch.allclose(logits, theirs, atol=1e-4) for logits in ours)
 
 
-def test_a_head_of_its_own_under_tied_embeddings(folder):
+def test_a_separate_head_under_tied_embeddings(folder):
     weights = load_file(folder / WEIGHTS)
     weights["lm_head.weight"] = torch.randn_like(weights["model.embed_tokens.weight"])
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
@@ -97,7 +97,7 @@ def test_a_head_of_its_own_under_tied_embeddings(folder):
     assert model.lm_head.weight is model.model.embed_tokens.weight, "equal ones stay tied"
 
 
-def test_how_it_generates_is_the_same_on_every_path(folder):
+def test_generation_settings_are_the_same_on_every_path(folder):
     edited(folder / "generation_config.json", eos_token_id=[2, 5], repetition_penalty=1.3)
     whole = io.load_folder(folder, torch.float32)
     again = io.load_folder(io.save(whole, folder.parent / "again"), torch.float32)
@@ -108,8 +108,8 @@ def test_how_it_generates_is_the_same_on_every_path(folder):
         assert (settings.eos_token_id, settings.repetition_penalty) == ([2, 5], 1.3)
 
 
-def test_tied_weights_that_are_stored_as_the_head(folder):
-    """The safetensors library keeps the first of two names in the alphabet: streamed, embeddings were not found."""
+def test_tied_weights_stored_as_the_head_are_found(folder):
+    """safetensors keeps the alphabetically first of two names, so streaming did not find the embeddings."""
     weights = load_file(folder / WEIGHTS)
     weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
@@ -118,8 +118,8 @@ def test_tied_weights_that_are_stored_as_the_head(folder):
     assert all(torch.allclose(logits, theirs, atol=1e-4) for logits in ours)
 
 
-def test_settings_of_generation_that_transformers_refuses(folder):
-    """Whole it failed in the notebook, streamed it had other settings."""
+def test_generation_settings_that_transformers_refuses(folder):
+    """In memory it failed in the notebook; streamed it had other settings."""
     whole = (folder / "generation_config.json").read_text()
     edited(folder / "generation_config.json", max_new_tokens=-1)
     assert "its generation_config.json cannot be used (`max_new_tokens` must be greater than 0" in fault(folder)
@@ -132,7 +132,7 @@ def test_settings_of_generation_that_transformers_refuses(folder):
 @torch.no_grad()
 @pytest.mark.parametrize("wider", ["norm", "embed_tokens"])
 @pytest.mark.parametrize("page_cache", ["keep", "copy"])
-def test_weights_of_several_dtypes_stream_as_they_load(folder, wider, page_cache):
+def test_mixed_dtype_weights_stream_as_they_load(folder, wider, page_cache):
     weights = load_file(folder / WEIGHTS)
     mixed = {name: tensor if wider in name else tensor.bfloat16() for name, tensor in weights.items()}
     assert len({tensor.dtype for tensor in mixed.values()}) == 2
@@ -146,7 +146,7 @@ def test_weights_of_several_dtypes_stream_as_they_load(folder, wider, page_cache
 
 @torch.no_grad()
 @pytest.mark.parametrize("page_cache", ["keep", "copy"])
-def test_tensors_under_their_earlier_names_stream_as_they_load(tmp_path, page_cache):
+def test_tensors_under_legacy_names_stream_as_they_load(tmp_path, page_cache):
     architectures.build("mixtral").save_pretrained(tmp_path / "mixtral")
     names = tensor_shapes(tmp_path / "mixtral")
     assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in names
@@ -179,19 +179,19 @@ def test_shards_without_an_index_are_refused(folder):
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
-def test_links_that_were_copied_without_what_they_lead_to(folder, name):
+def test_copied_links_without_their_targets(folder, name):
     (folder / name).unlink()
     (folder / name).symlink_to("../../blobs/0123")
     assert fault(folder).startswith(f"{folder / name}: a link to ../../blobs/0123, which is not there (cp -rL")
 
 
-def test_a_pointer_in_the_place_of_weights(folder):
+def test_a_pointer_file_instead_of_weights(folder):
     (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 269060552\n")
     assert fault(folder).startswith(f"{folder / WEIGHTS}: a git-lfs pointer, not the weights")
 
 
 @pytest.mark.parametrize("entry", ["../outside.safetensors", "/etc/passwd", None, 7, "", "a/b.safetensors", "..\\x"])
-def test_an_index_that_leads_out_of_the_folder(folder, entry, monkeypatch):
+def test_an_index_that_points_outside_the_folder(folder, entry, monkeypatch):
     (folder / WEIGHTS).rename(folder / "one.safetensors")
     places = dict.fromkeys(load_file(folder / "one.safetensors"), "one.safetensors")
     places["model.norm.weight"] = entry
@@ -206,7 +206,7 @@ def test_an_index_that_leads_out_of_the_folder(folder, entry, monkeypatch):
 
 @pytest.mark.parametrize("own", [{}, {"metadata": None}])
 def test_an_index_that_transformers_cannot_read(folder, own):
-    """Streamed it was right, and whole it failed in the notebook."""
+    """Streamed it was right; in memory it failed in the notebook."""
     (folder / WEIGHTS).rename(folder / "one.safetensors")
     places = dict.fromkeys(load_file(folder / "one.safetensors"), "one.safetensors")
     (folder / INDEX).write_text(json.dumps({"weight_map": places} | own))
@@ -217,8 +217,8 @@ def test_an_index_that_transformers_cannot_read(folder, own):
     assert all(torch.allclose(logits, theirs, atol=1e-4) for logits in ours)
 
 
-def test_a_tensor_in_two_of_the_files_is_ambiguous(folder):
-    """Transformers takes the last file by name, whatever the index says: streamed it was the one that the index names
+def test_a_tensor_in_two_files_is_ambiguous(folder):
+    """Transformers takes the last file by name, whatever the index says; streaming took the one that the index names
     last.
     """
     weights = load_file(folder / WEIGHTS)
@@ -235,7 +235,7 @@ def test_a_tensor_in_two_of_the_files_is_ambiguous(folder):
 
 
 @pytest.mark.parametrize("chosen", ["other.safetensors", INDEX])
-def test_weights_that_the_configuration_chooses_otherwise(folder, chosen):
+def test_a_configuration_that_selects_other_weights(folder, chosen):
     edited(folder / "config.json", transformers_weights=chosen)
     assert f'key "transformers_weights": expected {WEIGHTS}, which is read here, got {chosen!r}' in fault(folder)
     edited(folder / "config.json", transformers_weights=WEIGHTS)
@@ -243,7 +243,7 @@ def test_weights_that_the_configuration_chooses_otherwise(folder, chosen):
 
 
 def _parts(path) -> tuple[dict, bytes]:
-    """Return the header of a safetensors file and what follows it."""
+    """Return the header of a safetensors file and the data after it."""
     content = path.read_bytes()
     length = struct.unpack("<Q", content[:8])[0]
     return json.loads(content[8 : 8 + length]), content[8 + length :]
@@ -255,7 +255,7 @@ def _put(path, header: dict, weights: bytes) -> None:
 
 
 @pytest.mark.parametrize("change", [{"dtype": ...}, {"shape": ...}, {"shape": [-1]}, {"shape": "4"}, {"dtype": 7}])
-def test_a_header_that_describes_a_tensor_by_half(folder, change):
+def test_a_header_with_an_incomplete_tensor_description(folder, change):
     path = folder / WEIGHTS
     header, weights = _parts(path)
     entry = header["model.norm.weight"] | change
@@ -265,7 +265,7 @@ def test_a_header_that_describes_a_tensor_by_half(folder, change):
 
 
 @pytest.mark.parametrize(("dtype", "bytes_"), [("F64", 8), ("BF16", 2)])
-def test_a_header_whose_places_do_not_fit_its_shapes(folder, dtype, bytes_):
+def test_a_header_whose_offsets_do_not_match_its_shapes(folder, dtype, bytes_):
     path = folder / WEIGHTS
     header, weights = _parts(path)
     first, last = header["model.norm.weight"]["data_offsets"]
@@ -278,7 +278,7 @@ def test_a_header_whose_places_do_not_fit_its_shapes(folder, dtype, bytes_):
 
 @pytest.mark.parametrize("moved", [-4, 4])
 def test_a_header_whose_tensors_overlap_or_leave_a_gap(folder, moved):
-    """The safetensors library refuses it too, but in the notebook, by an exception of its own."""
+    """safetensors refuses it too, but in the notebook and with its own exception."""
     path = folder / WEIGHTS
     header, weights = _parts(path)
     places = sorted(entry["data_offsets"] for name, entry in header.items() if name != "__metadata__")
@@ -290,7 +290,7 @@ def test_a_header_whose_tensors_overlap_or_leave_a_gap(folder, moved):
     assert fault(folder) == f"{path}: {expected}; the file is damaged"
 
 
-def test_a_folder_saved_here_is_checked_by_the_names_that_its_manifest_describes(folder, tmp_path):
+def test_a_saved_folder_is_checked_by_the_names_in_its_manifest(folder, tmp_path):
     place = io.save(io.load_folder(folder), tmp_path / "saved", tokenizer=AutoTokenizer.from_pretrained(folder))
     assert validate.fault(place) is None
     header, weights = _parts(place / WEIGHTS)
@@ -302,7 +302,7 @@ def test_a_folder_saved_here_is_checked_by_the_names_that_its_manifest_describes
     assert fault(place).startswith(f"{place}: the checkpoint holds model.extra.weight, which {MANIFEST}")
 
 
-def test_a_folder_that_may_not_be_looked_at(folder, monkeypatch):
+def test_a_folder_without_access_permission(folder, monkeypatch):
     stat, source = Path.stat, reference.parse(str(folder))
 
     def locked(path, **options):
@@ -318,7 +318,7 @@ def test_a_folder_that_may_not_be_looked_at(folder, monkeypatch):
         check_checkpoint("tiny", folder)
 
 
-def test_weights_that_may_not_be_read(folder, monkeypatch):
+def test_weights_without_read_permission(folder, monkeypatch):
     whole = Path.open
 
     def locked(path, *arguments, **options):
@@ -331,12 +331,12 @@ def test_weights_that_may_not_be_read(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ['{"blocks": [', "[]", '{"blocks": 4}'])
-def test_a_damaged_manifest_is_named_while_planning(folder, text):
+def test_a_damaged_manifest_is_named_during_planning(folder, text):
     (folder / MANIFEST).write_text(text)
     assert fault(folder).startswith(f"{folder / MANIFEST}: ")
 
 
-def test_a_check_that_is_lost_names_folder_and_reason(folder, monkeypatch):
+def test_a_crashed_check_names_folder_and_reason(folder, monkeypatch):
     lost = subprocess.CompletedProcess([], 1, "", "Traceback (most recent call last):\n  x\nMemoryError: no room\n")
     monkeypatch.setattr(validate.subprocess, "run", lambda *_, **__: lost)
     with pytest.raises(UserError, match=r"tiny: the tensors could not be checked \(MemoryError: no room\)"):
@@ -357,7 +357,7 @@ def test_an_adapter_beside_or_instead_of_weights(folder):
     assert not parameters.registered(), "nothing is kept of what is no checkpoint"
 
 
-def test_a_folder_of_the_hubs_cache_names_the_checkpoint_inside_it(folder):
+def test_a_hub_cache_folder_names_the_checkpoint_inside_it(folder):
     home = folder.parent / "models--organisation--tiny"
     home.mkdir()
     assert fault(home) == f"{home / 'config.json'}: missing; a checkpoint folder holds config.json and *.safetensors"
@@ -368,13 +368,13 @@ def test_a_folder_of_the_hubs_cache_names_the_checkpoint_inside_it(folder):
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors"])
-def test_quantized_weights_that_cannot_be_undone(folder, method):
+def test_quantized_weights_that_cannot_be_dequantized(folder, method):
     edited(folder / "config.json", quantization_config={"quant_method": method, "bits": 4})
     reason = fault(folder)
     assert f"quantized ({method})" in reason and "give the checkpoint before it was quantized" in reason
 
 
-def test_quantized_weights_that_no_configuration_names(folder):
+def test_quantized_weights_missing_from_the_configuration(folder):
     weights = load_file(folder / WEIGHTS)
     name = "model.layers.0.mlp.up_proj.weight"
     weights[name] = weights[name].to(torch.float8_e4m3fn)
@@ -386,7 +386,7 @@ def test_quantized_weights_that_no_configuration_names(folder):
     assert f"{name}_scale_inv" in fault(folder)
 
 
-def test_block_scaled_fp8_is_dequantized_and_said_so(folder, caplog, monkeypatch):
+def test_block_scaled_fp8_is_dequantized_and_reported(folder, caplog, monkeypatch):
     weights, scaled = load_file(folder / WEIGHTS), {}
     for name, tensor in weights.items():
         if "proj.weight" in name:
@@ -418,8 +418,8 @@ def test_block_scaled_fp8_is_dequantized_and_said_so(folder, caplog, monkeypatch
         ("weight_scale_inv", (128,), "has the shape (128, 64), which is not a multiple of (128,)"),
     ],
 )
-def test_fp8_that_transformers_would_take_without_scales_or_cannot_undo(folder, scale, shape, why):
-    """AutoFP8 and vLLM call scales weight_scale: transformers drops those without a word and takes the weights bare."""
+def test_fp8_that_transformers_would_load_unscaled_or_cannot_dequantize(folder, scale, shape, why):
+    """AutoFP8 and vLLM call scales weight_scale: transformers drops those silently and takes the weights unscaled."""
     weights = load_file(folder / WEIGHTS)
     name = "model.layers.0.mlp.up_proj.weight"
     weights[name] = weights[name].to(torch.float8_e4m3fn)
@@ -432,7 +432,7 @@ def test_fp8_that_transformers_would_take_without_scales_or_cannot_undo(folder, 
 
 
 @pytest.mark.parametrize("change", [{"_attn_implementation": "nowhere/kernel"}, {"model_type": "never_heard_of"}])
-def test_a_configuration_that_asks_for_what_is_not_here(folder, change):
+def test_a_configuration_that_transformers_cannot_build_is_refused(folder, change):
     edited(folder / "config.json", **change)
     assert re.search("transformers cannot build its model|names no architecture", fault(folder))
 
@@ -444,8 +444,8 @@ def test_a_configuration_that_asks_for_what_is_not_here(folder, change):
         ("llamma", {"hidden_size": 64}, 'of architecture "llamma"'),
     ],
 )
-def test_random_weights_of_what_is_not_known_are_refused_while_planning(architecture, full, why, tmp_path, monkeypatch):
-    """The notebook found it out, after a minute, as a run that failed."""
+def test_random_weights_of_an_unknown_model_are_refused_during_planning(architecture, full, why, tmp_path, monkeypatch):
+    """Previously the notebook found it out after a minute, as a failed run."""
     described = {"checkpoint": "a/b", "architecture": architecture, "full": full}
     (tmp_path / "mine.yaml").write_text(json.dumps(described))
     known = {"checkpoint": "a/b", "architecture": "llama", "full": {"hidden_size": 64}}
@@ -470,7 +470,7 @@ def test_random_weights_of_what_is_not_known_are_refused_while_planning(architec
 
 
 @pytest.mark.parametrize("model_type", ["t5", "clip"])
-def test_an_architecture_that_goes_on_with_no_text_says_which_are_supported(folder, model_type):
+def test_the_error_for_an_unsupported_architecture_lists_the_supported_ones(folder, model_type):
     (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     reason = fault(folder)
     assert f'architecture "{model_type}" is not supported: transformers has no model of it' in reason
@@ -479,15 +479,15 @@ def test_an_architecture_that_goes_on_with_no_text_says_which_are_supported(fold
     assert "`never_heard_of`" in fault(folder) and "; supported are gemma2," in fault(folder)
 
 
-def test_a_text_model_that_was_cut_out_of_one_with_pictures(folder):
-    """Its configuration keeps the section, empty: it was taken for a model with pictures, and refused."""
+def test_a_text_model_extracted_from_a_multimodal_one_is_accepted(folder):
+    """Its configuration keeps the section, empty, so it was mistaken for a model with pictures and refused."""
     edited(folder / "config.json", vision_config=None)
     assert validate.fault(check_checkpoint(parameters.register(str(folder)), folder)) is None
     theirs, *ours = logits(folder)
     assert all(torch.allclose(logits, theirs, atol=1e-4) for logits in ours)
 
 
-def test_code_that_lies_in_a_folder_is_neither_run_nor_asked_for(folder, monkeypatch):
+def test_code_in_a_folder_is_neither_run_nor_requested(folder, monkeypatch):
     lines = [f"open({str(folder / 'ran')!r}, 'w')", "from transformers import LlamaConfig", "", ""]
     lines += ["class OwnConfig(LlamaConfig):", "    model_type = 'own'", ""]
     (folder / "configuration_own.py").write_text("\n".join(lines))
@@ -498,7 +498,7 @@ def test_code_that_lies_in_a_folder_is_neither_run_nor_asked_for(folder, monkeyp
     assert not asked and not (folder / "ran").exists()
 
 
-def test_tokenizers_that_are_damaged_or_of_another_model(folder, tokens):
+def test_damaged_or_mismatched_tokenizers(folder, tokens):
     whole = (folder / "tokenizer.json").read_text()
     (folder / "tokenizer.json").write_text(whole[: len(whole) // 2])
     assert "its tokenizer cannot be read" in fault(folder)
@@ -528,7 +528,7 @@ def test_added_tokens_beyond_the_embeddings(folder):
 
 
 def test_padding_beyond_the_embeddings(folder):
-    """A token that was added for a training, without a row: shorter prompts of a batch were filled up with it."""
+    """A token added for training had no row, and shorter prompts of a batch were padded with it."""
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text())
     added = content["added_tokens"][0] | {"id": 313, "content": "[PAD]"}
@@ -542,7 +542,7 @@ def test_padding_beyond_the_embeddings(folder):
 
 
 @pytest.mark.parametrize("end", [-1, 5000])
-def test_an_end_that_is_no_token_of_the_model(folder, end):
+def test_an_end_token_unknown_to_the_model(folder, end):
     edited(folder / "tokenizer_config.json", eos_token=..., pad_token=...)
     (folder / "special_tokens_map.json").unlink(missing_ok=True)
     edited(folder / "generation_config.json", eos_token_id=...)
@@ -552,7 +552,7 @@ def test_an_end_that_is_no_token_of_the_model(folder, end):
     assert tasks.text_windows(loaded, "final", 2, 64).shape == (2, 64)
 
 
-def test_no_end_and_no_padding_token(folder):
+def test_missing_end_and_padding_tokens(folder):
     edited(folder / "tokenizer_config.json", eos_token=..., pad_token=...)
     (folder / "special_tokens_map.json").unlink(missing_ok=True)
     loaded = loading.load(parameters.register(str(folder)), "full")
@@ -564,7 +564,7 @@ def test_no_end_and_no_padding_token(folder):
     assert loading.load(parameters.register(str(folder)), "full").tokenizer.eos_token_id is not None
 
 
-def test_what_the_tokenizer_puts_before_every_text(folder):
+def test_every_text_starts_with_the_tokenizer_prefix(folder):
     content = json.loads((folder / "tokenizer.json").read_text())
     content["post_processor"] = {
         "type": "TemplateProcessing",
@@ -594,7 +594,7 @@ LISTS = (
 )
 
 
-def test_a_chat_that_opens_a_thought_demands_a_system_turn_or_expects_lists(folder):
+def test_chat_templates_may_think_or_take_lists_but_not_require_a_system_turn(folder):
     template = folder / "chat_template.jinja"
     template.write_text(THINKS)
     loaded = loading.load(parameters.register(str(folder)), "full")
@@ -613,7 +613,7 @@ def test_a_chat_that_opens_a_thought_demands_a_system_turn_or_expects_lists(fold
     assert "leaves out what the user says" in fault(folder)
 
 
-def test_a_single_expert_that_is_no_number(tiny, tmp_path):
+def test_a_single_non_finite_expert(tiny, tmp_path):
     model = tiny("qwen3-coder-30b")
     model.model.layers[2].mlp.experts.gate_up_proj.data[5, 3, 1] = float("nan")
     model.save_pretrained(tmp_path / "nan")

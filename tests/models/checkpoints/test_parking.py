@@ -1,4 +1,4 @@
-"""Parked weights: no memory meanwhile, the same weights afterwards, shared as before."""
+"""Parked weights take no memory; afterwards they are the same and shared as before."""
 
 import copy
 
@@ -39,7 +39,7 @@ def test_weights_leave_and_come_back(tiny, name, batch, tmp_path):
     assert (model.get_parameter("lm_head.weight").data_ptr() == first.data_ptr()) == tied
 
 
-def test_what_shares_memory_without_being_the_same_tensor_shares_it_still(tiny, tmp_path):
+def test_tensors_that_share_memory_still_share_it_afterwards(tiny, tmp_path):
     (model, folder), (twin, twin_folder) = arms(copy.deepcopy(tiny("qwen3-coder-30b")), tmp_path)
     embedding = model.get_input_embeddings().weight
     twin.set_input_embeddings(nn.Embedding.from_pretrained(embedding.data))
@@ -50,7 +50,7 @@ def test_what_shares_memory_without_being_the_same_tensor_shares_it_still(tiny, 
     assert twin.get_input_embeddings().weight.data_ptr() == embedding.data_ptr() == twin.first_of_all.data_ptr()
 
 
-def test_parts_of_larger_tensors_and_sparse_ones_stay(tiny, tmp_path):
+def test_parts_of_larger_tensors_and_sparse_tensors_stay(tiny, tmp_path):
     ids = torch.randint(8, 96, (8, 32), generator=torch.Generator().manual_seed(5))
     text = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
     model = method.apply(copy.deepcopy(tiny("qwen3-4b-instruct-2507")), text, sparsity=0.75)
@@ -66,7 +66,7 @@ def test_parts_of_larger_tensors_and_sparse_ones_stay(tiny, tmp_path):
     assert model.get_input_embeddings().weight.data_ptr() == larger.data_ptr()
 
 
-def test_they_come_back_after_a_failure_and_a_lost_file_is_told(tiny, tmp_path):
+def test_weights_return_after_a_failure_and_a_lost_file_is_reported(tiny, tmp_path):
     ((model, folder), _) = arms(copy.deepcopy(tiny("qwen3-4b-instruct-2507")), tmp_path)
     before = io.weights_hash(model)
     with pytest.raises(ZeroDivisionError), parked((model, folder)):

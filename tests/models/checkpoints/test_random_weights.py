@@ -32,7 +32,7 @@ def _drawn(draw, *shape, tiled=True, seed=3) -> torch.Tensor:
         lambda tensor: nn.init.uniform_(tensor, -0.02 * 3**0.5, 0.02 * 3**0.5),
     ],
 )
-def test_large_tensors_have_the_spread_that_was_asked_for(draw, shape):
+def test_large_tensors_have_the_requested_spread(draw, shape):
     drawn = _drawn(draw, *shape)
     assert drawn.std() == pytest.approx(0.02, rel=0.1) and abs(float(drawn.mean())) < 0.002
     assert torch.equal(drawn, _drawn(draw, *shape)) and not torch.equal(drawn, _drawn(draw, *shape, seed=4))
@@ -47,7 +47,7 @@ def test_a_matrix_has_full_rank():
     assert torch.linalg.matrix_rank(drawn) == 96
 
 
-def test_small_tensors_and_layers_are_drawn_as_always():
+def test_small_tensors_and_layers_are_drawn_as_usual():
     def draw(tensor):
         return nn.init.normal_(tensor, std=0.1)
 
@@ -57,7 +57,7 @@ def test_small_tensors_and_layers_are_drawn_as_always():
     assert layer.weight.requires_grad and 0 < layer.weight.std() < 0.125 + 0.01
 
 
-def test_what_is_to_be_trained_is_drawn_in_full(monkeypatch):
+def test_weights_to_be_trained_are_drawn_in_full(monkeypatch):
     monkeypatch.setattr(random_weights, "repeat", lambda flat: pytest.fail("a tile was repeated"))
     config = {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 96, "intermediate_size": 128}
     config |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}

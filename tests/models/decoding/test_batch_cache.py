@@ -13,7 +13,7 @@ from tests.models.architectures import build
 
 
 def _alone(model, ids_T, steps):
-    """Return the greedy tokens of one prompt by reading everything again for every token: slow and obvious."""
+    """Return the greedy tokens of one prompt by rereading everything for every token: slow and obvious."""
     ids = ids_T[None]
     for _ in range(steps):
         ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
@@ -57,8 +57,8 @@ def test_rows_come_and_go_without_changing_each_others_tokens(tiny, name):
 
 
 @torch.inference_mode()
-def test_rows_of_a_model_with_a_block_without_attention(tiny, name):
-    """Such a block has no layer in the cache, and the last layer of the cache stays empty."""
+def test_rows_of_a_model_with_an_attention_free_block(tiny, name):
+    """Such a block has no layer in the cache, and the cache's last layer stays empty."""
     model = no_op.remove(copy.deepcopy(tiny(name)), 1, "attention")
     first, second, third = prompts = _prompts(12, 5, 9)
     running = batch_cache.join(batch_cache.prefill(model, [first, second]), batch_cache.prefill(model, [third]))
@@ -85,7 +85,7 @@ def test_padding_keeps_numbers_finite_and_logits_close(tiny, name):
 
 
 @torch.inference_mode()
-def test_bytes_are_those_of_the_cache_formula(tiny, name):
+def test_bytes_match_the_cache_formula(tiny, name):
     model = tiny(name)
     running = batch_cache.prefill(model, _prompts(6, 10))
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in running.cache.layers)
@@ -97,7 +97,7 @@ def test_bytes_are_those_of_the_cache_formula(tiny, name):
 
 
 @torch.inference_mode()
-def test_rows_cut_short_go_on_as_if_no_more_had_been_read(tiny, name):
+def test_truncated_rows_continue_as_if_nothing_more_had_been_read(tiny, name):
     model, prompts = tiny(name), _prompts(12, 12)
     long = batch_cache.prefill(model, prompts)
     cut, read = batch_cache.first(long, 8), batch_cache.prefill(model, [prompt_T[:8] for prompt_T in prompts])
@@ -110,7 +110,7 @@ def test_rows_cut_short_go_on_as_if_no_more_had_been_read(tiny, name):
 
 
 @torch.inference_mode()
-def test_a_picture_joins_text(tiny):
+def test_a_picture_row_joins_text_rows(tiny):
     model = tiny("qwen3-vl-2b")
     ids_BT = torch.tensor([[9, 3, 5, 5, 5, 5, 4, 11, 12]])
     pictures = {"pixel_values": torch.randn(16, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(1))}
@@ -124,7 +124,7 @@ def test_a_picture_joins_text(tiny):
     assert [int(token[0]) for token in tokens] == _alone(model, text, 4)
 
 
-def test_wrong_prompts_are_refused(tiny):
+def test_invalid_prompts_are_refused(tiny):
     model = tiny("qwen3-4b-instruct-2507")
     with pytest.raises(UserError, match="rows: no prompt"):
         batch_cache.prefill(model, [])
@@ -141,7 +141,7 @@ def test_windowed_caches_are_refused(tiny):
     assert "sliding_attention" in batch_cache.joinable(model)
 
 
-def test_windows_without_a_list_of_kinds_are_refused():
-    """Mistral lists no kinds of blocks, yet its cache holds no more than the window: rows of it have other lengths."""
+def test_windows_without_a_list_of_block_kinds_are_refused():
+    """Mistral lists no block kinds, yet its cache holds only the window: its rows have other lengths."""
     assert "sliding_attention" in batch_cache.joinable(build("mistral"))
     assert batch_cache.joinable(build("mistral", sliding_window=None)) is None

@@ -1,4 +1,4 @@
-"""The cache goes by the name that the installed transformers has for it, wherever a model is called."""
+"""Every model call passes the cache under the name used by the installed transformers."""
 
 import warnings
 from pathlib import Path
@@ -12,12 +12,12 @@ from lib.models.decoding import batch_cache, cache_names
 LIB = Path(next(iter(lib.__path__)))
 
 
-def test_no_other_file_knows_the_name():
+def test_no_other_file_contains_the_name():
     knowing = [path for path in LIB.rglob("*.py") if "past_key_values" in path.read_text(encoding="utf-8")]
     assert [path.name for path in knowing] == ["cache_names.py"]
 
 
-def test_decoding_uses_no_name_that_is_to_go(tiny, name, batch):
+def test_decoding_uses_no_deprecated_name(tiny, name, batch):
     model, prompt_BT = tiny(name), batch["input_ids"][:1]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*past_key_values", category=FutureWarning)

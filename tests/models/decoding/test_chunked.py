@@ -1,4 +1,4 @@
-"""Chunks, absorbed latents, window, and tokens one by one: each against the plain way of doing the same."""
+"""Chunks, absorbed latents, windows, and token-by-token decoding, each against the plain computation."""
 
 import sys
 
@@ -19,12 +19,12 @@ def ids_of(length: int, rows: int = 2) -> torch.Tensor:
 
 
 def cache_kwargs(output: object) -> dict[str, object]:
-    """Return the cache of `output` as the next call takes it."""
+    """Return the cache of `output` as keyword arguments of the next call."""
     return cache_names.as_kwargs(cache_names.of(output))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_a_prompt_in_chunks_is_the_whole_prompt(tiny, name, chunk):
+def test_a_chunked_prompt_equals_the_whole_prompt(tiny, name, chunk):
     plain, model = tiny(name), chunked.chunk_prefill(tiny(name), chunk)
     ids = ids_of(40)
     with torch.inference_mode():
@@ -45,7 +45,7 @@ def test_chunks_respect_padding(tiny, name, batch):
     torch.testing.assert_close(model(**batch).logits[real], plain(**batch).logits[real], **CLOSE)
 
 
-def test_chunks_cut_through_pictures(tiny):
+def test_chunks_may_split_pictures(tiny):
     plain, model = tiny("qwen3-vl-2b"), chunked.chunk_prefill(tiny("qwen3-vl-2b"), 3)
     ids = torch.tensor([[3, *[5] * 4, 4, 20, 21, 22], [30, 31, 3, *[5] * 4, 4, 23]])
     picture = torch.randn(32, 96, generator=torch.Generator().manual_seed(0))
@@ -54,7 +54,7 @@ def test_chunks_cut_through_pictures(tiny):
     torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits, **CLOSE)
 
 
-def test_only_a_chunk_is_in_flight(tiny, name):
+def test_only_one_chunk_is_in_flight(tiny, name):
     model = chunked.chunk_prefill(tiny(name), 8)
     lengths = []
     anatomy(model).blocks[0].module.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
@@ -62,7 +62,7 @@ def test_only_a_chunk_is_in_flight(tiny, name):
     assert lengths == [8, 8, 8, 6]
 
 
-def test_losses_in_chunks_are_those_of_whole_logits(tiny, name):
+def test_chunked_losses_equal_those_of_whole_logits(tiny, name):
     model, ids = tiny(name), ids_of(30)
     logits = model(ids).logits[:, :-1]
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
@@ -103,18 +103,18 @@ def test_absorbed_attention_respects_padding_and_eager_masks(tiny):
         torch.testing.assert_close(actual, expected, **CLOSE)
 
 
-def test_absorbing_leaves_other_attention_alone(tiny):
+def test_absorbing_leaves_other_attention_unchanged(tiny):
     model = mla_absorption.absorb(tiny("qwen3-4b-instruct-2507"))
     assert not mla_absorption.is_absorbed(model)
 
 
-def test_which_path_is_cheaper_is_counted(tiny):
+def test_the_cheaper_path_follows_from_counts(tiny):
     module = anatomy(tiny("glm-4.7-flash")).blocks[0].attention.module
     module.kv_lora_rank, module.qk_nope_head_dim, module.v_head_dim = 512, 192, 256
     assert mla_absorption.most_tokens(module) == 512 * 448 // (1024 - 448)
 
 
-def test_turning_a_key_is_rotating_it_elsewhere(tiny, name):
+def test_shifting_a_key_equals_rotating_it_at_the_new_position(tiny, name):
     decoder = anatomy(tiny(name)).decoder
     hidden = torch.zeros(1, 1, 4)
     shape = (4, 1, 1) if name == "qwen3-vl-2b" else (1, 1)
@@ -139,7 +139,7 @@ def test_a_window_that_holds_everything_changes_nothing(tiny, name):
 
 
 def _assert_window_is_a_short_text(model):
-    """Cut `model` to its first block, and compare."""
+    """Cut `model` to its first block, and compare window and short text."""
     ids = ids_of(50)
     decoder = anatomy(model).decoder
     decoder.layers = decoder.layers[:1]
@@ -153,7 +153,7 @@ def _assert_window_is_a_short_text(model):
 
 
 def test_one_block_sees_exactly_sinks_and_window(tiny, name):
-    """In a model of one block, reading on with a window equals reading the sinks and the window as one short text."""
+    """In a one-block model, continuing with a window equals reading sinks and window as one short text."""
     _assert_window_is_a_short_text(tiny(name))
 
 
@@ -170,14 +170,12 @@ def test_one_block_sees_exactly_sinks_and_window(tiny, name):
         ("llama", {}),
     ],
 )
-def test_a_window_turns_keys_by_their_own_block_s_frequencies(architecture, own):
-    """As above, where kinds of blocks rotate differently, where neighbours rotate together, and where a block does not
-    rotate at all.
-    """
+def test_a_window_shifts_keys_by_their_own_block_s_frequencies(architecture, own):
+    """As above, if block kinds rotate differently, neighbors rotate together, or a block does not rotate at all."""
     _assert_window_is_a_short_text(build(architecture, **own))
 
 
-def test_keys_that_rotate_in_an_unknown_way_are_refused(monkeypatch):
+def test_keys_with_unknown_rotation_are_refused(monkeypatch):
     model = build("llama")
     file = sys.modules[type(model.model.layers[0].self_attn).__module__]
     monkeypatch.setattr(file, "apply_rotary_pos_emb", lambda query, key, cos, sin: (query, key.flip(-1)))
@@ -185,14 +183,14 @@ def test_keys_that_rotate_in_an_unknown_way_are_refused(monkeypatch):
         sink_window.windowed_cache(model, sinks=2, window=8)
 
 
-def test_only_the_rotated_part_of_a_key_turns():
+def test_only_the_rotated_part_of_a_key_is_shifted():
     key, frequency = torch.randn(2, 3, 5, 12), torch.tensor([1.0, 0.1])
     turned = sink_window.turn(key, -7, frequency)
     assert torch.equal(turned[..., 4:], key[..., 4:])
     torch.testing.assert_close(turned[..., :4], sink_window.turn(key[..., :4], -7, frequency), atol=0, rtol=0)
 
 
-def test_the_window_stays_constant_in_size(tiny, name):
+def test_the_window_has_constant_size(tiny, name):
     model = chunked.chunk_prefill(tiny(name), 16)
     cache = sink_window.windowed_cache(model, sinks=4, window=32, slack=8)
     sizes = []
@@ -202,7 +200,7 @@ def test_the_window_stays_constant_in_size(tiny, name):
     assert cache.layers[0].forgotten + cache.get_seq_length() == 300 + 249
 
 
-def test_tokens_come_one_by_one_and_a_reader_may_stop(tiny, name):
+def test_tokens_are_streamed_and_the_reader_may_stop(tiny, name):
     model, ids, passes = tiny(name), ids_of(12), []
     model.register_forward_hook(lambda *_: passes.append(1))
     stream = chunked.tokens(model, ids, 100)
@@ -221,7 +219,7 @@ def test_a_context_longer_than_the_model_is_refused(tiny, name):
         list(chunked.tokens(model, ids_of(510), 8))
 
 
-def test_a_text_longer_than_the_model_is_read_through_a_window(tiny, name):
+def test_a_text_longer_than_the_context_is_read_through_a_window(tiny, name):
     model = chunked.chunk_prefill(tiny(name), 8)
     cache = sink_window.windowed_cache(model, sinks=4, window=32, slack=8)
     assert chunked.losses(model, ids_of(600), rows=64, cache=cache).isfinite().all()
@@ -232,12 +230,12 @@ def test_a_text_longer_than_the_model_is_read_through_a_window(tiny, name):
 
 
 @pytest.mark.parametrize("wrong", [{"sinks": -1}, {"window": 0}, {"slack": 0}, {"window": 4096}])
-def test_wrong_windows_are_refused(tiny, wrong):
+def test_invalid_windows_are_refused(tiny, wrong):
     with pytest.raises(UserError, match="window: "):
         sink_window.windowed_cache(tiny("qwen3-4b-instruct-2507"), **wrong)
 
 
-def test_wrong_chunks_are_refused(tiny):
+def test_invalid_chunks_are_refused(tiny):
     model = tiny("qwen3-4b-instruct-2507")
     with pytest.raises(UserError, match="prefill_chunk 0"):
         chunked.chunk_prefill(model, 0)

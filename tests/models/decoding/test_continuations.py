@@ -1,4 +1,4 @@
-"""Sharing what prompts begin with changes no score: each equals that of the whole sequence read by itself."""
+"""Sharing prompt prefixes changes no score: each equals that of the whole sequence read alone."""
 
 import random
 
@@ -30,7 +30,7 @@ def drawn(contexts: int, shared: int = 0, seed: int = 0) -> list[tuple[list[int]
 
 
 @pytest.mark.parametrize("shared", [0, 40])
-def test_every_score_is_that_of_the_sequence_read_alone(tiny, name, shared):
+def test_every_score_equals_that_of_the_sequence_read_alone(tiny, name, shared):
     model = tiny(name)
     pairs = drawn(6, shared)
     answers = continuations.loglikelihoods(model, pairs, tokens_at_once=256)
@@ -49,7 +49,7 @@ def test_a_greedy_continuation_is_called_greedy(tiny):
     assert [greedy for _, greedy in answers] == [True, False]
 
 
-def test_what_is_shared_is_read_once(tiny):
+def test_a_shared_prefix_is_read_once(tiny):
     model = tiny("qwen3-4b-instruct-2507")
     seen = []
     model.model.embed_tokens.register_forward_hook(lambda _, args, __: seen.append(args[0].numel()))
@@ -62,7 +62,7 @@ def test_what_is_shared_is_read_once(tiny):
 
 
 def test_texts_of_different_lengths_are_not_padded_to_the_longest(tiny):
-    """As in a benchmark of two long answers to a short question: fewer tokens than every sequence by itself."""
+    """As in a benchmark with two long answers to a short question: fewer tokens than with separate sequences."""
     model, draw = tiny("qwen3-4b-instruct-2507"), random.Random(0)
     seen = []
     model.model.embed_tokens.register_forward_hook(lambda _, args, __: seen.append(args[0].numel()))
@@ -82,10 +82,10 @@ def test_parts_hold_few_rows_and_little_padding():
     for part in parts:
         assert len(part) * part[0] <= 90 and len(part) * part[0] - sum(part) <= 4
     assert [len(part) for part in continuations._alike([5, 5, 6, 6], int, lambda _: 9, 0)] == [2, 2]
-    assert len(list(continuations._alike([7, 7], int, lambda _: 0, 9))) == 2  # one at least
+    assert len(list(continuations._alike([7, 7], int, lambda _: 0, 9))) == 2  # at least one
 
 
-def test_a_context_that_is_too_long_loses_its_left_end(tiny):
+def test_a_context_that_is_too_long_is_truncated_on_the_left(tiny):
     model = tiny("qwen3-4b-instruct-2507")
     model.config.max_position_embeddings = 20
     context, continuation = [8 + n % 80 for n in range(40)], [11, 12, 13]
@@ -94,13 +94,13 @@ def test_a_context_that_is_too_long_loses_its_left_end(tiny):
 
 
 @pytest.mark.parametrize("pair", [([], [1]), ([1], [])])
-def test_nothing_to_read_is_refused(tiny, pair):
+def test_empty_input_is_refused(tiny, pair):
     with pytest.raises(ValueError, match="at least one token"):
         continuations.loglikelihoods(tiny("qwen3-4b-instruct-2507"), [pair])
 
 
-def test_an_arm_with_a_cache_of_its_own_is_scored(tiny, name):
-    """Everything kept, sparse attention is full attention: its paged cache must give the same scores."""
+def test_an_arm_with_its_own_cache_is_scored(tiny, name):
+    """With everything kept, sparse attention is full attention: its paged cache must give the same scores."""
     model, pairs = tiny(name), drawn(4, 20)
     if reason := sparse_attention.applies_to(model):
         pytest.skip(reason)

@@ -1,5 +1,5 @@
-"""The products of attention over latents against their plain einsums: every batch, number of tokens and precision, and
-every form in which the expansion is stored.
+"""Tests latent attention products against plain einsums: every batch, token count and precision, and every storage form
+of the expansion.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from lib.models.structure.replacements.sparse import SparseLinear, compress
 
 
 @pytest.mark.parametrize("batch, new, dtype", [*itertools.product((1, 3), (1, 4), (torch.float32, torch.bfloat16))])
-def test_they_are_the_plain_products(batch, new, dtype):
+def test_products_equal_plain_einsums(batch, new, dtype):
     torch.manual_seed(0)
     heads, nope, value, width, length = 5, 6, 10, 16, 33
     weight_QER = torch.randn(heads, nope + value, width).to(dtype)
@@ -32,7 +32,7 @@ def test_they_are_the_plain_products(batch, new, dtype):
         torch.einsum("bqtr,qdr->bqtd", mixed, weight_QER[:, nope:]),
         **near,
     )
-    part = keys[:, :length]  # a view of a longer buffer, as caches with room are
+    part = keys[:, :length]  # a view of a longer buffer, as in caches with spare room
     torch.testing.assert_close(latent_products.scores(rows, part), torch.einsum("bxr,bsr->bxs", rows, part), **near)
 
 
@@ -40,7 +40,7 @@ HEADS, NOPE, VALUE, LATENT = 4, 24, 8, 64
 
 
 def _stored(form: str, dtype: torch.dtype) -> nn.Module:
-    """Return an expansion in one of its forms; the kernels of int8 and int4 take its shape."""
+    """Return an expansion in one of its forms; the int8 and int4 kernels support its shape."""
     dense = nn.Linear(LATENT, HEADS * (NOPE + VALUE), bias=False).to(dtype).requires_grad_(False)
     if form == "factored":
         return FactoredLinear(*(nn.Linear(*size, bias=False).to(dtype) for size in ((LATENT, 9), (9, 128))))
@@ -56,8 +56,8 @@ def _stored(form: str, dtype: torch.dtype) -> nn.Module:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", ["dense", "factored", "int8", "int4", "csr", "columns"])
 @torch.no_grad()
-def test_an_expansion_is_absorbed_in_whatever_form_it_is_stored(form, dtype):
-    """Reference: the matrix that the layer itself multiplies with, read off its products with single latents."""
+def test_an_expansion_is_absorbed_in_every_storage_form(form, dtype):
+    """Reference: the layer's own matrix, read off its products with single latents."""
     torch.manual_seed(1)
     projection = _stored(form, dtype)
     weight_QER = projection(torch.eye(LATENT, dtype=dtype)).T.reshape(HEADS, NOPE + VALUE, LATENT).float()

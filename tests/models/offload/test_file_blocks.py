@@ -1,4 +1,4 @@
-"""From file to file against in memory: the same checkpoint, one block in memory, and nothing half-written."""
+"""File-to-file processing against in-memory: the same checkpoint, one block in memory, nothing half-written."""
 
 import gc
 import json
@@ -35,7 +35,7 @@ def text():
 
 @pytest.fixture
 def folder(tiny, name, tmp_path):
-    """Return the folder of a model as transformers writes it: no manifest, experts one by one."""
+    """Return the folder of a model as transformers writes it: no manifest, experts stored separately."""
     tiny(name).save_pretrained(tmp_path / "whole")
     return tmp_path / "whole"
 
@@ -49,7 +49,7 @@ def load(path):
 
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude", "random"])
 @pytest.mark.parametrize("execute", ["sparse", "dense"])
-def test_sparse_from_file_to_file(folder, text, tmp_path, method, execute):
+def test_file_to_file_sparsification_matches_in_memory(folder, text, tmp_path, method, execute):
     options = {"sparsity": 0.5, "method": method, "execute": execute, "seed": 3}
     written = load(sparsify(folder, tmp_path / "sparse", text, **options))
     expected = sparse.apply(load(folder), text, **options)
@@ -63,7 +63,7 @@ def test_sparse_from_file_to_file(folder, text, tmp_path, method, execute):
     [{}, CHANNELS, CHANNELS | {"compensate": True}, HEADS, {"saliency": "magnitude"}],
     ids=str,
 )
-def test_parts_removed_from_file_to_file(folder, text, tmp_path, options):
+def test_file_to_file_removal_matches_in_memory(folder, text, tmp_path, options):
     options = {"ratio": 0.05 if options == HEADS else 0.2} | options
     written = load(prune(folder, tmp_path / "pruned", text, **options))
     expected = pruning.apply(load(folder), text, **options)
@@ -72,7 +72,7 @@ def test_parts_removed_from_file_to_file(folder, text, tmp_path, options):
 
 
 @pytest.mark.parametrize("method", ["whitened", "refitted"])
-def test_factors_from_file_to_file(folder, text, tmp_path, method):
+def test_file_to_file_factorization_matches_in_memory(folder, text, tmp_path, method):
     written = load(factor(folder, tmp_path / "factored", text, compression=0.2, method=method))
     spectra = analysis.Spectra(load(folder), text, weighed=False)
     options = {"compression": 0.2, "method": method, "budget": "uniform", "spectra": spectra}
@@ -86,7 +86,7 @@ def assert_the_same(written, expected, text):
 
 
 @pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507"])
-def test_one_block_is_in_memory_at_a_time(folder, text):
+def test_only_one_block_is_in_memory_at_a_time(folder, text):
     store = FileBlocks(folder)
     blocks = [block.module for block in anatomy(store.model).blocks]
 
@@ -118,7 +118,7 @@ WRITERS = {
     "fault", [UserError("cannot be read"), OSError(28, "No space left on device"), KeyboardInterrupt()]
 )
 @pytest.mark.parametrize("name", ["qwen3-coder-30b"])
-def test_an_interrupted_run_leaves_no_target_and_is_gone_on_with(folder, text, tmp_path, monkeypatch, kind, fault):
+def test_an_interrupted_run_leaves_no_target_and_is_resumed(folder, text, tmp_path, monkeypatch, kind, fault):
     write, target = WRITERS[kind], tmp_path / "made"
     expected = load(write(folder, tmp_path / "at once", text))
     release = FileBlocks.release
@@ -154,7 +154,7 @@ def test_an_interrupted_run_leaves_no_target_and_is_gone_on_with(folder, text, t
 
 
 @pytest.mark.parametrize("name", ["qwen3-coder-30b"])
-def test_what_fails_at_once_leaves_nothing(folder, text, tmp_path):
+def test_an_immediate_failure_leaves_nothing(folder, text, tmp_path):
     poison(folder, "model.layers.0.mlp.experts", 3)
     with pytest.raises(UserError, match=r"block 0, expert 3: .* not finite"):
         sparsify(folder, tmp_path / "sparse", text)
@@ -175,7 +175,7 @@ def test_what_is_no_block_and_no_number_is_named(folder, text, tmp_path, weight)
 
 
 def poison(folder, prefix, expert=None):
-    """Put a NaN into the first stored tensor whose name begins so; of stacked or single experts into that one."""
+    """Put a NaN into the first stored tensor with this prefix; for stacked or separate experts, into the given one."""
     for path in folder.glob("*.safetensors"):
         tensors = load_file(path)
         names = sorted(name for name in tensors if name.startswith(prefix))
@@ -187,7 +187,7 @@ def poison(folder, prefix, expert=None):
 
 
 @pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507"])
-def test_a_disk_that_returns_other_bytes_is_told(folder, text, tmp_path, monkeypatch):
+def test_a_disk_that_returns_other_bytes_is_reported(folder, text, tmp_path, monkeypatch):
     write = file_blocks.weight_file.write
 
     def damaged(path, tensors):
@@ -211,7 +211,7 @@ def _counting(write, indices):
 
 
 @pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507"])
-def test_what_cannot_be_is_refused_before_anything_is_written(folder, text, tmp_path):
+def test_impossible_requests_are_refused_before_anything_is_written(folder, text, tmp_path):
     with pytest.raises(UserError, match="exists already"):
         sparsify(folder, folder, text)
     factored = factor(folder, tmp_path / "factored", text, compression=0.2)
@@ -223,7 +223,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(folder, text, tmp_
     assert all((factored / file).is_file() for file in index["weight_map"].values())
 
 
-def test_heads_of_which_the_width_is_no_multiple(text, tmp_path):
+def test_heads_that_do_not_divide_the_width(text, tmp_path):
     architectures.build("llama").save_pretrained(tmp_path / "whole")
 
     def change(model, walk, block):
@@ -239,17 +239,17 @@ def test_heads_of_which_the_width_is_no_multiple(text, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507"])
-def test_what_is_written_generates_as_the_source_does(folder, text, tmp_path):
+def test_the_written_checkpoint_generates_like_its_source(folder, text, tmp_path):
     settings = {"eos_token_id": [2, 5], "repetition_penalty": 1.3}
     (folder / "generation_config.json").write_text(json.dumps(settings))
-    (folder / "source.json").write_text("{}")  # of a converted file: it lists the hashes of other weights
+    (folder / "source.json").write_text("{}")  # as for a converted file: it lists hashes of other weights
     made = prune(folder, tmp_path / "pruned", text, **CHANNELS)
     assert json.loads((made / "generation_config.json").read_text()).items() >= settings.items()
     assert not (made / "source.json").exists()
 
 
 @pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507"])
-def test_weights_of_several_dtypes_are_written_in_that_of_most(folder, text, tmp_path):
+def test_mixed_dtype_weights_are_written_in_the_majority_dtype(folder, text, tmp_path):
     for path in folder.glob("*.safetensors"):
         mixed = {name: t.float() if "norm" in name else t.bfloat16() for name, t in load_file(path).items()}
         save_file(mixed, path, metadata={"format": "pt"})
@@ -259,7 +259,7 @@ def test_weights_of_several_dtypes_are_written_in_that_of_most(folder, text, tmp
 
 @pytest.mark.parametrize("kind", sorted(WRITERS))
 @pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507"])
-def test_what_cannot_be_written_is_refused_before_a_block_is_read(folder, text, tmp_path, monkeypatch, kind):
+def test_unwritable_results_are_refused_before_a_block_is_read(folder, text, tmp_path, monkeypatch, kind):
     """Parts of a large model are ranked for hours before the first one is removed."""
     read: list[int] = []
     monkeypatch.setattr(FileBlocks, "load", lambda self, index: read.append(index))
@@ -280,15 +280,15 @@ def test_what_cannot_be_written_is_refused_before_a_block_is_read(folder, text, 
 
 @pytest.mark.parametrize("kind", sorted(WRITERS))
 @pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507"])
-def test_a_second_run_into_the_same_folder_is_refused_in_a_line(folder, text, tmp_path, monkeypatch, kind):
-    """Both wrote into one `.part`, and what became the checkpoint was of either; before a block is read."""
+def test_a_second_run_into_the_same_folder_is_refused_in_one_line(folder, text, tmp_path, monkeypatch, kind):
+    """Previously both wrote into one `.part` and mixed their checkpoints. It is refused before a block is read."""
     release, target = FileBlocks.release, tmp_path / "made"
     refused, read = [], []
 
     def beside(self, index):
         if self.shards is not None and index == 1 and not refused:
             monkeypatch.setattr(FileBlocks, "load", lambda *_: read.append(index))
-            for other in (text, text[:1]):  # the same run, and one of something else
+            for other in (text, text[:1]):  # the same run, and a different one
                 with pytest.raises(UserError) as raised:
                     WRITERS[kind](folder, target, other)
                 refused.append(str(raised.value))
@@ -309,7 +309,7 @@ def test_a_second_run_into_the_same_folder_is_refused_in_a_line(folder, text, tm
     "options", [{"ratio": -0.1}, {"ratio": 0.95}, {"saliency": "largest"}, {"granularity": "rows"}], ids=str
 )
 @pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507"])
-def test_options_of_removal_are_those_in_memory(folder, text, tmp_path, options):
+def test_removal_options_match_those_in_memory(folder, text, tmp_path, options):
     target = tmp_path / "made"
     for write in (lambda: prune(folder, target, text, **options), lambda: pruning.apply(None, [], **options)):
         with pytest.raises(UserError, match=r"out of range; expected|expected one of"):
@@ -319,7 +319,7 @@ def test_options_of_removal_are_those_in_memory(folder, text, tmp_path, options)
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt(), RuntimeError("out of memory")])
 @pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507"])
-def test_what_ends_before_the_first_block_leaves_nothing(folder, text, tmp_path, monkeypatch, fault):
+def test_a_failure_before_the_first_block_leaves_nothing(folder, text, tmp_path, monkeypatch, fault):
     def broken(self, index):
         raise fault
 
@@ -330,7 +330,7 @@ def test_what_ends_before_the_first_block_leaves_nothing(folder, text, tmp_path,
 
 
 @pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507"])
-def test_blocks_are_kept_where_the_folder_cannot_get_its_name(folder, text, tmp_path, monkeypatch):
+def test_blocks_are_kept_when_the_folder_cannot_be_renamed(folder, text, tmp_path, monkeypatch):
     rename = Path.rename
 
     def broken(self, target):
@@ -348,7 +348,7 @@ def test_blocks_are_kept_where_the_folder_cannot_get_its_name(folder, text, tmp_
 
 
 @pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507"])
-def test_blocks_that_answer_with_no_numbers_are_not_to_be_resumed(folder, text, tmp_path):
+def test_blocks_with_non_finite_outputs_cannot_be_resumed(folder, text, tmp_path):
     def change(model, walk, block):
         if block.index == 3:
             block.feed_forward.down.weight.fill_(3e38)
@@ -360,7 +360,7 @@ def test_blocks_that_answer_with_no_numbers_are_not_to_be_resumed(folder, text, 
 
 
 @pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507"])
-def test_few_tokens_are_said_from_file_to_file_too(folder, tmp_path):
+def test_few_tokens_are_reported_file_to_file_too(folder, tmp_path):
     few = [{"input_ids": torch.arange(8, 16)[None]}]
     named = re.escape("model.layers.0.self_attn.q_proj.weight (and 27 more): fewer calibration tokens than inputs")
     with pytest.warns(UserWarning, match=named):

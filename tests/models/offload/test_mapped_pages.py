@@ -1,4 +1,4 @@
-"""Mapped weights: the right numbers, in memory only while they are held, and a truncated file reported to the byte."""
+"""Mapped weights have the right values, are in memory only while held, and report a truncated file to the byte."""
 
 import os
 from pathlib import Path
@@ -18,8 +18,8 @@ MEGABYTE = 2**20
 
 
 def file_bytes_in_memory(path: Path) -> int:
-    """Return the bytes that are present of this file's mappings alone: libraries' pages come and go as they are used,
-    and where the folder lies in memory the process counts no file's.
+    """Return the bytes of this file's mappings that are in memory. Library pages come and go as they are used, and
+    where the folder lies in memory the process counts no file's pages.
     """
     total, ours = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
@@ -37,7 +37,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_pages_are_in_memory_while_held_and_no_longer(folder):
+def test_pages_are_in_memory_only_while_held(folder):
     file = WeightFile(folder)
     pages = FilePages(file)
     path = folder / "model.safetensors"
@@ -58,7 +58,7 @@ def bytes_from_disk() -> int:
 
 
 @pytest.mark.parametrize("expected", [True, False])
-def test_what_is_held_is_read_and_nothing_around_it(folder, expected):
+def test_only_held_bytes_are_read(folder, expected):
     file = WeightFile(folder)
     pages, held = FilePages(file), spans([file.places["t1"]])
     file.forget()
@@ -72,14 +72,14 @@ def test_what_is_held_is_read_and_nothing_around_it(folder, expected):
     assert 15 * MEGABYTE < read < 17 * MEGABYTE
 
 
-def test_neighbours_are_one_span_and_gaps_are_kept(folder):
+def test_neighbors_form_one_span_and_gaps_are_kept(folder):
     places = WeightFile(folder).places
     (merged,) = spans([places["t1"], places["t0"]])
     assert merged.end - merged.first == 32 * MEGABYTE and merged.first == places["t0"].offset
     assert len(spans([places["t2"], places["t0"]])) == 2
 
 
-def test_what_was_held_can_be_held_once_more(folder):
+def test_released_weights_can_be_held_again(folder):
     file = WeightFile(folder)
     pages, file.log = FilePages(file), []
     pages.hold(spans([file.places["z"], file.places["t1"]]))
@@ -91,7 +91,7 @@ def test_what_was_held_can_be_held_once_more(folder):
 
 
 @pytest.mark.parametrize("missing", [1, 5000, 20 * MEGABYTE])
-def test_a_file_that_ends_early_is_told_before_its_numbers_are_used(folder, missing):
+def test_a_truncated_file_is_reported_before_its_values_are_used(folder, missing):
     file = WeightFile(folder)
     pages, path = FilePages(file), folder / "model.safetensors"
     last = max(file.places.values(), key=lambda place: place.offset)
@@ -111,11 +111,11 @@ def test_files_are_written_in_whole_pieces(monkeypatch):
 
 
 @pytest.mark.parametrize("length", range(1, 17))
-def test_written_files_hold_the_same_at_aligned_bytes(tmp_path, length):
+def test_written_files_hold_the_same_data_aligned(tmp_path, length):
     path, name = tmp_path / "model.safetensors", "n" * length  # headers of several lengths
     odd = {"askew": torch.arange(3, dtype=torch.uint8), "one": torch.tensor(2.5), "none": torch.empty(0, 4)}
     whole = odd | {name: torch.randn(64, 3).bfloat16().T, "truth": torch.tensor([True, False] * 32)}
-    for _ in range(2):  # anew, over a file that is still mapped
+    for _ in range(2):  # again, over a file that is still mapped
         write(path, whole)
         read_back = load_file(path)
         assert read_back.keys() == whole.keys() and all(

@@ -1,4 +1,4 @@
-"""Streamed weights against resident ones: same answers, bytes that the system counts too, damage reported."""
+"""Streamed weights against resident ones: same answers, bytes that match the system's count, damage reported."""
 
 import copy
 import gc
@@ -35,7 +35,7 @@ def smallest(folder: Path) -> int:
     return streamer.smallest(folder)[0]
 
 
-def test_places_are_where_safetensors_finds_the_tensors(saved):
+def test_offsets_match_those_of_safetensors(saved):
     _, folder = saved
     by_name = places(folder)
     file = WeightFile(folder)
@@ -50,8 +50,8 @@ def test_places_are_where_safetensors_finds_the_tensors(saved):
 
 
 @pytest.mark.parametrize("open_or_price", [streamer.smallest, lambda folder: streamer.open_streamed(folder)])
-def test_experts_whose_width_differs_from_block_to_block_are_refused(tiny, tmp_path, open_or_price):
-    """It ended in a RuntimeError of torch at the first token, or in a wrong count of bytes."""
+def test_experts_of_varying_width_across_blocks_are_refused(tiny, tmp_path, open_or_price):
+    """Previously they caused a RuntimeError of torch at the first token, or a wrong byte count."""
     model = tiny("qwen3-coder-30b")
     experts = anatomy(model).blocks[1].feed_forward.experts
     surgery.keep_expert_channels(experts, torch.arange(16).expand(experts.count, -1))
@@ -60,7 +60,7 @@ def test_experts_whose_width_differs_from_block_to_block_are_refused(tiny, tmp_p
         open_or_price(folder)
 
 
-def test_private_memory_holds_what_stays_and_what_is_copied(saved):
+def test_private_memory_holds_resident_and_copied_weights(saved):
     _, folder = saved
     copied, mapped = (
         streamer.streamer(streamer.open_streamed(folder, memory_ratio=0.8, page_cache=kind))
@@ -74,7 +74,7 @@ def test_private_memory_holds_what_stays_and_what_is_copied(saved):
 
 @pytest.mark.parametrize("pages", ["keep", "copy"])
 @pytest.mark.parametrize("ratio", ["smallest", 0.6, 1.0])
-def test_answers_are_those_of_the_resident_model(saved, batch, ratio, pages):
+def test_answers_match_the_resident_model(saved, batch, ratio, pages):
     model, folder = saved
     size = {"allowance_bytes": smallest(folder)} if ratio == "smallest" else {"memory_ratio": ratio}
     streamed = streamer.open_streamed(folder, **size, page_cache=pages)
@@ -92,7 +92,7 @@ def test_answers_are_those_of_the_resident_model(saved, batch, ratio, pages):
     unit_streamer.close()
 
 
-def test_weights_in_a_slot_are_those_of_the_file_bit_for_bit(saved, batch):
+def test_weights_in_a_slot_match_the_file_bit_for_bit(saved, batch):
     model, folder = saved
     streamed = streamer.open_streamed(folder, allowance_bytes=smallest(folder))
     expected, checked = dict(model.named_parameters()), []
@@ -110,7 +110,7 @@ def test_weights_in_a_slot_are_those_of_the_file_bit_for_bit(saved, batch):
     assert len(checked) >= 4 * 8
 
 
-def test_what_is_not_in_memory_is_nan_and_never_an_old_value(saved, batch):
+def test_weights_not_in_memory_are_nan_never_stale(saved, batch):
     _, folder = saved
     streamed = streamer.open_streamed(folder, allowance_bytes=smallest(folder))
     streamed(**batch)
@@ -127,7 +127,7 @@ def test_what_is_not_in_memory_is_nan_and_never_an_old_value(saved, batch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system does not count a process's reads")
-def test_bytes_counted_are_those_the_system_counts(saved, batch):
+def test_counted_bytes_match_the_system(saved, batch):
     _, folder = saved
     streamed = streamer.open_streamed(folder, allowance_bytes=smallest(folder), page_cache="copy")
     unit_streamer = streamer.streamer(streamed)
@@ -148,7 +148,7 @@ def test_bytes_counted_are_those_the_system_counts(saved, batch):
     assert 0 <= theirs - ours <= 4096
 
 
-def test_more_memory_reads_less(saved, batch):
+def test_more_memory_means_fewer_bytes_read(saved, batch):
     _, folder = saved
     counts = []
     for size in ({"allowance_bytes": smallest(folder)}, {"memory_ratio": 0.8}, {"memory_ratio": 1.0}):
@@ -177,7 +177,7 @@ def test_only_routed_experts_are_read_and_cached(tiny, name, tmp_path):
     assert (cache.hits, cache.misses) == (len(routed) * routed[0].top_k,) * 2
 
 
-def test_what_is_read_ahead_takes_no_place_that_is_still_needed(tiny, tmp_path):
+def test_reading_ahead_evicts_nothing_still_needed(tiny, tmp_path):
     folder = io.save(tiny("qwen3-coder-30b"), tmp_path / "checkpoint")
     stream = streamer.streamer(streamer.open_streamed(folder, memory_ratio=1.0, page_cache="copy"))
     cache = ExpertCache(stream.file, stream.experts.parts, slots=3)
@@ -191,8 +191,8 @@ def test_what_is_read_ahead_takes_no_place_that_is_still_needed(tiny, tmp_path):
 
 
 @pytest.mark.skipif(not mapped_pages.available(), reason="this system cannot make mapped pages present")
-def test_no_more_experts_are_expected_than_may_be_present(tiny, tmp_path, monkeypatch):
-    """Where memory is short, more would push each other out of the page cache before they are used."""
+def test_no_more_experts_are_prefetched_than_fit(tiny, tmp_path, monkeypatch):
+    """With little memory, more would push each other out of the page cache before they are used."""
     folder = io.save(tiny("qwen3-coder-30b"), tmp_path / "checkpoint")
     stream = streamer.streamer(streamer.open_streamed(folder, memory_ratio=1.0))
     cache = MappedExperts(stream.pages, stream.experts.parts, slots=2)
@@ -210,7 +210,7 @@ def test_no_more_experts_are_expected_than_may_be_present(tiny, tmp_path, monkey
     stream.close()
 
 
-def test_files_are_closed_with_the_model_that_nobody_closes(saved):
+def test_files_are_closed_when_an_unclosed_model_is_deleted(saved):
     _, folder = saved
     file = WeightFile(folder)
     handles = [*file._open.values()]
@@ -221,8 +221,8 @@ def test_files_are_closed_with_the_model_that_nobody_closes(saved):
             os.fstat(handle)
 
 
-def test_ids_beyond_the_embeddings_are_told(saved):
-    """Other bytes of the file would be read as if they were rows, and give finite scores."""
+def test_ids_beyond_the_embeddings_are_reported(saved):
+    """Otherwise other bytes of the file would be read as rows and give finite scores."""
     _, folder = saved
     streamed = streamer.open_streamed(folder, memory_ratio=1.0)
     rows = anatomy(streamed).vocabulary
@@ -233,7 +233,7 @@ def test_ids_beyond_the_embeddings_are_told(saved):
     streamer.streamer(streamed).close()
 
 
-def test_experts_stored_one_by_one_are_read_as_well(tiny, tmp_path, batch):
+def test_separately_stored_experts_are_read(tiny, tmp_path, batch):
     model = tiny("qwen3-coder-30b")
     folder = io.save(model, tmp_path / "checkpoint")
     (path,) = folder.glob("*.safetensors")
@@ -267,7 +267,7 @@ def test_a_vision_tower_streams_with_its_picture(tiny, tmp_path):
     torch.testing.assert_close(streamed(text).logits, model(text).logits, **CLOSE)
 
 
-def test_too_small_an_allowance_names_the_smallest_that_works(saved, batch):
+def test_too_small_a_memory_budget_names_the_smallest_that_works(saved, batch):
     model, folder = saved
     least = smallest(folder)
     with pytest.raises(NotApplicable, match=f"smallest possible is {least} bytes"):
@@ -277,7 +277,7 @@ def test_too_small_an_allowance_names_the_smallest_that_works(saved, batch):
 
 
 @pytest.mark.parametrize("pages", ["keep", "copy"])
-def test_a_file_cut_while_streaming_is_told_and_the_model_recovers_nothing_half(saved, batch, pages):
+def test_a_file_truncated_while_streaming_is_reported_without_partial_recovery(saved, batch, pages):
     _, folder = saved
     streamed = streamer.open_streamed(folder, allowance_bytes=smallest(folder), page_cache=pages)
     expected = streamed(**batch).logits
@@ -294,7 +294,7 @@ def test_a_file_cut_while_streaming_is_told_and_the_model_recovers_nothing_half(
     torch.testing.assert_close(streamed(**batch).logits, expected, **CLOSE)
 
 
-def test_a_file_cut_before_is_refused_at_once(saved):
+def test_an_already_truncated_file_is_refused_at_once(saved):
     _, folder = saved
     (path,) = folder.glob("*.safetensors")
     os.truncate(path, path.stat().st_size - 100)
@@ -323,7 +323,7 @@ KINDS = {
 @pytest.mark.parametrize("pages", ["keep", "copy"])
 @pytest.mark.parametrize("ratio", ["smallest", 1.0])
 @pytest.mark.parametrize("name", ["qwen3-coder-30b"])
-def test_what_is_no_number_is_named_before_it_is_used(saved, batch, what, pages, ratio):
+def test_non_finite_weights_are_named_before_use(saved, batch, what, pages, ratio):
     _, folder = saved
     (path,) = folder.glob("*.safetensors")
     tensors = load_file(path)
@@ -332,7 +332,7 @@ def test_what_is_no_number_is_named_before_it_is_used(saved, batch, what, pages,
     tensors[key][rows.get(what, 0)] = float("nan") if pages == "keep" else float("inf")
     save_file(tensors, path, metadata={"format": "pt"})
     size = {"allowance_bytes": smallest(folder)} if ratio == "smallest" else {"memory_ratio": ratio}
-    for _ in range(2):  # a second call is no way around it
+    for _ in range(2):  # a second call does not get around it
         with pytest.raises(UserError) as raised:
             streamed = streamer.open_streamed(folder, **size, page_cache=pages)
             for _ in range(2):
@@ -344,7 +344,7 @@ def test_what_is_no_number_is_named_before_it_is_used(saved, batch, what, pages,
         assert ("expert" in str(raised.value).rpartition(key)[2]) == (what == "an expert")
 
 
-def test_it_cannot_be_copied_or_saved(saved, tmp_path):
+def test_a_streamed_model_cannot_be_copied_or_saved(saved, tmp_path):
     _, folder = saved
     streamed = streamer.open_streamed(folder, memory_ratio=0.6)
     with pytest.raises(UserError, match="cannot be copied"):
@@ -376,7 +376,7 @@ def test_the_plan_streams_the_fewest_bytes():
 
 @pytest.mark.parametrize("pages", ["keep", "copy"])
 @pytest.mark.parametrize(("name", "part"), [("qwen3-coder-30b", "experts"), ("qwen3-4b-instruct-2507", "attention")])
-def test_absent_parts_and_experts_per_token_are_those_of_the_manifest(tiny, name, part, batch, tmp_path, pages):
+def test_absent_parts_and_experts_per_token_follow_the_manifest(tiny, name, part, batch, tmp_path, pages):
     model = copy.deepcopy(tiny(name))
     if part == "experts":
         anatomy(model).blocks[1].feed_forward.experts.router.top_k = 1

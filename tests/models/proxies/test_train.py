@@ -1,4 +1,4 @@
-"""The proxy models: training learns, resumes bit for bit and publishes whole folders; stored ones score as stated."""
+"""Proxy models: training learns, resumes bit for bit and publishes complete folders; stored ones score as stated."""
 
 import json
 import re
@@ -24,7 +24,7 @@ from lib.models.structure.anatomy import anatomy
 from lib.models.tasks import corpus, tasks
 
 VOCABULARY = 2048
-# A second phase in small.
+# A small second phase.
 VARIED = {
     "copy_until": 0.0,
     "prompts": 6,
@@ -43,7 +43,7 @@ def vocabulary():
 
 @pytest.fixture(scope="module")
 def few():
-    """The beginnings of the first three documents of every class, and of none, per corpus."""
+    """The beginnings of the first three documents of every class, and of no class, per corpus."""
     beginnings, counts = {part: [] for part in corpus.CORPORA}, Counter()
     for part in corpus.CORPORA:
         for document in corpus.documents(part):
@@ -56,7 +56,7 @@ def few():
 
 @pytest.fixture
 def start(tiny, vocabulary, few, name, monkeypatch):
-    """Return a function that begins the training of a tiny model with the tokenizer of the proxies on a few texts."""
+    """Return a function that starts training a tiny model with the proxies' tokenizer on a few texts."""
     monkeypatch.setattr(corpus, "documents", few.get)
 
     def begin(**changed) -> loop.TrainingRun:
@@ -96,7 +96,7 @@ def test_training_reduces_the_loss_and_resumes_bit_for_bit(start, tmp_path, chan
     assert (second.tokens, second.step) == (whole.tokens, whole.step)
 
 
-def test_a_state_of_another_config_is_not_taken_up(start, tmp_path):
+def test_a_state_of_another_config_is_not_resumed(start, tmp_path):
     run = start()
     run.save(tmp_path / "state.pt")
     other = start()
@@ -104,7 +104,7 @@ def test_a_state_of_another_config_is_not_taken_up(start, tmp_path):
     assert not other.resume(tmp_path / "state.pt") and not other.resume(tmp_path / "none.pt")
 
 
-def test_batches_repeat_spans_and_mark_what_is_learned(start):
+def test_batches_repeat_spans_and_mark_the_learned_tokens(start):
     batches = start().batches
     (only,) = batches.at(1)
     assert only.spans_B is not None and (only.kind_BT == REPEAT).sum() > 100
@@ -134,7 +134,7 @@ def test_varied_questions_are_answered_by_labels_and_the_teacher(start, name):
     batches = run.batches
     if "digits" in batches.loaded.parameters.tasks:
         return
-    assert len(batches.at(0)) == 3 and len(batches.at(1)) == 2  # running text in every second step only
+    assert len(batches.at(0)) == 3 and len(batches.at(1)) == 2  # running text only in every second step
     halves = [half for step in range(8) for half in batches.at(step)[-2:]]
     assert all(half.weight == pytest.approx(0.5) for half in halves)
     answers_BL = torch.cat([half.answers_BL for half in halves])
@@ -153,7 +153,7 @@ def test_varied_questions_are_answered_by_labels_and_the_teacher(start, name):
     torch.testing.assert_close(loss, expected)
 
 
-def test_replaced_tokens_teach_nothing_and_spare_the_frame(start, name):
+def test_replaced_tokens_are_not_learned_and_spare_the_frame(start, name):
     batches = start(**VARIED | {"replaced_share": 1.0}).batches
     if "digits" in batches.loaded.parameters.tasks:
         return
@@ -169,7 +169,7 @@ def test_replaced_tokens_teach_nothing_and_spare_the_frame(start, name):
         assert whole.rsplit("\n\nModule: ", 1)[1] in tasks.class_labels(task)
 
 
-def test_the_teacher_knows_what_it_was_fitted_to(few, monkeypatch):
+def test_the_teacher_knows_its_training_data(few, monkeypatch):
     monkeypatch.setattr(corpus, "documents", few.get)
     labels = corpus.classes("docs")
     known = [(piece, d.label) for d in few["docs"] if d.label for piece in d.pieces if len(piece) > 200]
@@ -179,7 +179,7 @@ def test_the_teacher_knows_what_it_was_fitted_to(few, monkeypatch):
     assert right >= 0.95 * len(known) > 20
 
 
-def test_dropped_parts_are_whole_again_after_training(start):
+def test_dropped_parts_are_restored_after_training(start):
     run = start(dropout=0.5)
     ids_BT = torch.arange(40)[None] + 20
     run.model.eval()
@@ -205,7 +205,7 @@ def test_averaged_weights_lie_between_and_are_kept(start):
     torch.testing.assert_close(run.model.state_dict()[key], expected)
 
 
-def test_watching_leaves_the_training_as_it_was(start, monkeypatch):
+def test_monitoring_does_not_change_training(start, monkeypatch):
     run = start(average_decay=0.9, copy_until=0.0)
     few = tasks.items
     monkeypatch.setattr(tasks, "items", lambda task, split, limit=None, seed=0: few(task, split, 12, seed))
@@ -263,7 +263,7 @@ def test_a_stack_of_experts_is_updated_like_its_matrices():
     assert torch.equal(stack, torch.stack([matrix.detach() for matrix in matrices]))
 
 
-def test_correction_bias_rises_where_an_expert_is_left_out(tiny):
+def test_the_correction_bias_rises_for_an_unused_expert(tiny):
     balance = RouterBalance(anatomy(tiny("glm-4.7-flash")))
     bias_E = next(iter(balance.experts.values())).correction_bias
     before = bias_E.clone()
@@ -272,7 +272,7 @@ def test_correction_bias_rises_where_an_expert_is_left_out(tiny):
     assert bias_E[0] > before[0] and (bias_E[1:] < before[1:]).all()
 
 
-def test_a_published_model_is_trained_again_from_scratch_or_extended(start, tmp_path, monkeypatch):
+def test_a_published_model_is_retrained_from_scratch_or_extended(start, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "CACHE", tmp_path)
     steps, done, runs = [2], [], []
 
@@ -291,16 +291,16 @@ def test_a_published_model_is_trained_again_from_scratch_or_extended(start, tmp_
     train.train("any", tmp_path / "made")
     assert done == [1, 2, 1, 2, 3] and runs[-1].plans == [2, 3]
     runs[-1].step = 1
-    runs[-1].save(train.state_file("any"))  # interrupted: it goes on there
+    runs[-1].save(train.state_file("any"))  # interrupted: it resumes there
     train.train("any", tmp_path / "made")
     assert done == [1, 2, 1, 2, 3, 2, 3]
 
 
-def test_publish_writes_a_whole_checkpoint(start, name, tmp_path, monkeypatch):
+def test_publish_writes_a_complete_checkpoint(start, name, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "scores", lambda loaded: {"retrieval_256": 0.5})
     run = start()
     folder = tmp_path / "proxies" / name
-    for _ in range(2):  # the second time in place of the first
+    for _ in range(2):  # the second replaces the first
         assert train.publish(name, run, folder) == folder
     assert [path.name for path in folder.parent.iterdir()] == [name]
     assert [phase["steps"] for phase in json.loads((folder / "training.json").read_text(encoding="utf-8"))] == [0]
@@ -311,7 +311,7 @@ def test_publish_writes_a_whole_checkpoint(start, name, tmp_path, monkeypatch):
     assert (folder / "preprocessor_config.json").is_file() == hasattr(model.config, "vision_config")
 
 
-def test_a_model_starts_from_another_ones_decoder(tiny, tmp_path):
+def test_a_model_starts_from_the_decoder_of_another(tiny, tmp_path):
     source, target = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-coder-30b", seed=4)
     source.save_pretrained(tmp_path / "source")
     assert "layers.0.self_attn.q_proj.weight" in copy_weights(target, tmp_path / "source")
@@ -334,7 +334,7 @@ def test_proxy_models_that_others_start_from_come_first():
         assert not source or order.index(source) < order.index(name)
 
 
-def test_unknown_key_of_a_config_is_named(monkeypatch):
+def test_an_unknown_config_key_is_named(monkeypatch):
     described = parameters.read("glm-4.7-flash")
     wrong = described.model_copy(update={"proxy": described.proxy.model_copy(update={"training": {"stepz": 3}})})
     monkeypatch.setattr(train.parameters, "read", lambda name: wrong)
@@ -355,8 +355,8 @@ def test_unknown_key_of_a_config_is_named(monkeypatch):
         ({"steps": ...}, 'missing key "steps"'),
     ],
 )
-def test_both_phases_of_a_config_are_looked_at_before_the_first(changes, says, monkeypatch):
-    """A key of the second phase was found out after all steps of the first."""
+def test_both_phases_of_a_config_are_checked_before_the_first(changes, says, monkeypatch):
+    """A bad key of the second phase was found only after all steps of the first."""
     described = parameters.read("glm-4.7-flash")
     section = {key: value for key, value in (described.proxy.training | changes).items() if value is not ...}
     wrong = described.model_copy(update={"proxy": described.proxy.model_copy(update={"training": section})})
@@ -410,7 +410,7 @@ def test_stored_proxy_model_meets_its_targets_and_size(stored, name):
     assert sum(path.stat().st_size for path in loaded.folder.glob("*.safetensors")) <= 10_000_000
 
 
-def test_stored_readme_is_what_the_command_writes(name):
+def test_stored_readme_matches_the_command_output(name):
     folder = parameters.PARAMETERS / "proxies" / name
     text = (folder / "README.md").read_text(encoding="utf-8")
     structure = re.search(r"^Class `\w+`, [\d,]+ parameters, bfloat16\.", text, re.M)[0]
@@ -419,7 +419,7 @@ def test_stored_readme_is_what_the_command_writes(name):
     assert page(name, structure, read_history(folder), scores) == text
 
 
-def test_former_keys_of_a_training_configuration_are_read(name):
+def test_legacy_keys_of_a_training_config_are_read(name):
     former = {present: key for key, present in RENAMED.items()}
 
     def older(section):

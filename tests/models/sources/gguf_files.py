@@ -1,4 +1,4 @@
-"""Small GGUF files of Llama's architecture, written as llama.cpp's converter writes them."""
+"""Small GGUF files of the Llama architecture, written as llama.cpp's converter writes them."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ NAMES = {
 
 
 def tokenizer() -> Tokenizer:
-    """Return a byte-level tokenizer that takes every digit alone, as SmolLM2's does."""
+    """Return a byte-level tokenizer that splits off every digit, as SmolLM2's does."""
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -38,7 +38,7 @@ def tokenizer() -> Tokenizer:
 
 
 def model(rows: int, seed: int = 0, **others) -> LlamaForCausalLM:
-    """Return a small random model whose weights bfloat16 holds exactly. `others`: of its configuration."""
+    """Return a small random model whose weights bfloat16 holds exactly. `others`: configuration settings."""
     torch.manual_seed(seed)
     settings = dict(
         vocab_size=rows, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -63,8 +63,8 @@ def write(
     without: tuple[str, ...] = (),
     tensors: dict | None = None,
 ) -> Path:
-    """Write `llama` as a GGUF file; matrices are stored as `quantized`. `keys` and `tensors` come besides; the keys and
-    tensors `without` are left out.
+    """Write `llama` as a GGUF file with matrices stored as `quantized`. Adds `keys` and `tensors`; leaves out the keys
+    and tensors in `without`.
     """
     import gguf
 
@@ -109,7 +109,7 @@ def write(
 
 
 def _write_tokenizer(writer, tokens: Tokenizer | list[str], pre: str) -> None:
-    """Write a byte-level tokenizer, or, of a list, one of SentencePiece: the first three are its special tokens."""
+    """Write a byte-level tokenizer or, from a list, a SentencePiece one; its first three are the special tokens."""
     import gguf
 
     if isinstance(tokens, list):
@@ -145,5 +145,5 @@ def _renamed(name: str) -> str:
 
 
 def _interleaved(values: np.ndarray, heads: int) -> np.ndarray:
-    """Return the rows of a query or key projection in the order in which llama.cpp rotates them."""
+    """Return the rows of a query or key projection in llama.cpp's rotation order."""
     return values.reshape(heads, 2, len(values) // heads // 2, -1).swapaxes(1, 2).reshape(values.shape)

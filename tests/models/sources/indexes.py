@@ -1,4 +1,4 @@
-"""A package index on this machine with one wheel, whose answers can be broken off or be wrong."""
+"""A local package index with one wheel, whose answers can be cut off or wrong."""
 
 import base64
 import hashlib
@@ -41,14 +41,14 @@ class Index:
 
     @property
     def starts(self) -> list[int]:
-        """Where each download of the wheel began."""
+        """Return where each download of the wheel began."""
         ranges = [wanted for path, wanted in self.requests if path.endswith(".whl")]
         return [int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0 for wanted in ranges]
 
 
 @contextmanager
 def served(index: Index, monkeypatch):
-    """Serve an index on this machine and make it pip's."""
+    """Serve an index locally and make it pip's."""
 
     class Answers(http.server.BaseHTTPRequestHandler):
         def log_message(self, *_):

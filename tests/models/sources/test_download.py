@@ -1,4 +1,4 @@
-"""One file by its address: whatever breaks the connection, what is here already is kept and continued."""
+"""Downloads of one file by URL: whatever breaks the connection, downloaded bytes are kept and continued."""
 
 import errno
 import ssl
@@ -12,7 +12,7 @@ WHOLE = bytes(range(100))
 
 
 class Answer:
-    """An answer of a server that sends its content in two blocks, the second of which may be an error."""
+    """A server response that sends its content in two blocks; the second may be an error."""
 
     def __init__(self, content: bytes, status: int, error: OSError | None = None):
         self.headers, self.status = {"Content-Length": str(len(content))}, status
@@ -58,7 +58,7 @@ BREAKS = (ssl.SSLError(1, "bad record mac"), OSError(errno.EHOSTUNREACH, "No rou
 
 
 @pytest.mark.parametrize("error", BREAKS, ids=["TLS", "no route", "reset"])
-def test_whatever_breaks_a_connection_the_next_try_goes_on_there(error, served, tmp_path):
+def test_any_broken_connection_is_resumed_by_the_next_try(error, served, tmp_path):
     serve, ranges = served
     serve(error)
     place = download.fetch("http://example.invalid/file", tmp_path / "file", None, "file")
@@ -68,7 +68,7 @@ def test_whatever_breaks_a_connection_the_next_try_goes_on_there(error, served, 
     assert download.fetch("http://example.invalid/file", place, None, "file").read_bytes() == WHOLE
 
 
-def test_what_was_read_before_it_was_given_up_is_kept(served, tmp_path):
+def test_bytes_read_before_giving_up_are_kept(served, tmp_path):
     serve, _ = served
     serve(*[ssl.SSLError(1, "bad record mac")] * download.TRIES)
     with pytest.raises(UserError, match=r"cannot be downloaded: SSLError; .* the same command resumes"):

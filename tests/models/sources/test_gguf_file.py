@@ -34,7 +34,7 @@ def original(tokens):
     return gguf_files.model(tokens.get_vocab_size())
 
 
-def test_logits_tokens_chat_and_ends_are_those_of_the_file(tmp_path, original, tokens):
+def test_logits_tokens_chat_and_end_tokens_match_the_file(tmp_path, original, tokens):
     file = gguf_files.write(tmp_path / "tiny.gguf", original, tokens)
     source = reference.parse(str(file))
     assert fetch.local(source) is None
@@ -52,7 +52,7 @@ def test_logits_tokens_chat_and_ends_are_those_of_the_file(tmp_path, original, t
     assert validate.fault(folder) is None
 
 
-def test_quantized_matrices_are_what_the_format_says(tmp_path, original, tokens):
+def test_quantized_matrices_follow_the_format(tmp_path, original, tokens):
     import gguf
 
     folder = gguf_file.convert(gguf_files.write(tmp_path / "tiny.gguf", original, tokens, "Q8_0"))
@@ -64,7 +64,7 @@ def test_quantized_matrices_are_what_the_format_says(tmp_path, original, tokens)
     assert torch.equal(stored["model.norm.weight"], original.model.norm.weight)
 
 
-def test_it_is_converted_once_and_again_when_it_has_changed(tmp_path, original, tokens, monkeypatch):
+def test_a_file_is_converted_once_and_again_after_a_change(tmp_path, original, tokens, monkeypatch):
     file = gguf_files.write(tmp_path / "tiny.gguf", original, tokens)
     first = gguf_file.convert(file)
     ran = []
@@ -74,7 +74,7 @@ def test_it_is_converted_once_and_again_when_it_has_changed(tmp_path, original, 
     assert gguf_file.convert(file) != first and len(ran) == 1
 
 
-def test_a_pinned_hash_holds_for_what_is_converted_already(tmp_path, original, tokens):
+def test_a_pinned_hash_also_applies_to_existing_conversions(tmp_path, original, tokens):
     file = gguf_files.write(tmp_path / "tiny.gguf", original, tokens)
     source = reference.parse(str(file))
     folder = fetch.fetch(source)
@@ -101,7 +101,7 @@ def refused(file) -> str:
     return str(caught.value)
 
 
-def test_what_cannot_be_read_is_one_line(tmp_path, original, tokens):
+def test_unreadable_files_are_refused_in_one_line(tmp_path, original, tokens):
     file = tmp_path / "tiny.gguf"
     assert "no such folder or file" in refused(file)
     file.write_bytes(b"PK\x03\x04 no model at all, but a long enough file")
@@ -126,7 +126,7 @@ SCALED = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", SCALED)
-def test_scaled_rotations_are_those_of_the_file(tmp_path, original, tokens, kind):
+def test_scaled_rotations_match_the_file(tmp_path, original, tokens, kind):
     scaled = gguf_files.model(tokens.get_vocab_size(), rope_parameters=dict(SCALED[kind]))
     stored = {"keys": {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}}
     if kind != "linear":
@@ -160,7 +160,7 @@ PASSED_OVER = {
 
 
 @pytest.mark.parametrize("case", PASSED_OVER)
-def test_what_transformers_would_pass_over_is_refused(tmp_path, tokens, case):
+def test_settings_that_transformers_would_ignore_are_refused(tmp_path, tokens, case):
     stored, message = PASSED_OVER[case]
     model = gguf_files.model(tokens.get_vocab_size(), num_key_value_heads=4)
     file = gguf_files.write(tmp_path / "tiny.gguf", model, tokens, **stored)
@@ -169,7 +169,7 @@ def test_what_transformers_would_pass_over_is_refused(tmp_path, tokens, case):
     assert message in str(caught.value) and "\n" not in str(caught.value) and not (tmp_path / "folder").exists()
 
 
-def test_a_window_and_scales_without_effect_are_none(tmp_path, original, tokens):
+def test_windows_and_scales_without_effect_are_ignored(tmp_path, original, tokens):
     keys = {"llama.attention.sliding_window": 256, "llama.logit_scale": 1.0, "llama.rope.scaling.factor": 1.0}
     keys |= {"split.count": 1, "llama.attention.scale": 0.25}
     ones = {"rope_freqs.weight": np.ones(SIZE // 2, np.float32)}
@@ -178,7 +178,7 @@ def test_a_window_and_scales_without_effect_are_none(tmp_path, original, tokens)
     assert json.loads((tmp_path / "folder" / "config.json").read_text())["rope_parameters"]["rope_type"] == "default"
 
 
-def test_pieces_that_are_tokens_are_taken_whole_and_texts_begin_as_llama_3s_do(tmp_path, original, tokens):
+def test_pieces_that_are_tokens_stay_whole_and_texts_begin_as_in_llama_3(tmp_path, original, tokens):
     content = json.loads(tokens.to_str())
     vocabulary, merges = content["model"]["vocab"], content["model"]["merges"]
     whole = max((token for token in vocabulary if token.isascii() and token.isalpha()), key=len)
@@ -192,7 +192,7 @@ def test_pieces_that_are_tokens_are_taken_whole_and_texts_begin_as_llama_3s_do(t
         assert tokenizer(whole).input_ids == [*begin, vocabulary[whole]]
 
 
-def test_a_conversion_needs_two_bytes_for_a_number_whatever_the_file_takes(tmp_path, original, tokens, monkeypatch):
+def test_a_conversion_needs_two_bytes_per_number_whatever_the_file_size(tmp_path, original, tokens, monkeypatch):
     file = gguf_files.write(tmp_path / "tiny.gguf", original, tokens)
     needed = 2 * sum(parameter.numel() for parameter in original.parameters())
     for free in (needed - 1, needed):
@@ -205,7 +205,7 @@ def test_a_conversion_needs_two_bytes_for_a_number_whatever_the_file_takes(tmp_p
     assert (tmp_path / "folder" / "model.safetensors").stat().st_size < 2 * file.stat().st_size
 
 
-def test_a_file_that_may_not_be_read_or_whose_name_is_too_long(tmp_path, original, tokens, monkeypatch):
+def test_a_file_without_read_permission_or_with_too_long_a_name(tmp_path, original, tokens, monkeypatch):
     file = gguf_files.write(tmp_path / "tiny.gguf", original, tokens)
     assert "File name too long" in refused(f"{tmp_path}/{'x' * 300}.gguf")
     whole = Path.open
@@ -219,7 +219,7 @@ def test_a_file_that_may_not_be_read_or_whose_name_is_too_long(tmp_path, origina
     assert refused(file) == f"{file}: cannot be read (Permission denied)"
 
 
-def test_a_text_begins_without_a_space_where_the_file_says_so(tmp_path):
+def test_texts_begin_without_a_space_if_the_file_says_so(tmp_path):
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "ab", "▁ab"]
     model = gguf_files.model(len(pieces))
     for keys, first in (({}, "▁ab"), ({"tokenizer.ggml.add_space_prefix": False}, "ab")):

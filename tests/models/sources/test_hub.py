@@ -1,4 +1,4 @@
-"""The hub's cache, in made-up folders: what is whole there, what is damaged, and where it lies. Offline."""
+"""The hub cache in made-up folders: what is complete, what is damaged, and where it is. Offline."""
 
 import hashlib
 import os
@@ -18,7 +18,7 @@ ID = "organisation/model"
 
 @pytest.fixture
 def snapshot(tmp_path, monkeypatch):
-    """Return the empty folder of the snapshot that the cache holds of a model."""
+    """Return the empty snapshot folder that the cache holds for a model."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     home = tmp_path / "hub" / "models--organisation--model"
     (home / "refs").mkdir(parents=True)
@@ -39,13 +39,13 @@ def snapshot(tmp_path, monkeypatch):
     ],
     ids=["whole", "another tokenizer", "shards without index", "no tokenizer", "no configuration", "no weights"],
 )
-def test_a_download_that_broke_off_is_not_whole(names, whole, snapshot):
+def test_an_interrupted_download_is_not_complete(names, whole, snapshot):
     for name in names:
         (snapshot / name).write_text("{}")
     assert hub.local(ID) == (snapshot if whole else None)
 
 
-def test_the_check_of_a_folder_expects_the_same_tokenizers():
+def test_the_folder_check_expects_the_same_tokenizers():
     assert hub.TOKENIZERS == tokenizer_check.FILES
 
 
@@ -63,7 +63,7 @@ VARIABLES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME
     ],
     ids=["none", *VARIABLES[::-1]],
 )
-def test_the_cache_lies_where_the_hubs_client_looks(values, monkeypatch, tmp_path):
+def test_the_cache_is_where_the_hub_client_looks(values, monkeypatch, tmp_path):
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in {"HOME": str(tmp_path), "PLACE": "somewhere", **values}.items():
@@ -73,7 +73,7 @@ def test_the_cache_lies_where_the_hubs_client_looks(values, monkeypatch, tmp_pat
     assert str(hub.cache()) == ended.stdout.strip()
 
 
-def test_a_user_without_a_home_has_a_cache_by_its_variable_alone(monkeypatch):
+def test_a_user_without_a_home_has_a_cache_only_by_its_variable(monkeypatch):
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
@@ -83,7 +83,7 @@ def test_a_user_without_a_home_has_a_cache_by_its_variable_alone(monkeypatch):
 
 
 def _stored(snapshot, name: str, content: bytes) -> Path:
-    """Keep a file as the hub's client does: under the SHA-256 of its content, with a link in the snapshot."""
+    """Store a file as the hub client does: under the SHA-256 of its content, with a link in the snapshot."""
     blob = snapshot.parents[1] / "blobs" / hashlib.sha256(content).hexdigest()
     blob.parent.mkdir(exist_ok=True)
     blob.write_bytes(content)
@@ -91,7 +91,7 @@ def _stored(snapshot, name: str, content: bytes) -> Path:
     return blob
 
 
-def test_a_damaged_file_is_found_and_removed_so_that_the_client_brings_it_again(snapshot):
+def test_a_damaged_file_is_found_and_removed_so_that_the_client_refetches_it(snapshot):
     source = reference.parse(ID)
     for name in ("config.json", "tokenizer.json"):
         (snapshot / name).write_text("{}")
@@ -106,7 +106,7 @@ def test_a_damaged_file_is_found_and_removed_so_that_the_client_brings_it_again(
     assert fetch.local(source) is None, "the client is asked for what is missing"
 
 
-def test_a_file_that_lies_in_the_store_of_all_models_is_known_by_the_hash_of_its_link(snapshot, tmp_path):
+def test_a_file_in_the_shared_store_is_identified_by_the_hash_of_its_link(snapshot, tmp_path):
     for name in ("config.json", "tokenizer.json"):
         (snapshot / name).write_text("{}")
     blob = _stored(snapshot, "model.safetensors", b"weights")
@@ -120,7 +120,7 @@ def test_a_file_that_lies_in_the_store_of_all_models_is_known_by_the_hash_of_its
 
 
 @pytest.mark.parametrize("head", [b"blob 8\0", b""], ids=["the hub", "a mirror"])
-def test_small_files_are_checked_by_the_hash_that_git_gives_them(snapshot, head):
+def test_small_files_are_checked_by_their_git_hash(snapshot, head):
     blobs = snapshot.parents[1] / "blobs"
     blobs.mkdir()
     for name, content in (("config.json", b'{"c": 1}'), ("tokenizer.json", b'{"t": 1}')):
@@ -137,12 +137,12 @@ def test_small_files_are_checked_by_the_hash_that_git_gives_them(snapshot, head)
     assert not blob.exists() and not (snapshot / "tokenizer.json").is_symlink() and hub.local(ID) is None
 
 
-def test_git_knows_a_file_by_this_hash(tmp_path):
+def test_the_hash_is_the_one_git_computes(tmp_path):
     (tmp_path / "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391").touch()  # an empty file, everywhere
     assert hub._holds(tmp_path / "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391", "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391")
 
 
-def test_weights_come_once(snapshot, monkeypatch):
+def test_only_one_copy_of_the_weights_is_downloaded(snapshot, monkeypatch):
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 

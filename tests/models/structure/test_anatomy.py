@@ -76,6 +76,6 @@ def test_cache_elements_match_the_real_cache(tiny, name, batch):
     assert stored == sum(block.attention.cache_elements_per_token for block in anatomy(model).blocks)
 
 
-def test_another_structure_is_refused():
+def test_an_unknown_structure_is_refused():
     with pytest.raises(TypeError, match="decoder"):
         anatomy(torch.nn.Linear(2, 2))

@@ -1,4 +1,4 @@
-"""What a model notes of itself that no checkpoint holds, and that another process can make it again."""
+"""Notes of a model on changes that no checkpoint holds; another process can rebuild it from them."""
 
 import json
 from dataclasses import asdict
@@ -46,11 +46,11 @@ def tokens(model):
 
 
 @pytest.mark.parametrize("change", [chunks, sparse, sparse_in_chunks, streamed, streamed_then_chunked])
-def test_a_changed_model_is_made_again_from_its_files(change, tiny, tmp_path):
+def test_a_changed_model_is_rebuilt_from_its_files(change, tiny, tmp_path):
     changed = change(tiny(MODEL), tmp_path)
     expected, answer = signature(changed), tokens(changed)
     with saved.saved(tiny(MODEL), changed) as (_, arm):
-        again = child.load(Arm(**json.loads(json.dumps(asdict(arm)))))  # as a job goes to a process
+        again = child.load(Arm(**json.loads(json.dumps(asdict(arm)))))  # as a job is sent to a process
     assert signature(again) == expected and expected != signature(tiny(MODEL))
     assert tokens(again).equal(answer) and tokens(changed).equal(answer)
     assert beyond_files.steps(again) == beyond_files.steps(changed)
@@ -59,7 +59,7 @@ def test_a_changed_model_is_made_again_from_its_files(change, tiny, tmp_path):
             stream.close()
 
 
-def test_what_is_taken_back_is_forgotten(tiny):
+def test_undone_changes_are_forgotten(tiny):
     model = chunked.chunk_prefill(chunked.chunk_prefill(tiny(MODEL), 8), 16)
     assert beyond_files.steps(model) == [(chunked.CHUNKING, {"tokens": 16})]
     assert beyond_files.steps(sharing(model)) == beyond_files.steps(model)
@@ -70,7 +70,7 @@ def test_what_is_taken_back_is_forgotten(tiny):
     assert beyond_files.steps(sparse_attention.revert(attending)) == []
 
 
-def test_a_note_on_a_copy_leaves_the_original(tiny):
+def test_a_note_on_a_copy_does_not_affect_the_original(tiny):
     model = chunked.chunk_prefill(tiny(MODEL), 8)
     chunked.whole_prefill(sharing(model))
     assert beyond_files.steps(model) == [(chunked.CHUNKING, {"tokens": 8})]

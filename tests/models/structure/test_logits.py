@@ -44,7 +44,7 @@ def ids_NT() -> torch.Tensor:
     return torch.randint(3, 96, (3, 24), generator=torch.Generator().manual_seed(1))
 
 
-def test_logits_of_hidden_states_are_those_of_the_forward(architecture, ids_NT):
+def test_logits_of_hidden_states_match_the_forward(architecture, ids_NT):
     model = random_model(architecture)
     expected_NTV, hidden_NTH = model(ids_NT).logits, model.model(ids_NT).last_hidden_state
     assert torch.equal(logits.logits_of(model, hidden_NTH), expected_NTV)
@@ -54,7 +54,7 @@ def test_logits_of_hidden_states_are_those_of_the_forward(architecture, ids_NT):
     assert torch.allclose(bare_NTV, expected_NTV) == (architecture == "llama")  # or the test would show nothing
 
 
-def test_losses_divergences_and_replayed_blocks_are_those_of_the_forward(architecture, ids_NT):
+def test_losses_divergences_and_replayed_blocks_match_the_forward(architecture, ids_NT):
     model, other = random_model(architecture), random_model(architecture, seed=3)
     expected_N = [model(row[None], labels=row[None]).loss.item() for row in ids_NT]
     text = evaluate.read(model, ids_NT)
@@ -69,7 +69,7 @@ def test_losses_divergences_and_replayed_blocks_are_those_of_the_forward(archite
     assert torch.allclose(walk.finish(model, entered, 0), model(ids_NT).logits, atol=1e-4)
 
 
-def test_what_replaces_the_head_is_used(ids_NT):
+def test_a_replaced_head_is_used(ids_NT):
     model = random_model("granite")
     hidden_NTH = model.model(ids_NT).last_hidden_state
     model.lm_head = nn.Sequential(model.lm_head)
@@ -77,7 +77,7 @@ def test_what_replaces_the_head_is_used(ids_NT):
     assert torch.equal(logits.logits_of(model, hidden_NTH), model(ids_NT).logits)
 
 
-def test_the_model_itself_is_left_as_it_was(ids_NT):
+def test_the_model_itself_is_unchanged(ids_NT):
     model = random_model("gemma2")
     before = dict(model._modules)
     shell = logits.without_decoder(model)

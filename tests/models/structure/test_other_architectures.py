@@ -1,4 +1,4 @@
-"""Architectures that users bring: changed, saved, loaded, streamed and replayed, each equals the model itself, or is
+"""User-supplied architectures equal the original model when changed, saved, loaded, streamed or replayed, or are
 refused in one line that says what is supported.
 """
 
@@ -87,7 +87,7 @@ def test_streamed_weights_give_the_logits_of_the_model(name, page_cache, tmp_pat
 
 
 @EVERY
-def test_blocks_replayed_one_by_one_give_what_the_model_gave(name):
+def test_blockwise_replay_reproduces_the_model_outputs(name):
     model, ids = build(name), architectures.prompt()
     (stream,) = blockwise.streams(model, [{"input_ids": ids}], in_float32=False)
     with torch.inference_mode():
@@ -99,7 +99,7 @@ def test_blocks_replayed_one_by_one_give_what_the_model_gave(name):
 
 
 @EVERY
-def test_nothing_is_refined_where_nothing_was_changed(name):
+def test_refine_reports_no_error_for_an_unchanged_model(name):
     model = build(name)
     errors = blockwise.refine(copy.deepcopy(model), model, _calibration(), steps=0)
     assert max(max(pair) for pair in errors) < 1e-8
@@ -107,10 +107,10 @@ def test_nothing_is_refined_where_nothing_was_changed(name):
 
 @EVERY
 @pytest.mark.parametrize("removed", [(0,), (1,), (0, 3)])
-def test_removed_blocks_leave_the_others_as_they_were(name, removed, tmp_path):
+def test_removed_blocks_leave_the_others_unchanged(name, removed, tmp_path):
     model = build(name)
     silenced = copy.deepcopy(model)
-    for index in removed:  # blocks that pass their input on, in a model that was never told of it
+    for index in removed:  # bypassed blocks in an otherwise unmodified model
         layer = anatomy(silenced).blocks[index].module
         layer.forward = lambda hidden_states, **_: hidden_states
     expected = _logits(silenced)
@@ -120,7 +120,7 @@ def test_removed_blocks_leave_the_others_as_they_were(name, removed, tmp_path):
 
 
 @EVERY
-def test_removed_blocks_decode_as_they_read(name):
+def test_decoding_equals_prefill_after_block_removal(name):
     model, ids = _without(build(name), 0), architectures.prompt(1, 20)
     expected, cache = _logits(model, ids), DynamicCache(config=model.config)
     steps = []
@@ -132,14 +132,14 @@ def test_removed_blocks_decode_as_they_read(name):
     torch.testing.assert_close(torch.cat(steps, 1), expected, **CLOSE)
 
 
-def test_kinds_of_blocks_stay_with_their_blocks():
+def test_layer_types_follow_their_blocks():
     model = _without(build("gemma3_text"), 0)
     assert model.config.layer_types == ["full_attention", "sliding_attention", "full_attention"]
     assert [block.attention.window for block in anatomy(model).blocks] == [None, 8, None]
     assert _without(model, 1).config.layer_types == ["full_attention", "full_attention"]
 
 
-def test_attention_of_one_block_cannot_go_where_kinds_alternate():
+def test_attention_removal_is_refused_where_attention_kinds_alternate():
     with pytest.raises(NotApplicable, match="attend differently"):
         no_op.remove(build("gemma2"), 1, "attention")
     no_op.remove(build("qwen2"), 1, "attention")
@@ -174,7 +174,7 @@ def test_any_number_of_heads_is_saved_and_loaded_with_equal_logits(name, tmp_pat
     assert loaded.config.num_attention_heads == model.config.num_attention_heads == 6
 
 
-def test_what_loses_heads_keeps_no_gradients():
+def test_no_parameter_requires_gradients_after_head_pruning():
     model = build("qwen2")
     for block in anatomy(model).blocks:
         surgery.keep_groups(block.attention, torch.tensor([0, 2]))
@@ -182,8 +182,10 @@ def test_what_loses_heads_keeps_no_gradients():
 
 
 @EVERY
-def test_heads_that_go_equal_heads_that_are_silent(name):
-    """All but the norms over full width, whose mean is over what is left: there the norms are cut with the heads."""
+def test_removed_heads_equal_silenced_heads(name):
+    """Exception: norms over the full width take their mean over the remaining channels, so they are cut with the
+    heads.
+    """
     model = build(name)
     kept = torch.tensor([0, 2, 3])
     cut, silent = copy.deepcopy(model), copy.deepcopy(model)
@@ -204,7 +206,7 @@ def test_heads_that_go_equal_heads_that_are_silent(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_moe", "gemma2"])
-def test_channels_that_go_equal_channels_that_are_silent(name):
+def test_removed_channels_equal_silenced_channels(name):
     model = build(name)
     cut, silent = copy.deepcopy(model), copy.deepcopy(model)
     kept = torch.arange(anatomy(model).blocks[0].feed_forward.channels)[::2]
@@ -215,7 +217,7 @@ def test_channels_that_go_equal_channels_that_are_silent(name):
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.2, 0.3])
-def test_groups_of_experts_stay_equal_and_later_tokens_change_nothing(ratio):
+def test_expert_groups_stay_equal_and_later_tokens_have_no_effect(ratio):
     model = build("glm4_moe_lite")
     pruned = pruning.apply(model, _calibration(), ratio=ratio, granularity="experts")
     for block in anatomy(pruned).blocks:
@@ -225,20 +227,20 @@ def test_groups_of_experts_stay_equal_and_later_tokens_change_nothing(ratio):
     torch.testing.assert_close(_logits(pruned, ids[:, :12]), _logits(pruned, ids)[:, :12], **CLOSE)
 
 
-def test_unequal_groups_of_experts_are_refused():
+def test_unequal_expert_groups_are_refused():
     experts = anatomy(build("glm4_moe_lite")).blocks[1].feed_forward.experts
     with pytest.raises(UserError, match=r"2 groups .* not 4, 2"):
         surgery.keep_experts(experts, torch.tensor([0, 1, 2, 3, 5, 6]))
 
 
-def test_the_shared_expert_is_seen_under_either_name():
+def test_the_shared_expert_is_found_under_either_name():
     for name in ("qwen2_moe", "glm4_moe_lite"):
         assert anatomy(build(name)).blocks[1].feed_forward.down is not None
 
 
 @EVERY
 @pytest.mark.parametrize("context", [5, 24])
-def test_the_cache_takes_what_the_formula_says(name, context):
+def test_cache_size_matches_the_formula(name, context):
     model = build(name)
     with torch.inference_mode():
         output = model(architectures.prompt(1, context), use_cache=True)
@@ -247,7 +249,7 @@ def test_the_cache_takes_what_the_formula_says(name, context):
     assert cost_model.kv_cache_bytes_per_token(model, context) == stored / context
 
 
-def test_windows_bound_what_decoding_reads_and_computes():
+def test_windows_bound_the_reads_and_compute_of_decoding():
     windowed, full = build("mistral"), build("mistral", sliding_window=None)
     assert cost_model.decode_flops(windowed, 8) == cost_model.decode_flops(full, 8)
     assert cost_model.decode_flops(windowed, 200) == cost_model.decode_flops(windowed, 100)
@@ -257,14 +259,16 @@ def test_windows_bound_what_decoding_reads_and_computes():
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3_text"])
-def test_sparse_attention_does_not_apply_to_windows_and_says_so(name):
+def test_sparse_attention_with_windows_is_reported_as_not_applicable(name):
     assert "sliding window" in sparse_attention.applies_to(build(name))
     with pytest.raises(NotApplicable, match="sliding window"):
         sparse_attention.apply(build(name))
 
 
-def test_sparse_attention_does_not_apply_to_capped_scores_and_says_so():
-    """Its kernels, and the stock sdpa behind them, know no cap: answers would differ even with every block kept."""
+def test_sparse_attention_with_capped_scores_is_reported_as_not_applicable():
+    """Neither its kernels nor the stock sdpa behind them support a cap: answers would differ even with every block
+    kept.
+    """
     model = build("gemma2", layer_types=["full_attention"] * 4, attn_logit_softcapping=0.5)
     assert all(block.attention.window is None for block in anatomy(model).blocks)
     assert "not a plain softmax" in sparse_attention.applies_to(model)
@@ -272,7 +276,7 @@ def test_sparse_attention_does_not_apply_to_capped_scores_and_says_so():
 
 
 @pytest.mark.parametrize("name", sorted(OTHERS))
-def test_other_structures_are_refused_in_one_line_that_says_what_is_supported(name, tmp_path):
+def test_refusals_of_other_structures_say_in_one_line_what_is_supported(name, tmp_path):
     model = build(name)
     reason = support.unsupported(model)
     assert reason.startswith(f'architecture "{name}" is not supported: ') and "\n" not in reason and "llama" in reason
@@ -291,19 +295,21 @@ def test_other_structures_are_refused_in_one_line_that_says_what_is_supported(na
         ("deepseek_v2", "latent attention that rotates by none of"),
     ],
 )
-def test_parts_with_weights_that_no_method_would_cut_are_named(name, part):
-    """Each has every projection that is asked for, and something beside them: pruned or replaced it would be wrong."""
+def test_part_weights_that_no_method_would_cut_are_named(name, part):
+    """Each part has every required projection and an additional weight: pruned or replaced, it would be wrong."""
     assert re.search(part, support.unsupported(build(name)))
 
 
-def test_a_matrix_beside_the_parts_of_a_block_is_named():
+def test_a_block_matrix_outside_the_known_parts_is_named():
     model = build("llama")
     model.model.layers[1].per_layer_projection = torch.nn.Linear(4, 4)
     assert "block 1: a matrix outside attention" in support.unsupported(model)
 
 
-def test_experts_with_a_gate_of_their_own_are_refused():
-    """Stored sparse, quantized or factored they would compute activation(gate) times up, which is not what they did."""
+def test_experts_with_their_own_gate_are_refused():
+    """Stored sparse, quantized or factored, they would compute activation(gate) times up instead of their own
+    formula.
+    """
     model = build("mixtral")
     for block in anatomy(model).blocks:
         experts = block.feed_forward.experts.module
@@ -312,7 +318,7 @@ def test_experts_with_a_gate_of_their_own_are_refused():
 
 
 @pytest.mark.parametrize(("name", "own"), [("cohere", {"use_qk_norm": True}), ("stablelm", {})])
-def test_heads_go_from_norms_by_head_and_from_counts_that_an_attention_keeps(name, own):
+def test_head_removal_updates_per_head_norms_and_stored_head_counts(name, own):
     model, kept = build(name, **own), torch.tensor([0, 2, 3])
     cut, silent = copy.deepcopy(model), copy.deepcopy(model)
     for block, other in zip(anatomy(cut).blocks, anatomy(silent).blocks):
@@ -321,14 +327,14 @@ def test_heads_go_from_norms_by_head_and_from_counts_that_an_attention_keeps(nam
     torch.testing.assert_close(_logits(synchronise(cut)), _logits(silent), **CLOSE)
 
 
-def test_a_block_that_is_listed_as_full_has_no_window():
+def test_a_block_listed_as_full_attention_has_no_window():
     """EXAONE 4 gives the modules of all its blocks the same window."""
     model = build("exaone4", **architectures.ALTERNATING)
     assert [block.attention.window for block in anatomy(model).blocks] == [8, None, 8, None]
 
 
-def test_a_vision_tower_that_the_view_does_not_know_is_refused(tiny):
-    """Gemma 3 with pictures, LLaVA and others have a text decoder that is known, and pictures that nobody could ask."""
+def test_an_unknown_vision_tower_is_refused(tiny):
+    """Gemma 3 with pictures, LLaVA and others have a known text decoder, but no picture task could be run on them."""
     model = tiny("qwen3-vl-2b")
     assert support.unsupported(model) is None
     model.model.vision_tower = model.model._modules.pop("visual")
@@ -336,8 +342,10 @@ def test_a_vision_tower_that_the_view_does_not_know_is_refused(tiny):
 
 
 @pytest.mark.parametrize(("part", "width"), [("v_proj", 16), ("q_proj", 128), ("o_proj", 48)])
-def test_attention_of_other_widths_than_the_view_derives_is_refused(part, width):
-    """MiMo's values are narrower than its keys, Qwen3-Next's queries carry a gate: counted as heads they are wrong."""
+def test_attention_with_unexpected_widths_is_refused(part, width):
+    """MiMo's values are narrower than its keys, and Qwen3-Next's queries carry a gate: counted as heads they are
+    wrong.
+    """
     model = build("qwen2")
     attention = model.model.layers[1].self_attn
     shape = (width, 64) if part == "o_proj" else (64, width)
@@ -345,8 +353,8 @@ def test_attention_of_other_widths_than_the_view_derives_is_refused(part, width)
     assert "block 1: attention whose values are not as wide as its keys" in support.unsupported(model)
 
 
-def test_blocks_with_configurations_of_their_own_are_refused():
-    """Written after a cut, the one configuration of all would contradict them; read, it raises in the notebook."""
+def test_blocks_with_their_own_configurations_are_refused():
+    """A single configuration written after a cut would contradict them, and reading it raises in the notebook."""
     model = build("llama")
     model.config.__dict__["_heterogeneity_spec"] = SimpleNamespace(per_layer_attributes=set())
     assert "its blocks have configurations of their own (per_layer_config); supported" in support.unsupported(model)

@@ -1,5 +1,5 @@
-"""Counts in modules and configuration follow the shapes of the tensors; parts that are cut are tested with each
-architecture in `test_other_architectures.py`.
+"""Counts in modules and configuration follow the tensor shapes; cuts of parts are tested per architecture in
+`test_other_architectures.py`.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""Items of public tasks: read from files of requests, each once, in disjoint splits that no model changes."""
+"""Items of public tasks: each is read once from request files, in disjoint splits that no model changes."""
 
 import gzip
 import json
@@ -20,7 +20,7 @@ def written(path, lines) -> object:
     return path
 
 
-def test_copies_without_context_are_no_items(tmp_path):
+def test_unconditional_copies_are_not_items(tmp_path):
     lines = [line(doc, idx) for doc in (0, 1) for idx in (1, 0, 2)]
     lines += [line(doc + benchmarks.UNCONDITIONAL, idx, "Answer:") for doc in (0, 1) for idx in (0, 1, 2)]
     read = benchmarks.read(written(tmp_path / "requests.jsonl.gz", lines), "why", 2)
@@ -29,7 +29,7 @@ def test_copies_without_context_are_no_items(tmp_path):
     assert {item.context for item in read} == {"Question: why?\nAnswer:"}
 
 
-def test_a_context_is_worded_as_the_harness_does(tmp_path):
+def test_contexts_match_the_wording_of_the_harness(tmp_path):
     path = written(tmp_path / "requests.jsonl.gz", [line(0, idx, "Goal: open it\nAnswer:") for idx in (0, 1)])
     (item,) = benchmarks.read(path, "piqa", 1, benchmarks.BENCHMARKS["piqa"].worded)
     assert item.context == "Question: open it\nAnswer:"
@@ -45,7 +45,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
-def test_damage_is_one_line(tmp_path, content):
+def test_damage_is_reported_in_one_line(tmp_path, content):
     (tmp_path / "requests.jsonl.gz").write_bytes(content)
     with pytest.raises(UserError, match=r"requests.jsonl.gz: (damaged, or no file of requests|holds 0 items)"):
         benchmarks.read(tmp_path / "requests.jsonl.gz", "why", 2)
@@ -58,7 +58,7 @@ def test_another_version_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("count", [6, 100, 2376])
-def test_splits_are_disjoint_and_a_longer_run_asks_what_a_shorter_one_asked(count):
+def test_splits_are_disjoint_and_longer_runs_contain_the_items_of_shorter_ones(count):
     parts = {name: splits.chosen("arc_easy", count, name) for name in splits.SHARES}
     assert sum(map(len, parts.values())) == count == len(set().union(*parts.values()))
     assert len(parts["final"]) >= 0.6 * count and all(part == sorted(part) for part in parts.values())
@@ -67,14 +67,14 @@ def test_splits_are_disjoint_and_a_longer_run_asks_what_a_shorter_one_asked(coun
     assert parts["final"] != splits.chosen("another", count, "final") or count == 6
 
 
-def test_wrong_splits_are_named():
+def test_unknown_and_empty_splits_are_named():
     with pytest.raises(UserError, match=r'unknown split "finale".*Did you mean "final"'):
         splits.chosen("arc_easy", 100, "finale")
     with pytest.raises(UserError, match='none for the split "calibration"'):
         splits.chosen("arc_easy", 2, "calibration")
 
 
-def test_every_benchmark_says_what_it_is():
+def test_every_benchmark_has_complete_metadata():
     for name, benchmark in benchmarks.BENCHMARKS.items():
         assert benchmark.items > 1000 and benchmark.licence and benchmark.about and benchmark.data, name
         assert benchmark.metric in ("accuracy", "accuracy_norm")

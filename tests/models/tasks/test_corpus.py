@@ -1,4 +1,4 @@
-"""The frozen text: nothing held out is in the training text, splits share nothing, classes are large enough."""
+"""The frozen text: no held-out text is in the training text, splits share nothing, classes are large enough."""
 
 import re
 from collections import Counter
@@ -21,7 +21,7 @@ def word_runs(text: str) -> Iterator[str]:
 
 
 def held_out_runs(part: str, splits: Iterable[str] = corpus.SPLITS) -> set[str]:
-    """Return all runs of RUN words that occur in held-out items and running text of `splits`."""
+    """Return all runs of RUN words in the held-out items and running text of `splits`."""
     passages = [p for split in splits for p in corpus.labelled(part, split) + corpus.running_text(part, split)]
     return {run for passage in passages for run in word_runs(passage.text)}
 
@@ -45,7 +45,7 @@ def test_splits_share_no_run_of_words(part):
     assert not runs[0] & runs[1] and not runs[0] & runs[2] and not runs[1] & runs[2]
 
 
-def test_items_are_distinct_and_enough(part):
+def test_items_are_distinct_and_numerous_enough(part):
     passages = [passage for split in corpus.SPLITS for passage in corpus.labelled(part, split)]
     assert len({passage.id for passage in passages}) == len(passages)
     assert len({passage.text for passage in passages}) == len(passages)
@@ -59,19 +59,19 @@ def test_every_class_has_training_text(part):
     assert set(trained) == set(corpus.classes(part)) and min(trained.values()) >= 50
 
 
-def test_masked_text_names_no_class():
+def test_masked_text_contains_no_class_name():
     assert corpus.masked("import Tkinter, xml.dom", "code") == "import _, _.dom"
     for passage in corpus.labelled("docs", "final"):
         assert passage.label not in corpus.masked(passage.text, "docs").lower()
 
 
-def test_it_is_small_and_licensed():
+def test_the_corpus_is_small_and_licensed():
     folder = parameters.PARAMETERS / "evaluation"
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 5_000_000
     assert "PYTHON SOFTWARE FOUNDATION LICENSE" in (folder / "LICENSE").read_text(encoding="utf-8")
 
 
-def test_damage_is_one_clear_line(tmp_path, monkeypatch):
+def test_damage_is_reported_in_one_clear_line(tmp_path, monkeypatch):
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "docs-items.jsonl.xz").write_bytes(b"no archive")
     monkeypatch.setattr(corpus, "PARAMETERS", tmp_path)

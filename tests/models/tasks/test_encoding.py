@@ -1,4 +1,6 @@
-"""Prompts, windows, retrieval and calibration begin as the model's sequences do; nothing that shapes them is missed."""
+"""Prompts, windows, retrieval and calibration begin with the model's prefix; the fingerprint covers all that shapes
+them.
+"""
 
 import copy
 from types import SimpleNamespace
@@ -20,7 +22,7 @@ def plain():
 
 @pytest.fixture(scope="module")
 def begun(plain):
-    """A tokenizer that puts two tokens before every text, as GLM's does, and one behind it."""
+    """Return a tokenizer that puts two tokens before every text, as GLM's does, and one after it."""
     changed = copy.deepcopy(plain)
     ends = [(name, changed.convert_tokens_to_ids(name)) for name in (*BEGINS, "<|im_end|>")]
     whole = TemplateProcessing(single=f"{BEGINS[0]} {BEGINS[1]} $A <|im_end|>", special_tokens=ends)
@@ -34,7 +36,7 @@ def loaded(tokenizer, scale: str = "full"):
     return SimpleNamespace(tokenizer=tokenizer, parameters=described, scale=scale, **fields)
 
 
-def test_the_prefix_is_found_and_what_stands_behind_is_left_out(plain, begun):
+def test_the_prefix_is_found_and_the_suffix_is_left_out(plain, begun):
     before = plain.convert_tokens_to_ids(BEGINS)
     assert tokenizing.prefix(plain) == () and tokenizing.prefix(begun) == tuple(before)
     assert encoding.ids(plain, "def f") == plain("def f").input_ids
@@ -65,9 +67,9 @@ def test_prompts_windows_retrieval_and_calibration_carry_the_prefix(begun):
 
 
 @pytest.mark.parametrize("change", ["template", "processor", "special", "vocabulary"])
-def test_everything_that_shapes_a_prompt_is_in_the_fingerprint(plain, begun, change):
+def test_the_fingerprint_covers_everything_that_shapes_a_prompt(plain, begun, change):
     before = encoding.fingerprint(plain)
-    plain(["a", "a longer text"], padding=True)  # leaves no trace
+    plain(["a", "a longer text"], padding=True)  # must not affect later calls
     assert encoding.fingerprint(plain) == before
     changed = copy.deepcopy(plain)
     if change == "template":
@@ -97,7 +99,7 @@ def test_everything_that_shapes_a_prompt_is_in_the_fingerprint(plain, begun, cha
         ("<|assistant|>", ""),
     ],
 )
-def test_a_thought_that_a_chat_opens_is_closed_whatever_it_is_called(opened, closed):
+def test_an_opened_thinking_block_is_closed_under_any_name(opened, closed):
     chat = SimpleNamespace(apply_chat_template=lambda turns, **_: f"{turns[-1]['content']}\n{opened}")
     text = tokenizing.render(chat, tokenizing.TURNS)
     assert text.endswith(f"\n{opened.rstrip()}\n\n{closed}\n\n" if closed else f"\n{opened}")

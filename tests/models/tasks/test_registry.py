@@ -25,7 +25,7 @@ def test_a_former_name_is_accepted_and_reported_once(caplog):
     ]
 
 
-def test_a_task_that_is_named_twice_is_asked_once():
+def test_a_task_named_twice_runs_once():
     assert registry.check_tasks(["topic", "retrieval", "topic", "recall"]) == ["topic", "retrieval"]
 
 
@@ -39,13 +39,13 @@ def test_requests_and_stored_records_agree_on_former_names():
     assert set(registry.RENAMED.values()) <= {*registry.CLASSIFY, *registry.GENERATE}
 
 
-def test_a_request_with_a_former_name_runs_the_task_of_the_present_name():
+def test_a_former_name_in_a_request_runs_the_renamed_task():
     request = plan.Request(("structured_pruning",), ("qwen3-4b-instruct-2507",), parameters={"tasks": "recall"})
     (job,) = plan.plan(request)
     assert job.parameters["tasks"] == ["retrieval"]
 
 
-def test_a_parameter_file_with_a_former_name_is_read(monkeypatch):
+def test_a_parameter_file_with_a_former_task_name_is_read(monkeypatch):
     name = "qwen3-4b-instruct-2507"
     former = parameters.read(name).model_copy(update={"tasks": ["topic", "recall"]})
     monkeypatch.setattr(loading.parameter_files, "read", lambda _: former)

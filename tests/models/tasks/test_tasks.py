@@ -1,4 +1,4 @@
-"""Prompts become the right tensors: last tokens, pictures, several-token labels, keys and values."""
+"""Prompts become the right tensors: last tokens, pictures, multi-token labels, keys and values."""
 
 from types import SimpleNamespace
 
@@ -22,7 +22,7 @@ def vocabulary():
 
 @pytest.fixture
 def loaded(tiny, vocabulary, name):
-    """A tiny random model of each architecture with the proxies' tokenizer."""
+    """Return a tiny random model of each architecture with the tokenizer of the proxy models."""
     described = parameters.read(name)
     model = tiny(name)
     model.resize_token_embeddings(VOCABULARY, mean_resizing=False)
@@ -63,14 +63,14 @@ def test_splits_are_disjoint_and_items_reproducible(task):
         assert again[0].pixels.shape == (tasks.PICTURE, tasks.PICTURE) and again[0].pixels.dtype == np.uint8
 
 
-def test_wrong_names_are_told():
+def test_unknown_splits_and_tasks_are_named():
     with pytest.raises(UserError, match=r'unknown split "finale".*Did you mean "final"'):
         tasks.items("topic", "finale")
     with pytest.raises(UserError, match="unknown classification task"):
         tasks.items("retrieval", "final")
 
 
-def test_a_prompt_that_no_held_out_text_fills_is_refused_not_empty(loaded):
+def test_prompts_longer_than_the_held_out_text_are_refused(loaded):
     says = r"the split final holds [\d,]+ tokens of this model; a prompt of 9,000,0\d\d does not fit into it"
     with pytest.raises(UserError, match=says):
         tasks.text_windows(loaded, "final", 1, 9_000_000)
@@ -101,7 +101,7 @@ def test_scores_do_not_depend_on_the_batch(loaded):
     assert torch.allclose(together, alone, atol=1e-4)
 
 
-def test_labels_of_several_tokens_are_scored_as_continuations(loaded, monkeypatch):
+def test_multi_token_labels_are_scored_as_continuations(loaded, monkeypatch):
     task = loaded.parameters.tasks[0]
     chosen = tasks.items(task, "search", 3)
     expected = tasks.label_scores(loaded, task, chosen)
@@ -113,8 +113,8 @@ def test_labels_of_several_tokens_are_scored_as_continuations(loaded, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["glm-4.7-flash", "qwen3-4b-instruct-2507"])
-def test_a_prompt_of_more_tokens_than_the_model_reads_loses_its_beginning(loaded, monkeypatch):
-    """Where every label is one token it was read beyond the model's positions, and scored there."""
+def test_prompts_longer_than_the_context_lose_their_beginning(loaded, monkeypatch):
+    """Previously, where every label is one token, the prompt was read and scored beyond the model's positions."""
     loaded.scale = "full"
     monkeypatch.setattr(continuations, "positions", lambda model: 64)
     task = loaded.parameters.tasks[0]
@@ -126,7 +126,7 @@ def test_a_prompt_of_more_tokens_than_the_model_reads_loses_its_beginning(loaded
     assert torch.allclose(tasks.label_scores(loaded, task, chosen), expected, atol=1e-4)
 
 
-def test_recall_prompts_hold_key_and_value_and_distance(loaded):
+def test_recall_prompts_contain_key_value_and_distance(loaded):
     ids_BT, target_BV = tasks.retrieval_prompts(loaded, 100, 3, seed=5)
     assert target_BV.shape == (3, tasks.VALUE) and ids_BT.shape[1] == 8 + 2 * tasks.KEY + tasks.VALUE + 100
     key_BK = ids_BT[:, -tasks.KEY :]
@@ -137,8 +137,8 @@ def test_recall_prompts_hold_key_and_value_and_distance(loaded):
     assert int(torch.cat([key_BK, target_BV], 1).min()) > 6
 
 
-def test_the_text_around_a_value_is_that_of_the_split(loaded):
-    """What chooses a candidate must not read text that judges it."""
+def test_text_around_a_value_comes_from_its_own_split(loaded):
+    """Choosing a candidate must not use the text that judges it."""
     known = {split: _runs(tasks.text_windows(loaded, split, 1000, 64), 32) for split in ("search", "final")}
     for split, other in (("search", "final"), ("final", "search")):
         ids_BT, _ = tasks.retrieval_prompts(loaded, 100, 4, seed=5, split=split)
@@ -149,7 +149,7 @@ def test_the_text_around_a_value_is_that_of_the_split(loaded):
 
 
 def _runs(ids_NT: torch.Tensor, length: int) -> set[tuple[int, ...]]:
-    """Return every run of so many neighbouring tokens of a row."""
+    """Return every run of the given number of consecutive tokens in a row."""
     return {tuple(run) for row in ids_NT.tolist() for run in zip(*(row[at:] for at in range(length)))}
 
 
@@ -161,8 +161,8 @@ def test_windows_are_disjoint_and_splits_differ(loaded):
     assert not calibration & {tuple(row) for row in final.tolist()}
 
 
-def test_few_windows_and_fillers_are_of_different_documents_and_none_overlap(monkeypatch):
-    """Planted: nine documents of 40 tokens behind one that is as long as all of them."""
+def test_few_windows_and_fillers_use_different_documents_without_overlap(monkeypatch):
+    """Planted: nine documents of 40 tokens after one that is as long as all of them."""
     ids_T, source_T = torch.arange(720), torch.tensor([0] * 360 + [n for n in range(1, 10) for _ in range(40)])
     monkeypatch.setattr(retrieval, "_stream", lambda *_: (ids_T, source_T))
     monkeypatch.setattr(retrieval, "random_ids", lambda _, shape, random: torch.zeros(shape, dtype=torch.long))
@@ -182,7 +182,7 @@ def test_few_windows_and_fillers_are_of_different_documents_and_none_overlap(mon
         assert len(set(first_B)) == 7, "all that it holds, before one is repeated"
 
 
-def test_calibration_runs_and_has_the_size_asked_for(loaded):
+def test_calibration_runs_at_the_requested_size(loaded):
     batches = tasks.calibration(loaded, 6, 128)
     text = [inputs["input_ids"] for inputs in batches if "pixel_values" not in inputs]
     assert sum(len(ids) for ids in text) == 6 and all(ids.shape[1] == 128 for ids in text)
@@ -192,7 +192,7 @@ def test_calibration_runs_and_has_the_size_asked_for(loaded):
 
 
 @pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507"])
-def test_text_shorter_than_a_window_is_made_up_for_by_questions(loaded, monkeypatch):
+def test_questions_fill_up_text_shorter_than_a_window(loaded, monkeypatch):
     short = torch.arange(8, 48), torch.zeros(40, dtype=torch.long)
     monkeypatch.setattr(retrieval, "_stream", lambda *_: short)
     batches = tasks.calibration(loaded, 6, 128)
@@ -207,8 +207,8 @@ def test_random_weights_get_random_tokens(loaded):
     assert tasks.retrieval_prompts(loaded, 32, 2, 0)[1].shape == (2, tasks.VALUE)
 
 
-def test_keys_of_a_tokenizer_without_single_letters_are_other_tokens():
-    """Planted: every letter takes two tokens, as after a tokenizer's own sign for the beginning of a word."""
+def test_keys_are_other_tokens_where_letters_are_not_single_tokens():
+    """Planted: every letter takes two tokens, as with a tokenizer that adds its own word-start marker."""
 
     class Words:
         all_special_ids = (7, 60)

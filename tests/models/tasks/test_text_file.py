@@ -1,4 +1,4 @@
-"""A file of the user's own: read in windows, refused in one line before anything runs."""
+"""A user's own text file: read in windows, or refused in one line before anything runs."""
 
 import json
 import os
@@ -35,10 +35,10 @@ def test_windows_are_disjoint_and_spread_over_the_file(vocabulary, long):
     text_file.check(long)
 
 
-def test_the_tokenizer_of_the_checkpoint_counts(vocabulary, tmp_path):
+def test_the_checkpoints_tokenizer_counts_the_tokens(vocabulary, tmp_path):
     vocabulary.save_pretrained(tmp_path)
     short = tmp_path / "short.txt"
-    short.write_text(LINE * 210, encoding="utf-8")  # bytes enough, tokens too few
+    short.write_text(LINE * 210, encoding="utf-8")  # enough bytes, too few tokens
     text_file.check(short)
     with pytest.raises(UserError, match=r"holds at most [\d,]+ tokens; expected at least 12,288: 6 windows of 2,048"):
         text_file.check(short, tmp_path)
@@ -49,7 +49,7 @@ def test_the_tokenizer_of_the_checkpoint_counts(vocabulary, tmp_path):
         text_file.check(short, tmp_path)
 
 
-def test_a_limit_that_a_tokenizer_was_used_with_counts_no_tokens_away(vocabulary, long, tmp_path):
+def test_an_earlier_tokenizer_limit_does_not_reduce_the_token_count(vocabulary, long, tmp_path):
     vocabulary.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
     content["truncation"] = {"direction": "Right", "max_length": 512, "strategy": "LongestFirst", "stride": 0}
@@ -64,7 +64,7 @@ def test_a_limit_that_a_tokenizer_was_used_with_counts_no_tokens_away(vocabulary
             text_file.check(short, tmp_path)
 
 
-def test_a_model_of_few_positions_reads_shorter_windows(vocabulary, tmp_path):
+def test_models_with_few_positions_read_shorter_windows(vocabulary, tmp_path):
     vocabulary.save_pretrained(tmp_path)
     short, tiny = tmp_path / "short.txt", tmp_path / "tiny.txt"
     short.write_text(LINE * 210, encoding="utf-8")
@@ -80,8 +80,8 @@ def test_a_model_of_few_positions_reads_shorter_windows(vocabulary, tmp_path):
 
 
 @pytest.mark.parametrize(("characters", "read"), [(1, [20_000]), (2, [20_000, 1500 * len(LINE)])])
-def test_a_long_text_is_not_read_whole_to_find_it_long_enough(tmp_path, monkeypatch, long, characters, read):
-    """Each token has so many `characters`."""
+def test_the_length_check_does_not_read_a_long_text_whole(tmp_path, monkeypatch, long, characters, read):
+    """Each token has `characters` characters."""
     lengths = []
 
     class Counting:
@@ -109,7 +109,7 @@ def test_a_long_text_is_not_read_whole_to_find_it_long_enough(tmp_path, monkeypa
     ("content", "fault"),
     [(b"caf\xe9 " * 9000, r"not UTF-8 \(byte 3\)"), (b"", "holds at most 0 tokens"), (None, "cannot be read")],
 )
-def test_what_cannot_be_used_is_one_line(tmp_path, content, fault):
+def test_unusable_files_are_refused_in_one_line(tmp_path, content, fault):
     path = tmp_path / "text.txt"
     if content is not None:
         path.write_bytes(content)
@@ -120,13 +120,13 @@ def test_what_cannot_be_used_is_one_line(tmp_path, content, fault):
         text_file.check(tmp_path)
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
+def test_a_byte_order_mark_is_not_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfabc")
     assert text_file.read(tmp_path / "a.txt") == "abc"
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
-def test_a_pipe_is_not_waited_for(tmp_path):
+def test_a_pipe_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match=r"pipe: not a regular file; expected a text file"):
         text_file.check(tmp_path / "pipe")

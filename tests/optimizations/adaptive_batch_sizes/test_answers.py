@@ -1,4 +1,4 @@
-"""Answers computed among others: every request is served, however little cache or text there is."""
+"""Answers computed together with other requests: every request is served, however small the cache or the text."""
 
 from types import SimpleNamespace
 
@@ -10,11 +10,11 @@ from lib.optimizations.adaptive_batch_sizes import answers, rivals
 
 
 @pytest.mark.parametrize("share", [0.1, 0.9, 1.5, None])
-def test_no_retrieval_is_refused_for_a_bound_that_was_made_for_other_requests(tiny, monkeypatch, share):
-    """Prompts longer than any request of the setup: refused, they were counted as answers that came back wrong."""
+def test_retrieval_prompts_are_not_refused_by_the_bound_of_other_requests(tiny, monkeypatch, share):
+    """Previously prompts longer than any request of the setup were refused and then counted as wrong answers."""
     loaded = SimpleNamespace(model=tiny("qwen3-4b-instruct-2507"), tokenizer=None, device="cpu", parameters=None)
     effort = SimpleNamespace(retrieval_distance=40, retrieval_prompts=70)
-    # A text of one window, as a short corpus has it: the last requests' ids lie beyond its end.
+    # A one-window text, as in a short corpus: the ids of the last requests lie beyond its end.
     monkeypatch.setattr(answers.tasks, "text_windows", lambda *_: torch.randint(8, 96, (1, 128)))
     per_token, longest = 4 * 2 * 4 * 8 * 4, 300
     limits = Limits(8, None if share is None else share * longest * per_token, per_token)
@@ -24,8 +24,8 @@ def test_no_retrieval_is_refused_for_a_bound_that_was_made_for_other_requests(ti
     assert max(step.batch for step in served.steps) >= answers.TOGETHER
 
 
-def test_items_of_one_document_are_drawn_together(monkeypatch):
-    """Their interval took each for a document of its own. And one at a time a real model was asked all at once."""
+def test_items_of_one_document_are_resampled_together(monkeypatch):
+    """Previously the interval treated each item as its own document, and batch size one still sent all items at once."""
     label, asked = answers.tasks.class_labels("topic")[0], []
     items = [answers.tasks.Item(str(n), "topic", "", label, source=f"page {n // 3}") for n in range(12)]
     labels = len(answers.tasks.class_labels("topic"))

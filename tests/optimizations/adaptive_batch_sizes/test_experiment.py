@@ -1,4 +1,4 @@
-"""The protocol on a planted machine: what would refute it is decided by the numbers, and figures are read in two
+"""The protocol on a planted machine: the numbers decide what refutes a claim, and figures are described in two
 sentences.
 """
 
@@ -34,7 +34,7 @@ def traffic():
     return study.TrafficStudy(setup, 0.1, 8, (0, 1, 2, 3, 4, 5))
 
 
-def test_sizes_are_read_in_two_sentences_and_the_oracle_is_no_worse_than_its_start(traffic):
+def test_sizes_get_two_sentences_and_the_oracle_is_no_worse_than_its_start(traffic):
     best, by_size = traffic.choose("changing")
     oracle = simulated.oracle_goodput(traffic, by_size)
     frame = simulated.over_sizes(traffic, best, by_size, oracle)
@@ -48,16 +48,16 @@ def test_sizes_are_read_in_two_sentences_and_the_oracle_is_no_worse_than_its_sta
 
 
 @pytest.mark.parametrize("seed", [0, 11, 22, 33])
-def test_the_oracle_is_held_against_the_traces_of_the_peak(traffic, seed):
-    """Of one trace against the mean of three it lay at 0.9 and 1.2 of a peak that it cannot fall below."""
+def test_the_oracle_is_compared_on_the_traces_of_the_peak(traffic, seed):
+    """On one trace, compared with the mean of three, it was 0.9 and 1.2 of a peak that it cannot fall below."""
     elsewhere = replace(traffic, seeds=tuple(seed + more for more in traffic.seeds), kept={})
     _, by_size = elsewhere.choose("changing")
     ratio = simulated.oracle_goodput(elsewhere, by_size) / max(by_size.values())
     assert ratio + 1e-12 >= 1.0
 
 
-def test_rivals_have_as_many_rows_as_the_fixed_size_that_was_chosen(traffic):
-    """Where too many rows miss the objective per token, a rival with all of them is none."""
+def test_rivals_have_as_many_rows_as_the_chosen_fixed_size(traffic):
+    """Where too many rows miss the per-token objective, a rival with all of them is not a real rival."""
     best, _ = traffic.choose("changing")
     policies = traffic.policies(best)
     few, every = (policies[name] for name in ("chunked 64, fixed rows", "chunked 64"))
@@ -67,8 +67,10 @@ def test_rivals_have_as_many_rows_as_the_fixed_size_that_was_chosen(traffic):
     assert max(step.batch for step in traffic.setup.run(beyond, few()).steps) <= best
 
 
-def test_the_best_single_size_is_looked_for_between_the_powers_of_two(traffic, monkeypatch):
-    """Where four and eight rows are as good, one between them is better: it was never tried, and so no baseline."""
+def test_sizes_between_powers_of_two_are_tried(traffic, monkeypatch):
+    """Where four and eight rows tie, a size between them is better; it was never tried, so it could not be the
+    baseline.
+    """
     assert all(larger <= 1.5 * size for size, larger in itertools.pairwise(study.SIZES[1:]))
     chosen = []
     monkeypatch.setattr(study.TrafficStudy, "choose", lambda self, name, **options: chosen.append(options) or (6, {}))
@@ -82,8 +84,8 @@ def test_choosing_and_judging_use_different_seeds(traffic):
     assert not replayed & (set(traffic.seeds) | {traffic.seeds[0] + more for more in study.CHOOSING})
 
 
-def test_a_replay_of_a_slow_model_is_long_enough_to_count(traffic):
-    """A model that takes fifty times as long serves few requests in the seconds asked for: too few to count."""
+def test_replays_of_slow_models_are_long_enough_to_count(traffic):
+    """A model that is fifty times slower serves too few requests to count in the requested seconds."""
     setup = traffic.setup
     slow = replace(
         setup.times,
@@ -97,7 +99,7 @@ def test_a_replay_of_a_slow_model_is_long_enough_to_count(traffic):
     assert min(trace.seconds for trace in replayed) > 2.0 and np.mean(counted) >= replay.LEAST_COUNTED
 
 
-def test_rates_are_read_in_two_sentences_and_every_traffic_names_its_own_size(traffic):
+def test_rates_get_two_sentences_and_each_traffic_names_its_own_size(traffic):
     every = simulated.every_traffic(traffic, 8)
     assert [row["traffic"] for row in every] == list(policy_comparison.NAMES)
     assert all(row["best size"] in traffic.sizes for row in every)
@@ -105,12 +107,12 @@ def test_rates_are_read_in_two_sentences_and_every_traffic_names_its_own_size(tr
     assert len(frame) == 4 * 7 and set(attained) == set(frame.arm)
     reading.two(*simulated.read_rates(attained))
     reading.two(*simulated.read_rates(dict.fromkeys(attained)))
-    # Whoever keeps up with the highest rate that was offered ties: the first of them was named as the best alone.
+    # Policies that keep up with the highest offered rate tie: previously only the first was named best.
     _, second = simulated.read_rates({"fixed size": 5.66, "AIMD": 5.0, "adaptive": 5.66, "chunked 64": None})
     assert second == "The highest such rate, 5.66 requests/s, is that of: fixed size; adaptive."
 
 
-def test_simulated_measurements_name_the_fixed_size_and_carry_the_error(traffic):
+def test_simulated_measurements_name_the_fixed_size_and_include_the_error(traffic):
     seen = []
     results = simulated.comparison(traffic, 8, {"fixed size": 9.0, "adaptive": 10.0}, lambda m: seen.append(m) or m)
     goodputs = [item for item in results if item.metric == "goodput_requests_per_second"]
@@ -121,8 +123,8 @@ def test_simulated_measurements_name_the_fixed_size_and_carry_the_error(traffic)
 
 
 @pytest.mark.parametrize(("fixed", "unsettled"), [([0.2] * 2 + [None] * 4, 4), ([0.2] * 4 + [9.0, None], 1)])
-def test_a_run_that_never_settles_is_not_left_out(traffic, monkeypatch, fixed, unsettled):
-    """Of the seeds that settled the fixed size took less time: it was the mean of two of six."""
+def test_a_run_that_never_settles_is_included(traffic, monkeypatch, fixed, unsettled):
+    """Previously the fixed size looked faster because its mean covered only the two of six seeds that settled."""
     seconds = iter([*fixed, *[0.5] * 6])
     monkeypatch.setattr(simulated, "_settled", lambda study, run: next(seconds))
     measured = simulated._settling(traffic, 8)
@@ -133,8 +135,8 @@ def test_a_run_that_never_settles_is_not_left_out(traffic, monkeypatch, fixed, u
         assert measured.baseline == 0.2 and measured.ratio == pytest.approx(2.5)
 
 
-def test_a_tail_that_is_infinite_on_one_trace_has_no_mean(traffic, monkeypatch):
-    """The mean of the other traces would be that of those on which the policy did well."""
+def test_an_infinite_tail_on_one_trace_leaves_no_mean(traffic, monkeypatch):
+    """A mean of the other traces would cover only those on which the policy did well."""
     tails = iter([1.0, None, 1.0, 1.0])
     others = dict.fromkeys(simulated.SHOWN, 1.0)
     monkeypatch.setattr(slo, "summary", lambda run, objective: others | {simulated.TAIL: next(tails)})
@@ -143,13 +145,13 @@ def test_a_tail_that_is_infinite_on_one_trace_has_no_mean(traffic, monkeypatch):
     assert [row[simulated.TAIL] for row in rows] == [None, 1.0] and [row["goodput"] for row in rows] == [1.0, 1.0]
 
 
-def test_a_run_is_read_in_two_sentences(traffic):
+def test_a_run_is_summarized_in_two_sentences(traffic):
     served = traffic.setup.run(traffic.traces("changing", 1)[0], traffic.adaptive())
     reading.two(*real_model.read_timeline(served, traffic.setup.objective))
 
 
 def constant_rates(traffic, monkeypatch, ratios, error=0.0, seeds=6, served=10.0):
-    """The answer where the policy serves `ratios` of what the fixed size does, traffic by traffic."""
+    """Return the answer where the policy serves `ratios` of what the fixed size does, traffic by traffic."""
     rows = [{"traffic": name, "best size": 8} for name in (*ratios, "changing")]
 
     def goodputs(self, name, policy, make, **_):
@@ -159,20 +161,20 @@ def constant_rates(traffic, monkeypatch, ratios, error=0.0, seeds=6, served=10.0
     return experiment.at_constant_rates(traffic, rows, SimulationError(error, "planted"))
 
 
-def test_a_single_constant_traffic_that_falls_short_refutes_and_is_named(traffic, monkeypatch):
-    """Four traffics in one interval: it held the limit whatever one of them lost."""
+def test_a_single_losing_constant_traffic_refutes_and_is_named(traffic, monkeypatch):
+    """Previously four traffics shared one interval, which stayed within the limit whatever one of them lost."""
     alike = dict.fromkeys(policy_comparison.CONSTANT, 1.0)
     assert constant_rates(traffic, monkeypatch, alike)[0] is False
     refuted, evidence = constant_rates(traffic, monkeypatch, alike | {"constant documents": 0.77})
     assert refuted is True and "constant documents 0.77 to 0.77" in evidence and "limit 0.95" in evidence
     assert "changing" not in evidence
-    # The simulation's error widens each interval, and above a tenth nothing is told.
+    # The simulation's error widens each interval; above a tenth there is no answer.
     assert constant_rates(traffic, monkeypatch, alike | {"constant 0.9": 0.93}, 0.06)[0] is None
     refuted, evidence = constant_rates(traffic, monkeypatch, alike | {"constant documents": 0.77}, 0.13)
     assert refuted is None and evidence.startswith("not judged: ") and "13.0 % (planted)" in evidence
 
 
-def test_a_constant_traffic_without_an_interval_upholds_nothing(traffic, monkeypatch):
+def test_a_constant_traffic_without_an_interval_supports_nothing(traffic, monkeypatch):
     alike = dict.fromkeys(policy_comparison.CONSTANT, 1.0)
     for options in ({"seeds": 3}, {"served": 0.0}):
         refuted, evidence = constant_rates(traffic, monkeypatch, alike, **options)
@@ -188,7 +190,7 @@ def test_a_constant_traffic_without_an_interval_upholds_nothing(traffic, monkeyp
         (9.0, "No variant comes near the policy itself; the best, cap alone, serves 0.90 times as much in time."),
     ],
 )
-def test_a_variant_that_beats_the_policy_is_said_to(better, says):
+def test_a_variant_that_beats_the_policy_is_reported(better, says):
     goodputs = {"fixed 8": 8.0, "AIMD": 5.0, "cap alone": better, "admission alone": 3.0, "adaptive, blind": 99.0}
     rows = [{"policy": name, "goodput": value} for name, value in (goodputs | {"adaptive": 10.0}).items()]
     rows.append({"policy": study.IN_PARTS, "goodput": 8.5})
@@ -202,7 +204,7 @@ def test_a_variant_that_beats_the_policy_is_said_to(better, says):
     "error, real, disturbed, refuted",
     [(0.05, 9.0, "nothing", False), (0.5, 9.0, "nothing", True), (0.5, 9.0, "load", None), (0.5, 2.0, "nothing", None)],
 )
-def test_a_simulation_strays_only_beyond_its_own_jitter(error, real, disturbed, refuted):
+def test_a_simulation_error_counts_only_beyond_its_own_jitter(error, real, disturbed, refuted):
     row = {"policy": "adaptive", "error": error, "least": 1.0, "most": 3.0, "real": real}
     strays = SimulationError(error, "goodput share, fixed")
     trial = SimpleNamespace(rows=[row] * 5, strays=strays, rounds=SimpleNamespace(disturbed=disturbed))
@@ -210,8 +212,8 @@ def test_a_simulation_strays_only_beyond_its_own_jitter(error, real, disturbed, 
     assert decided is refuted and f"{error:.3f} (goodput share, fixed)" in evidence
 
 
-def test_a_replay_says_how_much_longer_its_steps_took_than_tabled(traffic):
-    """Its caption promised that, and had no such number."""
+def test_a_replay_reports_how_much_longer_its_steps_took_than_the_table(traffic):
+    """The caption promised this number, but it was missing."""
     times = traffic.setup.times
     steps = [ServerStep(0.0, "decode", rows, 64, 1.2 * times.decode(rows, 64), 0, rows) for rows in (1, 4)]
     served = SimpleNamespace(steps=[*steps, ServerStep(0.0, "prefill", 1, 64, 9.0, 0, 1)])
@@ -242,8 +244,8 @@ def test_targets_without_a_number_are_unknown():
     assert pd.DataFrame(experiment.targets(rows, trial)).reached.iloc[-1] == "unknown"
 
 
-def test_a_constant_rate_beyond_capacity_counts_like_every_other():
-    """It was left out of the target, and counted in the claim beside it."""
+def test_a_constant_rate_beyond_capacity_counts_like_any_other():
+    """Previously it was left out of the target but counted in the claim next to it."""
     headline = SimpleNamespace(ratio=1.3, ci=(1.2, 1.4), verdict="better", reason=None)
     trial = SimpleNamespace(
         headline=headline, rivals=SimpleNamespace(rounds=None), strays=SimulationError(0.05, "planted")
@@ -263,8 +265,8 @@ def test_a_constant_rate_beyond_capacity_counts_like_every_other():
         ("inconclusive", (1.2, 1.74), "not judged: too noisy"),
     ],
 )
-def test_a_target_is_not_reached_by_a_headline_that_nobody_judged(verdict, ci, reached):
-    """It was by its ratio alone: beside a claim that could not be told stood a target that was reached."""
+def test_a_headline_without_a_verdict_reaches_no_target(verdict, ci, reached):
+    """Previously the ratio alone reached the target, next to a claim that could not be decided."""
     headline = SimpleNamespace(ratio=1.35, ci=ci, verdict=verdict, reason="too noisy")
     rivals, strays = SimpleNamespace(rounds=None), SimulationError(0.05, "planted")
     trial = SimpleNamespace(headline=headline, rivals=rivals, strays=strays)
@@ -272,7 +274,7 @@ def test_a_target_is_not_reached_by_a_headline_that_nobody_judged(verdict, ci, r
 
 
 @pytest.mark.parametrize("make, transform", [(lambda m: m, None), (mla_absorption.absorb, saved.ABSORBING)])
-def test_memory_children_serve_with_the_model_that_serves_here(traffic, tiny, monkeypatch, make, transform):
+def test_memory_children_serve_the_same_model(traffic, tiny, monkeypatch, make, transform):
     loaded = SimpleNamespace(model=make(tiny("glm-4.7-flash")), folder=None, name="glm-4.7-flash", scale="slice")
     loaded.random_weights, loaded.device = True, "cpu"
     seen = []
@@ -287,8 +289,8 @@ def test_memory_children_serve_with_the_model_that_serves_here(traffic, tiny, mo
     assert seen == [transform, transform] and {item.verdict for item in read} == {"unavailable"}
 
 
-def test_what_was_read_of_loading_is_not_put_down_to_a_schedule(traffic, tiny, monkeypatch):
-    """Both arms load the same model: no other schedule would make the time to load another."""
+def test_load_measurements_are_not_attributed_to_a_schedule(traffic, tiny, monkeypatch):
+    """Both arms load the same model, so a different schedule cannot change the time to load."""
     peak = memory.Peak(1, 10, 20, "planted", 0.1, 5.0)
     monkeypatch.setattr(memory, "peaks", lambda *arms, **_: [memory.Peaks([peak]) for _ in arms])
     loaded = SimpleNamespace(model=tiny("qwen3-4b-instruct-2507"), folder=None, name="qwen3-4b-instruct-2507")
@@ -300,8 +302,10 @@ def test_what_was_read_of_loading_is_not_put_down_to_a_schedule(traffic, tiny, m
     assert of_load == {"load_seconds", "peak_memory_after_load_bytes"}
 
 
-def test_a_kept_beginning_is_read_by_nobody_and_serves_more_in_time(traffic, monkeypatch):
-    """Planted: reading is most of what documents cost; with half of it kept both the fixed size and the policy gain."""
+def test_a_cached_prefix_is_not_reread_and_raises_goodput(traffic, monkeypatch):
+    """Planted: prefill is most of the cost of documents; with half of it cached, the fixed size and the policy both
+    gain.
+    """
     monkeypatch.setattr(prefix_caching, "_measured_share", lambda *_: 0.5)
     best, _ = traffic.choose("changing")
     prefixes = prefix_caching.compare(None, traffic, best, 0.9)
@@ -320,7 +324,7 @@ def test_a_kept_beginning_is_read_by_nobody_and_serves_more_in_time(traffic, mon
     assert "173 tokens" in prefixes.caption
 
 
-def test_without_a_shared_beginning_nothing_is_kept(traffic, monkeypatch):
+def test_nothing_is_cached_without_a_shared_prefix(traffic, monkeypatch):
     assert prefix_caching.tokens_shared(traffic, 0.0) == 0
     with pytest.raises(UserError, match="expected 0 <= shared < 1"):
         prefix_caching.tokens_shared(traffic, 1.0)

@@ -1,4 +1,6 @@
-"""Policies: the online model finds a planted truth, sizes follow the load, bad values are refused; the real engine."""
+"""Policies: the online model finds a planted truth, sizes follow the load, invalid values are refused; the real
+engine.
+"""
 
 import random
 from dataclasses import replace
@@ -27,7 +29,7 @@ JITTER = (0.9, 0.95, 1.0, 1.05, 1.1)
 
 
 def planted(fixed=4e-3, row=0.25e-3, token=1.2e-6, read=(5e-3, 0.12e-3, 2e-8), jitter=JITTER):
-    """Step times of a made-up machine, with jitter of ± 10 %."""
+    """Step times of a synthetic machine, with jitter of ± 10 %."""
     dense = tuple(tuple(fixed + row * b + token * b * c for c in range(0, 1040, 16)) for b in range(1, 33))
     return StepTimes(dense, read, (1e-4, 2e-10), jitter, jitter, 6144.0, 0)
 
@@ -61,10 +63,10 @@ def test_the_online_model_finds_planted_step_times():
         assert model.predict(terms) == pytest.approx(sum(w * term for w, term in zip(truth, terms)), rel=0.12)
 
 
-def test_the_online_model_predicts_the_mean_of_skewed_calls_as_the_simulation_draws_it():
+def test_the_online_model_predicts_the_mean_of_skewed_step_times():
     draw, truth = random.Random(1), (5e-3, 4e-4, 2e-6)
     model = StepModel([0.01, 0.01, 0.0], [(1, 1, 200), (1, 8, 1600)])
-    ratios = (1.0,) * 19 + (8.0,)  # one call of twenty stands still: the mean is 1.35 times the usual call
+    ratios = (1.0,) * 19 + (8.0,)  # one call of twenty stalls: the mean is 1.35 times the usual call
     guesses = []
     for _ in range(3000):
         batch, context = draw.randint(1, 24), draw.randint(30, 500)
@@ -75,14 +77,14 @@ def test_the_online_model_predicts_the_mean_of_skewed_calls_as_the_simulation_dr
     assert sum(guesses[500:]) / len(guesses[500:]) == pytest.approx(mean, rel=0.06)
 
 
-def test_the_online_model_follows_a_machine_that_becomes_slower_and_never_goes_below_zero():
+def test_the_online_model_follows_a_slowing_machine_and_stays_nonnegative():
     model = StepModel([0.004, 0.001, 0.0], [(1, 4, 400)])
     for seconds in [0.01] * 200 + [0.03] * 600:
         model.learn((1, 4, 400), seconds)
-    # Errors are relative, so the guess of 8 ms holds it back a little: by 0.5·(0.03/0.008)² of some 100 calls.
+    # Errors are relative: the 8 ms guess slows it by 0.5·(0.03/0.008)² of some 100 calls.
     assert model.predict((1, 4, 400)) == pytest.approx(0.03, rel=0.06)
     assert min(model.weights) >= 0
-    model.learn((1, 4, 400), 0.0)  # a clock that did not move teaches nothing
+    model.learn((1, 4, 400), 0.0)  # a zero duration teaches nothing
     assert model.predict((0, 0, 0)) > 0
 
 
@@ -96,7 +98,7 @@ def test_sizes_follow_the_lengths(setup):
     assert chat == pytest.approx(truth[0], abs=5) and documents == pytest.approx(truth[1], abs=1)
 
 
-def test_ours_beats_the_best_fixed_size_on_changing_traffic_of_the_planted_machine(setup):
+def test_ours_beats_the_best_fixed_size_on_changing_traffic(setup):
     traces = policy_comparison.traces(setup, "changing", 50, (100, 101, 102))
     sizes = (1, 2, 3, 4, 6, 8, 10, 12, 16)
     best, goodputs = rivals.best_fixed(traces, setup.objective, setup.run, sizes)
@@ -105,7 +107,7 @@ def test_ours_beats_the_best_fixed_size_on_changing_traffic_of_the_planted_machi
     assert ours > 1.1 * goodputs[best]
 
 
-def test_ours_does_not_lose_at_a_constant_rate_of_the_planted_machine(setup):
+def test_ours_does_not_lose_at_a_constant_rate(setup):
     for name in ("constant 0.4", "constant 0.9"):
         traces = policy_comparison.traces(setup, name, 80, (100, 101))
         _, goodputs = rivals.best_fixed(traces, setup.objective, setup.run, (4, 8, 10, 12, 14))
@@ -113,9 +115,9 @@ def test_ours_does_not_lose_at_a_constant_rate_of_the_planted_machine(setup):
         assert ours >= 0.95 * max(goodputs.values()), name
 
 
-def test_a_policy_that_is_planted_to_be_worse_is_found_worse(setup):
+def test_a_deliberately_worse_policy_is_found_worse(setup):
     class Slow(rivals.FixedSize):
-        """Admits nobody in every second step."""
+        """Admits no request in every second step."""
 
         def decide(self, view):
             self.turn = not getattr(self, "turn", False)
@@ -136,12 +138,12 @@ def test_a_policy_that_is_planted_to_be_worse_is_found_worse(setup):
     assert swapped.verdict == "better"
 
 
-def test_noise_among_near_ties_does_not_choose_the_fixed_size():
+def test_near_tie_noise_does_not_change_the_chosen_fixed_size():
     trace = Trace("by hand", 0, (traffic.Phase(10.0, 1.0, CHAT),), ())
     values = {1: 5.0, 2: 8.0, 4: 9.92, 8: 10.0, 16: 9.97, 32: 9.0}
 
     def chosen(seconds):
-        """The sizes chosen in 30 builds, where a token takes so many seconds, ± half a percent."""
+        """Return the sizes chosen in 30 builds with the given seconds per token, ± half a percent."""
         sizes = set()
         for seed in range(30):
             draw = random.Random(seed)
@@ -159,11 +161,11 @@ def test_noise_among_near_ties_does_not_choose_the_fixed_size():
         return sizes
 
     assert chosen(dict.fromkeys(values, 0.01)) == {4}
-    # A baseline that takes a tenth more of the processor than a near-tie would lose there by its choice alone.
+    # A baseline that takes a tenth more processor time than a near-tie would lose by its choice alone.
     assert chosen({1: 0.02, 2: 0.015, 4: 0.011, 8: 0.01, 16: 0.01, 32: 0.009}) == {8}
 
 
-def test_a_blind_policy_does_not_look_at_the_length_of_an_answer():
+def test_a_blind_policy_ignores_the_answer_length():
     decisions = []
     for longer in (1, 30):
         policy = batches.Adaptive(Objectives(0.5, 0.02), Single(0.05, 0.005, 100), blind=True)
@@ -182,7 +184,7 @@ def test_a_blind_policy_does_not_look_at_the_length_of_an_answer():
     assert policy.answer == pytest.approx(80, rel=0.01)
 
 
-def test_cap_and_admission_rule_can_be_told_apart(setup):
+def test_cap_and_admission_rule_have_separate_effects(setup):
     traces = policy_comparison.traces(setup, "changing", 40, (100, 101))
     variants = {
         "both": {},
@@ -197,12 +199,12 @@ def test_cap_and_admission_rule_can_be_told_apart(setup):
     values = {name: goodput_of(setup, traces, lambda parts=parts: make(parts)) for name, parts in variants.items()}
     full = goodput_of(setup, traces, lambda: rivals.FixedSize(32))
     assert values["neither"] == pytest.approx(full)
-    # On this machine the cap carries the gain; the rule alone does some of it, and nothing beside the cap.
+    # On this machine the cap gives the gain; the rule alone gives part of it and adds nothing to the cap.
     assert values["neither"] < values["rule"] < values["cap"] <= values["both"]
 
 
-def test_a_variant_reads_prompts_in_parts_where_that_pushes_fewer_rows_over():
-    # Rows with two tokens left wait for two parts of a long prompt, not for all of it.
+def test_prompts_are_chunked_where_that_makes_fewer_rows_late():
+    # Rows with two tokens left wait for two chunks of a long prompt instead of all of it.
     policy = batches.Adaptive(Objectives(2.0, 0.05), Single(0.4, 0.01, 400), cap=False, chunked=True)
     rows = [protocol.RequestOutcome(ServingRequest(i, 0.0, 30, 20), 0.0, 0.1, None, 18) for i in range(4)]
     view = View(0.85, [ServingRequest(9, 0.0, 400, 8)], rows, 8, 50, "iteration")
@@ -210,15 +212,15 @@ def test_a_variant_reads_prompts_in_parts_where_that_pushes_fewer_rows_over():
     assert decision.admit == 1 and decision.chunk in batches.CHUNKS
     whole = batches.Adaptive(Objectives(2.0, 0.05), Single(0.4, 0.01, 400), cap=False)
     assert whole.decide(view).chunk is None
-    # While a prompt is being read its parts keep their size.
+    # The chunk size stays fixed while a prompt is being read.
     begun = protocol.RequestOutcome(ServingRequest(9, 0.0, 400, 8), 0.85, read=64)
     later = View(0.9, [ServingRequest(10, 0.88, 30, 8)], rows, 8, 50, "iteration", [begun])
     assert policy.decide(later).chunk == decision.chunk
 
 
-def test_ours_serves_no_less_than_any_variant_where_parts_take_longer_than_the_whole(setup):
-    """A part costs a pass of its own, so that a document in parts takes half as long again: every request behind it
-    waits for that. With parts the policy served 6 to 25 % less than without.
+def test_ours_serves_no_less_than_any_variant_where_chunking_costs_time(setup):
+    """Each chunk costs its own pass, so a chunked document takes half as long again, and every request behind it waits.
+    With chunks the policy served 6 to 25 % less than without.
     """
     times = planted(read=(15e-3, 0.12e-3, 2e-8))
     slow_parts = setup_of(times)
@@ -238,7 +240,7 @@ def test_chunked_prefill_shortens_the_longest_stall(setup):
     assert sum(step.read for step in parts.steps) > 0
 
 
-def test_the_oracle_is_no_worse_than_the_fixed_size_it_starts_from(setup):
+def test_the_oracle_is_no_worse_than_its_starting_fixed_size(setup):
     trace = policy_comparison.trace(setup, "changing", 20, 7)
     start = slo.goodput(setup.run(trace, rivals.FixedSize(4)), setup.objective)
     schedule, value = rivals.best_schedule(trace, setup.objective, setup.run, (2, 4, 12), 4, 1)
@@ -246,14 +248,14 @@ def test_the_oracle_is_no_worse_than_the_fixed_size_it_starts_from(setup):
     assert slo.goodput(setup.run(trace, rivals.Scheduled(trace.starts, schedule.sizes)), setup.objective) == value
 
 
-def test_time_out_gathers_a_group_but_not_for_ever(setup):
+def test_time_out_gathers_a_group_but_not_forever(setup):
     requests = tuple(ServingRequest(i, at, 8, 2) for i, at in enumerate((0.0, 0.01, 1.0, 1.01, 1.02)))
     trace = Trace("by hand", 0, (traffic.Phase(5.0, 1.0, CHAT),), requests)
     served = setup.run(trace, rivals.Timeout(8, 3, 0.1))
     assert [round(outcome.admitted, 3) for outcome in served.outcomes] == [0.1, 0.1, 1.02, 1.02, 1.02]
 
 
-def test_aimd_arrives_batch_by_batch_and_backs_off_after_a_miss():
+def test_aimd_grows_batch_by_batch_and_backs_off_after_a_miss():
     policy = rivals.AimdSize(Objectives(1.0, 0.1))
     good, bad = (protocol.RequestOutcome(ServingRequest(0, 0.0, 4, 3), 0.0, 0.1, end, 3) for end in (0.2, 9.0))
     step = protocol.ServerStep(0.0, "decode", 1, 4, 0.1, 0, 1)
@@ -266,18 +268,20 @@ def test_aimd_arrives_batch_by_batch_and_backs_off_after_a_miss():
     policy.observe(step, [good, bad])
     assert policy.size == int(0.9 * (start + 10))
     later = protocol.RequestOutcome(ServingRequest(0, 5.0, 4, 3), 5.0, 5.1, 5.2, 3)
-    for _ in range(10):  # nobody waits: the size is not what holds them back
+    for _ in range(10):  # no queue builds up: the size is not the bottleneck
         policy.decide(View(0.0, waiting[:1], [], 40, 0, "iteration"))
         policy.observe(step, [later])
     assert policy.size == int(0.9 * (start + 10))
-    for _ in range(policy.size):  # since the first miss a whole batch adds a row
+    for _ in range(policy.size):  # after the first miss only a whole batch adds a row
         policy.decide(View(0.0, waiting, [], 40, 0, "iteration"))
         policy.observe(step, [later])
     assert policy.exact == pytest.approx(0.9 * (start + 10) + 1, abs=0.1)
 
 
 def test_aimd_backs_off_once_for_the_rows_of_one_size():
-    """Twelve late rows that left one by one made a size of three of it, none of which had been tried."""
+    """Previously twelve late rows that left one by one reduced the size to three, through sizes that were never
+    tried.
+    """
     policy = rivals.AimdSize(Objectives(1.0, 0.1))
     policy.exact = 12.0
     for at in range(12):
@@ -289,22 +293,22 @@ def test_aimd_backs_off_once_for_the_rows_of_one_size():
     assert policy.exact == pytest.approx(12 * rivals.BACKOFF**2)
 
 
-def test_aimd_comes_near_the_best_fixed_size_at_a_constant_rate(setup):
+def test_aimd_approaches_the_best_fixed_size_at_a_constant_rate(setup):
     traces = policy_comparison.traces(setup, "constant 0.9", 150, (100, 101))
     best = max(goodput_of(setup, traces, lambda size=size: rivals.FixedSize(size)) for size in (8, 12, 16))
     assert goodput_of(setup, traces, lambda: rivals.AimdSize(setup.objective)) > 0.85 * best
 
 
-def test_aimd_does_not_grow_beyond_what_a_saturated_server_can_keep(setup):
-    """Each row that left in time added a whole one: in overload it went far beyond what kept the objective between any
-    two misses, and served seven tenths of what a fixed size did.
+def test_aimd_does_not_outgrow_a_saturated_server(setup):
+    """Previously each row that left in time added a whole one: in overload the size went far beyond what met the
+    objective between any two misses, and served seven tenths of what a fixed size did.
     """
     traces = policy_comparison.traces(setup, "constant 1.1", 120, (100, 101))
     fixed = goodput_of(setup, traces, lambda: rivals.FixedSize(16))
     assert goodput_of(setup, traces, lambda: rivals.AimdSize(setup.objective)) > 0.8 * fixed
 
 
-def test_an_objective_that_no_size_can_meet_is_said_so_and_serving_goes_on(setup):
+def test_an_unreachable_objective_is_reported_and_serving_continues(setup):
     assert slo.unattainable(setup.times, setup.objective, CHAT) is None
     impossible = Objectives(1.0, 1e-4)
     assert "no size can meet the objective: a token alone" in slo.unattainable(setup.times, impossible, CHAT)
@@ -314,7 +318,7 @@ def test_an_objective_that_no_size_can_meet_is_said_so_and_serving_goes_on(setup
     assert all(outcome.finished for outcome in served.outcomes) and slo.goodput(served, impossible) == 0
 
 
-def test_no_capacity_makes_silent_traces_and_the_measurement_says_so():
+def test_zero_capacity_gives_empty_traces_and_is_reported():
     slow = ServingSetup(planted(), Objectives(1.0, 1e-4), Single(0.1, 0.01, 32), Limits(32, None, 6144.0, 1.0))
     traces = policy_comparison.traces(slow, "changing", 10, (0, 1))
     assert all(trace.requests == () for trace in traces)
@@ -351,8 +355,8 @@ def test_values_out_of_range_are_refused(call, says):
         call()
 
 
-def test_the_cache_has_room_for_one_request_or_the_run_is_refused(monkeypatch, setup):
-    """With less every document was refused, and its answers were then counted as wrong."""
+def test_a_cache_too_small_for_one_request_refuses_the_run(monkeypatch, setup):
+    """Previously every document was then refused, and its answers were counted as wrong."""
     loaded = SimpleNamespace(model=None, scale="proxy")
     monkeypatch.setattr(policy_comparison, "_text", lambda *_: None)
     monkeypatch.setattr(policy_comparison.cost_model, "kv_cache_bytes_per_token", lambda _: setup.times.bytes_per_token)
@@ -383,7 +387,7 @@ def _served(model, policy, requests, text_T):
     return served, engine
 
 
-def test_every_policy_gives_every_request_the_tokens_it_would_get_alone(tiny, name):
+def test_every_policy_gives_every_request_the_tokens_of_a_solo_run(tiny, name):
     model, draw = tiny(name), random.Random(1)
     text_T = torch.randint(8, 96, (80,), generator=torch.Generator().manual_seed(5))
     requests = [ServingRequest(i, 0.002 * i, draw.randint(3, 24), draw.randint(1, 9)) for i in range(10)]
@@ -399,7 +403,7 @@ def test_every_policy_gives_every_request_the_tokens_it_would_get_alone(tiny, na
     assert replay.same_tokens(outputs[:2])[:2] == (1.0, 1.0)
 
 
-def test_a_broken_memory_bound_is_an_error_and_changed_answers_are_counted(tiny):
+def test_exceeding_the_memory_bound_raises_and_changed_answers_are_counted(tiny):
     model = tiny("qwen3-4b-instruct-2507")
     engine = ModelEngine(model, lambda request: torch.arange(8, 8 + request.prompt_tokens), limit_bytes=100)
     with pytest.raises(RuntimeError, match="over its bound of 100"):
@@ -436,7 +440,7 @@ def test_step_times_are_measured_on_the_real_engine(tiny, monkeypatch):
     assert times.prefill(4, 48) / times.prefill(1, 48) == pytest.approx(4, rel=1e-3)
     assert len(times.measured) == 6 and times.samples > 20
     per, rate = times.sustained(2, Lengths(16, 8))
-    # The first of eight tokens comes from the prompt: seven steps of two rows, and the other row's prefill meanwhile.
+    # The prompt gives the first of eight tokens: seven steps of two rows, plus the other row's prefill.
     assert per == pytest.approx((7 * 0.08 + 0.04) / 7, rel=0.01)
     assert rate == pytest.approx(2 / (7 * 0.08 + 2 * 0.04), rel=0.01)
     with pytest.raises(UserError, match="need a text of that length"):
@@ -460,7 +464,7 @@ def test_step_times_of_a_disturbed_machine_are_measured_again(noises, attempts, 
     assert once.disturbed == "load" and len(made) == 3 * attempts + 1
 
 
-def test_a_timed_step_follows_one_of_its_own_rows_and_its_rows_differ(tiny, monkeypatch):
+def test_timed_steps_follow_a_step_of_equal_size_and_have_distinct_rows(tiny, monkeypatch):
     tokens, step = [], batch_cache.step
     monkeypatch.setattr(
         batch_cache, "step", lambda model, rows: (tokens.append(rows.token_B.clone()), step(model, rows))[1]
@@ -470,8 +474,8 @@ def test_a_timed_step_follows_one_of_its_own_rows_and_its_rows_differ(tiny, monk
     assert all(len(token_B.unique()) == len(token_B) for token_B in tokens)
 
 
-def test_rows_and_prompts_that_are_timed_together_differ_in_length(tiny, monkeypatch):
-    """Rows of one length need no mask: steps were timed without one, and every step of a server takes longer by it."""
+def test_rows_and_prompts_timed_together_differ_in_length(tiny, monkeypatch):
+    """Rows of equal length need no mask: steps were timed without one, although it slows every step of a server."""
     masks, prompts, step, prefill = [], [], batch_cache.step, batch_cache.prefill
     monkeypatch.setattr(batch_cache, "step", lambda model, rows: (masks.append(rows.mask_BL), step(model, rows))[1])
     monkeypatch.setattr(
@@ -484,8 +488,8 @@ def test_rows_and_prompts_that_are_timed_together_differ_in_length(tiny, monkeyp
     assert {(16,), (16, 15), (48, 47), (16, *[15] * 7)} <= read
 
 
-def test_a_move_is_the_mean_of_joining_and_leaving(tiny, monkeypatch):
-    """Leaving alone was timed, and joining, which copies the cache more often, was taken to be as fast."""
+def test_a_move_costs_the_mean_of_joining_and_leaving(tiny, monkeypatch):
+    """Previously only leaving was timed; joining, which copies the cache more often, was assumed to be as fast."""
     now, keep, join = [0.0], batch_cache.keep, batch_cache.join
 
     def taking(seconds, call):
@@ -512,7 +516,7 @@ def test_answers_of_random_weights_are_not_compared():
 
 
 def rounds_of(setup, arms, count=6):
-    """ServingRounds as `replay.in_turn` gives them, of simulated runs; joules are the steps of a run."""
+    """Return ServingRounds, as `replay.in_turn` does, from simulated runs; joules are the steps of a run."""
     traces = policy_comparison.traces(setup, "changing", 30, range(count))
     runs = {
         name: [
@@ -525,7 +529,7 @@ def rounds_of(setup, arms, count=6):
     return replay.ServingRounds(tuple(traces), runs, counter)
 
 
-def test_replays_of_a_worse_policy_are_found_worse_and_the_control_may_fail(setup):
+def test_replays_find_a_worse_policy_worse_and_the_control_may_fail(setup):
     arms = {
         "fixed": lambda: rivals.FixedSize(8),
         "again": lambda: rivals.FixedSize(8),
@@ -552,7 +556,7 @@ def test_replays_of_a_worse_policy_are_found_worse_and_the_control_may_fail(setu
     assert all(item.verdict in ("informative", "unavailable") for item in described)
 
 
-def test_latencies_are_judged_where_every_request_of_both_arms_finished(setup):
+def test_latencies_are_judged_only_where_both_arms_finish_every_request(setup):
     arms = {
         name: (lambda rows=rows: rivals.FixedSize(rows)) for name, rows in (("fixed", 8), ("again", 8), ("slow", 1))
     }
@@ -574,7 +578,7 @@ def test_latencies_are_judged_where_every_request_of_both_arms_finished(setup):
 
     every = judged(of(whole))
     assert every["time_to_first_token_ms"].ratio > 2, "requests wait for the only row"
-    # What a policy puts off shows in the tail alone: a loop's median was that of the static limit, its p95 threefold.
+    # Delays show only in the tail: a loop had the static limit's median, but three times its p95.
     assert every["latency_p95_ms"].ratio > 1 and every["latency_p95_ms"].baseline > every["latency_p50_ms"].baseline
     assert every["time_per_output_token_ms"].verdict == "better", "a step of one row is faster"
     assert all(item.noise_floor is not None and item.ci and item.n == 6 for item in every.values())
@@ -583,7 +587,7 @@ def test_latencies_are_judged_where_every_request_of_both_arms_finished(setup):
     assert "did not finish" in one["latency_p50_ms"].reason and one["latency_p50_ms"].ci
     ended = of(whole)
     again = replace(ended, runs=ended.runs | {"again": [unfinished(run) for run in ended.runs["again"]]})
-    only = judged(again)["latency_p50_ms"]  # the noise floor would be of other requests
+    only = judged(again)["latency_p50_ms"]  # the noise floor would come from other requests
     assert only.verdict == "informative" and only.reason.startswith("6 requests") and "0 and 0" in only.source
 
 
@@ -603,14 +607,14 @@ def test_every_arm_serves_every_trace(tiny):
     assert outputs[0] == outputs[1] == outputs[2]
 
 
-def test_the_rates_of_a_trace_give_it_the_length_that_is_wanted(setup):
+def test_trace_rates_give_the_requested_length(setup):
     each = policy_comparison.requests_in(setup, "changing", 5.0)
     trace = policy_comparison.trace(setup, "changing", each, 0)
     assert trace.seconds == pytest.approx(5.0, rel=0.05) and trace.warm_up > 0
     assert paired_stats.MINIMUM_BLOCKS == 6  # as many rounds as are replayed
 
 
-def test_prompts_depend_on_id_and_seed_alone(tiny):
+def test_prompts_depend_only_on_id_and_seed(tiny):
     class Loaded:
         model, tokenizer, device, parameters = tiny("qwen3-4b-instruct-2507"), None, "cpu", None
 

@@ -1,4 +1,4 @@
-"""Every rival replays the same traces on a real model, all in turn; nothing is replayed where no rounds are given."""
+"""Every rival replays the same traces on a real model, in turn; without rounds nothing is replayed."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -22,8 +22,8 @@ WORKLOAD = "serve, real model, fixed 2"
 
 @pytest.fixture(scope="module")
 def traffic():
-    """A study of short requests on a planted machine. The objectives are so loose that every request is in time; the
-    time-out policy waits for a quarter of the first one, less than a server waits for its last requests.
+    """Return a study of short requests on a planted machine. Objectives are loose enough for every request to be in
+    time; the time-out policy waits for a quarter of the first one, less than a server waits for its last requests.
     """
     dense = tuple(tuple(1e-3 + 1e-4 * b for _ in range(64)) for b in range(1, 5))
     times = StepTimes(dense, (1e-3, 1e-5, 0.0), (1e-4, 0.0), (1.0,), (1.0,), 512.0, 0)
@@ -55,13 +55,13 @@ def test_every_policy_serves_every_request_of_every_trace(replayed, traffic):
     assert all(set(answer) == set(answers[0]) for answer in answers)
 
 
-def test_goodput_and_gain_are_those_of_the_replays(replayed, traffic):
+def test_goodput_and_gain_come_from_the_replays(replayed, traffic):
     rivals, traces = replayed
     rows = {row["policy"]: row for row in rivals.rows()}
     offered = [
         sum(request.arrival >= trace.warm_up for request in trace.requests) / trace.counted_seconds for trace in traces
     ]
-    for name, row in rows.items():  # nobody is late, so every policy serves what is offered
+    for name, row in rows.items():  # no request is late, so every policy serves the offered load
         assert row["goodput"] == pytest.approx(sum(offered) / len(offered)), name
         assert row["÷ fixed"] == pytest.approx(1.0)
     assert rivals.gain == pytest.approx(1.0) and len(rivals.table()) == len(rows)
@@ -83,7 +83,7 @@ def test_rivals_are_controls_against_the_fixed_size(replayed):
 
 
 def _planted(ours, rivals, counted=50):
-    """Rounds by hand: goodput of the adaptive policy and of the fixed size, round by round; AIMD is always worse."""
+    """Return handmade rounds: goodput of the adaptive policy and of the fixed size, by round; AIMD is always worse."""
     goodputs = {"fixed 2": rivals, "AIMD": [0.5 * value for value in rivals], ADAPTIVE: ours}
     runs = {
         name: [SimpleNamespace(served=SimpleNamespace(value=v, counted=range(counted)), disturbed=None) for v in values]
@@ -102,8 +102,8 @@ def _planted(ours, rivals, counted=50):
         ([1.5, 1.5, 1.5, 1.5, 1.5, 0.0], "not judged: a replay served no request in time"),
     ],
 )
-def test_the_best_rival_is_beaten_by_an_interval_and_not_by_a_mean(monkeypatch, gains, reached):
-    """The target was reached by the ratio of two means, whatever the rounds said."""
+def test_beating_the_best_rival_requires_an_interval(monkeypatch, gains, reached):
+    """Previously the ratio of two means reached the target, whatever the rounds showed."""
     monkeypatch.setattr(slo, "goodput", lambda served, _: served.value)
     rivals = _planted([10.0 * gain for gain in gains], [10.0] * len(gains))
     assert rivals.best == "fixed 2" and rivals.reaches(1.15) == reached
@@ -112,7 +112,7 @@ def test_the_best_rival_is_beaten_by_an_interval_and_not_by_a_mean(monkeypatch, 
     assert few.reaches(1.15) == "not judged: 9.0 requests counted in a replay, fewer than 15"
 
 
-def test_rates_set_on_a_disturbed_machine_judge_no_rival_either(traffic, monkeypatch):
+def test_rates_set_on_a_disturbed_machine_give_no_rival_verdict(traffic, monkeypatch):
     monkeypatch.setattr(slo, "goodput", lambda served, _: served.value)
     why = "other processes took 60% of our cores"
     planted = _planted([15.0] * 6, [10.0] * 6).rounds

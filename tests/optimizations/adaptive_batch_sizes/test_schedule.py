@@ -1,4 +1,4 @@
-"""A schedule of the simulation, made again on the real model: the same calls, the same cache."""
+"""A simulated schedule, repeated on the real model: the same calls, the same cache."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from lib.optimizations.adaptive_batch_sizes.rivals import Chunked, FixedSize
 
 @pytest.fixture
 def setup(tiny):
-    """A made-up machine whose cache is that of the tiny model; at this load prompts arrive while rows are under way."""
+    """A synthetic machine whose cache is that of the tiny model; at this load prompts arrive while rows are running."""
     row = batch_cache.prefill(tiny("qwen3-4b-instruct-2507"), [torch.arange(8, 24)])
     dense = tuple((4e-3 + 1e-3 * rows,) * 20 for rows in range(1, 5))
     per_token = row.bytes / row.length
@@ -29,7 +29,7 @@ def setup(tiny):
 
 
 @pytest.mark.parametrize("make", [lambda: FixedSize(3), lambda: Chunked(8, 4)])
-def test_the_real_model_makes_the_recorded_calls_and_its_cache_grows_as_far(tiny, setup, make, monkeypatch):
+def test_the_real_model_repeats_the_recorded_calls_and_cache_growth(tiny, setup, make, monkeypatch):
     traces = policy_comparison.traces(setup, "changing", 6, (0, 1, 2))
     calls, peak = schedule.largest(setup, traces, make)
     assert peak == max(schedule.record(setup, trace, make)[1] for trace in traces)

@@ -1,4 +1,4 @@
-"""The survey of attention against its parts: exact mass, the oracle, planted heads."""
+"""The attention survey compared with its parts: exact mass, the oracle, planted heads."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def noise():
     return Heads(3, *(torch.randn(count, 256, 16, generator=random) for count in (4, 2, 2)), 0.25)
 
 
-def test_the_oracle_holds_most_and_a_survey_agrees_with_its_parts(noise):
+def test_the_oracle_holds_the_most_mass_and_a_survey_matches_its_parts(noise):
     planted = attended_mass.planted(noise, 16)
     rows = attended_mass.survey([planted], FIND, [128, 256])
     assert [row["length"] for row in rows] == [128, 256] and rows[0]["block"] == 3
@@ -29,7 +29,7 @@ def test_the_oracle_holds_most_and_a_survey_agrees_with_its_parts(noise):
     assert frame["value"].tolist() == [row["density"] for row in rows] and set(frame["arm"]) == {"kept"}
 
 
-def test_the_oracle_of_a_survey_is_the_heaviest_blocks_of_each_row(noise):
+def test_the_survey_oracle_takes_the_heaviest_blocks_of_each_row(noise):
     kept, mass = FIND(noise), attended_mass.sampled_mass(noise, 16)
     exact = blocks.exact_mass(noise.query_HTD, noise.key_GTD, noise.scaling, 16)
     rows = attended_mass.sampled_rows(16)
@@ -37,13 +37,13 @@ def test_the_oracle_of_a_survey_is_the_heaviest_blocks_of_each_row(noise):
     assert attended_mass._oracle(kept, mass) == pytest.approx(float(torch.stack(by_hand).mean()), abs=1e-5)
 
 
-def test_the_reading_of_a_survey_is_two_sentences(noise):
+def test_a_survey_is_summarized_in_two_sentences(noise):
     text = attended_mass.reading(attended_mass.survey([attended_mass.planted(noise, 16)], FIND, [256]))
     assert text.count(". ") == 1 and text.endswith(".") and "256 tokens" in text
 
 
-def test_a_model_is_surveyed_block_by_block_with_the_same_rows(tiny, monkeypatch):
-    """The same rows as of heads that are all held, and never two blocks' heads at a time."""
+def test_a_blockwise_survey_gives_the_same_rows(tiny, monkeypatch):
+    """The rows equal those with all heads held at once, and the heads of two blocks are never held together."""
     model, ids = tiny("qwen3-coder-30b"), torch.randint(8, 96, (1, 128), generator=torch.Generator().manual_seed(4))
     held = attended_mass.survey(watch(model, ids), FIND, [64, 128])
     seen = []

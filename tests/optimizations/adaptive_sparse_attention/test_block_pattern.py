@@ -1,4 +1,6 @@
-"""Block-sparse attention against dense masks; the pattern against exact mass and planted blocks; pages against all."""
+"""Block-sparse attention against dense masks, the pattern against exact mass and planted blocks, paged reads against
+full ones.
+"""
 
 import pytest
 import torch
@@ -48,7 +50,7 @@ def test_attention_to_kept_blocks_equals_a_dense_mask(tokens, queries, value_wid
     torch.testing.assert_close(blocks.attend(query, key, value, pattern, 0.3, BLOCK), expected, atol=2e-6, rtol=1e-5)
 
 
-def test_flex_attention_agrees_with_the_gathering_one():
+def test_flex_attention_matches_the_gather_implementation():
     query, key, value = _heads(tokens=120, queries=120)
     pattern = blocks.choose(blocks.scores(query, key, 0.3, BLOCK, STRIDE), 0.6)
     torch.testing.assert_close(
@@ -68,7 +70,7 @@ def test_scores_are_the_causal_softmax_of_anti_diagonal_means(monkeypatch):
             pairs = [(row * STRIDE + i, column * STRIDE + STRIDE - 1 - i) for i in range(STRIDE)]
             logits[:, row, column] = sum((query[:, q] * key[:, k]).sum(-1) for q, k in pairs) * 0.3 / STRIDE
     expected = logits.softmax(-1).view(2, 3, 4, 4, 4).sum((2, 4)) / 4
-    for rows in (1024, 4):  # whole at once, and in steps
+    for rows in (1024, 4):  # in one pass, and in chunks
         monkeypatch.setattr(blocks, "SCORED_ROWS", rows)
         shares = blocks.scores(query, key, 0.3, BLOCK, STRIDE)
         torch.testing.assert_close(shares, expected, atol=1e-6, rtol=1e-5)
@@ -85,7 +87,7 @@ def test_the_fewest_blocks_that_reach_tau_are_kept():
     assert blocks.choose(share, 1.0, 0.8)[0, 0].tolist() == [True, False, True, True, True]
 
 
-def test_the_block_before_the_diagonal_is_kept_though_it_weighs_nothing():
+def test_the_block_before_the_diagonal_is_kept_even_without_mass():
     share = torch.zeros(1, 9, 9)
     share[:, :, 0] = 1.0
     chosen = blocks.choose(share, 0.5)
@@ -94,8 +96,10 @@ def test_the_block_before_the_diagonal_is_kept_though_it_weighs_nothing():
         assert int(pattern.sum()) == 1 + 2 + 7 * blocks.ALWAYS
 
 
-def test_rows_that_hold_no_query_stay_out_of_the_last_blocks_mean():
-    """Four queries in the last block: its scores are those of these four alone, not of twelve zeros beside them."""
+def test_rows_without_a_query_do_not_enter_the_last_blocks_mean():
+    """With four queries in the last block, its scores come from these four alone, without the twelve zeros beside
+    them.
+    """
     query, key, _ = _heads(tokens=BLOCK * 3 + 4, queries=BLOCK * 3 + 4)
     estimate = blocks.scores(query, key, 0.3, BLOCK, 4)
     torch.testing.assert_close(estimate.sum(-1), torch.ones(estimate.shape[:2]))
@@ -107,7 +111,7 @@ def test_rows_that_hold_no_query_stay_out_of_the_last_blocks_mean():
     torch.testing.assert_close(estimate[:, 3, 0], share[:, : BLOCK // 4].sum(-1), atol=1e-5, rtol=1e-4)
 
 
-def test_full_attention_of_the_last_queries_is_that_of_all():
+def test_full_attention_of_the_last_queries_matches_that_of_all_queries():
     query, key, value = _heads(tokens=40, queries=40)
     every = torch.ones(4, 3, 3).bool()
     full = _dense(query, key, value, every, 0.3, BLOCK)
@@ -135,7 +139,7 @@ def test_controls_keep_as_many_blocks_in_every_row_and_stay_causal():
     assert row[10 - int(chosen[0, 10].sum()) + 2 : 11].all()
 
 
-def test_exact_mass_is_that_of_full_probabilities():
+def test_exact_mass_matches_the_full_probabilities():
     query, key, _ = _heads(tokens=40, queries=40)
     probabilities = _dense(query, key, torch.eye(40).expand(2, -1, -1), torch.ones(4, 3, 3).bool(), 0.3, BLOCK)
     mass = blocks.exact_mass(query, key, 0.3, BLOCK)
@@ -144,8 +148,8 @@ def test_exact_mass_is_that_of_full_probabilities():
     torch.testing.assert_close(mass.sum(-1), torch.ones(4, 3))
 
 
-def test_exact_mass_of_heads_in_half_precision_is_that_of_their_numbers():
-    """Logits of some tens, as heads have that look for one key: rounded to half precision they are off by tenths."""
+def test_exact_mass_of_half_precision_heads_is_not_rounded():
+    """Heads that look for one key have logits of several tens, which rounding to half precision shifts by tenths."""
     query, key, _ = (4 * part.bfloat16() for part in _heads(tokens=40, queries=40))
     expected = blocks.exact_mass(query.float(), key.float(), 0.3, BLOCK)
     torch.testing.assert_close(blocks.exact_mass(query, key, 0.3, BLOCK), expected, atol=1e-5, rtol=1e-4)
@@ -178,7 +182,7 @@ def _cached(page=4, tokens=30, groups=2, width=8, latent=False):
     return layer, key, value
 
 
-def test_the_paged_cache_holds_what_it_was_given_and_bounds_what_it_holds():
+def test_the_paged_cache_stores_its_input_and_bounds_each_page():
     layer, key, value = _cached()
     assert torch.equal(layer.keys, key) and torch.equal(layer.values, value)
     query = torch.randn(1, 2, 3, 8)
@@ -193,16 +197,16 @@ def test_the_paged_cache_holds_what_it_was_given_and_bounds_what_it_holds():
     assert not torch.equal(layer.bounds()[:, :, 6], before[:, :, 6])
 
 
-def test_sums_beyond_the_largest_number_of_float16_are_estimated_all_the_same():
-    """Sums over a stride were infinite, their shares no numbers, and the blocks kept were any blocks."""
+def test_sums_beyond_the_float16_range_are_still_estimated():
+    """Previously sums over a stride were infinite, their shares NaN, and the kept blocks arbitrary."""
     query, key, _ = (128 * part.half() for part in _heads())
     assert not (query @ key.repeat_interleave(2, 0).transpose(1, 2)).isfinite().all()
     expected = blocks.scores(query.float(), key.float(), 1e-4, BLOCK, STRIDE)
     torch.testing.assert_close(blocks.scores(query, key, 1e-4, BLOCK, STRIDE), expected, atol=2e-2, rtol=0)
 
 
-def test_bounds_beyond_the_largest_number_of_float16_still_rank_pages():
-    """Planted: the third page and the fifth have keys three times as large. The first one is always read."""
+def test_page_bounds_beyond_the_float16_range_still_rank_pages():
+    """Planted: the third and fifth pages have keys three times as large. The first page is always read."""
     random = torch.Generator().manual_seed(0)
     query, key = (200 * torch.randn(1, 2, size, 8, generator=random) for size in (3, 5 * 16 + 1))
     for page in (2, 4):
@@ -239,8 +243,8 @@ def test_decoding_reads_the_chosen_pages_and_the_rest(pages):
 
 
 @pytest.mark.parametrize("tokens", [31, 32, 33])
-def test_a_new_token_reads_itself_also_where_it_fills_its_page(tokens):
-    """Planted: the newest key is the worst of all for every query, so that no rank would choose its page."""
+def test_a_new_token_reads_itself_even_where_it_fills_its_page(tokens):
+    """Planted: the newest key scores worst for every query, so no ranking would choose its page."""
     random = torch.Generator().manual_seed(3)
     query = torch.randn(1, 4, 8, generator=random)
     key, value = (torch.randn(1, 2, tokens, 8, generator=random) for _ in range(2))
@@ -265,7 +269,7 @@ def test_a_new_token_reads_itself_also_where_it_fills_its_page(tokens):
         torch.testing.assert_close(mass_read(query, layer, 0.1, 3, rank=rank), held, atol=1e-6, rtol=1e-5)
 
 
-def test_padding_on_the_left_is_never_read():
+def test_left_padding_is_never_read():
     layer, key, value = _cached()
     query = torch.randn(1, 6, 8)
     start = torch.tensor([10])

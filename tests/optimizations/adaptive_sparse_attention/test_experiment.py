@@ -1,4 +1,4 @@
-"""What would refute the claim about mass, on rows of a survey; the lengths of a run; exactness on tiny models."""
+"""What refutes the claim about mass, on survey rows; the lengths of a run; exactness on tiny models."""
 
 from types import SimpleNamespace
 
@@ -26,12 +26,12 @@ def _survey(*leads, density=0.5):
 @pytest.mark.parametrize(
     "leads, refuted", [((0.1, 0.2, 0.1), False), ((-0.1, -0.2, -0.1), True), ((-0.1, 0.2, 0.1), None)]
 )
-def test_others_hold_as_much_is_told_by_the_interval_at_the_longest_prompt(leads, refuted):
+def test_others_hold_as_much_is_decided_by_the_interval_at_the_longest_prompt(leads, refuted):
     claim, answer, evidence = experiment.others_hold_as_much(TRAINED, _survey(*leads))
     assert (claim, answer) == (experiment.CLAIMS[0], refuted) and "256 tokens" in evidence
 
 
-def test_nothing_is_told_of_random_weights_or_where_all_is_kept():
+def test_random_weights_and_full_density_give_no_answer():
     assert experiment.others_hold_as_much(SimpleNamespace(random_weights=True), _survey(0.1, 0.1))[1] is None
     assert experiment.others_hold_as_much(TRAINED, _survey(0.0, 0.0, density=1.0))[1] is None
 
@@ -49,26 +49,26 @@ def test_lengths_follow_effort_and_scale(tiny):
     assert experiment.lengths_of(proxy, "quick", 3000) == experiment.PromptLengths([1024, 2048, 3000], 3000)
 
 
-def test_lengths_by_effort_fit_into_the_positions_of_the_model(tiny):
-    """SmolLM2 has 8,192 positions, where a thorough run would read 16,384 tokens, and decode behind 8,192 of them."""
+def test_effort_lengths_fit_the_positions_of_the_model(tiny):
+    """SmolLM2 has 8,192 positions, where a thorough run would read 16,384 tokens and decode after 8,192 of them."""
     model = tiny("qwen3-4b-instruct-2507")
     assert experiment.lengths_of(_loaded(model, "proxy"), "quick") == experiment.PromptLengths([496], 496)
     real = _loaded(model, "full")
     anatomy(model).config.max_position_embeddings = 8192
     fitted = experiment.lengths_of(real, "thorough")
     assert fitted.curves == [4096, 8192] and fitted.timed + fitted.behind == 8192
-    assert experiment.lengths_of(real, "thorough", 9000).timed == 9000  # asked for: refused, not changed
+    assert experiment.lengths_of(real, "thorough", 9000).timed == 9000  # requested: refused later
     anatomy(model).config.max_position_embeddings = 40
-    assert experiment.lengths_of(real, "quick").timed == 2048  # too few for anything: `facts` refuses
+    assert experiment.lengths_of(real, "quick").timed == 2048  # too short for anything: `facts` refuses it
 
 
-def test_a_context_too_short_to_ask_anything_about_is_refused(tiny):
+def test_a_context_too_short_for_any_question_is_refused(tiny):
     with pytest.raises(UserError, match=r"context 40: expected 0 .by effort. or at least 64 tokens"):
         experiment.lengths_of(_loaded(tiny("qwen3-4b-instruct-2507"), "proxy"), "quick", 40)
 
 
-def test_a_prompt_that_fills_all_positions_is_refused_before_anything_is_read(tiny):
-    """Of 512 positions it leaves none for the tokens that are decoded and the questions that are asked behind it."""
+def test_a_prompt_that_fills_all_positions_is_refused_before_reading(tiny):
+    """It leaves none of the 512 positions for the decoded tokens and the questions asked after it."""
     loaded = _loaded(tiny("qwen3-4b-instruct-2507"), "proxy")
     with pytest.raises(NotApplicable, match=r"512 tokens, with 16 more .* at most 496, the model's 512 minus these"):
         experiment.facts(loaded, experiment.lengths_of(loaded, "quick", 512))
@@ -86,8 +86,8 @@ def test_a_prompt_too_short_for_a_pattern_is_priced_without_a_search(tiny):
     assert priced["stride"] == 4 and 0 < priced["density"] < 1
 
 
-def test_the_bounds_of_pages_are_read_as_well(tiny):
-    """Chosen pages, and a minimum and a maximum of every page: half a token each where keys are half of the cache."""
+def test_page_bounds_count_as_reads(tiny):
+    """Chosen pages, plus a minimum and a maximum of every page: half a token each where keys are half of the cache."""
     knobs = {"pages": 64, "page_size": 16, "dense_blocks": 0}
     model = tiny("qwen3-4b-instruct-2507")
     assert experiment.attended(model, knobs, 8192) == 1024 + 512
@@ -98,8 +98,8 @@ def test_the_bounds_of_pages_are_read_as_well(tiny):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("dense_blocks", [0, 1])
-def test_the_cache_per_token_is_counted_with_the_bounds_of_its_pages(tiny, name, dense_blocks):
-    """As many bytes as the layers really hold once pages were chosen; where none are, no bounds are made."""
+def test_the_cache_per_token_includes_the_page_bounds(tiny, name, dense_blocks):
+    """It equals the bytes that the layers hold once pages were chosen; without chosen pages no bounds are made."""
     knobs = {"tau": 1.0, "block_size": 16, "stride": 4, "page_size": 4, "pages": 2, "dense_blocks": dense_blocks}
     model, ids_1T = tiny(name), torch.arange(8, 72)[None]
     optimized = method.apply(model, **knobs)
@@ -123,7 +123,7 @@ def test_the_cache_per_token_is_counted_with_the_bounds_of_its_pages(tiny, name,
     assert share == pytest.approx((10 - dense_blocks) / 10 * sum(bounds) / len(bounds) * 4 / 64 / per_token)
 
 
-def test_blocks_without_attention_are_passed_over(tiny, monkeypatch):
+def test_blocks_without_attention_are_skipped(tiny, monkeypatch):
     model = no_op.remove(tiny("qwen3-4b-instruct-2507"), 2, "attention")
     knobs = {"pages": 64, "page_size": 16, "dense_blocks": 0}
     assert experiment.attended(model, knobs, 8192) == 1024 + 512

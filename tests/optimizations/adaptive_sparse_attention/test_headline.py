@@ -1,4 +1,4 @@
-"""The headline of decoding credits what is left out alone: both arms have the same cache in pages."""
+"""The decoding headline credits only what is left out: both arms have the same paged cache."""
 
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ def _caches(model) -> tuple[set[str], float]:
     return {type(layer).__name__ for layer in cache.layers}, method.density(model)["tokens"]
 
 
-def test_decoding_is_held_against_all_pages_of_the_same_cache(tiny, monkeypatch):
+def test_decoding_is_compared_with_reading_all_pages_of_the_same_cache(tiny, monkeypatch):
     baseline = tiny("qwen3-4b-instruct-2507")
     optimized = method.apply(baseline, **KNOBS)
     arms = []
@@ -43,8 +43,8 @@ def test_decoding_is_held_against_all_pages_of_the_same_cache(tiny, monkeypatch)
 
 @torch.inference_mode()
 @pytest.mark.parametrize("padded", [False, True])
-def test_both_arms_of_decoding_have_one_kernel(tiny, monkeypatch, padded):
-    """The stock function repeats shared keys, or reads them once for each query head: a gain that is not sparsity's."""
+def test_both_arms_of_decoding_use_one_kernel(tiny, monkeypatch, padded):
+    """The stock function repeats shared keys or reads them once per query head: that gain is not due to sparsity."""
     baseline = tiny("qwen3-4b-instruct-2507")
     ids_BT = PROMPT.repeat(2, 1)
     mask_BT = torch.ones_like(ids_BT)
@@ -61,7 +61,7 @@ def test_both_arms_of_decoding_have_one_kernel(tiny, monkeypatch, padded):
     assert not torch.allclose(logits[2], logits[0], atol=1e-3)
 
 
-def test_what_the_cache_alone_gains_stands_beside(tiny, monkeypatch):
+def test_the_gain_of_the_cache_alone_is_reported_separately(tiny, monkeypatch):
     baseline = tiny("qwen3-4b-instruct-2507")
     monkeypatch.setattr(attention_timing, "FEW_BLOCKS", 6)
     timed = SimpleNamespace(timed={})
@@ -72,7 +72,7 @@ def test_what_the_cache_alone_gains_stands_beside(tiny, monkeypatch):
 
 
 def test_the_first_named_arm_is_the_optimized_one(tiny, monkeypatch):
-    """Also of latent attention, where the stock path stands beside; the notebook's caption says so."""
+    """This includes latent attention, which also has the stock path; the notebook's caption says so."""
     baseline = tiny("glm-4.7-flash")
     optimized = method.apply(baseline, **KNOBS)
     made, arms = {}, []
@@ -92,8 +92,8 @@ def test_the_first_named_arm_is_the_optimized_one(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("new_tokens, again", [(4, False), (2, True)])
-def test_arms_beside_the_headline_decode_as_many_tokens_in_a_call(tiny, monkeypatch, new_tokens, again):
-    """What the headline has timed decodes in turns of two tokens: it is used again where all arms do."""
+def test_arms_beside_the_headline_decode_equally_many_tokens_per_call(tiny, monkeypatch, new_tokens, again):
+    """The headline's timings decode in turns of two tokens; they are reused where all arms do."""
     baseline = tiny("qwen3-4b-instruct-2507")
     optimized = method.apply(baseline, **KNOBS)
     models = attention_timing.every_page(baseline, KNOBS), optimized
@@ -108,8 +108,8 @@ def test_arms_beside_the_headline_decode_as_many_tokens_in_a_call(tiny, monkeypa
     assert (calls[0][1] is every and calls[1][1] is sparse) == again
 
 
-def test_blocks_that_read_all_pages_are_judged_by_what_the_best_pages_would_hold(tiny):
-    """Reading everything they hold all mass by construction; the best pages of them hold less."""
+def test_blocks_that_read_all_pages_are_judged_by_their_best_pages(tiny):
+    """Reading all pages holds all mass by construction; the best pages hold less."""
     model = method.apply(tiny("qwen3-4b-instruct-2507"), **KNOBS | {"pages": 4, "dense_blocks": 2})
     read = attention_timing.pages_read(model, SimpleNamespace(timed={}), PROMPT)
     assert read.by_block["mass held"][:2].tolist() == [1.0, 1.0]

@@ -1,4 +1,6 @@
-"""Adaptive sparse attention on tiny models: equal to full attention where all is kept; causal; padding; bad input."""
+"""Adaptive sparse attention on tiny models: equal to full attention where all is kept; causality; padding; invalid
+input.
+"""
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ PAD = 21
 
 @pytest.fixture
 def prompts():
-    """Two sequences of 90 tokens; the second is padded on the left by PAD."""
+    """Return two sequences of 90 tokens; the second is padded on the left by PAD."""
     ids = torch.randint(8, 96, (2, 90), generator=torch.Generator().manual_seed(3))
     mask = torch.ones_like(ids)
     mask[1, :PAD] = 0
@@ -30,7 +32,7 @@ def _real(logits, mask):
 
 
 def _steps(model, prompts, count=3):
-    """Logits of the prompt's real tokens, then of `count` forced tokens."""
+    """Return logits of the prompt's real tokens, then of `count` forced tokens."""
     out, mask = model(**prompts, use_cache=True), prompts["attention_mask"]
     logits = [_real(out.logits, mask)]
     for token in range(10, 10 + count):
@@ -42,7 +44,7 @@ def _steps(model, prompts, count=3):
 
 
 @torch.inference_mode()
-def test_everything_kept_equals_full_attention_padded_batches_and_decoding_too(tiny, name, prompts):
+def test_keeping_everything_equals_full_attention_in_padded_batches_and_decoding(tiny, name, prompts):
     model = tiny(name)
     whole = sparse.apply(model, tau=1.0, pages=1000, **SMALL)
     torch.testing.assert_close(_steps(whole, prompts), _steps(model, prompts), atol=2e-5, rtol=1e-4)
@@ -50,7 +52,7 @@ def test_everything_kept_equals_full_attention_padded_batches_and_decoding_too(t
 
 
 @torch.inference_mode()
-def test_the_question_reads_all_and_is_counted(tiny, prompts):
+def test_the_question_reads_everything_and_is_counted(tiny, prompts):
     model = tiny("qwen3-4b-instruct-2507")
     bare, reading = (sparse.apply(model, tau=0.3, **SMALL | {"full_last": last}) for last in (0, 5))
     answers = [arm(input_ids=prompts["input_ids"]).logits for arm in (bare, reading)]
@@ -60,8 +62,8 @@ def test_the_question_reads_all_and_is_counted(tiny, prompts):
 
 
 @torch.inference_mode()
-def test_the_question_is_counted_in_tokens_without_padding(tiny, prompts):
-    """Padded on the right, a sequence's question is its own last tokens: as if it stood alone."""
+def test_the_question_length_excludes_padding(tiny, prompts):
+    """In a right-padded sequence the question is the sequence's own last tokens, as if it were alone."""
     model = sparse.apply(tiny("qwen3-4b-instruct-2507"), tau=0.3, **SMALL | {"full_last": 6})
     ids = prompts["input_ids"]
     mask = torch.ones_like(ids)
@@ -83,7 +85,7 @@ def test_the_first_blocks_read_all_pages(tiny, prompts):
 
 
 @torch.inference_mode()
-def test_pages_of_equal_number_chosen_otherwise(tiny, name, prompts):
+def test_pages_chosen_by_other_rules_are_equal_in_number(tiny, name, prompts):
     plain = {**prompts, "attention_mask": torch.ones_like(prompts["attention_mask"])}
     answers, read = [], []
     for choice in sparse.SEARCH_SPACE["page_choice"]["choices"]:
@@ -103,7 +105,7 @@ def test_later_tokens_and_padding_change_nothing(tiny, name, prompts):
     changed["input_ids"][:, 70:] = 11
     changed["input_ids"][1, :PAD] = 12
     after = model(**changed).logits
-    # The pattern of a block of queries is found from the whole block: it may change with the block's last tokens.
+    # The pattern of a query block is computed from the whole block: its last tokens may change it.
     torch.testing.assert_close(after[0, :64], before[0, :64], atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(after[1, PAD : PAD + 48], before[1, PAD : PAD + 48], atol=1e-6, rtol=1e-5)
     assert not torch.allclose(after[0, 70:], before[0, 70:], atol=1e-3)
@@ -127,7 +129,7 @@ def test_fewer_pages_are_read_and_named(tiny, name, prompts):
 
 
 @torch.inference_mode()
-def test_the_callers_model_stays_and_revert_is_exact(tiny, name, prompts):
+def test_the_callers_model_is_unchanged_and_revert_is_exact(tiny, name, prompts):
     model = tiny(name)
     before, weights = model(**prompts).logits, io.weights_hash(model)
     applied = sparse.apply(sparse.apply(model, tau=0.5, **SMALL), tau=0.4, **SMALL)
@@ -144,10 +146,10 @@ def test_both_functions_are_registered():
 
 
 @torch.inference_mode()
-def test_pieces_of_a_prompt_and_padding_in_the_middle_stay_right(tiny, name, prompts):
+def test_chunked_prompts_and_padding_in_the_middle_stay_correct(tiny, name, prompts):
     model = tiny(name)
     sparse_model, ids = sparse.apply(model, tau=1.0, pages=3, **SMALL), prompts["input_ids"]
-    for edge in (48, 50):  # at a block's edge, and not
+    for edge in (48, 50):  # on a block boundary, and off it
         whole, cache = model(input_ids=ids).logits, None
         for part in (ids[:, :edge], ids[:, edge:]):
             out = sparse_model(input_ids=part, use_cache=True, **cache_names.as_kwargs(cache))
@@ -160,7 +162,7 @@ def test_pieces_of_a_prompt_and_padding_in_the_middle_stay_right(tiny, name, pro
 
 
 @torch.inference_mode()
-def test_patterns_of_equal_budget(tiny, prompts):
+def test_patterns_have_equal_budgets(tiny, prompts):
     model, counts, answers = tiny("qwen3-4b-instruct-2507"), [], []
     for pattern in sparse.SEARCH_SPACE["pattern"]["choices"]:
         arm = sparse.apply(model, tau=0.5, pattern=pattern, **SMALL)
@@ -171,7 +173,7 @@ def test_patterns_of_equal_budget(tiny, prompts):
 
 
 @torch.inference_mode()
-def test_watched_heads_are_what_attention_gets(tiny, name, prompts):
+def test_watched_heads_match_the_inputs_of_attention(tiny, name, prompts):
     model = tiny(name)
     watched = watch(model, prompts["input_ids"][:1], {1, 2})
     assert [heads.index for heads in watched] == [1, 2]
@@ -196,7 +198,7 @@ def test_watched_heads_are_what_attention_gets(tiny, name, prompts):
         ({"pattern": "stars"}, 'pattern "stars"; expected one of'),
     ],
 )
-def test_bad_knobs_are_named_in_one_line(tiny, knobs, says):
+def test_invalid_knobs_are_named_in_one_line(tiny, knobs, says):
     with pytest.raises(UserError, match="adaptive_sparse_attention: ") as raised:
         sparse.apply(tiny("qwen3-4b-instruct-2507"), **knobs)
     assert says in str(raised.value) and "\n" not in str(raised.value)
@@ -210,8 +212,8 @@ def test_a_context_beyond_the_model_is_refused(tiny, name):
 
 
 @torch.inference_mode()
-def test_rows_cut_short_do_not_write_into_those_they_were_cut_from(tiny, name):
-    """The cache in pages appends in place; of one row of latents the first columns are contiguous as they lie."""
+def test_truncated_rows_do_not_write_into_their_source(tiny, name):
+    """The paged cache appends in place, and in a single row of latents the first columns are already contiguous."""
     model = sparse.apply(tiny(name), tau=1.0, pages=0, **SMALL)
     ids_T = torch.randint(8, 96, (24,), generator=torch.Generator().manual_seed(5))
     rows = batch_cache.prefill(model, [ids_T])
@@ -224,8 +226,8 @@ def test_rows_cut_short_do_not_write_into_those_they_were_cut_from(tiny, name):
 
 
 @torch.inference_mode()
-def test_padding_in_the_middle_leaves_nothing_out_and_says_so(tiny, name, prompts):
-    """Such masks are served by full attention, in the latent space as well: nothing may be counted as left out."""
+def test_padding_in_the_middle_is_reported_as_nothing_left_out(tiny, name, prompts):
+    """Full attention serves such masks, also in the latent space, so nothing may be counted as left out."""
     model = sparse.apply(tiny(name), tau=1.0, pages=3, **SMALL)
     holes = torch.ones_like(prompts["attention_mask"])
     holes[0, 30:40] = 0
@@ -235,15 +237,15 @@ def test_padding_in_the_middle_leaves_nothing_out_and_says_so(tiny, name, prompt
 
 @torch.inference_mode()
 def test_a_block_without_attention_has_no_pages(tiny, name, prompts):
-    """It fills no layer of the cache: the layers behind it are those of the next blocks, latents or not."""
+    """It fills no layer of the cache: the following layers belong to the next blocks, with or without latents."""
     model = no_op.remove(tiny(name), 1, "attention")
     whole = sparse.apply(model, tau=1.0, pages=1000, **SMALL)
     torch.testing.assert_close(_steps(whole, prompts), _steps(model, prompts), atol=2e-5, rtol=1e-4)
 
 
 @torch.inference_mode()
-def test_matrices_may_be_stored_sparse_afterwards(tiny, name, prompts):
-    """Latents are then expanded again: what multiplies them is no longer one dense piece."""
+def test_matrices_can_be_stored_sparse_afterwards(tiny, name, prompts):
+    """The latents are then expanded again, because the matrix that multiplies them is no longer one dense piece."""
     from lib.optimizations.sparse_neural_networks import method
 
     model = tiny(name)

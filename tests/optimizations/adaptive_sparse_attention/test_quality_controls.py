@@ -1,4 +1,4 @@
-"""Answers behind long prompts against greedy generation, and scores that no sparsity touched."""
+"""Answers after long prompts compared with greedy generation, and scores that no sparsity affected."""
 
 from types import SimpleNamespace
 
@@ -27,8 +27,8 @@ def _prompts(count: int = 2, questions: int = 4, tokens: int = 96) -> long_answe
 
 
 @torch.inference_mode()
-def test_an_answer_is_right_where_greedy_generation_repeats_it(tiny, name, monkeypatch):
-    """The values asked for are what the model itself generates, but for one token of one of them."""
+def test_an_answer_is_right_where_it_matches_greedy_generation(tiny, name, monkeypatch):
+    """The expected values are what the model itself generates, except for one token of one of them."""
     model, prompts = tiny(name), _prompts()
     for prompt, (ids_T, key_QK) in enumerate(zip(prompts.ids_NT, prompts.key_NQK)):
         for question, key_K in enumerate(key_QK):
@@ -50,7 +50,7 @@ def test_an_answer_is_right_where_greedy_generation_repeats_it(tiny, name, monke
 
 
 @torch.inference_mode()
-def test_a_block_without_attention_has_no_layer_in_the_cache_of_a_prompt(tiny, name):
+def test_a_block_without_attention_adds_no_layer_to_the_cache_of_a_prompt(tiny, name):
     model, prompts = no_op.remove(tiny(name), 1, "attention"), _prompts()
     full = long_answers.ask(absorbed_baseline.absorbed_baseline(model), prompts)
     sparse = long_answers.ask(method.apply(model, tau=1.0, pages=0, **SMALL), prompts)
@@ -59,7 +59,7 @@ def test_a_block_without_attention_has_no_layer_in_the_cache_of_a_prompt(tiny, n
 
 @pytest.fixture
 def plain_text(monkeypatch):
-    """Text of zeros, in which keys and values are none."""
+    """Text of zeros, which contains no keys or values."""
     filler = torch.zeros(3, 400, dtype=torch.long)
     monkeypatch.setattr(long_answers.task_list, "retrieval_prompts", lambda *_: (filler, None))
     monkeypatch.setattr(long_answers.task_list, "filler_sources", lambda *_: np.array([4, 4, 7]))
@@ -69,7 +69,7 @@ def plain_text(monkeypatch):
 
 
 @pytest.mark.parametrize("tokens, fitting", [(64, 3), (100, 6), (390, 28)])
-def test_a_short_prompt_holds_fewer_questions_and_none_of_them_is_overwritten(plain_text, tokens, fitting):
+def test_a_short_prompt_holds_fewer_questions_and_overwrites_none(plain_text, tokens, fitting):
     prompts = long_answers.prompts(SimpleNamespace(device="cpu"), tokens, 3, questions=40)
     assert prompts.key_NQK.shape[:2] == prompts.value_NQV.shape[:2] == (3, fitting)
     for text_T, key_QK, value_QV in zip(prompts.ids_NT.tolist(), prompts.key_NQK.tolist(), prompts.value_NQV.tolist()):
@@ -83,7 +83,7 @@ def test_a_prompt_without_room_for_a_question_in_each_third_is_refused(plain_tex
         long_answers.prompts(SimpleNamespace(device="cpu"), 58, 3)
 
 
-def test_keys_and_values_stand_in_the_prompt_without_overlap(plain_text):
+def test_keys_and_values_are_in_the_prompt_without_overlap(plain_text):
     prompts = long_answers.prompts(SimpleNamespace(device="cpu"), 396, 3, questions=20)
     assert prompts.tokens == 396 and int((prompts.ids_NT[0] > 0).sum()) == 20 * (long_answers.KEY + long_answers.VALUE)
     text = prompts.ids_NT[1].tolist()
@@ -92,7 +92,7 @@ def test_keys_and_values_stand_in_the_prompt_without_overlap(plain_text):
         assert any(text[at : at + 12] == key + value for at in range(len(text)))
 
 
-def test_loss_of_a_likelier_answer_is_judged_beside_exact_match():
+def test_answer_likelihood_is_judged_beside_exact_match():
     right = np.ones((8, 20), dtype=bool)
     base = long_answers.LongAnswers(512, right, np.full((8, 20), 0.1))
     worse = long_answers.LongAnswers(512, right, np.full((8, 20), 0.3))
@@ -101,8 +101,8 @@ def test_loss_of_a_likelier_answer_is_judged_beside_exact_match():
     assert likelihood.verdict == "not_maintained" and likelihood.workload == "answers behind a long prompt"
 
 
-def test_questions_of_one_prompt_are_one_source():
-    """As many values are lost: all of one prompt's, or one of each prompt's."""
+def test_questions_of_one_prompt_share_one_source():
+    """Equally many values are lost: all from one prompt, or one from each prompt."""
     full = np.ones((6, 25), dtype=bool)
     in_one, spread = full.copy(), full.copy()
     in_one[0, :6] = spread[:, 0] = False
@@ -118,7 +118,7 @@ def test_questions_of_one_prompt_are_one_source():
 
 @pytest.mark.parametrize("tokens, untouched", [(30, True), (90, False)])
 @torch.inference_mode()
-def test_what_is_left_out_grows_only_where_prompts_are_long_enough(tiny, tokens, untouched):
+def test_something_is_left_out_only_where_prompts_are_long_enough(tiny, tokens, untouched):
     model = method.apply(tiny("qwen3-4b-instruct-2507"), tau=0.3, **SMALL)
     model(input_ids=torch.randint(8, 96, (1, tokens), generator=torch.Generator().manual_seed(1)))
     assert (method.left_out(model) == 0) == untouched
@@ -126,8 +126,8 @@ def test_what_is_left_out_grows_only_where_prompts_are_long_enough(tiny, tokens,
 
 @torch.inference_mode()
 @pytest.mark.parametrize("knobs, idle", [({"tau": 1.0, "pages": 0}, True), ({"tau": 0.3, "pages": 2}, False)])
-def test_answers_of_an_arm_that_left_nothing_out_carry_no_verdict(tiny, knobs, idle):
-    """The judged arm and the arms that choose pages otherwise; the arm may have left out something before."""
+def test_an_arm_that_left_nothing_out_gets_no_verdict_on_its_answers(tiny, knobs, idle):
+    """Covers the judged arm and arms with another choice of pages; the arm may have left out something before."""
     model, prompts = tiny("qwen3-4b-instruct-2507"), _prompts()
     full = long_answers.ask(absorbed_baseline.absorbed_baseline(model), prompts)
     sparse = quality_controls._answers(method.apply(model, **SMALL, **knobs), prompts)
@@ -144,8 +144,8 @@ def test_answers_of_an_arm_that_left_nothing_out_carry_no_verdict(tiny, knobs, i
 
 
 @torch.inference_mode()
-def test_pages_that_are_all_read_were_not_chosen(tiny):
-    """Prompts read through the pattern and answered from every page: which pages were to be read changed nothing."""
+def test_pages_that_are_all_read_do_not_count_as_chosen(tiny):
+    """Prompts read through the pattern but answered from every page: the choice of pages changed nothing."""
     model, prompts = tiny("qwen3-4b-instruct-2507"), _prompts()
     knobs = SMALL | {"tau": 0.3, "pages": 0}
     full, sparse = (quality_controls._answers(method.apply(model, **each), prompts) for each in (SMALL, knobs))
@@ -157,14 +157,14 @@ def test_pages_that_are_all_read_were_not_chosen(tiny):
 
 
 def _judged(full: np.ndarray, sparse: np.ndarray) -> SimpleNamespace:
-    """Long answers, [N, Q], whose thirds are the start, the middle and the end."""
+    """Return long answers, [N, Q], whose thirds are the start, the middle and the end."""
     answers = {
         name: long_answers.LongAnswers(512, right, 0.0 * right) for name, right in (("full", full), ("sparse", sparse))
     }
     return SimpleNamespace(answers=answers, degenerate=None, options={"resamples": 200, "seed": 0})
 
 
-def test_values_of_the_middle_are_judged_by_themselves():
+def test_values_in_the_middle_are_judged_separately():
     """The start and the end gain what the middle loses."""
     full, sparse = np.zeros((10, 24), dtype=bool), np.zeros((10, 24), dtype=bool)
     full[:, 8:16] = True
@@ -182,7 +182,7 @@ def test_values_of_the_middle_are_judged_by_themselves():
     assert quality_controls.lost_in_the_middle("lost", _judged(few, sparse))[1] is None
 
 
-def test_where_full_attention_repeats_too_few_none_can_be_lost():
+def test_no_loss_is_claimed_where_full_attention_repeats_too_few():
     full = np.zeros((10, 24), dtype=bool)
     full[:, 16:] = True  # all of the end
     full[0, 8:10] = True
@@ -190,7 +190,7 @@ def test_where_full_attention_repeats_too_few_none_can_be_lost():
     assert refuted is None and "repeats 2;" in evidence and evidence.endswith("too few to lose")
 
 
-def test_questions_inside_a_prompt_claim_no_effect_that_is_not_there():
+def test_questions_inside_a_prompt_claim_no_unshown_effect():
     def asked(name: str, share: float) -> dict:
         match = measurement.informative("retrieval_exact_match", name, 0.5, share, "by hand", n=4)
         return {"name": name, "measurements": [match]}
@@ -205,7 +205,7 @@ def test_questions_inside_a_prompt_claim_no_effect_that_is_not_there():
     assert "No question" in quality_controls.read_inside([])
 
 
-def test_long_prompts_are_of_as_many_documents_as_a_verdict_takes(name):
+def test_long_prompts_come_from_enough_documents_for_a_verdict(name):
     tokenizer = AutoTokenizer.from_pretrained(parameters.PARAMETERS / "proxies" / name)
     loaded = SimpleNamespace(tokenizer=tokenizer, parameters=parameters.read(name), device="cpu")
     for effort in ("quick", "standard"):

@@ -1,4 +1,4 @@
-"""What others published of sparse attention, judged by the rows that a run has."""
+"""Published findings about sparse attention, judged by the rows of a run."""
 
 from types import SimpleNamespace
 
@@ -22,7 +22,7 @@ def _row(length: int, gain: float, heads: str = "of the model") -> dict:
 
 
 LENGTHS = PromptLengths([1024, 2048, 4096], 4096)
-# The first two blocks read all pages: what the best ones hold there is judged, not what is read.
+# The first two blocks read all pages, so they are judged by what the best pages hold.
 MASSES = {"mass held": [1.0, 1.0, 0.9, 0.95, 0.9], "in chosen pages": [0.5, 0.6, 0.9, 0.95, 0.9]}
 PAGES = PagesRead(0.5, pd.DataFrame({"block": range(5)} | MASSES))
 
@@ -46,20 +46,20 @@ def test_each_relation_has_its_answer():
     assert [judgement.held for judgement in short] == [True, None, True, None]
 
 
-def test_the_kernel_is_held_against_the_whole_at_one_length():
+def test_the_kernel_is_compared_with_the_whole_at_one_length():
     times = [_row(1024, 0.8), _row(2048, 1.1), _row(4096, 1.9)]
     *_, kernel = _judged(times, _prefill(1.2), PromptLengths([1024, 2048, 4096], 2048))
     assert kernel.held is False and "kernel 1.1" in kernel.evidence, "not that of the longest, 1.9"
 
 
-def test_random_weights_say_nothing_of_where_mass_lies():
+def test_random_weights_give_no_answer_about_the_location_of_mass():
     density, short, layers, kernel = _judged([_row(1024, 0.8), _row(4096, 1.9)], _prefill(1.2), random_weights=True)
     assert density.held is layers.held is None and density.evidence.startswith("random weights; 1,024 tokens")
     assert short.held and kernel.held
 
 
 def test_attention_alone_is_not_judged_where_decoding_was_too_noisy():
-    """The claim was refuted by a time that the record does not judge."""
+    """Previously a time that the record does not judge refuted the claim."""
     rate = _prefill(0.7)[0].model_copy(update={"verdict": "worse", "noise_floor": 0.02})
     noisy = measurement.informative("decode_tokens_per_second", "decode", 100.0, 99.0, "by hand")
     noisy = noisy.model_copy(update={"verdict": "inconclusive", "noise_floor": 0.12, "reason": "too noisy"})
@@ -73,7 +73,7 @@ def test_attention_alone_is_not_judged_where_decoding_was_too_noisy():
     assert attention_timing.all_timed(*quiet)[-1].verdict == "worse"
 
 
-def test_no_relation_between_times_holds_where_the_machine_was_busy():
+def test_a_busy_machine_leaves_relations_between_times_undecided():
     reason = "the machine was busy: our threads waited for a core 22% of the time"
     busy = [m.model_copy(update={"disturbed": 1, "reason": reason}) for m in _prefill(1.2)]
     density, short, layers, kernel = _judged([_row(1024, 0.8), _row(4096, 1.9)], busy)

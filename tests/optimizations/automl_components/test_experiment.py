@@ -1,4 +1,4 @@
-"""What the experiment concludes from outcomes that are planted: chance, defaults, and a small grid."""
+"""The experiment's conclusions from planted outcomes: chance, defaults, and a small grid."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from lib.report.text import brief, reading
 
 
 def _judged(level: float, reason: str | None = None) -> JudgedStack:
-    """Time and divergence at the same share of the reference."""
+    """Return time and divergence at the same share of the reference."""
     return JudgedStack([RecipeStep(optimization="one")], level, level * REFERENCE[1], 1.0, reason, 2.0)
 
 
@@ -48,8 +48,8 @@ def test_chance_is_judged_by_several_draws(search, others, outcome):
     assert refuted is outcome and f"{_area(search):.4g}" in evidence
 
 
-def test_less_than_the_margin_is_a_tie():
-    """Times that are read again move an area by more than this: the search is not better by a thousandth."""
+def test_a_gain_below_the_margin_is_a_tie():
+    """Repeated timing moves an area by more than this: a thousandth does not make the search better."""
     refuted, evidence = _equal(0.4999, 0.5, 0.5, defaults=0.5).random_refuted()
     assert refuted is True and evidence.endswith("at most 5 % more is as good"), "why a larger area is no better"
     assert _equal(0.4999, defaults=0.5).defaults_refuted() == (
@@ -61,8 +61,10 @@ def test_less_than_the_margin_is_a_tie():
     ).reached[:2].any()  # fmt: skip
 
 
-def test_areas_of_which_no_gain_is_sure_decide_nothing():
-    """The search was better than chance by what six pairs scatter: timed anew, nothing was faster than the baseline."""
+def test_areas_without_a_sure_gain_decide_nothing():
+    """Previously the search beat chance by the scatter of six pairs: timed anew, nothing was faster than the
+    baseline.
+    """
     sure, unsure = (replace(_judged(0.9), time_high=high) for high in (0.95, 1.02))
     arms = {"random 1": [_judged(0.95)], "random 2": [_judged(0.95)], "defaults": [_judged(0.96)]}
     known, doubtful = EqualSeconds(arms | {"search": [sure, unsure]}), EqualSeconds(arms | {"search": [unsure]})
@@ -79,7 +81,7 @@ def test_areas_of_which_no_gain_is_sure_decide_nothing():
     assert outcome.targets(known, replace(grid, sure=True), chosen).reached[:3].all()
 
 
-def test_what_was_cut_dominates_nothing_and_is_counted():
+def test_cut_configurations_dominate_nothing_and_are_counted():
     equal = _equal(0.5, 0.4)
     assert equal.volumes["search"] == pytest.approx(_area(0.5)) and equal.crashed == 1
     assert len(equal.points()) == 3, "the one that crashed is no point, the defaults are one already"
@@ -91,15 +93,15 @@ def test_what_was_cut_dominates_nothing_and_is_counted():
     assert reading.two(f"{first}.", second)
 
 
-def test_where_every_configuration_was_cut_there_is_a_figure_all_the_same():
-    """Without a row the points had no columns, and the figure of a notebook raised KeyError for its arms."""
+def test_the_figure_exists_even_if_every_configuration_was_cut():
+    """Without a row the points had no columns, and the notebook's figure raised KeyError for its arms."""
     equal = EqualSeconds({arm: [_judged(0.9, "beyond the limit")] for arm in ("search", "random 1", "defaults")})
     assert equal.points().empty and equal.described().startswith("0 configurations")
     assert style.png(style.trade_off(equal.points(), x_label="time, %", y_label="KL", reference=(100, 0)))
 
 
-def test_what_the_arms_share_is_counted_once():
-    """The first trials stood in every arm, and so did a crash among them: one was counted three times."""
+def test_shared_trials_are_counted_once():
+    """The first trials were part of every arm, so a crash among them was counted three times."""
     first = [_judged(0.8), _judged(0.1, "crashed: ValueError")]
     equal = EqualSeconds(
         {"search": [*first, _judged(0.5)], "random 1": [*first, _judged(0.6)], "defaults": list(first)}
@@ -109,7 +111,7 @@ def test_what_the_arms_share_is_counted_once():
     assert list(equal.table()["configurations"]) == [3, 3, 2], "each arm has its own all the same"
 
 
-def test_a_search_beside_which_chance_dominates_nothing_is_no_multiple_of_it():
+def test_the_gain_is_undefined_where_chance_dominates_nothing():
     grid = SmallGrid("a × b", np.ones((3, 3)), 2, [[1.0]], 0.7)
     chosen = Recipe(model="m", scale="proxy", stack=[], chosen_by="a search")
     alone, nothing = _equal(0.5, 1.2), _equal(1.2, 1.2, defaults=1.1)
@@ -125,8 +127,8 @@ def test_a_search_beside_which_chance_dominates_nothing_is_no_multiple_of_it():
     ("accuracy", "better"),
     [("maintained", True), ("inconclusive", True), ("", True), ("not_maintained", False), ("invalid", False)],
 )
-def test_a_stack_that_was_judged_to_lose_is_not_better_than_nothing(accuracy, better):
-    """The target was reached by any stack, beside the verdict that it does not keep the scores."""
+def test_a_stack_judged_to_lose_quality_misses_the_target(accuracy, better):
+    """Previously any stack reached the target, even next to the verdict that it does not keep the scores."""
     grid, step = SmallGrid("a × b", np.ones((3, 3)), 2, [[1.0]], 0.7), RecipeStep(optimization="one")
     chosen = Recipe(model="m", scale="proxy", stack=[step], chosen_by="a search", accuracy=accuracy)
     assert bool(outcome.targets(_equal(0.2, 0.4), grid, chosen).reached.iloc[3]) is better
@@ -174,14 +176,16 @@ def test_a_stack_is_stored_with_its_verdict_and_hashes(tiny, verdicts, degenerat
     assert "chosen for weights" in recipe.unfit(stored, "others")
 
 
-def test_only_a_preview_shortens_the_request_that_is_timed():
+def test_only_a_preview_shortens_the_timed_request():
     asked = experiment.TimedRequest(256, 2, 3)
     assert asked.within(settings.read("quick")) == asked
     assert asked.within(settings.read("preview")) == (64, 2, 3)
 
 
 def test_a_grid_names_its_rows_before_its_columns(monkeypatch):
-    """The first stack that has a step is one of the first row, so of the columns: names came out reversed."""
+    """The first stack with a step is in the first row, so its step names the columns: previously names came out
+    reversed.
+    """
     step = lambda stem, level: [RecipeStep(optimization=stem)] if level else []  # noqa: E731
     stacks = [[step("of_rows", row) + step("of_columns", column) for column in range(3)] for row in range(3)]
     monkeypatch.setattr(experiment.controls, "grid", lambda outcomes, parts, levels: stacks)

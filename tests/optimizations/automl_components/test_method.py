@@ -1,4 +1,6 @@
-"""Components are found by looking; spaces are checked; what is infeasible is cut and said; a stop changes no answer."""
+"""Components are discovered, spaces are checked, infeasible configurations are cut and reported; a stop changes no
+answer.
+"""
 
 import json
 from dataclasses import replace
@@ -29,7 +31,7 @@ def _fake(stem: str, apply, applies=lambda model: None, **knobs) -> Component:
 
 
 def _scale(model, calibration, *, share=0.5, kind="a"):
-    """Shrink the first block's output projection: the more, the further from the original."""
+    """Shrink the first block's output projection: a larger share moves it further from the original."""
     import copy
 
     changed = copy.deepcopy(model)
@@ -48,7 +50,7 @@ def _bench(model, parts, **options) -> Bench:
 
 
 def _untimed(bench, monkeypatch):
-    """Judge times by the stack alone, so that no clock is in the answer."""
+    """Judge times by the stack alone, so that no clock affects the answer."""
 
     def rounds(arms, count, **_):
         return SimpleNamespace(pairs=lambda baseline, optimized: SimpleNamespace(differences=np.zeros(1)))
@@ -57,7 +59,7 @@ def _untimed(bench, monkeypatch):
     return bench
 
 
-def test_components_are_found_by_looking():
+def test_components_are_discovered():
     stems = {part.stem for part in automl.components()}
     assert {"structured_pruning", "tensor_decomposition", "sparse_neural_networks"} <= stems
     assert "automl_components" not in stems and "continuous_nas" not in stems, "they offer no apply"
@@ -72,7 +74,7 @@ def test_a_new_module_is_found_without_being_named(monkeypatch):
     assert [part.stem for part in automl.components()] == ["twelfth"]
 
 
-def test_every_real_configuration_becomes_a_stack_and_back():
+def test_every_real_configuration_round_trips_through_a_stack():
     parts = automl.components()
     every = automl.space(parts)
     draw = np.random.default_rng(0)
@@ -83,8 +85,8 @@ def test_every_real_configuration_becomes_a_stack_and_back():
         json.dumps([step.model_dump() for step in stack])
 
 
-def test_a_space_is_shown_in_words():
-    """A report said `FloatDistribution(high=0.675, log=False, low=0.045000000000000005, step=None)`."""
+def test_a_space_is_described_in_words():
+    """Previously a report said `FloatDistribution(high=0.675, log=False, low=0.045000000000000005, step=None)`."""
     ratio = {"type": "float", "range": (0.0, 0.9), "default": 0.3}
     kind = {"type": "categorical", "choices": ("row", "matrix", "block"), "default": "row"}
     steps = {"type": "int", "range": (0, 1000), "default": 2}
@@ -95,7 +97,7 @@ def test_a_space_is_shown_in_words():
     assert words["one.steps"] == "0 to 4, whole"
 
 
-def test_levels_are_tried_and_what_lies_between_goes_to_the_nearest():
+def test_levels_are_tried_and_values_between_them_go_to_the_nearest():
     size = {"type": "int", "range": (16, 512), "default": 128, "levels": (32, 128)}
     steps = {"type": "int", "range": (0, 1000), "default": 30}
     part = _fake("one", _scale, size=size, steps=steps)
@@ -106,7 +108,7 @@ def test_levels_are_tried_and_what_lies_between_goes_to_the_nearest():
     assert automl.params_of(stack, [part])["one.size"] == 128
 
 
-def test_the_defaults_of_every_real_component_can_be_asked_for():
+def test_every_real_component_accepts_its_defaults():
     for part in automl.components():
         assert automl.stack_of(
             automl.params_of([RecipeStep(optimization=part.stem, knobs=part.defaults)], [part]), [part]
@@ -116,8 +118,8 @@ def test_the_defaults_of_every_real_component_can_be_asked_for():
 
 
 @pytest.mark.parametrize("most_steps", [1, 16])
-def test_the_defaults_are_tried_as_their_author_set_them(most_steps):
-    """A knob whose default lies near an end of its range was brought down: no trial was that component's default."""
+def test_default_knob_values_are_tried_unchanged(most_steps):
+    """Previously a knob with a default near an end of its range was lowered: no trial was that component's default."""
     for part in automl.components(most_steps=most_steps):
         step = RecipeStep(optimization=part.stem, knobs=part.defaults)
         assert automl.stack_of(automl.params_of([step], [part]), [part]) == [step]
@@ -141,7 +143,7 @@ def test_empty_ranges_are_named(knob, says):
         automl.space([])
 
 
-def test_the_infeasible_is_cut_before_it_is_timed(tiny, monkeypatch):
+def test_infeasible_configurations_are_cut_before_timing(tiny, monkeypatch):
     def refuse(model, calibration):
         raise UserError("refused: no such thing")
 
@@ -170,9 +172,9 @@ def test_the_infeasible_is_cut_before_it_is_timed(tiny, monkeypatch):
     assert "memory of 1.000 is over the budget of 0.500" in bench.judge([RecipeStep(optimization="good")]).reason
 
 
-def test_what_changes_nothing_is_not_timed_and_dominates_nothing(tiny, monkeypatch):
-    """A configuration that switches every component off was timed against its own copy: where that happened to be the
-    slower one, the empty stack dominated an area, in the search's arm and in those of chance.
+def test_a_configuration_without_effect_is_not_timed_and_dominates_nothing(tiny, monkeypatch):
+    """Previously a configuration that switches every component off was timed against its own copy: where the copy
+    happened to be slower, the empty stack dominated an area, in the arms of the search and of chance.
     """
     bench = _bench(tiny("qwen3-4b-instruct-2507"), [_fake("one", _scale, share=SHARE)])
     monkeypatch.setattr(bench_module.interleaved, "rounds", lambda *_, **__: pytest.fail("timed"))
@@ -183,14 +185,14 @@ def test_what_changes_nothing_is_not_timed_and_dominates_nothing(tiny, monkeypat
     assert "over the budget" in bench.judge([]).reason and bench.judge([]).point == bench_module.INFEASIBLE_POINT
 
 
-def test_each_sequence_of_a_batch_holds_its_own_new_tokens(tiny):
+def test_each_sequence_of_a_batch_has_its_own_new_tokens(tiny):
     bench = _bench(tiny("qwen3-4b-instruct-2507"), [])
     one = bench._cache(bench.model)
     bench.prompt_BT = bench.prompt_BT.repeat(4, 1)
     assert bench._cache(bench.model) == 4 * one > 0
 
 
-def test_stopped_and_gone_on_with_ends_the_same(tiny, monkeypatch, tmp_path):
+def test_a_resumed_search_ends_like_an_uninterrupted_one(tiny, monkeypatch, tmp_path):
     parts = [_fake("one", _scale, share=SHARE, kind=KIND), _fake("two", _scale, share=SHARE)]
     bench = _untimed(_bench(tiny("qwen3-4b-instruct-2507"), parts), monkeypatch)
     with study.opened(None, "s", {}, 2) as memory:
@@ -203,7 +205,7 @@ def test_stopped_and_gone_on_with_ends_the_same(tiny, monkeypatch, tmp_path):
     assert any(len(judged.stack) == 2 for judged in whole)
 
 
-def test_what_served_other_models_comes_first(tiny, monkeypatch, tmp_path):
+def test_stacks_that_served_other_models_are_tried_first(tiny, monkeypatch, tmp_path):
     parts = [_fake("one", _scale, share=SHARE), _fake("two", _scale, share=SHARE)]
     bench = _untimed(_bench(tiny("qwen3-4b-instruct-2507"), parts), monkeypatch)
 
@@ -230,8 +232,8 @@ def test_what_served_other_models_comes_first(tiny, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("knobs", ['{kind: "c"}', '{share: "much"}', "{share: .nan}", "{share: true}", "{size: 2.5}"])
-def test_a_value_that_a_component_no_longer_has_is_no_reason_not_to_search(tmp_path, knobs):
-    """Another model's stack, of an earlier version or written by hand, ended the search when its trial was stored."""
+def test_an_outdated_value_in_a_stored_stack_does_not_stop_the_search(tmp_path, knobs):
+    """Previously another model's stack, outdated or written by hand, ended the search when its trial was stored."""
     size = {"type": "int", "range": (1, 9), "default": 4}
     parts = [_fake("one", _scale, share=SHARE, kind=KIND, size=size)]
     text = "model: other\nscale: proxy\neffort: quick\nchosen_by: a search\nstack:\n- optimization: one\n  knobs: "
@@ -242,7 +244,7 @@ def test_a_value_that_a_component_no_longer_has_is_no_reason_not_to_search(tmp_p
     assert automl.params_of(served, parts) | {"one": True} == automl.params_of(served, parts)
 
 
-def test_chance_begins_where_the_search_began(tiny, monkeypatch):
+def test_chance_starts_with_the_first_trials_of_the_search(tiny, monkeypatch):
     parts = [_fake("one", _scale, share=SHARE)]
     bench = _untimed(_bench(tiny("qwen3-4b-instruct-2507"), parts), monkeypatch)
     first = [JudgedStack([RecipeStep(optimization="one")], 0.5, 0.05, 1.0, None, 3.0)]
@@ -257,7 +259,7 @@ def _finalist(time: float, lost: float = 0.0, growth: float = 0.0, spread: float
     return Finalist(outcome, estimate, 0.0, 0.1, search_quality.QualityLoss(lost, growth, growth))
 
 
-def test_the_rule_takes_what_surely_saves_most_and_keeps_its_scores():
+def test_the_rule_takes_the_largest_sure_saving_that_keeps_its_scores():
     fast, kept, slower = _finalist(0.5, 0.1), _finalist(0.7, 0.01), _finalist(0.8)
     nothing = _finalist(1.0, spread=0.0, steps=0)
     assert finalists.choose([fast, slower, kept, nothing], 0.02) is kept
@@ -269,7 +271,7 @@ def test_the_rule_takes_what_surely_saves_most_and_keeps_its_scores():
 
 
 def test_near_ties_go_to_the_stack_that_does_least():
-    """Noise of less than the practical margin changes nothing of what is chosen."""
+    """Noise below the practical margin does not change the choice."""
     random = np.random.default_rng(0)
     chosen = set()
     for _ in range(50):
@@ -279,9 +281,9 @@ def test_near_ties_go_to_the_stack_that_does_least():
     assert chosen == {1}
 
 
-def test_a_search_timed_twice_chooses_once():
-    """Planted: two stacks as fast as each other, one of which does more; rounds scatter by 6 %. By intervals alone each
-    is the best now and then, and sometimes one does not surely save anything.
+def test_two_timings_of_a_search_choose_the_same_stack():
+    """Planted: two equally fast stacks, one of which does more; rounds scatter by 6 %. By intervals alone each is the
+    best at times, and sometimes one does not surely save anything.
     """
     random, chosen = np.random.default_rng(1), set()
     nothing = _finalist(1.0, spread=0.0, steps=0)
@@ -298,19 +300,19 @@ def test_a_search_timed_twice_chooses_once():
     assert finalists.choose([nothing, pair[1], slower], 0.02) is pair[1], "surely slower than the best"
 
 
-def test_the_rule_takes_nothing_rather_than_what_gains_no_more_than_noise():
+def test_the_rule_takes_nothing_where_gains_are_within_noise():
     nothing, noise, better = _finalist(1.0, spread=0.0, steps=0), _finalist(0.985), _finalist(0.95)
     assert finalists.choose([nothing, noise], 0.02) is nothing
     assert finalists.choose([nothing, noise, better], 0.02) is better
     unsteady = replace(better, floor=0.1)
     assert finalists.choose([nothing, unsteady], 0.02) is nothing, "two copies of the baseline differ by more"
-    # An interval that ends below 1 stood beside `surely faster: False`, without what it would have to lie below.
+    # An interval that ends below 1 was shown with `surely faster: False`, without the required bound.
     frame = finalists.table([noise, better, unsteady], 0.02)
     assert list(frame["surely faster"]) == [False, True, False] and frame["high"].max() < 1
     assert frame["surely faster below"].tolist() == pytest.approx([0.98, 0.98, 0.905], abs=1e-3)
 
 
-def test_a_budget_of_memory_that_nothing_meets_is_named():
+def test_an_unmet_memory_budget_is_named():
     with pytest.raises(
         NotApplicable, match=r"memory budget of 0\.01 of the baseline's; the smallest .* takes 0\.62"
     ) as raised:
@@ -352,7 +354,7 @@ def test_promotion_judges_the_best_on_more_text(tiny, monkeypatch):
     )
 
 
-def test_what_little_text_flattered_falls_behind_on_more():
+def test_stacks_flattered_by_little_text_fall_behind_on_more():
     bench = SimpleNamespace(texts=["little", "more"], apply=lambda stack: stack[0].knobs["share"])
     on_more_text, asked = {0.1: 0.01, 0.2: 0.4, 0.3: 0.02, 0.4: 0.0}, []
     bench.divergence = lambda share, rung: asked.append((share, rung)) or on_more_text[share]
@@ -369,15 +371,17 @@ def test_what_little_text_flattered_falls_behind_on_more():
     assert asked == [(0.2, 1), (0.3, 1)], "twice as many as are kept are read"
 
 
-def test_a_stack_that_was_judged_twice_takes_one_place_among_the_finalists():
+def test_a_stack_judged_twice_takes_one_finalist_place():
     bench = SimpleNamespace(texts=["little", "more"], apply=lambda stack: stack, divergence=lambda model, rung: 0.01)
     share = lambda value: [RecipeStep(optimization="one", knobs={"share": value})]  # noqa: E731
     judged = [JudgedStack(share(at), time, 0.01, 1.0, None, 0.0) for at, time in ((0.1, 0.5), (0.1, 0.6), (0.2, 0.9))]
     assert [each for each, _ in automl.promote(bench, judged, 2)] == [judged[0], judged[2]]
 
 
-def test_what_is_timed_for_the_last_round_is_of_one_age(tiny, monkeypatch):
-    """The baseline was copied just before the rounds, and the stacks were those of the search, slower for their age."""
+def test_models_timed_in_the_last_round_have_equal_age(tiny, monkeypatch):
+    """Previously the baseline was copied just before the rounds, and the search's older stacks were slower for their
+    age.
+    """
     parts = [_fake("one", _scale, share=SHARE)]
     bench, timed = _bench(tiny("qwen3-4b-instruct-2507"), parts), []
     outcome = JudgedStack([RecipeStep(optimization="one", knobs={"share": 0.1})], 0.9, 0.01, 1.0, None, 0.0)
@@ -389,7 +393,7 @@ def test_what_is_timed_for_the_last_round_is_of_one_age(tiny, monkeypatch):
     assert not {id(model) for model in timed} & {id(model) for model in (bench.model, *bench.applied.values())}
 
 
-def test_chance_begins_in_the_middle_of_a_grid_as_the_search_does():
+def test_chance_starts_in_the_middle_of_a_grid_like_the_search():
     areas = np.full((3, 3), 0.25)
     areas[1, 1], areas[2, 0] = 0.5, 1.0
     assert controls.by_chance(areas, 2, 800) == pytest.approx(1 / 8 + 7 / 8 * 0.5, abs=0.03)
@@ -405,7 +409,7 @@ def test_regret_finds_a_planted_optimum():
     assert controls.regret(utilities, 5, 1) == controls.regret(utilities, 5, 1)
 
 
-def test_grids_pair_the_components_that_are_worth_most():
+def test_grids_pair_the_most_valuable_components():
     parts = [_fake(name, _scale, share=SHARE, kind=KIND) for name in ("idle", "quick", "middling", "refused")]
     alone = {"idle": (1.0, 0.5, None), "quick": (0.6, 9.0, None), "middling": (0.8, 2.0, None)}
     alone["refused"] = (0.1, 0.1, "refused")
@@ -432,7 +436,7 @@ def test_a_real_stack_is_judged(tiny):
     assert 0 < automl.automation(automl.components(), ["memory budget"]) < 1
 
 
-def test_a_component_begins_with_what_it_says_of_trials():
+def test_a_component_starts_with_its_trial_defaults():
     part = next(part for part in automl.components() if part.stem == "streaming_computation")
     assert part.module.SEARCH_SPACE["memory_ratio"]["default"] < 1 and part.defaults["memory_ratio"] == 1.0
     assert part.defaults["prefill_chunk"] == part.module.SEARCH_SPACE["prefill_chunk"]["default"]

@@ -1,5 +1,5 @@
-"""The absorbed baseline of latent attention: the same weights and answers, whatever an optimization makes of it, and
-models that have no latents.
+"""The absorbed baseline of latent attention: the same weights and answers, also after any optimization, and models
+without latents.
 """
 
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def test_the_baseline_decodes_absorbed_with_the_same_weights_and_answers(tiny):
     assert loaded.original() is loaded.model, "it is the unchanged model now"
 
 
-def test_what_is_made_of_it_decodes_absorbed_as_well(tiny, batch):
+def test_optimized_baselines_decode_absorbed_as_well(tiny, batch):
     model = absorbed_baseline.absorbed_baseline(tiny("glm-4.7-flash"))
     pruned = pruning.apply(model, [batch], ratio=0.2)
     assert mla_absorption.is_absorbed(pruned)
@@ -107,7 +107,7 @@ CHANGES: dict[str, Callable] = {
 
 
 def _int8_throughout(model: nn.Module) -> nn.Module:
-    """Return a copy of which the expansions are in int8 too."""
+    """Return a copy whose expansions are in int8 too."""
     return mla_absorption.absorb(weight_only(mla_absorption.expand(sharing(model)), 8))
 
 
@@ -121,7 +121,7 @@ PACKED: dict[str, Callable] = {
 
 @torch.inference_mode()
 def _decoded(model: nn.Module) -> torch.Tensor:
-    """Return the logits of a prompt and of three single tokens and a pair after it, [T, V]."""
+    """Return the logits of a prompt, then of three single tokens and a pair, [T, V]."""
     output, logits = model(PROMPT, use_cache=True), []
     for new in (1, 1, 1, 2):
         logits.append(output.logits[0])
@@ -130,7 +130,7 @@ def _decoded(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("change", [*CHANGES, *PACKED])
-def test_what_is_changed_says_absorbed_what_it_says_stock(tiny, batch, change):
+def test_optimized_models_give_the_same_answers_absorbed_and_stock(tiny, batch, change):
     """Reference: the stock path, which expands the whole cache in whatever form the matrix is stored."""
     changed = (CHANGES | PACKED)[change](absorbed_baseline.absorbed_baseline(tiny("glm-4.7-flash")), [batch])
     stock = mla_absorption.expand(sharing(changed))
@@ -143,8 +143,8 @@ def test_what_is_changed_says_absorbed_what_it_says_stock(tiny, batch, change):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_the_yardstick_expands_by_a_dense_matrix_as_engines_do(tiny, batch, bits):
-    """Stored in few bits it would be restored for each token; engines restore it once."""
+def test_the_yardstick_expands_with_a_dense_matrix_as_engines_do(tiny, batch, bits):
+    """Stored in few bits, the matrix would be restored for each token; engines restore it once."""
     stock = tiny("glm-4.7-flash")
     absorbed = absorbed_baseline.absorbed_baseline(stock)
     for calibration in (None, [batch]) if bits == 4 else (None,):
@@ -159,8 +159,8 @@ def test_the_yardstick_expands_by_a_dense_matrix_as_engines_do(tiny, batch, bits
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_the_yardstick_of_a_factored_checkpoint_expands_by_dense_factors(tiny, bits):
-    """Each of both factors was restored for each token; int4 of an odd rank could not even be made."""
+def test_the_yardstick_of_a_factored_checkpoint_uses_dense_factors(tiny, bits):
+    """Previously both factors were restored for each token, and int4 of an odd rank could not be built."""
     absorbed = _factored_expansion(absorbed_baseline.absorbed_baseline(tiny("glm-4.7-flash")))
     for block, before in zip(anatomy(weight_only(absorbed, bits)).blocks, anatomy(absorbed).blocks):
         ours, theirs = (each.attention.module.kv_b_proj for each in (block, before))
@@ -170,7 +170,7 @@ def test_the_yardstick_of_a_factored_checkpoint_expands_by_dense_factors(tiny, b
 
 
 @pytest.mark.parametrize("change", [name for name in CHANGES if name != "nothing"])
-def test_what_is_changed_is_saved_as_a_plain_checkpoint(tiny, batch, change, tmp_path):
+def test_optimized_models_are_saved_as_plain_checkpoints(tiny, batch, change, tmp_path):
     changed = CHANGES[change](absorbed_baseline.absorbed_baseline(tiny("glm-4.7-flash")), [batch])
     again = io.load_folder(io.save(changed, tmp_path / "saved"), dtype=torch.float32)
     assert not mla_absorption.is_absorbed(again) and io.weights_hash(again) == io.weights_hash(changed)
@@ -180,7 +180,7 @@ def test_what_is_changed_is_saved_as_a_plain_checkpoint(tiny, batch, change, tmp
 
 
 @pytest.mark.parametrize("change", ["nothing", "factored expansion", "experts pruned"])
-def test_formulas_count_decoding_as_it_is_done(tiny, batch, change):
+def test_formulas_count_decoding_as_executed(tiny, batch, change):
     changed = CHANGES[change](absorbed_baseline.absorbed_baseline(tiny("glm-4.7-flash")), [batch])
     stock = mla_absorption.expand(sharing(changed))
     for model, absorbed in ((changed, True), (stock, False)):
@@ -200,7 +200,7 @@ def test_factors_are_absorbed_one_after_the_other(tiny, batch):
     assert cost_model.decode_flops(model, 50) == 2 * cost_model.active_parameters(model) + attended + again
 
 
-def test_rows_that_join_and_leave_get_the_answers_of_stock_decoding(tiny):
+def test_joining_and_leaving_rows_get_the_answers_of_stock_decoding(tiny):
     model = tiny("glm-4.7-flash")
     answered = []
     for arm in (model, absorbed_baseline.absorbed_baseline(model)):
@@ -216,7 +216,7 @@ def test_rows_that_join_and_leave_get_the_answers_of_stock_decoding(tiny):
     assert torch.equal(*answered)
 
 
-def test_drafted_answers_are_the_greedy_ones(tiny, batch):
+def test_drafted_answers_match_the_greedy_ones(tiny, batch):
     model = absorbed_baseline.absorbed_baseline(tiny("glm-4.7-flash"))
     draft = pruning.apply(model, [batch], ratio=0.25, granularity="depth")
     plain, _ = speculative.generate(model, draft, PROMPT[0], 12, lambda rounds: 0)
@@ -234,7 +234,7 @@ def test_streamed_weights_are_absorbed_in_place(tiny, tmp_path):
 
 
 def test_sparse_attention_keeps_its_own_decoding_in_either_order(tiny):
-    """Pages are read in the latent space already: absorbing neither before nor after may bypass them."""
+    """Pages are already read in the latent space: absorbing before or after must not bypass them."""
     model = tiny("glm-4.7-flash")
     options = {"block_size": 16, "stride": 4, "page_size": 4, "pages": 1, "dense_blocks": 0, "tau": 1.0}
     before = sparse.apply(absorbed_baseline.absorbed_baseline(model), **options)
@@ -245,7 +245,7 @@ def test_sparse_attention_keeps_its_own_decoding_in_either_order(tiny):
 
 
 @pytest.mark.parametrize("plain", ["qwen3-4b-instruct-2507", "qwen3-coder-30b", "qwen3-vl-2b"])
-def test_without_latents_there_is_nothing_to_absorb(tiny, plain):
+def test_models_without_latents_have_nothing_to_absorb(tiny, plain):
     loaded = _Loaded(tiny(plain))
     assert absorbed_baseline.of(loaded) is loaded
     assert absorbed_baseline.absorbed_baseline(loaded.model) is loaded.model

@@ -1,4 +1,4 @@
-"""Steps of distillation by default: on proxy models alone."""
+"""Default distillation steps: on proxy models only."""
 
 from types import SimpleNamespace
 
@@ -22,12 +22,12 @@ from lib.optimizations.common import finetuning
         ("proxy", True, 7, "quick", 0),
     ],
 )
-def test_steps_by_default_and_asked_for(scale, random_weights, asked, effort, steps):
+def test_steps_follow_the_default_or_the_request(scale, random_weights, asked, effort, steps):
     loaded = SimpleNamespace(scale=scale, random_weights=random_weights)
     assert finetuning.steps_of(loaded, asked, 30, settings.read(effort, scale)) == steps
 
 
-def test_what_training_brought_is_said():
+def test_the_effect_of_training_is_reported():
     assert finetuning.read(Lessons([], {})) == ""
     in_vain = Lessons([0.001, 0.09, 0.04], {0: 0.0005, 1: 0.02, 3: 0.01})
     assert in_vain.kept == 0 and finetuning.read(in_vain) == (

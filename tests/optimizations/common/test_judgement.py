@@ -1,4 +1,4 @@
-"""The gate and the questions: what has degenerated shows no number, whatever it answered."""
+"""The gate and the questions: a degenerate model shows no number, whatever it answered."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from lib.optimizations.common import judgement
 SCORE = measurement.informative("f1_macro", "classify", 0.9, 0.8, "planted")
 
 
-def test_what_has_degenerated_shows_no_number(monkeypatch):
+def test_a_degenerate_model_shows_no_number(monkeypatch):
     arms = []
 
     def evaluate(loaded, effort, *, seed, model=None, acted=None):
@@ -30,8 +30,8 @@ def test_what_has_degenerated_shows_no_number(monkeypatch):
     assert arms == [None, "optimized"] * 2, "the baseline is asked first"
 
 
-def test_answers_that_are_no_numbers_are_not_compared(monkeypatch):
-    """The losses of a model whose logits are NaN are NaN too, which no measurement holds."""
+def test_nan_answers_are_not_compared(monkeypatch):
+    """The losses of a model with NaN logits are NaN too, which no measurement can hold."""
     compared = []
     monkeypatch.setattr(judgement.evaluate, "evaluate", lambda *_, model=None, **__: "base" if model is None else "NaN")
     monkeypatch.setattr(judgement.answer_comparison, "compare", lambda *arms, **_: compared.append(arms) or [SCORE])
@@ -46,8 +46,8 @@ def _rate(workload: str, verdict: str, floor: float, reason: str | None = None) 
     return rate.model_copy(update={"verdict": verdict, "noise_floor": floor, "ci": (1.1, 1.3), "reason": reason})
 
 
-def test_a_table_judges_no_speed_that_the_record_will_not_judge():
-    """The table said `better`, and the break-even paid, where the record said that nothing timed is judged."""
+def test_the_table_judges_no_speed_that_the_record_does_not():
+    """Previously the table said `better`, and the break-even paid, where the record said that no timing is judged."""
     prefill, noisy = _rate("prefill", "better", 0.01), _rate("decode", "inconclusive", 0.12, "the noise floor of 12 %")
     quiet = Compared([prefill, _rate("decode", "better", 0.02)], details={"kept": 1})
     assert judgement.timed(quiet) == quiet

@@ -1,4 +1,4 @@
-"""The recipe of a model: what is written is read back; damaged files are named and never lost."""
+"""A model's recipe: what is written is read back; damaged files are named and never lost."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def _stack(**changes) -> Recipe:
     return Recipe(**fields | changes)
 
 
-def test_round_trip_in_order(tmp_path):
+def test_the_round_trip_keeps_the_order(tmp_path):
     path = recipe.write(_stack(study="s"), tmp_path)
     assert path == recipe.path_of("glm-4.7-flash", "proxy", tmp_path)
     assert recipe.read(path) == _stack(study="s")
@@ -71,7 +71,7 @@ def test_another_models_stack_is_refused(tmp_path):
         recipe.read(tmp_path / "none.yaml")
 
 
-def test_knobs_of_earlier_recipes_have_their_present_names(tmp_path):
+def test_knobs_of_earlier_recipes_get_their_current_names(tmp_path):
     path = tmp_path / "glm-4.7-flash.yaml"
     knobs = "{recovery_steps: 4, ratio: 0.3}"
     stack = f"[{{optimization: structured_pruning, knobs: {knobs}}}]"

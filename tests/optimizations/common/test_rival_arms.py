@@ -1,4 +1,4 @@
-"""What is said of an optimized model beside the yardsticks, from planted numbers."""
+"""Statements that compare an optimized model with the yardsticks, from planted numbers."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -32,7 +32,7 @@ def _arm(name: str, weights: float, nats: float | None, *rates, purpose: str = "
     return ThirdArm(name, purpose, [read.model_copy(update={"ci": (0.9 * nats, 1.1 * nats)}), size, *rates])
 
 
-def test_a_yardstick_that_is_smaller_and_nearer_is_named():
+def test_a_smaller_and_closer_yardstick_is_named():
     cut = _arm("activation", 0.738, 0.00116)
     yardsticks = [_arm("int8", 0.343, 7.4e-5), _arm("int4, groups of 128", 0.244, 0.011)]
     assert rival_arms.beside(cut, [*yardsticks, _arm("cut at int8's bytes", 0.34, 9.0)]) == (
@@ -50,16 +50,16 @@ def test_a_yardstick_that_is_smaller_and_nearer_is_named():
         (0.4, 0.0105, "and not told apart in its distance from the baseline"),
     ],
 )
-def test_no_yardstick_is_called_nearer_than_intervals_allow(weights, nats, says):
+def test_no_yardstick_is_called_closer_than_intervals_allow(weights, nats, says):
     assert says in rival_arms.beside(_arm("cut", 0.5, 0.01), [_arm("int8", weights, nats)])
 
 
-def test_without_text_nearness_is_not_known():
+def test_closeness_is_unknown_without_text():
     assert "not known" in rival_arms.beside(None, [_arm("int8", 0.3, None)])
     assert "not known" in rival_arms.beside(_arm("cut", 0.5, None), [_arm("int8", 0.3, None)])
 
 
-def test_speed_beside_a_yardstick():
+def test_speed_is_compared_with_a_yardstick():
     own = [_rate("prefill", 1.14), _rate("decode", 1.05)]
     int8 = _arm("int8", 0.34, 7e-5, _rate("prefill", 0.94), _rate("decode", 1.047))
     untimed = _arm("int4, groups of 128", 0.24, 0.01)
@@ -79,14 +79,14 @@ def test_speed_beside_a_yardstick():
     assert "faster in prefill (1.5× against 0.94×) and decode (1.5× against 1.05×)." in both
 
 
-def test_what_a_speed_lacks_stands_in_its_row():
+def test_a_speed_caveat_is_shown_in_its_row():
     table = rival_arms.table([_arm("int8", 0.39, 3e-4, _rate("prefill", 0.8), purpose=KERNEL)])
     assert table["what it is"].tolist() == [KERNEL]
 
 
 @pytest.mark.parametrize("effort", ["preview", "quick"])
 @pytest.mark.parametrize("windows", [None, 6])
-def test_windows_keep_their_documents_and_the_name_of_their_text(tiny, effort, windows):
+def test_windows_keep_their_documents_and_text_name(tiny, effort, windows):
     model = tiny("qwen3-4b-instruct-2507")
     ids_NT = torch.randint(8, 90, (8, 160), generator=torch.Generator().manual_seed(0))
     text = replace(evaluate.read(model, ids_NT), source_N=np.array([0, 0, 0, 1, 1, 2, 2, 2]), name="mine.txt")
@@ -98,7 +98,7 @@ def test_windows_keep_their_documents_and_the_name_of_their_text(tiny, effort, w
 
 
 def test_windows_of_few_documents_make_a_wider_interval(tiny, monkeypatch):
-    """Planted divergences that differ from document to document more than within one."""
+    """Planted divergences differ more between documents than within one."""
     model = tiny("qwen3-4b-instruct-2507")
     ids_NT = torch.randint(8, 90, (8, 32), generator=torch.Generator().manual_seed(0))
     kl_N = np.array([0.10, 0.11, 0.10, 0.12, 0.30, 0.31, 0.29, 0.30])
@@ -113,7 +113,7 @@ def test_windows_of_few_documents_make_a_wider_interval(tiny, monkeypatch):
     assert widths[0] > widths[1]
 
 
-def test_groups_that_a_width_does_not_allow_are_said(tiny, batch, monkeypatch):
+def test_group_sizes_that_a_width_does_not_allow_are_reported(tiny, batch, monkeypatch):
     """As with SmolLM2's width of 576, where "groups of 128" are groups of 64."""
     monkeypatch.setattr(rival_arms.speed, "compare", lambda *_, **__: SimpleNamespace(measurements=[]))
     model = tiny("qwen3-4b-instruct-2507")  # widths of 32 (q, k, v, gate, up) and 64 (o, down), 4 blocks
@@ -130,8 +130,8 @@ def test_groups_that_a_width_does_not_allow_are_said(tiny, batch, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_yardstick_says_where_its_judged_arithmetic_is_not_that_of_decoding(tiny, monkeypatch, dtype):
-    """int8 alone: int4 multiplies in bfloat16 however many tokens there are."""
+def test_a_yardstick_reports_judged_arithmetic_that_differs_from_decoding(tiny, monkeypatch, dtype):
+    """This affects int8 only: int4 multiplies in bfloat16 for any number of tokens."""
     monkeypatch.setattr(rival_arms.speed, "compare", lambda *_, **__: SimpleNamespace(measurements=[]))
     model = tiny("qwen3-4b-instruct-2507").to(dtype)
     int8, int4 = rival_arms.yardsticks(model, None, torch.zeros(1, 8, dtype=torch.long), settings.read("quick"))
@@ -140,8 +140,8 @@ def test_a_yardstick_says_where_its_judged_arithmetic_is_not_that_of_decoding(ti
 
 
 @pytest.mark.parametrize("missing", [8, 4])
-def test_a_yardstick_that_cannot_be_made_is_named_with_its_reason(tiny, batch, monkeypatch, missing):
-    """It was dropped without a word: a reader could not tell whether anybody had tried."""
+def test_a_yardstick_that_cannot_be_built_is_named_with_its_reason(tiny, batch, monkeypatch, missing):
+    """Previously it was dropped silently: a reader could not tell whether it had been tried."""
     make = weight_only.weight_only
 
     def refusing(model, bits, *rest):

@@ -1,4 +1,4 @@
-"""What the experiment concludes from numbers that are planted: answers, readings, rivals at equal speed."""
+"""The experiment's conclusions from planted numbers: answers, readings, rivals at equal speed."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ from lib.report.text import brief, reading
 
 
 def _effort(search: float, *others: float) -> EqualEffort:
-    """Arms of one point each, at the same share of both references."""
+    """Return arms of one point each, at the same share of both references."""
     one = lambda share: [(share, share * REFERENCE[1])]  # noqa: E731
     points = {"search": one(search), "programme": one(0.65), "greedy": one(0.7), "uniform": one(0.6)}
     points |= {f"random {n}": one(value) for n, value in enumerate(others, start=1)}
@@ -41,7 +41,7 @@ def _sentences(text: str) -> None:
 
 
 @pytest.mark.parametrize(("search", "expected"), [(0.2, False), (0.9, True), (0.5, None)])
-def test_random_choices_are_as_good_only_where_the_search_is_not_above_all_of_them(search, expected):
+def test_random_choices_are_as_good_unless_the_search_beats_all_of_them(search, expected):
     equal = _effort(search, 0.4, 0.5, 0.7)
     refuted, evidence = equal.refuted()
     assert refuted is expected and f"{_area(search):.4f}" in evidence and "3 draws" in evidence
@@ -55,7 +55,7 @@ def test_random_choices_are_as_good_only_where_the_search_is_not_above_all_of_th
     assert _effort(search, 1.2).gain is None, "chance that dominates nothing is no divisor"
 
 
-def test_every_control_says_how_many_evaluations_it_had():
+def test_every_control_reports_its_number_of_evaluations():
     points = {"search": [(0.5, 0.05)] * 7, "programme": [(0.6, 0.05)] * 4, "greedy": [(0.6, 0.05)] * 3}
     points |= {"uniform": [(0.6, 0.05)] * 5, "random 1": [(0.7, 0.05)] * 7}
     equal = EqualEffort(points, points["programme"][:3], 7, None, None)
@@ -90,7 +90,7 @@ def _comparison(own: float, *rivals: tuple[float, float], spread: float = 0.0) -
     return RivalComparison([_speed(gain, spread) for gain, _ in rivals], kl_RN, [])
 
 
-def test_all_blocks_alike_are_judged_at_equal_speed():
+def test_uniform_blocks_are_judged_at_equal_speed():
     worse, better = _comparison(0.1, (1.1, 0.3), (0.9, 0.5)), _comparison(0.1, (1.1, 0.02), (0.9, 0.05))
     assert worse.refuted()[0] is False and better.refuted()[0] is True
     assert worse.closer == pytest.approx(np.sqrt(0.3 * 0.5) / 0.1, rel=0.05)
@@ -118,13 +118,13 @@ def test_all_blocks_alike_are_judged_at_equal_speed():
     sure, unsure = _comparison(0.16, *rivals), _comparison(0.16, *rivals, spread=0.05)
     assert sure.refuted()[0] is False and unsure.refuted()[0] is None, "it may be the slower rival that is as fast"
     assert unsure.interval()[0] < 1 < sure.interval()[0]
-    # The target was reached by the ratio alone, beside a claim that could not be told.
+    # Previously the ratio alone reached the target, next to a claim that could not be decided.
     told = [outcome.targets(_effort(0.2, 0.4), each, drifted).iloc[2] for each in (sure, unsure)]
     assert [bool(row["reached"]) for row in told] == [True, False] and told[1]["value"] > 1
 
 
-def test_windows_of_one_document_are_drawn_together():
-    """Windows that agree within a document and differ between documents: as independent ones they claimed too much."""
+def test_windows_of_one_document_are_resampled_together():
+    """Windows agree within a document and differ between documents: treated as independent, they claimed too much."""
     speeds, documents = [_speed(1.1), _speed(0.9)], np.repeat(np.arange(4), 8)
     level_N = np.repeat([0.6, 0.8, 1.2, 1.4], 8)
     kl_RN = [np.full(32, 0.1), 0.2 * level_N, 0.3 * level_N]
@@ -136,8 +136,10 @@ def test_windows_of_one_document_are_drawn_together():
 
 
 @pytest.mark.parametrize(("gains", "made"), [((1.1, 0.9), True), ((0.97, 0.95), False)])
-def test_no_value_at_equal_speed_is_made_up_beyond_the_rivals(monkeypatch, gains, made):
-    """Of two faster rivals the nearer one's divergence was called that at equal speed, on the line between the two."""
+def test_no_value_at_equal_speed_is_extrapolated_beyond_the_rivals(monkeypatch, gains, made):
+    """Previously, with two faster rivals, the closer one's divergence was reported as the equal-speed one on their
+    line.
+    """
     text = Text(torch.zeros(4, 8, dtype=torch.long), np.ones(4), torch.zeros(4, 8, 1), None, np.array([0, 0, 1, 2]))
     monkeypatch.setattr(rivals.evaluate, "read", lambda *_: replace(text, source_N=None))
     monkeypatch.setattr(rivals.evaluate, "divergence", lambda *_: (np.full(4, 0.2), None))
@@ -166,7 +168,7 @@ def test_drifts_are_judged_by_evaluations():
     assert list(curves[curves.arm == "decode_heavy, cold"].strength) == [1, 2, 3, 4]
 
 
-def test_a_choice_that_is_the_whole_model_and_a_drift_without_a_front_decide_nothing():
+def test_the_whole_model_as_choice_and_a_drift_without_a_front_decide_nothing():
     speeds = [_speed(1.1), _speed(0.9)]
     whole = RivalComparison(speeds, [np.zeros(16), np.full(16, 0.3), np.full(16, 0.5)], [])
     assert whole.closer is None and whole.interval() == (None, None)
@@ -202,7 +204,7 @@ def test_every_claim_has_its_answer():
     assert len(reached) == 5 and reached.reached.all() and drift.LEVEL == 0.95
 
 
-def test_a_search_that_dominates_nothing_reaches_no_target_of_area():
+def test_a_search_that_dominates_nothing_reaches_no_area_target():
     drifted = Drifts([_adaptation([1.0], [1.0])], [{"solved again, s": 0.1}])
     points = {arm: [(1.0, 1.0)] for arm in ("search", "programme", "greedy", "uniform", "random 1")}
     nothing = EqualEffort(points, [], 9, None, None)
@@ -221,7 +223,7 @@ def test_only_a_preview_is_searched_and_timed_on_less():
     assert PROFILES["prefill_heavy"].within(preview).batch == 1
 
 
-def test_saliency_is_observed_on_as_much_text_as_the_width_needs(tiny, monkeypatch):
+def test_saliency_uses_as_much_text_as_the_width_needs(tiny, monkeypatch):
     class Observed(Exception):
         pass
 

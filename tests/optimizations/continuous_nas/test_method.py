@@ -1,4 +1,4 @@
-"""Planted idle parts go first; budgets hold or are refused; a stop changes no answer; after a drift scores stay."""
+"""Planted idle parts go first; budgets are met or refused; a stop changes no answer; scores survive a drift."""
 
 import gc
 import itertools
@@ -29,7 +29,7 @@ PREFILL, MEMORY = request_costs.PROFILES["prefill_heavy"], request_costs.PROFILE
 
 
 def _times(shelf) -> dict:
-    """Seconds by number of parameters: what no clock disturbs."""
+    """Return seconds by number of parameters, which no clock disturbs."""
     seconds = {
         slot: {name: 1e-6 * sum(p.numel() for p in module.parameters()) for name, module in options.items()}
         for slot, options in shelf.modules.items()
@@ -44,7 +44,7 @@ def _begin(model, batch, **options):
     )
 
 
-def test_planted_idle_parts_are_what_the_search_gives_up(tiny, batch):
+def test_the_search_removes_planted_idle_parts(tiny, batch):
     model = tiny("qwen3-4b-instruct-2507")
     blocks = anatomy(model).blocks
     blocks[2].attention.output.weight.zero_()
@@ -55,8 +55,10 @@ def test_planted_idle_parts_are_what_the_search_gives_up(tiny, batch):
     assert best.choice == idle and best.divergence < 1e-6
 
 
-def test_an_option_with_which_nothing_is_a_number_is_left_out_with_its_reason(tiny, batch, tmp_path, monkeypatch):
-    """One NaN ended the run: no study stores it. Planted in one option, and in two that are finite each alone."""
+def test_an_option_that_always_yields_nan_is_left_out_with_its_reason(tiny, batch, tmp_path, monkeypatch):
+    """Previously one NaN ended the run: no study stores it. Planted in one option, and in two that are each finite
+    alone.
+    """
     model, present, swap, measure = tiny("qwen3-4b-instruct-2507"), {}, nas.swap, nas.divergence
 
     def planted(*arguments):
@@ -86,21 +88,21 @@ def test_an_option_with_which_nothing_is_a_number_is_left_out_with_its_reason(ti
     assert shown.to_dict() == {("02.attention", "none"): nas.NO_NUMBER}
 
 
-def test_a_model_whose_own_outputs_are_no_numbers_is_named(tiny, batch):
+def test_a_model_with_nan_outputs_is_named(tiny, batch):
     model = tiny("qwen3-4b-instruct-2507")
     model.lm_head.weight = torch.nn.Parameter(torch.full_like(model.lm_head.weight, math.nan), requires_grad=False)
     with pytest.raises(UserError, match="the model's own outputs on the search text are not numbers"):
         probe(model, [batch])
 
 
-def test_any_seed_proposes(tiny, batch):
+def test_any_seed_gives_proposals(tiny, batch):
     search, costs = _begin(tiny("qwen3-4b-instruct-2507"), batch, seed=2**31 - 1)
     nas.run(search, costs, time_share=0.9, memory_share=1.0, refinements=1)
     assert [evaluation.phase for evaluation in search.evaluations][-1] == "prefill_heavy: refine"
 
 
-def test_a_search_ends_where_the_space_does(tiny, batch, monkeypatch):
-    """A model of few blocks has fewer choices than refinements may be asked for: the search went on without an end."""
+def test_a_search_ends_when_the_space_is_exhausted(tiny, batch, monkeypatch):
+    """A model of few blocks can have fewer choices than requested refinements: previously the search never ended."""
     proposal = nas._proposal
 
     def watched(search, *others):
@@ -117,8 +119,8 @@ def test_a_search_ends_where_the_space_does(tiny, batch, monkeypatch):
     assert costs.share(best.choice) <= 0.9
 
 
-def test_levels_of_the_front_that_one_choice_serves_are_evaluated_once():
-    """One cheap replacement is the best under several budgets: it took the places of choices that differ."""
+def test_front_levels_with_the_same_choice_are_evaluated_once():
+    """One cheap replacement is the best under several budgets: previously it took the places of different choices."""
     names = {slot: (WHOLE, "half", "none") for slot in ("00.feed_forward", "01.feed_forward", "02.feed_forward")}
     scores = {
         slot: {WHOLE: 0.0, "half": 0.1 * (at + 1), "none": 1.0 * (at + 1)} for at, slot in enumerate(sorted(names))
@@ -149,7 +151,7 @@ def test_answers_are_within_the_budgets(tiny, name, batch):
 
 
 def test_scores_add_up_best_where_little_changes(tiny, batch):
-    """The programme's sum is exact for one replacement: the check of its prediction must find it so."""
+    """The program's sum is exact for one replacement: the check of its prediction must confirm that."""
     search, _ = _begin(tiny("qwen3-coder-30b"), batch)
     scores = nas.score(search)
     table = CostTable("", scores)
@@ -162,7 +164,7 @@ def test_scores_add_up_best_where_little_changes(tiny, batch):
     assert all(table.of(evaluation.choice) == pytest.approx(evaluation.divergence) for evaluation in singles)
 
 
-def test_budgets_out_of_reach_name_the_nearest(tiny, batch):
+def test_unreachable_budgets_name_the_nearest(tiny, batch):
     search, costs = _begin(tiny("qwen3-4b-instruct-2507"), batch)
     with pytest.raises(NotApplicable, match=r"no choice has time of at most .* the nearest within reach is"):
         nas.run(search, costs, time_share=0.001, memory_share=1.0, refinements=1)
@@ -170,7 +172,7 @@ def test_budgets_out_of_reach_name_the_nearest(tiny, batch):
         nas.run(search, costs, time_share=1.0, memory_share=0.01, refinements=1)
 
 
-def test_stopped_anywhere_and_gone_on_with_ends_the_same(tiny, name, batch, tmp_path):
+def test_a_search_stopped_anywhere_and_resumed_ends_the_same(tiny, name, batch, tmp_path):
     model = tiny(name)
     options = {"time_share": 0.8, "memory_share": 1.0, "refinements": 5}
     whole, costs = _begin(model, batch)
@@ -190,7 +192,7 @@ def test_stopped_anywhere_and_gone_on_with_ends_the_same(tiny, name, batch, tmp_
     ]
 
 
-def test_after_a_drift_scores_are_kept_and_costs_are_new(tiny, batch):
+def test_a_drift_keeps_scores_and_renews_costs(tiny, batch):
     model = tiny("qwen3-coder-30b")
     search, costs = _begin(model, batch)
     nas.run(search, costs, time_share=0.8, memory_share=1.0, refinements=2)
@@ -219,8 +221,8 @@ def test_a_budget_of_one_leaves_something_to_swap_after_a_drift(tiny, batch, wor
     drift.assert_exact_swaps(search, model, batch)
 
 
-def test_a_budget_out_of_reach_after_a_drift_is_made_relative(tiny, batch):
-    """A request of which the parts are a tenth, as on a busy machine: no share of 0.8 can be met, and none fails."""
+def test_an_unreachable_budget_after_a_drift_is_made_relative(tiny, batch):
+    """The parts are a tenth of the request, as on a busy machine: no share of 0.8 can be met, and none fails."""
     model = tiny("qwen3-coder-30b")
     search, costs = _begin(model, batch)
     nas.run(search, costs, time_share=0.8, memory_share=1.0, refinements=2)
@@ -245,8 +247,8 @@ def _setup(model, shelf, seconds: float = 0.0) -> experiment.SearchSetup:
     return experiment.SearchSetup(loaded, effort, 0, None, shelf, None, [], None, 1, 24, seconds)
 
 
-def test_the_price_of_a_search_holds_every_evaluation_also_those_of_earlier_runs(tiny, batch, tmp_path, monkeypatch):
-    """Judging sleeps, measuring too: however the work is split over two runs, the price is that of all of it."""
+def test_the_price_of_a_search_includes_evaluations_of_earlier_runs(tiny, batch, tmp_path, monkeypatch):
+    """Judging and measuring sleep: however the work is split over two runs, the price covers all of it."""
     judging, measuring = 0.01, 0.2
     model = tiny("qwen3-4b-instruct-2507")
     shelf, limits = nas.build(model, observe(model, [batch])), nas.SearchLimits(0.9, 1.0, 2, 2)
@@ -267,8 +269,8 @@ def test_the_price_of_a_search_holds_every_evaluation_also_those_of_earlier_runs
     assert evaluations > 20 and min(prices) >= evaluations * judging + measuring
 
 
-def test_a_search_that_resumes_after_its_drifts_is_the_first_one_again(tiny, batch, tmp_path, monkeypatch):
-    """Planted: what is evaluated later diverges less, so that the choices of the drifts are the best of all."""
+def test_a_search_resumed_after_its_drifts_equals_the_first_one(tiny, batch, tmp_path, monkeypatch):
+    """Planted: later evaluations diverge less, so that the choices of the drifts are the best of all."""
     model, later = tiny("qwen3-coder-30b"), itertools.count(1)
     shelf, limits = nas.build(model, observe(model, [batch])), nas.SearchLimits(0.9, 1.0, 4, 2)
     monkeypatch.setattr(nas, "divergence", lambda *_: 1 / next(later))
@@ -293,9 +295,9 @@ def test_a_search_that_resumes_after_its_drifts_is_the_first_one_again(tiny, bat
     assert charged == pytest.approx([0, seconds]) and len(phases) > sum(first) == found[1][1]
 
 
-def test_a_study_serves_a_run_that_asks_for_less_or_for_other_budgets(tiny, batch, tmp_path, monkeypatch):
-    """Planted: what is evaluated later diverges less. What another run refined is the best of this one too, and the
-    search from nothing that it was held against had never seen it: "stopping changed the answer".
+def test_a_study_serves_smaller_requests_and_other_budgets(tiny, batch, tmp_path, monkeypatch):
+    """Planted: later evaluations diverge less. What another run refined is the best of this one too, and the search
+    from scratch that it was compared with had never seen it: "stopping changed the answer".
     """
     model, later = tiny("qwen3-coder-30b"), itertools.count(1)
     shelf = nas.build(model, observe(model, [batch]))
@@ -315,8 +317,8 @@ def test_a_study_serves_a_run_that_asks_for_less_or_for_other_budgets(tiny, batc
     assert winners[0] == winners[1], "what was refined before is known still"
 
 
-def test_costs_of_one_process_do_not_serve_where_several_are_asked_for(tiny, batch, tmp_path, monkeypatch):
-    """After a drift costs are measured in one process; the next run may search under that very profile."""
+def test_single_process_costs_do_not_serve_requests_for_several(tiny, batch, tmp_path, monkeypatch):
+    """After a drift, costs are measured in one process; the next run may search under that very profile."""
     model, asked = tiny("qwen3-4b-instruct-2507"), []
     shelf = nas.build(model, observe(model, [batch]))
 
@@ -336,7 +338,7 @@ def test_costs_of_one_process_do_not_serve_where_several_are_asked_for(tiny, bat
 
 
 def test_rivals_are_raced_one_at_a_time(tiny, batch, monkeypatch):
-    """Five copies of a real model were held at once, for which nobody had asked whether there is room."""
+    """Previously five copies of a real model were held at once, without a check that there is room."""
     model = tiny("qwen3-4b-instruct-2507")
     search, costs = _begin(model, batch)
     alike = replacement_library.uniform_choices(search.library.space, 8)
@@ -393,8 +395,8 @@ def test_memory_is_counted_as_the_model_holds_it(tiny, name, batch):
         assert costs.memory.of(choice) == pytest.approx(bytes_held)
 
 
-def test_the_first_new_token_of_a_request_is_read_off_the_prompt():
-    """A request of eight tokens decodes seven, as it does where it is timed; eight were predicted."""
+def test_the_first_new_token_of_a_request_comes_from_the_prompt():
+    """A request of eight tokens decodes seven, as where it is timed; previously eight were predicted."""
     slots = {"00.feed_forward": {WHOLE: 1.0}}
     times = BlockTimes(slots, {"00.feed_forward": {WHOLE: 0.25}}, 0.5, 0.125)
     assert request_costs.time_table(times, PREFILL).of({"00.feed_forward": WHOLE}) == 1.0 + 0.5 + 7 * (0.25 + 0.125)
@@ -438,7 +440,7 @@ def test_controls(tiny, name, batch):
     assert set(itertools.chain(*(choice.values() for choice in drawn))) > {WHOLE}
 
 
-def test_random_choices_are_different_ones_and_end_where_the_space_does():
+def test_random_choices_are_distinct_and_end_with_the_space():
     space = {"00.attention": ("whole", "none"), "00.feed_forward": ("whole", "channels_50", "none")}
     drawn = replacement_library.random_choices(space, 9, 0)
     assert len(drawn) == len({tuple(choice.items()) for choice in drawn}) == 6
@@ -451,7 +453,7 @@ def test_rivals_are_the_nearest_undominated_ones_on_both_sides():
     assert rivals.bracketing({4: 0.97, 1: 0.99}) == [1], "all are faster: the nearest alone"
 
 
-def test_a_rival_is_brought_to_equal_speed_between_two_and_never_beyond():
+def test_a_rival_is_interpolated_to_equal_speed_and_never_extrapolated():
     assert rivals.at_equal_speed([1.1, 1 / 1.1], [0.1, 0.4]) == pytest.approx(0.2)
     assert rivals.at_equal_speed([1 / 1.1, 1.1], [0.4, 0.1]) == pytest.approx(0.2)
     assert rivals.at_equal_speed([1.0, 0.9], [0.1, 0.4]) == pytest.approx(0.1)

@@ -1,4 +1,4 @@
-"""The mixed-integer programme against trying everything."""
+"""The mixed-integer program against exhaustive search."""
 
 import ctypes
 import itertools
@@ -30,7 +30,7 @@ def _everything(scores, budgets):
     return sorted(allowed, key=lambda choice: CostTable("", scores).of(choice))
 
 
-def test_the_best_ten_are_those_of_trying_everything(problem):
+def test_the_best_ten_match_exhaustive_search(problem):
     scores, time, memory = problem
     budgets = [Budget(time, 2.2), Budget(memory, 2.2e7)]
     expected = _everything(scores, budgets)[:10]
@@ -41,7 +41,7 @@ def test_the_best_ten_are_those_of_trying_everything(problem):
     assert mip.solve(scores, budgets, without=choices[:1])[0] == choices[1]
 
 
-def test_fewer_come_back_where_there_are_fewer():
+def test_fewer_solutions_are_returned_where_fewer_exist():
     scores = {"a": {"x": 0.0, "y": 1.0}}
     assert mip.solve(scores, count=5) == [{"a": "x"}, {"a": "y"}]
     assert mip.solve(scores, without=[{"a": "x"}, {"a": "y"}]) == []
@@ -66,8 +66,8 @@ def test_empty_slots_are_named():
         mip.solve({})
 
 
-def test_what_the_solver_prints_by_itself_is_in_no_report(problem, monkeypatch, capfd):
-    """HiGHS writes a line in C, past Python's own output, and C may hold it back until long after the solver's end."""
+def test_solver_output_does_not_reach_a_report(problem, monkeypatch, capfd):
+    """HiGHS writes a line in C, bypassing Python's output, and C may buffer it until long after the solver's end."""
     c_library, solver = ctypes.CDLL(None), mip.milp
 
     def talkative(*arguments, **options):

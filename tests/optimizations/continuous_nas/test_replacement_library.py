@@ -1,4 +1,4 @@
-"""Replacements against slow, obvious references: silenced parts, whole divergences, exact swaps back, disk."""
+"""Replacements against slow references: silenced parts, whole divergences, exact swaps back, disk."""
 
 import copy
 
@@ -26,7 +26,7 @@ def close(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 @pytest.fixture
 def built(tiny, name, batch):
-    """A tiny model and its library."""
+    """Return a tiny model and its library."""
     model = tiny(name)
     seen = observe(model, [batch])
     return model, replacement_library.build(
@@ -50,7 +50,7 @@ def test_an_absent_part_equals_a_silenced_one(tiny, name, batch):
 
 
 def test_the_first_block_may_lack_attention_too(tiny, name, batch):
-    """The cache's first layer is then the second block's, or decoding would begin at position zero again."""
+    """The cache's first layer is then the second block's; otherwise decoding would start at position zero again."""
     silenced, lacking = tiny(name), tiny(name)
     anatomy(silenced).blocks[0].attention.output.weight.zero_()
     no_op.remove(lacking, 0, "attention")
@@ -62,7 +62,7 @@ def test_the_first_block_may_lack_attention_too(tiny, name, batch):
         no_op.remove(lacking, 3, "attention")
 
 
-def test_every_option_runs_survives_the_disk_and_goes_back_exactly(built, batch, tmp_path):
+def test_every_option_runs_survives_the_disk_and_reverts_exactly(built, batch, tmp_path):
     model, shelf = built
     expected, before = model(**batch).logits, io.weights_hash(model)
     assert torch.equal(shelf.student(**batch).logits, expected)
@@ -85,12 +85,12 @@ def test_the_student_shares_every_tensor(built):
 
 
 def _storages(modules) -> dict[int, int]:
-    """Bytes of every storage that the modules' tensors lie in, by address."""
+    """Return the bytes of every storage that holds the modules' tensors, by address."""
     tensors = [tensor for module in modules for tensor in [*module.parameters(), *module.buffers()]]
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
-def test_a_library_takes_the_memory_of_one_more_model_and_a_finer_one_nothing_more(built, batch):
+def test_a_library_adds_the_memory_of_one_model_and_a_finer_one_adds_none(built, batch):
     model, shelf = built
     scores = [saliency_scores(*pair) for pair in zip(anatomy(model).blocks, observe(model, [batch]).blocks)]
     own = _storages([model])
@@ -103,7 +103,7 @@ def test_a_library_takes_the_memory_of_one_more_model_and_a_finer_one_nothing_mo
 
 
 def test_a_cut_keeps_the_most_salient_pieces(built, batch):
-    """Against pruning in place: the same pieces, copied."""
+    """Compared with pruning in place: the same pieces, copied."""
     model, shelf = built
     scores = [saliency_scores(*pair) for pair in zip(anatomy(model).blocks, observe(model, [batch]).blocks)]
     for slot, options in shelf.modules.items():
@@ -119,7 +119,7 @@ def test_a_cut_keeps_the_most_salient_pieces(built, batch):
     replacement_library.swap(shelf, shelf.whole)
 
 
-def test_options_are_what_they_say(built):
+def test_options_match_their_descriptions(built):
     model, shelf = built
     for slot, options in shelf.modules.items():
         index, part = replacement_library.locate(slot)
@@ -136,8 +136,8 @@ def test_options_are_what_they_say(built):
     replacement_library.swap(shelf, shelf.whole)
 
 
-def test_options_that_keep_the_same_are_one(built, batch):
-    """Few heads, channels or experts per token let shares meet: one architecture was evaluated as several."""
+def test_options_that_keep_the_same_pieces_are_merged(built, batch):
+    """With few heads, channels or experts per token, shares coincide: one architecture was evaluated as several."""
     model, _ = built
     scores = [saliency_scores(*pair) for pair in zip(anatomy(model).blocks, observe(model, [batch]).blocks)]
     finer = replacement_library.build(model, scores, replacement_library.UNIFORM)
@@ -149,7 +149,7 @@ def test_options_that_keep_the_same_are_one(built, batch):
     assert {options[0] for options in finer.space.values()} == {"whole"}
 
 
-def test_divergence_from_a_later_block_is_that_of_the_whole(built, batch):
+def test_divergence_from_a_later_block_equals_that_of_the_whole(built, batch):
     model, shelf = built
     pictures = [{"input_ids": batch["input_ids"]}, batch]
     seen = probe(model, pictures)
@@ -182,8 +182,8 @@ def test_bad_options_are_named(tiny, batch):
         replacement_library.build(model, scores, {"attention": ()})
 
 
-def test_other_optimizations_take_a_model_with_absent_parts(tiny, name, batch):
-    """What is left is pruned as ever; a part that is absent has nothing to lose."""
+def test_other_optimizations_accept_models_with_absent_parts(tiny, name, batch):
+    """The remaining parts are pruned as usual; an absent part has nothing to lose."""
     from lib.optimizations.structured_pruning import method as pruning
 
     model = tiny(name)
@@ -196,7 +196,7 @@ def test_other_optimizations_take_a_model_with_absent_parts(tiny, name, batch):
 
 
 def _of_other_architecture(name: str):
-    """A tiny model that is none of the four, ids to read, the saliency of its parts, and its library."""
+    """Return a tiny model of none of the four architectures, ids to read, the saliency of its parts, and its library."""
     model, ids = architectures.build(name), architectures.prompt()
     seen = observe(model, [{"input_ids": ids}])
     scores = [saliency_scores(*pair) for pair in zip(anatomy(model).blocks, seen.blocks)]
@@ -205,8 +205,8 @@ def _of_other_architecture(name: str):
 
 @pytest.mark.parametrize("architecture", ["olmoe", "gemma3_text", "qwen2_moe"])
 def test_every_option_of_other_architectures_runs_and_is_timed(architecture):
-    """Norms over all heads are cut with them (OLMoE); where blocks attend in different ways none goes without, and a
-    part is timed on a cache of its own kind (Gemma 3, with a window that the prompt overruns).
+    """Norms over all heads are cut with them (OLMoE); where blocks attend in different ways none loses its attention,
+    and a part is timed on a cache of its own kind (Gemma 3, with a window shorter than the prompt).
     """
     model, ids, _, shelf = _of_other_architecture(architecture)
     expected = model(ids).logits
@@ -225,8 +225,8 @@ def test_every_option_of_other_architectures_runs_and_is_timed(architecture):
 
 
 @pytest.mark.parametrize("architecture", ["olmoe", "gemma3_text", "qwen2_moe"])
-def test_a_skeleton_has_no_part_but_attentions_that_must_stay(architecture):
-    """It is the model with its parts removed, shares every tensor, and leaves the model as it was."""
+def test_a_skeleton_keeps_only_the_attentions_that_must_stay(architecture):
+    """It is the model without its parts, shares every tensor, and leaves the model unchanged."""
     model, ids, *_ = _of_other_architecture(architecture)
     expected, attending = model(ids).logits, replacement_library.must_attend(model)
     bare = replacement_library.skeleton(model)
@@ -243,8 +243,8 @@ def test_a_skeleton_has_no_part_but_attentions_that_must_stay(architecture):
     assert torch.equal(model(ids).logits, expected)
 
 
-def test_what_is_in_no_part_is_timed_by_itself(built, batch, monkeypatch):
-    """Planted times: every attention takes 3 s, every feed-forward 5 s, whatever else the model does 2 s."""
+def test_work_outside_the_parts_is_timed_separately(built, batch, monkeypatch):
+    """Planted times: every attention takes 3 s, every feed-forward 5 s, the rest of the model 2 s."""
     model, shelf = built
 
     def planted(works, rounds, seed):
@@ -261,7 +261,7 @@ def test_what_is_in_no_part_is_timed_by_itself(built, batch, monkeypatch):
 
 
 @pytest.mark.parametrize("architecture", ["olmoe", "qwen2"])
-def test_a_cut_of_heads_is_pruning_in_place_on_other_architectures(architecture):
+def test_a_cut_of_heads_equals_pruning_in_place_on_other_architectures(architecture):
     model, ids, scores, shelf = _of_other_architecture(architecture)
     reference = copy.deepcopy(model)
     for block in anatomy(reference).blocks:
@@ -272,8 +272,8 @@ def test_a_cut_of_heads_is_pruning_in_place_on_other_architectures(architecture)
     assert close(replacement_library.swap(shelf, halved)(ids).logits, reference(ids).logits)
 
 
-def test_attentions_of_one_shape_but_of_other_windows_are_not_timed_as_one():
-    """A block that attends to all would be credited with the seconds of one that attends to a window."""
+def test_equal_shapes_with_different_windows_are_timed_separately():
+    """Otherwise a block with full attention would be credited with the seconds of one with a window."""
     blocks = anatomy(build("gemma3_text")).blocks
     sliding, full, again = (subblock_costs.signature(blocks[at].attention.module) for at in (0, 1, 2))
     assert sliding == again != full

@@ -1,6 +1,4 @@
-"""The protocol on a planted machine: what would refute it is decided by the numbers, and figures are read in two
-sentences.
-"""
+"""The protocol on a planted machine: the numbers decide what is refuted, and figures are described in two sentences."""
 
 import contextlib
 import math
@@ -67,7 +65,7 @@ def live():
 
 
 class Wandering(SimulatedEngine):
-    """Serves on a machine that wanders: what it takes depends on how much work was done before, whoever did it."""
+    """Serves on a drifting machine: its speed depends on how much work was done before, by any server."""
 
     work = 0
 
@@ -87,13 +85,13 @@ class Wandering(SimulatedEngine):
         return self._wandered(super().decode())
 
 
-def test_a_slow_spell_falls_on_all_settings_of_a_round(monkeypatch):
-    """Replayed one after the other, two runs of one setting differed by a fifth and more: no verdict was left."""
+def test_a_slow_spell_affects_all_settings_of_a_round(monkeypatch):
+    """Replayed one after the other, two runs of one setting differed by a fifth or more, and no verdict was left."""
     monkeypatch.setattr(live_replay, "ModelEngine", Wandering)
     monkeypatch.setattr(live_replay.replay, "warm_up", lambda *_: None)
     idle = SimpleNamespace(start=lambda: None, stop=lambda: None)
     monkeypatch.setattr(live_replay, "Spinner", lambda: contextlib.nullcontext(idle))
-    # Thinking takes no time: on a busy machine one policy's would, and be charged to its server.
+    # Thinking takes no time: on a busy machine, one policy's would be charged to its server.
     still = SimpleNamespace(perf_counter=lambda: 0.0, thread_time=lambda: 0.0, process_time=lambda: 0.0)
     monkeypatch.setattr(live_replay.turns, "time", still)
     same = times()
@@ -106,8 +104,8 @@ def test_a_slow_spell_falls_on_all_settings_of_a_round(monkeypatch):
         assert abs(shares[0] - shares[1]) < 0.05 and steps[0] == pytest.approx(steps[1], rel=0.05)
 
 
-def test_a_loop_that_moved_nothing_is_told_from_one_that_did():
-    """In short replays the limit often stands still throughout: the arms then differ by chance."""
+def test_a_loop_that_never_moved_is_distinguished_from_one_that_did():
+    """In short replays the limit often never moves: the arms then differ by chance."""
     second = [(float(at), 16.0, 0.01) for at in range(4)]
     still = SimpleNamespace(course=second, changes=[])
     assert not live_replay.moved(still) and not live_replay.moved(SimpleNamespace())
@@ -115,9 +113,9 @@ def test_a_loop_that_moved_nothing_is_told_from_one_that_did():
     assert live_replay.moved(SimpleNamespace(course=second, changes=[(1.0, 1)]))
 
 
-def test_each_replay_is_simulated_with_the_slowness_that_it_had_itself():
-    """Replays in real time meet the machine one after the other. With the static replay's slowness a loop that did
-    nothing at all strayed by a fifth from a machine that was slower in its turn, and nothing simulated was judged.
+def test_each_replay_is_simulated_with_its_own_slowness():
+    """Replays in real time meet the machine one after the other. With the static replay's slowness, a loop that did
+    nothing deviated by a fifth from a machine that was slower in its turn, and no simulated claim was judged.
     """
     same = times()
     setup = TwoProfileSetup((same, same), OBJECTIVES, Limits(32, patience_seconds=0.3), 12.0)
@@ -136,8 +134,8 @@ def test_each_replay_is_simulated_with_the_slowness_that_it_had_itself():
         assert rows[name, "latency p50"]["error"] < 0.05, name
 
 
-def test_the_draw_of_arrivals_does_not_decide_whether_a_stretched_replay_is_judged():
-    """With as many requests as are needed on average, one build in two had too few."""
+def test_stretched_replays_are_judged_for_every_draw_of_arrivals():
+    """With only as many requests as needed on average, one build in two had too few."""
     for rate in (20.0, 30.0, 46.0):
         for seed in range(40):
             live = live_replay.traces(rate, 1.0, "quick", 17 * seed)
@@ -157,7 +155,7 @@ def test_the_loop_against_one_static_limit(disturbances, live, monkeypatch):
     refuted, evidence = outcome._missed(disturbances, compared, compared.static)
     assert refuted is not True and "stolen core" in evidence
     assert outcome._swinging(disturbances, compared)[0] is False
-    # The limit that is taken is one of those tried, with both figures of each.
+    # The chosen limit is one of those tried, with both figures of each.
     assert [row["taken"] for row in compared.tried if row["static limit"] == compared.best] == ["yes"]
     assert {"seconds missed", "goodput share"} < set(compared.tried[0]) and len(compared.tried) == 2
     assert "limit alone" in compared.finding and not compared.alone
@@ -167,7 +165,7 @@ def test_the_loop_against_one_static_limit(disturbances, live, monkeypatch):
         for item in experiment.comparison(disturbances, compared, live)
         if item.metric == "goodput_requests_per_second"
     ]
-    # A measurement per scenario, six seeds each, the same baseline in all of them.
+    # One measurement per scenario, six seeds each, the same baseline in all of them.
     assert [item.workload for item in results] == [
         f"serve, simulated, {name}, {compared.static}" for name in disturbances.names
     ]
@@ -178,8 +176,8 @@ def test_the_loop_against_one_static_limit(disturbances, live, monkeypatch):
 
 
 @pytest.mark.parametrize("saving", [1.8, 0.9])
-def test_the_oracle_misses_no_more_than_any_profile_alone(saving):
-    """A fast profile that is the slower one, or a calm third, is nothing that an oracle would choose it for."""
+def test_the_oracle_misses_no_more_than_either_profile_alone(saving):
+    """An oracle would not choose a fast profile that is slower, nor choose one for a calm third."""
     setup = TwoProfileSetup((times(), times(saving)), OBJECTIVES, Limits(32, patience_seconds=0.3), 6.0, 0.25)
     study = experiment.study(setup, 0.8, "preview", 0)
     settings = study.settings(16) | {"static 16": experiment.static(16)}
@@ -190,13 +188,13 @@ def test_the_oracle_misses_no_more_than_any_profile_alone(saving):
         assert oracle <= min(fast, static)
 
 
-def test_the_table_shows_a_broken_profile_that_is_taken_back(disturbances, monkeypatch):
+def test_the_table_shows_a_broken_profile_being_rolled_back(disturbances, monkeypatch):
     monkeypatch.setattr(experiment, "SIZES", (8, 32))
     compared = experiment.compare(disturbances)
     rows = {row["setting"]: row for row in compared.broken}
     assert set(rows) == {compared.static, LOOP, PI_LOOP, FAST_ALONE}
     assert compared.shown[-len(rows) :] == compared.broken
-    assert compared.sums == replace(compared, broken=[]).sums  # they count for the guard alone
+    assert compared.sums == replace(compared, broken=[]).sums  # they count only for the guard
     assert rows[LOOP]["taken back"] == compared.caught == 1.0 and rows[LOOP]["rolled back after s"] > 0
     unwatched = next(
         row["fast share"] for row in compared.rows if (row["scenario"], row["setting"]) == ("load step", LOOP)
@@ -213,8 +211,8 @@ def test_the_table_shows_a_broken_profile_that_is_taken_back(disturbances, monke
     assert str(untold["reached"]).startswith("not judged: ")
 
 
-def test_a_broken_profile_that_answered_nothing_is_neither_taken_back_nor_kept(disturbances):
-    """A script that the full profile survives alone counted as one in which the guard had failed."""
+def test_a_broken_profile_without_answers_is_neither_rolled_back_nor_kept(disturbances):
+    """A script that the full profile survives alone used to count as a failure of the guard."""
     setup = replace(disturbances.setup, kept={})
     never = {name: experiment.static(32) for name in (LOOP, FAST_ALONE)}
     rows = disturbance_comparison.compare(setup, disturbances.broken, never)
@@ -223,9 +221,9 @@ def test_a_broken_profile_that_answered_nothing_is_neither_taken_back_nor_kept(d
     assert compared.caught is None
 
 
-def test_settings_are_compared_where_both_have_a_number(disturbances):
-    """The loop settled in the hard scenario too, and its mean was that of two scenarios against the static one's easy
-    one: it looked slower for having settled.
+def test_settings_are_compared_where_both_have_a_value(disturbances):
+    """The loop also settled in the hard scenario, so its mean over two scenarios was compared with the static limit's
+    easy one: it looked slower for having settled.
     """
     static, loop = "static 8", "loop"
     rows = [
@@ -241,7 +239,7 @@ def test_settings_are_compared_where_both_have_a_number(disturbances):
     assert "mean of 1 scenario, " in settling.source and "in 1 of 2 scenarios a setting has no such" in settling.source
 
 
-def test_a_seed_that_never_settles_is_not_left_out(disturbances, monkeypatch):
+def test_a_seed_that_never_settles_is_counted(disturbances, monkeypatch):
     seconds = iter([0.1, 0.1, None, None, None, None])
     keys = dict.fromkeys(disturbance_comparison.KEYS, 1.0)
     monkeypatch.setattr(disturbance_comparison, "_ran", lambda *_: keys | {"settled s": next(seconds)})
@@ -278,13 +276,13 @@ def test_the_guard_is_refuted_by_the_interval_of_its_windows(profile, caught, lo
     assert decided is refuted and "of 300 windows" in evidence
 
 
-def test_a_stream_is_read_in_two_sentences_and_drawn_in_two_panels():
+def test_a_stream_is_described_in_two_sentences_and_drawn_in_two_panels():
     study = GuardStudy(0.15, 0.5, 20.0, {SOUND: [0.0, 0.1], BROKEN: [0.9, 1.0]}, 0.001, 2, 10, 0)
     watched = guard_study.scripted_stream(study)
     assert watched.first("rolled back", study.seconds / 3) is not None
     reading.two(*guard_study.read_stream(study, watched))
     assert [label for _, label, *_ in guard_study.stream_panels(study, watched)] == ["disagreement", "fast in use"]
-    # The dashed line is what the guard allows, and no objective of latency.
+    # The dashed line is what the guard allows, not a latency objective.
     assert guard_study.stream_panels(study, watched)[0][3:] == (study.bound, "bound of the guard")
 
 
@@ -312,7 +310,7 @@ def test_a_fault_shows_later_where_the_fast_profile_answers_less():
     assert found[2].verdict == "unavailable" and "answers nothing" in found[2].reason
 
 
-def test_a_fault_after_a_clean_start_shows_later_and_that_delay_is_the_one_that_is_stated():
+def test_the_stated_delay_is_that_of_a_fault_after_a_clean_start():
     study = GuardStudy(0.15, 0.5, 20.0, {SOUND: [0.0, 0.1], BROKEN: [0.9, 1.0]}, 0.001, 2, 10, 0)
     study.rows.extend(guard_study._watch_windows(study))
     row = study._row(BROKEN)
@@ -347,8 +345,8 @@ LAWS = pd.DataFrame({"law": ["plain", "n-gram"], "drafted answers": [0, 12], "sa
 )
 
 
-def test_without_a_fast_profile_nothing_is_claimed_of_one(alone, monkeypatch):
-    """Routing, oracle and fast profile would be the static limit: a claim about them would pass by definition."""
+def test_nothing_is_claimed_about_a_missing_fast_profile(alone, monkeypatch):
+    """Routing, oracle and fast profile would equal the static limit: a claim about them would pass by definition."""
     monkeypatch.setattr(experiment, "SIZES", (8, 32))
     compared = experiment.compare(alone)
     assert compared.alone and set(compared.sums) == {compared.static, LOOP, PI_LOOP}
@@ -364,7 +362,7 @@ def test_without_a_fast_profile_nothing_is_claimed_of_one(alone, monkeypatch):
     assert all(brief.count(text) <= brief.MOST_WORDS for text in texts[:2])
     assert "from its limit" in texts[1] and not any("routing" in text or "oracle" in text.lower() for text in texts)
     assert all("by the fast profile" not in text for text in texts)
-    # What no limit of rows can keep in time is said, or the missed target would read as the loop's failure.
+    # State what no row limit can keep in time, or the missed target would look like the loop's failure.
     assert set(compared.beyond) == {"load step", "longer prompts", "stolen core"}
     assert compared.beyond["load step"] == pytest.approx(1 / scenarios.BUSY)
     assert "comes from its limit; no limit keeps 90 % in time at the peak of: load step (87 %)" in texts[1]
@@ -374,9 +372,9 @@ def test_without_a_fast_profile_nothing_is_claimed_of_one(alone, monkeypatch):
 
 
 @pytest.mark.parametrize(("caught", "loss", "broken", "sound"), [(0.0, 0.1, None, True), (1.0, 0.5, True, None)])
-def test_a_target_of_the_guard_needs_a_profile_that_is_what_it_is_called(caught, loss, broken, sound):
-    """With a bound above what the broken profile loses, keeping it is right: the target was missed all the same, and
-    the claim beside it could not be told.
+def test_a_guard_target_needs_a_profile_that_deserves_its_label(caught, loss, broken, sound):
+    """If the bound is above the broken profile's loss, keeping it is right: the target counted as missed all the same,
+    and the claim beside it could not be decided.
     """
     compared = SimpleNamespace(ratio=0.1, hardest=(None, None), caught=None, alone=True)
     rows = {row["figure"]: row["reached"] for row in outcome.targets(compared, trial(), guards(caught, loss), LAWS)}
@@ -388,7 +386,7 @@ def test_a_target_of_the_guard_needs_a_profile_that_is_what_it_is_called(caught,
             assert told is expected
 
 
-def test_a_guard_without_a_fast_profile_measures_no_sound_one():
+def test_a_guard_without_a_fast_profile_measures_no_sound_profile():
     study = GuardStudy(0.15, 0.5, 20.0, {SOUND: [0.0, 0.0], BROKEN: [0.9, 1.0]}, 0.001, 2, 10, 0, alone=True)
     study.rows.extend(guard_study._watch_windows(study))
     verdicts = {item.metric: (item.verdict, item.reason) for item in guard_study.measurements(study)}
@@ -398,7 +396,7 @@ def test_a_guard_without_a_fast_profile_measures_no_sound_one():
     assert NO_FAST in study.caption and NO_FAST in study.shadow_cost and "charged" not in study.shadow_cost
 
 
-def test_a_simulation_that_strays_too_far_answers_no_claim(disturbances, monkeypatch):
+def test_a_simulation_that_deviates_too_far_answers_no_claim(disturbances, monkeypatch):
     monkeypatch.setattr(experiment, "SIZES", (8, 32))
     compared = experiment.compare(disturbances)
     arguments = disturbances, compared, trial(0.13), guards(1.0, 0.5), LAWS
@@ -411,8 +409,8 @@ def test_a_simulation_that_strays_too_far_answers_no_claim(disturbances, monkeyp
     assert outcome.refutations(disturbances, compared, trial(0.05), guards(1.0, 0.5), LAWS)[0][1] is not None
 
 
-def test_the_loop_swings_where_one_scenario_shows_it(disturbances, monkeypatch):
-    """A quiet script has hardly a move: with it among them, the share of the others was no longer told."""
+def test_the_loop_swings_if_one_scenario_shows_it(disturbances, monkeypatch):
+    """A quiet script has hardly a move: with it included, the share of the others could not be determined."""
     compared = SimpleNamespace(best=8)
     swings = {"quiet": 0.0, "load step": 0.6, "longer prompts": 0.09, "stolen core": 0.0}
 
@@ -423,14 +421,14 @@ def test_the_loop_swings_where_one_scenario_shows_it(disturbances, monkeypatch):
     refuted, evidence = outcome._swinging(disturbances, compared)
     assert refuted is True and "load step 0.600 to 0.600" in evidence and "quiet" not in evidence
     assert "18 of 30" in evidence
-    swings["load step"] = 0.09  # most of its few moves turn back, and they are small
+    swings["load step"] = 0.09  # most of its few moves reverse, and they are small
     assert outcome._swinging(disturbances, compared)[0] is False
     swings["load step"] = None  # nothing was decided
     assert outcome._swinging(disturbances, compared)[0] is None
 
 
 def chosen_limit(monkeypatch, missed, shares):
-    """The limit that is chosen where each misses so many seconds, seed by seed, and so many requests are in time."""
+    """The limit chosen where each limit misses the given seconds, seed by seed, and meets the given requests in time."""
     monkeypatch.setattr(experiment, "SIZES", tuple(missed))
     scripts = [SimpleNamespace(trace=SimpleNamespace(seed=seed)) for seed in range(4)]
 
@@ -441,8 +439,8 @@ def chosen_limit(monkeypatch, missed, shares):
     return experiment.choose(SimpleNamespace(setup=SimpleNamespace(ran=ran), choosing=scripts))
 
 
-def test_the_static_limit_is_chosen_by_the_seconds_that_it_is_judged_by(monkeypatch):
-    """Chosen by requests in time, it missed more seconds than another limit that was tried."""
+def test_the_static_limit_is_chosen_by_the_missed_seconds_that_judge_it(monkeypatch):
+    """When chosen by requests in time, it missed more seconds than another limit that was tried."""
     seconds = {4: [20.0, 21.0, 19.0, 20.0], 8: [10.0, 11.0, 9.0, 10.0]}
     best, rows = chosen_limit(monkeypatch, seconds, {4: 0.9, 8: 0.8})
     assert best == 8 and [row["taken"] for row in rows] == ["no", "yes"]
@@ -450,13 +448,13 @@ def test_the_static_limit_is_chosen_by_the_seconds_that_it_is_judged_by(monkeypa
 
 
 @pytest.mark.parametrize("shares, best", [({4: 0.7, 8: 0.8, 16: 0.8}, 8), ({4: 0.795, 8: 0.8, 16: 0.8}, 4)])
-def test_limits_that_the_seeds_do_not_tell_apart_are_decided_by_requests_in_time(monkeypatch, shares, best):
+def test_requests_in_time_decide_between_limits_that_the_seeds_cannot_separate(monkeypatch, shares, best):
     seconds = {4: [10.5, 9.5, 10.4, 9.7], 8: [10.0, 10.2, 9.9, 10.0], 16: [9.9, 10.1, 10.2, 9.8]}
     chosen, rows = chosen_limit(monkeypatch, seconds, shares)
     assert chosen == best and "no" not in [row["taken"] for row in rows]
 
 
-def test_a_machine_that_serves_two_rows_at_most_has_a_static_limit_of_two():
+def test_a_machine_that_serves_at_most_two_rows_has_a_static_limit_of_two():
     """The grid ended at four: where fewer rows are best, the baseline was not the best static setting."""
     table = tuple((0.004 * (1 if rows <= 2 else rows),) * (4096 // COLUMN_STEP) for rows in range(1, 33))
     steps = StepTimes(table, (0.0005, 5e-5, 0.0), (0.0, 0.0), (0.97, 1.0, 1.03), (1.0,), 1.0, 1)
@@ -465,8 +463,8 @@ def test_a_machine_that_serves_two_rows_at_most_has_a_static_limit_of_two():
 
 
 @pytest.mark.parametrize("saving, share, admitted", [(1 / 1.1, 0.25, False), (1.0, 0.0, False), (1.8, 0.25, True)])
-def test_a_profile_that_is_not_faster_with_the_guard_charged_is_none(monkeypatch, saving, share, admitted):
-    """One that took a tenth longer kept the margins, was admitted, and gave most of a load step's answers."""
+def test_a_profile_that_is_not_faster_after_guard_costs_is_rejected(monkeypatch, saving, share, admitted):
+    """A profile that took a tenth longer kept the margins, was admitted and gave most of a load step's answers."""
     both = times(), times(saving)
     timing = disturbance_comparison.step_timing
     monkeypatch.setattr(timing, "measure_together", lambda models, *_, **__: both[: len(models)])
@@ -481,7 +479,7 @@ def test_a_profile_that_is_not_faster_with_the_guard_charged_is_none(monkeypatch
     setup, candidates = profile_candidates.prepare(loaded, known, "preview", measure)
     assert setup.alone is not admitted and (candidates[-1].model is fast) is admitted
     if admitted:
-        assert 1.02 < setup.net.low < 1.8 and len(candidates) == 2  # the reading is charged
+        assert 1.02 < setup.net.low < 1.8 and len(candidates) == 2  # the guard's reading is charged
         return
     assert candidates[-1].model is full and candidates[-1].refused is None
     assert "not shown to be faster, guard charged: " in candidates[1].refused
@@ -489,7 +487,7 @@ def test_a_profile_that_is_not_faster_with_the_guard_charged_is_none(monkeypatch
     assert setup.samples == both[0].samples
 
 
-def test_where_no_candidate_is_faster_the_one_that_saves_most_is_told():
+def test_without_a_faster_candidate_the_one_that_saves_most_is_reported():
     full, slow, slower = object(), object(), object()
     nets = {slow: NetSaving(0.9, 1.0, 1.1), slower: NetSaving(0.7, 0.8, 0.9)}
     known = [Candidate("a", each, 0.0, 1.0, 0.0, nets[each].refused, net=nets[each]) for each in (slow, slower)]
@@ -500,9 +498,9 @@ def test_where_no_candidate_is_faster_the_one_that_saves_most_is_told():
 
 
 @pytest.mark.parametrize("saving, worth", [(1.8, True), (1.2, False)])
-def test_a_faster_profile_that_saves_the_loop_no_second_is_none(saving, worth, monkeypatch):
-    """Shown to be faster once in charge, it cost more than it saved: a step of both profiles while rows of both were
-    under way, and answers read again while requests waited.
+def test_a_faster_profile_that_saves_the_loop_no_time_is_rejected(saving, worth, monkeypatch):
+    """It was shown to be faster, but in charge it cost more than it saved: a step of both profiles while rows of both
+    were running, and answers read again while requests waited.
     """
     net = NetSaving(1.1, 1.15, 1.2)
     objectives, limits = Objectives(0.0232, 0.0135), Limits(32, patience_seconds=0.0203)
@@ -529,9 +527,9 @@ def test_every_profile_is_timed_once(monkeypatch):
     assert measure("a") is measure("a") and measure("b")["seed"] == 3 and timed == ["a", "b"]
 
 
-def test_longer_prompts_have_a_net_saving_of_their_own():
-    """A profile that decodes faster and reads no faster saves less where more is read; it was held against what the
-    hardest script requires by what it saves at the usual lengths.
+def test_longer_prompts_have_their_own_net_saving():
+    """A profile that decodes faster but does not read faster saves less where more is read. Its saving at the usual
+    lengths was compared with what the hardest script requires.
     """
     full = times()
     fast = replace(full, decode_BL=times(2.0).decode_BL)
@@ -550,7 +548,7 @@ def test_longer_prompts_have_a_net_saving_of_their_own():
 
 
 def test_a_slow_spell_on_one_of_two_equal_profiles_shows_no_saving():
-    """Drawn point by point, the interval of a spell that lasted a round was a few percent wide."""
+    """With points resampled one by one, the interval of a spell that lasted a round was a few percent wide."""
     points = [(count, context) for count in (1, 4, 8) for context in (32, 128, 512)]
 
     def timed(ratios):
@@ -562,12 +560,12 @@ def test_a_slow_spell_on_one_of_two_equal_profiles_shows_no_saving():
     lengths = disturbance_comparison.LENGTHS
     assert net_saving.measured(timed((2.0, 1.0, 1.0)), timed((1.0, 1.0, 1.0)), lengths, 0.1, 8).refused
     assert net_saving.measured(timed((1.5, 1.5, 1.5)), timed((1.0, 1.0, 1.0)), lengths, 0.1, 8).refused is None
-    # Three rounds drawn again stray by less than half of what three rounds do: the least of them was called too low.
+    # Resampling three rounds understates their spread by over half: low must be below their least.
     few = net_saving.measured(timed((1.02, 1.11, 1.2)), timed((1.0, 1.0, 1.0)), lengths, 0.0, 8)
     assert few.low < 1.02 < few.middle == pytest.approx(1.11, abs=0.02) and few.refused
 
 
-def test_a_delay_that_half_of_the_windows_do_not_have_is_not_stated():
+def test_a_delay_missing_in_half_of_the_windows_is_not_stated():
     assert guard_study._median([3, 4, 5], 6) is None and guard_study._median([3, 4, 5, 6], 6) == 5.5
     assert guard_study._median([], 4) is None
     study = GuardStudy(0.5, 0.5, 20.0, {SOUND: [0.0, 0.1], BROKEN: [0.5, 0.6]}, 0.001, 2, 10, 0)
@@ -576,7 +574,7 @@ def test_a_delay_that_half_of_the_windows_do_not_have_is_not_stated():
     assert delay.verdict == "unavailable" and "less than half of the windows" in delay.reason
 
 
-def test_a_missed_target_says_what_would_have_been_needed(disturbances, monkeypatch):
+def test_a_missed_target_states_what_would_have_been_needed(disturbances, monkeypatch):
     monkeypatch.setattr(experiment, "SIZES", (8, 32))
     setup = disturbances.setup
     needed = {name: setup.savings(name)["required net saving"] for name in disturbances.names}
@@ -601,7 +599,7 @@ def test_a_missed_target_says_what_would_have_been_needed(disturbances, monkeypa
         assert outcome._needed(wide)["reached"] == reached
 
 
-def test_what_two_profiles_share_lies_in_memory_once(tiny):
+def test_weights_shared_by_two_profiles_are_counted_once(tiny):
     full = tiny("qwen3-4b-instruct-2507")
     fast = sharing(full)
     head = anatomy(fast).blocks[0].feed_forward.module

@@ -1,4 +1,4 @@
-"""Two real profiles in turns: what the guard reads there is real, and so is what follows from it."""
+"""Two real profiles taking turns: what the guard reads is real, and so are the consequences."""
 
 from types import SimpleNamespace
 
@@ -14,8 +14,8 @@ TEXT_T = torch.randint(8, 96, (400,), generator=torch.Generator().manual_seed(3)
 
 
 @pytest.mark.parametrize("strength", [0.0, 4.0])
-def test_a_broken_profile_is_taken_back_in_a_real_replay(tiny, strength):
-    """Its answers were read again, what they lost was thrown away, and it went on answering."""
+def test_a_broken_profile_is_rolled_back_in_a_real_replay(tiny, strength):
+    """Previously its answers were read again, but their losses were discarded, and it kept answering."""
     full = tiny("qwen3-4b-instruct-2507")
     fast = shadow.broken(full, strength) if strength else full
     trace = live_replay.trace(80.0, 1.2, Lengths(12, 6), seed=1)

@@ -1,4 +1,4 @@
-"""The loops on planted plants: a clock of their own, steps whose times are known, answers whose faults are known."""
+"""The loops on simulated plants: a clock of their own, steps of known duration, answers with known faults."""
 
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ LIMITS = Limits(rows=32)
 
 
 def times() -> StepTimes:
-    """A machine whose decode step takes 4 ms and 0.5 ms per row, and whose prompts take 0.05 ms per token."""
+    """A machine whose decode step takes 4 ms plus 0.5 ms per row, and whose prompts take 0.05 ms per token."""
     table = tuple((0.004 + 0.0005 * rows,) * (4096 // COLUMN_STEP) for rows in range(1, 33))
     return StepTimes(table, (0.0005, 5e-5, 0.0), (0.0, 0.0), (0.97, 1.0, 1.03), (0.97, 1.0, 1.03), 1.0, 1)
 
@@ -43,7 +43,7 @@ def script(seconds=60.0, seed=0):
     return {scenario.name: scenario for scenario in scenarios.script(times(), OBJECTIVES, LENGTHS, seconds, seed)}
 
 
-def test_seconds_beyond_counts_the_disturbed_seconds_alone():
+def test_seconds_beyond_counts_only_the_disturbed_seconds():
     stolen = script()["stolen core"]
     _, batch = times().capacity(LENGTHS, OBJECTIVES.token_seconds)
     played = scenarios.play(stolen, FixedSize(batch), times(), LIMITS).served
@@ -55,7 +55,7 @@ def test_seconds_beyond_counts_the_disturbed_seconds_alone():
     assert scenarios.seconds_beyond(quiet, OBJECTIVES) <= width
 
 
-def test_overshoot_is_that_of_the_requests_that_count():
+def test_overshoot_covers_only_the_counted_requests():
     slow, usual = (SimpleNamespace(token_seconds=factor * OBJECTIVES.token_seconds) for factor in (3.0, 1.5))
     served = SimpleNamespace(outcomes=[slow, usual], counted=[usual, SimpleNamespace(token_seconds=None)])
     assert scenarios.overshoot(served, OBJECTIVES) == pytest.approx(0.5)
@@ -84,24 +84,24 @@ def test_the_limit_does_not_wind_up_in_calm_hours():
     [("leave", 2, 2, True), ("leave", 4, 1, True), ("leave", 4, 0, False), ("prefill", 2, 2, False),
      ("prefill", 2, 3, True), ("decode", 3, 3, True)],
 )  # fmt: skip
-def test_the_signal_has_every_stop_of_the_rows_that_go_on(kind, batch, running, stopped):
+def test_the_signal_includes_every_pause_of_continuing_rows(kind, batch, running, stopped):
     loop = feedback.LatencyLoop(feedback.Aimd(), OBJECTIVES)
     loop.observe(ServerStep(0.0, kind, batch, 16, 0.5, 0, running), ())
     assert (loop.signal or loop.pending) == (0.5 if stopped else 0.0)
 
 
 class Undamped(feedback.Aimd):
-    """A fifth fewer at every decision at which the signal lies above the setpoint, one more at every other."""
+    """Removes a fifth at every decision with the signal above the setpoint and adds one row at every other."""
 
     def move(self, error, limit):
         return np.log(1 + 1 / limit) if error > 0 else np.log(0.8)
 
 
-STEPS = ((0.0, 1.0), (10.0, 1.5), (20.0, 1.0))  # second, slowness of a machine that is offered too much throughout
+STEPS = ((0.0, 1.0), (10.0, 1.5), (20.0, 1.0))  # (second, slowness) of a machine that is overloaded throughout
 
 
 def overloaded(undamped=False, seeds=range(4)):
-    """The courses of the limit on a noisy machine that becomes slower and faster while requests always wait."""
+    """The courses of the limit on a noisy machine that gets slower and faster while requests always wait."""
     ratios, courses = (0.7, 0.85, 1.0, 1.15, 1.3), []
     noisy = replace(times(), decode_ratios=ratios, prefill_ratios=ratios)
     for seed in seeds:
@@ -114,15 +114,17 @@ def overloaded(undamped=False, seeds=range(4)):
 
 
 def settled_after(course, since, until, slowness):
-    """Seconds from a step of the machine until the limit stays where the mean time per token is near the setpoint."""
+    """Seconds from a step of the machine until the limit stays where mean time per token is near the setpoint."""
     inside = [(second, limit) for second, limit, _ in course if since <= second < until]
     per_token = [slowness * (0.004 + 0.0005 * limit + limit * 0.0021 / 16) for _, limit in inside]
     astray = [s for (s, _), seconds in zip(inside, per_token) if not 0.6 <= seconds / OBJECTIVES.token_seconds <= 1.05]
     return max(astray, default=since) - since
 
 
-def test_the_limit_stands_still_on_a_noisy_machine_and_follows_its_steps():
-    """It went up and down all the time: it moved twenty times as often, and two moves of five took back one before."""
+def test_the_limit_is_steady_on_a_noisy_machine_and_follows_its_steps():
+    """Previously it went up and down all the time: it moved twenty times as often, and two moves in five reversed one
+    before.
+    """
     courses, before = overloaded(), overloaded(undamped=True)
     shares, swings, seconds = [], [], []
     for each in (courses, before):
@@ -137,14 +139,14 @@ def test_the_limit_stands_still_on_a_noisy_machine_and_follows_its_steps():
     assert seconds[0] <= 1.5 * seconds[1]
 
 
-def test_swing_is_told_by_how_far_a_limit_goes_to_and_fro_and_not_by_how_many_of_its_moves_turn_back():
+def test_swing_measures_how_far_a_limit_oscillates_not_how_many_moves_reverse():
     def course(*limits):
         return [(float(second), limit, 0.01) for second, limit in enumerate(limits)]
 
     often, there, back = course(*[16.0, 8.0] * 50), course(*[8.0] * 75, *[4.0] * 25), [8.0] * 70 + [4.0] * 10
     assert scenarios.swing(often, 0.0, 100.0) == pytest.approx(48 * np.log(2) / 50)
     assert scenarios.swing(there, 0.0, 100.0) == pytest.approx(0)
-    once = course(*back, *[8.0] * 20)  # every move but the first turns back, and it stands still most of the time
+    once = course(*back, *[8.0] * 20)  # every move but the first reverses, and it is still most of the time
     assert scenarios.reversals([limit for _, limit, _ in once]) == 1
     assert scenarios.swing(once, 0.0, 100.0) == pytest.approx(2 * np.log(2) / 50)
     assert scenarios.swing(once, 200.0, 300.0) is None
@@ -156,14 +158,14 @@ def decode_steps(loop, count, seconds, running=4):
 
 
 def test_a_limit_that_does_not_bind_falls_from_the_rows_in_use():
-    """Sixteen rows became twelve and nine, one after the other, while four were in use and too slow."""
+    """Sixteen rows became twelve and then nine while only four were in use and too slow."""
     loop = feedback.LatencyLoop(feedback.Aimd(), OBJECTIVES)
     decode_steps(loop, feedback.PERIOD_STEPS, 0.02)
     assert 1 <= loop.limit < 4 < feedback.START_ROWS
 
 
-def test_a_change_of_the_profile_has_to_show_before_the_limit_falls():
-    """Rows of both profiles cost a step of each: while they lasted the limit was lowered for it."""
+def test_the_limit_falls_only_after_a_profile_change_has_taken_effect():
+    """Rows of both profiles cost a step of each: while they lasted, the limit was lowered for it."""
     loop = two_profiles()
     decode_steps(loop, feedback.SWITCH_STEPS - feedback.PERIOD_STEPS, 0.02)
     assert loop.profile == feedback.FAST and loop.limit == feedback.START_ROWS
@@ -185,7 +187,7 @@ def test_pi_in_velocity_form_removes_a_constant_error():
 
 
 def play_rounds(law, acceptance, rounds, draft=0.2, check=1.0, seed=0, read=0.0):
-    """Rounds of one long answer in which every drafted token is accepted with a probability of its own."""
+    """Rounds of one long answer; each drafted token is accepted with its own probability."""
     random, done = np.random.default_rng(seed), []
     for _ in range(rounds):
         count = law(done)
@@ -200,14 +202,14 @@ def tokens_per_second(rounds):
 
 @pytest.mark.parametrize("acceptance", [0.05, 0.5, 0.9])
 @pytest.mark.parametrize("make", [lengths.DraftLength, lengths.Bandit])
-def test_draft_lengths_come_near_the_best_static_one(make, acceptance):
+def test_draft_lengths_approach_the_best_static_one(make, acceptance):
     adaptive = tokens_per_second(play_rounds(make(), acceptance, 600)[100:])
     static = [tokens_per_second(play_rounds(lengths.fixed(count), acceptance, 600)) for count in range(9)]
     assert adaptive > 0.9 * max(static)
 
 
 @pytest.mark.parametrize("make", [lengths.DraftLength, lengths.Bandit])
-def test_where_drafting_never_pays_it_is_tried_ever_more_rarely(make):
+def test_drafting_that_never_pays_is_tried_ever_more_rarely(make):
     # A draft that costs as much as the model and is never right.
     done = play_rounds(make(), 0.0, 3000, draft=1.0)
     tried = [index for index, round_ in enumerate(done) if round_.drafted]
@@ -230,8 +232,8 @@ def test_the_draft_length_follows_a_change_of_text():
 
 
 @pytest.mark.parametrize("make", [lengths.DraftLength, lengths.Bandit])
-def test_a_law_credits_what_was_drafted_not_what_it_asked_for(make):
-    # Whatever is asked for, one token comes back at most, and it is always right.
+def test_a_law_credits_the_drafted_length_not_the_requested_one(make):
+    # Whatever the request, at most one token comes back, and it is always right.
     law, done = make(), []
     for _ in range(300):
         count = min(1, law(done))
@@ -243,12 +245,12 @@ def test_a_law_credits_what_was_drafted_not_what_it_asked_for(make):
 
 
 @pytest.mark.parametrize("most", [0, 1, 6])
-def test_a_length_that_is_never_reached_does_not_keep_a_bandit_drafting(most):
-    """Answers that end before eight tokens can be drafted: it asked for the eight in every round, and got `most`."""
+def test_an_unreachable_length_does_not_keep_a_bandit_drafting(most):
+    """Where answers ended before eight tokens could be drafted, it requested eight in every round and got `most`."""
     bandit, drafted, asked = lengths.Bandit(), [], []
     for _ in range(40):
         done = []
-        for _ in range(25):  # what is drafted costs as much as the model, and is never right
+        for _ in range(25):  # drafted tokens cost as much as the model's and are never right
             asked.append(bandit(done))
             count = min(most, asked[-1])
             done.append(Round(count, 0, 1.0 * count, 1.0))
@@ -256,7 +258,7 @@ def test_a_length_that_is_never_reached_does_not_keep_a_bandit_drafting(most):
     assert sum(count > 0 for count in asked[-300:]) <= 3 and sum(count > 0 for count in drafted[-300:]) <= 3
 
 
-def test_a_length_that_came_out_shorter_is_tried_in_the_next_answer_where_drafting_pays():
+def test_a_truncated_length_is_tried_in_the_next_answer_where_drafting_pays():
     bandit, longest = lengths.Bandit(), []
     for most in (1, 8):  # the first answer leaves no room for more than one token
         done = []
@@ -268,7 +270,7 @@ def test_a_length_that_came_out_shorter_is_tried_in_the_next_answer_where_drafti
 
 
 @pytest.mark.parametrize("reading, pays", [(0.5, True), (30.0, False)])
-def test_a_prompt_that_takes_longer_to_read_than_drafting_saves_is_not_read(reading, pays):
+def test_a_prompt_is_not_read_if_reading_costs_more_than_drafting_saves(reading, pays):
     law, drafted = lengths.DraftLength(), []
     for _ in range(30):  # answers of 20 tokens; a drafted token costs a tenth of a step and is always right
         done, read = [], False
@@ -280,9 +282,9 @@ def test_a_prompt_that_takes_longer_to_read_than_drafting_saves_is_not_read(read
     assert bool(np.mean(drafted[5:]) > 5) is pays
 
 
-def test_what_a_prompt_costs_to_read_is_not_averaged_with_single_tokens_read_later():
-    """Where all of a draft was accepted, the drafter has one token to read before it drafts again: the mean over these
-    forgot within an answer what a prompt takes.
+def test_prompt_reading_cost_is_not_averaged_with_later_single_tokens():
+    """If a whole draft was accepted, the drafter reads one token before it drafts again: a mean over these forgot the
+    cost of a prompt within one answer.
     """
     law = lengths.DraftLength()
     for _ in range(4):
@@ -301,7 +303,7 @@ def guard(**options):
     return feedback.Guard(**({"bound": 0.15, "share": 0.5, "cool_down": 10.0} | options))
 
 
-def test_a_broken_profile_is_taken_back_and_tried_again_ever_later():
+def test_a_broken_profile_is_rolled_back_and_retried_ever_later():
     watch, random, second = guard(), np.random.default_rng(2), 0.0
     while watch.breaches < 3 and second < 1000:
         second += 1.0
@@ -324,7 +326,7 @@ def test_a_quiet_profile_is_left_alone():
     assert false <= 300 * feedback.FALSE_ALARM + 3
 
 
-def test_the_bound_is_absolute_whatever_a_profile_lost_when_it_was_chosen():
+def test_the_bound_is_absolute_whatever_the_initial_loss_of_a_profile():
     random = np.random.default_rng(6)
     watch = guard(share=1.0)
     for second in range(300):
@@ -355,7 +357,7 @@ def test_knobs_out_of_range_are_refused(knob):
 
 
 def faster(factor: float = 1.8) -> StepTimes:
-    """The same machine with a profile that takes `factor` times less."""
+    """The same machine with a profile that is `factor` times faster."""
     full = times()
     table = tuple(tuple(value / factor for value in row) for row in full.decode_BL)
     return StepTimes(table, tuple(v / factor for v in full.prefill_fit), (0.0, 0.0), *([(0.97, 1.0, 1.03)] * 2), 1.0, 1)
@@ -388,7 +390,7 @@ def test_the_full_profile_comes_back_in_calm_hours():
     assert loop.profile == feedback.FULL
 
 
-def test_the_switch_holds_longer_after_a_return_that_did_not_last():
+def test_the_switch_holds_longer_after_a_failed_return():
     switch = feedback.Switch(OBJECTIVES, 1.5)
     late, hold = OBJECTIVES.first_token_seconds, feedback.HOLD * OBJECTIVES.first_token_seconds
     switch.look(0.0, late, 0.001)
@@ -417,13 +419,13 @@ def view(waits, running=0, now=100.0):
 @pytest.mark.parametrize(
     "waits, running, profile",
     [
-        ([10.0] * 40, 0, feedback.FULL),  # long lost: the server shows late ones only where there are no others
+        ([10.0] * 40, 0, feedback.FULL),  # long lost: the server shows late requests only if there are no others
         ([0.12] * 3, 0, feedback.FULL),  # admitted at once
-        ([0.12] * 20, 10, feedback.FAST),  # some must go on waiting
-        ([0.01] * 40, 0, feedback.FULL),  # so must these, but not for long yet
+        ([0.12] * 20, 10, feedback.FAST),  # some must keep waiting
+        ([0.01] * 40, 0, feedback.FULL),  # these must too, but not for long yet
     ],
 )
-def test_the_switch_is_pressed_by_requests_that_must_wait_and_can_still_be_met(waits, running, profile):
+def test_waiting_requests_that_can_still_be_met_press_the_switch(waits, running, profile):
     loop = two_profiles()
     loop.decide(view(waits, running))
     assert loop.profile == profile
@@ -433,8 +435,8 @@ def test_the_switch_is_pressed_by_requests_that_must_wait_and_can_still_be_met(w
     "wait, running, limit, admitted",
     [(0.1, 3, 8.0, 5), (9.0, 0, 8.0, 2), (9.0, 1, 8.0, 1), (9.0, 2, 8.0, 0), (9.0, 7, 8.0, 0), (9.0, 0, 1.0, 1)],
 )
-def test_requests_that_are_lost_leave_most_rows_to_those_that_can_still_be_met(wait, running, limit, admitted):
-    """After a rush every row was taken by requests of the rush, and who came in time had to wait for one to end."""
+def test_lost_requests_leave_most_rows_to_those_that_can_still_be_met(wait, running, limit, admitted):
+    """After a rush its requests held every row, and requests in time had to wait for one to end."""
     loop = feedback.LatencyLoop(feedback.Aimd(), OBJECTIVES)
     loop.limit = limit
     waiting = [ServingRequest(i, 100.0 - wait, 16, 4) for i in range(40)]
@@ -442,8 +444,8 @@ def test_requests_that_are_lost_leave_most_rows_to_those_that_can_still_be_met(w
     assert loop.decide(View(100.0, waiting, rows, 32, 20, "iteration")).admit == admitted
 
 
-def test_one_queue_for_all_is_not_throttled_for_the_lost_at_its_head():
-    """Where a server does not serve the lost last, whoever holds them back holds back everyone behind them."""
+def test_a_single_queue_is_not_throttled_for_lost_requests_at_its_head():
+    """If a server does not serve lost requests last, holding them back holds back everything behind them."""
     loop = feedback.LatencyLoop(feedback.Aimd(), OBJECTIVES)
     loop.limit = 8.0
     waiting = [ServingRequest(i, 100.0 - wait, 16, 4) for i, wait in enumerate((9.0, 5.0, 0.1))]
@@ -451,7 +453,7 @@ def test_one_queue_for_all_is_not_throttled_for_the_lost_at_its_head():
 
 
 def hurried():
-    """The machine of these tests with the prompts, objectives and patience of a small model's server."""
+    """The machine of these tests with prompts, objectives and patience of a small model's server."""
     jitter = (0.8, 0.9, 1.0, 1.1, 1.2)
     table = tuple((0.0062 + 0.00055 * rows,) * (4096 // COLUMN_STEP) for rows in range(1, 33))
     steps = StepTimes(table, (0.004, 0.00021, 0.0), (0.0002, 0.0), jitter, jitter, 1.0, 1)
@@ -459,9 +461,9 @@ def hurried():
 
 
 @pytest.mark.parametrize("name", ["load step", "longer prompts"])
-def test_what_a_rush_left_behind_does_not_take_the_calm_after_it(name):
-    """Beyond capacity no limit of rows keeps nine in ten in time, and what the limit held back filled the server
-    afterwards: the loop missed more seconds than a server without a limit, although it met more requests.
+def test_the_backlog_of_a_rush_does_not_fill_the_calm_after_it(name):
+    """Beyond capacity no row limit keeps nine in ten in time, and the requests held back filled the server afterwards:
+    the loop missed more seconds than a server without a limit, although it met more requests.
     """
     steps, objectives, limits = hurried()
     afterwards, missed, met = [], [], []
@@ -470,7 +472,7 @@ def test_what_a_rush_left_behind_does_not_take_the_calm_after_it(name):
         chosen = next(scenario for scenario in every if scenario.name == name)
         loop = feedback.LatencyLoop(feedback.Aimd(), objectives, patience_seconds=limits.patience_seconds)
         runs = [scenarios.play(chosen, policy, steps, limits, seed).served for policy in (rivals.Static(32), loop)]
-        assert all(outcome.finished is not None for outcome in runs[1].outcomes)  # the lost are served too
+        assert all(outcome.finished is not None for outcome in runs[1].outcomes)  # lost requests are served too
         bad = [start for start, _, good in scenarios.windows(runs[1], objectives) if good is not None and good < 0.9]
         afterwards.append(sum(start > chosen.thirds[2] - 1e-6 for start in bad))
         missed.append([scenarios.seconds_beyond(run, objectives) for run in runs])
@@ -481,7 +483,7 @@ def test_what_a_rush_left_behind_does_not_take_the_calm_after_it(name):
 
 
 @pytest.mark.parametrize("patience, profile", [(None, feedback.FAST), (0.35, feedback.FULL)])
-def test_who_has_waited_longer_than_leaves_time_to_read_the_prompt_is_lost(patience, profile):
+def test_a_request_is_lost_once_no_time_is_left_to_read_its_prompt(patience, profile):
     switch = feedback.Switch(OBJECTIVES, 1.8)
     loop = feedback.LatencyLoop(feedback.Aimd(), OBJECTIVES, switch=switch, patience_seconds=patience)
     loop.decide(view([0.95 * OBJECTIVES.first_token_seconds] * 20, 10))
@@ -503,7 +505,7 @@ def test_rows_end_in_the_profile_where_they_began():
     assert both.decode() == pytest.approx(alone[1])
 
 
-def test_shadow_reads_take_the_servers_time_and_are_drawn_by_the_request_alone():
+def test_shadow_reads_take_server_time_and_are_drawn_by_the_request_alone():
     scenario, both = script()["load step"], (times(), faster())
     free, charged = (scenarios.play(scenario, two_profiles(), both, LIMITS, 0, share) for share in (0.0, 0.5))
     assert free.shadow_seconds == 0 < charged.shadow_seconds
@@ -523,7 +525,7 @@ def test_shadow_reads_take_the_servers_time_and_are_drawn_by_the_request_alone()
 
 
 def shadow_reads(seed=0, share=0.25, loss=0.0, later=None):
-    """Reads that take a second for each answer, all of which have the same loss; and the groups that were read."""
+    """Reads that take a second per answer, all with the same loss; and the groups that were read."""
     groups = []
 
     def read(requests):
@@ -534,7 +536,7 @@ def shadow_reads(seed=0, share=0.25, loss=0.0, later=None):
     return ShadowReads(watch, read, lambda: 5.0, seed), groups
 
 
-def test_answers_are_read_again_in_groups_when_nobody_waits_or_too_many_are_pending():
+def test_answers_are_reread_in_groups_if_nothing_waits_or_too_many_are_pending():
     reads, groups = shadow_reads(share=1.0)
     reads.guard.chosen = feedback.CLEAN_START
 
@@ -549,16 +551,16 @@ def test_answers_are_read_again_in_groups_when_nobody_waits_or_too_many_are_pend
     done(15)
     assert reads.work(3, 4) == 0
     done(1)
-    assert reads.work(3, 4) == 8 and reads.work(3, 4) == 0  # whoever waits
+    assert reads.work(3, 4) == 8 and reads.work(3, 4) == 0  # even while requests wait
     assert reads.work(0, 0) == 8 and groups == [8, 8, 8] and not reads.pending
     done(1)
-    assert reads.work(0, 0) == 1  # nothing else is to be done
+    assert reads.work(0, 0) == 1  # there is nothing else to do
     reads.guard.chosen = 0
     done(8)
-    assert reads.work(3, 4) == 8  # a new watch is to be told soon
+    assert reads.work(3, 4) == 8  # a new watch has to decide soon
 
 
-def test_less_is_read_after_a_clean_start_and_as_much_as_at_first_after_a_rollback():
+def test_reading_drops_after_a_clean_start_and_resets_after_a_rollback():
     watch = guard(share=0.5, later=0.1)
     draws = np.random.default_rng(4).random(4000)
     wanted = [watch.wants(float(draw)) for draw in draws]
@@ -570,8 +572,8 @@ def test_less_is_read_after_a_clean_start_and_as_much_as_at_first_after_a_rollba
     assert 0.3 < np.mean([watch.wants(float(draw)) for draw in draws[:80]]) < 0.7
 
 
-def test_a_profile_that_breaks_while_it_serves_is_taken_back_until_its_cool_down_is_over():
-    """The guard read answers in no served run: none could be taken back, however many were wrong."""
+def test_a_profile_that_breaks_while_serving_is_rolled_back_until_cooled_down():
+    """The guard read no answers in served runs: no profile could be rolled back, however many were wrong."""
     every = scenarios.script(times(), OBJECTIVES, LENGTHS, 60.0, 0)
     broken = scenarios.secretly_broken(every)
     start = broken.broken
@@ -589,8 +591,8 @@ def test_a_profile_that_breaks_while_it_serves_is_taken_back_until_its_cool_down
     assert not sound.events and sound.shadow_seconds > 0
 
 
-def test_put_off_reads_leave_a_rush_alone():
-    """What was read as each answer was done is now read when nobody waits: the same answers, in fewer passes."""
+def test_deferred_reads_leave_a_rush_undisturbed():
+    """Answers were read as each was done; now they are read when nothing waits: the same answers, in fewer passes."""
     scenario, both = script()["load step"], (times(), faster())
     played = scenarios.play(scenario, rivals.Static(16, always=1), both, LIMITS, 0, 0.25)
     aside = [step for step in played.served.steps if step.kind == "aside"]
@@ -607,8 +609,8 @@ def test_routing_keeps_its_share_whatever_happens(share, run):
         assert played.share(feedback.FAST) == pytest.approx(share, abs=0.05)
 
 
-def test_routing_in_long_runs_loses_nothing_between_two_profiles_that_are_the_same():
-    """Request by request, two profiles that are the same cost two steps in place of one all the time."""
+def test_routing_in_long_runs_costs_nothing_between_identical_profiles():
+    """Routed request by request, two identical profiles cost two steps instead of one all the time."""
     width, quiet, missed = 60.0 / scenarios.WINDOWS, script()["quiet"], {}
     for name, policy in (
         ("static", rivals.Static(16)),
@@ -622,7 +624,7 @@ def test_routing_in_long_runs_loses_nothing_between_two_profiles_that_are_the_sa
 
 @dataclass(frozen=True)
 class Asked:
-    """A model without a tokenizer, which is asked random text and no questions."""
+    """A model without a tokenizer that gets random text and no questions."""
 
     model: torch.nn.Module
     tokenizer: None = None
@@ -640,13 +642,13 @@ def test_a_profile_is_admitted_within_the_margins_and_refused_with_its_reason(ti
     assert seen[1].disagreement == 0 and seen[1].perplexity == pytest.approx(1)
     alone = profiles.first_admitted(loaded, [("broken", broken)], 0.1, 6)
     assert alone[-1].model is loaded.model and alone[-1].refused is None
-    monkeypatch.setattr(profiles, "PERPLEXITY_MARGIN", -0.5)  # where perplexity alone refuses it nothing else is read
+    monkeypatch.setattr(profiles, "PERPLEXITY_MARGIN", -0.5)  # if perplexity alone refuses it, nothing else is read
     refused = profiles.judge(loaded, "broken", broken, 0.1, 6)
     assert refused.refused.startswith("perplexity") and refused.disagreement is refused.flips is None
 
 
 def test_a_candidate_that_is_not_faster_gives_way_to_the_next(tiny):
-    """Only the first that kept the margins was timed: a milder cut that is faster was never tried."""
+    """Only the first candidate within the margins was timed: a milder, faster cut was never tried."""
     loaded = Asked(tiny("qwen3-4b-instruct-2507"))
     broken, same = shadow.broken(loaded.model, 4.0), loaded.model
     slow, quick = NetSaving(0.8, 0.9, 1.0), NetSaving(1.2, 1.3, 1.4)
@@ -670,7 +672,7 @@ def test_a_candidate_that_is_not_faster_gives_way_to_the_next(tiny):
 # --- shadow runs and drafting ----------------------------------------------------------------------------------------
 
 
-def test_answers_that_are_read_together_disagree_as_they_do_alone(tiny, name):
+def test_answers_read_together_disagree_as_they_do_alone(tiny, name):
     model = tiny(name)
     random = torch.Generator().manual_seed(5)
     prompts = [torch.randint(8, 96, (9 + 3 * index,), generator=random) for index in range(10)]
@@ -682,7 +684,7 @@ def test_answers_that_are_read_together_disagree_as_they_do_alone(tiny, name):
     assert shadow.disagreements(model, prompts, answered) == pytest.approx(alone) and 0 < min(alone[5:]) < 0.9
 
 
-def test_answers_together_are_the_greedy_ones(tiny, name):
+def test_batched_answers_are_the_greedy_ones(tiny, name):
     model = tiny(name)
     prompts = [torch.randint(8, 96, (length,), generator=torch.Generator().manual_seed(length)) for length in (9, 12)]
     together = shadow.answers(model, prompts, 6)
@@ -699,8 +701,8 @@ def test_a_broken_profile_is_a_copy_and_loses_more(tiny, name):
     assert np.mean(shadow.disagreements(model, prompts, shadow.answers(damaged, prompts, 8))) > 0.2
 
 
-def test_a_broken_profile_of_packed_weights_loses_more_than_they_do(tiny):
-    """Packed weights are whole numbers: noise cannot be added to them."""
+def test_a_broken_profile_of_packed_weights_loses_more_than_an_intact_one(tiny):
+    """Packed weights are integers: noise cannot be added to them."""
     model = tiny("qwen3-4b-instruct-2507")
     int8 = weight_only.weight_only(model, 8)
     before = {key: value.clone() for key, value in int8.state_dict().items()}
@@ -720,20 +722,20 @@ def test_trials_of_a_guard_find_a_planted_fault_and_spare_a_sound_profile():
     assert faulty["caught"] == 1 and np.median(faulty["delays"]) < 20
 
 
-def test_looking_often_with_a_plain_test_raises_false_alarms_and_the_guard_does_not():
+def test_repeated_plain_tests_raise_false_alarms_and_the_guard_does_not():
     pool, windows = [0.0, 0.1, 0.2, 0.3, 0.4], 500
     plain = shadow.peeking(0.2, pool, windows, 100)
     ours = shadow.trials(lambda i: guard(bound=0.2, seed=i), pool, windows, 100)
     assert plain > 0.03 and ours["caught"] <= 0.015
 
 
-def test_the_stream_takes_a_broken_profile_back_and_nothing_before():
+def test_the_stream_rolls_back_a_broken_profile_and_nothing_before():
     watched = shadow.stream(guard(cool_down=1000), lambda at: [0.9] if at >= 50 else [0.0, 0.1], 10.0, 100.0)
     assert watched.first("rolled back") > 50 and watched.first("rolled back", 50) < 56
     assert not watched.course[-1][1]
 
 
-def test_the_spinner_takes_every_core_and_gives_it_back():
+def test_the_spinner_takes_every_core_and_releases_it():
     with scenarios.Spinner() as spinner:
         spinner.start()
         spinner.start()

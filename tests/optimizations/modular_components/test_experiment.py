@@ -1,4 +1,4 @@
-"""What the experiment concludes from attempts and contrasts that are planted."""
+"""What the experiment concludes from planted attempts and contrasts."""
 
 import copy
 import re
@@ -45,7 +45,7 @@ def _stack(*stems: str) -> Weakened:
 
 
 @pytest.mark.parametrize(("clear", "total", "outcome"), [(0, 10, False), (1, 10, None), (9, 10, True), (0, 0, None)])
-def test_interactions_are_held_against_chance(clear, total, outcome):
+def test_interactions_are_compared_with_chance(clear, total, outcome):
     contrasts = _contrasts(*[(0.1, 0.2)] * clear, *[(-0.1, 0.1)] * (total - clear))
     refuted, evidence = contrasts.refuted()
     assert refuted is outcome and (f"{clear} of {total}" in evidence or not total)
@@ -53,21 +53,21 @@ def test_interactions_are_held_against_chance(clear, total, outcome):
     assert reading.two(f"{first}.", second)
 
 
-def test_an_interval_without_width_is_not_held_against_chance():
-    """Of pairs that change no answer the loss cannot differ: they are no evidence that interactions are rare."""
+def test_a_zero_width_interval_is_not_compared_with_chance():
+    """Pairs that change no answer cannot differ in loss: they are no evidence that interactions are rare."""
     contrasts = _contrasts(*[(0.1, 0.2)] * 2, (-0.1, 0.1), *[(0.0, 0.0)] * 40)
     assert contrasts.clear() == {"prefill": (2, 3)} and "2 of 3" in contrasts.refuted()[1]
 
 
 def test_one_interval_cannot_show_that_interactions_are_rare():
-    """Chance explains one of one, so that no outcome could have refuted the claim: it was called not refuted."""
+    """Chance explains one of one, so no outcome could have refuted the claim: it was called not refuted."""
     for ends in ((-0.1, 0.1), (0.1, 0.2)):
         refuted, evidence = _contrasts(ends).refuted()
         assert refuted is None and evidence.endswith("up to 1: too few intervals to tell more than chance")
     assert _contrasts(*[(-0.1, 0.1)] * 2).refuted()[0] is False
 
 
-def test_the_largest_interaction_has_its_interval_or_says_that_there_is_none():
+def test_the_largest_interaction_states_its_interval_or_that_there_is_none():
     expected = "+15.0 % of the baseline's time (95 % interval +10.0 % to +20.0 %)."
     assert _contrasts((0.1, 0.2)).reading().endswith(expected)
     assert "−15.0 % of" in _contrasts((-0.2, -0.1)).reading(), "a true minus sign"
@@ -97,8 +97,8 @@ def test_a_part_that_only_slows_the_model_down_is_named(monkeypatch):
     assert contrasts.losses_alone == {}
 
 
-def test_a_pair_that_works_though_a_part_of_it_does_not_has_no_gain_to_show():
-    """Such a pair is not measured: its gain was no number, or there was no column of gains at all."""
+def test_a_working_pair_with_a_failing_part_has_no_gain():
+    """Such a pair is not measured: its gain was not a number, or the column of gains was missing."""
     pairs = pd.DataFrame([{"state": "works", "prefill_both": 0.2}, {"state": "works", "prefill_both": None}])
     nothing = pd.DataFrame()
     contrasts = Contrasts({}, pd.DataFrame([{"prefill": 0.1}]), pairs, nothing, nothing, "planted")
@@ -107,7 +107,7 @@ def test_a_pair_that_works_though_a_part_of_it_does_not_has_no_gain_to_show():
     assert experiment.impact(unmeasured, None, 2) == []
 
 
-def test_a_model_to_which_one_part_applies_is_a_result_and_no_failure(tiny, monkeypatch):
+def test_a_model_with_one_applicable_part_is_a_result_not_a_failure(tiny, monkeypatch):
     loaded = types.SimpleNamespace(model=tiny("qwen3-4b-instruct-2507"), scale="proxy")
     monkeypatch.setattr(method, "applicable", lambda model: (["only"], {}))
     with pytest.raises(NotApplicable, match="1 optimization applies to this model; composing needs two"):
@@ -144,8 +144,8 @@ def test_every_claim_has_its_answer(verdict, forced, identical, outcomes):
     assert "1 of 2 ordered pairs work" in sentence and "0 of 10 intervals exclude zero" in sentence
 
 
-def test_parts_that_change_no_answer_do_not_show_that_margins_are_kept_together():
-    """Streaming beside any one part made two: nothing could have refuted the claim."""
+def test_parts_that_change_no_answer_do_not_show_that_margins_hold_together():
+    """Streaming plus any one part made two: nothing could have refuted the claim."""
     of = lambda *stems: experiment.refutations(  # noqa: E731
         _study(), _contrasts(), [], LiveExchange([], [], True), _stack(*stems)
     )[-1]
@@ -156,7 +156,7 @@ def test_parts_that_change_no_answer_do_not_show_that_margins_are_kept_together(
     assert of("streaming_computation")[1] is True
 
 
-def test_what_did_not_happen_tells_nothing():
+def test_claims_without_outcomes_are_left_open():
     nothing = LiveExchange([], [], True)
     answers = experiment.refutations(_study(second="crashed"), _contrasts(), [], nothing, _stack("a"))
     assert [refuted for _, refuted, _ in answers] == [True, None, None, None, None, True]
@@ -165,7 +165,7 @@ def test_what_did_not_happen_tells_nothing():
 
 
 class Scribbler(nn.Module):
-    """A part of an optimized model that writes into a weight of the baseline whenever it is called."""
+    """A part of an optimized model that writes into a baseline weight at every call."""
 
     def __init__(self, inner: nn.Module, weight: nn.Parameter):
         super().__init__()
@@ -183,8 +183,8 @@ def exchanged_with(model, replacement) -> LiveExchange:
     return experiment.exchange_live(setup, study, torch.arange(9, 41)[None])
 
 
-def test_a_trace_in_the_baseline_refutes_the_claim_and_is_taken_away(tiny):
-    """The exchange asserted that there was none: a run ended as failed, and the claim could not be refuted."""
+def test_a_trace_in_the_baseline_refutes_the_claim_and_is_removed(tiny):
+    """The exchange asserted that there was none: the run failed, and the claim could not be refuted."""
     model = tiny("qwen3-4b-instruct-2507")
     before, sound = io.weights_hash(model), exchanged_with(model, copy.deepcopy(model))
     assert sound.identical and sound.done == 1 and sound.reverted == "weights and logits identical after 1 exchange"
@@ -197,8 +197,8 @@ def test_a_trace_in_the_baseline_refutes_the_claim_and_is_taken_away(tiny):
     assert "different after 1 exchange" in traced.caption and io.weights_hash(model) == before
 
 
-def test_a_trace_outside_of_the_weights_is_taken_away_or_nothing_more_is_measured(tiny):
-    """Planted: a buffer that no file holds is written to, so that the hash of the weights is as before; then a hook."""
+def test_a_trace_outside_the_weights_is_removed_or_measuring_stops(tiny):
+    """Planted: a write to a buffer that no file holds, so that the hash of the weights is unchanged; then a hook."""
     model = tiny("qwen3-4b-instruct-2507")
     ids_BT, leaky = torch.arange(9, 41)[None], copy.deepcopy(model)
     logits_BTC, buffer = model(input_ids=ids_BT).logits, model.model.rotary_emb.inv_freq.clone()
@@ -229,7 +229,7 @@ def test_a_model_that_cannot_be_exchanged_proves_nothing(tiny):
 
 
 def refusing(monkeypatch, model, batch) -> types.SimpleNamespace:
-    """A setup of two parts, the second of which refuses whatever it is given; `third` does not apply to the model."""
+    """A setup of two parts, the second of which refuses everything; `third` does not apply to the model."""
 
     def refuse(model, calibration):
         raise UserError("second: no channel is left to cut")
@@ -248,8 +248,8 @@ def refusing(monkeypatch, model, batch) -> types.SimpleNamespace:
     return types.SimpleNamespace(loaded=types.SimpleNamespace(model=model), **options, **parts)
 
 
-def test_a_part_that_refuses_here_is_passed_over_where_shapes_are_shown(tiny, batch, monkeypatch):
-    """It raised from the cell, and the run ended as failed before a pair was tried."""
+def test_a_refusing_part_is_skipped_where_shapes_are_shown(tiny, batch, monkeypatch):
+    """It raised in the cell, and the run failed before a pair was tried."""
     setup = refusing(monkeypatch, tiny("qwen3-4b-instruct-2507"), batch)
     steps, left_out = experiment.arranged(setup, "auto")
     shown = experiment.shapes_of_middle_block(setup, [steps[1], steps[0]])
@@ -261,7 +261,7 @@ def test_a_part_that_refuses_here_is_passed_over_where_shapes_are_shown(tiny, ba
     assert list(setup.applied_before) == [strength.named([steps[0]])], "what was made is kept by the steps that made it"
 
 
-def test_steps_that_cannot_be_taken_here_are_a_result_and_not_a_fault(tiny, batch, monkeypatch):
+def test_steps_that_cannot_be_applied_are_a_result_not_a_fault(tiny, batch, monkeypatch):
     setup = refusing(monkeypatch, tiny("qwen3-4b-instruct-2507"), batch)
     assert [step.optimization for step in experiment.arranged(setup, "second + first")[0]] == ["second", "first"]
     with pytest.raises(NotApplicable, match=r"steps first\+third: third: it has no experts"):
@@ -276,7 +276,7 @@ def test_steps_that_cannot_be_taken_here_are_a_result_and_not_a_fault(tiny, batc
 
 
 def test_parts_are_tried_on_as_much_text_as_the_width_needs(tiny, monkeypatch):
-    """At effort preview too, where windows are shorter."""
+    """Also at effort preview, where windows are shorter."""
     monkeypatch.setattr(calibration_text, "TOKENS_PER_INPUT", 256)
     monkeypatch.setattr(calibration_text.tasks, "calibration", lambda loaded, *size: size)
     monkeypatch.setattr(parts_setup.tasks, "text_windows", lambda *_: None)

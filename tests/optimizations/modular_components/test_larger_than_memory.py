@@ -1,4 +1,4 @@
-"""A checkpoint that does not fit into memory: changed from file to file as in memory, or refused in one line."""
+"""A checkpoint larger than memory: changed file by file as in memory, or refused in one line."""
 
 import shutil
 from dataclasses import replace
@@ -36,7 +36,7 @@ RUNS = {
 
 @pytest.fixture(autouse=True)
 def larger(tmp_path_factory, monkeypatch):
-    """Let the free memory be less than the model takes, a stand-in in float32."""
+    """Make the free memory less than the model takes, a stand-in in float32."""
     folder = tmp_path_factory.mktemp("checkpoints")
     shutil.copytree(PROXIES / MODEL, folder / MODEL)
     io.save(io.load_folder(PROXIES / MODEL, torch.float32), folder / MODEL)
@@ -64,7 +64,7 @@ def in_memory(optimization: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("optimization", sorted(RUNS))
-def test_from_file_to_file_it_is_what_it_would_be_in_memory(optimization, tmp_path):
+def test_file_by_file_equals_the_result_in_memory(optimization, tmp_path):
     saved = saving.save(
         MODEL, optimization, None, COMMON | RUNS[optimization], tmp_path / "made", tmp_path / "made.part"
     )
@@ -95,14 +95,14 @@ def test_from_file_to_file_it_is_what_it_would_be_in_memory(optimization, tmp_pa
         ("sparse_neural_networks", {"pattern": "2:4", "parts": "experts"}, "no matrix to prune"),
     ],
 )
-def test_what_needs_the_whole_model_is_one_line_and_leaves_nothing(optimization, changed, message, tmp_path):
+def test_needing_the_whole_model_is_refused_in_one_line_and_leaves_nothing(optimization, changed, message, tmp_path):
     options = COMMON | RUNS[optimization] | changed
     with pytest.raises(UserError, match=message) as raised:
         saving.save(MODEL, optimization, None, options, tmp_path / "made", tmp_path / "made.part")
     assert "\n" not in str(raised.value) and not list(tmp_path.iterdir())
 
 
-def test_what_has_no_way_from_file_to_file_names_what_has(tmp_path, monkeypatch):
+def test_a_refusal_names_the_optimizations_that_work_file_by_file(tmp_path, monkeypatch):
     find = discovery.beside_method
     monkeypatch.setattr(
         discovery, "beside_method", lambda stem, name: None if stem == "structured_pruning" else find(stem, name)
@@ -114,7 +114,7 @@ def test_what_has_no_way_from_file_to_file_names_what_has(tmp_path, monkeypatch)
         saving.save(MODEL, "structured_pruning", steps, COMMON | RUNS["structured_pruning"], tmp_path / "made")
 
 
-def test_a_run_that_ends_in_the_middle_goes_on_in_its_folder(tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_in_its_folder(tmp_path, monkeypatch):
     options = COMMON | RUNS["sparse_neural_networks"]
     place, unfinished = tmp_path / "temporary" / "checkpoint", tmp_path / "made.part"
     place.parent.mkdir()

@@ -1,4 +1,4 @@
-"""A further optimization is really added: two files, no edit, and the frame finds it."""
+"""An optimization is really added: two files, no edit, and the framework finds it."""
 
 import importlib.util
 
@@ -10,7 +10,7 @@ from lib.optimizations.modular_components import method as composing
 from lib.suite.plan import template
 
 
-def test_two_files_and_no_edit(tmp_path):
+def test_an_addition_takes_two_files_and_no_edit(tmp_path):
     place = maintenance.copy_of_project(tmp_path / "project")
     added, changed, lines = maintenance.add(place)
     assert added == [f"lib/optimizations/{maintenance.STEM}.py", f"notebooks/{maintenance.STEM}.ipynb"]
@@ -23,7 +23,7 @@ def test_two_files_and_no_edit(tmp_path):
     assert maintenance._fingerprints(place) != before, "an edit would be seen"
 
 
-def test_what_is_added_does_what_it_says(tiny, name, tmp_path):
+def test_the_added_optimization_rounds_weights_as_documented(tiny, name, tmp_path):
     path = tmp_path / f"{maintenance.STEM}.py"
     path.write_text(maintenance.MODULE, encoding="utf-8")
     spec = importlib.util.spec_from_file_location(maintenance.STEM, path)

@@ -1,4 +1,6 @@
-"""Parts found in the folder, their order and refusals; the caller is left alone; a live model gets everything back."""
+"""Parts found in the folder, their order and refusals; the caller's model is unchanged; a live model is fully
+restored.
+"""
 
 import copy
 import itertools
@@ -26,7 +28,7 @@ def step(stem: str, **knobs) -> RecipeStep:
 
 
 @pytest.mark.parametrize("stem", STEMS)
-def test_what_changes_a_model_says_how_it_composes(stem):
+def test_optimizations_that_change_a_model_declare_how_they_compose(stem):
     module = discovery.method(stem)
     if hasattr(module, "apply"):
         assert hasattr(module, "COMPOSES"), (
@@ -60,7 +62,7 @@ def test_a_faulty_descriptor_is_named(change, says):
         composing.check("twelfth", module)
 
 
-def test_order_follows_needs_whatever_is_given(tiny, name):
+def test_order_follows_needs_whatever_the_input_order(tiny, name):
     model = tiny(name)
     wanted = [PRUNING, FACTORS, SPARSE]
     for stems in (wanted, wanted[::-1], [SPARSE, PRUNING, FACTORS]):
@@ -96,7 +98,7 @@ def test_a_stack_that_cannot_be_ordered_is_refused(tiny, monkeypatch):
     assert reasons["two"].startswith("these steps cannot be ordered: one takes away stock attention")
 
 
-def test_composing_leaves_the_caller_alone_and_nothing_is_a_copy(tiny, name, batch):
+def test_composing_leaves_the_caller_alone_and_copies_nothing(tiny, name, batch):
     model = tiny(name)
     before = io.weights_hash(model)
     identity = composing.compose(model, [batch], [])
@@ -107,7 +109,7 @@ def test_composing_leaves_the_caller_alone_and_nothing_is_a_copy(tiny, name, bat
     assert torch.isfinite(composed.model(**batch).logits).all()
 
 
-def test_a_pipeline_is_its_steps_one_by_one(tiny, name, batch):
+def test_a_pipeline_equals_its_steps_one_by_one(tiny, name, batch):
     from lib.optimizations.sparse_neural_networks import method as sparse_neural_networks
     from lib.optimizations.structured_pruning import method as structured_pruning
 
@@ -122,9 +124,9 @@ def _worked(steps):
     return attempts.Attempt(steps, "works", None)
 
 
-def test_statistics_are_taken_anew_once_they_are_stale(tiny, batch):
+def test_stale_statistics_are_collected_again(tiny, batch):
     model = tiny("qwen3-coder-30b")
-    twice = [step(FACTORS, compression=0.4), step(PRUNING, ratio=0.2)]  # experts in factors can still be removed
+    twice = [step(FACTORS, compression=0.4), step(PRUNING, ratio=0.2)]  # factored experts can still be removed
     fresh = composing.compose(model, [batch], twice, arrange=False)
     again = composing.compose(model, [batch], [*twice, step(PRUNING, ratio=0.1)], arrange=False)
     stale = next(iter(attempts.stale(model, [batch], {(FACTORS, PRUNING): _worked(twice)}).values()))
@@ -155,8 +157,8 @@ def test_every_ordered_pair_works_or_is_refused(tiny, name, batch):
     assert attempts.stale(model, [batch], pairs).keys() <= set(works)
 
 
-def test_what_is_needed_may_depend_on_the_knobs(tiny, name, batch):
-    """Weights that stay in memory may be changed afterwards; those that were moved to a file may not."""
+def test_requirements_may_depend_on_the_knobs(tiny, name, batch):
+    """Weights that stay in memory may be changed afterwards; those moved to a file may not."""
     model, stem = tiny(name), "streaming_computation"
     here, away = (RecipeStep(optimization=stem, knobs={"memory_ratio": ratio}) for ratio in (1.0, 0.6))
     for part in (PRUNING, FACTORS, SPARSE):
@@ -229,8 +231,8 @@ def test_traits_are_read_from_the_model(tiny, name, batch):
         traits.lacking(model, ["dense"])
 
 
-def test_factored_experts_stored_sparse_are_what_their_cores_say(tiny, batch, tmp_path):
-    """Sparse cores between shared factors, against the same zeros multiplied densely; then the way to disk."""
+def test_factored_experts_stored_sparse_equal_their_cores(tiny, batch, tmp_path):
+    """Sparse cores between shared factors, compared with the same zeros multiplied densely; then saved to disk."""
     model = tiny("glm-4.7-flash")
     wanted = [step(FACTORS), step(SPARSE, sparsity=0.5)]
     sparse = composing.compose(model, [batch], wanted).model
@@ -247,7 +249,7 @@ def test_factored_experts_stored_sparse_are_what_their_cores_say(tiny, batch, tm
 # --- a live model ----------------------------------------------------------------------------------------------------
 
 
-def test_a_live_model_gets_everything_back(tiny, name, batch):
+def test_a_live_model_is_fully_restored(tiny, name, batch):
     model = tiny(name)
     prompt, before, logits = batch["input_ids"][:1], io.weights_hash(model), model(**batch).logits
     optimized = composing.compose(model, [batch], [step(PRUNING)]).model
@@ -265,7 +267,7 @@ def test_a_live_model_gets_everything_back(tiny, name, batch):
         serving.revert()
 
 
-def test_a_swap_in_mid_request_takes_effect_and_leaves_no_trace(tiny, batch):
+def test_a_swap_mid_request_takes_effect_and_leaves_no_trace(tiny, batch):
     model = tiny("qwen3-coder-30b")
     prompt, before = batch["input_ids"][:1], io.weights_hash(model)
     optimized = composing.compose(model, [batch], [step(PRUNING, ratio=0.4)]).model
@@ -285,8 +287,8 @@ def test_a_swap_in_mid_request_takes_effect_and_leaves_no_trace(tiny, batch):
     assert report.reason is None and len(report.waits) == 2 and serving.original is None
 
 
-def test_what_another_model_read_before_moves_no_position_of_a_request_that_it_takes_over(tiny, name, batch):
-    """A vision-language model keeps an offset of positions: that of two prompts ended the run, or shifted the rest."""
+def test_another_models_earlier_prompt_shifts_no_position_of_a_swapped_request(tiny, name, batch):
+    """A vision-language model keeps an offset of positions: that of two prompts ended the run or shifted the rest."""
     model = tiny(name)
     same = copy.deepcopy(model)
     same(**batch)
@@ -310,7 +312,7 @@ def test_a_cache_that_would_not_fit_waits_for_the_end_of_the_request(tiny, batch
     assert "Swap between requests" in report.reason and len(report.waits) == 2
 
 
-def test_what_cannot_be_exchanged_is_refused(tiny):
+def test_models_that_cannot_be_exchanged_are_refused(tiny):
     first, second = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-coder-30b")
     with pytest.raises(UserError, match="in the place of"):
         hot_swap.exchange(first, second)

@@ -1,4 +1,4 @@
-"""Pairs in rounds of their own, on a tiny model: every pair has its outcome, and few models are held at a time."""
+"""Pairs in their own rounds, on a tiny model: every pair has an outcome, and few models are held at a time."""
 
 import gc
 import types
@@ -71,7 +71,7 @@ def test_parts_are_kept_where_there_is_room(tiny, batch, monkeypatch):
     assert pair_rounds.with_model(None, study.singles["copy"]) is study.singles["copy"]
 
 
-def test_quick_tries_neighbours_and_says_so(tiny, batch, monkeypatch):
+def test_quick_tries_only_neighbors_and_says_so(tiny, batch, monkeypatch):
     _copies(monkeypatch)
     model = tiny("qwen3-4b-instruct-2507")
     study, contrasts = pair_rounds.run(_setup(model, batch, True), batch["input_ids"][:1])
@@ -82,7 +82,7 @@ def test_quick_tries_neighbours_and_says_so(tiny, batch, monkeypatch):
     assert len(pair_rounds.chosen(_setup(model, batch, True, "standard"))) == 3
 
 
-def test_a_preview_tries_two_pairs_and_knows_no_interval(tiny, batch, monkeypatch):
+def test_a_preview_tries_two_pairs_without_intervals(tiny, batch, monkeypatch):
     _copies(monkeypatch)
     setup = _setup(tiny("qwen3-4b-instruct-2507"), batch, True, "preview")
     setup.fitting.append("fourth")
@@ -100,8 +100,8 @@ def test_a_preview_tries_two_pairs_and_knows_no_interval(tiny, batch, monkeypatc
         assert pair_rounds.chosen(setup) == []
 
 
-def test_what_decides_which_part_is_left_out_is_read_on_text_that_judges_nothing(tiny, batch, monkeypatch):
-    """Losses of single parts came from the split by which the stack is judged afterwards."""
+def test_the_omitted_part_is_chosen_on_text_that_judges_nothing(tiny, batch, monkeypatch):
+    """Losses of single parts came from the split on which the stack is judged afterwards."""
     splits = []
 
     def windows(loaded, split, count, length, seed):

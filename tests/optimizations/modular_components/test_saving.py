@@ -1,4 +1,4 @@
-"""Optimized checkpoints of every architecture: loaded again with equal logits, by transformers alone where said so."""
+"""Optimized checkpoints of every architecture: reloaded with equal logits, by transformers alone where stated."""
 
 import io as io_text
 import json
@@ -51,7 +51,7 @@ def tokenizer():
 
 @pytest.fixture(autouse=True)
 def little(tmp_path, monkeypatch):
-    """Look at little text, and register checkpoints in a folder of this test."""
+    """Use little text, and register checkpoints in a folder of this test."""
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
     read = settings.read
     monkeypatch.setattr(settings, "read", lambda *arguments: replace(read(*arguments), **SMALL))
@@ -59,11 +59,11 @@ def little(tmp_path, monkeypatch):
 
 @pytest.fixture
 def checkpoint(tmp_path, tokenizer):
-    """Return a function that writes a tiny checkpoint of an architecture, as its maker would, and names the model."""
+    """Return a function that writes a tiny checkpoint of an architecture in its maker's format and names the model."""
 
     def make(name: str) -> str:
         folder, tokens = tmp_path / name, tokenizer
-        if name == PICTURES:  # its pictures need the tokens and the processor that belong to its configuration
+        if name == PICTURES:  # its images need the tokens and the processor of its configuration
             proxy = parameters.PARAMETERS / "proxies" / "qwen3-vl-2b"
             described = parameters.read("qwen3-vl-2b")
             model = io.build(described.config("proxy"), described.architecture)
@@ -85,7 +85,7 @@ def logits(model) -> torch.Tensor:
 
 @pytest.mark.parametrize("optimization", sorted(STEPS))
 @pytest.mark.parametrize("name", [*sorted(architectures.MODELS), PICTURES])
-def test_what_was_saved_is_the_optimized_model(name, optimization, checkpoint, tmp_path):
+def test_the_saved_model_is_the_optimized_one(name, optimization, checkpoint, tmp_path):
     model = checkpoint(name)
     place = tmp_path / "saved"
     saved = saving.save(model, optimization, None, COMMON | STEPS[optimization], place)
@@ -98,9 +98,9 @@ def test_what_was_saved_is_the_optimized_model(name, optimization, checkpoint, t
         plain, report = kind.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
         assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         torch.testing.assert_close(logits(plain), logits(again), atol=1e-4, rtol=1e-4)
-    if optimization == "structured_pruning":  # blocks stay alike, so that the configuration describes them
+    if optimization == "structured_pruning":  # blocks stay alike, so the configuration describes them
         assert saved.loads is not None
-    else:  # no configuration of transformers has factors or sparse matrices
+    else:  # no transformers configuration has factors or sparse matrices
         assert saved.loads is None
 
 
@@ -113,7 +113,7 @@ def test_what_was_saved_is_the_optimized_model(name, optimization, checkpoint, t
         *((name, "experts", 0.1) for name in ("glm4_moe_lite", "qwen3_moe", "mixtral")),
     ],
 )
-def test_every_granularity_is_loaded_again(name, granularity, ratio, checkpoint, tmp_path):
+def test_every_granularity_reloads(name, granularity, ratio, checkpoint, tmp_path):
     model = checkpoint(name)
     wanted = COMMON | {"granularity": granularity, "finetune_steps": 0, "ratio": ratio}
     saved = saving.save(model, "structured_pruning", None, wanted, tmp_path / "saved")
@@ -122,7 +122,7 @@ def test_every_granularity_is_loaded_again(name, granularity, ratio, checkpoint,
     assert cost_model.parameters(small) < cost_model.parameters(whole)
 
 
-def test_it_is_the_model_that_a_run_measures(checkpoint, tmp_path):
+def test_the_saved_model_is_the_one_that_a_run_measures(checkpoint, tmp_path):
     model = checkpoint("llama")
     wanted = COMMON | STEPS["structured_pruning"] | {"finetune_steps": -1}
     saved = saving.save(model, "structured_pruning", None, wanted, tmp_path / "saved")
@@ -133,7 +133,7 @@ def test_it_is_the_model_that_a_run_measures(checkpoint, tmp_path):
     assert io.weights_hash(cut.optimized) == saved.weights_hash
 
 
-def test_a_stack_is_one_checkpoint(checkpoint, tmp_path):
+def test_a_stack_is_saved_as_one_checkpoint(checkpoint, tmp_path):
     model = checkpoint("qwen2")
     stack = [
         RecipeStep(optimization="structured_pruning", knobs={"ratio": 0.2}),
@@ -146,7 +146,7 @@ def test_a_stack_is_one_checkpoint(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("tokens_per_input", [2, 8])
 def test_a_stack_is_saved_as_it_was_judged(checkpoint, tmp_path, monkeypatch, tokens_per_input):
-    """At another effort than that of `apply`, on as much text as the width needs, and with the same seed."""
+    """With another effort than that of `apply`, as much text as the width needs, and the same seed."""
     monkeypatch.setattr(calibration_text, "TOKENS_PER_INPUT", tokens_per_input)
     read = settings.read
     longer = {"standard": {"calibration_sequences": 6}}
@@ -184,7 +184,7 @@ def test_a_stack_is_saved_as_it_was_judged(checkpoint, tmp_path, monkeypatch, to
         ("automl_components", [RecipeStep(optimization="adaptive_sparse_attention")], "leave it out of the stack"),
     ],
 )
-def test_what_no_checkpoint_holds_is_refused_before_anything_is_loaded(optimization, stack, message, tmp_path):
+def test_what_no_checkpoint_can_hold_is_refused_before_loading(optimization, stack, message, tmp_path):
     with pytest.raises(UserError, match=message) as refused:
         saving.save("no-such-model", optimization, stack, COMMON, tmp_path / "saved")
     assert "\n" not in str(refused.value) and not (tmp_path / "saved").exists()
@@ -195,7 +195,7 @@ def test_what_no_checkpoint_holds_is_refused_before_anything_is_loaded(optimizat
     [("a" * 64, "maintained", None), ("b" * 64, "maintained", "chosen for weights bbbbbbbb, not for aaaaaaaa"),
      ("a" * 64, "not_maintained", "its stack was judged not maintained")],
 )  # fmt: skip
-def test_a_recipe_of_other_weights_or_one_that_lost_is_said(tmp_path, monkeypatch, capsys, weights, accuracy, says):
+def test_a_recipe_for_other_weights_or_with_a_loss_is_reported(tmp_path, monkeypatch, capsys, weights, accuracy, says):
     steps = [RecipeStep(optimization="structured_pruning")]
     about = {"model": "m", "scale": "proxy", "stack": steps, "chosen_by": "automl_components", "effort": "quick"}
     path = recipe.write(recipe.Recipe(**about, weights=weights, accuracy=accuracy), tmp_path)

@@ -1,4 +1,4 @@
-"""Strengths between nothing and a part's own, and the strongest of them that is within planted margins."""
+"""Strengths between zero and a part's own, and the strongest one within planted margins."""
 
 import types
 
@@ -20,7 +20,7 @@ def _step(stem: str, **knobs) -> RecipeStep:
     return RecipeStep(optimization=stem, knobs=knobs)
 
 
-def test_a_step_is_weakened_from_its_own_knob_to_next_to_nothing():
+def test_a_step_weakens_from_its_own_knob_to_almost_nothing():
     whole = _step(PRUNING, ratio=0.4, granularity="heads")
     assert strength.weakened(whole, strength.LEVELS) == whole
     half = strength.weakened(whole, strength.LEVELS // 2)
@@ -34,7 +34,7 @@ def test_a_step_is_weakened_from_its_own_knob_to_next_to_nothing():
 
 
 @pytest.mark.parametrize("truth", range(strength.LEVELS + 1))
-def test_bisection_finds_the_highest_level_within(truth):
+def test_bisection_finds_the_highest_passing_level(truth):
     levels = []
 
     def within(level: int) -> bool:
@@ -48,15 +48,15 @@ def test_bisection_finds_the_highest_level_within(truth):
 
 
 @pytest.mark.parametrize("losing", range(1, 2**strength.LEVELS, 7))
-def test_whatever_bisection_returns_was_within_when_it_was_looked_at(losing):
-    """Losses that do not grow with strength: a level may be missed, but none is taken that passes a margin."""
+def test_bisection_returns_only_levels_that_passed(losing):
+    """If losses do not grow with strength, a level may be missed, but none that exceeds a margin is returned."""
     within = {level: not losing >> (level - 1) & 1 for level in range(1, strength.LEVELS + 1)}
     level = strength.strongest(within.__getitem__)
     assert level == 0 or within[level]
     assert level == strength.LEVELS or not within[level + 1]
 
 
-def test_what_makes_a_model_no_smaller_is_left_out_and_what_refuses_too(tiny, batch, monkeypatch):
+def test_parts_that_refuse_or_do_not_shrink_the_model_are_left_out(tiny, batch, monkeypatch):
     described = {"touches": ("storage",), "needs": (), "invalidates": (), "trial": {}}
 
     def refuse(model, calibration):
@@ -77,7 +77,7 @@ def test_what_makes_a_model_no_smaller_is_left_out_and_what_refuses_too(tiny, ba
 
 
 class _Planted:
-    """Loses in proportion to the channels that were removed."""
+    """Loses in proportion to the removed channels."""
 
     def __init__(self, model):
         self.loaded = types.SimpleNamespace(model=model, random_weights=True)
@@ -102,7 +102,7 @@ def test_the_strongest_stack_within_the_margins_is_found(tiny, batch):
     assert torch.isfinite(best.model(**batch).logits).all() and anatomy(best.model).blocks
 
 
-def test_steps_made_earlier_are_taken_over_with_their_seconds(tiny, batch, monkeypatch):
+def test_steps_made_earlier_are_reused_with_their_seconds(tiny, batch, monkeypatch):
     model = tiny("qwen3-4b-instruct-2507")
     steps = [_step(PRUNING, ratio=0.4), _step(EXACT, memory_ratio=1.0)]
     expected = strength.stack_at(model, [batch], steps, strength.LEVELS)[1]
@@ -124,8 +124,8 @@ def test_steps_made_earlier_are_taken_over_with_their_seconds(tiny, batch, monke
 
 
 @pytest.mark.parametrize(("losses", "left"), [({PRUNING: 0.5, FACTORS: 0.1}, FACTORS), ({PRUNING: 0.5}, PRUNING)])
-def test_what_loses_most_alone_is_left_out_where_all_together_pass_the_margins(tiny, batch, losses, left):
-    """Quality is planted: two weakened parts pass the margins at any strength, either of them alone at none."""
+def test_the_lossiest_part_is_left_out_if_all_together_exceed_the_margins(tiny, batch, losses, left):
+    """Quality is planted: two weakened parts exceed the margins at any strength, either of them alone at none."""
     model = tiny("qwen3-4b-instruct-2507")
     steps = [_step(PRUNING, ratio=0.4), _step(FACTORS, method="plain"), _step(EXACT, memory_ratio=1.0)]
     planted, kept = _Planted(model), []
@@ -153,8 +153,8 @@ def test_what_loses_most_alone_is_left_out_where_all_together_pass_the_margins(t
     assert few.level == 4 and [row.level for row in tried] == [4, 8, 4], "where looks are few, half strength alone"
 
 
-def test_what_is_in_no_stack_is_not_left_out_in_place_of_what_loses(tiny, batch, monkeypatch):
-    """The factors are refused at every strength and lose most alone: without them every stack would be the same."""
+def test_a_part_in_no_stack_is_not_left_out_in_place_of_a_lossy_one(tiny, batch, monkeypatch):
+    """The factors are refused at every strength and lose most alone: leaving them out would change no stack."""
     model = tiny("qwen3-4b-instruct-2507")
     steps = [_step(PRUNING, ratio=0.4), _step(FACTORS, method="plain"), _step(EXACT, memory_ratio=1.0)]
     planted, compose = _Planted(model), method.compose
@@ -186,7 +186,7 @@ def test_the_first_step_is_made_once(tiny, batch, monkeypatch):
     assert torch.equal(again[1](**batch).logits, first[1](**batch).logits)
 
 
-def test_what_can_tell_that_it_makes_a_model_no_smaller_is_not_applied(tiny, batch, monkeypatch):
+def test_parts_known_not_to_shrink_the_model_are_not_applied(tiny, batch, monkeypatch):
     model, composed, compose = tiny("qwen3-4b-instruct-2507"), [], method.compose
     monkeypatch.setattr(method, "compose", lambda *args, **kw: composed.append(args[2]) or compose(*args, **kw))
     sparse = _step("sparse_neural_networks", sparsity=0.4, method="magnitude")

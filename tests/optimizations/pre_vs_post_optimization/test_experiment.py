@@ -1,4 +1,4 @@
-"""What the experiment concludes from verdicts and shares that are planted."""
+"""What the experiment concludes from planted verdicts and shares."""
 
 import types
 from dataclasses import replace
@@ -45,13 +45,13 @@ def test_every_claim_has_its_answer(control, quality, changes, worse, outcomes):
     )
     assert [claim for claim, _, _ in answers] == list(outcome.CLAIMS)
     assert [refuted for _, refuted, _ in answers] == outcomes and all(evidence for _, _, evidence in answers)
-    # A guard that got worse is no regression: "0 judged metrics got worse" stood beside a table of those that did.
+    # A worse guard is no regression: "0 judged metrics got worse" stood beside a table of them.
     named = f" ({', '.join(worse)})" if worse else ""
     counted = f"{changes} primary metrics decided against an earlier build, {len(worse)} of them worse"
     assert answers[2][2] == counted + named
 
 
-def test_shares_are_read_from_the_largest():
+def test_the_reading_of_shares_starts_with_the_largest():
     names = (("a", 0.1), ("b", 0.3), (attribution.WHOLE, 0.4))
     rows = [
         {"what": what, "part": part, "value": value, "low": value - 0.1, "high": value + 0.1}
@@ -79,7 +79,7 @@ def _setup(*steps: str, considered=()) -> experiment.StackSetup:
 
 
 def test_a_stored_stack_is_calibrated_as_it_was_judged(tiny, monkeypatch):
-    """At effort quick a stack that was chosen at standard was applied on a quarter of the text on which it won."""
+    """At effort quick, a stack chosen at standard was applied with a quarter of the text on which it won."""
     asked, model = [], tiny("qwen3-4b-instruct-2507")
     loaded = types.SimpleNamespace(model=model, scale="proxy", random_weights=False)
     monkeypatch.setattr(calibration_text.tasks, "calibration", lambda loaded, *size: asked.append(size[0]) or size)
@@ -91,8 +91,8 @@ def test_a_stored_stack_is_calibrated_as_it_was_judged(tiny, monkeypatch):
     assert asked == [settings.read(name).calibration_sequences for name in ("quick", "quick", "standard")]
 
 
-def test_nothing_pays_is_an_answer():
-    """The empty stack: said first, its rejected candidates in the table, its own comparison the identity's."""
+def test_an_empty_stack_is_reported_as_an_answer():
+    """The empty stack is stated first, its rejected candidates are in the table, its comparison is the identity's."""
     nothing = _setup(considered=[{"step": "a", "kept": False, "why": "perplexity grows"}])
     assert not nothing.pays and "nothing pays here" in nothing.in_words and list(nothing.table()["why"])
     text = outcome.sentence(nothing, "Prefill speed equivalent.")
@@ -121,8 +121,8 @@ def test_nothing_pays_is_an_answer():
 
 
 @pytest.mark.parametrize("broken, where", [("a → b", "whole"), ("b", "subset")])
-def test_nothing_is_attributed_to_what_is_broken(tiny, monkeypatch, broken, where):
-    """Subsets of a degenerate stack were timed all the same, and losses that are NaN ended the run as failed."""
+def test_nothing_is_attributed_to_a_broken_stack(tiny, monkeypatch, broken, where):
+    """Subsets of a degenerate stack were still timed, and NaN losses made the run fail."""
     names = [interactions.named(*subset) for subset in ((), ("a",), ("b",), ("a", "b"))]
     models = {name: tiny("qwen3-4b-instruct-2507") for name in names}
     weight = models[broken].model.layers[0].mlp.down_proj.weight
@@ -145,8 +145,8 @@ def test_nothing_is_attributed_to_what_is_broken(tiny, monkeypatch, broken, wher
         assert outcome.details(setup, shared, GainSweep([], pd.DataFrame()))["attribution"][0] == []
 
 
-def test_the_gain_is_the_whole_stacks_where_a_part_refuses_to_go_without_another(monkeypatch):
-    """The run ended as failed: what a subset needs is no fault of the stack, which works."""
+def test_the_gain_is_the_whole_stacks_if_a_part_requires_another(monkeypatch):
+    """The run failed: a subset's missing requirement is no fault of the stack, which works."""
 
     def compose(model, calibration, steps, **options):
         if model == "baseline" and steps[0].optimization == "b":
@@ -174,7 +174,7 @@ def test_a_sweep_without_points_is_empty():
     assert len(nothing.of("prefill")) == 0 and reading.curves(nothing.of("prefill"), "tokens")
 
 
-def test_the_return_in_words():
+def test_break_even_is_described_in_words():
     text = returns.in_words([measurement.unavailable("break_even_tokens", "prefill, by time", "no gain was shown")])
     assert text == "is not shown to pay: no gain was shown"
     paid = measurement.informative("break_even_tokens", "prefill, by time", None, 44911.3, "planted")
@@ -182,7 +182,7 @@ def test_the_return_in_words():
     assert returns.in_words([]).startswith("the break-even is unknown")
 
 
-def test_a_stack_pays_nothing_back_where_nothing_timed_is_judged():
+def test_a_stack_has_no_payback_where_no_timing_is_judged():
     rates = []
     for workload, floor in (("prefill", 0.01), ("decode", 0.12)):
         rate = measurement.informative(f"{workload}_tokens_per_second", workload, 100.0, 120.0, "planted", ratio=1.2)
@@ -194,8 +194,8 @@ def test_a_stack_pays_nothing_back_where_nothing_timed_is_judged():
     assert returns.in_words(returns.returns(stack, withheld)) == "is not shown to pay: no gain was shown (inconclusive)"
 
 
-def test_the_gain_of_an_only_part_has_the_interval_of_the_processes_that_timed_it(monkeypatch):
-    """Six processes that differ by more than their rounds do: the interval is the judged one, and so is the source."""
+def test_a_single_parts_gain_has_the_interval_of_the_processes_that_timed_it(monkeypatch):
+    """Six processes differ by more than their rounds do: the interval is the judged one, and so is the source."""
     random = np.random.default_rng(0)
     process = [number for number in range(6) for _ in range(10)]
     d_N = -0.1 + 0.03 * random.standard_normal(6)[process] + 0.001 * random.standard_normal(60)

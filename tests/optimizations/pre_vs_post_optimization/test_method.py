@@ -1,4 +1,4 @@
-"""Stacks chosen and stored, subsets against composing, sweeps and accounts against numbers worked out by hand."""
+"""Stacks chosen and stored, subsets against composing, sweeps and accounts against numbers computed by hand."""
 
 import copy
 import itertools
@@ -38,7 +38,7 @@ STEPS = [
 
 
 def _loaded(model, name: str) -> loading.Loaded:
-    """A tiny random model as `load` would give it: without a tokenizer, answers meaning nothing."""
+    """A tiny random model as `load` would return it: without a tokenizer, with meaningless answers."""
     return loading.Loaded(
         model, None, None, read(name), name, "proxy", "cpu", torch.float32, None, random_weights=True, seconds=0.0
     )
@@ -49,7 +49,7 @@ def _stored(**fields) -> recipe.Recipe:
     return recipe.Recipe(**about | fields)
 
 
-def test_a_stored_stack_is_taken_and_ordered(tiny, monkeypatch):
+def test_a_stored_stack_is_used_and_ordered(tiny, monkeypatch):
     model = tiny("qwen3-4b-instruct-2507")
     monkeypatch.setattr(recipe, "find", lambda name, scale: _stored(accuracy="inconclusive"))
     stack = comparing.chosen(_loaded(model, "qwen3-4b-instruct-2507"), [], weights="w")
@@ -57,7 +57,7 @@ def test_a_stored_stack_is_taken_and_ordered(tiny, monkeypatch):
 
 
 def test_a_stored_stack_keeps_the_order_in_which_it_was_judged(tiny, batch, monkeypatch):
-    """Parts that may come in either order were put into that of the pipeline: another stack than the one found."""
+    """Parts that may come in either order were put in pipeline order, which was another stack than the one found."""
     model, name = tiny("qwen3-4b-instruct-2507"), "qwen3-4b-instruct-2507"
     steps = [RecipeStep(optimization="adaptive_sparse_attention", knobs={"block_size": 64}), STEPS[0]]
     assert composing.order(steps, model) == steps[::-1], "the pipeline's own order is the other one"
@@ -116,8 +116,8 @@ def _gain(value: float, spread: float = 0.01) -> shapley.Estimate:
     return shapley.Estimate(value, value - spread, value + spread, 6)
 
 
-def test_the_default_stack_keeps_what_pays_and_says_why_not(tiny, batch, monkeypatch):
-    """Speeds are planted: what is surely faster stays; what is slower, refuses, or cannot be told, goes."""
+def test_the_default_stack_keeps_what_pays_and_explains_the_rest(tiny, batch, monkeypatch):
+    """Speeds are planted: surely faster parts stay; those that are slower, refuse or are undecided go."""
 
     def refuse(model, calibration):
         raise UserError("not today")
@@ -136,7 +136,7 @@ def test_the_default_stack_keeps_what_pays_and_says_why_not(tiny, batch, monkeyp
     assert "not surely faster" in stack.considered[1]["why"] and "not today" in stack.considered[4]["why"]
 
 
-def test_what_loses_more_than_the_margins_is_rejected_before_it_is_timed(tiny, batch, monkeypatch):
+def test_candidates_that_exceed_the_margins_are_rejected_before_timing(tiny, batch, monkeypatch):
     name = "qwen3-4b-instruct-2507"
     monkeypatch.setattr(composing, "parts", lambda: _parts(lossy=_copy))
     monkeypatch.setattr(comparing, "_faster", lambda *_: pytest.fail("a rejected candidate was timed"))
@@ -147,7 +147,7 @@ def test_what_loses_more_than_the_margins_is_rejected_before_it_is_timed(tiny, b
     assert lost.within(perplexity_margin=0.06) and not lost.within()
 
 
-def test_where_nothing_pays_the_stack_is_empty(tiny, batch, monkeypatch):
+def test_the_stack_is_empty_where_nothing_pays(tiny, batch, monkeypatch):
     name = "qwen3-4b-instruct-2507"
     monkeypatch.setattr(composing, "parts", lambda: _parts(one=_copy, two=_copy))
     monkeypatch.setattr(comparing, "_faster", lambda *arguments: _gain(-0.5))
@@ -156,9 +156,7 @@ def test_where_nothing_pays_the_stack_is_empty(tiny, batch, monkeypatch):
 
 
 def test_a_candidate_is_timed_until_its_interval_is_narrow(tiny, monkeypatch):
-    """Planted rounds whose interval is wide at first; six are enough where it is narrow, or where they are all that may
-    be.
-    """
+    """Planted rounds have a wide interval at first; six suffice where it is narrow or where no more are allowed."""
     unclear = np.full(6, 0.02) + np.linspace(-0.02, 0.02, 6)
     draws = iter([unclear, *[np.full(6, 0.05)] * 2])
     seeds = []
@@ -181,7 +179,7 @@ def _both(rounds: interleaved.Rounds, copied: bool) -> dict[str, interleaved.Rou
     return dict.fromkeys(("prefill", "decode"), replace(rounds, copied=copied))
 
 
-def test_a_candidate_has_the_interval_of_what_one_process_hides_and_more_copies_narrow_it(monkeypatch):
+def test_a_candidates_interval_covers_process_variance_and_copies_narrow_it(monkeypatch):
     seconds = {"baseline": [1.0] * 6, "after": [0.98] * 6}
     rounds = interleaved.Rounds(seconds, 1, [None] * 6, [["baseline", "after"]] * 6)
     sigma = process_variance.between_processes("prefill").sigma
@@ -193,8 +191,8 @@ def test_a_candidate_has_the_interval_of_what_one_process_hides_and_more_copies_
         assert gain.n == 18 and gain.value - gain.low == pytest.approx(1.96 * sigma / groups**0.5)
 
 
-def test_a_candidate_that_cannot_be_copied_is_one_draw_however_often_it_is_timed(tiny, monkeypatch):
-    model, sigma = tiny("qwen3-4b-instruct-2507"), 5.0  # beside which the noise of the rounds is nothing
+def test_a_candidate_that_cannot_be_copied_counts_as_one_draw(tiny, monkeypatch):
+    model, sigma = tiny("qwen3-4b-instruct-2507"), 5.0  # which dwarfs the noise of the rounds
     monkeypatch.setattr(interactions, "process_sigma", lambda *_: sigma)
     monkeypatch.setattr(control, "separate_copy", lambda given: (given, "no room"))
     monkeypatch.setattr(comparing, "SPEED_MARGIN", 0.0)
@@ -203,8 +201,8 @@ def test_a_candidate_that_cannot_be_copied_is_one_draw_however_often_it_is_timed
 
 
 @pytest.mark.parametrize("noise", [0.01, 0.03])
-def test_what_is_as_fast_as_the_margin_asks_is_not_kept_more_often_for_further_looks(monkeypatch, noise):
-    """Rounds went on until the interval excluded a margin: of three looks one was lucky in one case of twenty."""
+def test_further_looks_do_not_favor_a_candidate_at_the_margin(monkeypatch, noise):
+    """Rounds continued until the interval excluded a margin: one of three looks was lucky in one case in twenty."""
     random, seen = np.random.default_rng(0), []
 
     def timed(arms, prompt, count, seed):
@@ -215,12 +213,12 @@ def test_what_is_as_fast_as_the_margin_asks_is_not_kept_more_often_for_further_l
     monkeypatch.setattr(interactions, "time_arms", timed)
     seen = [comparing._faster(None, None, None, comparing.MOST_ROUNDS, 0) for _ in range(1500)]
     assert np.mean([gain.low > comparing.SPEED_MARGIN for gain in seen]) < 0.04
-    # And an effect of whatever size is timed as long as its interval is as wide.
+    # An effect of any size is timed as long as its interval is as wide.
     assert all(gain.n == comparing.MOST_ROUNDS or gain.high - gain.low <= 2 * comparing.SPEED_MARGIN for gain in seen)
 
 
 @pytest.mark.parametrize(("effort", "tokens", "rounds"), [("preview", 128, 6), ("quick", 256, 18), (None, 256, 18)])
-def test_at_preview_candidates_are_asked_less_and_timed_briefly(tiny, batch, monkeypatch, effort, tokens, rounds):
+def test_preview_asks_candidates_less_and_times_them_briefly(tiny, batch, monkeypatch, effort, tokens, rounds):
     asked, timed = [], []
 
     def prepare(loaded, size, seed):
@@ -239,7 +237,7 @@ def test_at_preview_candidates_are_asked_less_and_timed_briefly(tiny, batch, mon
     assert asked == [efforts.read(effort or "quick")] and timed == [(tokens, rounds)]
 
 
-def test_what_was_tried_for_a_stack_is_not_kept_in_memory(tiny, name, batch, monkeypatch):
+def test_models_tried_for_a_stack_are_not_kept_in_memory(tiny, name, batch, monkeypatch):
     tried, attempt = [], attempts.attempt
 
     def watched(*arguments, **options):
@@ -250,7 +248,7 @@ def test_what_was_tried_for_a_stack_is_not_kept_in_memory(tiny, name, batch, mon
     held, parts = [], composing.parts
 
     def imported():
-        held.append(sys._getframe()) if not held else None  # as a failed import within does, by its traceback
+        held.append(sys._getframe()) if not held else None  # as a failed import inside does, through its traceback
         return parts()
 
     monkeypatch.setattr(composing, "parts", imported)
@@ -260,7 +258,7 @@ def test_what_was_tried_for_a_stack_is_not_kept_in_memory(tiny, name, batch, mon
     assert tried and all(model() is None for model in tried)
 
 
-def test_every_subset_is_what_the_pipeline_makes(tiny, name, batch):
+def test_every_subset_equals_the_pipelines_result(tiny, name, batch):
     model = tiny(name)
     parts = attribution.groups(STEPS)
     assert list(parts) == [PRUNING, FACTORS, SPARSE]
@@ -293,7 +291,7 @@ def test_attribution_adds_up_to_the_whole():
         assert of["x"] + of["y"] == pytest.approx(of["the whole stack"])
 
 
-def test_the_only_part_has_the_whole_gain(tiny, batch):
+def test_a_single_part_has_the_whole_gain(tiny, batch):
     from lib.measure.compare import speed
 
     model = tiny("qwen3-4b-instruct-2507")
@@ -321,8 +319,8 @@ def test_applying_is_timed_and_its_joules_are_labelled(tiny, batch, monkeypatch)
     assert io.weights_hash(model) == before != io.weights_hash(applied.model)
 
 
-def test_a_device_is_waited_for_before_its_counter_is_read(tiny, batch, monkeypatch):
-    """What it does when the call returns was in no reading, and what it did before was in the first one."""
+def test_a_device_is_synchronized_before_its_counter_is_read(tiny, batch, monkeypatch):
+    """Work still running when the call returned was in no reading, and earlier work was in the first one."""
     done: list[str] = []
     meter = energy.Counter("nvml", "measured", "a counter", 2.0, None, lambda: done.append("read") or float(len(done)))
     monkeypatch.setattr(comparing.energy, "counter", lambda device: meter)
@@ -338,7 +336,7 @@ def _rate(verdict: str, baseline: float, optimized: float, metric: str = "prefil
     )  # fmt: skip
 
 
-def test_break_even_is_what_was_spent_over_what_a_token_saves():
+def test_break_even_is_the_cost_divided_by_the_saving_per_token():
     applied = comparing.AppliedStack(torch.nn.Identity(), [], 10.0, 30.0, "estimated", "planted")
     energy = _rate("better", 0.02, 0.01, "energy_joules_per_token")
     returned = returns.returns(
@@ -385,7 +383,7 @@ def test_a_sweep_has_every_point_with_its_control(tiny, batch):
     ]
 
 
-def test_recall_is_asked_at_further_distances(tiny, monkeypatch):
+def test_recall_is_tested_at_longer_distances(tiny, monkeypatch):
     from lib.measure.quality import evaluate
     from lib.measure.quality.answers import Retrieved
 

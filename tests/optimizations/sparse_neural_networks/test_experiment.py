@@ -41,8 +41,8 @@ def setup(tiny):
     [("wanda", {"sparsity": 1.5}), ("wanda", {"parts": "experts"}), ("wanda", {"within": "block"}), ("taylor", {})],
     ids=str,
 )
-def test_what_cannot_be_pruned_is_refused_before_the_model_is_read(setup, monkeypatch, random_weights, method, changed):
-    """A method that there is not was taken for magnitude where weights are random."""
+def test_unprunable_requests_are_refused_before_the_model_is_read(setup, monkeypatch, random_weights, method, changed):
+    """An unknown method was treated as magnitude where weights are random."""
 
     def calibration(*_, **__):
         raise AssertionError("text was asked for")
@@ -65,8 +65,8 @@ def test_one_matrix_keeps_the_same_share_by_every_method(setup):
     assert all(corner.shape <= (experiment.CORNER, experiment.CORNER) for corner in matrix.corners().values())
 
 
-def test_a_variance_below_zero_by_rounding_is_no_error_of_the_output():
-    """Its root was a complex number, of which no least can be found."""
+def test_a_variance_rounded_below_zero_counts_as_zero_output_error():
+    """Its root was a complex number, which has no minimum."""
     weight, pruned = torch.ones(1, 1, 2), torch.tensor([[[1.0, 0.0]]])
     gram = torch.tensor([[[1.0, 0.0], [0.0, -1e-9]]])
     masks = {name: pruned[0].bool() for name in ("sparsegpt", "wanda")}
@@ -75,8 +75,8 @@ def test_a_variance_below_zero_by_rounding_is_no_error_of_the_output():
     assert experiment.read_masks(matrix.table())[1] == "The output is nearest with sparsegpt, at a relative error of 0."
 
 
-def test_of_experts_one_that_saw_tokens_is_shown(setup, tiny):
-    """Of the first one, which no token reached, no error is known: "without calibration text", it was said."""
+def test_an_expert_that_saw_tokens_is_shown(setup, tiny):
+    """The first expert, which no token reached, has no known error: it was reported as "without calibration text"."""
     model = tiny("qwen3-coder-30b")
     matrices = second_moments.matrices(model, "experts")
     observed = sparse.observe(model, setup.calibration, parts="experts")
@@ -105,21 +105,21 @@ def test_defaults_are_those_of_real_models_at_real_sizes():
     assert [experiment.default_sparsity(scale) for scale in ("proxy", "slice", "full")] == [0.9, 0.5, 0.5]
 
 
-def test_what_is_not_pruned_is_not_observed(setup):
+def test_unpruned_matrices_are_not_observed(setup):
     observed = {name for _, moments in setup.observed for name in moments}
     assert observed == {matrix.name for matrix in setup.matrices}
     assert all("self_attn" not in name for name in observed)
 
 
-def test_missing_zeros_are_noticed(setup):
+def test_missing_zeros_are_detected(setup):
     model = experiment.sparsify(setup, finetune_steps=0)
     setup.options["sparsity"] = 0.5
     with pytest.raises(AssertionError, match="of its weights are zero"):
         experiment.assert_sparse(setup, model)
 
 
-def test_rows_of_few_blocks_have_their_share_rounded(setup, monkeypatch):
-    """Planted: rows of four blocks, of which three quarters can go and 0.65 cannot."""
+def test_sparsity_is_rounded_for_rows_of_few_blocks(setup, monkeypatch):
+    """Planted: rows of four blocks, where three quarters can be removed and 0.65 cannot."""
     model, name = experiment.sparsify(setup, finetune_steps=0), setup.matrices[0].name
     shares = {name: 0.75}
     monkeypatch.setattr(experiment.SparseModel, "zeros", property(lambda _: shares))
@@ -161,8 +161,8 @@ def test_every_claim_is_answered(setup, monkeypatch):
     assert rivals.order(None) == []
 
 
-def test_a_pattern_that_does_not_divide_the_sizes_is_left_out(setup, monkeypatch):
-    """As in a checkpoint whose channels were pruned: the run goes on with the patterns that fit."""
+def test_a_pattern_that_does_not_divide_the_sizes_is_skipped(setup, monkeypatch):
+    """As in a checkpoint with pruned channels: the run continues with the patterns that fit."""
     assert all(sparse.misfit(setup.matrices, pattern) is None for pattern in (*rivals.OTHER_PATTERNS, "16x1"))
     for block in anatomy(setup.baseline).blocks:
         surgery.keep_channels(block, torch.arange(22))
@@ -178,8 +178,8 @@ def test_a_pattern_that_does_not_divide_the_sizes_is_left_out(setup, monkeypatch
     assert [arm.name for arm in arms if arm.purpose == "a pattern"] == []
 
 
-def test_with_two_of_four_the_curves_are_of_unstructured_zeros(setup, monkeypatch):
-    """2:4 is one half whatever is asked for: cut with it, every share would be the same model."""
+def test_with_two_of_four_the_curves_use_unstructured_zeros(setup, monkeypatch):
+    """2:4 always removes one half: with it, every share would give the same model."""
     assert experiment.share_of_zeros(-1, "2:4", "proxy") == experiment.share_of_zeros(0.9, "2:4", "full") == 0.5
     assert experiment.share_of_zeros(-1, "1x8", "proxy") == 0.9 and experiment.share_of_zeros(0.3, "1x8", "full") == 0.3
     asked = []
@@ -214,8 +214,8 @@ def _kl(name: str, purpose: str = "test") -> rivals.ThirdArm:
     return rivals.ThirdArm(name, purpose, [value])
 
 
-def test_an_order_is_known_where_every_method_has_an_interval():
-    """Windows of one document give none: then nothing is said of the order."""
+def test_methods_are_ranked_only_if_each_has_an_interval():
+    """Windows of one document give none: then no order is stated."""
 
     def known(nats: dict[str, float], without: str = "") -> dict[str, bool] | None:
         arms = [_kl(rivals.order_name(method, within)) for method in nats for within in ("row", "matrix")]
@@ -231,7 +231,7 @@ def test_an_order_is_known_where_every_method_has_an_interval():
     assert known({"sparsegpt": 0.1, "wanda": 0.2, "magnitude": 0.2}, without="wanda") is None
 
 
-def test_a_stored_weight_is_as_large_as_where_it_lies():
+def test_the_size_of_a_stored_weight_depends_on_its_device():
     half = torch.zeros(2, dtype=torch.bfloat16)
     assert rivals.csr_bytes(half) == 8, "float32 on a CPU"
     assert rivals.csr_bytes(SimpleNamespace(is_cuda=True, element_size=half.element_size)) == 6
@@ -239,8 +239,8 @@ def test_a_stored_weight_is_as_large_as_where_it_lies():
 
 @pytest.mark.parametrize("model_name", ["qwen3-4b-instruct-2507", "qwen3-coder-30b"])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "1x8", "8x8", "16x1"])
-def test_bytes_of_masks_are_those_of_the_layout_that_executes_them(setup, tiny, model_name, pattern):
-    """Blocks of many rows were counted as CSR: nearly twice the bytes of the optimized model beside them."""
+def test_mask_bytes_are_those_of_the_executing_layout(setup, tiny, model_name, pattern):
+    """Blocks of many rows were counted as CSR: nearly twice the bytes of the optimized model."""
     model = tiny(model_name)
     loaded = SimpleNamespace(scale="proxy", model=model, random_weights=False)
     pruned = sparse.prune(model, [], sparsity=0.5, method="magnitude", pattern=pattern, parts="feed_forward")
@@ -248,8 +248,8 @@ def test_bytes_of_masks_are_those_of_the_layout_that_executes_them(setup, tiny, 
     assert size.optimized == cost_model.weights_bytes(sparse.executed(pruned))
 
 
-def test_two_of_four_on_tensor_cores_takes_two_bits_beside_each_kept_weight():
-    """There a linear layer of 16 bits takes 9 of 16 of its bytes, not three halves of them as in CSR."""
+def test_two_of_four_on_tensor_cores_adds_two_bits_per_kept_weight():
+    """There a 16-bit linear layer takes 9/16 of its bytes, not 3/2 of them as in CSR."""
     weight = SimpleNamespace(is_cuda=True, element_size=lambda: 2)
     linear, experts = (SimpleNamespace(weight=weight, part=part) for part in ("attention", "experts"))
     mask = torch.zeros(64, 128, dtype=torch.bool)
@@ -258,7 +258,7 @@ def test_two_of_four_on_tensor_cores_takes_two_bits_beside_each_kept_weight():
     assert matrix_pruning.stored_bytes(experts, mask, "2:4") == 64 * 64 * (2 + 4) + 65 * 4, "experts are CSR"
 
 
-def test_at_the_bytes_of_a_yardstick_the_places_where_rows_begin_count_too(setup):
+def test_row_offsets_count_when_matching_the_bytes_of_the_third_arm(setup):
     dense = sum(matrix.weight.nbytes for matrix in setup.matrices)
     size = measurement.counted("weights_bytes", "load", 1000 + dense, 1000 + dense / 4, "by hand")
     share = rivals._share_at(setup, rivals.ThirdArm("int8", "weight-only", [size]))
@@ -274,7 +274,7 @@ def _point(strength: int, layout: str, ratio: float, verdict: str) -> PartPoint:
     return PartPoint(strength, layout, [time, size])
 
 
-def test_a_sweep_is_read_by_its_crossovers(setup):
+def test_a_sweep_is_summarized_by_its_crossovers(setup):
     points = [_point(50, "unstructured", 2.0, "worse"), _point(90, "unstructured", 0.5, "better")]
     points += [_point(50, "16x1", 3.0, "worse"), _point(90, "16x1", 1.5, "worse")]
     gains = speed_sweep.times(points)
@@ -293,8 +293,8 @@ def test_a_sweep_is_read_by_its_crossovers(setup):
     assert outcome.refutations(setup, [], points[2:])[-1][1] is True
 
 
-def test_no_ratio_without_a_verdict_decides_what_is_fast_enough(setup):
-    """The best ratio has no verdict, as the machine is too noisy: no gain is claimed of it, and the reason is said."""
+def test_a_ratio_without_a_verdict_does_not_decide_what_is_fast_enough(setup):
+    """The best ratio has no verdict because the machine is too noisy: no gain is claimed, and the reason is stated."""
     reason = "the noise floor of 10.9 % is above 10 %; more rounds or a quieter machine would tell"
     unsure, worse = _point(95, "unstructured", 1.25, "inconclusive"), _point(90, "16x1", 2.0, "worse")
     unsure = replace(unsure, times_and_bytes=[unsure.times[0].model_copy(update={"reason": reason})])
@@ -309,7 +309,7 @@ def test_no_ratio_without_a_verdict_decides_what_is_fast_enough(setup):
     assert refuted is False and evidence.startswith("best ratio 1.11×")
 
 
-def test_random_weights_are_stored_at_once_and_answer_no_question_of_quality(setup):
+def test_random_weights_are_stored_at_once_and_not_judged_for_quality(setup):
     loaded = SimpleNamespace(scale="proxy", model=setup.baseline, random_weights=True)
     options = setup.options
     untrained = experiment.SparsitySetup(loaded, EFFORT, "magnitude", options, [], [], None, setup.matrices, seed=0)
@@ -328,7 +328,7 @@ def test_random_weights_are_stored_at_once_and_answer_no_question_of_quality(set
     assert [refuted for _, refuted, _ in outcome.refutations(untrained, [], [])] == [None] * 5
 
 
-def test_what_others_published_is_judged_by_this_runs_arms():
+def test_published_claims_are_judged_by_this_runs_arms():
     def arm(name: str, kl: float) -> rivals.ThirdArm:
         ends = {"ci": (kl * 0.99, kl * 1.01), "ratio": None}
         value = measurement.informative("kl_divergence_nats", "prefill", 0.0, kl, "test", **ends)
@@ -366,7 +366,7 @@ def test_what_others_published_is_judged_by_this_runs_arms():
     assert methods.evidence.startswith("60 % zeros") and rows.evidence.startswith("60 % zeros"), "of all matrices"
 
 
-def test_effort_quick_cuts_at_fewer_shares():
+def test_effort_quick_prunes_at_fewer_shares():
     assert speed_sweep.strengths("full", "quick") == [50, 80]
     for scale in ("proxy", "slice", "full"):
         few, all_of_them = (speed_sweep.strengths(scale, effort) for effort in ("quick", "standard"))

@@ -1,4 +1,4 @@
-"""Sparse products against masked dense ones, scores and SparseGPT against slow references, zeros that stay, disk."""
+"""Sparse products against masked dense ones, scores and SparseGPT against slow references, zeros that stay, saving."""
 
 import copy
 
@@ -55,12 +55,12 @@ def test_the_layer_takes_any_batch_shape_its_bias_and_bfloat16():
         x = torch.randn(shape)
         assert layer(x).shape == (*shape[:-1], 64) and close(layer(x), dense(x))
     x = torch.randn(3, 48).bfloat16()
-    # The product is rounded to bfloat16 before the bias is added: by half a step, below 4 at most 2⁻⁷.
+    # The product is rounded to bfloat16 before the bias is added: by half a step, at most 2⁻⁷ below 4.
     assert layer(x).dtype == dense.bias.dtype and torch.allclose(layer(x), dense(x.float()), rtol=0, atol=2**-7)
 
 
 @pytest.mark.parametrize("layout, rows", [("csr", 1), ("columns", 8)])
-def test_stacked_experts_are_their_matrices(layout, rows):
+def test_stacked_experts_equal_their_matrices(layout, rows):
     weight_EOI = torch.randn(3, 16, 24)
     kept = masks.keep(weight_EOI.abs(), 0.5, "8x1" if rows == 8 else "unstructured")
     compressed = compress(weight_EOI, kept, layout, rows)
@@ -107,7 +107,7 @@ def test_routed_and_shared_experts_and_latents_are_all_pruned(tiny, name, text):
 
 
 @pytest.mark.parametrize("method", ["magnitude", "random"])
-def test_storing_at_once_is_pruning_and_then_storing(tiny, name, method):
+def test_storing_at_once_equals_pruning_and_then_storing(tiny, name, method):
     model = tiny(name)
     before = io.weights_hash(model)
     options = {"sparsity": 0.7, "method": method, "parts": "feed_forward"}
@@ -119,7 +119,7 @@ def test_storing_at_once_is_pruning_and_then_storing(tiny, name, method):
     assert set(shares) == set(stored(at_once)) and all(abs(share - 0.7) < 0.03 for share in shares.values())
 
 
-def test_the_feed_forward_part_has_the_experts_in_it(tiny, name):
+def test_the_feed_forward_part_includes_the_experts(tiny, name):
     model = tiny(name)
     whole, routed = ({matrix.name for matrix in matrices(model, part)} for part in ("feed_forward", "experts"))
     assert routed <= whole and whole | {m.name for m in matrices(model, "attention")} == {
@@ -147,7 +147,7 @@ def test_the_share_of_zeros_is_exact(tiny, text, method, pattern):
 
 
 @pytest.mark.parametrize("method", sparse.METHODS)
-def test_four_of_eight_neighbours_are_kept(tiny, text, method):
+def test_four_of_eight_neighbors_are_kept(tiny, text, method):
     pruned = sparse.prune(tiny("qwen3-4b-instruct-2507"), text, sparsity=0.7, method=method, pattern="4:8")
     assert all((mask.view(-1, 8).sum(1) == 4).all() for mask in pruned.masks.values())
     scores = torch.rand(16, 64, generator=torch.Generator().manual_seed(0))
@@ -175,7 +175,7 @@ def test_the_share_of_zeros_is_exact_in_every_expert(tiny, name, text, method):
         assert (counts_E == outputs * (inputs - round(0.6 * inputs))).all()
 
 
-def test_wanda_against_a_slow_row_by_row_reference(tiny, name, text):
+def test_wanda_matches_a_slow_row_by_row_reference(tiny, name, text):
     model = tiny(name)
     observed = sparse.observe(model, text, method="wanda")
     pruned = sparse.prune(model, text, sparsity=0.5, method="wanda", observed=observed)
@@ -193,7 +193,7 @@ def test_wanda_against_a_slow_row_by_row_reference(tiny, name, text):
 
 
 def _inputs(model, matrix, text) -> list[torch.Tensor]:
-    """What goes into a matrix, token by token and without padding: [x_TI], or one such tensor per expert."""
+    """The inputs of a matrix, token by token and without padding: [x_TI], or one such tensor per expert."""
     seen = []
 
     def hook(module, args):
@@ -251,7 +251,7 @@ def correlated(tokens: int, inputs: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-def test_the_error_of_sparsegpt_is_below_wandas_and_wandas_below_magnitudes(pattern):
+def test_sparsegpt_has_a_lower_error_than_wanda_and_wanda_than_magnitude(pattern):
     weight_OI, x_TI = torch.randn(64, 144, generator=torch.Generator().manual_seed(1)), correlated(600, 144)
     squares = x_TI.square().sum(0)
     errors = {}
@@ -264,7 +264,7 @@ def test_the_error_of_sparsegpt_is_below_wandas_and_wandas_below_magnitudes(patt
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "1x8", "8x8", "16x1"])
-def test_what_stays_makes_up_for_what_went(pattern):
+def test_kept_weights_compensate_for_removed_ones(pattern):
     weight_OI, x_TI = torch.randn(64, 144, generator=torch.Generator().manual_seed(1)), correlated(600, 144)
     pruned, kept = masks.sparsegpt(weight_OI[None], (x_TI.T @ x_TI)[None], 0.6, pattern)
     corrected, plain = ((x_TI @ (weights - weight_OI).T).norm() for weights in (pruned[0], weight_OI * kept[0]))
@@ -272,7 +272,7 @@ def test_what_stays_makes_up_for_what_went(pattern):
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "4:8", "1x8"])
-def test_sparsegpt_against_a_slow_column_by_column_reference(pattern):
+def test_sparsegpt_matches_a_slow_column_by_column_reference(pattern):
     weight_OI, x_TI = torch.randn(8, 160, generator=torch.Generator().manual_seed(2)), correlated(500, 160)
     gram = x_TI.T @ x_TI
     ours, kept = masks.sparsegpt(weight_OI[None], gram[None], 0.6, pattern)
@@ -284,7 +284,7 @@ def test_sparsegpt_against_a_slow_column_by_column_reference(pattern):
 
 
 def slow_sparsegpt(weight_OI, gram_II, sparsity, pattern):
-    """The method as it is derived: after each column the inverse Hessian of the remaining ones, in float64, by hand."""
+    """SparseGPT as derived: after each column the inverse Hessian of the remaining ones, in float64, by hand."""
     weight, hessian = weight_OI.double().clone(), gram_II.double().clone()
     inputs = weight.shape[1]
     hessian += 0.01 * hessian.diagonal().mean() * torch.eye(inputs, dtype=torch.float64)
@@ -325,7 +325,7 @@ def test_an_expert_that_saw_no_token_is_pruned_by_magnitude():
     assert torch.equal(pruned[1], weight_EOI[1] * kept[1])
 
 
-def test_pruning_block_after_block_sees_the_pruned_blocks_before(tiny, text):
+def test_each_block_is_pruned_on_inputs_from_the_pruned_blocks_before(tiny, text):
     model = tiny("qwen3-4b-instruct-2507")
     at_once = sparse.prune(model, text, observed=sparse.observe(model, text))
     in_order = sparse.prune(model, text)
@@ -334,8 +334,8 @@ def test_pruning_block_after_block_sees_the_pruned_blocks_before(tiny, text):
     assert not torch.equal(at_once.masks[last], in_order.masks[last])
 
 
-def test_every_method_against_a_slow_pass_through_the_whole_model_for_each_block(tiny, name, text):
-    """The reference captures what enters each matrix while the whole model, so far as it is pruned, runs again."""
+def test_every_method_matches_a_slow_full_pass_for_each_block(tiny, name, text):
+    """The reference captures the inputs of each matrix while the whole, partly pruned model runs again."""
     for method in ("sparsegpt", "wanda"):
         reference = tiny(name)
         ours = sparse.prune(tiny(name), text, sparsity=0.5, method=method, parts="all")
@@ -358,7 +358,7 @@ def test_every_method_against_a_slow_pass_through_the_whole_model_for_each_block
         assert min(agree) > 0.97 and sum(agree) / len(agree) > 0.995, "the same weights go, but for near ties"
 
 
-def test_blocks_run_twice_for_each_pruned_block_whatever_the_depth(tiny, text):
+def test_blocks_run_twice_per_pruned_block_at_any_depth(tiny, text):
     model = tiny("qwen3-4b-instruct-2507")
     runs = []
     for block in anatomy(model).blocks:
@@ -367,7 +367,7 @@ def test_blocks_run_twice_for_each_pruned_block_whatever_the_depth(tiny, text):
     assert max(runs.count(index) for index in range(4)) <= 2 * len(text)
 
 
-def test_what_is_not_pruned_is_shared_with_the_caller(tiny, name, text):
+def test_unpruned_weights_are_shared_with_the_caller(tiny, name, text):
     model = tiny(name)
     pruned = sparse.prune(model, text, method="wanda", parts="feed_forward").model
     stored_sparsely = sparse.apply(model, text, method="magnitude", parts="feed_forward")
@@ -410,8 +410,8 @@ def test_a_damaged_matrix_is_named_and_nothing_is_ranked(tiny, text, method):
         sparse.apply(model, text, method=method)
 
 
-def test_few_tokens_are_damped_and_said(tiny):
-    """Eight tokens for 32 inputs and more: the inverse exists, and the matrix's output on these tokens still fits."""
+def test_few_tokens_are_damped_and_reported(tiny):
+    """Eight tokens for 32 or more inputs: the inverse exists, and the matrix's output on these tokens still fits."""
     model = tiny("qwen3-4b-instruct-2507")
     few = [{"input_ids": torch.arange(8, 16)[None]}]
     with pytest.warns(UserWarning, match=r"tokens than inputs; the inverse relies on damping"):
@@ -425,7 +425,7 @@ def test_few_tokens_are_damped_and_said(tiny):
     assert lost["sparsegpt"] < lost["magnitude"]
 
 
-def test_one_input_a_thousand_times_the_others_leaves_an_inverse():
+def test_the_inverse_exists_if_one_input_is_a_thousand_times_the_others():
     x_TI = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
     x_TI[:, 7] *= 1000
     weight = torch.randn(1, 32, 512, generator=torch.Generator().manual_seed(1))
@@ -433,7 +433,7 @@ def test_one_input_a_thousand_times_the_others_leaves_an_inverse():
     assert torch.isfinite(pruned).all() and kept[0, :, 7].all(), "what multiplies the large input stays"
 
 
-def test_blocks_with_more_outliers_lose_less(tiny, text):
+def test_blocks_with_more_outliers_are_pruned_less(tiny, text):
     model = tiny("qwen3-4b-instruct-2507")
     for matrix in matrices(model, "all", 2):
         matrix.weight[:, 0] *= 100
@@ -443,12 +443,14 @@ def test_blocks_with_more_outliers_lose_less(tiny, text):
         kept = [pruned.masks[matrix.name].float().mean() for matrix in matrices(model, "all", block)]
         shares[block] = 1 - float(sum(kept) / len(kept))
     assert min(shares, key=shares.get) == 2 and max(shares.values()) - shares[2] > 0.05
+    with pytest.raises(UserError, match='budget "owl" with pattern 2:4: every group keeps the same number'):
+        sparse.prune(model, text, pattern="2:4", budget="owl")
     zeros = sum(int((~mask).sum()) for mask in pruned.masks.values()) / sum(m.numel() for m in pruned.masks.values())
     assert zeros == pytest.approx(0.6, abs=0.02)
 
 
-def test_a_dense_block_takes_nothing_of_the_spread_of_experts(tiny, text):
-    """Of the routed blocks one lies as far from the mean as it may; block 0 of GLM has no experts."""
+def test_a_dense_block_is_unaffected_by_the_spread_of_experts(tiny, text):
+    """One of the routed blocks is as far from the mean as allowed; block 0 of GLM has no experts."""
     model = tiny("glm-4.7-flash")
     routed = [block.index for block in anatomy(model).blocks if block.feed_forward.experts]
     assert routed == [1, 2, 3]
@@ -461,7 +463,7 @@ def test_a_dense_block_takes_nothing_of_the_spread_of_experts(tiny, text):
 
 
 def test_outliers_are_those_of_the_block_not_of_each_matrix(tiny, name, text):
-    """Against all scores of a block side by side; a matrix whose scores are all large is all outliers."""
+    """Scores are compared with all scores of their block; a matrix whose scores are all large is all outliers."""
     model = tiny(name)
     anatomy(model).blocks[0].attention.output.weight.data *= 1000
     for index, sums in sparse.observe(model, text, method="wanda"):
@@ -500,12 +502,12 @@ def test_fine_tuning_keeps_zeros_and_lowers_the_divergence(tiny, name, text):
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "8x1"])
-def test_the_sparse_model_survives_the_disk(tiny, name, batch, text, tmp_path, pattern):
+def test_the_sparse_model_survives_saving_and_loading(tiny, name, batch, text, tmp_path, pattern):
     parts = "all" if pattern == "unstructured" else "feed_forward"
     executed = sparse.apply(tiny(name), text, method="wanda", pattern=pattern, sparsity=0.75, parts=parts)
     io.save(executed, tmp_path)
     back = io.load_folder(tmp_path, torch.float32)
-    assert close(back(**batch).logits, executed(**batch).logits)  # bit by bit the weights, rounding may differ
+    assert close(back(**batch).logits, executed(**batch).logits)  # weights are equal bit by bit, rounding may differ
     assert io.weights_hash(back) == io.weights_hash(executed)
     assert cost_model.weights_bytes(back) == cost_model.weights_bytes(executed)
     again = io.load_folder(io.save(back, tmp_path / "again"), torch.float32)
@@ -594,14 +596,14 @@ def test_two_of_four_needs_a_width_that_four_divides(tiny, text):
         sparse.apply(model, text, pattern="2:4", method="magnitude")
 
 
-def test_tensor_cores_are_asked_for_only_where_the_shape_fits(tiny):
+def test_tensor_cores_are_requested_only_where_the_shape_fits(tiny):
     matrix = matrices(tiny("qwen3-4b-instruct-2507"))[0]
     with pytest.raises(UserError, match="2:4 on CUDA needs rows divisible by 32"):
         matrix_pruning.check_tensor_cores(matrix)
 
 
-def test_what_tensor_cores_do_not_take_is_refused_before_anything_is_pruned(tiny, text, monkeypatch):
-    """As on CUDA, where this was found out once all was pruned and trained."""
+def test_what_tensor_cores_do_not_support_is_refused_before_pruning(tiny, text, monkeypatch):
+    """On CUDA this was discovered only once everything was pruned and trained."""
     monkeypatch.setattr(sparse, "on_tensor_cores", lambda matrix, pattern: pattern == "2:4")
     model, ran = tiny("qwen3-4b-instruct-2507"), []
     anatomy(model).blocks[0].module.register_forward_hook(lambda *_: ran.append(1))
@@ -623,7 +625,7 @@ def test_two_of_four_on_cuda_equals_the_masked_product():
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.6, 0.75])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "1x8"])
 @pytest.mark.parametrize("parts", ["all", "feed_forward"])
-def test_whether_bytes_are_saved_is_known_beforehand(tiny, name, batch, sparsity, pattern, parts):
+def test_whether_bytes_are_saved_is_known_in_advance(tiny, name, batch, sparsity, pattern, parts):
     model = tiny(name)
     knobs = {"sparsity": sparsity, "method": "magnitude", "pattern": pattern, "parts": parts}
     smaller = cost_model.weights_bytes(sparse.apply(model, [batch], **knobs)) < cost_model.weights_bytes(model)

@@ -1,4 +1,4 @@
-"""A feed-forward part by itself: what is counted, and where the crossover lies."""
+"""A feed-forward part by itself: what is counted, and where the crossover is."""
 
 import copy
 
@@ -18,7 +18,7 @@ def test_a_pass_counts_its_tokens_and_has_the_parts_shape(tiny, name):
         assert work.tokens == tokens and work().shape == (1, tokens, 32)
 
 
-def test_cost_of_a_part_is_that_of_its_matrices(tiny, name):
+def test_the_cost_of_a_part_is_that_of_its_matrices(tiny, name):
     part = anatomy(tiny(name)).blocks[1].feed_forward
     cost = cost_model.of_feed_forward(part.module, 1)
     elements = 0 if part.dense is None else 3 * part.down.weight.numel()
@@ -31,7 +31,7 @@ def test_cost_of_a_part_is_that_of_its_matrices(tiny, name):
     assert cost_model.of_feed_forward(part.module, 16).flops == 16 * cost.flops
 
 
-def test_the_fastest_form_is_found_and_an_arm_compared_with_it(tiny):
+def test_the_fastest_form_is_found_and_compared_with_an_arm(tiny):
     module = anatomy(tiny("qwen3-4b-instruct-2507")).blocks[0].feed_forward.module
     forms = {torch.float64: copy.deepcopy(module).double(), torch.float32: module}
     dense = part_speed.fastest(forms, 16, 32, 6)

@@ -40,8 +40,8 @@ def test_a_block_without_attention_has_no_cache_to_repeat(tiny):
 
 
 @pytest.mark.parametrize(("scale", "wanted"), [("full", 2048), ("proxy", 4096)])
-def test_a_model_with_few_positions_caches_as_many_as_leave_room_for_the_steps(tiny, monkeypatch, scale, wanted):
-    """At real size 8,192 tokens are cached: a model of 512 positions has no room for them, nor for what is asked."""
+def test_a_model_with_few_positions_caches_only_what_leaves_room_for_the_steps(tiny, monkeypatch, scale, wanted):
+    """At real size 8,192 tokens are cached: a model of 512 positions has no room for them or for the request."""
     model = tiny("glm-4.7-flash")
     window = lambda loaded, split, count, length, seed: torch.full((count, length), 9)  # noqa: E731
     monkeypatch.setattr(absorbed_decoding.task_list, "text_windows", window)
@@ -50,7 +50,7 @@ def test_a_model_with_few_positions_caches_as_many_as_leave_room_for_the_steps(t
     assert row["context"] == 512 - (2 if scale == "full" else 4)
 
 
-def test_the_table_shows_no_digits_that_the_interval_does_not_carry():
+def test_the_table_shows_only_digits_that_the_interval_supports():
     """It printed 1.9022371853601359 and a bare pair of ends."""
     row = {"context": 2048, "same_tokens": True, "gain": 1.9022371853601359, "ci": (1.7482716832118572, 2.0607121266)}
     row |= {"gain, operations": 29.695283018867926, "gain, attention alone": 3.0976372125912937}

@@ -1,5 +1,5 @@
-"""What would refute the claims: each answered from measurements, and left open where they cannot tell; what the memory
-children run.
+"""What would refute the claims: each is answered from measurements, or left open if undecided; what the memory children
+run.
 """
 
 from types import SimpleNamespace
@@ -49,8 +49,8 @@ def _answers(optimized_tokens, peak=50.0, offload_ci=(1.5, 2.0), climb=(0.9, 1.0
     return [refuted for _, refuted, _ in answers]
 
 
-def test_weights_that_stream_take_as_much_of_the_disk_as_before(monkeypatch):
-    """Of the record only the bytes in memory were known: it stood among the compressions as one that loses nothing."""
+def test_streamed_weights_take_as_much_disk_as_before(monkeypatch):
+    """The record held only the bytes in memory: streaming was listed among the compressions as a lossless one."""
     tensors = {name: SimpleNamespace(nbytes=bytes_of) for name, bytes_of in (("a", 600), ("b", 400))}
     streamed = SimpleNamespace(lm_head=SimpleNamespace(streamer=SimpleNamespace(file=SimpleNamespace(places=tensors))))
     held = measurement.counted("weights_bytes", "load", 1000, 350, "planted")
@@ -62,7 +62,7 @@ def test_weights_that_stream_take_as_much_of_the_disk_as_before(monkeypatch):
     assert experiment.counted(None, SimpleNamespace(), settings.read("quick"), True) == [held]
 
 
-def test_nothing_is_refuted_where_all_holds():
+def test_nothing_is_refuted_if_everything_holds():
     assert _answers([1, 2]) == [False, False, False, False]
 
 
@@ -80,13 +80,13 @@ def test_each_claim_can_be_refuted():
         ((1.5, 2.0), None, None, "no A/A control ran"),
     ],
 )
-def test_faster_than_offloading_is_more_than_margin_and_floor(rates, floor, refuted, says):
-    """It was: an interval above 1, however little, whatever the machine did."""
+def test_faster_than_offloading_means_beyond_margin_and_noise_floor(rates, floor, refuted, says):
+    """Previously any interval above 1 sufficed, however small the gain and whatever the machine did."""
     answer, evidence = outcome._no_faster(_offload(*rates, floor))
     assert answer is refuted and says in evidence and evidence.startswith("streamed ÷ accelerate 1.")
 
 
-def test_evidence_has_the_digits_that_its_interval_deserves():
+def test_evidence_has_the_digits_that_its_interval_supports():
     far = _offload(1.5, 2.0).model_copy(update={"ratio": 17.3, "ci": (12.0, 22.0)})
     assert "accelerate 17.3× (12.0–22.0)" in outcome._no_faster(far)[1]
     texts = LongTexts(late_over_early={window_quality.WINDOWED: 1.02}, climb=(1.0, 1.02996))
@@ -97,14 +97,14 @@ def test_evidence_has_the_digits_that_its_interval_deserves():
         assert evidence.endswith(f"; {said} positions have the same most likely token")
 
 
-def test_what_cannot_be_told_is_left_open():
+def test_undecided_claims_are_left_open():
     assert _answers([1, 3], 50.0, (0.8, 1.2), (0.9, 1.2), exact=False) == [None, False, None, None]
     assert _answers([1, 2], climb=None)[3] is None
 
 
 @pytest.mark.parametrize(("same_top", "refuted"), [(1.0, False), (0.9933, None)])
 def test_two_equal_tokens_do_not_outweigh_positions_that_differ(same_top, refuted):
-    """At 1 of 150 positions another token was the most likely one, and the claim was answered by 2 tokens generated."""
+    """At 1 of 150 positions another token was the most likely one, yet 2 generated tokens answered the claim."""
     work = SimpleNamespace(output_BN=torch.tensor([[1, 2]]))
     compared = Compared([], {"decode": SimpleNamespace(baseline=work, optimized=work)})
     for exact in (True, False):
@@ -113,14 +113,14 @@ def test_two_equal_tokens_do_not_outweigh_positions_that_differ(same_top, refute
 
 
 @pytest.mark.parametrize("slope", [-0.5, 0.0, 0.5])
-def test_the_climb_of_perplexity_is_that_of_the_losses(slope):
+def test_the_increase_in_perplexity_is_that_of_the_losses(slope):
     random = np.random.default_rng(0)
     losses_NT = 3 + slope * np.linspace(0, 1, 800) + 0.01 * random.standard_normal((12, 800))
     low, high = window_quality.climb_interval(losses_NT, 100)
     assert (low + high) / 2 == pytest.approx(np.exp(slope * 600 / 799), abs=0.005) and 0 < high - low < 0.02
 
 
-def test_memory_children_decode_latents_absorbed_as_the_timed_arms_do(tiny, name, tmp_path, monkeypatch):
+def test_memory_children_decode_absorbed_latents_like_the_timed_arms(tiny, name, tmp_path, monkeypatch):
     model = tiny(name)
     folder, latents = io.save(model, tmp_path / "saved"), anatomy(model).blocks[0].attention.kind == "latent"
     loaded = SimpleNamespace(model=model, scale="proxy", dtype=torch.float32, device="cpu")
@@ -137,8 +137,8 @@ def test_memory_children_decode_latents_absorbed_as_the_timed_arms_do(tiny, name
     assert seen == [(latents, False), (latents, True)], "whole prompts, then in chunks"
 
 
-def test_a_model_that_streams_already_has_no_resident_arm(tiny, tmp_path):
-    """As it is loaded where it does not fit into memory: a result, told before anything is written."""
+def test_a_model_that_already_streams_has_no_resident_arm(tiny, tmp_path):
+    """It is loaded this way if it does not fit into memory: a result, reported before anything is written."""
     folder = io.save(tiny("qwen3-4b-instruct-2507"), tmp_path / "saved")
     streamed = streamer.open_streamed(folder, memory_ratio=0.6)
     with pytest.raises(NotApplicable, match="stream from a file already: there is no room for a resident arm"):
@@ -146,7 +146,7 @@ def test_a_model_that_streams_already_has_no_resident_arm(tiny, tmp_path):
     streamer.streamer(streamed).close()
 
 
-def test_a_disk_without_room_for_the_weights_is_told_before_they_are_written(tiny, monkeypatch):
+def test_a_disk_without_room_for_the_weights_is_reported_before_writing(tiny, monkeypatch):
     model = tiny("qwen3-4b-instruct-2507")
     monkeypatch.setattr(experiment.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"GB of weights do not fit into the 0\.0 GB free in .*; .*TMPDIR"):
@@ -163,14 +163,14 @@ def test_a_preview_generates_few_tokens_and_still_overruns_the_window(tiny):
     assert by_arm[window_quality.WINDOWED][:3] == [40, 41, 42] and max(by_arm[window_quality.WINDOWED]) < 40 + 4 + 32
 
 
-def test_a_preview_asks_for_a_value_outside_the_window_and_times_one_more_allowance():
+def test_a_preview_tests_a_value_outside_the_window_and_times_one_more_allowance():
     assert all(windows > 1 for windows in window_quality.OUTSIDE.values())
     assert memory_tradeoff.ratios(0.35, "proxy", "preview") == [0.35, 1.0]
     assert memory_tradeoff.ratios(0.35, "proxy", "quick") == [0.35, 0.65, 1.0]
 
 
-def test_a_share_of_positions_that_was_not_looked_at_is_not_shown(tiny, tmp_path):
-    """Of losses in rows no token is chosen: a share of 1 was written there by hand."""
+def test_a_share_of_positions_that_was_not_measured_is_not_shown(tiny, tmp_path):
+    """Rows of losses choose no token: a share of 1 was hard-coded there."""
     model = tiny("qwen3-4b-instruct-2507")
     folder = io.save(model, tmp_path / "saved")
     streamed = method.open_folder(folder, memory_ratio=0.7)

@@ -21,12 +21,12 @@ PROMPT = torch.arange(8, 24)[None]
 
 @pytest.fixture
 def folder(tiny, tmp_path):
-    """The folder that a tiny model with latent attention is saved in."""
+    """The folder where a tiny model with latent attention is saved."""
     return io.save(tiny(LATENT), tmp_path / "model")
 
 
 def _absorbed(model) -> bool:
-    """Return whether every attention decodes absorbed, below a hook of accelerate's or not."""
+    """Return whether every attention decodes absorbed, whether or not below a hook of accelerate's."""
     forwards = [getattr(block.attention.module, "_old_forward", None) for block in anatomy(model).blocks]
     hooked = [getattr(forward, "__func__", None) is mla_absorption._forward for forward in forwards if forward]
     return all(hooked) if hooked else mla_absorption.is_absorbed(model)
@@ -57,7 +57,7 @@ def _row(page_cache: str, disk_share: float | None, read_from: str) -> dict:
 
 
 @pytest.mark.parametrize(("share", "said"), [(1.0, True), (0.0, False), (None, False)])
-def test_that_bytes_come_from_the_disk_is_said_where_they_were_seen_to(monkeypatch, share, said):
+def test_reads_from_disk_are_stated_only_where_observed(monkeypatch, share, said):
     offload = {"disk": measurement.informative("decode_tokens_per_second", "decode", 1.0, 1.7, "timed", ci=(1.5, 2.0))}
     rows = [_row("keep", 0.0, "cached"), _row("drop", share, "as the system says")]
     text = memory_tradeoff.reading(rows, offload, 0.35)
@@ -78,11 +78,11 @@ def test_that_bytes_come_from_the_disk_is_said_where_they_were_seen_to(monkeypat
 
 
 @pytest.mark.parametrize("short", ["memory", "disk"])
-def test_where_a_second_whole_model_has_no_room_accelerate_is_not_timed(folder, monkeypatch, short):
+def test_accelerate_is_not_timed_without_room_for_a_second_whole_model(folder, monkeypatch, short):
     streamed = method.open_folder(folder, memory_ratio=1.0)
     total = read_bound.stream_of(streamed).plan.total_bytes
     if short == "memory":
-        monkeypatch.setattr(offload_baseline.placement, "free_bytes", lambda _: total)  # but for what else is needed
+        monkeypatch.setattr(offload_baseline.placement, "free_bytes", lambda _: total)  # except for what else is needed
     else:
         monkeypatch.setattr(offload_baseline.shutil, "disk_usage", lambda _: SimpleNamespace(free=total - 1))
     monkeypatch.setattr(offload_baseline.io, "load_folder", None)
@@ -103,14 +103,14 @@ def test_the_table_has_units_and_intervals():
 
 
 def test_the_parts_of_a_plan_sum_to_all_weights(folder):
-    """Routed experts were in no row: of a mixture of experts most bytes were missing."""
+    """Routed experts were in no row: most bytes of a mixture of experts were missing."""
     stream = read_bound.stream_of(method.open_folder(folder, memory_ratio=0.7))
     parts = experiment.planned_bytes(stream.plan)
     stream.close()
     assert sum([*parts.values()][:4]) == stream.plan.total_bytes and [*parts.values()][3] > 0
 
 
-def test_where_pages_cannot_be_dropped_the_other_rows_are_there(tiny, folder, monkeypatch):
+def test_the_other_rows_remain_if_pages_cannot_be_dropped(tiny, folder, monkeypatch):
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
     rows = memory_tradeoff.by_allowance(tiny(LATENT), PROMPT, 2, folder, [0.7])
     assert [row["page_cache"] for row in rows] == ["keep", "copy"]

@@ -1,4 +1,4 @@
-"""All variants together on tiny models: the same answers, nothing of the caller's model touched, and back again."""
+"""All variants together on tiny models: the same answers, the caller's model untouched, and back again."""
 
 import copy
 import itertools
@@ -30,7 +30,7 @@ def ids_of(length: int = 40) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("ratio", [0.5, 1.0])
-def test_it_answers_like_the_model_it_was_given(tiny, name, ratio):
+def test_it_answers_like_the_original_model(tiny, name, ratio):
     model = tiny(name)
     before = io.weights_hash(model)
     streamed = streaming.apply(model, memory_ratio=ratio, prefill_chunk=7)
@@ -49,7 +49,7 @@ def test_it_answers_like_the_model_it_was_given(tiny, name, ratio):
     torch.testing.assert_close(back(ids_of()).logits, model(ids_of()).logits, **CLOSE)
 
 
-def test_the_folder_goes_with_the_model(tiny):
+def test_the_folder_is_deleted_with_the_model(tiny):
     streamed = streaming.apply(tiny("qwen3-4b-instruct-2507"), memory_ratio=0.6)
     folder = streamer.streamer(streamed).file.folder
     assert folder.is_dir()
@@ -58,7 +58,7 @@ def test_the_folder_goes_with_the_model(tiny):
     assert not folder.exists()
 
 
-def test_what_streams_already_is_refused(tiny):
+def test_a_streaming_model_is_refused(tiny):
     streamed = streaming.apply(tiny("qwen3-4b-instruct-2507"), memory_ratio=0.6)
     assert streaming.applies_to(streamed)
     with pytest.raises(UserError, match="stream from a file"):
@@ -68,7 +68,7 @@ def test_what_streams_already_is_refused(tiny):
 
 
 @pytest.mark.parametrize("module", [structured_pruning, tensor_decomposition, sparse_neural_networks])
-def test_what_streams_cannot_be_changed_and_says_so(tiny, name, module):
+def test_a_streaming_model_cannot_be_changed_and_says_so(tiny, name, module):
     streamed = streaming.apply(tiny(name), memory_ratio=0.6)
     with pytest.raises(UserError, match="cannot be copied or changed"):
         module.apply(streamed, [{"input_ids": ids_of()}])
@@ -100,11 +100,11 @@ def test_a_child_process_opens_it_without_loading_it(tiny, tmp_path):
         memory_child.read(memory.Arm(opener=opener, arguments={"memory_ratio": 0.01}, **arm))
 
 
-def test_reads_are_counted_and_repeated_without_the_model(tiny, name, monkeypatch):
+def test_reads_are_counted_and_replayed_without_the_model(tiny, name, monkeypatch):
     streamed = streaming.apply(tiny(name), memory_ratio=0.5)
     stream = streamer.streamer(streamed)
     work = workloads.decode(streamed, ids_of(12), 4)
-    ticks = itertools.count(0.0, 2.0)  # of a clock on which everything between two readings takes 2 s
+    ticks = itertools.count(0.0, 2.0)  # a clock on which everything between two readings takes 2 s
     monkeypatch.setattr(read_bound, "perf_counter", lambda: next(ticks))
     reads = read_bound.reads(streamed, work)
     assert (reads.tokens, reads.seconds, reads.bandwidth) == (8, 2.0, reads.bytes / 2)
@@ -117,8 +117,8 @@ def test_reads_are_counted_and_repeated_without_the_model(tiny, name, monkeypatc
     assert work.output_BN.shape == (2, 4)
 
 
-def test_what_an_earlier_call_reads_ahead_is_not_counted_again(tiny, tmp_path, monkeypatch):
-    """Planted: every read takes a while, so that the last one of a call is still under way when the call is over."""
+def test_an_earlier_calls_readahead_is_not_counted_again(tiny, tmp_path, monkeypatch):
+    """Planted: reads are slow, so that the last one of a call is still running when the call is over."""
     folder = io.save(tiny("qwen3-4b-instruct-2507"), tmp_path / "saved")
     streamed = streaming.open_folder(folder, memory_ratio=0.5, page_cache="copy")
     stream, fill = streamer.streamer(streamed), WeightFile._fill

@@ -1,4 +1,4 @@
-"""Controls and details as the record takes them, from planted findings."""
+"""Controls and details in the record's format, from planted findings."""
 
 from types import SimpleNamespace
 
@@ -18,8 +18,8 @@ def _controls(copy, limited):
     return outcome.controls([], LongTexts(), {}, {}, nothing, compared, under_a_limit)
 
 
-def test_what_differs_under_a_limit_tells_nothing_of_other_workloads():
-    """Reads from a disk differ by far more from process to process than what is computed."""
+def test_differences_under_a_limit_say_nothing_about_other_workloads():
+    """Disk reads vary far more between processes than computation does."""
     run = samples.whole("structured_pruning", samples.MODELS[0])
     ((copy,),) = (control.measurements for control in run.controls)
     far = {"baseline": copy.samples["baseline"], "optimized": [2 * seconds for seconds in copy.samples["baseline"]]}

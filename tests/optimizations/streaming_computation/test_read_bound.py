@@ -1,4 +1,4 @@
-"""Rates against the bound of reading: its reasons take the place of the other bound's, and of nothing else."""
+"""Rates against the read bound: its reasons replace those of the other bound and nothing else."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ SHARED = "reading and computing share the machine"
 
 
 def _against(reason: str | None, seconds: float) -> measurement.Measurement:
-    """Return a rate of half the baseline's, held against so many seconds of reading; computing is bound by one."""
+    """Return a rate of half the baseline's, compared with the given seconds of reading; computing is bound by one."""
     rate = measurement.informative("decode_tokens_per_second", "decode", 2.0, 1.0, "timed", ci=(0.4, 0.6))
     rate = rate.model_copy(update={"reason": reason, "disturbed": 2})
     pairs = Pairs([1.0] * 6, [2.0] * 6, ["AB", "BA"] * 3, [None] * 6, 1)
@@ -31,17 +31,17 @@ def _against(reason: str | None, seconds: float) -> measurement.Measurement:
 @pytest.mark.parametrize(
     ("seconds", "added"), [(1.0, f"; {SHARED}"), (2.0, ""), (9.0, "; baseline far from its bound")]
 )
-def test_why_a_rate_is_undecided_stays(seconds, added):
+def test_the_reason_for_an_undecided_rate_is_kept(seconds, added):
     rate = _against(f"{BUSY}; {ceilings.DISPATCH}", seconds)
     assert rate.reason == BUSY + added
     assert busy.why_busy([rate]).startswith(BUSY)
 
 
-def test_a_reason_of_the_other_bound_alone_goes():
+def test_only_the_other_bounds_reason_is_removed():
     assert _against(ceilings.UNEXPLAINED, 2.0).reason is None
     assert _against(None, 1.0).reason == SHARED
 
 
-def test_sharing_the_machine_is_no_reason_for_more_time_than_the_reads_take():
-    """A second more than the resident model, of which reading takes a tenth: sharing cannot be why."""
+def test_sharing_the_machine_does_not_explain_more_time_than_the_reads_take():
+    """A second more than the resident model, of which reading takes a tenth: sharing cannot be the reason."""
     assert _against(None, 0.1).reason == "more time than reading and computing take one after the other"

@@ -1,4 +1,4 @@
-"""Long texts and values on models of few positions, and by the documents that they come from."""
+"""Long texts and values on models of few positions, grouped by their source documents."""
 
 import copy
 from types import SimpleNamespace
@@ -40,7 +40,7 @@ def test_texts_are_no_longer_than_the_model_reads(tiny):
     assert len(window_quality.retrieval_bars(retrieved)) == 4
 
 
-def test_where_a_window_does_not_fit_nothing_is_read_and_the_reason_is_said(tiny):
+def test_nothing_is_read_if_a_window_does_not_fit_and_the_reason_is_stated(tiny):
     texts, retrieved, held = _read(_loaded(tiny, 128))
     assert texts.curves.empty and not texts.perplexity and retrieved == {}
     assert window_quality.does_perplexity_climb(texts) == (
@@ -51,8 +51,8 @@ def test_where_a_window_does_not_fit_nothing_is_read_and_the_reason_is_said(tiny
     assert window_quality.does_perplexity_climb(LongTexts())[1] == "no texts were read: random weights"
 
 
-def test_at_real_dimensions_the_few_tokens_generated_overrun_the_window(tiny):
-    """A prompt of 64 tokens and 8 more were shown as generation without end: a window of 256 never forgot one."""
+def test_at_real_dimensions_the_few_generated_tokens_overrun_the_window(tiny):
+    """A prompt of 64 tokens and 8 more were shown as endless generation: a window of 256 never forgot one."""
     loaded = _loaded(tiny, 200)
     loaded.scale = "full"
     caches = window_quality.cache_makers(loaded.model, 4, WINDOW)
@@ -66,9 +66,7 @@ def test_at_real_dimensions_the_few_tokens_generated_overrun_the_window(tiny):
 
 
 def _planted(monkeypatch, tiny, source_N):
-    """Read planted losses of texts that come from the given documents; those of a window are lower by what its document
-    says.
-    """
+    """Read planted losses of texts from the given documents; a window's are lower by an amount set by its document."""
     loaded = _loaded(tiny, 200)
     random, documents = np.random.default_rng(0), np.asarray(source_N)
     whole_NT = 2 + 0.01 * random.standard_normal((len(documents), 199))
@@ -79,7 +77,7 @@ def _planted(monkeypatch, tiny, source_N):
     return window_quality.read_long_texts(loaded, caches, WINDOW, "quick")
 
 
-def test_texts_of_one_document_are_one_draw(tiny, monkeypatch):
+def test_texts_of_one_document_count_as_one_draw(tiny, monkeypatch):
     several = _planted(monkeypatch, tiny, np.arange(6))
     assert several.perplexity[window_quality.WINDOWED].verdict != "inconclusive" and "low" in several.curves
     one = _planted(monkeypatch, tiny, np.zeros(6, dtype=int))
@@ -90,7 +88,7 @@ def test_texts_of_one_document_are_one_draw(tiny, monkeypatch):
     assert two.climb[1] - two.climb[0] > several.climb[1] - several.climb[0]
 
 
-def test_values_behind_one_document_are_one_draw(tiny, monkeypatch):
+def test_values_behind_one_document_count_as_one_draw(tiny, monkeypatch):
     monkeypatch.setattr(window_quality.task_list, "filler_sources", lambda loaded, distance, count, *_: np.zeros(count))
     loaded = _loaded(tiny, 200)
     with window_quality.reading_in_chunks(loaded.model) as model:
@@ -99,8 +97,8 @@ def test_values_behind_one_document_are_one_draw(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("sinks", [4, 40])
-def test_values_outside_the_window_are_none_of_its_sinks(tiny, monkeypatch, sinks):
-    """A cache never forgets its sinks: a value among them would be repeated from any distance."""
+def test_values_outside_the_window_are_not_among_its_sinks(tiny, monkeypatch, sinks):
+    """A cache never forgets its sinks: a value among them would be recalled from any distance."""
     prompts, seen = window_quality.task_list.retrieval_prompts, []
 
     def watched(*arguments):
@@ -118,7 +116,7 @@ def test_values_outside_the_window_are_none_of_its_sinks(tiny, monkeypatch, sink
             assert places and places[0] - key >= sinks and len(ids_T) + len(value_V) <= 400
 
 
-def test_long_texts_are_of_as_many_documents_as_a_verdict_takes(name):
+def test_long_texts_come_from_as_many_documents_as_a_verdict_needs(name):
     tokenizer = AutoTokenizer.from_pretrained(parameters.PARAMETERS / "proxies" / name)
     loaded = SimpleNamespace(tokenizer=tokenizer, parameters=parameters.read(name))
     for effort in ("quick", "standard"):

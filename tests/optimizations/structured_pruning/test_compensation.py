@@ -1,4 +1,4 @@
-"""What stays makes up for what left: least squares where there is text, what is kept as it is where there is none."""
+"""Kept weights compensate for removed ones: by least squares where there is text, unchanged where there is none."""
 
 import pytest
 import torch
@@ -48,8 +48,8 @@ def moments_of(x_ETI: torch.Tensor) -> Moments:
 
 @pytest.mark.parametrize("correlated", [False, True])
 @pytest.mark.parametrize("tokens", [12, 48, 400])
-def test_little_text_does_no_harm_to_what_is_fitted(tokens, correlated):
-    """Held against ridge regression that knows the rows it is judged on."""
+def test_fitting_on_little_text_does_no_harm(tokens, correlated):
+    """Compared with ridge regression that knows the rows it is judged on."""
     random = torch.Generator().manual_seed(tokens)
     mixing = torch.randn(3, 96, 96, generator=random).tril() if correlated else torch.eye(96).expand(3, 96, 96)
     draw = lambda rows: torch.randn(3, rows, 96, generator=random) @ mixing  # noqa: E731
@@ -88,7 +88,7 @@ def test_an_expert_without_text_is_left_as_it_is():
 
 
 @pytest.mark.parametrize("granularity", ["channels", "heads"])
-def test_a_short_text_does_no_harm_on_another(tiny, name, granularity):
+def test_a_fit_on_short_text_does_no_harm_on_other_text(tiny, name, granularity):
     model = tiny(name)
     random = torch.Generator().manual_seed(5)
     short, other = ([{"input_ids": torch.randint(8, 96, size, generator=random)}] for size in ((2, 8), (16, 48)))
@@ -104,7 +104,7 @@ def test_a_short_text_does_no_harm_on_another(tiny, name, granularity):
 
 
 @pytest.mark.parametrize("granularity", ["channels", "heads"])
-def test_compensated_cuts_are_as_small_and_nearer_on_other_text(tiny, name, granularity):
+def test_compensated_cuts_are_as_small_and_closer_on_other_text(tiny, name, granularity):
     model, random = tiny(name), torch.Generator().manual_seed(5)
     text, other = ([{"input_ids": torch.randint(8, 96, (rows, 48), generator=random)}] for rows in (48, 16))
     ratio = pruning._removable(anatomy(model), granularity) / pruning.decoder_parameters(model) / 2
@@ -118,7 +118,7 @@ def test_compensated_cuts_are_as_small_and_nearer_on_other_text(tiny, name, gran
 
 @pytest.mark.parametrize("compensate", [False, True])
 @pytest.mark.parametrize("granularity", ["channels", "heads"])
-def test_what_is_factored_already_is_refused_by_name(tiny, granularity, compensate):
+def test_factored_modules_are_refused_by_name(tiny, granularity, compensate):
     text = [{"input_ids": torch.randint(8, 96, (4, 32), generator=torch.Generator().manual_seed(5))}]
     model = decomposition.apply(tiny("qwen3-4b-instruct-2507"), text, compression=0.5, method="plain", budget="uniform")
     options = {"ratio": 0.02, "granularity": granularity, "compensate": compensate}

@@ -1,4 +1,4 @@
-"""The notebook's protocol on a tiny model: what is removed, what its curves say, and that every claim is answered."""
+"""The notebook's protocol on a tiny model: what is removed, what its curves show, and an answer to every claim."""
 
 import copy
 from dataclasses import replace
@@ -32,7 +32,7 @@ def setup(tiny, batch):
     return experiment.PruningSetup(Loaded(), [batch], [batch] * 4, observation, seconds=1.0, seed=0, effort=EFFORT)
 
 
-def test_the_cut_removes_its_share_and_counts_the_time_of_observing(setup):
+def test_the_cut_removes_its_share_and_includes_the_observation_time(setup):
     cut = experiment.cut(setup, 0.2, "auto", finetune_steps=2)
     assert abs(cut.removed - 0.2) < 0.06
     assert cut.seconds > setup.seconds
@@ -42,7 +42,7 @@ def test_the_cut_removes_its_share_and_counts_the_time_of_observing(setup):
     assert sorted(changed) == ["mlp.down_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"]
 
 
-def test_experts_that_no_token_reached_are_counted(setup, tiny, batch):
+def test_experts_without_tokens_are_counted(setup, tiny, batch):
     assert setup.unseen == 0
     observation = observe(tiny("qwen3-coder-30b"), [batch])
     observation.blocks[2].expert_tokens_E[[1, 4]] = 0
@@ -58,7 +58,7 @@ def test_real_models_are_fitted_and_not_trained(setup):
     fitted = experiment.cut(replace(setup, calibration=enough), 0.2, "auto", finetune_steps=0)
     kept, as_it_was = (_reader(model) for model in (fitted.optimized, fitted.pruned))
     assert kept.shape == as_it_was.shape and not torch.equal(kept, as_it_was)
-    # What the optimization does by itself at the same knobs, as in a stack, is what the notebook measures.
+    # The notebook measures what the optimization does by itself at the same knobs, as in a stack.
     assert torch.equal(kept, _reader(method.apply(setup.baseline, enough, ratio=0.2, observation=setup.observation)))
     assert torch.equal(as_it_was, _reader(method.apply(setup.baseline, [], ratio=0.2, observation=setup.observation)))
     setup.loaded.random_weights = True
@@ -68,7 +68,7 @@ def test_real_models_are_fitted_and_not_trained(setup):
 
 @pytest.mark.parametrize("granularity", ["auto", "channels", "heads", "depth"])
 @pytest.mark.parametrize("ratio", [0.03, 0.2, 0.3])
-def test_what_is_removed_is_held_against_the_plan_not_against_what_was_asked_for(tiny, batch, name, ratio, granularity):
+def test_removal_is_compared_with_the_plan_not_with_the_request(tiny, batch, name, ratio, granularity):
     """Two of eight experts are not 30 %, whatever the number of blocks; nor is one block of four 3 %."""
     model = tiny(name)
     observation = observe(model, [batch])
@@ -90,10 +90,10 @@ def _reader(model):
     return anatomy(model).blocks[1].feed_forward.down.weight
 
 
-def test_training_that_brings_nothing_leaves_the_fitted_cut_and_is_not_charged(setup, monkeypatch):
-    """Steps that no check found nearer: the fitted cut is the optimized model, and the sentence says why."""
+def test_training_without_benefit_keeps_the_fitted_cut_and_is_not_charged(setup, monkeypatch):
+    """No check found the trained steps closer: the fitted cut is the optimized model, and the sentence says why."""
     enough = [{"input_ids": torch.randint(8, 96, (48, 48), generator=torch.Generator().manual_seed(5))}]
-    setup, clock = replace(setup, calibration=enough), [0.0]  # on which training alone takes time
+    setup, clock = replace(setup, calibration=enough), [0.0]  # a clock on which only training takes time
 
     def in_vain(pruned, *_, **__):
         clock[0] += 2.0
@@ -122,7 +122,7 @@ def _text(setup):
 
 
 @pytest.mark.parametrize("changed", [{"ratio": 0.89}, {"ratio": 2.0}, {"granularity": "rows"}], ids=str)
-def test_what_cannot_be_removed_is_refused_before_the_model_is_read(setup, monkeypatch, changed):
+def test_impossible_cuts_are_refused_before_the_model_is_read(setup, monkeypatch, changed):
     def read(*_, **__):
         raise AssertionError("text was asked for")
 
@@ -134,21 +134,21 @@ def test_what_cannot_be_removed_is_refused_before_the_model_is_read(setup, monke
         experiment.optimize(setup.loaded, EFFORT, finetune_steps=0, **options | changed)
 
 
-def test_what_one_sequence_cannot_fit_is_not_called_fitted(setup):
-    """Nothing can be set aside from it, so the cut stays as it is."""
+def test_a_cut_that_one_sequence_cannot_fit_is_not_called_fitted(setup):
+    """Nothing can be held out from it, so the cut stays as it is."""
     one = [{"input_ids": torch.arange(8, 40)[None]}]
     cut = experiment.cut(replace(setup, calibration=one), 0.2, "auto", finetune_steps=0)
     assert cut.optimized is cut.fitted is cut.pruned and "least squares" not in cut.summary
 
 
-def test_shapes_fall_back_to_the_last_block_that_remains(setup):
+def test_shapes_fall_back_to_the_last_remaining_block(setup):
     blocks = len(anatomy(setup.baseline).blocks)
     cut = experiment.cut(setup, 0.25, "depth", finetune_steps=0)
     assert len(anatomy(cut.optimized).blocks) < blocks
     assert len(experiment.shapes(setup.baseline, cut.optimized, blocks - 1))
 
 
-def test_curves_are_sorted_and_read_in_two_sentences(setup):
+def test_curves_are_sorted_and_described_in_two_sentences(setup):
     shares = method.plan(setup.baseline, 0.3, "channels")
     curves = experiment.saliency_curves(setup, shares)
     assert set(curves.arm) == {"channels"}
@@ -160,7 +160,7 @@ def test_curves_are_sorted_and_read_in_two_sentences(setup):
     assert experiment.saliency_curves(setup, method.plan(setup.baseline, 0.25, "depth")).empty
 
 
-def test_channels_of_experts_are_ranked_and_nothing_to_remove_is_no_removed_block(setup, tiny, batch):
+def test_expert_channels_are_ranked_and_a_zero_ratio_is_not_a_removed_block(setup, tiny, batch):
     model = tiny("qwen3-coder-30b")
     loaded = SimpleNamespace(model=model, random_weights=False)
     routed = replace(setup, loaded=loaded, observation=observe(model, [batch]))
@@ -200,8 +200,8 @@ def test_rivals_lose_the_same_share_and_every_claim_is_answered(setup):
     assert tuple(claim for claim, _, _ in outcome.refutations(arms, [])) == outcome.CLAIMS
 
 
-def test_a_gain_that_is_not_judged_for_noise_elsewhere_does_not_drown():
-    """Withheld for the sake of another rate, whose noise floor is above a tenth."""
+def test_a_gain_withheld_for_noise_in_another_rate_names_that_noise():
+    """It is withheld because the noise floor of another rate is above a tenth."""
     both = []
     for workload, floor, reason in (("prefill", 0.01, None), ("decode", 0.12, "the noise floor of 12 % is above 10 %")):
         rate = measurement.informative(f"{workload}_tokens_per_second", workload, 100.0, 120.0, "planted", ratio=1.2)
@@ -212,14 +212,14 @@ def test_a_gain_that_is_not_judged_for_noise_elsewhere_does_not_drown():
     assert refuted is None and evidence.startswith("prefill: ") and evidence.endswith("12 % is above 10 %")
 
 
-def test_without_text_nothing_can_be_told(setup):
+def test_without_text_nothing_is_decided(setup):
     cut = experiment.cut(setup, 0.2, "auto", finetune_steps=0)
     rival_cuts = rivals.set_up(setup, None, 0.2, "auto")
     assert rivals.controls(rival_cuts, cut) == ([], {}) and rivals.impact(rival_cuts).empty
     assert [refuted for _, refuted, _ in outcome.refutations([], [])] == [None, None, None]
 
 
-def test_a_choice_that_is_surely_nearer_is_named_with_its_weights():
+def test_a_surely_closer_choice_is_named_with_its_weights():
     def arm(name: str, nats: float, weights: float) -> ThirdArm:
         read = measurement.informative("kl_divergence_nats", "prefill", 0.0, nats, "planted")
         size = measurement.counted("weights_bytes", "load", 100.0, 100 * weights, "planted")

@@ -1,4 +1,4 @@
-"""Pruned shapes against dense masks: removing a part must equal silencing it. Then shares, saliency, and disk."""
+"""Pruned shapes against dense masks: removing a part must equal silencing it. Then shares, saliency and saving."""
 
 import copy
 import dataclasses
@@ -86,7 +86,7 @@ def test_removed_blocks_equal_skipped_blocks(tiny, name, batch):
 
 
 @pytest.mark.parametrize("granularity", ["auto", *pruning.GRANULARITIES])
-def test_shape_config_disk_and_caller(tiny, name, batch, tmp_path, granularity):
+def test_shapes_config_and_saved_model_agree_and_the_caller_is_unchanged(tiny, name, batch, tmp_path, granularity):
     model = tiny(name)
     if granularity == "experts" and not any(block.feed_forward.experts for block in anatomy(model).blocks):
         with pytest.raises(UserError, match="no experts"):
@@ -110,7 +110,7 @@ def test_shape_config_disk_and_caller(tiny, name, batch, tmp_path, granularity):
     assert torch.equal(io.load_folder(tmp_path, torch.float32)(**batch).logits, expected), "transformers' own loader"
 
 
-def test_shapes_of_their_own_survive_the_disk(tiny, name, batch, tmp_path):
+def test_irregular_shapes_survive_saving_and_loading(tiny, name, batch, tmp_path):
     model = tiny(name)
     view = anatomy(model)
     surgery.keep_groups(view.blocks[1].attention, torch.tensor([0, 3]))
@@ -125,7 +125,7 @@ def test_shapes_of_their_own_survive_the_disk(tiny, name, batch, tmp_path):
 
 
 def test_activation_finds_the_planted_idle_parts(tiny, batch):
-    """Parts idle on this text, though their weights are large, go first by activation, not by magnitude."""
+    """Parts idle on this text, despite large weights, are removed first by activation, not by magnitude."""
     model = tiny("qwen3-4b-instruct-2507")
     idle = torch.arange(0, 16)
     for block in anatomy(model).blocks:
@@ -153,8 +153,8 @@ def _never_reached(model, block: int, expert: int) -> None:
     router.forward = forward
 
 
-def test_channels_of_an_expert_that_no_token_reached_are_ranked_by_weights(tiny, batch):
-    """Planted: of an expert that no token reached two channels are by far the largest."""
+def test_channels_of_an_expert_without_tokens_are_ranked_by_weights(tiny, batch):
+    """Planted: two channels of an expert that no token reached are by far the largest."""
     model = tiny("qwen3-coder-30b")
     experts = anatomy(model).blocks[1].feed_forward.experts
     large = torch.tensor([20, 29])
@@ -183,8 +183,8 @@ def test_block_influence_finds_the_planted_idle_block(tiny, batch):
 
 
 @pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507", "glm-4.7-flash"])
-def test_divergences_of_blocks_hold_a_few_logits_at_a_time(tiny, batch, monkeypatch, name):
-    """Those of 4,096 tokens and a vocabulary of 150,000 take ten gigabytes; padding counts for nothing."""
+def test_block_divergences_hold_only_a_few_logits_at_a_time(tiny, batch, monkeypatch, name):
+    """Those of 4,096 tokens and a vocabulary of 150,000 take ten gigabytes; padding does not count."""
     model = tiny(name)
     expected = {}
     for index in range(anatomy(model).fixed_blocks, len(anatomy(model).blocks)):
@@ -200,7 +200,7 @@ def test_divergences_of_blocks_hold_a_few_logits_at_a_time(tiny, batch, monkeypa
     assert chosen == [min(expected, key=expected.get)]
 
 
-def test_a_block_without_which_nothing_is_a_number_stays(tiny, batch, monkeypatch):
+def test_a_block_whose_removal_gives_nan_stays(tiny, batch, monkeypatch):
     model = tiny("qwen3-4b-instruct-2507")
     found = iter([float("nan"), 0.5, 0.25, 0.75])
     monkeypatch.setattr(depth, "_divergence", lambda *_: next(found))
@@ -227,8 +227,8 @@ def test_random_saliency_is_repeatable_and_follows_the_seed(tiny, batch):
     assert io.weights_hash(first) == io.weights_hash(same) != io.weights_hash(other)
 
 
-def test_random_scores_lie_where_their_block_lies(tiny, name):
-    """Indices into tensors of a device must be on it as well; drawn there, they would differ from device to device."""
+def test_random_scores_are_on_the_device_of_their_block(tiny, name):
+    """Indices into device tensors must be on that device too; drawn there, they would differ between devices."""
     here = tiny(name)
     there = tiny(name).to("meta")
     for block, elsewhere in zip(anatomy(here).blocks, anatomy(there).blocks):
@@ -274,7 +274,7 @@ def test_the_rarest_or_quietest_expert_goes_first(tiny, batch, saliency, sums):
         assert len(gone) == 1 and score_E[gone[0]] == score_E.min()
 
 
-def test_a_span_of_idle_neighbours_goes_together(tiny, batch):
+def test_a_span_of_idle_neighbors_is_removed_together(tiny, batch):
     model = tiny("qwen3-4b-instruct-2507")
     for block in anatomy(model).blocks[1:3]:
         block.attention.output.weight.zero_()
@@ -285,7 +285,7 @@ def test_a_span_of_idle_neighbours_goes_together(tiny, batch):
 
 
 def test_blocks_with_more_outliers_keep_more_channels(tiny, batch, tmp_path):
-    """A spread of 8 % in steps of eight of 64 channels: not at every ratio is it a step."""
+    """A spread of 8 % in steps of eight of 64 channels: it does not amount to a step at every ratio."""
     model = tiny("qwen3-4b-instruct-2507")
     anatomy(model).blocks[2].feed_forward.down.weight[:, 5] *= 1000
     pruned = pruning.apply(model, [batch], ratio=0.25, granularity="channels", budget="owl")
@@ -295,8 +295,8 @@ def test_blocks_with_more_outliers_keep_more_channels(tiny, batch, tmp_path):
     assert torch.equal(back(**batch).logits, pruned(**batch).logits)
 
 
-def test_experts_that_are_chosen_often_are_no_outliers(tiny, batch):
-    """Planted: the same activations per token, in one block of all experts alike, in one mostly of a single one."""
+def test_frequently_chosen_experts_are_not_outliers(tiny, batch):
+    """Planted: equal activations per token, in one block from all experts alike, in another mostly from a single one."""
     model = tiny("qwen3-coder-30b")
     block = anatomy(model).blocks[1]
     seen = pruning.observe(model, [batch]).blocks[1]
@@ -356,13 +356,13 @@ def test_heads_are_removed_where_the_configuration_names_no_head_size(architectu
     assert torch.equal(back(**batch).logits, pruned(**batch).logits)
 
 
-def test_a_number_of_heads_that_the_configuration_refuses_is_refused_before_anything_is_observed(batch):
+def test_a_head_count_that_the_configuration_refuses_is_refused_before_observing(batch):
     model = other("llama")
     with pytest.raises(UserError, match=r"6 heads in place of 8: LlamaConfig refuses it .* not a multiple"):
         pruning.apply(model, [], ratio=0.1, granularity="heads")
 
 
-def test_blocks_keep_their_kind_of_attention_when_others_go(batch, tmp_path):
+def test_blocks_keep_their_attention_kind_when_others_are_removed(batch, tmp_path):
     kinds = ["sliding_attention", "full_attention"] * 2
     model = other("qwen3", head_dim=8, layer_types=kinds, use_sliding_window=True, sliding_window=8)
     idle = anatomy(model).blocks[0]
@@ -376,7 +376,7 @@ def test_blocks_keep_their_kind_of_attention_when_others_go(batch, tmp_path):
     assert close(back(**batch).logits, expected)
 
 
-def test_a_step_between_sparse_blocks_survives_the_loss_of_one(batch, tmp_path):
+def test_the_step_between_sparse_blocks_survives_the_removal_of_one(batch, tmp_path):
     options = {"head_dim": 8, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
     model = other("qwen3_moe", decoder_sparse_step=2, **options)
     assert [block.feed_forward.kind for block in anatomy(model).blocks] == ["dense", "experts"] * 2

@@ -1,4 +1,4 @@
-"""What others published of pruning, judged by a run's measurements."""
+"""Published claims about pruning, judged by a run's measurements."""
 
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ def test_relations_of_pruning():
     assert [judgement.held for judgement in outcome.replications(setup, [], "depth")] == [False, None]
 
 
-def test_a_score_of_which_no_answer_changed_was_measured():
+def test_a_score_without_changed_answers_counts_as_measured():
     setup = SimpleNamespace(influence=[0.9, 0.1, 0.1, 0.8], loaded=SimpleNamespace(random_weights=False))
     same = _measured("accuracy", "classify", 1.0, 0.0).model_copy(update={"ci": None, "bound": -0.0075})
     _, accuracy = outcome.replications(setup, [_measured("perplexity", "prefill", 1.002, 0.001), same], "channels")

@@ -1,4 +1,4 @@
-"""The notebook's protocol on a tiny model: the spectrum shown, ranks, the sweep of rivals, answers to the claims."""
+"""The notebook's protocol on a tiny model: the spectrum, ranks, the sweep of rivals, answers to the claims."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ def setup(tiny):
     )
 
 
-def test_singular_values_fall_and_are_read_in_two_sentences(setup):
+def test_singular_values_fall_and_are_described_in_two_sentences(setup):
     curves, seconds = experiment.singular_values(setup)
     assert set(curves.arm) == {"plain", "whitened"} and seconds > 0
     for _, curve in curves.groupby("arm"):
@@ -40,7 +40,7 @@ def test_singular_values_fall_and_are_read_in_two_sentences(setup):
     assert "whitened" in first and second.endswith("of the largest.")
 
 
-def test_singular_values_are_read_rank_by_rank_and_thinned_for_the_figure_alone(setup, monkeypatch):
+def test_singular_values_are_read_by_rank_and_thinned_only_for_the_figure(setup, monkeypatch):
     energy_R = torch.full((576,), 1e-12)
     energy_R[:7], energy_R[7:300] = 1.0, 0.01
     widest = SimpleNamespace(name="w", shape=(576, 800))
@@ -54,7 +54,7 @@ def test_singular_values_are_read_rank_by_rank_and_thinned_for_the_figure_alone(
 
 
 @pytest.mark.parametrize(("method", "expected"), [("auto", 5.0), ("whitened", 5.0), ("plain", 2.0)])
-def test_the_analysis_of_a_control_is_no_part_of_the_price(tiny, monkeypatch, method, expected):
+def test_analyzing_a_control_is_not_part_of_the_cost(tiny, monkeypatch, method, expected):
     took, clock = {"plain": 2.0, "whitened": 5.0}, [0.0]
 
     def analyse(_, __, kind, **___):
@@ -69,7 +69,7 @@ def test_the_analysis_of_a_control_is_no_part_of_the_price(tiny, monkeypatch, me
     assert experiment.set_up(loaded, EFFORT, 0.2, method, "global", 1, 0).seconds == expected
 
 
-def test_what_cannot_be_is_refused_before_the_model_is_read(setup, monkeypatch):
+def test_impossible_requests_are_refused_before_the_model_is_read(setup, monkeypatch):
     def calibration(*_, **__):
         raise AssertionError("text was asked for")
 
@@ -95,7 +95,7 @@ def test_the_table_of_ranks_covers_the_block_shown(setup):
     assert experiment.expected_divergence(setup, ranks) > 0
 
 
-def test_the_factored_model_lacks_the_bytes_asked_for(setup):
+def test_the_factored_model_saves_the_requested_bytes(setup):
     chosen = experiment.factor(setup, 0.2)
     assert 0.2 <= chosen.removed < 0.3 and chosen.seconds > setup.seconds
     assert len(chosen.rank_rows()) == len(chosen.ranks)
@@ -123,7 +123,7 @@ def test_the_sweep_judges_rivals_of_equal_bytes(setup):
     assert [refuted for _, refuted, _ in outcome.refutations([], chosen.optimized, [])] == [None] * 3
 
 
-def test_a_real_model_at_quick_is_swept_at_two_strengths_and_says_what_is_left_out(setup):
+def test_a_real_model_at_quick_is_swept_at_two_strengths_and_lists_omissions(setup):
     setup.loaded.scale = "full"
     hurried = replace(setup, effort=settings.read("quick", "full"))
     chosen = experiment.factor(hurried, 0.2)
@@ -138,8 +138,8 @@ def test_a_real_model_at_quick_is_swept_at_two_strengths_and_says_what_is_left_o
     assert domains.empty and "effort quick" in why
 
 
-def test_the_curves_of_a_run_have_the_budget_of_the_run(setup, monkeypatch):
-    """Of uniform ranks, the point at the run's own strength alone was of them, the others were of one budget."""
+def test_the_curves_use_the_runs_budget(setup, monkeypatch):
+    """With uniform ranks, only the point at the run's own strength had them; the others were of one budget."""
     uniform, budgets, make = replace(setup, method="refined", budget="uniform"), [], rivals.factors
 
     def factors(setup, strength, method, budget):
@@ -151,7 +151,7 @@ def test_the_curves_of_a_run_have_the_budget_of_the_run(setup, monkeypatch):
     assert {budget for _, _, budget in budgets} == {"uniform"} and (0.4, "refined", "uniform") in budgets
 
 
-def test_random_subspaces_of_a_trained_model_stand_among_their_rivals(setup):
+def test_random_subspaces_of_a_trained_model_are_among_the_rivals(setup):
     drawn = replace(setup, method="random", spectra=setup.spectra | {"random": None})
     assert rivals._names(drawn).count("random") == 1 and "random" not in rivals._names(setup)
 
@@ -185,7 +185,7 @@ def test_real_models_are_refitted_in_closed_form_and_not_trained(setup, scale, e
     assert prepared.method == expected and expected in prepared.spectra
 
 
-def test_factors_are_refitted_on_all_of_the_calibration_text_and_say_where_that_helped(setup, monkeypatch):
+def test_factors_are_refitted_on_all_calibration_text_and_say_where_it_helped(setup, monkeypatch):
     setup.spectra["refitted"] = setup.spectra["whitened"]
     refitted = replace(setup, method="refitted", budget="uniform", finetune_batches=[])  # factors in every block
     seen, errors = [], [(1.0, 0.5)] * 3 + [(1.0, 1.0)]
@@ -206,8 +206,8 @@ def test_factors_are_refitted_on_all_of_the_calibration_text_and_say_where_that_
     assert experiment.factor(setup, 0.2).summary.endswith(" modules are factored.")
 
 
-def test_how_many_stacks_of_experts_became_factors_is_said(tiny):
-    """Where the budget keeps all of them whole, nothing is factored as tensors, and a reader should know."""
+def test_the_number_of_factored_expert_stacks_is_reported(tiny):
+    """If the budget keeps all of them whole, nothing is factored as tensors, and a reader should know."""
     model = tiny("qwen3-coder-30b")
     spectra = decomposition.analyse(model, [], "plain")
     stacks = [curve.matrix for curve in spectra.curves() if curve.matrix.side != "linear"]
@@ -224,7 +224,7 @@ def test_how_many_stacks_of_experts_became_factors_is_said(tiny):
     ]
 
 
-def test_the_pruned_rival_sees_the_text_that_the_factors_see(setup):
+def test_the_pruned_rival_sees_the_same_text_as_the_factors(setup):
     seen = []
 
     def prune(model, calibration, *, observation, **options):
@@ -236,8 +236,8 @@ def test_the_pruned_rival_sees_the_text_that_the_factors_see(setup):
     assert seen and all(text is setup.calibration and count == tokens for text, count in seen)
 
 
-def test_the_pruned_rival_is_fitted_in_closed_form_as_the_factors_are(setup):
-    """As strong as pruning is by itself here: without the fit, factors would win against less than what is on offer."""
+def test_the_pruned_rival_is_fitted_in_closed_form_like_the_factors(setup):
+    """It is as strong as pruning by itself here: without the fit, factors would beat less than what is available."""
     cuts = []
 
     def prune(model, calibration, **options):
@@ -254,7 +254,7 @@ def test_the_pruned_rival_is_fitted_in_closed_form_as_the_factors_are(setup):
     assert same < 1e-4 < other
 
 
-def test_factors_for_another_domain_see_as_much_text(setup, monkeypatch):
+def test_factors_for_another_domain_see_the_same_amount_of_text(setup, monkeypatch):
     class Asked(Exception):
         pass
 
@@ -273,8 +273,8 @@ def test_factors_for_another_domain_see_as_much_text(setup, monkeypatch):
     assert asked.value.args == (["code_origin"], 77, EFFORT.calibration_tokens)
 
 
-def test_factors_for_another_domain_have_the_budget_of_the_run(setup, monkeypatch):
-    """Of a run of uniform ranks they had those of one budget, and were none of its other factors."""
+def test_factors_for_another_domain_use_the_runs_budget(setup, monkeypatch):
+    """In a run of uniform ranks they had those of one budget, unlike its other factors."""
     ids_NT = torch.randint(8, 96, (3, 16), generator=torch.Generator().manual_seed(2))
     texts = {"calibration": setup.calibration, "text_windows": ids_NT, "window_sources": None}
     for name, text in texts.items():

@@ -1,4 +1,4 @@
-"""Factors against numpy's SVD, against the dense matrices they stand for, and against what was asked of them."""
+"""Tests factors against numpy's SVD, the dense matrices that they replace, and the request."""
 
 import copy
 
@@ -25,14 +25,16 @@ def text():
 
 @pytest.fixture
 def more_text():
-    """Return eight batches of more sequences: so much that what is learned on some holds on the others."""
+    """Return eight batches of more sequences: enough that what is learned on some generalizes to the others."""
     ids = torch.randint(8, 96, (8, 24, 48), generator=torch.Generator().manual_seed(6))
     return [{"input_ids": part} for part in ids]
 
 
 @pytest.fixture
 def correlated():
-    """Return a function: a matrix [rows, columns] and inputs [T, columns] whose directions differ much in size."""
+    """Return a function that makes a matrix [rows, columns] and inputs [T, columns] with directions of very different
+    size.
+    """
 
     def make(rows: int, columns: int):
         random = torch.Generator().manual_seed(rows)
@@ -53,7 +55,7 @@ def matrix_of(weight: torch.Tensor, side: str = "linear") -> low_rank.Factorable
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32)])
 @pytest.mark.parametrize("rank", [1, 8, 24])
-def test_plain_factors_are_the_best_low_rank_matrix(shape, rank):
+def test_plain_factors_are_the_best_low_rank_approximation(shape, rank):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     spectrum = low_rank.spectrum_of(matrix_of(weight))
     outer, inner = low_rank.factorise(spectrum, rank)
@@ -66,7 +68,7 @@ def test_plain_factors_are_the_best_low_rank_matrix(shape, rank):
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32)])
 def test_whitened_factors_are_the_best_on_calibration_inputs(correlated, shape):
-    """Against the textbook: SVD of W·S, cut, times S⁻¹. And never worse on these inputs than plain."""
+    """Compares with the textbook: SVD of W·S, truncated, times S⁻¹. Never worse on these inputs than plain factors."""
     weight, x_TN = correlated(*shape)
     root = np.linalg.cholesky(x_TN.double().numpy().T @ x_TN.double().numpy())
     u, s, vt = np.linalg.svd(weight.double().numpy() @ root, full_matrices=False)
@@ -83,7 +85,7 @@ def test_whitened_factors_are_the_best_on_calibration_inputs(correlated, shape):
         assert errors["whitened"] < errors["plain"]
 
 
-def test_an_input_that_is_never_active_needs_no_care(correlated):
+def test_an_inactive_input_needs_no_special_case(correlated):
     weight, x_TN = correlated(40, 24)
     x_TN[:, 3] = 0
     outer, inner = low_rank.factorise(low_rank.spectrum_of(matrix_of(weight), gram_of(x_TN)), 23)
@@ -91,9 +93,9 @@ def test_an_input_that_is_never_active_needs_no_care(correlated):
     assert float((x_TN.double() @ (weight.double() - outer @ inner).T).norm() / (x_TN @ weight.T).norm()) < 1e-2
 
 
-def test_rounding_that_leaves_a_negative_variance_is_damped_away():
-    """128 tokens of which 60 are different leave directions without variance but for the rounding of float32 products,
-    which may be negative: this ended the analysis with `linalg.cholesky: … not positive-definite`.
+def test_a_negative_variance_from_rounding_is_damped():
+    """128 tokens, of which 60 are different, leave directions whose only variance is float32 rounding, which may be
+    negative. Previously the analysis failed with `linalg.cholesky: … not positive-definite`.
     """
     x_TN = torch.randn(60, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float64).repeat(3, 1)[:128]
     gram = x_TN.T @ x_TN
@@ -143,7 +145,7 @@ def test_tucker_keeps_the_leading_subspaces_of_the_unfolded_stacks(tiny, name):
 
 @pytest.mark.parametrize("method", td.METHODS)
 @pytest.mark.parametrize("compression", [0.15, 0.3])
-def test_bytes_shrink_by_what_was_asked(tiny, name, batch, text, tmp_path, method, compression):
+def test_bytes_shrink_by_the_requested_share(tiny, name, batch, text, tmp_path, method, compression):
     model = tiny(name)
     before = io.weights_hash(model)
     low = td.apply(model, text, compression=compression, method=method, refine_steps=2)
@@ -152,12 +154,12 @@ def test_bytes_shrink_by_what_was_asked(tiny, name, batch, text, tmp_path, metho
     assert compression - 1e-9 <= removed < compression + 0.06, "not less, and at most a step of rank more"
     back = io.load_folder(io.save(low, tmp_path), torch.float32)
     assert io.weights_hash(back) == io.weights_hash(low)
-    # Equal but for rounding: tensors of a file lie at other addresses, and kernels sum in another order there.
+    # Equal but for rounding: file tensors have other addresses, so kernels sum in another order.
     torch.testing.assert_close(back(**batch).logits, low(**batch).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_whitened_diverges_less_than_plain_at_equal_bytes(tiny, name, text):
-    """On text of the kind it was calibrated for, with ranks from the same budget."""
+    """On text of the calibration kind, with ranks from the same budget."""
     model = tiny(name)
     spectra = {method: td.analyse(model, text, method) for method in ("plain", "whitened")}
     ranks = allocation.allocate(model, spectra["whitened"].curves(), 0.2)
@@ -185,7 +187,7 @@ def test_refinement_lowers_the_error_of_blocks_and_the_divergence(tiny, name, mo
 
 
 def test_refinement_targets_the_original_stream(tiny, name, batch):
-    """Blocks left as they are see their own inputs and give their own outputs: error zero, padding left out."""
+    """Unchanged blocks see their own inputs and give their own outputs: the error is zero, padding excluded."""
     model = tiny(name)
     assert all(before < 1e-9 for before, _ in blockwise.refine(copy.deepcopy(model), model, [batch], steps=3))
 
@@ -197,7 +199,7 @@ def test_bfloat16_is_refined_in_float32(tiny, name, text):
     assert torch.isfinite(low(**text[0]).logits).all()
 
 
-def test_matrices_leave_out_routers_and_vision(tiny, name):
+def test_matrices_exclude_routers_and_vision(tiny, name):
     model = tiny(name)
     factorable = analysis.matrices(model)
     blocks = anatomy(model).blocks
@@ -210,8 +212,8 @@ def test_matrices_leave_out_routers_and_vision(tiny, name):
     assert sides == ({"linear", "input", "output"} if "glm" in name or "coder" in name else {"linear"})
 
 
-def test_the_budget_goes_where_energy_is(tiny, text):
-    """A matrix of low rank is cut to it and loses nothing; one with a flat spectrum stays dense."""
+def test_the_budget_follows_the_energy(tiny, text):
+    """A matrix of low rank is cut to that rank without loss; one with a flat spectrum stays dense."""
     model = tiny("qwen3-4b-instruct-2507")
     first, second = (anatomy(model).blocks[index].feed_forward.up for index in (1, 2))
     thin = torch.randn(64, 8) @ torch.randn(8, 32)
@@ -225,8 +227,8 @@ def test_the_budget_goes_where_energy_is(tiny, text):
         assert chosen is None or (chosen % allocation.MULTIPLE == 0 and chosen < spectrum.matrix.break_even)
 
 
-def test_the_worth_of_a_matrix_predicts_the_divergence(tiny, name, text):
-    """Cut matrices one at a time, further than they were weighed at: the estimate ranks them as the divergence does."""
+def test_matrix_sensitivity_predicts_the_divergence(tiny, name, text):
+    """Matrices are cut one at a time, further than when weighed: the estimate ranks them as the divergence does."""
     model = tiny(name)
     spectra = list(td.analyse(model, text))
     predicted, measured = [], []
@@ -244,8 +246,8 @@ def test_the_worth_of_a_matrix_predicts_the_divergence(tiny, name, text):
 
 
 @pytest.mark.parametrize("side", ["linear", "input", "output"])
-def test_a_large_matrix_is_taken_in_parts(monkeypatch, side):
-    """Small parts give the same factors of a plain and of a random subspace."""
+def test_a_large_matrix_is_processed_in_parts(monkeypatch, side):
+    """Small parts give the same factors, for a plain and for a random subspace."""
     weight = torch.randn(48, 40, generator=torch.Generator().manual_seed(1))
     matrix = matrix_of(weight, side)
     whole = low_rank.spectrum_of(matrix)
@@ -259,14 +261,14 @@ def test_a_large_matrix_is_taken_in_parts(monkeypatch, side):
     assert (weight - low).norm() > (weight - expected).norm(), "plain is the best, so random is worse"
 
 
-def test_random_subspaces_have_the_shapes_of_any_other_and_follow_the_seed(tiny, name):
+def test_random_subspaces_have_the_usual_shapes_and_follow_the_seed(tiny, name):
     model = tiny(name)
     first, same, other = (td.apply(model, [], method="random", budget="uniform", seed=seed) for seed in (1, 1, 2))
     assert io.weights_hash(first) == io.weights_hash(same) != io.weights_hash(other)
     assert 0.2 <= 1 - allocation.decoder_bytes(first) / allocation.decoder_bytes(model) < 0.26
 
 
-def test_what_stays_as_it_was_is_not_held_twice(tiny, name):
+def test_unchanged_weights_are_not_stored_twice(tiny, name):
     model = tiny(name)
     low = td.apply(model, [], method="plain", compression=0.2)
     ours, theirs = anatomy(low), anatomy(model)
@@ -302,8 +304,8 @@ def test_a_factored_model_is_not_factored_again(tiny, text):
     ) < allocation.decoder_bytes(half)
 
 
-def test_uniform_ranks_remove_what_was_asked_where_one_matrix_cannot_be_so_small(monkeypatch):
-    """Planted: the thin matrix has no factors of a third of its size, and the square one fills its share exactly."""
+def test_uniform_ranks_remove_the_requested_share_despite_a_thin_matrix(monkeypatch):
+    """Planted: the thin matrix has no factors of a third of its size; the square one fills its share exactly."""
     shapes = {"square": (256, 256), "thin": (16, 256)}
     matrices = [low_rank.FactorableMatrix(name, "linear", 0, torch.empty(shape)) for name, shape in shapes.items()]
     dense = sum(matrix.elements(None) for matrix in matrices)
@@ -335,8 +337,8 @@ def test_bad_requests_are_named(tiny, name, text):
         td.apply(model, [], method="plain", spectra=spectra, ranks={"nowhere": 8})
 
 
-def test_what_is_out_of_reach_is_refused_before_any_text_is_read(tiny, name, text):
-    """All spectra of a large model take hours."""
+def test_unreachable_targets_are_refused_before_reading_text(tiny, name, text):
+    """Computing all spectra of a large model takes hours."""
     model, ran = tiny(name), []
     anatomy(model).blocks[0].module.register_forward_hook(lambda *_: ran.append(1))
     for budget in ("global", "uniform"):
@@ -352,8 +354,8 @@ def test_what_is_out_of_reach_is_refused_before_any_text_is_read(tiny, name, tex
         allocation.room_for(model, analysis.matrices(model), reach + 1e-6)
 
 
-def test_few_tokens_are_damped_and_said(tiny, name, text):
-    """20 tokens for 32 inputs: what the text showed is kept, what it did not show does no harm."""
+def test_few_tokens_are_damped_and_reported(tiny, name, text):
+    """20 tokens for 32 inputs: directions seen in the text are kept, unseen ones do no harm."""
     model = tiny(name)
     few = [{"input_ids": text[0]["input_ids"][:2, :10]}]
     with pytest.warns(UserWarning, match=r"fewer calibration tokens than inputs"):
@@ -363,14 +365,16 @@ def test_few_tokens_are_damped_and_said(tiny, name, text):
     assert divergence(low, model, few[0]) < divergence(plain, model, few[0])
 
 
-def test_rows_need_no_inverse_and_no_warning(correlated, recwarn):
+def test_a_wide_matrix_with_few_tokens_gives_finite_factors_without_warning(correlated, recwarn):
     weight, x_TN = correlated(24, 40)
     outer, inner = low_rank.factorise(low_rank.spectrum_of(matrix_of(weight), gram_of(x_TN[:10])), 8)
     assert torch.isfinite(outer).all() and torch.isfinite(inner).all() and not recwarn.list
 
 
 def test_ordinary_directions_survive_a_massive_activation():
-    """2,048 × 8,192 with one direction a thousand times the others: each singular value to a millionth of its own."""
+    """2,048 × 8,192 with one direction a thousand times the others: each singular value is right to a millionth of
+    itself.
+    """
     rows, columns = 2048, 8192
     random = torch.Generator().manual_seed(0)
     planted_R = torch.linspace(1.0, 0.1, rows, dtype=torch.float64)
@@ -413,8 +417,8 @@ def test_an_outer_factor_is_the_least_squares_solution(correlated):
     assert lost[0] < 1.001 * lost[1]
 
 
-def test_an_outer_factor_stays_in_what_too_few_tokens_showed(correlated):
-    """Planted: fewer tokens than ranks. On them the fit is exact; on all others the factor stays near the old one."""
+def test_an_outer_factor_with_too_few_tokens_stays_near_the_old_one(correlated):
+    """Planted: fewer tokens than ranks. The fit is exact on them; elsewhere the factor stays near the old one."""
     weight, x_TN = correlated(40, 24)
     random = torch.Generator().manual_seed(1)
     inner_RN = torch.randn(16, 24, dtype=torch.float64, generator=random)
@@ -429,7 +433,7 @@ def test_an_outer_factor_stays_in_what_too_few_tokens_showed(correlated):
     assert float((z_TR @ outer.T - wanted).norm()) < 0.1 * float((z_TR @ old.T - wanted).norm())
 
 
-def test_worth_between_weighed_blocks_is_interpolated(tiny, text, monkeypatch):
+def test_sensitivity_is_interpolated_between_weighed_blocks(tiny, text, monkeypatch):
     model = tiny("qwen3-4b-instruct-2507")
     everywhere = {curve.matrix.name: curve.worth for curve in td.analyse(model, text).curves()}
     monkeypatch.setattr(analysis, "WEIGHED_BLOCKS", 2)
@@ -442,8 +446,8 @@ def test_worth_between_weighed_blocks_is_interpolated(tiny, text, monkeypatch):
             assert low * (1 - 1e-9) <= ends[matrix.name] <= high * (1 + 1e-9)
 
 
-def test_passes_do_not_grow_with_the_square_of_the_depth(tiny, text, monkeypatch):
-    """Every block runs for the text once per reading, and behind at most so many weighed blocks."""
+def test_passes_do_not_grow_quadratically_with_depth(tiny, text, monkeypatch):
+    """Every block runs on the text once per reading, and behind a limited number of weighed blocks."""
     model = tiny("qwen3-4b-instruct-2507")
     monkeypatch.setattr(analysis, "WEIGHED_BLOCKS", 1)
     runs = []
@@ -454,10 +458,10 @@ def test_passes_do_not_grow_with_the_square_of_the_depth(tiny, text, monkeypatch
     assert runs == sorted([0, 1, 2, 3] * len(text))
     runs.clear()
     list(spectra)
-    assert runs == []  # small: kept
+    assert runs == []  # small enough to be kept
 
 
-def test_read_again_or_kept_the_factors_are_the_same(tiny, name, text):
+def test_reread_and_kept_spectra_give_the_same_factors(tiny, name, text):
     model = tiny(name)
     kept, again = analysis.Spectra(model, text), analysis.Spectra(model, text, room=0)
     low, same = (td.apply(model, text, method="whitened", spectra=read) for read in (kept, again))

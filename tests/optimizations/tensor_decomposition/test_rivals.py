@@ -1,4 +1,4 @@
-"""What was published of factors is looked for where this run removes as much, and there alone."""
+"""Published results on factors are compared only where this run removes the same share."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def _harm(name: str, nats: float) -> ThirdArm:
 
 
 def test_plain_factors_collapse_and_whitened_do_not():
-    """Published are factors that take the same share of every matrix; those of one budget do not answer for them."""
+    """The published factors take the same share of every matrix; factors from one budget do not represent them."""
     others = [_arm("plain", 1.5), _arm("whitened", 40.0)]
     swept = rivals.Sweep(arms=[_arm(rivals.BARE_EVEN, 40.0), _arm(rivals.EVEN, 1.4), *others])
     (judged,) = outcome.replications(swept, 0.2)
@@ -34,7 +34,7 @@ def test_plain_factors_collapse_and_whitened_do_not():
     assert judged.held is None
 
 
-def test_another_share_is_another_question():
+def test_another_share_is_not_compared():
     assert outcome.replications(rivals.Sweep(arms=[_arm(rivals.BARE_EVEN, 40.0)]), 0.4) == []
 
 
@@ -51,7 +51,7 @@ def test_fitted_factors_are_compared_with_the_better_bare_ones(even, refuted):
     ("nats", "bytes_", "refuted"),
     [(0.2, 80, True), (0.2, 85, None), (0.9, 80, False), (0.9, 70, None), (0.9, 85, False)],
 )
-def test_pruned_parts_of_other_bytes_decide_only_what_the_difference_does_not_explain(nats, bytes_, refuted):
+def test_pruned_arms_of_other_sizes_decide_only_beyond_the_size_difference(nats, bytes_, refuted):
     arms = [_harm("whitened", 0.5), _harm(rivals.PRUNED, nats)]
     for arm, left in zip(arms, (80, bytes_)):
         arm.measurements.append(measurement.counted("weights_bytes", "load", 100, left, "by hand"))
@@ -92,7 +92,7 @@ def test_two_thin_products_are_judged_in_prefill_and_in_decoding(prefill, decode
     assert answer is None and "only stacks of experts" in evidence
 
 
-def test_the_text_of_calibration_matters_only_where_windows_tell_it():
+def test_the_calibration_text_matters_only_where_windows_show_it():
     scatter = 0.001 * np.arange(8)
     lost = {("docs", "docs"): 0.01 + scatter, ("docs", "code"): 0.03 + 1.1 * scatter}
     lost |= {("code", "docs"): 0.0377 + scatter[::-1], ("code", "code"): 0.0381 + scatter}

@@ -1,7 +1,7 @@
 """llama.cpp on the same GGUF file, through xllamacpp's own server: its clock, its rates.
 
-A prompt is never served from a warm prefix. llama.cpp's clock of decoding starts with the first token, which the prompt
-has given already: one step less than tokens.
+No prompt is served from a warm prefix. llama.cpp's decoding clock starts at the first token, which the prompt has
+already produced: one step fewer than tokens.
 """
 
 import json
@@ -29,7 +29,9 @@ completion_options |= {"temperature": 0, "top_k": 1, "samplers": ["top_k"]}
 
 
 def completion(tokens: int) -> dict:
-    """Return llama.cpp's timings of one prompt and an answer of so many tokens, and its processor seconds for both."""
+    """Return llama.cpp's timings of one prompt and an answer of the given length in tokens, and the processor seconds
+    of both.
+    """
     address, busy = f"{server.listening_address}/completion", time.process_time()
     body = json.dumps(completion_options | {"n_predict": tokens}).encode()
     request = urllib.request.Request(address, body, {"Content-Type": "application/json"})

@@ -1,6 +1,7 @@
 """llm-compressor's one-shot pruning, on the same calibration text: `method=sparsegpt` or `method=wanda`.
 
-Its defaults but for what the setting fixes: every linear layer of the decoder, `sparsity` of each, unstructured.
+Uses its defaults except for what the setting fixes: every linear layer of the decoder, `sparsity` of each,
+unstructured.
 """
 
 import probe
@@ -20,7 +21,7 @@ text = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) f
 recipe = getattr(pruning, METHODS[options["method"]])(
     sparsity=setting["sparsity"], mask_structure="0:0", targets=[r"re:model.layers.\d*$"], ignore=["re:.*lm_head"]
 )
-tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{setting['folder']}/tokenizer.json")  # asked for, and not used
+tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{setting['folder']}/tokenizer.json")  # required but unused
 watch = probe.Stopwatch()
 oneshot(
     model=model,

@@ -1,4 +1,4 @@
-"""optimum-benchmark's own measurement of the time to the first token: its scenario, its clock, its random prompt."""
+"""optimum-benchmark's own measurement of the time to the first token: its scenario, clock and random prompt."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import probe
 from optimum_benchmark import Benchmark, BenchmarkConfig, InferenceConfig, InlineConfig, PyTorchConfig
 
 setting, _ = probe.read()
-probe.use_threads(setting["threads"])  # its own option for threads sets those between operators
+probe.use_threads(setting["threads"])  # its own thread option sets inter-operator threads
 known = {field.name for field in dataclasses.fields(PyTorchConfig)}
 dtype = {"torch_dtype" if "torch_dtype" in known else "dtype": setting["dtype"]}
 backend = PyTorchConfig(model=setting["folder"], task="text-generation", library="transformers", device="cpu", **dtype)

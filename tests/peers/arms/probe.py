@@ -1,7 +1,7 @@
-"""What every arm does alike: read the setting, load stock models, time, read the peak, score windows, write the result.
+"""Code shared by all arms: read the setting, load stock models, time, read the peak, score windows, write the result.
 
-An arm is a script `ARM.py SETTING.json RESULT.json [KEY=VALUE …]` that runs in an environment of its own. This file has
-to run in each of them: it knows nothing of the workbench, of any peer, and of the release of transformers.
+An arm is a script `ARM.py SETTING.json RESULT.json [KEY=VALUE …]` that runs in its own environment. This file has to
+run in each of them, so it does not depend on the workbench, any peer, or the release of transformers.
 """
 
 import importlib.metadata
@@ -17,13 +17,13 @@ from typing import Any
 
 
 def read() -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the setting and the options KEY=VALUE of the command line, threads set."""
+    """Return the setting and the KEY=VALUE options of the command line; set the threads."""
     setting = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     return setting, dict(option.split("=", 1) for option in sys.argv[3:])
 
 
 def write(values: dict[str, float], packages: Sequence[str], note: str = "") -> None:
-    """Write the arm's result: one number per metric, the versions that made them, and what a reader must know."""
+    """Write the arm's result: one number per metric, the package versions, and notes for the reader."""
     versions = {name: importlib.metadata.version(name) for name in packages}
     result = {"values": values, "versions": versions, "note": note}
     Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")
@@ -45,22 +45,22 @@ def load(setting: dict[str, Any], **options: Any) -> Any:
     config = transformers.AutoConfig.from_pretrained(folder)
     stored = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     theta = stored.get("rope_parameters", {}).get("rope_theta")
-    if theta and not hasattr(config, "rope_parameters"):  # before transformers 5 it had a key of its own
+    if theta and not hasattr(config, "rope_parameters"):  # before transformers 5 it had its own key
         config.rope_theta = theta
-    dtype = getattr(torch, setting["dtype"])  # releases call the argument by different names
+    dtype = getattr(torch, setting["dtype"])  # the argument's name differs between releases
     return transformers.AutoModelForCausalLM.from_pretrained(folder, config=config, **options).to(dtype).eval()
 
 
 class Stopwatch:
-    """Minutes since it was made, by the clock and of this process's processor time (all threads): on a machine that is
-    busy with other work the second says more.
+    """Minutes since creation, in wall-clock time and in processor time of this process (all threads). On a busy machine
+    the latter says more.
     """
 
     def __init__(self) -> None:
         self.start, self.busy = time.perf_counter(), time.process_time()
 
     def read(self) -> dict[str, float]:
-        """Return both, as values of a result."""
+        """Return both times as result values."""
         wall, busy = time.perf_counter() - self.start, time.process_time() - self.busy
         return {"minutes": wall / 60, "cpu_minutes": busy / 60}
 
@@ -77,7 +77,7 @@ def median_seconds(call: Callable[[], object], rounds: int, warmup: int = 1) -> 
 
 
 def peak_megabytes() -> float:
-    """Return the most memory that this process has held so far, in MB (10⁶ bytes): its resident set, libraries too."""
+    """Return the peak memory of this process so far, in MB (10⁶ bytes): its resident set, including libraries."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")) / 1e6
@@ -87,7 +87,7 @@ def peak_megabytes() -> float:
 
 
 def perplexity(model: Any, windows: Sequence[Sequence[int]]) -> float:
-    """Return the perplexity of windows of token ids, each read by itself, losses in float32."""
+    """Return the perplexity of windows of token ids, each read independently, with losses in float32."""
     import torch
 
     losses = []
@@ -100,8 +100,8 @@ def perplexity(model: Any, windows: Sequence[Sequence[int]]) -> float:
 
 
 def sample_perplexity(model: Any, windows: Sequence[Sequence[int]]) -> float:
-    """Return the perplexity of two short pieces of the windows: what shows that two environments load one model, and
-    holds so few logits that no peak is made by it.
+    """Return the perplexity of two short pieces of the windows. It shows that two environments load the same model, and
+    its few logits do not raise the peak.
     """
     return perplexity(model, [window[:64] for window in windows[:2]])
 
@@ -121,6 +121,6 @@ def zeros(model: Any) -> float:
 
 
 def stored_bytes(model: Any) -> int:
-    """Return the bytes of all parameters and buffers, shared ones once."""
+    """Return the bytes of all parameters and buffers, counting shared ones once."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())

@@ -1,4 +1,4 @@
-"""A stop-watch: stock transformers, one clock around one call, nothing else. Any other figure has to agree with it."""
+"""A stopwatch: stock transformers and one clock around one call. Any other figure has to agree with it."""
 
 import probe
 import torch

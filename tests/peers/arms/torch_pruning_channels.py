@@ -1,7 +1,7 @@
-"""Torch-Pruning's channels: the same share of every feed-forward part's, chosen by its group magnitude
-(`rule=magnitude`) or by its Taylor expansion of the loss on the calibration text (`rule=taylor`).
+"""Torch-Pruning's channels: the same share of every feed-forward part, chosen by group magnitude (`rule=magnitude`) or
+by the Taylor expansion of the loss on the calibration text (`rule=taylor`).
 
-It follows the graph of autograd to what hangs together: a channel goes from gate, up and down projection at once.
+It follows the autograd graph to dependent weights: a channel is removed from gate, up and down projection at once.
 """
 
 import probe

@@ -14,7 +14,7 @@ probe.use_threads(setting["threads"])
 bits = int(options.get("bits", 16))
 loaded = loading.load(setting["model"], "full", dtype=setting["dtype"])
 model = loaded.model if bits == 16 else weight_only(loaded.model, bits)
-loaded.model = model  # what was quantized can go
+loaded.model = model  # frees the weights that were quantized
 prompt_1T = torch.tensor([setting["prompt"]])
 work = {
     "prefill": workloads.prefill(model, prompt_1T),

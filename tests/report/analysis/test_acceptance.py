@@ -1,4 +1,4 @@
-"""`check` notices every damage that it claims to notice, names the record, and passes a set that is good."""
+"""`check` detects every kind of damage that it claims to detect, names the record, and passes a good set."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ def sound(tmp_path_factory):
 
 @pytest.fixture
 def folder(sound, tmp_path, monkeypatch):
-    """A good result set of two optimizations, where no more are promised."""
+    """A good result set of two optimizations, with no others expected."""
     monkeypatch.setattr(acceptance, "OPTIMIZATIONS", FEW)
     return shutil.copytree(sound, tmp_path / "proxy")
 
@@ -171,7 +171,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damage_is_noticed(name, folder):
+def test_damage_is_detected(name, folder):
     damage, point, fault = DAMAGE[name]
     path = folder / f"{STEM}.json"
     content = json.loads(path.read_text())
@@ -182,8 +182,8 @@ def test_damage_is_noticed(name, folder):
     assert any(stem == STEM and fault in why for stem, why in short[point]), short[point]
 
 
-def test_a_gain_that_the_whole_set_withholds_is_no_improvement(folder):
-    """The index showed it as inconclusive, with its q, and `check` let it pass as better."""
+def test_a_gain_withheld_over_the_whole_set_is_not_an_improvement(folder):
+    """Previously the index showed it as inconclusive, with its q, but `check` let it pass as better."""
     for path in folder.glob("*--*.json"):
         content = json.loads(path.read_text())
         speed = _measurement(content, "prefill_tokens_per_second")
@@ -199,7 +199,7 @@ def test_a_gain_that_the_whole_set_withholds_is_no_improvement(folder):
     assert why.startswith("inconclusive: prefill ? 1.0") and "over the 8 primaries of performance" in why
 
 
-def test_half_a_file_and_a_missing_one(folder):
+def test_a_truncated_file_and_a_missing_one_are_reported(folder):
     (folder / f"{STEM}.json").write_text('{"schema": 1')
     second = f"{FEW[1]}--{samples.MODELS[0]}"
     (folder / f"{second}.json").unlink()
@@ -208,7 +208,7 @@ def test_half_a_file_and_a_missing_one(folder):
     assert (second, "never run") in short[f"all {len(FEW)} optimizations are measured"]
 
 
-def test_a_model_and_an_optimization_that_are_gone(folder):
+def test_an_absent_model_and_an_absent_optimization_are_reported(folder):
     for path in [*folder.glob(f"*--{samples.MODELS[3]}.json"), *folder.glob(f"{FEW[0]}--*.json")]:
         path.unlink(missing_ok=True)
     short = _short(folder)
@@ -216,7 +216,7 @@ def test_a_model_and_an_optimization_that_are_gone(folder):
     assert (FEW[0], "measured on no model") in short[f"all {len(FEW)} optimizations are measured"]
 
 
-def test_what_does_not_apply_is_excused(folder):
+def test_inapplicable_runs_are_excused(folder):
     from lib.report.records import record
 
     excused = samples.without_result("not_applicable", "no experts", *STEM.split("--"))
@@ -224,7 +224,7 @@ def test_what_does_not_apply_is_excused(folder):
     assert _short(folder) == {}
 
 
-def test_result_files_of_other_records_and_of_no_schema(folder):
+def test_result_files_of_other_records_or_of_no_schema_are_reported(folder):
     suite_files.write("all", folder)
     suite_files.write("comprehensive", folder)
     assert _short(folder) == {}
@@ -238,7 +238,7 @@ def test_result_files_of_other_records_and_of_no_schema(folder):
     assert any("summ" in why for _, why in _short(folder)["the files are sound"])
 
 
-def test_a_result_file_that_cannot_be_read_is_named(folder):
+def test_an_unreadable_result_file_is_named(folder):
     (folder / "old_results.json").mkdir()
     (folder / "more_results.json").write_bytes(b"\xff\xfe")
     assert dict(_short(folder)["the files are sound"]) == {

@@ -1,4 +1,4 @@
-"""Advice rests on what was shown: nothing is recommended from an open question."""
+"""Advice rests on evidence: an open question never leads to a recommendation."""
 
 import json
 
@@ -36,7 +36,7 @@ def test_a_gain_with_kept_quality_is_recommended_with_its_evidence():
         ("informative", "undecided"),
     ],
 )
-def test_nothing_is_recommended_from_what_is_no_gain(verdict, decision):
+def test_nothing_is_recommended_without_a_gain(verdict, decision):
     run = samples.whole("structured_pruning", MODEL)
     turned = [
         m.model_copy(update={"verdict": verdict}) if m.metric in advice.GOALS["latency"] else m
@@ -47,7 +47,7 @@ def test_nothing_is_recommended_from_what_is_no_gain(verdict, decision):
     assert (row.command is not None) == (decision == "undecided")
 
 
-def test_a_metric_that_was_decided_counts_before_one_that_cannot_tell():
+def test_a_decided_metric_counts_before_an_undecided_one():
     run = samples.whole("structured_pruning", MODEL)
     words = {"decode_tokens_per_second": "inconclusive", "prefill_tokens_per_second": "worse"}
     others = [m for m in run.measurements if m.metric not in advice.GOALS["latency"] or m.metric in words]
@@ -56,7 +56,7 @@ def test_a_metric_that_was_decided_counts_before_one_that_cannot_tell():
     assert row.decision == "do not use" and row.evidence.measurement.metric == "prefill_tokens_per_second"
 
 
-def test_a_goal_that_nothing_serves_is_open_and_has_a_command_only_where_that_can_tell():
+def test_an_unserved_goal_is_open_with_a_command_only_where_it_can_decide():
     run = samples.whole("structured_pruning", MODEL)
     without = [m for m in run.measurements if m.metric not in advice.GOALS["throughput"]]
     row = advised(run.model_copy(update={"measurements": without}), "throughput")
@@ -66,14 +66,14 @@ def test_a_goal_that_nothing_serves_is_open_and_has_a_command_only_where_that_ca
     assert row.decision == "undecided" and row.command
 
 
-def test_quality_that_was_lost_decides_where_nothing_serves_the_goal():
+def test_lost_quality_decides_where_nothing_serves_the_goal():
     run = samples.whole("structured_pruning", MODEL, lost=0.3)
     without = [m for m in run.measurements if m.metric not in advice.GOALS["throughput"]]
     row = advised(run.model_copy(update={"measurements": without}), "throughput")
     assert row.decision == "do not use" and "more than allowed" in row.reason and row.evidence is None
 
 
-def test_a_declared_speed_that_was_not_measured_is_said():
+def test_a_declared_speed_that_was_not_measured_is_reported():
     run = samples.whole("structured_pruning", MODEL, gain=1.4)
     missing = measurement.unavailable("decode_tokens_per_second", "within the allowance", "no limit would bind")
     declared = {"performance": ("decode_tokens_per_second", "within the allowance")}
@@ -81,7 +81,7 @@ def test_a_declared_speed_that_was_not_measured_is_said():
     assert row.decision == "use" and row.reason.endswith("; within the allowance: not measured")
 
 
-def test_lost_quality_outweighs_every_gain_and_the_margin_is_the_users():
+def test_lost_quality_outweighs_every_gain_and_the_user_sets_the_margin():
     lost = samples.whole("structured_pruning", MODEL, gain=2.0, lost=0.05)
     assert advised(lost).decision == "do not use" and "F1 5.0 points lower, more than allowed" in advised(lost).reason
     assert advised(lost, keep=0.2).decision == "use"
@@ -93,8 +93,8 @@ def test_lost_quality_outweighs_every_gain_and_the_margin_is_the_users():
     ("metric", "workload"),
     [("accuracy_norm", "hellaswag"), ("exact_match", "lm_eval:gsm8k"), ("recall_macro", "classify")],
 )
-def test_no_score_that_was_lost_is_overlooked(metric, workload):
-    """Public tasks are judged by scores of their own; a guard's loss is one whatever carries the word."""
+def test_no_lost_score_is_overlooked(metric, workload):
+    """Public tasks are judged by their own scores; a guard's loss counts whatever carries the verdict."""
     kept = samples.whole("structured_pruning", MODEL, gain=2.0)
     assert advised(kept).decision == "use"
     lost = samples.scored(metric, 0.7, 0.3, "not_maintained", workload=workload)
@@ -108,7 +108,7 @@ def test_no_score_that_was_lost_is_overlooked(metric, workload):
     assert advised(again, keep=0.5).decision == "use"
 
 
-def test_quality_that_was_not_exercised_or_not_measured_leaves_the_question_open():
+def test_unexercised_or_unmeasured_quality_leaves_the_question_open():
     run = samples.whole("structured_pruning", MODEL)
     no_scores = [m for m in run.measurements if m.dimension != "accuracy"]
     no_scores.append(measurement.unavailable("f1_macro", "classify", "random weights"))
@@ -117,7 +117,7 @@ def test_quality_that_was_not_exercised_or_not_measured_leaves_the_question_open
     assert row.decision == "undecided" and "random weights" in row.reason and "--effort standard" in row.command
 
 
-def test_a_gain_beside_which_something_was_lost_has_a_price():
+def test_a_gain_accompanied_by_a_loss_has_a_price():
     run = samples.whole("structured_pruning", MODEL, gain=1.4)
     lost = samples.paired("latency_p99_ms", 0.7, workload="serve")
     again = record.build(
@@ -129,7 +129,7 @@ def test_a_gain_beside_which_something_was_lost_has_a_price():
     assert row.command is None
 
 
-def test_an_open_question_has_a_command_and_about_how_long_it_takes():
+def test_an_open_question_has_a_command_and_its_approximate_duration():
     run = samples.whole("structured_pruning", MODEL)
     row = advised(run, "energy")
     assert row.decision == "undecided" and "--effort standard" in row.command
@@ -145,14 +145,14 @@ def test_an_open_question_has_a_command_and_about_how_long_it_takes():
 @pytest.mark.parametrize(
     ("effort", "optimized", "decides"),
     [
-        ("quick", 0.897, True),  # at the margin but for half a point: the bound comes nearer by a factor of five
-        ("quick", 0.8902, False),  # the difference seen is the margin itself
-        ("standard", 0.9, True),  # by a factor of 1.7
+        ("quick", 0.897, True),  # half a point from the margin: the bound tightens by a factor of five
+        ("quick", 0.8902, False),  # the observed difference equals the margin
+        ("standard", 0.9, True),  # tightens by a factor of 1.7
         ("standard", 0.897, False),
-        ("thorough", 0.897, False),  # there is nothing beyond
+        ("thorough", 0.897, False),  # there is no larger effort
     ],
 )
-def test_a_question_that_no_effort_answers_has_no_command(effort, optimized, decides):
+def test_a_question_that_no_effort_can_answer_has_no_command(effort, optimized, decides):
     run = samples.whole("structured_pruning", MODEL, gain=1.4)
     open_score = samples.scored("f1_macro", 0.91, optimized, "inconclusive", 0.02)
     asked = [open_score if m.metric == "f1_macro" else m for m in run.measurements]
@@ -162,8 +162,8 @@ def test_a_question_that_no_effort_answers_has_no_command(effort, optimized, dec
 
 
 @pytest.mark.parametrize(("effort", "decides"), [("standard", True), ("thorough", False)])
-def test_a_speed_that_the_largest_effort_left_open_has_no_command(effort, decides):
-    """It was sent to the same effort again, without end."""
+def test_a_speed_left_open_by_the_largest_effort_has_no_command(effort, decides):
+    """Previously the same effort was suggested again, endlessly."""
     run = samples.whole("structured_pruning", MODEL, gain=1.4)
     open_speed = [
         m.model_copy(update={"verdict": "inconclusive", "reason": "the interval reaches 1"})
@@ -176,7 +176,7 @@ def test_a_speed_that_the_largest_effort_left_open_has_no_command(effort, decide
     assert ("thorough is the largest effort" in row.reason) != decides
 
 
-def test_the_score_that_no_effort_decides_is_the_one_that_is_named():
+def test_the_score_that_no_effort_can_decide_is_named():
     run = samples.whole("structured_pruning", MODEL, gain=1.4)
     asked = [m for m in run.measurements if m.dimension != "accuracy"]
     asked.append(samples.scored("f1_macro", 0.91, 0.897, "inconclusive", 0.02))
@@ -190,7 +190,7 @@ def test_estimated_energy_never_recommends():
     assert row.decision == "undecided"
 
 
-def test_limits_are_held_against_what_was_measured():
+def test_limits_are_checked_against_measured_values():
     run = samples.whole("structured_pruning", MODEL)
     assert advised(run, "size<=8GiB").decision == "use"
     tight = advised(run, "size<=1kB")
@@ -198,7 +198,7 @@ def test_limits_are_held_against_what_was_measured():
     assert advice.goal("memory<=1.5GiB").limit_bytes == 1.5 * 2**30
 
 
-def test_a_limit_that_nothing_was_measured_against_leaves_the_question_open():
+def test_a_limit_on_an_unmeasured_value_leaves_the_question_open():
     run = samples.whole("structured_pruning", MODEL)
     kept = [m for m in run.measurements if m.metric not in ("peak_memory_bytes", "peak_tensor_bytes")]
     kept += [measurement.unavailable("peak_memory_bytes", "generate", "no child process")]
@@ -212,7 +212,7 @@ def test_a_limit_that_nothing_was_measured_against_leaves_the_question_open():
 
 
 @pytest.mark.parametrize("text", ["speed", "latency<=3ms", "memory<=8stones", "memory>=8GiB", ""])
-def test_a_wrong_goal_is_one_line(text):
+def test_a_wrong_goal_gives_one_line(text):
     with pytest.raises(UserError, match="--goal"):
         advice.goal(text)
 
@@ -222,19 +222,19 @@ def test_a_wrong_goal_is_one_line(text):
     [("memory<=-8GiB", "expected memory or, with a limit, such as memory<=8GiB"), ("size<=", "such as size<=8GiB"),
      ("latency<=", "expected latency, which has no limit"), ("latncy<=", 'Did you mean "latency"?')],
 )  # fmt: skip
-def test_a_right_goal_with_a_wrong_limit_is_not_taken_for_a_wrong_goal(text, says):
+def test_a_valid_goal_with_a_wrong_limit_is_not_reported_as_a_wrong_goal(text, says):
     with pytest.raises(UserError) as refused:
         advice.goal(text)
     assert says in str(refused.value) and 'mean "memory"' not in str(refused.value)
 
 
-def test_a_limit_may_have_every_unit():
+def test_a_limit_accepts_every_unit():
     limits = {unit: advice.goal(f"size<=2{unit}").limit_bytes for unit in ("", "B", "kB", "MB", "GB", "TB")}
     assert [*limits.values()] == [2, 2, 2e3, 2e6, 2e9, 2e12]
     assert advice.goal("memory<=2TiB").limit_bytes == 2 * 2**40 and advice.goal("size<=3KiB").limit_bytes == 3072
 
 
-def test_commands_lead_to_the_folder_that_was_asked(tmp_path, capsys):
+def test_commands_use_the_requested_folder(tmp_path, capsys):
     folder = tmp_path / "my results" / "proxy"
     samples.good(folder)
     run = samples.whole("structured_pruning", MODEL)
@@ -254,7 +254,7 @@ def test_commands_lead_to_the_folder_that_was_asked(tmp_path, capsys):
     assert all(row["command"] is None or row["command"].endswith(f"--out '{out}'") for row in rows)
 
 
-def test_a_real_model_beside_stand_ins_is_advised_on_at_its_own_scale(tmp_path, capsys):
+def test_a_real_model_beside_proxy_models_is_advised_on_at_its_own_scale(tmp_path, capsys):
     run = samples.whole("structured_pruning", MODEL)
     real = run.model_copy(update={"scale": "full", "model": "a-real-model"})
     for one in (run, real):
@@ -265,7 +265,7 @@ def test_a_real_model_beside_stand_ins_is_advised_on_at_its_own_scale(tmp_path, 
     assert "A-Real-Model" not in text.splitlines()[0]
 
 
-def test_a_gain_on_one_of_several_workloads_names_it():
+def test_a_gain_on_one_of_several_workloads_names_the_workload():
     run = samples.whole("feedback_mechanisms", MODEL)
     others = [m for m in run.measurements if m.metric not in advice.GOALS["latency"]]
     drafted = [
@@ -288,14 +288,14 @@ def test_runs_without_a_result_are_named(tmp_path):
         advice.advise([skipped], "unheard-of", [advice.goal("latency")])
 
 
-def test_the_command_says_it_in_words_and_in_json(tmp_path, capsys):
+def test_the_command_prints_text_and_json(tmp_path, capsys):
     samples.good(tmp_path / "proxy")
     assert command.advise(tmp_path / "proxy", [MODEL], ["latency", "size"], 0.02) == 0
     text = capsys.readouterr().out
     assert f"{MODEL}, scale proxy" in text and "use: Structured pruning" in text
-    assert "F1 (macro) maintained, " in text and "(lower bound " in text  # what the quality is known by
+    assert "F1 (macro) maintained, " in text and "(lower bound " in text  # the evidence for the quality
     assert f"to save it: python build.py apply structured_pruning --model {MODEL} --effort quick" in text
-    assert "apply adaptive_sparse_attention" not in text  # no checkpoint holds how a model computes
+    assert "apply adaptive_sparse_attention" not in text  # a checkpoint cannot store how a model computes
     assert command.ALONE in text
     command.advise(tmp_path / "proxy", [MODEL], ["latency"], 0.02, as_json=True)
     rows = json.loads(capsys.readouterr().out)[MODEL]
@@ -322,7 +322,7 @@ def _told(folder, capsys) -> str:
     return capsys.readouterr().out
 
 
-def test_a_stack_is_named_with_its_knobs_and_can_be_had_where_its_recipe_is(tmp_path, capsys):
+def test_a_stack_is_named_with_its_knobs_and_offered_if_its_recipe_exists(tmp_path, capsys):
     folder = _stacked(tmp_path / "proxy")
     text = _told(folder, capsys)
     assert "use: AutoML components" in text
@@ -353,8 +353,8 @@ def test_an_empty_stack_says_first_that_nothing_pays():
     assert summary.decision(run).startswith("Do not use for latency")
 
 
-def test_what_could_not_be_applied_is_no_candidate_that_was_tried():
-    """One page said of the same run "of 9 candidates" and "of 12": three of them were refused."""
+def test_refused_candidates_are_not_counted_as_tried():
+    """Previously one page gave the same run "of 9 candidates" and "of 12": three of them were refused."""
     states = ("works", "invalid", "refused", "crashed")
     run = samples.whole("pre_vs_post_optimization", MODEL, gain=1.0)
 
@@ -371,14 +371,14 @@ def test_what_could_not_be_applied_is_no_candidate_that_was_tried():
     assert sentence_of(rows[2:]).startswith("Nothing pays here: no candidate could be applied. ")
 
 
-def test_an_empty_stack_of_a_search_says_nothing_of_smaller_ones():
+def test_an_empty_stack_of_a_search_does_not_mention_smaller_ones():
     run = samples.whole("automl_components", MODEL, gain=1.0)
     run = run.model_copy(update={"details": run.details | {"stack": record.labelled([], "derived", "searched")}})
     assert advised(run, "size").reason.startswith("nothing pays here: no candidate is surely within the margins")
     assert "smaller" not in advised(run, "size").reason
 
 
-def test_an_empty_stack_that_a_busy_machine_chose_is_undecided():
+def test_an_empty_stack_chosen_on_a_busy_machine_is_undecided():
     run = samples.whole("pre_vs_post_optimization", MODEL)
     changed = {"noise_floor": 0.2, "reason": "noise"}
     noisy = [m.model_copy(update=changed) if m.noise_floor else m for m in run.measurements]
@@ -390,7 +390,7 @@ def test_an_empty_stack_that_a_busy_machine_chose_is_undecided():
 
 
 @pytest.mark.parametrize("written", [None, "", "stack: 3", "[", "stack: [{optimization: structured_pruning}]"])
-def test_a_recipe_of_another_stack_or_none_is_not_offered(written, tmp_path, capsys):
+def test_a_recipe_of_another_stack_or_of_none_is_not_offered(written, tmp_path, capsys):
     folder = _stacked(tmp_path / "proxy")
     if written is not None:
         (folder / "stacks").mkdir()
@@ -398,7 +398,7 @@ def test_a_recipe_of_another_stack_or_none_is_not_offered(written, tmp_path, cap
     assert "to save it" not in _told(folder, capsys)
 
 
-def test_a_step_that_no_checkpoint_holds_is_not_offered(tmp_path, capsys):
+def test_a_step_that_no_checkpoint_can_store_is_not_offered(tmp_path, capsys):
     steps = [*STACK, {"optimization": "adaptive_sparse_attention"}]
     folder = _stacked(tmp_path / "proxy", steps)
     (folder / "stacks").mkdir()
@@ -407,7 +407,7 @@ def test_a_step_that_no_checkpoint_holds_is_not_offered(tmp_path, capsys):
     assert "→ adaptive sparse attention" in text and "to save it" not in text
 
 
-def test_several_goals_of_one_name_are_told_apart_by_their_limits(tmp_path, capsys):
+def test_goals_of_the_same_name_are_distinguished_by_their_limits(tmp_path, capsys):
     samples.good(tmp_path / "proxy", samples.OPTIMIZATIONS[:1])
     goals = ["size<=1kB", "latency", "size<=8GiB", "size<=8GiB"]
     command.advise(tmp_path / "proxy", [MODEL], goals, 0.02)
@@ -423,9 +423,9 @@ def test_several_goals_of_one_name_are_told_apart_by_their_limits(tmp_path, caps
     ]  # fmt: skip
 
 
-def test_records_that_cannot_be_read_are_named(tmp_path, capsys):
-    """Those of a schema that is not known yet, or half a file: they were left out without a word, and of a folder of
-    nothing else the advice was empty.
+def test_unreadable_records_are_named(tmp_path, capsys):
+    """Previously records of a schema not yet known and truncated files were silently skipped, and a folder of nothing
+    else gave empty advice.
     """
     run = samples.whole("structured_pruning", MODEL, gain=1.4)
     (tmp_path / f"tensor_decomposition--{MODEL}.json").write_text('{"schema": 99}')
@@ -439,7 +439,7 @@ def test_records_that_cannot_be_read_are_named(tmp_path, capsys):
 
 @pytest.mark.parametrize(("effort", "decides"), [("quick", True), ("standard", False), ("thorough", False)])
 def test_a_number_that_no_effort_judges_has_no_command(effort, decides):
-    """A latency of replays in which requests did not finish, an estimated energy: another effort judges neither."""
+    """Latency of replays with unfinished requests, or estimated energy: another effort judges neither."""
     run = samples.whole("adaptive_batch_sizes", MODEL).model_copy(update={"effort": effort})
     others = [m for m in run.measurements if m.metric not in advice.GOALS["latency"]]
     reason = "5 requests of the three replays did not finish, and are in no latency"
@@ -453,13 +453,13 @@ def test_a_number_that_no_effort_judges_has_no_command(effort, decides):
 @pytest.mark.parametrize(
     ("effort", "optimized", "half", "decides"),
     [
-        ("standard", 100.0, 0.05, True),  # a quarter of the windows: the upper bound comes from 4.2 % to 2.1 %
+        ("standard", 100.0, 0.05, True),  # a quarter of the windows: the upper bound drops from 4.2 % to 2.1 %
         ("standard", 102.5, 0.05, False),
         ("thorough", 100.0, 0.05, False),
         ("quick", 102.0, 0.04, True),
     ],
 )
-def test_an_open_perplexity_has_a_command_only_where_more_windows_would_tell(effort, optimized, half, decides):
+def test_an_open_perplexity_has_a_command_only_where_more_windows_would_decide(effort, optimized, half, decides):
     run = samples.whole("tensor_decomposition", MODEL, gain=1.4)
     score = samples.scored("perplexity", 100.0, optimized, "inconclusive", half, "prefill")
     asked = [*run.measurements, score]
@@ -469,8 +469,8 @@ def test_an_open_perplexity_has_a_command_only_where_more_windows_would_tell(eff
 
 
 @pytest.mark.parametrize(("optimized", "decides"), [(0.901, False), (0.905, True)])
-def test_retrieval_comes_nearer_by_its_own_prompts(optimized, decides):
-    """Standard asks 160 of the 256 prompts of the largest effort; of classified items a third."""
+def test_retrieval_tightens_with_its_own_number_of_prompts(optimized, decides):
+    """Standard uses 160 of the largest effort's 256 prompts, but a third of its classified items."""
     run = samples.whole("structured_pruning", MODEL, gain=1.4)
     score = samples.scored("retrieval_exact_match", 0.91, optimized, "inconclusive", 0.02, "generate")
     asked = [score if m.metric == "retrieval_exact_match" else m for m in run.measurements]
@@ -498,9 +498,11 @@ def test_the_gain_is_named_however_much_it_costs():
     assert "(and 1 more) are acceptable: decode " in reason and reason.endswith(" % faster")
 
 
-def test_of_a_price_the_largest_loss_of_speed_is_named_first():
-    """A stored record has its primaries by the alphabet: a little processor time stood for much slower decoding."""
-    run = samples.whole("structured_pruning", MODEL, gain=0.9)  # decodes slower still
+def test_a_price_names_the_largest_speed_loss_first():
+    """Stored records list primaries alphabetically: a small loss of processor time was named instead of much slower
+    decoding.
+    """
+    run = samples.whole("structured_pruning", MODEL, gain=0.9)  # decodes even slower
     spent = samples.paired("cpu_seconds_per_token", 0.95)
     built = record.build(
         run.optimization, MODEL, "proxy", "quick", {}, [*run.measurements, spent], environment=samples.ENVIRONMENT,
@@ -513,8 +515,8 @@ def test_of_a_price_the_largest_loss_of_speed_is_named_first():
     assert row.reason == advised(built, "memory").reason, "whatever the order"
 
 
-def test_a_score_is_called_by_the_margin_that_the_decision_rests_on(tmp_path, capsys):
-    """A recommendation at 20 points stood above the word for 2: F1 (macro) not maintained."""
+def test_a_score_is_judged_by_the_margin_of_the_decision(tmp_path, capsys):
+    """Previously a recommendation at 20 points appeared above the wording for 2: F1 (macro) not maintained."""
     run = samples.whole("structured_pruning", MODEL, gain=1.4, lost=0.05)
     record.write(run, tmp_path / f"{run.stem}.json")
     for keep, decision, word in ((0.2, "use", "maintained"), (0.02, "do not use", "not maintained")):
@@ -527,8 +529,8 @@ def test_a_score_is_called_by_the_margin_that_the_decision_rests_on(tmp_path, ca
         assert row["quality"][0]["verdict"] == word.replace(" ", "_")
 
 
-def test_a_score_that_decides_is_told_from_another_of_its_name(tmp_path, capsys):
-    """Perplexity of held-out text is maintained, that of answers behind a long prompt is not."""
+def test_a_deciding_score_is_distinguished_from_another_of_its_name(tmp_path, capsys):
+    """Perplexity of held-out text is maintained, but that of answers after a long prompt is not."""
     run = samples.whole("adaptive_sparse_attention", MODEL, gain=1.4)
     scores = [
         samples.scored("perplexity", 57.8, 57.2, "maintained", 0.01, "prefill"),
@@ -548,8 +550,8 @@ def test_a_score_that_decides_is_told_from_another_of_its_name(tmp_path, capsys)
     assert [score["workload"] for score in row["quality"]][-2:] == ["prefill", "answers behind a long prompt"]
 
 
-def test_a_run_of_some_dimensions_leads_to_the_whole_one(monkeypatch):
-    """The same dimensions again would never measure what is missing."""
+def test_a_run_of_some_dimensions_leads_to_a_full_run(monkeypatch):
+    """Repeating the same dimensions would never measure what is missing."""
     run = samples.whole("structured_pruning", MODEL, gain=1.4)
     monkeypatch.setenv(settings.DIMENSIONS_VARIABLE, "performance")
     part = record.build(
@@ -568,8 +570,8 @@ def test_a_run_of_some_dimensions_leads_to_the_whole_one(monkeypatch):
     assert "--effort standard" in row.command and "--dimension" not in row.command and row.seconds is None
 
 
-def test_what_counts_more_for_a_goal_and_is_undecided_is_said_beside_what_decides():
-    """A server's goodput within the noise, and one law of drafting that is faster alone."""
+def test_an_undecided_metric_of_higher_priority_is_named_with_the_deciding_one():
+    """A server's goodput is within the noise, while one drafting method alone is faster."""
     run = samples.whole("feedback_mechanisms", MODEL)
     others = [m for m in run.measurements if m.metric not in advice.GOALS["throughput"]]
     goodput = samples.timed("goodput_requests_per_second", 1.03, verdict="inconclusive", workload="serve")
@@ -584,7 +586,7 @@ def test_what_counts_more_for_a_goal_and_is_undecided_is_said_beside_what_decide
 
 
 def _drafting(*drafted, served=(), primaries=None):
-    """Return a record of a server whose laws of drafting were timed: (gain, verdict, workload) each, in this order."""
+    """Return a record of a server with timed drafting methods: (gain, verdict, workload) each, in this order."""
     run = samples.whole("feedback_mechanisms", MODEL)
     others = [m for m in run.measurements if m.dimension != "performance"]
     timed = [
@@ -601,8 +603,8 @@ SLOWER, FASTER = (0.8, "worse", "speculative"), (1.3, "better", "n-gram")
 
 
 @pytest.mark.parametrize("drafted", [(SLOWER, FASTER), (FASTER, SLOWER)])
-def test_workloads_that_disagree_have_a_price_whatever_their_order(drafted):
-    """Which of them a record names first must not decide between using a thing and not."""
+def test_conflicting_workloads_have_a_price_in_any_order(drafted):
+    """The order of workloads in a record must not decide between use and no use."""
     goodput = {"performance": ("goodput_requests_per_second", "serve")}
     served = samples.timed("goodput_requests_per_second", 1.02, verdict="inconclusive", workload="serve")
     row = advised(_drafting(*drafted, served=[served], primaries=goodput), "throughput")
@@ -611,7 +613,7 @@ def test_workloads_that_disagree_have_a_price_whatever_their_order(drafted):
     assert row.reason == f"{price}: {gained}; goodput undecided"
 
 
-def test_the_workload_that_was_declared_decides_and_a_gain_elsewhere_is_said():
+def test_the_declared_workload_decides_and_a_gain_elsewhere_is_reported():
     declared = {"performance": ("generate_tokens_per_second", "speculative")}
     row = advised(_drafting(FASTER, SLOWER, primaries=declared))
     assert row.decision == "do not use"
@@ -621,7 +623,7 @@ def test_the_workload_that_was_declared_decides_and_a_gain_elsewhere_is_said():
     assert row.reason == "generation 30 % faster (n-gram), and quality is kept; generation undecided (speculative)"
 
 
-def test_what_has_no_record_and_what_cannot_be_read_is_said(tmp_path, capsys):
+def test_missing_and_unreadable_records_are_reported(tmp_path, capsys):
     folder = tmp_path / "proxy"
     samples.good(folder, samples.OPTIMIZATIONS[:1])
     (folder / f"continuous_nas--{MODEL}.json").write_text("{")

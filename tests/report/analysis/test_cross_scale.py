@@ -1,4 +1,4 @@
-"""Quality of one scale beside speed of another: never mixed up, never made from one scale alone."""
+"""Quality from one scale beside speed from another: never mixed up, never made from one scale alone."""
 
 from lib.measure.metrics import measurement, paired_samples
 from lib.report.analysis import cross_scale
@@ -29,15 +29,15 @@ def test_each_number_keeps_its_scale_and_label():
     assert "(proxy)" in heads[2] and "(slice)" in heads[3]
 
 
-def test_one_scale_alone_makes_no_line():
+def test_one_scale_alone_gives_no_row():
     proxy, cut = both()
     assert cross_scale.table([proxy]).empty and cross_scale.table([cut]).empty and cross_scale.table([]).empty
     elsewhere = cut.model_copy(update={"model": samples.MODELS[0]})
     assert cross_scale.table([proxy, elsewhere]).empty
 
 
-def test_the_other_scale_has_the_words_of_its_whole_set(tmp_path):
-    """As the records beside which it stands: one weak effect among many that are none is no discovery."""
+def test_the_other_scale_shows_the_verdicts_of_its_whole_set(tmp_path):
+    """As for the records beside it: one weak effect among many nulls is not a discovery."""
 
     def run(name, gain, half, verdict):
         timed = samples.timed("prefill_tokens_per_second", gain, half, verdict)
@@ -51,7 +51,7 @@ def test_the_other_scale_has_the_words_of_its_whole_set(tmp_path):
     assert len(records) == 21 and {built.measurements[0].verdict for built in records} == {"inconclusive"}
 
 
-def test_the_other_scale_lies_beside(tmp_path):
+def test_the_other_scale_is_read_from_the_sibling_folder(tmp_path):
     proxy, cut = both()
     for name, records in (("proxy", proxy), ("slice", cut)):
         (tmp_path / name).mkdir()

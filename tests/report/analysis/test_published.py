@@ -1,4 +1,4 @@
-"""Dense scores beside published ones: the difference in standard errors, and nothing where nothing was measured."""
+"""Dense scores compared with published ones: the difference in standard errors, and nothing if nothing was measured."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def of(model: str, task: str, metric: str, baseline: float, n: int) -> record.Re
     return record.build("x", model, "full", "quick", {}, [score])
 
 
-def test_the_difference_is_in_standard_errors_of_the_own_score():
+def test_the_difference_is_in_standard_errors_of_the_measured_score():
     frame = published.table([of("smollm2-135m-instruct", "arc_easy", "accuracy", 0.5, 400)])
     (line,) = frame.to_dict("records")
     assert line["standard error"] == pytest.approx(0.025) and line["items"] == 400
@@ -21,7 +21,7 @@ def test_the_difference_is_in_standard_errors_of_the_own_score():
     assert "lm-evaluation-harness" in line["source"]
 
 
-def test_the_most_items_count_and_other_models_have_no_line():
+def test_the_most_items_count_and_other_models_have_no_row():
     few, many = (of("smollm2-135m-instruct", "piqa", "accuracy_norm", score, n) for score, n in ((0.9, 48), (0.6, 400)))
     frame = published.table([few, many, of("another", "piqa", "accuracy_norm", 0.5, 48)])
     assert set(frame["here"]) == {0.6} and len(frame) == 2  # two protocols

@@ -1,4 +1,4 @@
-"""Arms of records on one axis: what counts as a point, and which points no other beats."""
+"""Arms of records on one axis: what counts as a point, and which points are not dominated."""
 
 import pytest
 
@@ -47,14 +47,14 @@ def test_every_smaller_arm_with_both_numbers_is_a_point_and_a_yardstick_counts_o
     assert (int8.y, int8.y_low, int8.y_high) == pytest.approx((0.01, 0.009, 0.011))
 
 
-def test_what_another_point_beats_in_both_is_left_out_of_the_words(records):
+def test_dominated_points_are_left_out_of_the_text(records):
     first, second = quality_over_bytes.read(quality_over_bytes.points(records))
     assert first.startswith("2 of 4 points lie on the Pareto front of bytes and divergence")
     assert second == "2 of them are weight-only quantization."
     assert quality_over_bytes.read(quality_over_bytes.points([]))[0].startswith("No record")
 
 
-def test_many_kinds_of_arms_are_counted_where_a_sentence_cannot_name_them_all():
+def test_arms_of_many_kinds_are_counted_where_a_sentence_cannot_name_them_all():
     runs = [
         _record(name, _arm(90 - at, 0.1 * (1 + at)), {INT4: _arm(20 + at, 5.0)})
         for at, name in enumerate(samples.OPTIMIZATIONS[:6])
@@ -73,8 +73,8 @@ def test_int4_by_gptq_is_credited_to_no_optimization(records):
     assert f"1 {BY_GPTQ}" in first and "Sparse" not in first and second == "2 of them are weight-only quantization."
 
 
-def test_weights_that_stream_from_a_file_of_full_size_are_no_compression(records):
-    """They lose nothing and hold a third in memory, so that every compression seemed to be beaten."""
+def test_weights_streamed_from_a_full_size_file_are_not_a_compression(records):
+    """They lose nothing and hold a third in memory, so every compression seemed to be dominated."""
     on_disk = measurement.informative("checkpoint_bytes", "load", 100, 100, "test")
     streaming = _record("streaming_computation", [*_arm(35, 1e-8), on_disk], {})
     points = quality_over_bytes.points([*records, streaming])

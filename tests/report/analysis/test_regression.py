@@ -1,4 +1,4 @@
-"""A record against earlier builds: compared with the newest comparable run, and where there is none, why."""
+"""A record against earlier builds: compared with the newest comparable run, or the reason why there is none."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ def test_without_a_history_nothing_is_claimed(path):
     assert earlier.changes == [] == earlier.regressions and "No earlier run" in earlier.summary
 
 
-def test_the_newest_comparable_run_is_taken_and_the_others_are_named(path):
+def test_the_newest_comparable_run_is_used_and_the_others_are_named(path):
     assert history.keep(path, [_record(started="2026-01-01T00:00:00", key="a")], "proxy", "run", "aaaa1111")
     elsewhere = _record(started="2026-01-02T00:00:00", key="b", environment=samples.ENVIRONMENT | {"cpu": "Other 1"})
     assert history.keep(path, [elsewhere], "proxy", "run", "bbbb2222")
@@ -35,8 +35,8 @@ def test_the_newest_comparable_run_is_taken_and_the_others_are_named(path):
     assert earlier.rows() and all(row["verdict"] != "not comparable" for row in earlier.rows())
 
 
-def test_what_is_decided_are_primary_metrics_with_an_answer(path):
-    """All that was compared counted, so that with nothing but open comparisons a claim was called not refuted."""
+def test_only_primary_metrics_with_an_answer_count_as_decided(path):
+    """Previously everything compared counted, so a claim with only open comparisons was called not refuted."""
     history.keep(path, [_record(started="2026-01-01T00:00:00", key="a")], "proxy", "run")
     earlier = regression.against(_record(started="2026-01-03T00:00:00", key="c"), path)
     primaries = [change for change in earlier.changes if change.primary and change.verdict != "not comparable"]
@@ -68,7 +68,7 @@ def test_a_planted_regression_is_found(path):
     assert not regression.against(_record(started="2026-01-03T00:00:00", key="c"), path).regressions
 
 
-def test_a_damaged_history_is_one_clear_line(path):
+def test_a_damaged_history_gives_one_clear_line(path):
     path.write_bytes(b"no database at all, but long enough to be looked at" * 40)
     with pytest.raises(UserError, match="cannot be used as the history"):
         regression.against(_record(), path)

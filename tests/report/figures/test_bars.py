@@ -1,4 +1,4 @@
-"""Bars with their physical bounds: nothing is written outside of the axes, which would leave them no room."""
+"""Bars with their physical bounds: no text is placed outside of the axes, which would leave them no room."""
 
 import warnings
 
@@ -7,7 +7,7 @@ import pandas as pd
 from lib.report.figures import style
 
 
-def test_an_interval_far_beyond_its_bar_leaves_room_for_what_is_written():
+def test_an_interval_far_beyond_its_bar_leaves_room_for_the_text():
     times = {"time": [10.0, 12.0], "bound": [1.0, 1.0], "low": [9.0, 11.0], "high": [11.0, 200.0]}
     frame = pd.DataFrame({"workload": ["prefill"] * 2, "arm": ["baseline", "optimized"]} | times)
     with warnings.catch_warnings():
@@ -18,8 +18,8 @@ def test_an_interval_far_beyond_its_bar_leaves_room_for_what_is_written():
     assert all(text.get_position()[0] < axes.get_xlim()[1] for text in axes.texts)
 
 
-def test_a_token_is_seen_beside_a_prompt_that_takes_a_hundred_times_as_long():
-    """On one axis the bars of decoding were narrower than the mark of their bound."""
+def test_a_token_is_visible_beside_a_prompt_that_takes_a_hundred_times_as_long():
+    """Previously, on one axis, the decoding bars were narrower than the mark of their bound."""
     lines = [("prefill", "baseline", 1214.0, 780.0), ("prefill", "optimized", 1271.0, 660.0)]
     lines += [("decode", "baseline", 6.7, 1.4), ("decode", "optimized", 7.1, 0.9)]
     figure = style.bound(pd.DataFrame(lines, columns=["workload", "arm", "time", "bound"]))

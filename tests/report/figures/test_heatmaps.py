@@ -1,4 +1,4 @@
-"""The matrix of ordered pairs: numbers with intervals in their cells, words where there is none."""
+"""The matrix of ordered pairs: cells show numbers with intervals, or words if there is none."""
 
 import pandas as pd
 
@@ -26,7 +26,7 @@ def test_every_pair_has_its_cell_and_its_words():
     assert style.png(figure).startswith(b"\x89PNG")
 
 
-def test_what_is_rounded_to_zero_has_no_sign():
+def test_a_value_rounded_to_zero_has_no_sign():
     cell = {"first": "a", "second": "b", "state": "works", "loss": -1e-8, "loss_low": -1e-7, "loss_high": 2e-7}
     figure = heatmaps.pairs(pd.DataFrame([cell]), ["a", "b"], {"loss": "loss, nats/token"})
     assert "0.000\n0.000 to\n0.000" in [text.get_text() for text in figure.axes[0].texts]

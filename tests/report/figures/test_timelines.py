@@ -1,4 +1,4 @@
-"""Timelines: panels share one axis, objectives and marks are drawn, and wrong panels are refused."""
+"""Timelines: panels share one axis, objectives and marks are drawn, and invalid panels are refused."""
 
 import pandas as pd
 import pytest
@@ -11,7 +11,7 @@ def _frame(**columns):
     return pd.DataFrame({"seconds": [0.0, 1.0, 2.0], "value": [1.0, 4.0, 2.0], **columns})
 
 
-def test_every_kind_is_drawn_over_one_axis():
+def test_every_kind_is_drawn_on_one_axis():
     panels = [
         Panel(_frame(), "arrivals/s", "bars", width=1.0),
         Panel(_frame(arm=["ours", "ours", "fixed"]), "batch (rows)", "steps"),
@@ -28,19 +28,19 @@ def test_every_kind_is_drawn_over_one_axis():
     assert style.png(figure)[:4] == b"\x89PNG"
 
 
-def test_a_line_that_is_no_objective_is_not_called_so():
+def test_only_an_objective_is_labeled_as_one():
     figure = timelines.timeline([Panel(_frame(), "disagreement", objective=3.0, objective_name="bound of the guard")])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["bound of the guard"]
 
 
-def test_nothing_but_zeros_is_drawn_on_a_scale_of_ones():
-    """A profile that was never in charge had an axis from 0 to 0.05, on which nothing could be seen."""
+def test_all_zero_data_is_drawn_on_a_unit_scale():
+    """Previously a profile that was never active had an axis from 0 to 0.05, on which nothing was visible."""
     never = _frame().assign(value=0.0)
     figure = timelines.timeline([Panel(never, "fast in charge", "steps"), Panel(_frame(), "queue")])
     assert figure.axes[0].get_ylim() == (0, 1) and figure.axes[1].get_ylim()[1] > 4
 
 
-def test_wrong_panels_are_refused():
+def test_invalid_panels_are_refused():
     with pytest.raises(ValueError, match="at least one panel"):
         timelines.timeline([])
     with pytest.raises(ValueError, match="panel x"):

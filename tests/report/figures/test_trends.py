@@ -1,4 +1,4 @@
-"""Metrics over the builds of the history: what is read, what is said to have moved, and what may not be compared."""
+"""Metrics over the builds of the history: what is read, what is reported as changed, and what may not be compared."""
 
 import pandas as pd
 import pytest
@@ -11,7 +11,7 @@ STEM = "structured_pruning"
 
 
 def _store(path, gains, **changes):
-    """Keep a build per gain, each with other runs; `changes` go into the last one's records."""
+    """Store a build per gain, each with different runs; `changes` apply to the last one's records."""
     for seed, gain in enumerate(gains):
         runs = [samples.whole(STEM, model, gain, seed=seed) for model in samples.MODELS[:2]]
         if seed == len(gains) - 1:
@@ -22,7 +22,7 @@ def _store(path, gains, **changes):
 
 @pytest.fixture
 def dated(tmp_path, monkeypatch):
-    """Return a history path; each build kept in it ends a second later than the one before."""
+    """Return a history path; each build stored in it ends a second later than the one before."""
     import datetime
 
     times = iter(range(60))
@@ -36,12 +36,12 @@ def dated(tmp_path, monkeypatch):
     return tmp_path / history.NAME
 
 
-def test_without_a_history_there_is_no_course(tmp_path):
+def test_without_a_history_there_is_no_trend(tmp_path):
     course = trends.read(tmp_path / history.NAME, "proxy")
     assert course.empty and trends.of(course, "performance").empty
 
 
-def test_a_course_has_each_judged_metric_of_each_build(dated):
+def test_a_trend_has_each_judged_metric_of_each_build(dated):
     frame = trends.read(_store(dated, [1.2, 1.2, 1.5]), "proxy")
     assert set(frame["dimension"]) == {"performance", "accuracy", "resources", "efficiency"}
     assert len(frame) == 3 * 2 * 8 and list(frame["at"].unique()) == [0, 1, 2]
@@ -50,7 +50,7 @@ def test_a_course_has_each_judged_metric_of_each_build(dated):
     assert style.png(trends.draw(frame[frame["dimension"] == "performance"])).startswith(b"\x89PNG")
 
 
-def test_what_moved_is_named_and_what_did_not_is_not(dated):
+def test_only_changed_metrics_are_named(dated):
     frame = trends.read(_store(dated, [1.2, 1.5]), "proxy")
     text = trends.words(frame[frame["metric"] == "prefill_tokens_per_second"])
     assert f"prefill rate of Structured pruning on {samples.MODELS[0]} 1.2" in text and "over 2 builds" in text
@@ -74,8 +74,8 @@ def test_only_the_last_builds_are_drawn(dated, monkeypatch):
     assert list(frame["at"].unique()) == [0, 1] and frame["gain"].max() < 1.5
 
 
-def test_of_many_models_the_first_are_drawn_and_that_is_said(dated):
-    """A column for each of a dozen models left their panels no width."""
+def test_only_the_first_of_many_models_are_drawn_with_a_note(dated):
+    """Previously a column for each of a dozen models left their panels no width."""
     frame = trends.read(_store(dated, [1.2, 1.3]), "proxy")
     speed = frame[(frame["dimension"] == "performance") & (frame["model"] == samples.MODELS[0])]
     many = pd.concat([speed.assign(model=f"model-{number:02}") for number in range(9)], ignore_index=True)
@@ -86,7 +86,7 @@ def test_of_many_models_the_first_are_drawn_and_that_is_said(dated):
 
 
 def test_another_workload_is_not_compared(dated):
-    """The best fixed size is chosen anew in every build, and named in the workload."""
+    """The best fixed size is chosen anew in every build and named in the workload."""
     for seed, (gain, size) in enumerate([(1.2, 8), (1.5, 12)]):
         run = samples.whole(STEM, samples.MODELS[0], gain, seed=seed)
         members = [m.model_copy(update={"workload": f"{m.workload}, fixed {size}"}) for m in run.measurements]

@@ -1,4 +1,4 @@
-"""The index's first table says what `advise` decides, at every margin, in short sentences; it needs no network."""
+"""The index's first table shows what `advise` decides, at every margin, in short sentences, without a network."""
 
 import pytest
 from bs4 import BeautifulSoup
@@ -38,8 +38,10 @@ def _at_usual_margin(row, goal):
     return item
 
 
-def test_what_gains_more_for_a_goal_stands_first_however_little_more(tmp_path):
-    """A place had four decimals, a tenth of a gain: within that the order was that for latency, whatever the goal."""
+def test_a_larger_gain_for_a_goal_comes_first_however_small_the_difference(tmp_path):
+    """Previously a place had four decimals, a tenth of a gain: within that the order was for latency, whatever the
+    goal.
+    """
     for name, gain, left in (("structured_pruning", 1.4, 79.0), ("tensor_decomposition", 1.2, 78.0)):
         run = samples.whole(name, samples.MODELS[0], gain)
         sized = measurement.counted("checkpoint_bytes", "load", 100.0, left, "bytes of the files")
@@ -57,7 +59,9 @@ def test_what_gains_more_for_a_goal_stands_first_however_little_more(tmp_path):
 
 
 def test_a_decision_carries_its_evidence(tmp_path):
-    """Interval, scale, machine and day, as `advise` prints them: the page computed where and never showed it."""
+    """Interval, scale, machine and day, as `advise` prints them. Previously the page computed where but never showed
+    it.
+    """
     run = samples.whole("structured_pruning", samples.MODELS[0], 1.4)
     record.write(run, tmp_path / f"{run.stem}.json")
     [row] = _rows(tmp_path)
@@ -71,8 +75,8 @@ def test_a_decision_carries_its_evidence(tmp_path):
     assert not row.select(".said[title]")
 
 
-def test_how_many_items_would_tell_is_said_for_the_margin_that_was_chosen(tmp_path):
-    """At 1 and at 5 points the page gave the number for 2, which the record had been judged with."""
+def test_the_number_of_items_needed_is_given_for_the_chosen_margin(tmp_path):
+    """Previously, at 1 and at 5 points, the page gave the number for 2, the margin that the record was judged with."""
     run = samples.whole("structured_pruning", samples.MODELS[0], 1.4)
     kept = [m for m in run.measurements if m.dimension != "accuracy"]
     score = samples.scored("f1_macro", 0.91, 0.90, "inconclusive", 0.06)  # its bound: 6 points lower
@@ -96,11 +100,11 @@ def test_the_columns_are_quality_prefill_decode_and_weights(tmp_path):
     assert cells["Weights"] == "▲ better: 28 % smaller" and "% faster" in cells["Prefill"] and "F1" in cells["Quality"]
     values = {td["data-label"]: float(td["data-value"]) for td in row.select("td[data-value]")}
     assert values["Weights"] > 0 and values["Prefill"] > 0 > values["Quality"]  # larger is better
-    assert "quick" in row.th.get_text()  # which pass it is of
+    assert "quick" in row.th.get_text()  # the effort it belongs to
 
 
-def test_a_score_that_is_lost_altogether_sorts_as_the_largest_loss(tmp_path):
-    """Its ratio is 0, which was taken for a missing one, and those stand last whichever way the column is sorted."""
+def test_a_total_loss_of_a_score_sorts_as_the_largest_loss(tmp_path):
+    """Its ratio is 0, which was treated as missing, and missing values sort last in both directions."""
     lost = samples.scored("f1_macro", 0.91, 0.0, "not_maintained")
     run = samples.run(measurements=[samples.timed("prefill_tokens_per_second", 1.3), lost])
     record.write(run, tmp_path / f"{run.stem}.json")
@@ -121,7 +125,7 @@ def test_no_sentence_is_long(tmp_path):
                 assert all(brief.count(part) <= brief.MOST_WORDS + 3 for part in brief.split(text))
 
 
-def test_a_limit_is_held_against_what_advise_holds_it_against(tmp_path):
+def test_limits_are_checked_against_the_same_values_as_in_advise(tmp_path):
     run = samples.whole("structured_pruning", samples.MODELS[0], 1.4)
     record.write(run, tmp_path / f"{run.stem}.json")
     [row] = _rows(tmp_path)
@@ -129,7 +133,7 @@ def test_a_limit_is_held_against_what_advise_holds_it_against(tmp_path):
     for item in row.select("li"):
         if limited := item.select_one(".limited"):
             reached = advice.taken(run, item["data-goal"])
-            word = "do not use" if reached else "undecided"  # what was not measured holds no limit, and breaks none
+            word = "do not use" if reached else "undecided"  # an unmeasured value neither meets nor breaks a limit
             assert (
                 limited.has_attr("hidden")
                 and limited["data-decision"] == limited.select_one(".state").get_text() == word
@@ -145,7 +149,7 @@ def test_a_limit_is_held_against_what_advise_holds_it_against(tmp_path):
     assert advice.taken(run, "latency") is None
 
 
-def test_runs_of_different_effort_are_told_apart(tmp_path):
+def test_runs_of_different_effort_are_distinguished(tmp_path):
     samples.good(tmp_path, samples.OPTIMIZATIONS[:2])
     alike = (index.write(tmp_path)).read_text()
     assert "Runs of different effort" not in alike
@@ -160,7 +164,7 @@ def test_runs_of_different_effort_are_told_apart(tmp_path):
 
 
 @pytest.mark.parametrize(("effort", "named"), [("quick", "busy machine"), ("preview", "too short")])
-def test_a_busy_machine_is_named_on_the_index_and_a_preview_is_not_taken_for_one(tmp_path, effort, named):
+def test_the_index_names_a_busy_machine_but_not_a_preview(tmp_path, effort, named):
     run = samples.whole("structured_pruning", samples.MODELS[0])
     busy = [m.model_copy(update={"noise_floor": 0.2, "reason": "the copies differ by 20 %"}) if m.metric.endswith(
         "tokens_per_second") else m for m in run.measurements]  # fmt: skip

@@ -21,7 +21,7 @@ def folder(tmp_path):
     return samples.good(tmp_path, samples.OPTIMIZATIONS[:3])
 
 
-def test_it_holds_what_a_reader_needs(folder):
+def test_the_first_screen_holds_what_a_reader_needs(folder):
     run = samples.whole(samples.OPTIMIZATIONS[0], samples.MODELS[0], 1.2)
     view = first_screen.of(run, folder)
     assert view["decision"].startswith("Use for latency") and "undecided for throughput, energy" in view["decision"]
@@ -52,7 +52,7 @@ def test_no_sentence_of_any_record_is_long(seed, tmp_path):
 
 
 def _served(*speeds):
-    """Return a record of a server: its goodput is undecided and declared, `speeds` stand beside it."""
+    """Return a server's record: its goodput is declared but undecided; `speeds` are added to it."""
     run = samples.whole("feedback_mechanisms", samples.MODELS[1])
     others = [m for m in run.measurements if m.dimension != "performance"]
     goodput = samples.timed("goodput_requests_per_second", 1.02, verdict="inconclusive", workload="serve")
@@ -62,7 +62,7 @@ def _served(*speeds):
     )  # fmt: skip
 
 
-def test_a_gain_that_decides_is_named_and_shown_where_the_verdict_names_another(tmp_path):
+def test_a_deciding_gain_is_named_and_shown_where_the_verdict_names_another(tmp_path):
     run = _served(samples.timed("time_per_output_token_ms", 0.7, workload="serve"))
     view = first_screen.of(run, tmp_path)
     assert view["sentence"].startswith("Goodput undecided")
@@ -72,7 +72,7 @@ def test_a_gain_that_decides_is_named_and_shown_where_the_verdict_names_another(
     assert plain["decision"].startswith("Use for latency, ")  # by its decode rate, which the verdict names
 
 
-def test_a_gain_of_one_workload_is_told_from_the_verdict_on_another(tmp_path):
+def test_a_gain_on_one_workload_is_distinguished_from_the_verdict_on_another(tmp_path):
     run = _served(
         samples.timed("generate_tokens_per_second", 0.99, verdict="inconclusive", workload="generate, speculative"),
         samples.timed("generate_tokens_per_second", 1.8, workload="generate, n-gram"),
@@ -88,7 +88,7 @@ def test_a_gain_of_one_workload_is_told_from_the_verdict_on_another(tmp_path):
 
 
 def test_a_lost_score_that_the_verdict_does_not_name_is_shown(tmp_path):
-    """One that is lost by its own interval, but not beyond chance among the guards, decides all the same."""
+    """A score lost by its own interval, though not beyond chance among the guards, still decides."""
     run = samples.whole("adaptive_sparse_attention", samples.MODELS[1], gain=1.4)
     lost = samples.scored("perplexity", 22.9, 25.5, "not_maintained", 0.01, "answers behind a long prompt")
     again = run.model_copy(update={"measurements": [*run.measurements, lost]})
@@ -97,7 +97,7 @@ def test_a_lost_score_that_the_verdict_does_not_name_is_shown(tmp_path):
     assert [number.verdict for number in view["numbers"] if number.name == "perplexity"] == ["✗ not maintained"]
 
 
-def test_two_numbers_of_one_kind_are_told_apart_in_the_forest_plot(tmp_path):
+def test_two_numbers_of_one_kind_are_distinguished_in_the_forest_plot(tmp_path):
     run = samples.whole("adaptive_sparse_attention", samples.MODELS[1], gain=1.4)
     scores = [
         samples.scored("perplexity", 57.8, 57.2, "maintained", 0.01, "prefill"),
@@ -113,7 +113,7 @@ def test_two_numbers_of_one_kind_are_told_apart_in_the_forest_plot(tmp_path):
     assert "perplexity, prefill" in names and "perplexity, answers behind…" in names and "decode" in names
 
 
-def test_a_busy_machine_says_so_before_any_number(tmp_path):
+def test_a_busy_machine_is_reported_before_any_number(tmp_path):
     run = samples.whole("structured_pruning", samples.MODELS[0])
     busy = [m.model_copy(update={"noise_floor": 0.2, "reason": "the copies differ by 20 %"}) if m.metric.endswith(
         "tokens_per_second") else m for m in run.measurements]  # fmt: skip
@@ -123,7 +123,7 @@ def test_a_busy_machine_says_so_before_any_number(tmp_path):
     assert "The machine was busy" in text
 
 
-def test_what_describes_only_is_folded(tmp_path):
+def test_purely_descriptive_numbers_are_folded(tmp_path):
     from bs4 import BeautifulSoup
 
     page, _ = html.render(None, samples.run(), (), tmp_path)
@@ -133,7 +133,7 @@ def test_what_describes_only_is_folded(tmp_path):
     assert "answers flipped" in described.get_text() and "answers flipped" not in judged.get_text()
 
 
-def test_limits_stand_once_in_a_section_of_their_own(tmp_path):
+def test_limits_appear_once_in_their_own_section(tmp_path):
     import nbformat
 
     v = nbformat.v4
@@ -145,7 +145,7 @@ def test_limits_stand_once_in_a_section_of_their_own(tmp_path):
     assert 'href="#limits-section"' in text
 
 
-def test_a_forest_plot_is_sound_and_turned_so_that_right_is_better():
+def test_a_forest_plot_is_valid_and_oriented_so_that_right_is_better():
     changes = [
         ForestLine("prefill", "19 % faster", 19.0, 11.0, 27.0, 2.0, "better"),
         ForestLine("weights <b>", "26 % smaller", 26.0, None, None, None, "better"),
@@ -164,30 +164,30 @@ def test_a_forest_plot_is_sound_and_turned_so_that_right_is_better():
     assert forest_svg.forest([], "Changes") == ""
 
 
-def test_the_longest_name_has_room():
+def test_the_longest_name_fits():
     changes = [ForestLine("processor time per token", "35 % lower", 35.0, 31.0, 38.0, 2.0, "better")]
     root = xml.fromstring(forest_svg.forest(changes, "Changes"))
     [name] = [text for text in root.iter("text") if text.get("text-anchor") == "end"]
     assert float(name.get("x")) >= forest_svg.LETTER * len(name.text)
 
 
-def test_a_smaller_amount_lies_to_the_right():
+def test_a_smaller_amount_is_plotted_to_the_right():
     counted = [measurement.counted("weights_bytes", "load", 100.0, 74.0, "bytes")]
     run = record.build("x", samples.MODELS[0], "proxy", "quick", {}, counted)
     assert first_screen._line(run.measurements[0]).value == pytest.approx(26.0)
 
 
 @pytest.mark.parametrize("value", [-39.0, -9.1, 4.0, 280.0])
-def test_labels_of_the_forest_plot_stand_apart(value):
+def test_labels_of_the_forest_plot_do_not_overlap(value):
     change = ForestLine("processor time per token", "changed", value, None, None, None, "worse")
     root = xml.fromstring(forest_svg.forest([change], "Changes"))
     ticks = [text for text in root.iter("text") if (text.text or "").endswith("%") or text.text == "0"]
     places = sorted(float(text.get("x", "nan")) for text in ticks)
-    widest = forest_svg.LETTER * max(len(text.text or "") for text in ticks) + 4  # and a gap
+    widest = forest_svg.LETTER * max(len(text.text or "") for text in ticks) + 4  # plus a gap
     assert len(places) > 1 and all(after - before >= widest for before, after in itertools.pairwise(places))
 
 
-def test_the_trade_off_holds_one_effort_and_says_which_number_is_which_run(folder):
+def test_the_trade_off_has_one_effort_and_maps_numbers_to_runs(folder):
     other = samples.whole(samples.OPTIMIZATIONS[1], samples.MODELS[0]).model_copy(update={"effort": "preview"})
     record.write(other, folder / f"{other.stem}.json")
     run = samples.whole(samples.OPTIMIZATIONS[0], samples.MODELS[0], 1.2)
@@ -199,14 +199,14 @@ def test_the_trade_off_holds_one_effort_and_says_which_number_is_which_run(folde
     assert "this run is 2." in text and f"when this page was rendered: {view['legend']}." in text
 
 
-def test_random_weights_of_a_real_model_are_said_in_its_setting():
+def test_random_weights_of_a_real_model_are_named_in_its_setting():
     run = samples.run().model_copy(update={"parameters": {"random_weights": True}})
     assert dict(first_screen.setting(run.model_copy(update={"scale": "full"})))["Weights"].startswith("random")
     assert "Weights" not in dict(first_screen.setting(run.model_copy(update={"scale": "slice"})))
     assert "Weights" not in dict(first_screen.setting(samples.run().model_copy(update={"scale": "full"})))
 
 
-def test_what_was_disturbed_is_counted_once_and_said_once():
+def test_disturbed_pairs_are_counted_once_and_reported_once():
     reason = "the machine was busy: our threads waited for a core 22% of the time, in 1 of 6 pairs; measure again"
     reason += " on a quiet machine"
     run = samples.run()
@@ -216,12 +216,12 @@ def test_what_was_disturbed_is_counted_once_and_said_once():
         for m in run.measurements
     ]
     again = run.model_copy(update={"measurements": disturbed})
-    assert dict(summary.machine(again))["Disturbed pairs"] == "3"  # a rate and its latency are of the same pairs
+    assert dict(summary.machine(again))["Disturbed pairs"] == "3"  # a rate and its latency share their pairs
     shown = "Busy machine, nothing timed is judged: our threads waited for a core 22% of the time, in 1 of 6 pairs …"
     assert summary.busy(again) == shown
 
 
-def test_the_noise_floor_of_the_machine_is_the_one_that_may_withhold():
+def test_the_noise_floor_shown_is_the_one_that_may_withhold():
     rates = [samples.timed("generate_tokens_per_second", 1.4, workload=name) for name in ("own", "other")]
     rates[1] = rates[1].model_copy(update={"noise_floor": 0.16, "reason": "the noise floor of 16 % is above 10 %"})
     run = _served(*rates)

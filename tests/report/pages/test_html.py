@@ -67,24 +67,24 @@ def rendered(tmp_path_factory):
     return (*(page.read_text() for page in pages), out)
 
 
-def test_nothing_on_the_page_reaches_out(rendered):
+def test_the_page_loads_nothing_external(rendered):
     page, _, _ = rendered
     assert not REACHES_OUT.search(page)
     assert "<iframe" not in page and "onerror" not in page
     assert "javascript:alert" not in page and "http-equiv" not in page
-    assert page.count("<script") == 1 and "beforeprint" in page.partition("<script>")[2]  # the page's own, no other
-    assert "REAP (arxiv.org/abs/2510.13999)" in page  # the reference stays, as text
+    assert page.count("<script") == 1 and "beforeprint" in page.partition("<script>")[2]  # the page's own script only
+    assert "REAP (arxiv.org/abs/2510.13999)" in page  # the reference is kept as text
     assert "alt words (example.org/picture.png)" in page
 
 
-def test_both_pages_say_that_their_decisions_are_of_one_run_alone(rendered):
+def test_both_pages_say_that_their_decisions_cover_one_run_only(rendered):
     """The index may withhold, over the whole set, what a report recommends."""
     for page in rendered[:2]:
         assert "From this run alone, with a margin of quality of 2 points." in page
 
 
-def test_both_pages_say_of_what_a_ratio_of_times_is_the_mean_or_the_median(rendered):
-    """They called every one a median of rounds, also the means over processes that most are."""
+def test_both_pages_say_whether_a_ratio_of_times_is_of_means_or_medians(rendered):
+    """Previously every one was called a median of rounds, even the means over processes, which most are."""
     for page in rendered[:2]:
         assert "the mean over processes, or the median over paired rounds" in page
 
@@ -138,7 +138,7 @@ def test_the_alternative_text_reaches_both_pages(rendered):
 
 
 @pytest.mark.parametrize("kind", ["image/png", "image/jpeg", "image/svg+xml"])
-def test_the_alternative_text_opens_no_tag(kind, tmp_path):
+def test_the_alternative_text_cannot_open_a_tag(kind, tmp_path):
     from bs4 import BeautifulSoup
 
     alt = 'a "b" <b id="in">c</b>'
@@ -152,7 +152,7 @@ def test_the_alternative_text_opens_no_tag(kind, tmp_path):
     assert "<b id" not in text.read_text().replace("\\<b id", "")
 
 
-def test_the_name_of_a_model_opens_no_tag(tmp_path):
+def test_the_name_of_a_model_cannot_open_a_tag(tmp_path):
     name = "<img src=x>"
     run = samples.run(model=name)
     record.write(run, tmp_path / f"{run.stem}.json")
@@ -182,7 +182,7 @@ def test_the_page_opens_with_the_verdict_and_how_it_was_reached(rendered):
     assert "at most" in page and "MB" in page  # use of the machine, in words
 
 
-def test_the_page_answers_what_would_refute_it_before_the_measurements(rendered):
+def test_the_page_answers_the_refutations_before_the_measurements(rendered):
     from bs4 import BeautifulSoup
 
     page, text, _ = rendered
@@ -221,13 +221,13 @@ def test_the_page_links_to_its_neighbours(rendered):
     assert "(continuous_nas--qwen3-4b-instruct-2507.md)" in text
 
 
-def test_headings_stand_under_the_page_title(rendered):
+def test_headings_are_nested_under_the_page_title(rendered):
     page, text, _ = rendered
     assert page.count("<h1") == 1
     assert sum(line.startswith("# ") for line in text.splitlines()) == 1
 
 
-def test_pictures_of_an_earlier_run_do_not_stay(tmp_path):
+def test_pictures_of_an_earlier_run_are_removed(tmp_path):
     run = samples.run()
     html.render(_notebook(tmp_path / "in.ipynb"), run, (), tmp_path)
     assert (tmp_path / f"{run.stem}_files").is_dir()
@@ -291,7 +291,7 @@ def test_the_matrix_shows_every_state(tmp_path):
         (row.th.get_text(), td["data-model"]): td.get_text(" ", strip=True) for row in body for td in row.find_all("td")
     }
     whole = cell["Structured pruning", "qwen3-4b-instruct-2507"]
-    assert "performance: ▲ ▲ better: prefill 31 % faster" in whole  # the chip names what carries it
+    assert "performance: ▲ ▲ better: prefill 31 % faster" in whole  # the chip names the metric behind the verdict
     assert "F1 ✓ maintained: −0.4 points (lower bound −1.7" in whole
     assert "prefill ▲ better: 31 % faster (+28.0 to +34.0 %)" in whole
     assert "energy per token · informative: −19 % (−21.0 to −15.0 %) estimated" in whole
@@ -311,7 +311,7 @@ def test_the_matrix_shows_every_state(tmp_path):
 
 
 @pytest.mark.parametrize(("scale", "option"), [("proxy", ""), ("slice", " --scale slice")])
-def test_commands_of_a_page_are_of_its_scale(scale, option, tmp_path):
+def test_commands_of_a_page_use_its_scale(scale, option, tmp_path):
     run = samples.run().model_copy(update={"scale": scale})
     record.write(run, tmp_path / f"{run.stem}.json")
     text = index.write(tmp_path, ["continuous_nas"], [run.model]).read_text()
@@ -323,7 +323,7 @@ def test_commands_of_a_page_are_of_its_scale(scale, option, tmp_path):
         assert f"```sh\npython build.py {kind}{option}\n```" in report
 
 
-def test_commands_of_a_page_lead_to_the_results_that_it_is_made_of(tmp_path):
+def test_commands_of_a_page_use_its_result_folder(tmp_path):
     from bs4 import BeautifulSoup
 
     def commands_of(path):
@@ -345,7 +345,7 @@ def test_commands_of_a_page_lead_to_the_results_that_it_is_made_of(tmp_path):
     assert f"```sh\npython build.py coverage --out '{out}'\n```" in report
 
 
-def test_a_folder_of_two_scales_names_both_and_its_commands_lead_to_itself(tmp_path):
+def test_a_folder_of_two_scales_names_both_and_its_commands_use_that_folder(tmp_path):
     folder, v = tmp_path / "proxy", nbformat.v4
     run, real = samples.run(), samples.run(model="a-real-model").model_copy(update={"scale": "full"})
     for one in (run, real):
@@ -362,12 +362,12 @@ def test_a_folder_of_two_scales_names_both_and_its_commands_lead_to_itself(tmp_p
     assert "<title>Overview: results on proxy models (stand-ins)</title>" in page.read_text()
 
 
-def test_the_matrix_of_nothing_says_so(tmp_path):
+def test_an_empty_matrix_says_so(tmp_path):
     assert "There is no record here yet." in index.write(tmp_path).read_text()
 
 
 def _contrast(first: str, second: str) -> float:
-    """Return the contrast ratio of two colours (WCAG 2.1)."""
+    """Return the contrast ratio of two colors (WCAG 2.1)."""
 
     def luminance(colour: str) -> float:
         parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
@@ -390,7 +390,7 @@ def test_text_is_readable_in_light_and_dark():
         assert all(_contrast(theme[text], theme[ground]) >= 4.5 for text, ground in pairs)
 
 
-def test_markdown_names_the_command_that_decides_too(tmp_path):
+def test_markdown_also_names_the_deciding_command(tmp_path):
     run = samples.whole("structured_pruning", samples.MODELS[1])
     _, markdown = html.render(None, run, (), tmp_path)
     text, decisions = markdown.read_text(), run_page.view(run, (), tmp_path)["decisions"]
@@ -409,8 +409,8 @@ def test_markdown_names_the_command_that_decides_too(tmp_path):
         '<img alt="seen" src="ht&#10;tps://example.org/y.png">',
     ],
 )
-def test_no_address_is_hidden_from_the_seal(element):
-    """A browser leaves tabs, newlines and control characters out of an address before it looks for its scheme."""
+def test_the_seal_finds_disguised_addresses(element):
+    """Browsers remove tabs, newlines and control characters from an address before they read its scheme."""
     from bs4 import BeautifulSoup
 
     soup = BeautifulSoup(f"<main>{element}</main>", "html.parser")
@@ -422,8 +422,8 @@ def test_no_address_is_hidden_from_the_seal(element):
     assert own.img["src"] == "a picture.png" and own.img["srcset"] and own.a["href"] == "index.html#x"
 
 
-def test_a_fence_that_was_printed_does_not_close_the_block(tmp_path):
-    """What a model writes may hold one; the rest of the page would be read as code, and the code as a page."""
+def test_a_fence_in_printed_output_does_not_close_the_block(tmp_path):
+    """A model's output may contain one; the rest of the page would be read as code, and the code as page text."""
     v = nbformat.v4
     written = "```python\n<img src=x onerror=alert(1)>\n```"
     outputs = [v.new_output("stream", name="stdout", text=f"{written}\n")]

@@ -1,4 +1,4 @@
-"""What a template does with the report, in a real kernel: figure, table and record reach the pages. The overview."""
+"""Tests the report calls of a template in a real kernel: figure, table and record reach the pages. Also the overview."""
 
 import os
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_figure_table_and_record_reach_the_pages(tmp_path, monkeypatch):
 
 
 def _overview(folder: Path, scale: str = "proxy") -> str:
-    """Run the overview's cells in this process, as a kernel would, and return nothing but what it defined."""
+    """Run the overview's cells in this process, as a kernel would, and return only what it defined."""
     source = nbformat.read(ROOT / "notebooks" / "overview.ipynb", as_version=4)
     names: dict = {}
     for cell in source.cells:
@@ -60,7 +60,7 @@ def in_notebooks(monkeypatch):
 
 
 @pytest.mark.parametrize("count", [0, 1, 6])
-def test_the_overview_stands_any_number_of_records(count, tmp_path, in_notebooks, capsys):
+def test_the_overview_handles_any_number_of_records(count, tmp_path, in_notebooks, capsys):
     for index in range(count):
         run = samples.run(f"optimization_{index // 4}", samples.MODELS[index % 4])
         record.write(run, tmp_path / f"{run.stem}.json")
@@ -76,7 +76,7 @@ def test_the_overview_stands_any_number_of_records(count, tmp_path, in_notebooks
     assert ("No record has prefill rate." in output) == (count == 0)
 
 
-def test_the_overview_counts_machines_by_cores_and_device_and_says_so_first(tmp_path, in_notebooks, capsys):
+def test_the_overview_counts_machines_by_cores_and_device_first(tmp_path, in_notebooks, capsys):
     for model, change in zip(samples.MODELS, ({}, {"cores_given": 64}, {"device": "cuda:0"}, {})):
         run = samples.run("structured_pruning", model)
         run = run.model_copy(update={"environment": run.environment | change})
@@ -85,8 +85,8 @@ def test_the_overview_counts_machines_by_cores_and_device_and_says_so_first(tmp_
     assert ": '<p>Combinations of scale, effort and machine: 3." in capsys.readouterr().out
 
 
-def test_the_overview_reads_the_results_that_jupyterlab_was_opened_on(tmp_path, in_notebooks, monkeypatch):
-    """`build.py lab --out DIR` shows the results below DIR on its start page; the overview beside it reads the same."""
+def test_the_overview_reads_the_results_that_jupyterlab_has_opened(tmp_path, in_notebooks, monkeypatch):
+    """`build.py lab --out DIR` shows the results below DIR on its start page; the overview reads the same ones."""
     run = samples.run("structured_pruning", samples.MODELS[0])
     record.write(run, tmp_path / "proxy" / f"{run.stem}.json")
     monkeypatch.setenv("WORKBENCH_RESULTS", str(tmp_path))

@@ -9,7 +9,7 @@ from lib.report.records import record
 from tests.report import samples
 
 HASH = "ab" * 32
-KEY = samples.run().key  # of a run with the same weights, options and code
+KEY = samples.run().key  # a run with the same weights, options and code
 MODEL = samples.MODELS[1]
 MADE = {
     "loads": "AutoModelForCausalLM",
@@ -39,19 +39,19 @@ def measured(weights_hash: str) -> record.Record:
     return run.model_copy(update={"environment": run.environment | {"weights_hash": weights_hash}})
 
 
-def test_the_weights_that_were_measured_are_recognised(tmp_path):
+def test_measured_weights_are_recognized(tmp_path):
     text = card(tmp_path, measured(HASH))
     assert measured(HASH).verdict.sentence in text and "their hashes are equal" in text
     assert f"Record: `structured_pruning--{MODEL}.json`, Example Processor 9000" in text
     assert "- `ratio`: `0.3`" in text and "`effort`: " not in text
 
 
-def test_weights_that_were_made_in_the_same_way_are_told_apart(tmp_path):
+def test_weights_made_in_the_same_way_are_distinguished(tmp_path):
     text = card(tmp_path, measured("cd" * 32))
     assert measured(HASH).verdict.sentence in text and "their last digits differ" in text
 
 
-def test_what_was_never_whole_in_memory_claims_nothing(tmp_path):
+def test_weights_never_whole_in_memory_make_no_claim(tmp_path):
     saved = MADE | {"loads": None, "weights_hash": None, "by_blocks": True}
     text = card(tmp_path, measured(HASH), made=saved)
     assert "from file to file" in text and measured(HASH).verdict.sentence not in text
@@ -85,7 +85,7 @@ def test_a_record_of_other_weights_options_or_code_has_no_claim(changes, options
     assert ("--effort quick --random-weights`" in text) == ("random_weights" in options)
 
 
-def test_a_stack_says_for_which_model_it_was_chosen(tmp_path):
+def test_a_stack_names_the_model_that_it_was_chosen_for(tmp_path):
     saved = MADE | {"steps": ["structured_pruning", "tensor_decomposition"], "chosen_for": [MODEL, "proxy"]}
     text = card(tmp_path, measured("cd" * 32), "stacks/a.yaml", saved)
     assert "the stack structured_pruning → tensor_decomposition of `a.yaml`." in text and "nothing is claimed" in text
@@ -97,7 +97,7 @@ def test_a_stack_says_for_which_model_it_was_chosen(tmp_path):
     assert "effort `standard`, by the stack" in text, "on its text it was applied, whatever effort the command has"
 
 
-def test_without_a_record_the_command_stands_there(tmp_path):
+def test_without_a_record_the_card_shows_the_command(tmp_path):
     text = card(tmp_path / "none", effort="standard")
     assert "Nothing was measured yet" in text and "--scale proxy --effort standard" in text
     assert "from transformers import AutoModelForCausalLM, AutoTokenizer" in text
@@ -109,13 +109,13 @@ def test_without_a_record_the_command_stands_there(tmp_path):
     assert usage.endswith('model = io.load_folder("small")') and "AutoTokenizer" not in usage
 
 
-def test_latent_attention_decodes_as_it_was_measured(tmp_path):
+def test_latent_attention_decodes_as_measured(tmp_path):
     plain, latent = (card(tmp_path, measured(HASH), made=MADE | {"latent": has}) for has in (False, True))
     assert "mla_absorption.absorb(model)" in latent and "decodes absorbed here" in latent
     assert "absorb" not in plain
 
 
-def test_a_record_that_cannot_be_read_is_not_said_to_be_missing(tmp_path):
+def test_an_unreadable_record_is_not_reported_as_missing(tmp_path):
     folder = tmp_path / "mine" / "proxy"
     folder.mkdir(parents=True)
     (folder / f"structured_pruning--{MODEL}.json").write_text("{half")
@@ -125,7 +125,7 @@ def test_a_record_that_cannot_be_read_is_not_said_to_be_missing(tmp_path):
     assert f"--effort quick --out {tmp_path / 'mine'}` measures it" in text  # where the next card looks for it
 
 
-def test_a_card_says_first_what_is_not_the_model_that_it_is_named_after(tmp_path):
+def test_a_card_first_says_if_it_is_not_the_model_that_it_is_named_after(tmp_path):
     text = card(tmp_path)
     assert text.startswith("# A stand-in for Qwen3-4B-Instruct-2507: Structured pruning\n\nA stand-in with Qwen3-4B")
     assert "not Qwen3-4B-Instruct-2507" in text.split("Made from")[0]

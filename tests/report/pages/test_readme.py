@@ -1,4 +1,4 @@
-"""README and executed/README.md: made from records, between markers, in agreement with each other, and short."""
+"""README and executed/README.md: generated from records, between markers, consistent with each other, and short."""
 
 import re
 import xml.etree.ElementTree as xml
@@ -24,7 +24,7 @@ def _part(name: str, text: str = "old") -> str:
 
 @pytest.fixture
 def root(tmp_path):
-    """Both pages, with markers, around nothing."""
+    """Both pages, empty except for their markers."""
     (tmp_path / "executed").mkdir()
     (tmp_path / "README.md").write_text(
         "\n\n".join(["# Workbench", *map(_part, ("picture", "results", "real results")), "After.\n"])
@@ -53,7 +53,7 @@ def _table(text: str, heading: str = "") -> list[dict[str, str]]:
 
 
 def disagreements(page: str, full: str) -> list[str]:
-    """Return where a cell of the README's matrix does not say what the full tables say."""
+    """Return the cells of the README's matrix that disagree with the full tables."""
     runs = {(line["optimization"], line["model"]): line for line in _table(full, "#### Verdicts")}
     speed = {(line["optimization"], line["model"]): line for line in _table(full, "#### Speed")}
     faults, shown = [], set()
@@ -71,7 +71,7 @@ def disagreements(page: str, full: str) -> list[str]:
             *gains, quality = cell.replace(", ", " ").split(" ")
             if quality != runs[run]["accuracy"][0] or len(gains) != len(metrics):
                 faults.append(f"{run}: {cell}, quality {runs[run]['accuracy']}")
-            if metrics == ["–"]:  # no speed was judged, as where both arms have the same weights
+            if metrics == ["–"]:  # no speed was judged, e.g. if both arms have the same weights
                 values = [value for column, value in speed[run].items() if column not in ("optimization", "model")]
                 faults += [f"{run}: {value} is judged" for value in values if value[0] not in "·–"]
                 continue
@@ -82,7 +82,7 @@ def disagreements(page: str, full: str) -> list[str]:
     return faults + [f"{run}: not in the matrix" for run in sorted(set(runs) - shown)]
 
 
-def test_both_pages_change_between_their_markers_alone(root):
+def test_both_pages_change_only_between_their_markers(root):
     folder = _results(root)
     assert readme.update(root, folder) == ["executed/README.md", "README.md", readme.PICTURE]
     page, full = _texts(root)
@@ -93,7 +93,7 @@ def test_both_pages_change_between_their_markers_alone(root):
     assert readme.update(root, folder) == []  # the same records, the same files
 
 
-def test_the_matrix_says_what_the_full_tables_say(root):
+def test_the_matrix_agrees_with_the_full_tables(root):
     readme.update(root, _results(root))
     page, full = _texts(root)
     full = readme.between(full, "proxy")
@@ -110,27 +110,27 @@ def test_every_state_of_a_run_is_in_the_matrix(root):
     assert "✗ failed" in text and "– not applicable" in text and "**" in text and "✗ |" in text and "✓ |" in text
 
 
-def test_another_scale_changes_its_own_tables_alone(root):
+def test_another_scale_changes_only_its_own_tables(root):
     before = _texts(root)[0]
     assert readme.update(root, _results(root, "slice")) == ["executed/README.md"]
     page, full = _texts(root)
     assert page == before and readme.between(full, "proxy") == "old" and "Scale proxy" in readme.between(full, "slice")
 
 
-def test_real_models_have_a_matrix_of_their_own(root):
+def test_real_models_have_their_own_matrix(root):
     assert readme.update(root, _results(root, "full")) == ["executed/README.md", "README.md"]
     page, full = _texts(root)
     assert disagreements(readme.between(page, "real results"), readme.between(full, "full")) == []
     assert readme.between(page, "results") == readme.between(page, "picture") == "old"
 
 
-def test_without_records_it_says_so(root):
+def test_the_readme_says_if_there_are_no_records(root):
     readme.update(root, root / "executed" / "proxy")
     assert all("No results yet" in text for text in _texts(root))
     assert not (root / readme.PICTURE).exists()
 
 
-def test_an_empty_folder_takes_no_results_away(root):
+def test_an_empty_folder_removes_no_results(root):
     folder = _results(root)
     readme.update(root, folder)
     before = _texts(root)
@@ -149,7 +149,7 @@ def test_any_records_make_tables(seed):
             assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1, block
 
 
-def test_estimates_are_called_so():
+def test_estimates_are_labeled_as_such():
     assert "−19.0 % (−21.0 to −15.0 %, estimated)" in result_tables.section([samples.run()])
 
 
@@ -181,7 +181,7 @@ def test_the_readme_is_short_and_agrees_with_the_full_tables():
         assert (disagreements(readme.between(page, part), tables) if "#### Verdicts" in tables else []) == []
 
 
-def test_no_count_of_runs_is_typed_by_hand():
+def test_no_run_count_is_typed_by_hand():
     page = _texts(ROOT)[0]
     for name in (readme.FIGURE, readme.MATRIX, readme.REAL_MATRIX):
         start, end = readme.markers(name)
@@ -198,17 +198,17 @@ def test_every_command_is_in_the_readme_or_beside_it():
     assert set(command.parser()[1]) <= shown
 
 
-def test_the_picture_stands_alone():
+def test_the_picture_is_self_contained():
     text = (ROOT / readme.PICTURE).read_text(encoding="utf-8")
     assert len(text.encode()) < MOST_PICTURE_BYTES
     root = xml.fromstring(text)
     assert root.tag.endswith("svg") and root.find("{*}title").text.startswith("Quality against speed")
-    assert text.count("http") == 1  # the name of the language, no address that is fetched
+    assert text.count("http") == 1  # the namespace, not an address that is fetched
     assert "<script" not in text and "prefers-color-scheme: dark" in text
 
 
 @pytest.mark.parametrize("page", [*PAGES, ".github/GPU-AND-CLUSTER.md", ".github/CONTRIBUTING.md"])
-def test_links_lead_somewhere(page):
+def test_links_resolve(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for path, anchor in LINK.findall(text):
         target = (ROOT / page).parent / path if path else ROOT / page

@@ -28,7 +28,7 @@ def test_ranks_overlap_only_where_intervals_do():
     assert places[0].gain == pytest.approx(2.0, rel=0.01) and places[0].provenance == "measured"
 
 
-def test_equals_share_a_rank():
+def test_ties_share_a_rank():
     places = ranking.places(_sets({"a": 2.0, "b": 1.3}), "weights_bytes")
     assert {(p.rank, p.low, p.high) for p in places} == {(1, 1, 1)}
     assert ranking.places(_sets({"a": 2.0}), "goodput_requests_per_second") == []
@@ -39,14 +39,14 @@ def _scored(name, score):
     return run.model_copy(update={"measurements": [score]})
 
 
-def test_a_score_that_was_not_exercised_has_no_place():
+def test_an_unexercised_score_has_no_rank():
     idle = samples.scored("f1_macro", 0.9, 0.9, "not_exercised").model_copy(update={"ci": None, "bound": None})
     lost = samples.scored("f1_macro", 0.9, 0.89, "maintained", 0.01)
     places = ranking.places([_scored("a", idle), _scored("b", lost)], "f1_macro")
     assert [place.optimization for place in places] == ["b"]
 
 
-def test_a_rank_is_as_uncertain_as_the_same_answers_of_few_items_and_as_a_score_that_may_be_zero():
+def test_ranks_are_uncertain_for_identical_answers_and_possible_zero_scores():
     same = samples.scored("f1_macro", 0.9, 0.9, "inconclusive").model_copy(update={"ci": None, "bound": -0.17})
     known = samples.scored("f1_macro", 0.9, 0.89, "maintained", 0.002)
     places = ranking.places([_scored("a", same), _scored("b", known)], "f1_macro")
@@ -56,7 +56,7 @@ def test_a_rank_is_as_uncertain_as_the_same_answers_of_few_items_and_as_a_score_
     assert {(place.low, place.high) for place in places} == {(1, 2)}
 
 
-def test_the_front_is_what_nothing_beats():
+def test_the_front_holds_the_undominated_points():
     points = [TradeOff(str(i), "n", x, y, None, None, None, None, "maintained") for i, (x, y) in
             enumerate([(1.0, 1.0), (2.0, 0.0), (1.5, -1.0), (0.9, 0.5), (3.0, -5.0)])]  # fmt: skip
     assert [p.mark for p in trade_off_svg.front(points)] == ["0", "1", "4"]
@@ -73,7 +73,7 @@ def test_doing_nothing_is_a_trade_off_too():
     assert trade_off_svg.front(slower, 2.0) == [] and "trade-offs: none" in trade_off_svg.words(slower, "T", 2.0)
 
 
-def test_no_best_trade_off_rests_on_a_speed_that_is_not_judged():
+def test_no_best_trade_off_uses_an_unjudged_speed():
     points = [TradeOff(str(i), "n", x, y, None, None, None, None, state, judged=judged) for i, (x, y, state, judged) in
             enumerate([(3.0, 1.0, "maintained", False), (1.2, 0.0, "maintained", True),
                        (1.5, -5.0, "not_maintained", True)])]  # fmt: skip
@@ -90,8 +90,8 @@ def test_no_best_trade_off_rests_on_a_speed_that_is_not_judged():
         assert bool(chart["front"]) is judged
 
 
-def test_a_mean_loses_quality_on_some_model():
-    """Three models keep it and one does not: the chart of means said that the optimization loses it."""
+def test_a_mean_says_that_quality_is_lost_on_some_models():
+    """Three models keep quality and one does not: the chart of means said that the optimization loses it."""
     runs = [samples.whole("x", model, 1.4) for model in samples.MODELS[:3]]
     runs.append(samples.whole("x", samples.MODELS[3], 1.4, lost=0.05))
     points = views.means(result_set.Results("proxy", runs, {}, ("x",), samples.MODELS))
@@ -103,7 +103,7 @@ def test_a_mean_loses_quality_on_some_model():
     assert "; 1 lose quality beyond the margin; " in text and "1 X, quality not maintained (1." in text
 
 
-def test_a_run_that_answers_nothing_right_any_more_has_its_point():
+def test_a_run_without_correct_answers_has_a_point():
     lost = samples.scored(views.QUALITY, 0.91, 0.0, "not_maintained")
     run = samples.run(measurements=[samples.timed(views.SPEED, 1.3), lost])
     point = views.point(run, {run.optimization: "1"})
@@ -111,7 +111,7 @@ def test_a_run_that_answers_nothing_right_any_more_has_its_point():
 
 
 @pytest.mark.parametrize("count", [1, 2, 11])
-def test_a_chart_is_sound_and_says_what_it_shows(count):
+def test_a_chart_is_valid_and_says_what_it_shows(count):
     states = ("maintained", "not_maintained", "inconclusive")
     points = [
         TradeOff(str(i), f"<{i}>", 0.3 * (i + 1), -0.7 * i, 0.2 * (i + 1), None, -0.8 * i, -0.6 * i, states[i % 3])
@@ -127,7 +127,7 @@ def test_a_chart_is_sound_and_says_what_it_shows(count):
                 assert -1 <= float(element.get(name)) <= trade_off_svg.WIDTH + 1
 
 
-def test_the_pareto_has_all_models_and_each(tmp_path):
+def test_the_pareto_chart_covers_all_models_and_each_one(tmp_path):
     samples.mixed(tmp_path)
     results = result_set.read(tmp_path, samples.OPTIMIZATIONS, samples.MODELS)
     drawn = views.pareto(results)
@@ -138,7 +138,7 @@ def test_the_pareto_has_all_models_and_each(tmp_path):
     )
 
 
-def test_the_command_of_a_record_asks_for_the_same_run():
+def test_the_command_of_a_record_requests_the_same_run():
     record = samples.run().model_copy(
         update={
             "scale": "slice", "dimensions": ["resources"],
@@ -155,7 +155,7 @@ def test_the_command_of_a_record_asks_for_the_same_run():
     assert plan.assignments(options.parameters) == {"ratio": "0.3", "words": "['a', 'b c']", "limit": "none"}
 
 
-def test_a_cell_shows_what_carries_its_verdict():
+def test_a_cell_shows_the_metric_behind_its_verdict():
     measurements = [
         samples.timed("prefill_tokens_per_second", 1.0, 0.01, "equivalent"),
         samples.timed("decode_tokens_per_second", 1.0, 0.01, "equivalent", "decode"),
@@ -169,7 +169,7 @@ def test_a_cell_shows_what_carries_its_verdict():
     assert listed == ["generate_tokens_per_second", "attention_ms", "prefill_tokens_per_second"]
 
 
-def test_two_numbers_of_a_kind_are_told_apart_by_their_workload():
+def test_two_numbers_of_a_kind_are_distinguished_by_their_workload():
     measurements = [
         samples.timed("goodput_requests_per_second", 1.3, workload="serve"),
         samples.timed("goodput_requests_per_second", 1.1, workload="serve, within capacity"),

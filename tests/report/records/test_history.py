@@ -32,7 +32,7 @@ def test_a_build_is_kept_once_and_found_again(tmp_path):
         assert connection.execute("SELECT count(*) FROM runs").fetchone() == (3,)  # the kept run is stored once
 
 
-def test_scales_are_apart(tmp_path):
+def test_scales_are_kept_apart(tmp_path):
     path = tmp_path / history.NAME
     history.keep(path, _runs(), "proxy", "complete")
     with pytest.raises(UserError, match="Known: none yet"):
@@ -41,7 +41,7 @@ def test_scales_are_apart(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["1999-01-01", "abcdef", "", "2", "%", "'; DROP TABLE runs"])
-def test_a_name_of_no_build(name, tmp_path):
+def test_an_unknown_build_name(name, tmp_path):
     path = tmp_path / history.NAME
     history.keep(path, _runs(), "proxy", "complete", "0123456789ab")
     with pytest.raises(UserError, match=r"begins with .* Known: 20\d\d-.* 0123456789ab \(proxy, 2 runs\)"):
@@ -60,14 +60,14 @@ def test_over_time_has_a_row_for_each_build_and_ratio(tmp_path):
     assert all(row["gain"] > 0 for row in rows)
 
 
-def test_a_file_that_is_no_history(tmp_path):
+def test_a_file_that_is_not_a_history(tmp_path):
     path = tmp_path / history.NAME
     path.write_text("not a database, but long enough to be taken for one" * 40)
     with pytest.raises(UserError, match=r"history\.sqlite: cannot be used .* move it away"):
         history.keep(path, _runs(), "proxy", "complete")
 
 
-def test_a_run_that_is_damaged_inside_the_file(tmp_path):
+def test_a_damaged_run_inside_the_file(tmp_path):
     path = tmp_path / history.NAME
     history.keep(path, _runs(), "proxy", "complete")
     for blob in (b"half", zlib.compress(b"{"), None):

@@ -1,4 +1,4 @@
-"""A record of an earlier schema is read with the present names, and nothing of it is lost."""
+"""A record of an earlier schema is read with the current names, and nothing of it is lost."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from lib.report.analysis import acceptance, compare
 from lib.report.records import history, migration, record
 
-OLD = Path(__file__).with_name("schema_1.json")  # as a build wrote it, shortened
+OLD = Path(__file__).with_name("schema_1.json")  # written by a build, shortened
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def old():
 
 @pytest.fixture
 def folder(old, tmp_path):
-    """A result folder that holds the old record, named as a build named it."""
+    """A result folder that holds the old record under the name that a build gave it."""
     (tmp_path / f"{old['optimization']}--{old['model']}.json").write_text(json.dumps(old), encoding="utf-8")
     return tmp_path
 
@@ -28,7 +28,7 @@ NAMES = migration.PARAMETERS | {"processor": "cpu", "processor_percent": "cpu_pe
 
 
 def _leaves(value, place=()):
-    """Return every value by its place, each name as it is called today."""
+    """Return every value by its path, with current names."""
     if isinstance(value, dict) and value:
         parts = [(NAMES.get(key, key), item) for key, item in value.items()]
     elif isinstance(value, list) and value:
@@ -38,7 +38,7 @@ def _leaves(value, place=()):
     return {at: leaf for key, item in parts for at, leaf in _leaves(item, (*place, key)).items()}
 
 
-def test_an_old_record_has_the_present_names(folder):
+def test_an_old_record_gets_the_current_names(folder):
     [upgraded], damaged = record.read_folder(folder)
     assert not damaged and upgraded.schema_version == record.SCHEMA
     metrics = {m.metric for m in upgraded.measurements}
@@ -58,14 +58,14 @@ def test_nothing_is_lost(old, folder):
     assert {place: after.get(place, "lost") for place in before} == before
 
 
-def test_what_was_migrated_is_read_as_any_other(folder):
+def test_a_migrated_record_is_read_like_any_other(folder):
     [upgraded], _ = record.read_folder(folder)
     path = record.write(upgraded, folder / f"{upgraded.stem}.json")
     assert record.read(path) == upgraded
     assert migration.upgrade(record.to_json(upgraded)) == record.to_json(upgraded)
 
 
-def test_old_and_new_work_are_compared_metric_by_metric(folder):
+def test_old_and_new_runs_are_compared_metric_by_metric(folder):
     [old], _ = record.read_folder(folder)
     new = record.Record.model_validate(record.to_json(old)).model_copy(update={"key": "new", "started": "later"})
     changes = {change.metric: change for change in compare.compare([old], [new])}
@@ -84,7 +84,7 @@ def test_a_build_of_old_records_stays_in_the_history(folder):
     assert history.records(path, build)[0].measurements == old.measurements
 
 
-def test_the_check_does_not_call_an_old_record_unsound(folder):
+def test_check_does_not_call_an_old_record_unsound(folder):
     points = {point.name: point for point in acceptance.check(folder)}
     assert points["the files are sound"].holds and points["every number has its provenance"].holds
 
@@ -95,6 +95,6 @@ def test_the_check_does_not_call_an_old_record_unsound(folder):
      {"schema": 1, "measurements": [1, {"metric": 2}], "controls": [None, {}, 3],
                                    "parameters": [], "environment": "x", "process": 4}],
 )  # fmt: skip
-def test_what_is_no_record_is_left_to_the_reader(content):
+def test_files_other_than_records_are_left_to_the_reader(content):
     upgraded = migration.upgrade(content)
     assert upgraded == (content | {"schema": 3} if content and content.get("schema") in (1, 2) else content)

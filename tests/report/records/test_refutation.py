@@ -1,4 +1,4 @@
-"""An answer says refuted only where the run shows it, and never without the number."""
+"""An answer says refuted only if the run shows it, and always with the number."""
 
 import pytest
 
@@ -37,7 +37,7 @@ def test_an_open_answer_names_the_gate_that_held():
     assert refutation.by_verdict(CLAIM, busy).evidence.endswith("inconclusive: a noise floor of 12 % is above 10 %")
 
 
-def test_a_score_is_shown_no_further_than_a_score_can_lie():
+def test_a_score_interval_is_clipped_to_possible_scores():
     few = measurement.informative("accuracy", "retrieval", 0.05, 0.0, "planted", ratio=0.0)
     few = few.model_copy(update={"ci": (-0.56, 2.5), "verdict": "inconclusive"})
     assert sentence.ends(few) == (0.0, 2.5) and sentence.change(few)[1] == pytest.approx(-5.0)
@@ -45,13 +45,13 @@ def test_a_score_is_shown_no_further_than_a_score_can_lie():
     assert rows.row(few)["95 % interval"].startswith("0.0")
 
 
-def test_what_was_not_measured_cannot_tell_and_says_why():
+def test_an_unmeasured_claim_cannot_tell_and_says_why():
     missing = measurement.unavailable("prefill_tokens_per_second", "prefill", "the clock stood still")
     assert refutation.by_verdict(CLAIM, missing) == refutation.decide(CLAIM, None, "the clock stood still")
     assert refutation.by_verdict(CLAIM, None).evidence == "not measured"
 
 
-def test_a_gain_over_a_baseline_of_zero_was_measured():
+def test_a_gain_over_a_baseline_of_zero_counts_as_measured():
     score = measurement.judged(
         "retrieval_exact_match", "generate", baseline=0.0, optimized=0.5, ratio=None, ci=(0.4, 0.6), n=160,
         verdict="better", provenance="measured", source="160 values", margin=0.02, bound=0.42,
@@ -77,7 +77,7 @@ def test_answers_survive_their_file(tmp_path):
     assert record.read(record.write(run, tmp_path / "x--m.json")).refutations == answers
 
 
-def test_the_answers_of_all_records_stand_refuted_ones_first():
+def test_the_answers_of_all_records_list_refuted_ones_first():
     run = samples.run()
     run.refutations.append(refutation.decide("It breaks.", True, "broken 3×"))
     frame = tables.answers([run, samples.without_result("failed", "cell 3")])

@@ -1,4 +1,4 @@
-"""One notation in few words: the metric's own change, no reciprocal, no direction without a verdict."""
+"""Short notation of a change: the metric's own change, no reciprocal, no direction without a verdict."""
 
 import pytest
 
@@ -20,7 +20,7 @@ from tests.report import samples
         (1.0, "equivalent", "decode_tokens_per_second", "decode unchanged"),
     ],
 )
-def test_a_speed_is_its_own_change(ratio, verdict, metric, phrase):
+def test_a_speed_is_shown_as_its_own_change(ratio, verdict, metric, phrase):
     assert brief.phrase(samples.timed(metric, ratio, verdict=verdict)) == phrase
 
 
@@ -39,7 +39,7 @@ def test_amounts_and_scores():
     assert brief.phrase(measurement.unavailable("f1_macro", "classify", "random weights")) == "F1 not measured"
 
 
-def test_answers_to_prompts_on_which_the_optimization_never_acted_are_not_called_unchanged():
+def test_prompts_the_optimization_never_touched_are_not_called_unchanged():
     same = measurement.judged(
         "f1_macro", "classify", baseline=0.9, optimized=0.9, ratio=1.0, n=48, verdict="not_exercised",
         provenance="measured", source="same answers, 48 items", reason="the optimization never acted on these prompts",
@@ -47,14 +47,14 @@ def test_answers_to_prompts_on_which_the_optimization_never_acted_are_not_called
     assert brief.value(same) == "not exercised" and brief.phrase(same) == "F1 not exercised"
 
 
-def test_the_interval_is_that_of_the_change_and_of_a_score_its_bound():
+def test_changes_show_their_interval_and_scores_their_bound():
     assert brief.spread(samples.energy(0.8, 0.77, 0.82, "better")) == "−23.0 to −18.0 %"
     assert brief.spread(samples.timed("prefill_tokens_per_second", 1.31)) == "+28.0 to +34.0 %"
     assert brief.spread(samples.scored("f1_macro", 0.91, 0.869, "not_maintained")) == "lower bound −5.8 points"
     assert brief.spread(samples.scored("perplexity", 41.0, 41.2, "maintained")).endswith(" %")
 
 
-def test_a_change_of_nothing_is_unchanged_only_where_that_was_judged():
+def test_zero_change_is_called_unchanged_only_if_judged():
     none = samples.timed("decode_tokens_per_second", 1.0)
     assert brief.number(none.model_copy(update={"verdict": "equivalent"})) == "unchanged"
     for verdict in ("inconclusive", "informative"):
@@ -65,14 +65,14 @@ def test_a_change_of_nothing_is_unchanged_only_where_that_was_judged():
     assert brief.number(score) == "0.0 points" and brief.phrase(score) == "F1 undecided"
 
 
-def test_a_cut_text_ends_with_a_clause_where_one_is_near_and_with_one_ellipsis():
+def test_cut_text_ends_at_a_nearby_clause_with_one_ellipsis():
     reason = "the noise floor of 13.3 % is above 10 %; more rounds or a quieter machine would tell; load 2.2 on 2 cores"
     text = in_words.without_result("Too short, nothing timed is judged", reason)
     assert text.endswith("a quieter machine would tell …") and brief.count(text) <= brief.MOST_WORDS
     assert in_words.without_result("Failed", "it broke") == "Failed: it broke."
 
 
-def test_no_sentence_has_more_words_than_it_may():
+def test_no_sentence_exceeds_its_word_limit():
     phrases = [f"metric number {number} is 12 % larger" for number in range(12)]
     text = brief.joined(phrases, "But")
     assert all(brief.count(part) <= brief.MOST_WORDS for part in brief.split(text)) and len(brief.split(text)) > 1

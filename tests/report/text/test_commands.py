@@ -1,4 +1,4 @@
-"""Commands lead to the results that they stand beside."""
+"""Commands shown beside results point to those results."""
 
 import pytest
 
@@ -12,10 +12,10 @@ from lib.report.text import commands
         ("executed/full", None),
         ("mine/proxy", "mine"),
         ("slice", "."),
-        ("executed/elsewhere", None),  # named after no scale: no --out leads there
+        ("executed/elsewhere", None),  # not named after a scale: no --out reaches it
     ],
 )
-def test_what_lies_in_the_project_is_named_as_it_is_seen_from_there(place, out):
+def test_paths_in_the_project_are_relative_to_it(place, out):
     assert commands.out_of(commands.ROOT / place) == out
 
 

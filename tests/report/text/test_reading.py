@@ -19,7 +19,7 @@ from tests.report import samples
         "One half, ca. 0.5, is left.",
     ],
 )  # fmt: skip
-def test_one_sentence_is_one_sentence(text):
+def test_a_single_sentence_is_accepted(text):
     assert reading.two(text, text) == f"{text} {text}"
 
 
@@ -28,14 +28,14 @@ def test_one_sentence_is_one_sentence(text):
     ["", ".", "  .", "No full stop", "The ratio is 1.31", "One. Two.", "One? Two.", "One.  ", "It ends. (Or not)",
      "It is 1.31×. It is faster", "Two sentences, e.g. this. And that."],
 )  # fmt: skip
-def test_none_or_several_are_refused(text):
+def test_zero_or_several_sentences_are_refused(text):
     for pair in ((text, "It is faster."), ("It is faster.", text)):
         with pytest.raises(ValueError, match="not one sentence"):
             reading.two(*pair)
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_forest_of_any_record_is_read(seed):
+def test_a_forest_of_any_record_gets_a_reading(seed):
     assert reading.forest(tables.tidy(samples.by_chance(seed))).endswith(".")
 
 
@@ -53,7 +53,7 @@ def test_a_forest_names_its_largest_change():
     assert "largest change is decode rate at 0.620×" in reading.forest(both), "0.62 is a factor of 1.61"
 
 
-def test_a_bound_is_read_where_there_is_one():
+def test_the_reading_includes_a_bound_if_there_is_one():
     rows = [("prefill", "baseline", 34.0, 12.0), ("decode", "optimized", 26.0, None), ("decode", "baseline", 9.0, 8.0)]
     frame = pd.DataFrame(rows, columns=["workload", "arm", "time", "bound"])
     text = reading.bound(frame)
@@ -67,7 +67,7 @@ def test_a_bound_is_read_where_there_is_one():
     [(0.1, 0.2, "the choice matters"), (0.45, 0.6, "overlap, so"), (0.8, 0.9, "the other arm does better"),
      (None, None, "Without both intervals")],
 )  # fmt: skip
-def test_controls_are_told_apart_only_by_intervals(low, high, says):
+def test_controls_are_distinguished_only_by_intervals(low, high, says):
     rows = [("ours", 0.5, low, high), ("by chance", 0.55, 0.5, 0.6), ("uniform", 0.9, 0.8, 1.0)]
     assert says in reading.controls(pd.DataFrame(rows, columns=["arm", "value", "low", "high"]), "ours")
 
@@ -80,7 +80,7 @@ def test_controls_need_another_arm():
 CURVES = pd.DataFrame(
     [
         (20.0, 0.01, 0.005, 0.02, "pruned"),
-        (40.0, 0.268, 0.2, 0.3, "pruned"),  # out of reach beyond
+        (40.0, 0.268, 0.2, 0.3, "pruned"),  # cannot reach 60
         (20.0, 0.02, 0.01, 0.03, "whitened"),
         (40.0, 0.31, 0.25, 0.4, "whitened"),
         (60.0, 0.9, 0.8, 1.0, "whitened"),
@@ -92,7 +92,7 @@ CURVES = pd.DataFrame(
 )
 
 
-def test_curves_are_compared_where_all_of_them_have_a_point():
+def test_curves_are_compared_where_all_have_a_point():
     assert reading.curves(CURVES, "bytes removed, %") == (
         "At 40 (bytes removed, %), the largest shared by all, pruned is best with 0.268, whitened next with 0.310 and "
         "plain last with 1.50. "
@@ -108,8 +108,8 @@ def test_curves_are_compared_where_all_of_them_have_a_point():
     assert bare.endswith("Without intervals this run does not tell pruned and whitened apart.")
 
 
-def test_what_was_measured_once_is_not_compared_with_itself():
-    """Factors of equal ranks are timed once: the run was said not to tell the two apart, and the next was not named."""
+def test_a_shared_measurement_is_not_compared_with_itself():
+    """Factors of equal ranks are timed once: the run was said not to distinguish them, and the next was not named."""
     twin = CURVES[CURVES.arm == "pruned"].assign(arm="refined")
     told = reading.curves(pd.concat([CURVES, twin]), "bytes removed, %")
     assert "pruned, the same as refined, is best with 0.268" in told and "whitened next with 0.310" in told
@@ -120,14 +120,14 @@ def test_what_was_measured_once_is_not_compared_with_itself():
 
 @pytest.mark.parametrize("x", ["decoder bytes removed, %", "weights set to zero, %", "prompt, tokens"])
 @pytest.mark.parametrize("more", ["", ", least squares", ", least squares, on text"])
-def test_a_comparison_of_curves_leaves_out_what_makes_a_sentence_too_long(x, more):
+def test_a_comparison_of_curves_is_shortened_to_fit_a_sentence(x, more):
     text = reading.curves(CURVES.assign(arm=CURVES.arm + more), x)
     assert all(brief.count(part) <= brief.MOST_WORDS for part in brief.split(text)), text
     assert f"pruned{more} is best with 0.268" in text and f"whitened{more} next with 0.310" in text
     assert ("plain last with 1.50" in text) is (not more)
 
 
-def test_the_end_of_the_axis_that_changes_most_may_be_the_smallest():
+def test_the_strongest_end_of_the_axis_may_be_the_smallest():
     rows = [(0.3547, 0.04, "found"), (0.749, 0.01, "found"), (0.3553, 0.07, "window"), (0.7488, 0.02, "window")]
     frame = pd.DataFrame(rows, columns=["strength", "value", "arm"])
     text = reading.curves(frame, "density", strongest="smallest")
@@ -136,7 +136,7 @@ def test_the_end_of_the_axis_that_changes_most_may_be_the_smallest():
     assert "no point in common" in reading.curves(apart, "density")
 
 
-def test_one_curve_is_told_by_its_ends():
+def test_a_single_curve_is_described_by_its_ends():
     frame = pd.DataFrame([(1024, 1.1, "prefill"), (128, 1.3, "prefill")], columns=["strength", "value", "arm"])
     assert reading.curves(frame, "prompt, tokens") == (
         "The curve of prefill goes from 1.30 at 128 to 1.10 at 1024 (prompt, tokens). "
@@ -146,7 +146,7 @@ def test_one_curve_is_told_by_its_ends():
     assert "no curve" in reading.curves(frame[:0], "share")
 
 
-def test_controls_name_the_group_that_is_compared():
+def test_controls_name_the_compared_group():
     frame = pd.DataFrame([("ours", 0.5, 0.4, 0.6), ("size", 0.9, 0.8, 1.0)], columns=["arm", "value", "low", "high"])
     text = reading.controls(frame, "ours", "the choices without the text")
     assert text.startswith("ours reaches 0.500, the best of the choices without the text (size) 0.900; lower")

@@ -1,4 +1,4 @@
-"""Why a number is open, and by what a score is judged."""
+"""Why a number is undecided, and what a score is judged by."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def test_every_open_question_has_its_gate(ratio, half, floor, reason):
     assert reason in sentence.why(timed)
 
 
-def test_a_reason_for_everything_that_is_not_judged():
+def test_everything_not_judged_has_a_reason():
     estimated = samples.energy(0.8, 0.7, 0.9, "informative").model_copy(update={"provenance": "estimated"})
     assert sentence.why(estimated) == "it is only estimated"
     assert sentence.why(measurement.informative("load_seconds", "load", 1.0, 2.0, "clock")) == "it is informative only"

@@ -1,4 +1,4 @@
-"""`apply` gives the optimized model itself: loaded again with equal answers, and a card with what was measured."""
+"""`apply` saves the optimized model itself: reloading gives equal answers, and a card lists the measurements."""
 
 import json
 import signal
@@ -66,20 +66,20 @@ def test_the_checkpoint_is_the_optimized_model(optimization, model, tmp_path, ca
         ("adaptive_batch_sizes", "makes no checkpoint by itself, as it changes a server or is applied through others"),
     ],
 )
-def test_what_no_checkpoint_holds_is_refused_before_anything_is_fetched(optimization, why, tmp_path, monkeypatch):
+def test_changes_no_checkpoint_can_hold_are_refused_before_fetching(optimization, why, tmp_path, monkeypatch):
     monkeypatch.setattr(command.plan, "plan", lambda *_, **__: pytest.fail("planned, so fetched"))
     with pytest.raises(UserError, match=why) as refusal:
         applied(tmp_path / "made", optimization)
     assert "structured_pruning" in str(refusal.value) and not list(tmp_path.iterdir())
 
 
-def test_what_changes_no_weights_is_refused_and_nothing_is_left(tmp_path):
+def test_an_optimization_that_changes_no_weights_is_refused_and_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="changes no weights"):
         applied(tmp_path / "new" / "folders" / "made", "structured_pruning", ratio="0")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_wrong_request_is_one_line(tmp_path):
+def test_a_wrong_request_gets_one_line(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
     with pytest.raises(UserError, match="exists already"):
@@ -96,8 +96,8 @@ def test_a_wrong_request_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_a_link_leads_to_the_folder_of_the_checkpoint(there, tmp_path, monkeypatch):
-    """It was refused after all the work, when the checkpoint was moved into its place."""
+def test_a_link_to_the_checkpoint_folder_is_followed(there, tmp_path, monkeypatch):
+    """Previously it was refused after all the work, when the checkpoint was moved into place."""
 
     def save(job, stack, place, unfinished):
         place.mkdir()
@@ -114,7 +114,7 @@ def test_a_link_leads_to_the_folder_of_the_checkpoint(there, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(("code", "why"), [(-9, "ended by signal 9, as happens when memory"), (1, "the lines above")])
-def test_paths_begin_where_the_user_is_and_a_lost_process_says_how(code, why, tmp_path, monkeypatch):
+def test_paths_start_at_the_users_folder_and_a_lost_process_reports_its_end(code, why, tmp_path, monkeypatch):
     requests = []
 
     def ended(arguments, input, **_):
@@ -131,7 +131,7 @@ def test_paths_begin_where_the_user_is_and_a_lost_process_says_how(code, why, tm
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_the_card_claims_nothing_from_a_record_of_other_weights_or_code(same, tmp_path, monkeypatch):
+def test_the_card_ignores_records_of_other_weights_or_code(same, tmp_path, monkeypatch):
     request = plan.Request(("structured_pruning",), (MODEL,), effort="quick")
     (job,) = plan.plan(request)
     key = cache_key.of(cache_key.parts(job, cache_key.Hashes()))
@@ -151,8 +151,8 @@ def test_the_card_claims_nothing_from_a_record_of_other_weights_or_code(same, tm
     assert ("nothing is claimed" in card) == (not same)
 
 
-def test_a_stop_ends_the_process_that_saves_and_leaves_nothing(tmp_path, monkeypatch, capsys):
-    """SIGTERM, as a cluster's scheduler or a container sends it: the program that holds the model must not live on."""
+def test_a_stop_ends_the_saving_process_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    """SIGTERM, as sent by a cluster's scheduler or a container: the process that holds the model must not survive."""
     waits = "import os, signal, time\nos.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)\n"
     (tmp_path / "waits.py").write_text(waits)
     monkeypatch.setattr(command, "PROGRAM", "waits")

@@ -1,4 +1,4 @@
-"""The command line: every command answers for itself, and what is not built is not offered."""
+"""The command line: every command responds, and unimplemented ones are not offered."""
 
 import os
 import re
@@ -27,13 +27,13 @@ def test_every_command_has_help(name):
     assert ended.returncode == 0 and ended.stdout.startswith(f"usage: build.py {name}"), ended.stdout + ended.stderr
 
 
-def test_help_promises_what_a_command_does():
+def test_help_matches_what_a_command_does():
     applied = _build("apply", "--help").stdout
     assert "the folder of the new checkpoint" in applied and "<scale> (default: executed)\n" in applied
     assert "--dimension" not in applied and "default: all" not in applied and "results go to" not in applied
     assert "results go to DIR/<scale>" in _build("run", "--help").stdout
     advised = " ".join(_build("advise", "--help").stdout.split())
-    assert "full for a model that has no proxy" in advised and "'memory<=8GiB'" in advised  # a shell reads < itself
+    assert "full for a model that has no proxy" in advised and "'memory<=8GiB'" in advised  # quoted for the shell
     assert "perplexity keeps its own margin" in advised
 
 
@@ -44,7 +44,7 @@ def test_help_names_every_command_and_every_exit_code():
     assert all(f"{code} " in top.epilog for code in (0, 1, 2, 130))
 
 
-def test_a_stop_has_the_exit_code_of_a_stop(monkeypatch, capsys):
+def test_a_stopped_command_exits_with_the_stop_code(monkeypatch, capsys):
     def stop(_):
         raise KeyboardInterrupt
 
@@ -53,9 +53,9 @@ def test_a_stop_has_the_exit_code_of_a_stop(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("asks", "code"), [(False, 130), (True, 2)])
-def test_what_stops_a_program_stops_the_command(asks, code, monkeypatch, capsys):
+def test_stopping_the_child_program_stops_the_command(asks, code, monkeypatch, capsys):
     class Child:
-        """A program that Ctrl-C reaches too, and that ends a moment later."""
+        """A program that also receives Ctrl-C and ends a moment later."""
 
         waits = 0
 
@@ -70,7 +70,7 @@ def test_what_stops_a_program_stops_the_command(asks, code, monkeypatch, capsys)
     assert command.main(["proxies"]) == code
 
 
-def test_the_list_says_in_a_line_what_each_optimization_is():
+def test_the_list_describes_each_optimization_in_one_line():
     template = templates.read(plan.NOTEBOOKS / "structured_pruning.ipynb")
     line = listing.about(template)
     assert line.startswith("Whole parts of a model are removed") and len(line) <= listing.WIDTH
@@ -79,7 +79,7 @@ def test_the_list_says_in_a_line_what_each_optimization_is():
         assert line and "\n" not in line and len(line) <= listing.WIDTH, path.name
 
 
-def test_the_network_is_not_used_unasked(monkeypatch):
+def test_the_network_is_used_only_on_request(monkeypatch):
     def options(*arguments):
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         _, commands = command.parser()
@@ -91,7 +91,7 @@ def test_the_network_is_not_used_unasked(monkeypatch):
     assert options("-p", "tasks=topic") == "1" and options("-p", "tasks=topic,lm_eval:arc_easy") is None
 
 
-def test_a_reader_that_leaves_is_no_error(tmp_path):
+def test_a_reader_closing_the_pipe_is_not_an_error(tmp_path):
     line = f"{sys.executable} build.py list | head -1; exit ${{PIPESTATUS[0]}}"
     ended = subprocess.run(["bash", "-c", line], cwd=workbench.ROOT, capture_output=True, text=True)
     assert "Traceback" not in ended.stderr
@@ -116,7 +116,7 @@ def test_test_runs_ruff_and_pytest_and_fails_with_either(tmp_path):
     assert ended.returncode == 1 and "failed: pytest" in ended.stdout and "1 failed" in ended.stdout
 
 
-def test_nothing_compared_is_no_absence_of_regressions(tmp_path, capsys):
+def test_an_empty_comparison_does_not_rule_out_regressions(tmp_path, capsys):
     old, new = tmp_path / "old" / "proxy", tmp_path / "new" / "full"
     samples.good(old, samples.OPTIMIZATIONS[:1])
     real = samples.run(model="a-real-model").model_copy(update={"scale": "full"})
@@ -129,7 +129,7 @@ def test_nothing_compared_is_no_absence_of_regressions(tmp_path, capsys):
     assert "says nothing about regressions" in capsys.readouterr().out  # the same runs: nothing to compare
 
 
-def test_the_options_of_the_training_are_those_that_are_checked_before_it(capsys):
+def test_training_options_match_those_checked_beforehand(capsys):
     from lib.models.proxies import train
 
     with pytest.raises(SystemExit):
@@ -153,8 +153,8 @@ def test_a_comparison_says_what_it_left_out(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("named", "place"), [("mine", "mine"), ("~/x", "home/x"), ("a/../b", "b")])
-def test_the_cache_is_the_same_for_every_program_that_is_started(named, place, tmp_path, monkeypatch):
-    """The check of weights and `apply` work in the project's folder, notebooks in theirs."""
+def test_the_cache_is_the_same_for_every_started_program(named, place, tmp_path, monkeypatch):
+    """The weight check and `apply` run in the project's folder, notebooks in their own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("WORKBENCH_CACHE", named)
@@ -164,8 +164,8 @@ def test_the_cache_is_the_same_for_every_program_that_is_started(named, place, t
     assert command.main(["list"]) == 2
 
 
-def test_the_hubs_cache_is_the_same_for_every_program_that_is_started(tmp_path, monkeypatch):
-    """Planned with it, a notebook looked for it in its own folder, and fetched the checkpoint once more."""
+def test_the_hub_cache_is_the_same_for_every_started_program(tmp_path, monkeypatch):
+    """Previously a notebook looked for the planned cache in its own folder and fetched the checkpoint again."""
     monkeypatch.chdir(tmp_path)
     for name in hub.PLACES:
         monkeypatch.delenv(name, raising=False)
@@ -179,7 +179,7 @@ def test_the_hubs_cache_is_the_same_for_every_program_that_is_started(tmp_path, 
     assert os.environ["XDG_CACHE_HOME"] == "~nobody-of-this-name/x"
 
 
-def test_what_the_disk_refuses_is_one_line(monkeypatch, capsys):
+def test_disk_errors_get_one_line(monkeypatch, capsys):
     def refused(error):
         def fail(_):
             raise error
@@ -190,12 +190,12 @@ def test_what_the_disk_refuses_is_one_line(monkeypatch, capsys):
     assert refused(PermissionError(13, "Permission denied", "/models/x/config.json")) == 2
     assert capsys.readouterr().err == "build.py: /models/x/config.json: Permission denied\n"
     for error in (FileNotFoundError(2, "No such file", "lib/x"), PermissionError(13, "Permission denied")):
-        with pytest.raises(OSError):  # a fault of the program's own: with its traceback
+        with pytest.raises(OSError):  # a bug in the program: with its traceback
             refused(error)
 
 
 @pytest.mark.parametrize("out", ["out", "out/deeper/still"])
-def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_fetched(out, tmp_path, monkeypatch, capsys):
+def test_an_unwritable_folder_is_refused_before_fetching(out, tmp_path, monkeypatch, capsys):
     from lib.suite import build
 
     monkeypatch.setattr(build.plan, "plan", lambda *_, **__: pytest.fail("planned, and fetched"))

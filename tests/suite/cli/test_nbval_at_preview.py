@@ -1,4 +1,4 @@
-"""The tests of the notebooks run every template at effort preview, and change nothing else."""
+"""The notebook tests run every template at effort preview and change nothing else."""
 
 import json
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ def _items(path):
 
 
 @pytest.mark.parametrize("name", plan.optimizations())
-def test_the_parameters_of_a_template_ask_for_a_preview(name):
+def test_template_parameters_request_a_preview(name):
     path = plan.NOTEBOOKS / f"{name}.ipynb"
     before, after = list(_items(path)), [*_items(path), SimpleNamespace(name="a test of another kind")]
     plugin.pytest_collection_modifyitems(after)

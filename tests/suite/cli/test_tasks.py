@@ -1,11 +1,11 @@
-"""`list tasks`: every task with its items, its data and their licence."""
+"""`list tasks`: every task with its items, its data and their license."""
 
 from lib.models.tasks import registry
 from lib.models.tasks.benchmarks import BENCHMARKS
 from lib.suite.cli import command, tasks
 
 
-def test_every_task_has_a_row_without_a_gap(tmp_path, monkeypatch, capsys):
+def test_every_task_has_a_complete_row(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
     rows = tasks.rows()
     assert [row[0] for row in rows] == [*registry.CLASSIFY, *registry.GENERATE, *BENCHMARKS]
@@ -16,6 +16,6 @@ def test_every_task_has_a_row_without_a_gap(tmp_path, monkeypatch, capsys):
     assert "hellaswag" in shown and "10,042" in shown and "lm_eval:NAME" in shown and "text=PATH" in shown
 
 
-def test_what_else_is_listed_is_named(capsys):
+def test_other_lists_are_named(capsys):
     assert command.main(["list", "task"]) == 2
     assert 'expected "list" or "list tasks". Did you mean "tasks"?' in capsys.readouterr().err

@@ -1,6 +1,6 @@
-"""Jobs on a real Dask cluster: what arrives, what is refused, and what is left when workers or the scheduler die.
+"""Jobs on a real Dask cluster: what arrives, what is refused, and what remains when workers or the scheduler die.
 
-The workers stand in another copy of the project than the build, so nothing gets across but over the wire.
+The workers run in a separate copy of the project, so everything has to go over the wire.
 """
 
 import shutil
@@ -19,7 +19,7 @@ from lib.suite.cluster import dask as clusters
 from lib.suite.cluster import remote, workers
 from lib.suite.run import cpu_affinity
 
-# Leaves a mark that says which worker has it, then waits as long as it is told to: by a file, seen on both sides.
+# Leaves a mark naming its worker, then waits for as long as told by a file that both sides see.
 WAITS = """import os, time
 from pathlib import Path
 
@@ -28,7 +28,7 @@ with (marks / NAME).open("a") as file:
     file.write(f"{os.getpid()}\\n")
 while (marks / ("hold-" + NAME)).exists():
     time.sleep(0.05)"""
-# What a run leaves for others, and what reads it, among the results: both as the templates do.
+# A run's output for other runs, and its reader, among the results: both as in the templates.
 LEAVES = """from lib.files import results_folder, write_atomically
 
 write_atomically(results_folder(scale) / "stacks" / f"{model}.yaml", "stack: []")"""
@@ -71,7 +71,7 @@ def _run(root, address, *arguments):
 
 
 def _pids(marks, name):
-    """Return the kernels that have run `name` so far, in their order."""
+    """Return the kernels that have run `name` so far, in order."""
     path = marks / name
     return [int(line) for line in path.read_text().split()] if path.is_file() else []
 
@@ -80,7 +80,7 @@ def _files(root):
     return {path.relative_to(root / "executed/proxy").as_posix() for path in (root / "executed/proxy").rglob("*")}
 
 
-def test_results_come_over_the_wire_whole_and_a_worker_whose_files_differ_is_refused(sides, tmp_path):
+def test_results_arrive_whole_and_workers_with_different_files_are_refused(sides, tmp_path):
     root, copy, _ = sides
     raises = "1 / 0"
     workbench.notebook(root / "notebooks" / "raises.ipynb", [("Sums", raises), ("Record", workbench.RECORD)])
@@ -92,7 +92,7 @@ def test_results_come_over_the_wire_whole_and_a_worker_whose_files_differ_is_ref
         assert "(notebook: executed/proxy/failed/raises--" in ended.stdout
         records = [workbench.record(root, f"well--{model}") for model in workbench.MODELS]
         assert all(record["process"]["jobs_side_by_side"] == 2 for record in records)
-        share = len(cpu_affinity.available()) // 2  # of the cores that are given, which may be fewer than there are
+        share = len(cpu_affinity.available()) // 2  # of the available cores, which may be fewer than exist
         assert all(len(record["process"]["pinned_to"]) == share for record in records)
         assert workbench.record(root, "raises--beta-2")["reason"].endswith("ZeroDivisionError: division by zero")
         left = _files(root)
@@ -100,7 +100,7 @@ def test_results_come_over_the_wire_whole_and_a_worker_whose_files_differ_is_ref
         assert {"failed/raises--beta-2.ipynb", "raises--beta-2.html", "logs/raises--beta-2.log"} <= left
         assert not [name for name in left if ".part" in name or ".running" in name]
         assert not list((there / "executed").glob("**/*--*")) and not list(running.folder.glob("w*/**/workbench-*"))
-        assert _list(root, "well") == {"not_applicable"}  # finished, by its key, its pages younger than its record
+        assert _list(root, "well") == {"not_applicable"}  # finished by its key, with pages newer than its record
 
         other = there.with_name("other")
         shutil.copytree(there, other)
@@ -118,7 +118,7 @@ def _list(root, name):
     return {line.split()[0] for line in lines if f"  {name}--" in line}
 
 
-def test_a_stack_that_a_run_has_chosen_travels_to_the_runs_that_read_it(sides, tmp_path):
+def test_a_stack_chosen_by_a_run_reaches_the_runs_that_read_it(sides, tmp_path):
     root, copy, _ = sides
     reading = workbench.RECORD.replace('reason="tiny")', 'reason="tiny", details=inputs)')
     workbench.notebook(root / "notebooks" / "a_writes.ipynb", [("Leave", LEAVES), ("Record", workbench.RECORD)])
@@ -131,11 +131,11 @@ def test_a_stack_that_a_run_has_chosen_travels_to_the_runs_that_read_it(sides, t
     recorded = workbench.record(root, "b_reads--alpha-1.5")["details"]["inputs"]["value"]
     assert recorded == {"stacks/alpha-1.5.yaml": hash_of(stack)} and stack.read_text() == "stack: []"
     assert not (there / "executed/proxy/stacks").exists()
-    # Finished on the model that was asked for: what it read is what lies here. The other model was never run.
+    # Finished on the requested model: it read the file that is here. The other model was never run.
     assert _list(root, "b_reads") == {"not_applicable", "missing"}
 
 
-def test_the_job_of_a_killed_worker_runs_again_elsewhere(sides, tmp_path):
+def test_a_killed_workers_job_runs_again_elsewhere(sides, tmp_path):
     root, copy, marks = sides
     hold = marks / "hold-well"
     hold.touch()
@@ -157,7 +157,7 @@ def test_the_job_of_a_killed_worker_runs_again_elsewhere(sides, tmp_path):
     assert workbench.record(root, "well--alpha-1.5")["status"] == "not_applicable"
 
 
-def test_a_job_that_kills_every_worker_is_given_up_and_a_lost_cluster_is_told(sides, tmp_path):
+def test_a_job_that_kills_all_workers_is_abandoned_and_a_lost_cluster_is_reported(sides, tmp_path):
     root, copy, _ = sides
     workbench.notebook(root / "notebooks" / "kills.ipynb", [("Kill", KILLS), ("Record", workbench.RECORD)])
     workbench.notebook(root / "notebooks" / "later.ipynb", [("Record", workbench.RECORD)])
@@ -172,7 +172,7 @@ def test_a_job_that_kills_every_worker_is_given_up_and_a_lost_cluster_is_told(si
         assert ended.returncode == 2 and 'none of its 0 workers has a "device" token' in ended.stderr
 
 
-def test_the_scheduler_dies_and_what_was_finished_stays(sides, tmp_path):
+def test_finished_runs_survive_the_death_of_the_scheduler(sides, tmp_path):
     root, copy, marks = sides
     workbench.notebook(root / "notebooks" / "a.ipynb", [("Record", workbench.RECORD)])
     (marks / "hold-well").touch()
@@ -224,20 +224,20 @@ def test_a_killed_build_leaves_nothing_running_on_the_workers(sides, tmp_path):
         (("--cluster", "tcp://127.0.0.1:9", "--jobs", "2"), "--jobs is for this machine"),
     ],
 )
-def test_a_wrong_address_is_told_in_one_line(project, arguments, message):
+def test_a_wrong_address_gets_one_line(project, arguments, message):
     ended = workbench.build(project, "run", *arguments, **QUICK)
     assert ended.returncode == 2 and message in ended.stderr, ended.stderr
     assert len(ended.stderr.strip().splitlines()) == 1 and not list((project / "executed").glob("**/*--*"))
 
 
-def test_an_address_may_be_of_the_sixth_version_or_encrypted():
+def test_an_address_may_be_ipv6_or_encrypted():
     for address in ("tcp://[::1]:8786", "tls://head:8786"):
         clusters.check_address(address)
     with pytest.raises(UserError, match="tcp://HOST:8786"):
         clusters.check_address("tcp://head:port")
 
 
-def test_workers_of_one_machine_get_cores_apart():
+def test_workers_on_one_machine_get_separate_cores():
     met = workers.Crew(None, (), {}.__getitem__, {}, {})
     claim = {"host": "a", "cores": [0, 1, 2, 3]}
     assert met._cores([claim, claim]) == [[0, 1], [2, 3]]
@@ -248,8 +248,8 @@ def test_workers_of_one_machine_get_cores_apart():
     assert met._cores([claim]) == [[2, 3]]
 
 
-def test_a_scheduler_that_goes_while_its_workers_are_met_is_told_as_lost():
-    """The lost connection is an OSError, which a build would take for a disk that cannot be written."""
+def test_a_scheduler_lost_while_meeting_its_workers_is_reported_as_lost():
+    """The lost connection is an OSError, which a build would mistake for an unwritable disk."""
 
     def closed(*_, **__):
         raise OSError("in <TCP (closed)>: Stream is closed")
@@ -263,7 +263,7 @@ def test_a_scheduler_that_goes_while_its_workers_are_met_is_told_as_lost():
 
 
 def _answered(gpu):
-    """Return the future of a worker of one machine that has answered, whose runs take this GPU."""
+    """Return the answered future of a worker on one machine whose runs use this GPU."""
     answer = {"host": "a", "machine": "node", "cores": [0, 1, 2, 3], "parts": None, "gpu": gpu}
     return SimpleNamespace(status="finished", done=lambda: True, result=lambda timeout: answer)
 
@@ -286,9 +286,9 @@ def test_no_two_runs_share_a_gpu():
     assert on_processors.welcome() == [] and len(on_processors.slots) == 2
 
 
-def test_the_gpu_of_a_worker_is_named_by_what_no_other_has(monkeypatch):
+def test_a_workers_gpu_is_named_by_a_unique_identifier(monkeypatch):
     class NVMLError(Exception):
-        """As that of the driver's library."""
+        """Mimics the exception of the driver's library."""
 
     def handle(index):
         if index > 1:
@@ -305,7 +305,7 @@ def test_the_gpu_of_a_worker_is_named_by_what_no_other_has(monkeypatch):
         remote._gpu()
 
 
-def test_what_differs_is_named():
+def test_differences_are_named():
     mine = {"versions": {"torch": "2.13.0"}, "code": {"a": "1", "b": "1"}, "template": {"0": "1"}}
     theirs = {"versions": {"torch": "2.12.0"}, "code": {"a": "2"}, "template": {"0": "2"}}
     differences = workers.differing(mine, theirs)

@@ -1,5 +1,6 @@
-"""The kernels of JupyterLab: quiet libraries, progress of a slow cell, this run beside the last one; and no other
-kernel has any of it.
+"""JupyterLab kernels: quiet libraries, progress of a slow cell, comparison with the last run.
+
+Other kernels have none of these.
 """
 
 import json
@@ -54,7 +55,7 @@ def in_a_build(folder: Path) -> dict[str, str]:
 
 
 def played(path: Path, folder: Path, environment: dict[str, str]) -> list[list[str]]:
-    """Run all code cells; return what each displayed, as text, the last state of what changed."""
+    """Run all code cells; return the displayed output of each as text, in its final state."""
     from jupyter_client.manager import KernelManager
 
     environment = workbench.surroundings(PYTHONPATH=str(ROOT), **environment)
@@ -112,7 +113,7 @@ def test_a_run_in_jupyterlab(notebook, tmp_path):
     assert "last run here" in table and "last build" in table
 
 
-def test_a_build_has_none_of_it(notebook, tmp_path, monkeypatch):
+def test_a_build_has_no_jupyterlab_features(notebook, tmp_path, monkeypatch):
     shown = played(notebook, tmp_path / "plain", in_a_build(tmp_path / "build"))
     assert shown[2] == [] == shown[4] and "of a library" in "".join(shown[1])
     assert not (notebook.parent / ".runs").exists()
@@ -120,7 +121,7 @@ def test_a_build_has_none_of_it(notebook, tmp_path, monkeypatch):
     assert "JPY_SESSION_NAME" not in kernel_process.surroundings(tmp_path)
 
 
-def test_cells_are_found_where_they_stand(notebook):
+def test_cells_are_located_in_the_notebook(notebook):
     cells = notebook_cells.read(notebook)
     assert [cell.heading for cell in cells] == ["structured_pruning", "Noise", "Slow", "Record", "Environment"]
     assert [cell.executed for cell in cells] == [1, 4, 6, 8, 10]
@@ -131,7 +132,7 @@ def test_cells_are_found_where_they_stand(notebook):
     assert notebook_cells.read(notebook.with_name("gone.ipynb")) == []
 
 
-def test_what_a_line_says():
+def test_the_text_of_a_line():
     place = Place(3, 9, "Apply", 40.0, 100.0)
     text = "cell 3 of 9 · Apply · 12 s of about 40 s · about 2 min 08 s to the end"
     assert cell_progress.text(place, 12.0, False) == text
@@ -142,7 +143,7 @@ def test_what_a_line_says():
     assert 'value="2" max="9"' in bar and "<b>" not in bar
 
 
-def test_times_are_taken_from_a_run_of_the_same_effort(notebook, tmp_path):
+def test_times_come_from_a_run_of_the_same_effort(notebook, tmp_path):
     run = samples.run()
     paths = [record.write(run.model_copy(update={"effort": "standard"}), tmp_path / "a.json"), tmp_path / "b.json"]
     process = samples.process().model_copy(update={"cell_seconds": {"4": 7.0}})

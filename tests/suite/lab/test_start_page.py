@@ -1,4 +1,4 @@
-"""The page on which JupyterLab opens: a line for each optimization, its minutes and its last result from records."""
+"""JupyterLab's start page: one line per optimization with its minutes and last result, read from records."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ def _rows(page: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows}
 
 
-def test_a_row_for_every_optimization_with_its_last_result(tmp_path):
+def test_every_optimization_has_a_row_with_its_last_result(tmp_path):
     run = samples.run()
     folder = tmp_path / "proxy"
     record.write(run, folder / f"{run.stem}.json")
@@ -43,8 +43,8 @@ def test_a_row_for_every_optimization_with_its_last_result(tmp_path):
     assert "(overview.ipynb)" in page and "`smollm2-135m-instruct`" in page and f"`{MODEL}`" not in page
 
 
-def test_times_of_two_efforts_are_not_one(tmp_path):
-    """While previews are being replaced, what other models took was a median of both, called that of the first."""
+def test_times_of_two_efforts_are_not_mixed(tmp_path):
+    """While previews were replaced, the time of other models was a median of both efforts, labeled as the first."""
     for model, effort, seconds in ((samples.MODELS[0], "preview", 30.0), (samples.MODELS[2], "standard", 600.0)):
         run = samples.run("tensor_decomposition", model).model_copy(update={"effort": effort, "seconds": seconds})
         record.write(run, tmp_path / "proxy" / f"{run.stem}.json")
@@ -53,12 +53,12 @@ def test_times_of_two_efforts_are_not_one(tmp_path):
     assert takes == "0.5 min at preview, on other models"
 
 
-def test_without_a_record_it_is_a_page_all_the_same(tmp_path):
+def test_the_page_is_made_without_any_record(tmp_path):
     page = start_page.write(start_page.entries([]), tmp_path / "none", tmp_path).read_text(encoding="utf-8")
     assert all(row[2] == "not run yet" for row in _rows(page).values())
 
 
-def test_a_record_that_cannot_be_read_is_not_said_to_be_missing(tmp_path):
+def test_an_unreadable_record_is_not_reported_as_missing(tmp_path):
     (tmp_path / "proxy").mkdir()
     (tmp_path / "proxy" / f"continuous_nas--{MODEL}.json").write_text("{half")
     page = start_page.write(start_page.entries([]), tmp_path, tmp_path / ".lab").read_text(encoding="utf-8")
@@ -66,14 +66,14 @@ def test_a_record_that_cannot_be_read_is_not_said_to_be_missing(tmp_path):
     assert last.startswith(f"continuous_nas--{MODEL}.json: not a record") and "build it again" in last
 
 
-def test_where_every_model_is_on_the_page_another_one_is_a_checkpoint():
+def test_with_all_models_listed_another_one_is_a_checkpoint():
     entry = start_page.entries([])[0]
     listed = [replace(entry, model=name) for name in plan.models()]
     assert "set to it: a checkpoint: a folder" in start_page.text(listed, {})
     assert f"`{plan.models()[0]}`, or a checkpoint: a folder" in start_page.text(listed[1:], {})
 
 
-def test_what_it_does_is_the_first_sentence(tmp_path):
+def test_the_description_is_the_first_sentence(tmp_path):
     path = workbench.notebook(tmp_path / "a.ipynb", [])
     assert start_page.what_it_does(templates.read(path)) == ""
     text = path.read_text(encoding="utf-8").replace('"# a"', '"# a\\n\\nIt cuts\\n1.5 of them. It may lose."')
@@ -103,7 +103,7 @@ def test_options_are_ours_or_jupyterlabs():
         (("--out", ""), "--out: expected a path, got nothing"),
     ],
 )
-def test_a_wrong_option_is_one_line(arguments, message):
+def test_a_wrong_option_gets_one_line(arguments, message):
     with pytest.raises(UserError, match=message):
         request.jobs(_asked(*arguments)[0])
     with pytest.raises(UserError, match="expected one argument"):

@@ -1,4 +1,4 @@
-"""Working copies of the templates: what a person does to them stays, the templates and what a build left stay too."""
+"""Working copies of the templates: a user's changes are kept; templates and build results stay intact."""
 
 import json
 
@@ -35,7 +35,7 @@ def _parameters(path):
     return next(source for kind, source, tags in templates.read_cells(path) if "parameters" in tags)
 
 
-def test_a_copy_of_a_model_has_its_parameters(tmp_path):
+def test_a_copy_for_a_model_has_its_parameters(tmp_path):
     folder, copies = tmp_path / "notebooks", tmp_path / ".lab"
     folder.mkdir()
     path = workbench.notebook(
@@ -71,7 +71,7 @@ def test_a_copy_of_a_model_has_its_parameters(tmp_path):
 
 
 def test_nothing_is_stale_after_a_session(project):
-    """Saving outputs and parameters into the copies, and keeping the last run, change no key of a finished run."""
+    """Saving outputs and parameters into the copies, and keeping the last run, changes no key of a finished run."""
     assert workbench.build(project, "--model", "alpha-1.5").returncode == 0
     before = workbench.build(project, "list").stdout
     assert "not_applicable" in before and "stale" not in before

@@ -1,4 +1,4 @@
-"""The folder is the registry: a twelfth optimization is two new files, a fifth model is one, and nothing is edited."""
+"""The folder is the registry: a twelfth optimization takes two new files, a fifth model one, and no edits."""
 
 import hashlib
 import shutil
@@ -65,7 +65,7 @@ def _fingerprints(root):
 
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory):
-    """Return a copy of the real tree with one more optimization and one more model, and its files before."""
+    """Return a copy of the real tree with one more optimization and model, and its files before the addition."""
     root = tmp_path_factory.mktemp("grown") / "project"
     leave = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
     for name in ("lib", "notebooks", "parameters"):
@@ -106,7 +106,7 @@ def test_both_are_built_without_an_edit(grown):
     assert set(after) - set(before) == new
 
 
-def test_the_key_reaches_the_new_module(grown):
+def test_the_key_covers_the_new_module(grown):
     root, _ = grown
     path = root / "lib" / "optimizations" / "twelfth.py"
     path.write_text(OPTIMIZATION.replace("every model", "each model"), encoding="utf-8")

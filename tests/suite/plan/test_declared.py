@@ -1,11 +1,11 @@
-"""What is read from an optimization's source is what its module declares, and what `apply` goes by."""
+"""What is read from an optimization's source matches what its module declares and what `apply` uses."""
 
 from lib.optimizations.common import discovery
 from lib.optimizations.modular_components import saving
 from lib.suite.plan import declared
 
 
-def test_the_source_says_what_the_module_declares():
+def test_the_source_matches_the_modules_declarations():
     assert declared.HELD == saving.HELD
     seen = {stem: declared.touches(stem) for stem in discovery.stems()}
     assert seen == {stem: tuple(getattr(discovery.method(stem), "COMPOSES", {}).get("touches", ())) for stem in seen}
@@ -16,7 +16,7 @@ def test_the_source_says_what_the_module_declares():
     ]
 
 
-def test_a_module_of_one_file_and_none_at_all(tmp_path):
+def test_a_single_file_module_and_a_missing_one(tmp_path):
     (tmp_path / "one.py").write_text('COMPOSES: dict = {"needs": (), "touches": ("weights",)}\n')
     (tmp_path / "other.py").write_text('COMPOSES = {"needs": ()}\n')
     assert declared.touches("one", tmp_path) == ("weights",) and declared.savable("one", tmp_path)

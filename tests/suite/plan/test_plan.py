@@ -1,4 +1,4 @@
-"""A wrong request gets one line that names the nearest valid thing, exit code 2, and nothing is run."""
+"""A wrong request gets one line that names the nearest valid option, exit code 2, and nothing is run."""
 
 import pytest
 import workbench
@@ -9,14 +9,14 @@ from lib.suite.plan import template as templates
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """Return a project of which nothing is ever run."""
+    """Return a project in which nothing is ever run."""
     root = workbench.project(tmp_path_factory.mktemp("asked") / "project")
     workbench.notebook(root / "notebooks" / "well.ipynb", [("Record", workbench.RECORD)])
     return root
 
 
 def refused(root, *arguments, **more):
-    """Run a command that must be refused; return its one line."""
+    """Run a command that must be refused; return its one-line message."""
     ended = workbench.build(root, *arguments, **more)
     lines = ended.stderr.strip().splitlines()
     assert ended.returncode == 2, ended.stdout + ended.stderr
@@ -106,7 +106,7 @@ def test_a_wrong_parameter_file_gets_one_line(workspace, text, message):
         path.write_text(before, encoding="utf-8")
 
 
-def test_checkpoints_that_are_truncated_or_of_another_architecture(workspace, tmp_path):
+def test_truncated_checkpoints_and_other_architectures_are_refused(workspace, tmp_path):
     folder = workbench.checkpoint(tmp_path / "alpha-1.5", "glm4_moe_lite")
     message = refused(workspace, "--model", "alpha-1.5", "--scale", "full", "--checkpoints", str(tmp_path))
     assert 'architecture "glm4_moe_lite", but alpha-1.5 is "qwen3"' in message
@@ -116,7 +116,7 @@ def test_checkpoints_that_are_truncated_or_of_another_architecture(workspace, tm
     assert "truncated or not a safetensors file" in message
 
 
-def test_a_stand_in_that_is_missing(workspace):
+def test_a_missing_stand_in_gets_one_line(workspace):
     folder = workspace / "parameters" / "proxies" / "beta-2"
     aside = folder.rename(folder.with_name("aside"))
     try:
@@ -142,7 +142,7 @@ def test_a_wrong_template_gets_one_line(workspace, parameters, message):
         path.unlink()
 
 
-def test_a_template_that_is_no_notebook(workspace):
+def test_a_template_that_is_not_a_notebook(workspace):
     path = workspace / "notebooks" / "odd.ipynb"
     path.write_text("not a notebook", encoding="utf-8")
     try:
@@ -155,7 +155,7 @@ def test_a_template_that_is_no_notebook(workspace):
     ("arguments", "effort"),
     [([], "standard"), (["--scale", "slice"], "quick"), (["--scale", "slice", "--effort", "thorough"], "thorough")],
 )
-def test_slices_are_measured_quickly_unless_asked_otherwise(arguments, effort):
+def test_slices_default_to_effort_quick(arguments, effort):
     from lib.suite.cli import command
 
     options = command.parser()[1]["run"].parse_args(arguments)
@@ -178,7 +178,7 @@ def test_precedence_default_then_file_then_command_line(tmp_path, monkeypatch):
     assert job.stem == "well--alpha-1.5" and isinstance(job.parameters["ratio"], float)
 
 
-def test_a_model_that_sees_no_pictures_is_asked_about_none(tmp_path, monkeypatch):
+def test_a_text_only_model_gets_no_image_questions(tmp_path, monkeypatch):
     from lib.models import parameters
     from lib.suite.plan import plan
 
@@ -199,7 +199,7 @@ def test_a_model_that_sees_no_pictures_is_asked_about_none(tmp_path, monkeypatch
     assert job.parameters["tasks"] == ["digits"]
 
 
-def test_a_path_begins_where_the_command_was_given_not_where_the_notebook_runs(tmp_path, monkeypatch):
+def test_paths_are_relative_to_the_command_not_to_the_notebook(tmp_path, monkeypatch):
     from lib.suite.plan.values import OPTIONS, resolve
 
     more = '\nstudies: str = ""  # a folder\nstacks: str = ""  # a folder\nhistory: str = ""  # a file'
@@ -275,8 +275,8 @@ def test_a_value_that_does_not_divide_another_is_refused():
 @pytest.mark.parametrize(
     "steps", ["structured_prunning", "structured_pruning+", "structured_pruning,tensor_decomposition"]
 )
-def test_a_step_that_is_no_optimization_is_refused_before_anything_starts(steps):
-    """It was refused in the notebook, after the model was loaded, as a run that failed."""
+def test_a_step_that_is_not_an_optimization_is_refused_before_the_start(steps):
+    """Previously the notebook refused it after the model was loaded, as a failed run."""
     from lib.suite.plan import plan
 
     def planned(value):
@@ -288,7 +288,7 @@ def test_a_step_that_is_no_optimization_is_refused_before_anything_starts(steps)
     assert planned("auto") and planned("tensor_decomposition + structured_pruning")
 
 
-def test_an_earlier_name_is_read_and_the_present_one_said(tmp_path):
+def test_an_old_name_is_accepted_and_the_current_one_is_shown(tmp_path):
     root = workbench.project(tmp_path / "project")
     parameters = workbench.COMMON.replace("ratio: float", "finetune_steps: float")
     workbench.notebook(root / "notebooks" / "well.ipynb", [("Record", workbench.RECORD)], parameters)

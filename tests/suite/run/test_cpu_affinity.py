@@ -1,4 +1,4 @@
-"""Which cores a build may use, and who gets which: control groups and hyper-threads, in made-up machines."""
+"""Which cores a build may use, and how they are assigned: control groups and hyper-threads on simulated machines."""
 
 from types import SimpleNamespace
 
@@ -10,8 +10,8 @@ from lib.suite.run import cpu_affinity
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """Return a function that sets the cores of a machine, by the first thread of their physical core, and the folder of
-    its control groups.
+    """Return a function that sets a machine's cores, by the first thread of their physical core, and the folder of its
+    control groups.
     """
     groups = tmp_path / "cgroup"
     groups.mkdir()
@@ -28,7 +28,7 @@ def machine(tmp_path, monkeypatch):
 
 
 SINGLE = {core: core for core in range(8)}
-PAIRS = {core: core % 4 for core in range(8)}  # 0 and 4 are one physical core, as 1 and 5 are
+PAIRS = {core: core % 4 for core in range(8)}  # 0 and 4 share a physical core, as do 1 and 5
 
 
 def test_without_a_limit_every_core_may_be_used(machine, tmp_path):
@@ -45,14 +45,14 @@ def test_without_a_limit_every_core_may_be_used(machine, tmp_path):
     [(SINGLE, "200000", [0, 1]), (PAIRS, "200000", [0, 1]), (PAIRS, "550000", [0, 4, 1, 2, 3]), (SINGLE, "50000", [0])],
     ids=["two cores", "not two threads of one", "some threads", "half a core"],
 )
-def test_the_time_that_a_container_is_given_limits_the_cores(threads, limit, cores, machine, tmp_path):
+def test_a_containers_cpu_quota_limits_the_cores(threads, limit, cores, machine, tmp_path):
     groups = machine(threads)
     (tmp_path / "own").write_text("0::/outside/of/the/container\n")
     (groups / "cpu.max").write_text(f"{limit} 100000\n")
     assert cpu_affinity.available() == cores
 
 
-def test_the_first_version_of_control_groups_and_the_narrowest_of_them(machine, tmp_path):
+def test_cgroups_v1_and_the_tightest_group_are_respected(machine, tmp_path):
     groups = machine(SINGLE)
     (tmp_path / "own").write_text("5:cpu,cpuacct:/batch/job\n4:memory:/\n0::/\n")
     for path, quota in (("cpu", -1), ("cpu/batch", 600_000), ("cpu/batch/job", 300_000)):
@@ -75,12 +75,12 @@ def test_the_first_version_of_control_groups_and_the_narrowest_of_them(machine, 
     ],
     ids=["one is left", "one each", "too few", "two each", "two kinds", "unequal", "no threads"],
 )
-def test_no_physical_core_is_shared_while_there_are_enough(threads, jobs, shares, machine):
+def test_physical_cores_are_not_shared_while_there_are_enough(threads, jobs, shares, machine):
     machine(threads)
     assert cpu_affinity.share_out(jobs) == shares
 
 
-def test_two_threads_of_one_physical_core_are_no_two_jobs(machine, monkeypatch):
+def test_two_threads_of_one_physical_core_are_not_two_jobs(machine, monkeypatch):
     monkeypatch.setattr(memory_limits, "memory_bytes", lambda: 64 * 2**30)
     machine({0: 0, 1: 0})
     assert cpu_affinity.default_jobs("proxy", "cpu") == cpu_affinity.default_jobs("slice", "cpu") == 1

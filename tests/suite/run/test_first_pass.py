@@ -1,4 +1,4 @@
-"""A whole build at effort standard makes a complete site early, at effort preview, and then replaces it run by run."""
+"""A build at effort standard first makes a complete site at effort preview, then replaces it run by run."""
 
 import signal
 
@@ -21,7 +21,7 @@ if effort == "standard" and NAME == "z_slow":
 
 @pytest.fixture
 def marked(project, tmp_path):
-    """Return a project with two templates that tell when they run, and the folder where they do."""
+    """Return a project with two templates that leave a mark when they run, and the folder of the marks."""
     for name in ("well", "z_slow"):
         workbench.notebook(project / "notebooks" / f"{name}.ipynb", [("Mark", MARK), ("Record", workbench.RECORD)])
     marks = tmp_path / "marks"
@@ -37,7 +37,7 @@ def _efforts(root):
     return [workbench.record(root, f"{name}--alpha-1.5")["effort"] for name in ("well", "z_slow")]
 
 
-def test_every_run_is_a_preview_before_any_is_standard_and_no_later_build_makes_previews(marked):
+def test_all_previews_precede_standard_runs_and_later_builds_make_none(marked):
     root, marks = marked
     arguments = ("--model", "alpha-1.5", "--jobs", "1")
     ended = workbench.build(root, *arguments, MARKS=str(marks), SLOW="0")
@@ -54,7 +54,7 @@ def test_every_run_is_a_preview_before_any_is_standard_and_no_later_build_makes_
     assert _order(marks)[4:] == ["well standard", "z_slow standard"]  # a result stays until its own run replaces it
 
 
-def test_a_stopped_build_leaves_the_first_pass_and_goes_on_from_there(marked):
+def test_a_stopped_build_keeps_the_first_pass_and_resumes_there(marked):
     root, marks = marked
     arguments = ("--model", "alpha-1.5", "--jobs", "1")
     process = workbench.begin(root, *arguments, MARKS=str(marks), SLOW="600")
@@ -76,7 +76,7 @@ def test_a_stopped_build_leaves_the_first_pass_and_goes_on_from_there(marked):
     assert _order(marks).count("z_slow preview") == 1 and _efforts(root) == ["standard", "standard"]
 
 
-def test_what_is_asked_for_by_name_or_at_another_effort_has_no_first_pass(marked):
+def test_named_runs_and_other_efforts_have_no_first_pass(marked):
     root, marks = marked
     for arguments in (("run", "well"), ("--effort", "quick", "--out", "quick")):
         ended = workbench.build(root, *arguments, "--model", "alpha-1.5", MARKS=str(marks), SLOW="0")
@@ -84,7 +84,7 @@ def test_what_is_asked_for_by_name_or_at_another_effort_has_no_first_pass(marked
     assert _order(marks)[0] == "well standard" and set(_order(marks)[1:]) == {"well quick", "z_slow quick"}
 
 
-def test_no_preview_takes_the_place_of_a_result_of_a_larger_effort(marked):
+def test_a_preview_never_replaces_a_result_of_a_larger_effort(marked):
     root, marks = marked
     for arguments in (("--effort", "quick"), ()):
         ended = workbench.build(root, *arguments, "--model", "alpha-1.5", "--jobs", "1", MARKS=str(marks), SLOW="0")

@@ -1,4 +1,4 @@
-"""A forked child is what a started one is: its variables, cores and exit code, its kernel and what that measures."""
+"""A forked child behaves like a started one: its variables, cores, exit code, kernel and measurements."""
 
 import json
 import os
@@ -46,7 +46,7 @@ pyplot.show()"""
 
 @pytest.fixture
 def server(tmp_path):
-    """A server that imports next to nothing."""
+    """A server that imports almost nothing."""
     served = ForkServer({**os.environ, **kernel_process.threads(1)}, ["json", "no_such_module"])
     yield served
     served.end()
@@ -56,7 +56,7 @@ def _events(child):
     return [json.loads(line) for line in child.stdout]
 
 
-def test_a_child_runs_what_it_is_told_and_its_exit_code_arrives(server, tmp_path):
+def test_a_child_runs_its_task_and_returns_its_exit_code(server, tmp_path):
     request = {"environment": {**os.environ, "PLANTED": "a"}, "cores": []}
     with (tmp_path / "log").open("ab") as log:
         child = server.fork(request, log)
@@ -75,7 +75,7 @@ def test_a_child_runs_what_it_is_told_and_its_exit_code_arrives(server, tmp_path
     assert _events(other) == []
 
 
-def test_what_was_forked_outlives_a_server_and_its_code_is_unknown(server, tmp_path):
+def test_forked_children_outlive_their_server_with_unknown_exit_codes(server, tmp_path):
     with (tmp_path / "log").open("ab") as log:
         child = server.fork({"environment": dict(os.environ), "cores": []}, log)
         server.process.kill()
@@ -86,23 +86,23 @@ def test_what_was_forked_outlives_a_server_and_its_code_is_unknown(server, tmp_p
     workbench.wait_for(lambda: not psutil.pid_exists(child.pid))
 
 
-def test_variables_that_are_longer_than_a_message_are_not_cut_off(server, tmp_path):
-    """The child is started anew then, and the server goes on."""
+def test_variables_longer_than_a_message_are_not_truncated(server, tmp_path):
+    """The child is then started anew, and the server keeps running."""
     long = {f"MODULES_{number}": "x" * 2000 for number in range(80)}
     with (tmp_path / "log").open("ab") as log:
         assert server.fork({"environment": {**os.environ, **long}, "cores": []}, log) is None
         child = server.fork({"environment": dict(os.environ), "cores": []}, log)
     child.stdin.close()
-    assert child.wait(20) != 0  # it was told nothing
+    assert child.wait(20) != 0  # it received nothing
 
 
-def test_a_server_is_used_for_its_own_number_of_threads(server, tmp_path):
+def test_a_server_is_used_only_for_its_own_thread_count(server, tmp_path):
     with (tmp_path / "log").open("ab") as log:
         assert kernel_process._forked(server, {**os.environ, **kernel_process.threads(2)}, (0, 1), log) is None
         assert kernel_process._forked(None, {**os.environ, **kernel_process.threads(1)}, (0,), log) is None
 
 
-def test_the_variable_none_starts_every_child_anew(monkeypatch):
+def test_setting_the_variable_to_none_starts_every_child_anew(monkeypatch):
     monkeypatch.setenv(fork_server.VARIABLE, "none")
     with kernel_process.fork_server(1, ["qwen3"]) as served:
         assert served is None
@@ -113,7 +113,7 @@ def test_the_variable_none_starts_every_child_anew(monkeypatch):
     [(lambda: None, 0), (lambda: sys.exit(3), 3), (lambda: sys.exit("why"), 1), (lambda: 1 / 0, 1)],
     ids=["well", "exit", "text", "error"],
 )
-def test_a_forked_process_ends_as_python_would(program, code):
+def test_a_forked_process_exits_as_python_would(program, code):
     pid = os.fork()
     if pid == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -121,7 +121,7 @@ def test_a_forked_process_ends_as_python_would(program, code):
     assert ForkedProcess(pid).wait(20) == code
 
 
-def test_a_notebook_measures_in_processes_that_were_forked_with_its_kernel(project, tmp_path):
+def test_a_notebook_measures_in_processes_forked_with_its_kernel(project, tmp_path):
     (tmp_path / "probe.py").write_text(PROBE, encoding="utf-8")
     cells = [("Measured", MEASURES), ("Drawn", DRAWS), ("Record", workbench.RECORD)]
     workbench.notebook(project / "notebooks" / "measures.ipynb", cells)
@@ -138,8 +138,8 @@ def test_a_notebook_measures_in_processes_that_were_forked_with_its_kernel(proje
     assert "image/png" in kinds
 
 
-def test_a_kernel_shuts_down_by_itself_whether_or_not_its_measuring_server_was_used(project, tmp_path):
-    """A kernel that jupyter_client has to terminate does nothing of what was registered for its end."""
+def test_a_kernel_shuts_down_by_itself_with_or_without_a_used_measuring_server(project, tmp_path):
+    """A kernel that jupyter_client has to terminate runs none of its exit handlers."""
     (tmp_path / "probe.py").write_text(PROBE, encoding="utf-8")
     shown = [("Ends", ENDS), ("Record", workbench.RECORD)]
     workbench.notebook(project / "notebooks" / "idle.ipynb", shown)

@@ -1,4 +1,4 @@
-"""A build that is stopped, kindly or not: no kernel outlives it, what was finished is kept, the next call goes on."""
+"""A build stopped gracefully or not: no kernel outlives it, finished runs are kept, the next call resumes."""
 
 import json
 import signal
@@ -9,7 +9,7 @@ import workbench
 
 from lib.suite.run.sampling import is_alive
 
-# Says who it is, then takes as long as it is told to, or until it may go on.
+# Identifies itself, then takes as long as told, or until it may continue.
 SLOW = """import os, time
 from pathlib import Path
 
@@ -21,7 +21,7 @@ while time.monotonic() - start < float(os.environ["SLOW"]) and not (marks / "go"
 
 @pytest.fixture
 def slow(project, tmp_path):
-    """Return a project with a quick and a slow template, and the folder in which the slow kernel leaves its pid."""
+    """Return a project with a quick and a slow template, and the folder to which the slow kernel writes its pid."""
     workbench.notebook(project / "notebooks" / "z_slow.ipynb", [("Slow", SLOW), ("Record", workbench.RECORD)])
     marks = tmp_path / "marks"
     marks.mkdir()
@@ -30,12 +30,12 @@ def slow(project, tmp_path):
 
 @pytest.fixture(params=[workbench.NOT_FORKED, workbench.FORKED], ids=["started", "forked"])
 def how_started(request):
-    """The variables with which children are started anew, or forked."""
+    """The environment variables that make children start anew, or be forked."""
     return request.param
 
 
 def _kernel(marks):
-    """Return the slow kernel once it has said who it is."""
+    """Return the slow kernel once it has identified itself."""
     path = marks / "z_slowalpha-1.5.pid"
     return psutil.Process(int(workbench.wait_for(lambda: path.is_file() and path.read_text())))
 
@@ -47,7 +47,7 @@ def _runs(root):
     }
 
 
-def test_killed_build_goes_on_where_it_was(slow, how_started):
+def test_a_killed_build_resumes_where_it_was(slow, how_started):
     root, marks = slow
     arguments = ("run", "--model", "alpha-1.5", "--jobs", "1")
     process = workbench.begin(root, *arguments, MARKS=str(marks), SLOW="600", **how_started)
@@ -79,7 +79,7 @@ def test_stopped_build_ends_its_kernels(slow, how, how_started):
     workbench.wait_for(lambda: not workbench.running(root), 15)
 
 
-def test_the_index_of_a_stopped_build_shows_what_was_finished(slow):
+def test_the_index_of_a_stopped_build_shows_finished_runs(slow):
     root, marks = slow
     process = workbench.begin(root, "run", "--model", "alpha-1.5", "--jobs", "1", MARKS=str(marks), SLOW="600")
     _kernel(marks)
@@ -88,7 +88,7 @@ def test_the_index_of_a_stopped_build_shows_what_was_finished(slow):
     assert process.returncode == 130 and 'href="well--alpha-1.5.html"' in page and "1 not applicable" in page
 
 
-def test_lost_worker_is_tried_once_more(slow, how_started):
+def test_a_lost_worker_is_retried_once(slow, how_started):
     root, marks = slow
     arguments = ("run", "z_slow", "--model", "alpha-1.5")
     process = workbench.begin(root, *arguments, MARKS=str(marks), SLOW="600", **how_started)
@@ -101,7 +101,7 @@ def test_lost_worker_is_tried_once_more(slow, how_started):
     assert workbench.record(root, "z_slow--alpha-1.5")["status"] == "not_applicable"
 
 
-def test_a_lost_fork_server_is_done_without(slow):
+def test_a_build_continues_without_a_lost_fork_server(slow):
     root, marks = slow
     arguments = ("run", "--model", "alpha-1.5", "--jobs", "1")
     process = workbench.begin(root, *arguments, MARKS=str(marks), SLOW="600", **workbench.FORKED)

@@ -1,5 +1,6 @@
-"""A full disk: one line, nothing lost that was finished (needs a small file system of its own, so root). And a run that
-read what an earlier one wrote.
+"""A full disk gives one line and loses no finished run (needs a small file system of its own, so root).
+
+Also tests a run that read what an earlier one wrote.
 """
 
 import json
@@ -66,9 +67,10 @@ def test_full_in_the_middle(project, disk):
         ("", "chosen: a", "new"),
     ],
 )
-def test_a_run_that_read_another_file_of_an_earlier_run_is_stale(tmp_path, monkeypatch, recorded, now, says, name):
-    """The stack that a search stored is read after the key is made: the record holds the hash of what was read, by its
-    place among the results, of earlier versions in the project.
+def test_a_run_is_stale_if_it_read_another_version_of_a_runs_file(tmp_path, monkeypatch, recorded, now, says, name):
+    """The stack stored by a search is read after the key is made, so the record holds its hash.
+
+    The hash is stored by path among the results, in earlier versions by path in the project.
     """
     monkeypatch.setattr(result_folder, "ROOT", tmp_path)
     folder = result_folder.Folder(tmp_path / "executed" / "proxy")
@@ -92,7 +94,7 @@ LEAVE = """from lib.files import results_folder, write_atomically
 write_atomically(results_folder(scale) / "stacks" / f"{model}.yaml", "left")"""
 
 
-def test_what_a_run_leaves_for_others_lies_among_its_results(project):
+def test_a_runs_output_for_other_runs_is_stored_among_its_results(project):
     workbench.notebook(project / "notebooks" / "leaves.ipynb", [("Leave", LEAVE), ("Record", workbench.RECORD)])
     for arguments, place in ((("--out", "elsewhere"), "elsewhere"), ((), "executed")):
         ended = workbench.build(project, "run", "leaves", "--model", "alpha-1.5", *arguments)
@@ -108,7 +110,7 @@ hashes = {place: hash_of(results_folder(scale) / place)}
 inputs = {"inputs": {"provenance": "derived", "source": "SHA-256", "value": hashes}}"""
 
 
-def test_what_read_a_file_that_this_build_has_written_anew_is_run_again_by_it(project):
+def test_runs_that_read_a_file_rewritten_by_this_build_run_again_in_it(project):
     folder, arguments = project / "notebooks", ("run", "--model", "alpha-1.5", "--jobs", "1")
     reading = workbench.RECORD.replace('reason="tiny")', 'reason="tiny", details=inputs)')
     workbench.notebook(folder / "b_reads.ipynb", [("Read", READ), ("Record", reading)])

@@ -1,4 +1,4 @@
-"""Servers in turn: the server furthest behind goes next, one at a time, and the machine's drift affects all alike."""
+"""Servers take turns: the one furthest behind goes next, one at a time, and the machine's drift affects all alike."""
 
 import threading
 import time
@@ -14,7 +14,7 @@ from lib.measure.serving.traffic import Phase, ServingRequest, Trace
 
 
 class Machine:
-    """Steps of 10 ms of a machine whose speed wanders from step to step, whoever makes the step."""
+    """A machine with steps of 10 ms whose speed varies from step to step, regardless of who makes the step."""
 
     def __init__(self, seed: int = 0, spread: float = 0.1):
         self.random, self.level, self.spread = np.random.default_rng(seed), 0.0, spread
@@ -25,7 +25,7 @@ class Machine:
 
 
 class Engine:
-    """Serves as long as the machine takes; notes every call, and whether another was under way."""
+    """Serves as long as the machine takes; notes every call, and whether another was running."""
 
     bytes = 0.0
 
@@ -81,13 +81,13 @@ def test_the_server_furthest_behind_makes_the_next_step():
     assert all(all(row.finished for row in run.outcomes) for run in served.values())
 
 
-def test_alone_it_is_what_a_server_without_turns_does():
+def test_a_single_server_behaves_as_without_turns():
     served, _ = _together(Machine(3), ("only",))
     plain = serve(_trace(), Admits(), Engine(Machine(3)), VirtualClock(), Limits(8))
     assert [step[:6] for step in served["only"].steps] == [step[:6] for step in plain.steps]
 
 
-def test_one_runs_at_a_time():
+def test_only_one_server_runs_at_a_time():
     running, most = [0], [0]
 
     class Slow(Engine):
@@ -104,13 +104,13 @@ def test_one_runs_at_a_time():
     order = turns.Turns(clocks)
     engines = {name: turns.EngineInTurn(Slow(Machine()), order, name) for name in clocks}
     servers = {n: lambda n=n: serve(_trace(6), Admits(), engines[n], clocks[n], Limits(8)) for n in clocks}
-    before = set(threading.enumerate())  # others of this process may go on, or end meanwhile
+    before = set(threading.enumerate())  # other threads of this process may keep running or end meanwhile
     turns.run(servers, order)
     assert most[0] == 1 and set(threading.enumerate()) <= before
 
 
-def test_a_wandering_machine_is_the_same_for_both():
-    """Two equal policies end together where they take turns, and apart where one follows the other."""
+def test_speed_changes_of_the_machine_affect_both_alike():
+    """Two equal policies end together if they take turns, and apart if one follows the other."""
 
     def apart(seed: int, in_turn: bool) -> float:
         machine = Machine(seed)
@@ -126,7 +126,7 @@ def test_a_wandering_machine_is_the_same_for_both():
     assert in_turn < 0.5 * one_by_one
 
 
-def test_a_server_that_fails_stops_no_other():
+def test_a_failing_server_does_not_stop_the_others():
     class Broken(Engine):
         def decode(self) -> float:
             raise RuntimeError("the cache outgrew its bound")
@@ -144,7 +144,7 @@ def test_a_server_that_fails_stops_no_other():
     assert [name for name, _ in done] == ["b"]
 
 
-def test_thinking_takes_time():
+def test_the_policys_own_computation_takes_time():
     class Slow(Admits):
         def decide(self, view) -> Decision:
             time.sleep(0.002)
@@ -159,8 +159,8 @@ def test_thinking_takes_time():
     assert policy.wall_seconds == pytest.approx(clock.now()) and 0 <= policy.cpu_seconds < policy.wall_seconds
 
 
-def test_thinking_on_a_slower_machine_counts_as_on_the_one_that_set_the_rates(monkeypatch):
-    """The engine's calls were divided by how much slower the machine was, and the policy's thinking was not."""
+def test_policy_time_is_scaled_by_the_machines_slowdown(monkeypatch):
+    """Previously the engine's calls were divided by the machine's slowdown, but the policy's own computation was not."""
     now = iter([0.0, 0.006])
     monkeypatch.setattr(turns, "time", SimpleNamespace(perf_counter=lambda: next(now), thread_time=lambda: 0.0))
     clock = VirtualClock()
@@ -168,8 +168,8 @@ def test_thinking_on_a_slower_machine_counts_as_on_the_one_that_set_the_rates(mo
     assert clock.now() == pytest.approx(0.004)
 
 
-def test_work_is_done_where_the_run_was_begun_and_an_interruption_ends_all():
-    """A pool of threads belongs to the thread that works: one for all. Ctrl-C leaves no server waiting."""
+def test_work_runs_in_the_starting_thread_and_an_interruption_ends_all():
+    """A thread pool belongs to the thread that works: one pool serves all. Ctrl-C leaves no server waiting."""
     seen: set[int] = set()
 
     class Notes(Engine):
@@ -185,7 +185,7 @@ def test_work_is_done_where_the_run_was_begun_and_an_interruption_ends_all():
     order, calls = turns.Turns(clocks), []
     engines = {n: turns.EngineInTurn(Notes(Machine(), n, calls, dict(clocks)), order, n) for n in clocks}
     servers = {n: lambda n=n: serve(_trace(), Admits(), engines[n], clocks[n], Limits(8)) for n in clocks}
-    before = set(threading.enumerate())  # others of this process may go on, or end meanwhile
+    before = set(threading.enumerate())  # other threads of this process may keep running or end meanwhile
     with pytest.raises(KeyboardInterrupt):
         turns.run(servers, order)
     for thread in set(threading.enumerate()) - before:

@@ -1,4 +1,4 @@
-"""Factored modules against the dense ones they stand for; then disk, cost, observation, and who must refuse them."""
+"""Factored modules against their dense equivalents; then disk, cost, observation, and who must refuse them."""
 
 import json
 
@@ -18,7 +18,7 @@ from tests.measure.roofline import counted_flops
 
 
 def factored(model, rank: int = 8):
-    """Factor every matrix of every block with random factors; return the dense model of the same matrices beside it."""
+    """Factor every matrix of every block with random factors; return the dense model of the same matrices too."""
     view = anatomy(model)
     for block in view.blocks:
         linears = [matrix for matrix in matrices(model, block=block.index) if matrix.part != "experts"]
@@ -48,7 +48,7 @@ def dense_like(model, dense):
 
 
 def same_answers(arm, reference, batch) -> None:
-    """Equal but for rounding: tensors of a file lie at other addresses, and kernels sum in another order there."""
+    """Compare up to rounding: tensors of a file have other addresses, at which kernels sum in another order."""
     torch.testing.assert_close(arm(**batch).logits, reference(**batch).logits, rtol=1e-4, atol=1e-5)
 
 
@@ -93,7 +93,7 @@ def _name(model, module) -> str:
     return next(name for name, candidate in model.named_modules() if candidate is module)
 
 
-def test_a_stack_alone_may_be_factored(tiny, batch, tmp_path):
+def test_a_stack_may_be_factored_alone(tiny, batch, tmp_path):
     model = tiny("qwen3-coder-30b")
     for block in anatomy(model).blocks:
         down = (torch.randn(32, 8), torch.randn(8, 8, 32))
@@ -135,8 +135,8 @@ def test_observation_sees_through_factors(tiny, name, batch):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_packed_factors_leave_heads_and_channels_as_they_are(tiny, bits):
-    """Of int4, which lies two to a byte, half of them were counted."""
+def test_packed_factors_keep_heads_and_channels_unchanged(tiny, bits):
+    """Int4 values lie two to a byte, so only half of them were counted."""
     dense, model = tiny("qwen3-4b-instruct-2507"), factored(tiny("qwen3-4b-instruct-2507"))
     for packed, reference in zip(anatomy(weight_only(model, bits)).blocks, anatomy(dense).blocks):
         assert packed.feed_forward.channels == reference.feed_forward.channels
@@ -145,7 +145,7 @@ def test_packed_factors_leave_heads_and_channels_as_they_are(tiny, bits):
         assert packed.attention.output.rank == 8
 
 
-def test_factors_refuse_to_lose_rows(tiny):
+def test_removing_rows_of_factors_is_refused(tiny):
     block = anatomy(factored(tiny("qwen3-4b-instruct-2507"))).blocks[0]
     with pytest.raises(UserError, match="before matrices are factored"):
         resize_linear(block.feed_forward.up, torch.zeros(8, 32))

@@ -1,4 +1,4 @@
-"""Packed matrices against the rounded ones they stand for, and against the dense model they came from."""
+"""Packed matrices against their rounded equivalents, and against the original dense model."""
 
 import copy
 
@@ -35,7 +35,7 @@ def rounded(weight_OI: torch.Tensor, bits: int) -> torch.Tensor:
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("shape", [(32, 256), (48, 192), (20, 48), (16, 32)])
 @pytest.mark.parametrize("tokens", [0, 1, 5, 40])
-def test_a_product_is_that_of_the_rounded_matrix(bits, shape, tokens):
+def test_a_product_equals_that_of_the_rounded_matrix(bits, shape, tokens):
     weight, x_TI = torch.randn(shape, generator=torch.Generator().manual_seed(1)), torch.randn(tokens, shape[1])
     values, scales = pack(weight, bits)
     kernel = has_kernel(weight, bits)
@@ -58,14 +58,14 @@ def test_the_layer_takes_any_batch_shape_and_its_bias(bits, dtype):
         assert layer(x).shape == dense(x).shape and layer(x).dtype == dtype and lost < {8: 0.02, 4: 0.15}[bits]
 
 
-def test_groups_of_128_need_a_width_that_they_divide():
+def test_groups_of_128_need_a_divisible_width():
     assert [group_size(width) for width in (2560, 192, 96, 48, 30)] == [128, 64, 32, 16, 30]
     with pytest.raises(UserError, match="15 inputs"):
         pack(torch.randn(4, 15), 4)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_a_model_takes_fewer_bytes_and_says_nearly_the_same(tiny, name, batch, bits):
+def test_a_quantized_model_takes_fewer_bytes_and_answers_nearly_the_same(tiny, name, batch, bits):
     model = tiny(name)
     before, small = io.weights_hash(model), weight_only(model, bits)
     dense = sum(matrix.weight.nbytes for matrix in matrices(model))
@@ -87,7 +87,7 @@ def test_a_packed_model_is_refused_before_anything_is_saved(tiny, tmp_path):
     assert not (tmp_path / "small").exists()
 
 
-def test_only_the_part_that_is_named_is_quantized(tiny):
+def test_only_the_named_part_is_quantized(tiny):
     model = tiny("qwen3-coder-30b")
     small = weight_only(model, 8, "experts")
     assert {matrix.part for matrix in matrices(small)} == {"attention"}

@@ -1,4 +1,4 @@
-"""Sparse weights that come back from a file: on the device of the model, in a dtype that its kernels take."""
+"""Sparse weights loaded from a file: on the model's device, in a dtype that its kernels support."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ NAME = "model.layers.0.mlp.down_proj.weight"
 
 
 def kept(model, layout):
-    """Return half of a weight of the model, what describes it, and the functions that read its parts."""
+    """Return half of a weight of the model, its description, and the functions that read its parts."""
     weight = model.get_parameter(NAME).data
     mask = torch.zeros_like(weight, dtype=torch.bool)
     mask[:, ::2] = True
@@ -20,14 +20,14 @@ def kept(model, layout):
 
 
 @pytest.mark.parametrize("layout", ["csr", "columns"])
-def test_weights_come_back_on_the_device_of_the_model(tiny, layout):
+def test_weights_load_on_the_device_of_the_model(tiny, layout):
     model = tiny("qwen3-4b-instruct-2507")
     _, described, read = kept(model, layout)
     sparse.restore(model, described, read, device="meta")
     assert sparse.stored(model)[NAME].device.type == "meta" and not read
 
 
-def test_values_that_were_stored_on_cuda_are_multiplied_on_a_cpu(tiny):
+def test_values_stored_on_cuda_are_multiplied_on_a_cpu(tiny):
     model = tiny("qwen3-4b-instruct-2507")
     dense, described, read = kept(model, "csr")
     values = read[f"{NAME}.values"]

@@ -1,4 +1,4 @@
-"""The shares by block: their weighted mean is what was asked for, and none lies further off than it may."""
+"""Shares by block: their weighted mean is the requested one, and none deviates by more than the allowed spread."""
 
 from itertools import pairwise
 
@@ -18,7 +18,7 @@ from lib.optimizations.common.compression.budgets import SPREAD, by_outliers
     ],
 )
 @pytest.mark.parametrize("even", [True, False])
-def test_the_mean_is_kept_and_no_block_lies_further_off_than_it_may(outliers, share, even):
+def test_the_mean_is_kept_and_no_block_exceeds_the_spread(outliers, share, even):
     sizes = {index: 100.0 if even else 10.0 * (index + 1) for index in range(len(outliers))}
     shares = by_outliers(dict(enumerate(outliers)), sizes, share)
     mean = sum(shares[index] * sizes[index] for index in sizes) / sum(sizes.values())
@@ -28,12 +28,12 @@ def test_the_mean_is_kept_and_no_block_lies_further_off_than_it_may(outliers, sh
     assert all(shares[fewer] >= shares[more] for fewer, more in pairwise(ranked)), "more outliers lose less"
 
 
-def test_blocks_that_are_alike_lose_alike():
+def test_identical_blocks_lose_equal_shares():
     assert by_outliers({0: 0.1, 1: 0.1}, {0: 1.0, 1: 5.0}, 0.4) == {0: 0.4, 1: 0.4}
     assert by_outliers({}, {}, 0.4) == {}
 
 
-def test_the_spread_is_used_where_blocks_differ_both_ways():
+def test_the_spread_is_used_where_blocks_differ_in_both_directions():
     shares = by_outliers({0: 0.0, 1: 0.1, 2: 0.2}, dict.fromkeys(range(3), 1.0), 0.5)
     assert shares == pytest.approx({0: 0.5 + SPREAD, 1: 0.5, 2: 0.5 - SPREAD})
 

@@ -1,4 +1,4 @@
-"""Calibration text grows with the width of a model, so that sums over it have an inverse."""
+"""Calibration text grows with the width of a model, so that sums over it are invertible."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ QUICK = settings.read("quick")
 
 
 def _wide(width: int):
-    """A model without data whose feed-forward parts are `width` channels wide."""
+    """Return a model without data whose feed-forward parts have `width` channels."""
     described = read("qwen3-4b-instruct-2507")
     config = merge(described.full, TINY["qwen3-4b-instruct-2507"] | {"intermediate_size": width})
     return io.build(config, described.architecture, device="meta")
@@ -35,7 +35,7 @@ def test_there_are_more_tokens_than_inputs_at_every_width(width):
     assert few == 2 if width == 64 else few * QUICK.calibration_tokens >= 2 * width
 
 
-def test_what_was_counted_is_what_is_summed(tiny, batch):
+def test_the_counted_tokens_are_the_summed_tokens(tiny, batch):
     model = tiny("qwen3-coder-30b")
     walk = Walk(model, [batch, batch, batch])
     next(iter(walk))
@@ -49,7 +49,7 @@ def test_what_was_counted_is_what_is_summed(tiny, batch):
 
 
 @pytest.mark.parametrize("width", [576, 1536, 9728])
-def test_the_text_of_a_stack_grows_with_the_width_as_that_of_one_optimization(width, monkeypatch):
+def test_the_text_of_a_stack_grows_with_width_as_for_one_optimization(width, monkeypatch):
     """Widths of proxy models and of SmolLM2-135M need no more than effort quick has; Qwen3-4B's has the full rank."""
     asked = []
     monkeypatch.setattr(calibration_text.tasks, "calibration", lambda loaded, *size: asked.append(size) or [])
@@ -64,7 +64,7 @@ def test_the_text_of_a_stack_grows_with_the_width_as_that_of_one_optimization(wi
     assert asked[2][0] == QUICK.calibration_sequences, "nothing is learned from random weights"
 
 
-def test_a_stack_has_the_text_of_the_effort_at_which_it_was_chosen(monkeypatch):
+def test_a_stack_uses_the_text_of_the_effort_that_chose_it(monkeypatch):
     asked = []
     monkeypatch.setattr(calibration_text.tasks, "calibration", lambda loaded, *size: asked.append(size[0]) or [])
     loaded = SimpleNamespace(model=_wide(64), scale="full", random_weights=False)

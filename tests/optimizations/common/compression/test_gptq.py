@@ -1,4 +1,6 @@
-"""GPTQ: equal to a slow reference that solves for the best of the rest anew, ahead of rounding, the same bytes."""
+"""GPTQ: equal to a slow reference that re-solves for the best remaining weights, better than rounding, the same
+bytes.
+"""
 
 import pytest
 import torch
@@ -12,14 +14,14 @@ from lib.optimizations.common.compression.weight_only import weight_only
 
 
 def _inputs(count: int, tokens: int, seed: int) -> torch.Tensor:
-    """Correlated inputs [T, I], as hidden states are."""
+    """Return correlated inputs [T, I], like hidden states."""
     random = torch.Generator().manual_seed(seed)
     mix = torch.randn(count, count, generator=random) + 3 * torch.randn(1, count, generator=random)
     return torch.randn(tokens, count, generator=random) @ mix
 
 
 def reference(weight_OI: torch.Tensor, gram_II: torch.Tensor) -> torch.Tensor:
-    """Return the weights [O, I] that are left when columns are rounded in order and, after each, the free ones are the
+    """Return the weights [O, I] after rounding columns in order and, after each, setting the free ones to the
     least-squares answer to all errors so far. One group.
     """
     gram = gram_II.double() + DAMPING * gram_II.diagonal().mean() * torch.eye(len(gram_II))
@@ -42,7 +44,7 @@ def _restored(chosen: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_it_is_the_reference(seed):
+def test_gptq_matches_the_reference(seed):
     weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(seed))
     x = _inputs(16, 200, seed)
     gram = x.T @ x
@@ -51,7 +53,7 @@ def test_it_is_the_reference(seed):
 
 
 @pytest.mark.parametrize("width", [96, 256])
-def test_outputs_are_nearer_than_those_of_rounding(width):
+def test_outputs_are_closer_than_with_rounding(width):
     for seed in range(5):
         weight, x = torch.randn(32, width, generator=torch.Generator().manual_seed(seed)), _inputs(width, 1000, seed)
         (ours,) = gptq.packed(weight, x.T @ x)
@@ -69,7 +71,7 @@ def test_independent_inputs_are_rounded_to_nearest():
         assert torch.equal(ours[0], values) and torch.equal(ours[1], scales)
 
 
-def test_an_expert_is_chosen_as_if_it_were_alone():
+def test_an_expert_is_quantized_as_if_it_were_alone():
     weight = torch.randn(3, 32, 64, generator=torch.Generator().manual_seed(1))
     grams = torch.stack([(x := _inputs(64, 300, seed)).T @ x for seed in range(3)])
     together = gptq.packed(weight, grams)
@@ -83,7 +85,7 @@ def test_an_odd_width_is_refused():
         gptq.packed(torch.randn(4, 33), torch.eye(33))
 
 
-def test_a_model_takes_the_bytes_of_rounding_and_answers_nearer(tiny, name, batch):
+def test_a_model_takes_the_bytes_of_rounding_and_has_closer_outputs(tiny, name, batch):
     model = tiny(name)
     rounded, ours = weight_only(model, 4), weight_only(model, 4, calibration=[batch])
     assert cost_model.weights_bytes(ours) == cost_model.weights_bytes(rounded) < cost_model.weights_bytes(model)
@@ -92,6 +94,6 @@ def test_a_model_takes_the_bytes_of_rounding_and_answers_nearer(tiny, name, batc
     assert (logits[2] - logits[0]).square().mean() < (logits[1] - logits[0]).square().mean()
 
 
-def test_eight_bits_have_no_errors_worth_making_up_for(tiny, batch):
+def test_eight_bit_errors_need_no_compensation(tiny, batch):
     with pytest.raises(ValueError, match="8 bits"):
         weight_only(tiny("qwen3-4b-instruct-2507"), 8, calibration=[batch])

@@ -1,4 +1,4 @@
-"""What is refused names the option, its value and what was expected; what is allowed passes."""
+"""Refusals name the option, its value and what was expected; allowed values pass."""
 
 import pytest
 from torch import nn

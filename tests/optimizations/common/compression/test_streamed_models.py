@@ -1,4 +1,4 @@
-"""A model whose weights stream from a file can run, but not be changed: refused at once, in words that say so."""
+"""A model whose weights stream from a file can run but not be changed: it is refused at once with a clear message."""
 
 from types import SimpleNamespace
 
@@ -24,8 +24,8 @@ SET_UPS = {
 
 
 @pytest.mark.parametrize("stem", sorted(SET_UPS))
-def test_it_is_not_called_a_damaged_checkpoint(tiny, tmp_path, stem):
-    """What is not in memory is NaN: "repair the checkpoint", it was said, of one that is whole."""
+def test_a_streamed_model_is_not_called_a_damaged_checkpoint(tiny, tmp_path, stem):
+    """Weights outside memory are NaN: previously an intact checkpoint got the message "repair the checkpoint"."""
     io.save(tiny("qwen3-4b-instruct-2507"), tmp_path)
     model = streamer.open_streamed(tmp_path, memory_ratio=0.8)
     try:

@@ -1,4 +1,4 @@
-"""Answers to what would refute a claim: intervals that part, that overlap, and that are missing; gains and noise."""
+"""Answers to what would refute a claim: separate, overlapping and missing intervals; gains and noise."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def _arm(name: str, value: float, low: float, high: float) -> ThirdArm:
     return ThirdArm(name, "", [kl])
 
 
-def test_an_interval_covers_those_of_all_named_arms():
+def test_an_interval_covers_all_named_arms():
     arms = [_arm("a", 1.0, 0.9, 1.1), _arm("b", 2.0, 1.5, 2.5), _arm("c", 9.0, 8.0, 10.0)]
     assert claims.interval(arms, ["a", "b"]) == Interval(1.5, 0.9, 2.5)
     assert claims.interval(arms, ["d"]) is None
@@ -45,7 +45,7 @@ def _rate(verdict: str, ratio: float, predicted: float | None):
         ("better", 1.3, None, None),
     ],
 )
-def test_a_gain_drowns_only_where_it_should_have_been_detected(verdict, ratio, predicted, refuted):
+def test_a_gain_drowns_only_where_it_was_detectable(verdict, ratio, predicted, refuted):
     assert claims.gain_drowns("claim", [_rate(verdict, ratio, predicted)])[1] is refuted
     assert claims.gain_drowns("claim", [])[1] is None
 
@@ -60,7 +60,7 @@ def test_a_gain_drowns_only_where_it_should_have_been_detected(verdict, ratio, p
         {"verdict": "invalid"},
     ],
 )
-def test_a_machine_that_gives_no_verdict_refutes_no_gain(changes):
+def test_a_machine_without_a_verdict_refutes_no_gain(changes):
     rate = _rate("inconclusive", 1.5, 1.5)
     assert claims.gain_drowns("claim", [rate])[1] is True
     busy = rate.model_copy(update=changes)
@@ -68,8 +68,8 @@ def test_a_machine_that_gives_no_verdict_refutes_no_gain(changes):
     assert refuted is None and "1.50×" in evidence and evidence.endswith(busy.reason or busy.verdict)
 
 
-def test_a_rate_that_cannot_tell_leaves_the_answer_to_one_that_can():
-    """Prefill, of which most is predicted, was too noisy; the decoding beside it was not, and gained nothing."""
+def test_an_inconclusive_rate_leaves_the_answer_to_a_conclusive_one():
+    """Prefill, with the largest predicted gain, was too noisy; decoding was not, and gained nothing."""
     noisy = _rate("inconclusive", 1.1, 1.6).model_copy(update={"noise_floor": 0.6, "mde": 0.7})
     steady = _rate("equivalent", 1.0, 1.3).model_copy(update={"workload": "decode"})
     _, refuted, evidence = claims.gain_drowns("claim", [noisy, steady])

@@ -1,4 +1,4 @@
-"""Arms that are timed together are copies of one age, and an interval holds what one process hides."""
+"""Arms timed together are copies of equal age, and an interval includes the variation that one process hides."""
 
 import copy
 import gc
@@ -17,13 +17,13 @@ from lib.optimizations.pre_vs_post_optimization import attribution
 
 
 def _timed(model) -> list[int]:
-    """Time two arms; return where the weights of those lie that were passed in."""
+    """Time two arms; return the addresses of the weights that were passed in."""
     arms = {interactions.BASELINE: model, "other": copy.deepcopy(model)}
     interactions.time_arms(arms, torch.arange(8, 24)[None], 2, 0, 2, 2)
     return [arm.get_input_embeddings().weight.data_ptr() for arm in arms.values()]
 
 
-def test_no_model_is_timed_at_the_age_at_which_it_was_passed_in(tiny, monkeypatch):
+def test_models_are_timed_as_fresh_copies(tiny, monkeypatch):
     seen, prefill, steps = set(), workloads.prefill, workloads.steps
 
     def watched(make):
@@ -43,7 +43,7 @@ def test_no_model_is_timed_at_the_age_at_which_it_was_passed_in(tiny, monkeypatc
     assert seen | {*_timed(model)} == seen, "all or none: a copy beside an old model would be of another age"
 
 
-def test_copies_are_given_back_even_where_they_refer_to_themselves(tiny, monkeypatch):
+def test_copies_are_freed_even_if_they_reference_themselves(tiny, monkeypatch):
     copies, separate_copy = [], control.separate_copy
 
     def watched(model):
@@ -63,7 +63,7 @@ def test_copies_are_given_back_even_where_they_refer_to_themselves(tiny, monkeyp
     assert timed["prefill"].copied and interactions.timed_on([timed]) == "copies made for them"
 
 
-def test_a_copy_that_reads_otherwise_is_not_timed_and_that_is_said(tiny, monkeypatch):
+def test_a_copy_with_other_outputs_is_not_timed_and_this_is_reported(tiny, monkeypatch):
     model, other = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507", seed=5)
     arms = {interactions.BASELINE: model, "other": copy.deepcopy(model)}
     sound = interactions.time_arms(arms, torch.arange(8, 24)[None], 2, 0, 2, 2)
@@ -75,7 +75,7 @@ def test_a_copy_that_reads_otherwise_is_not_timed_and_that_is_said(tiny, monkeyp
     assert interactions.timed_on([sound, timed]).endswith("in 1 of 2 cases the models themselves")
 
 
-def test_equal_arms_keep_the_interval_of_what_one_process_hides():
+def test_equal_arms_keep_the_interval_of_variation_between_processes():
     sigma = process_variance.between_processes("prefill").sigma
     names = [interactions.named(*subset) for subset in shapley.subsets(("x", "y"))]
     rounds = Rounds({name: [1.0] * 12 for name in [*names, "y → x"]}, 1, [None] * 12, [names] * 12)
@@ -88,13 +88,13 @@ def test_equal_arms_keep_the_interval_of_what_one_process_hides():
     shares = attribution.attribute(["x", "y"], {"prefill": rounds}, {})
     widths = [row["prefill_high"] - row["prefill_low"] for row in (single, order, pair)]
     widths += [row["high"] - row["low"] for row in shares]
-    # Of four models that each vary by σ/√2; Shapley weights of two parts are a half each.
+    # Four models each vary by σ/√2; the Shapley weights of two parts are one half each.
     models = np.asarray([2, 2, 4, 1, 1, 2])
     assert widths == pytest.approx(2 * 1.96 * sigma * np.sqrt(models / 2))
     assert shares[-1]["part"] == attribution.WHOLE
 
 
-def test_an_interaction_in_shares_of_time_weighs_each_arm_by_its_time():
+def test_interactions_in_time_shares_weigh_each_arm_by_its_time():
     sigma = process_variance.between_processes("prefill").sigma
     seconds = {"baseline": [1.0] * 12, "x": [0.5] * 12, "y": [0.5] * 12, "x → y": [0.25] * 12}
     rounds = Rounds(seconds, 1, [None] * 12, [list(seconds)] * 12)
@@ -103,7 +103,7 @@ def test_an_interaction_in_shares_of_time_weighs_each_arm_by_its_time():
     assert row["prefill_high"] - row["prefill"] == pytest.approx(1.96 * sigma * np.sqrt(squares / 2))
 
 
-def test_losses_of_windows_of_one_document_are_resampled_together():
+def test_window_losses_of_one_document_are_resampled_together():
     names = ["baseline", "x", "y", "x → y", "y → x"]
     steps = np.repeat([0.0, 0.1], 6)
     lost = {name: 2 + at * steps for at, name in enumerate(names)}

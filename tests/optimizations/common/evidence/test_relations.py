@@ -24,7 +24,7 @@ def test_methods(losses, held):
     assert relations.methods(*map(near, losses)).held is held
 
 
-def test_methods_cannot_tell_where_magnitude_overlaps_or_is_missing():
+def test_methods_are_undecided_where_magnitude_overlaps_or_is_missing():
     assert relations.methods(near(36.9), near(39.3), WIDE).held is None
     assert relations.methods(near(36.9), None, near(193)).held is None
 
@@ -60,7 +60,7 @@ def test_int8():
 
 
 def test_an_interval_near_one_is_not_printed_as_one():
-    """Three figures made "1 (1–1)" of it, beside the word held."""
+    """Rounded to three figures it read "1 (1–1)", next to the word held."""
     judged = relations.int8(Interval(1.0003, 1.0001, 1.0006))
     assert judged.held and judged.evidence.startswith("ratio of perplexities 1.00030 (1.00010–1.00060), limit ")
     assert "1 (1–1)" in relations.int8(Interval(1.0, 1.0, 1.0)).evidence, "the same answers, without width"
@@ -112,7 +112,7 @@ def test_density_and_short_inputs_and_kernels():
     assert "bound allows 2.5" in relations.kernel(near(7.03), near(2.23), 2.5).evidence
 
 
-def test_every_outcome_has_its_statement_and_source_and_reaches_the_record(tmp_path):
+def test_every_outcome_has_a_statement_and_a_source_and_reaches_the_record(tmp_path):
     judged = [relations.methods(*map(near, (36.9, 39.3, 193))), relations.rows(None, None)]
     lines = [relation.decide(*judgement) for judgement in judged]
     assert [line.outcome for line in lines] == ["held", "cannot tell"]

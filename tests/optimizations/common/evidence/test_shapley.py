@@ -1,4 +1,4 @@
-"""Planted interactions and Shapley values are found, nothing is found where nothing is; rounds are balanced."""
+"""Planted interactions and Shapley values are found, none are found where none exist, and rounds are balanced."""
 
 import itertools
 
@@ -17,7 +17,7 @@ def _values(effect, samples: int = 400, spread: float = 0.01):
     return {chosen: effect(chosen) + spread * random.normal(size=samples) for chosen in shapley.subsets(PARTS)}
 
 
-def test_subsets_come_in_order_and_have_a_limit():
+def test_subsets_are_ordered_and_limited():
     assert shapley.subsets(("a", "b")) == [(), ("a",), ("b",), ("a", "b")]
     with pytest.raises(ValueError, match="32 subsets"):
         shapley.subsets("abcde")

@@ -1,4 +1,4 @@
-"""Near-ties: noise within the practical margin changes nothing of what is chosen."""
+"""Near-ties: noise within the practical margin does not change the choice."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,8 @@ import pytest
 from lib.optimizations.common.search import choice
 
 
-def test_noise_among_near_ties_does_not_reach_the_choice():
-    """Three that are equally fast and one that is slower: 200 noisy timings choose the same one each time."""
+def test_near_tie_noise_does_not_change_the_choice():
+    """With three equally fast candidates and a slower one, 200 noisy timings choose the same one each time."""
     random = np.random.default_rng(0)
     true = {"one step": 0.8, "two steps": 0.8, "three steps": 0.8, "nothing": 1.0}
     chosen = set()
@@ -17,7 +17,7 @@ def test_noise_among_near_ties_does_not_reach_the_choice():
     assert chosen == {"one step"}
 
 
-def test_what_is_faster_by_more_than_the_margin_is_taken():
+def test_a_gain_beyond_the_margin_is_taken():
     timed = {"first": 1.0, "second": 0.97}
     assert choice.steady(list(timed), timed.__getitem__, list(timed).index) == "second"
     assert choice.steady(list(timed), timed.__getitem__, list(timed).index, margin=0.05) == "first"
@@ -25,6 +25,6 @@ def test_what_is_faster_by_more_than_the_margin_is_taken():
         choice.steady([], float, str)
 
 
-def test_costs_of_nothing_are_costs():
+def test_zero_costs_are_valid_near_ties():
     cost = {"much changed": 0.0, "little changed": 0.0, "dear": 0.1}
     assert choice.steady(list(cost), cost.__getitem__, list(reversed(cost)).index) == "little changed"

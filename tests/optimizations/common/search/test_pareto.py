@@ -1,4 +1,4 @@
-"""Fronts and dominated areas against counting squares, against inclusion and exclusion, and against random points."""
+"""Fronts and dominated areas against counting squares, inclusion and exclusion, and random points."""
 
 import itertools
 
@@ -26,21 +26,21 @@ def test_front_and_hypervolume():
     assert pareto.hypervolume([], (1.0, 1.0)) == 0
 
 
-def test_a_front_is_what_no_point_beats():
+def test_no_point_dominates_the_front():
     points = [tuple(point) for point in np.random.default_rng(2).random((60, 2)).round(2)]
     beaten = lambda p: any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)  # noqa: E731
     assert {points[index] for index in pareto.front(points)} == {point for point in points if not beaten(point)}
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_hypervolume_is_that_of_inclusion_and_exclusion(seed):
+def test_hypervolume_matches_inclusion_and_exclusion(seed):
     points = [tuple(point) for point in np.random.default_rng(seed).random((9, 2)) * 1.3]
     for reference in ((1.0, 1.0), (0.7, 1.1)):
         expected = _by_inclusion_and_exclusion(points, reference)
         assert pareto.hypervolume(points, reference) == pytest.approx(expected, abs=1e-12)
 
 
-def test_hypervolume_is_the_share_of_random_points_that_are_dominated():
+def test_hypervolume_matches_the_dominated_share_of_random_points():
     draw = np.random.default_rng(1)
     points, samples = draw.random((20, 2)), draw.random((200_000, 2))
     dominated = (samples[:, None] >= points[None]).all(-1).any(1)
@@ -48,7 +48,7 @@ def test_hypervolume_is_the_share_of_random_points_that_are_dominated():
     assert volume == pytest.approx(dominated.mean(), abs=5 * 0.5 / np.sqrt(len(samples)))
 
 
-def test_progress_never_falls_and_reaches_its_level():
+def test_progress_is_monotonic_and_reaches_its_level():
     points = [(0.9, 0.9), (0.5, 0.5), (0.95, 0.95), (0.1, 0.1)]
     curve = pareto.progress(points, (1.0, 1.0))
     assert (np.diff(curve) >= 0).all() and curve[-1] == pytest.approx(0.81)
@@ -56,7 +56,7 @@ def test_progress_never_falls_and_reaches_its_level():
     assert pareto.evaluations_until(curve, 0.9) is None
 
 
-def test_the_gain_is_over_the_mean_of_the_random_arms():
+def test_the_gain_is_relative_to_the_mean_of_the_random_arms():
     volumes = {"search": 0.6, "random": 0.2, "random, 1": 0.4, "greedy": 9.0}
     assert pareto.of_random(volumes) == [0.2, 0.4]
     assert pareto.gain(volumes) == pytest.approx(2.0)

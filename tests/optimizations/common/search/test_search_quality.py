@@ -1,4 +1,4 @@
-"""What a candidate is asked while choosing: text first, and nothing else where text excludes it."""
+"""What the search asks a candidate: text first, and nothing else where text excludes it."""
 
 import copy
 from dataclasses import replace
@@ -34,7 +34,7 @@ def _noisy(model, share: float):
     return changed
 
 
-def test_what_text_excludes_is_asked_nothing_else(quality, monkeypatch):
+def test_candidates_excluded_by_text_are_asked_nothing_else(quality, monkeypatch):
     broken = _noisy(quality.loaded.model, 1.0)
 
     def refuse(*_, **__):
@@ -46,7 +46,7 @@ def test_what_text_excludes_is_asked_nothing_else(quality, monkeypatch):
     assert "perplexity grows" in lost.why_not() and "score" not in lost.why_not()
 
 
-def test_what_text_admits_is_asked_everything_and_reads_it_once(quality, monkeypatch):
+def test_candidates_admitted_by_text_are_asked_everything_and_read_it_once(quality, monkeypatch):
     reads, read = [], evaluate.read
     monkeypatch.setattr(evaluate, "read", lambda *arguments: reads.append(1) or read(*arguments))
     lost = quality.of(quality.loaded.model)
@@ -57,14 +57,14 @@ def test_what_text_admits_is_asked_everything_and_reads_it_once(quality, monkeyp
     assert np.array_equal(whole.text.loss_N, quality.baseline.text.loss_N)
 
 
-def test_a_larger_margin_of_perplexity_asks_on(quality, monkeypatch):
+def test_a_larger_perplexity_margin_continues_with_questions(quality, monkeypatch):
     slightly = _noisy(quality.loaded.model, 0.2)
     growth = quality.of(slightly).perplexity
     assert growth > 0.03
     assert quality.of(slightly, perplexity_margin=100.0).lost is not None
 
 
-def test_a_candidate_without_a_perplexity_is_within_no_margin(quality, monkeypatch):
+def test_a_candidate_without_perplexity_is_within_no_margin(quality, monkeypatch):
     text = quality.baseline.text
     broken = replace(text, loss_N=np.full_like(text.loss_N, np.nan))
     monkeypatch.setattr(evaluate, "read_text", lambda *_: broken)
@@ -90,7 +90,7 @@ def test_a_real_model_is_asked_one_task_and_few_values(monkeypatch):
 @pytest.mark.parametrize(
     ("effort", "sizes"), [("preview", (8, 6, 4)), ("quick", (96, 16, 64)), ("standard", (96, 16, 64))]
 )
-def test_only_a_preview_asks_fewer_than_one_loss_would_show_on(effort, sizes, monkeypatch):
+def test_only_a_preview_asks_too_few_items_to_show_one_loss(effort, sizes, monkeypatch):
     monkeypatch.setattr(search_quality, "_answers", lambda *arguments: None)
     loaded = SimpleNamespace(scale="proxy", model=None)
     size = search_quality.prepare(loaded, settings.read(effort), 0).size
@@ -98,7 +98,7 @@ def test_only_a_preview_asks_fewer_than_one_loss_would_show_on(effort, sizes, mo
 
 
 def public(right: int, n: int = 96) -> Classified:
-    """Return answers to a public task of four choices, so many of them right."""
+    """Return answers to a public task of four choices, `right` of them correct."""
     chosen_N = (np.arange(n) >= right).astype(int)
     truth_N, scores_NL = np.zeros(n, dtype=int), np.eye(4)[chosen_N] - 5
     ids = [f"arc_easy-{place}" for place in range(n)]
@@ -106,8 +106,8 @@ def public(right: int, n: int = 96) -> Classified:
 
 
 @pytest.mark.parametrize(("before", "after", "lost"), [(72, 60, 0.125), (72, 72, 0.0), (24, 12, 0.0)])
-def test_what_a_public_task_loses_counts_unless_the_baseline_guesses(quality, monkeypatch, before, after, lost):
-    """A real model was asked one for minutes, and the answers were not looked at: it has no F1."""
+def test_public_task_losses_count_unless_the_baseline_guesses(quality, monkeypatch, before, after, lost):
+    """Previously a real model answered such a task for minutes, but the answers were ignored: it has no F1."""
     answers = replace(quality.baseline, classified=[public(before)], retrieved=None)
     asked = replace(quality, baseline=answers)
     monkeypatch.setattr(evaluate, "read_text", lambda *_: answers.text)

@@ -1,4 +1,4 @@
-"""Studies are resumed; damaged files and those of another space are renamed; a kill changes no answer."""
+"""Studies are resumed; damaged files and those of another space are renamed; killing a run changes no answer."""
 
 import os
 import signal
@@ -32,14 +32,14 @@ def _search(path, until: int, name: str = "s") -> list[dict]:
         return [trial.params for trial in stored.trials]
 
 
-def test_stopped_and_resumed_equals_uninterrupted(tmp_path):
+def test_a_resumed_study_equals_an_uninterrupted_one(tmp_path):
     whole = _search(tmp_path / "whole.db", 14)
     _search(tmp_path / "parts.db", 5)
     assert _search(tmp_path / "parts.db", 14) == whole == _search(None, 14)
 
 
 @pytest.mark.parametrize("name", ["r{1}", "r{model} {", "a b?c=d", "100%20", "Größe #1"])
-def test_a_folder_of_any_name_is_taken_literally(tmp_path, name):
+def test_folder_names_are_taken_literally(tmp_path, name):
     path = tmp_path / name / "s.db"
     assert len(_search(path, 3)) == 3 and path.is_file(), "the file lies where it was asked for"
     assert [file.name for file in tmp_path.iterdir()] == [name]
@@ -47,7 +47,7 @@ def test_a_folder_of_any_name_is_taken_literally(tmp_path, name):
         assert len(stored.trials) == 3
 
 
-def test_killed_in_the_middle_and_started_again(tmp_path):
+def test_a_killed_and_restarted_study_gives_the_same_answer(tmp_path):
     path = tmp_path / "killed.db"
     program = f"""
 import sys; sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]
@@ -71,14 +71,14 @@ t._search({str(path)!r}, 12)
     assert _search(path, 12) == _search(None, 12)
 
 
-def test_facts_are_made_once(tmp_path):
+def test_facts_are_computed_once(tmp_path):
     values = iter([{"b0": [0.1]}, {"b0": [0.2]}])
     for _ in range(2):
         with study.opened(tmp_path / "s.db", "s", SPACE, 1) as stored:
             assert stored.fact("costs", lambda: next(values)) == {"b0": [0.1]}
 
 
-def test_another_space_is_kept_aside(tmp_path):
+def test_files_of_another_space_are_kept_aside(tmp_path):
     path = tmp_path / "s.db"
     _search(path, 3)
     with study.opened(path, "s", SPACE | {"weights": "2"}, 2) as stored:
@@ -114,14 +114,14 @@ def test_damaged_files_are_kept_aside(tmp_path, kind):
     assert (tmp_path / "s.db.aside-1").read_bytes() == damaged
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+def test_an_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="give another folder"), study.opened(tmp_path / "file" / "s.db", "s", {}, 1):
         pass
 
 
-def test_code_of_an_optimization_is_all_of_its_folder(tmp_path):
-    """A trial applies what lies beside a method, too: it was resumed after that had changed."""
+def test_the_code_of_an_optimization_is_its_whole_folder(tmp_path):
+    """A trial also applies files next to the method: previously it was resumed after those had changed."""
     folder = tmp_path / "an_optimization"
     (folder / "inner").mkdir(parents=True)
     single = tmp_path / "single.py"

@@ -1,4 +1,4 @@
-"""Costs of parts from several processes: each builds the very library, and what comes back is their mean."""
+"""Costs of parts from several processes: each builds an identical library, and the result is their mean."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def _setting(tiny, name, batch, options=None):
     return model, library, method.saliency(model, seen), options, PROFILE, batch["input_ids"][:1]
 
 
-def test_a_gpu_is_waited_for_where_it_is_in_use_and_else_left_alone(waited):
+def test_the_gpu_is_synchronized_only_where_it_is_in_use(waited):
     in_use, times = waited
     assert len(subblock_costs._rounds({("part",): lambda: None}, 1, 0)["part",]) == 1
     assert len(times) == (4 if in_use else 0)  # on both sides of the warm-up and of the round
@@ -37,8 +37,8 @@ def test_several_processes_time_every_option(tiny, name, batch):
 
 
 @pytest.mark.parametrize("options", [None, OPTIONS])
-def test_a_process_builds_the_very_library(tiny, name, batch, options, monkeypatch):
-    """Its weights, its ways to decode, and its seeds: no two processes begin alike."""
+def test_each_process_builds_an_identical_library_with_its_own_seed(tiny, name, batch, options, monkeypatch):
+    """The weights and decoding paths are the same; no two processes share a seed."""
     model, library, *rest = _setting(tiny, name, batch, options)
     seen = []
 
@@ -81,7 +81,7 @@ def test_a_process_that_fails_is_reported(tiny, batch, monkeypatch):
         cost_processes.measure(*setting, rounds=1, processes=2)
 
 
-def test_one_process_is_this_one(tiny, batch, monkeypatch):
+def test_a_single_process_is_the_current_one(tiny, batch, monkeypatch):
     setting = _setting(tiny, "qwen3-4b-instruct-2507", batch)
     monkeypatch.setattr(cost_processes.children, "run", lambda program, jobs: pytest.fail("a process was started"))
     assert cost_processes.measure(*setting, rounds=1, processes=1).keys() >= {"prefill", "decode"}

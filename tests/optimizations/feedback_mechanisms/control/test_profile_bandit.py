@@ -1,4 +1,4 @@
-"""The bandit learns which profile pays: the full one in the calm, the fast one while requests wait."""
+"""The bandit learns which profile pays: the full one in quiet periods, the fast one while requests wait."""
 
 from lib.measure.serving.slo import Objectives
 from lib.optimizations.feedback_mechanisms.control.profile_bandit import PRESSED, SPAN, ProfileBandit
@@ -8,7 +8,9 @@ LOOKS = 40  # per span
 
 
 def run(bandit: ProfileBandit, spans: int, pressed_under: set[int], start: int = 0) -> list[int]:
-    """Let so many spans pass, pressed wherever the profile in charge is one of these; return the profile of each."""
+    """Run the given number of spans, under pressure wherever the active profile is one of these; return each span's
+    profile.
+    """
     seconds, chosen = SPAN * OBJECTIVES.first_token_seconds, []
     for span in range(start, start + spans):
         chosen.append(bandit.profile)
@@ -18,13 +20,13 @@ def run(bandit: ProfileBandit, spans: int, pressed_under: set[int], start: int =
     return chosen
 
 
-def test_in_the_calm_the_full_profile_answers_but_for_looks_at_the_fast_one():
+def test_quiet_periods_use_the_full_profile_except_for_looks_at_the_fast_one():
     chosen = run(ProfileBandit(OBJECTIVES), 60, set())
     assert chosen[0] == 0 and 1 in chosen, "each is tried"
     assert sum(chosen[10:]) <= 0.15 * len(chosen[10:])
 
 
-def test_in_a_rush_that_only_the_fast_profile_serves_it_stays_with_that():
+def test_a_rush_that_only_the_fast_profile_serves_keeps_that_profile():
     bandit = ProfileBandit(OBJECTIVES)
     run(bandit, 20, set())
     chosen = run(bandit, 40, {0}, start=20)
@@ -33,7 +35,7 @@ def test_in_a_rush_that_only_the_fast_profile_serves_it_stays_with_that():
     assert seconds == sorted(seconds) and all(a != b for (_, a), (_, b) in zip(bandit.course, bandit.course[1:]))
 
 
-def test_where_both_profiles_are_pressed_the_dearer_one_gains_nothing():
+def test_the_costlier_profile_gains_nothing_where_both_are_under_pressure():
     bandit = ProfileBandit(OBJECTIVES)
     chosen = run(bandit, 60, {0, 1})
     assert sum(chosen[10:]) <= 0.15 * len(chosen[10:])

@@ -16,7 +16,7 @@ def first_breach(losses, bound, alpha):
 
 
 @pytest.mark.parametrize("shape", ["flat", "bernoulli", "skewed"])
-def test_false_alarms_stay_below_alpha_however_often_one_looks(shape):
+def test_false_alarms_stay_below_alpha_at_any_number_of_looks(shape):
     random, bound, alpha, false = np.random.default_rng(4), 0.1, 0.05, 0
     for _ in range(400):
         losses = {
@@ -28,7 +28,7 @@ def test_false_alarms_stay_below_alpha_however_often_one_looks(shape):
     assert false <= 400 * alpha + 2.33 * np.sqrt(400 * alpha * (1 - alpha))
 
 
-def test_a_breach_is_found_and_a_large_one_soon():
+def test_a_breach_is_found_and_a_large_one_early():
     random = np.random.default_rng(5)
     small = [first_breach(random.random(400) < 0.25, 0.1, 0.01) for _ in range(50)]
     large = [first_breach(random.random(400) < 0.9, 0.1, 0.01) for _ in range(50)]

@@ -14,8 +14,8 @@ from lib.optimizations.feedback_mechanisms.speculation.speculative import Round
 
 
 @pytest.mark.parametrize("count", [6, 24])
-def test_of_any_two_laws_each_answers_first_equally_often(count, monkeypatch):
-    """With an order that moves on by one, plain decoding came before the last of five laws in one answer of five."""
+def test_each_law_of_a_pair_answers_first_equally_often(count, monkeypatch):
+    """With a rotating order, plain decoding ran before the last of five laws in only one answer of five."""
     answered: list[tuple[int, str]] = []
 
     def generate(model, drafter, prompt_T, new_tokens, law):
@@ -35,8 +35,10 @@ def test_of_any_two_laws_each_answers_first_equally_often(count, monkeypatch):
 
 
 @pytest.mark.parametrize(("spells", "kept"), [(3, 0), (9, 4)])
-def test_a_prompt_is_answered_again_where_the_machine_is_disturbed(spells, kept, monkeypatch):
-    """The first turns are disturbed, so often; of four prompts at most four are repeated; laws learn nothing then."""
+def test_a_prompt_is_repeated_where_the_machine_is_disturbed(spells, kept, monkeypatch):
+    """The given number of first turns is disturbed; of four prompts at most four are repeated; laws learn nothing
+    then.
+    """
     watches: list[int] = []
 
     def watch():
@@ -61,13 +63,13 @@ def test_a_prompt_is_answered_again_where_the_machine_is_disturbed(spells, kept,
 
 
 def planted(rates, drafted, ids):
-    """A law whose answers have 5 tokens, at such rates, with so many tokens drafted per round."""
+    """A law whose answers have 5 tokens, at the given rates, with the given number of tokens drafted per round."""
     rounds = [[Round(count, 0, 0.0, 4 / rate)] for rate, count in zip(rates, drafted)]
     return Drafted([torch.tensor(each) for each in ids], rounds)
 
 
-def test_each_domain_is_a_measurement_of_its_own():
-    """In one, answers that repeat themselves made an interval of 1.04 to 3.5 out of no gain on the model's own text."""
+def test_each_domain_is_measured_separately():
+    """Pooled, repetitive answers gave an interval of 1.04 to 3.5, although the model's own text gained nothing."""
     distinct, repeated = [[1, 2, 3, 4, 5]] * 6, [[7, 7, 7, 7, 7]] * 6
     ids, plain = distinct + repeated, [100.0 + at for at in range(12)]
     laws = {drafting.PLAIN: planted(plain, [0] * 12, ids), drafting.AGAIN: planted(plain, [0] * 12, ids)}
@@ -83,7 +85,7 @@ def test_each_domain_is_a_measurement_of_its_own():
     words = {m.workload.rpartition(", ")[2]: m.verdict for m in study.measurements if m.margin is not None}
     assert set(words) == {drafting.OWN}, "no decision rests on the planted domain"
     assert "0 % of an answer's tokens on the model's own domain, and 60 % on random characters" in study.caption
-    # The sentence says what the measurements say: a quotient of two medians without its interval was another number.
+    # The sentence matches the measurements: a ratio of two medians without interval was another number.
     slower = [rate * share for rate, share in zip(plain, [0.9, 0.9, 0.9, 0.9, 0.5, 0.5] * 2)]
     uneven = drafting.DraftingStudy(study.prompts, laws | {drafting.ADAPTIVE: planted(slower, [1] * 12, ids)}, table)
     own = next(m for m in uneven.measurements if m.workload == "generate, speculative, own domain" and m.ratio)
@@ -93,7 +95,7 @@ def test_each_domain_is_a_measurement_of_its_own():
     laws[drafting.NGRAM].disturbed = ["others took a core", *[None] * 11]
     busy = next(m for m in study.measurements if m.workload == "generate, n-gram, own domain" and m.ratio)
     assert busy.verdict == "inconclusive" and busy.disturbed == 1 and "others took a core" in busy.reason
-    # Only answers in which something was drafted can differ for that reason; plain decoding is none of them.
+    # Only answers with drafted tokens can differ for that reason; plain decoding has none.
     counts = {row["law"]: (row["drafted answers"], row["same answers"]) for row in table.to_dict("records")}
     assert counts[drafting.PLAIN] == counts[drafting.AGAIN] == (0, 0)
     assert counts[drafting.ADAPTIVE] == (1, 1) and counts[drafting.NGRAM] == (9, 9)

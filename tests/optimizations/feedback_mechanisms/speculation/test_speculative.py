@@ -1,4 +1,4 @@
-"""Speculative decoding against plain greedy decoding, with good drafts, bad drafts and lengths that change."""
+"""Speculative decoding against plain greedy decoding, with good drafts, bad drafts and changing lengths."""
 
 import copy
 import time
@@ -30,7 +30,7 @@ def prompt_T():
 
 
 @pytest.mark.parametrize("drafter", ["same", "another"])
-def test_the_answer_is_the_models_own_whatever_the_draft(tiny, name, prompt_T, drafter):
+def test_speculation_returns_the_models_own_answer_whatever_the_draft(tiny, name, prompt_T, drafter):
     model = tiny(name)
     draft = model if drafter == "same" else tiny(name, seed=9)
     lengths = iter([3, 0, 0, 5, 1, 0, 4, 2] * 10)
@@ -43,13 +43,13 @@ def test_the_answer_is_the_models_own_whatever_the_draft(tiny, name, prompt_T, d
         assert any(done.accepted < done.drafted for done in rounds)
 
 
-def test_a_draft_that_is_the_model_needs_few_rounds(tiny, prompt_T):
+def test_drafting_with_the_model_itself_needs_few_rounds(tiny, prompt_T):
     model = tiny("qwen3-4b-instruct-2507")
     _, rounds = speculative.generate(model, model, prompt_T, 21, lambda rounds: 4)
     assert len(rounds) == 4
 
 
-def test_a_draft_reads_nothing_before_it_is_asked_for_a_token(tiny, prompt_T):
+def test_a_draft_reads_nothing_before_its_first_token_is_requested(tiny, prompt_T):
     model, draft = tiny("qwen3-4b-instruct-2507"), tiny("qwen3-4b-instruct-2507", seed=9)
     read = []
     draft.register_forward_pre_hook(lambda _m, _a, inputs: read.append(inputs["input_ids"].numel()), with_kwargs=True)
@@ -57,13 +57,13 @@ def test_a_draft_reads_nothing_before_it_is_asked_for_a_token(tiny, prompt_T):
     assert read == [] and all(done.catch_up_seconds == done.drafted == 0 for done in plain_rounds)
     lengths = iter([0, 0, 2, 0, 0])
     _, rounds = speculative.generate(model, draft, prompt_T, 6, lambda rounds: next(lengths, 0))
-    # The prompt and two tokens at once, which is catching up; then two tokens, one by one.
+    # The prompt and two tokens at once (catching up), then two tokens one by one.
     assert read == [len(prompt_T) + 2, 1, 1]
     assert [done.catch_up_seconds > 0 for done in rounds[:3]] == [False, False, True]
 
 
 @pytest.mark.parametrize("longest", [1, 3])
-def test_ngrams_draft_what_followed_before_and_the_answer_stays_the_models_own(tiny, name, prompt_T, longest):
+def test_ngrams_draft_earlier_continuations_and_keep_the_models_answer(tiny, name, prompt_T, longest):
     model = tiny(name)
     twice_T = torch.cat([prompt_T, prompt_T])
     tokens_N, rounds = speculative.generate(model, speculative.Ngram(longest), twice_T, 24, lambda rounds: 4)
@@ -71,7 +71,7 @@ def test_ngrams_draft_what_followed_before_and_the_answer_stays_the_models_own(t
     assert all(done.catch_up_seconds == 0 and done.drafted <= 4 for done in rounds)
 
 
-def test_ngrams_take_the_longest_and_latest_place_and_nothing_where_there_is_none():
+def test_ngrams_use_the_longest_latest_match_or_draft_nothing():
     propose = speculative.Ngram(2).propose
     ids = torch.tensor
     assert propose(ids([1, 2, 3, 9, 1, 2, 4, 5, 1, 2]), 3)[0].tolist() == [4, 5, 1]
@@ -82,8 +82,8 @@ def test_ngrams_take_the_longest_and_latest_place_and_nothing_where_there_is_non
         speculative.Ngram(0)
 
 
-def test_what_a_law_takes_to_decide_is_part_of_its_round(tiny, prompt_T):
-    """A law that thinks long would else look as fast as one that does not."""
+def test_a_laws_decision_time_counts_in_its_round(tiny, prompt_T):
+    """Otherwise a slow law would look as fast as a quick one."""
     model = tiny("qwen3-4b-instruct-2507")
 
     def slow(rounds):
@@ -94,13 +94,13 @@ def test_what_a_law_takes_to_decide_is_part_of_its_round(tiny, prompt_T):
     assert len(rounds) == 3 and all(done.seconds > done.law_seconds >= 0.05 for done in rounds)
 
 
-def test_each_half_of_a_round_waits_for_what_it_started_on_a_device(tiny, prompt_T, monkeypatch):
-    """Calls return at once there: without waiting, drafting would take nothing and checking all of it."""
+def test_both_halves_of_a_round_wait_for_the_device(tiny, prompt_T, monkeypatch):
+    """Device calls return at once: without waiting, drafting would seem to take no time and checking all of it."""
     model, now, queued = tiny("qwen3-4b-instruct-2507"), [0.0], []
     read = speculative._read
 
     def started(reader, ids_T, cache, keep=1):
-        queued.append(len(ids_T))  # a second per token, once somebody waits
+        queued.append(len(ids_T))  # a second per token, once something waits for it
         return read(reader, ids_T, cache, keep)
 
     def wait(ids_T):
@@ -115,7 +115,7 @@ def test_each_half_of_a_round_waits_for_what_it_started_on_a_device(tiny, prompt
     assert now[0] >= 2 * len(prompt_T) + 2
 
 
-def test_another_vocabulary_is_refused(tiny, prompt_T):
+def test_a_draft_with_another_vocabulary_is_refused(tiny, prompt_T):
     model = tiny("qwen3-4b-instruct-2507")
     draft = copy.deepcopy(model)
     draft.config.vocab_size = 80

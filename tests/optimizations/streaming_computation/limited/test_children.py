@@ -1,4 +1,4 @@
-"""Processes that decode: their answers, their ends, their limits; copies that no page cache holds."""
+"""Processes that decode: their answers, exits and limits; copies outside the page cache."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from lib.measure.timing import disturbance
 from lib.optimizations.streaming_computation.limited import children, process_memory, serving
 from lib.optimizations.streaming_computation.limited.children import Child
 
-# A program that stands for a model: it decodes by counting, and does on request what a program may do wrong.
+# A stand-in for a model: it decodes by counting, and misbehaves on request.
 PROGRAM = """
 import sys
 from lib.optimizations.streaming_computation.limited.serving import Decoded, serve
@@ -53,7 +53,7 @@ def test_a_process_answers_each_call_and_prints_elsewhere():
     assert process.poll() is not None, "it ends with its block"
 
 
-def test_a_failure_is_one_line_and_an_end_has_its_last_words():
+def test_a_failure_is_one_line_and_an_exit_reports_the_last_output():
     message = r"^the decoding process failed: ValueError: no such model: lines$"
     with pytest.raises(UserError, match=message), start("no such model"):
         pass
@@ -63,14 +63,14 @@ def test_a_failure_is_one_line_and_an_end_has_its_last_words():
             child()
 
 
-def test_a_process_that_takes_too_long_is_ended(monkeypatch):
+def test_a_process_that_takes_too_long_is_terminated(monkeypatch):
     monkeypatch.setattr(children, "LONGEST_SECONDS", 0.2)
     sleeping = children.started([sys.executable, "-c", "import time; time.sleep(60)"], {})
     with pytest.raises(UserError, match="ended with -9"), sleeping:
         pass
 
 
-def test_a_limit_has_room_for_weights_once_wherever_they_are():
+def test_a_limit_counts_weights_once_wherever_they_are():
     limits = []
     group = SimpleNamespace(private_bytes=lambda: 500, limit=limits.append)
     child = Child(None, None, group, private_bytes=80)
@@ -79,8 +79,8 @@ def test_a_limit_has_room_for_weights_once_wherever_they_are():
         child.limit(79)
 
 
-def test_the_work_of_the_processes_themselves_disturbs_nothing(monkeypatch):
-    """Planted counts: of a second on one core they take 0.9; as a stranger's this would be too much."""
+def test_the_processes_own_work_is_not_a_disturbance(monkeypatch):
+    """Planted counts: they take 0.9 of a second on one core, which would be too much for another process."""
     moments = iter(
         [disturbance.Reading(0.0, 0.0, 0.0, 0.0, 0.0, 0), disturbance.Reading(1.0, 0.0, 0.9, 0.0, 0.0, 0)] * 2
     )
@@ -92,7 +92,7 @@ def test_the_work_of_the_processes_themselves_disturbs_nothing(monkeypatch):
     assert "other processes took 90 %" in children.watch([])()
 
 
-def test_a_copy_is_whole_and_what_cannot_be_copied_is_said(tmp_path):
+def test_a_copy_is_complete_and_an_impossible_one_is_reported(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights").write_bytes(b"12")
     copied = children.copy(tmp_path / "model", tmp_path / "arm" / "model")
@@ -102,7 +102,7 @@ def test_a_copy_is_whole_and_what_cannot_be_copied_is_said(tmp_path):
         children.copy(tmp_path / "nothing", tmp_path / "third" / "nothing")
 
 
-def test_a_tree_in_memory_is_no_disk(monkeypatch, tmp_path):
+def test_a_file_tree_in_memory_is_not_a_disk(monkeypatch, tmp_path):
     (tmp_path / "link").symlink_to("/fast")
     assert children.in_memory("/dev/shm") in (True, False)
     monkeypatch.setattr(children.Path, "read_text", lambda *_, **__: "a / ext4 rw\nb /fast tmpfs rw\n")
@@ -113,7 +113,7 @@ def test_a_tree_in_memory_is_no_disk(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("held", "calls"), [([5, 5], 2), ([5, 9, 9], 3), ([9, 5], 2), (list(range(5, 50, 5)), serving.SETTLING)]
 )
-def test_a_process_has_settled_once_it_holds_no_more_than_before(monkeypatch, held, calls):
+def test_a_process_has_settled_once_its_memory_stops_growing(monkeypatch, held, calls):
     amounts, called = iter(held), []
     monkeypatch.setattr(process_memory, "usage", lambda: {"anonymous": next(amounts) * serving.STEADY})
     serving.settle(lambda: called.append(1))
@@ -121,8 +121,8 @@ def test_a_process_has_settled_once_it_holds_no_more_than_before(monkeypatch, he
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux counts what a process holds")
-def test_what_is_freed_is_kept():
-    """In a process of its own: 20 blocks of 4 MiB, freed, are still held; by default they are given back."""
+def test_freed_memory_is_kept():
+    """In a separate process: 20 freed blocks of 4 MiB are still held; by default they are returned."""
     blocks = "blocks = [b'1' * 2**22 for _ in range(20)]; del blocks; print(process_memory.usage()['anonymous'])"
     held = []
     for keep in ("process_memory.keep_freed_memory()", "pass"):

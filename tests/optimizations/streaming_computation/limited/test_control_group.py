@@ -1,4 +1,4 @@
-"""Control groups in planted folders: what they count, the limit that they take, and why there is none."""
+"""Control groups in planted folders: what they count, the limit they take, and why there is none."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def _planted(monkeypatch, tmp_path: Path, version: control_group.Version) -> Pat
 
 
 @pytest.mark.parametrize("version", [control_group.ONE, control_group.TWO])
-def test_a_group_counts_what_is_no_page_cache_and_takes_a_limit(monkeypatch, tmp_path, version):
+def test_a_group_excludes_page_cache_and_takes_a_limit(monkeypatch, tmp_path, version):
     _planted(monkeypatch, tmp_path, version)
     made = control_group.make()
     assert (made.private_bytes(), made.cached_bytes()) == (30 * MIB, 20 * MIB)
@@ -39,8 +39,8 @@ def test_a_group_counts_what_is_no_page_cache_and_takes_a_limit(monkeypatch, tmp
 
 
 @pytest.mark.parametrize("version", [control_group.ONE, control_group.TWO])
-def test_a_group_that_is_limited_swaps_no_more(monkeypatch, tmp_path, version):
-    """Set after the limit, the memory that the limit drives out lies in the swap space already."""
+def test_a_limited_group_no_longer_swaps(monkeypatch, tmp_path, version):
+    """If swap is limited after memory, what the memory limit evicts is already in swap."""
     _planted(monkeypatch, tmp_path, version)
     made = control_group.make()
     (made.folder / version.swap).write_text("60")
@@ -50,7 +50,7 @@ def test_a_group_that_is_limited_swaps_no_more(monkeypatch, tmp_path, version):
     assert written == [version.swap, version.limit] and (made.folder / version.swap).read_text() == "0"
 
 
-def test_why_there_is_no_group_is_said_with_what_would_help(monkeypatch, tmp_path):
+def test_a_missing_group_is_explained_with_a_remedy(monkeypatch, tmp_path):
     monkeypatch.setattr(control_group, "candidates", lambda: [])
     with pytest.raises(UserError, match=r"no control groups with memory\); run it in a group .* Delegate=yes"):
         control_group.make()

@@ -1,4 +1,4 @@
-"""Children that decode under a limit where this system lets one be made, and why they do not elsewhere."""
+"""Children that decode under a limit where this system permits one, and why they do not elsewhere."""
 
 import contextlib
 import os
@@ -18,19 +18,19 @@ from lib.models.checkpoints import io
 from lib.optimizations.streaming_computation.limited import children, control_group, decoding
 
 
-def test_a_model_smaller_than_the_scatter_of_a_process_is_not_limited(tiny, tmp_path):
+def test_a_model_smaller_than_process_memory_variation_is_not_limited(tiny, tmp_path):
     folder = io.save(tiny("qwen3-4b-instruct-2507"), tmp_path / "model")
     limited = decoding.compare(folder, torch.ones(1, 4, dtype=torch.long), 2, 0.5, {})
     assert limited.rate.verdict == "unavailable" and "would not bind" in limited.rate.reason
 
 
-def test_shards_that_an_earlier_checkpoint_left_are_not_counted(tmp_path):
+def test_shards_left_by_an_earlier_checkpoint_are_not_counted(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(bytes(100))
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(bytes(900))
     assert decoding.weights_bytes(tmp_path) == 100
 
 
-def test_where_no_group_can_be_made_the_rate_is_unavailable_with_its_reason(monkeypatch, tmp_path):
+def test_without_a_group_the_rate_is_unavailable_with_its_reason(monkeypatch, tmp_path):
     monkeypatch.setattr(control_group, "candidates", lambda: [])
     (tmp_path / "model.safetensors").write_bytes(bytes(10 * children.SLACK))
     limited = decoding.compare(tmp_path, torch.ones(1, 4, dtype=torch.long), 2, 0.5, {"device": "cpu"})
@@ -41,7 +41,7 @@ def test_where_no_group_can_be_made_the_rate_is_unavailable_with_its_reason(monk
 
 
 def test_both_arms_decode_the_same_tokens_under_one_limit(tmp_path):
-    """In real groups, where this system lets them be made: what is held never exceeds the limit."""
+    """In real groups, where this system permits them: the memory held never exceeds the limit."""
     try:
         with control_group.group():
             pass
@@ -64,7 +64,7 @@ def test_both_arms_decode_the_same_tokens_under_one_limit(tmp_path):
     for arm, limit in details["limit_bytes"].items():
         own, weights = (details[name][arm] for name in ("private_memory_bytes", "weights_in_private_memory_bytes"))
         assert details["page_cache_bytes"][arm] + own <= limit
-        # What is left for weights once the process's other memory, which scatters by SLACK, is taken off the limit.
+        # Left for weights once the process's other memory, which varies by SLACK, is taken off the limit.
         for_weights = limit - (own - weights)
         scatter = for_weights - details["allowance_bytes"] - children.SLACK
         assert abs(scatter) <= children.SLACK, "weights in private memory count too"
@@ -84,8 +84,8 @@ def _no_groups(tmp_path: Path) -> str | None:
 
 
 @pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507", "glm-4.7-flash"])
-def test_what_accelerate_offloads_decodes_the_same_tokens_in_a_child(tiny, tmp_path, name):
-    """Without a limit, so on any Linux: absorbed decoding, and buffers that the checkpoint holds, included."""
+def test_accelerates_offloaded_model_decodes_the_same_tokens_in_a_child(tiny, tmp_path, name):
+    """Without a limit, so on any Linux; includes absorbed decoding and buffers that the checkpoint holds."""
     if not Path("/proc").is_dir():
         pytest.skip("children are forked on Linux")
     folder = io.save(tiny(name), tmp_path / "checkpoint")
@@ -113,7 +113,7 @@ def test_accelerate_decodes_under_the_same_limit(tmp_path):
     assert details["disk_bytes_of_a_call"]["baseline"] > 0, "what does not fit is read again"
 
 
-def test_offloading_that_has_no_room_or_no_group_says_why(monkeypatch, tmp_path):
+def test_offloading_without_room_or_group_says_why(monkeypatch, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(bytes(10 * children.SLACK))
     job = tmp_path, torch.ones(1, 4, dtype=torch.long), 2, 0.5, {}
     monkeypatch.setattr(control_group, "candidates", lambda: [])
@@ -123,7 +123,7 @@ def test_offloading_that_has_no_room_or_no_group_says_why(monkeypatch, tmp_path)
     assert "copies of 0.1 GB do not fit" in decoding.against_offloading(*job)[0].reason
 
 
-def test_the_reading_names_what_accelerate_decodes():
+def test_the_reading_names_accelerates_rate():
     rate = measurement.informative(decoding.METRIC, decoding.WORKLOAD, 3.0, 4.0, "timed")
     limited = decoding.LimitedDecoding(rate, {"allowance_bytes": 35, "weights_bytes": 100})
     assert limited.reading().endswith("A plain mapping of the same file decodes 3.")
@@ -136,7 +136,7 @@ def test_the_reading_names_what_accelerate_decodes():
 
 
 class _Process:
-    """A child that decodes at once, with a number of its own."""
+    """A child that decodes at once and has its own number."""
 
     count, group = 0, None
 
@@ -156,7 +156,7 @@ class _Process:
 
 
 def _planted(monkeypatch, tmp_path, opened: list, turns: dict):
-    """Plant children that decode at once; what they were opened with and who had turns is written into the last two."""
+    """Plant children that decode at once; their opening arguments and turns are written into the last two."""
     (tmp_path / "model.safetensors").write_bytes(bytes(10 * children.SLACK))
     rounds = interleaved.rounds
 
@@ -171,12 +171,12 @@ def _planted(monkeypatch, tmp_path, opened: list, turns: dict):
 
     monkeypatch.setattr(decoding, "_child", child)
     monkeypatch.setattr(interleaved, "rounds", watched)
-    ample = 1000 * children.SLACK  # whatever this machine has free
+    ample = 1000 * children.SLACK  # whatever memory is free
     monkeypatch.setattr(decoding.shutil, "disk_usage", lambda _: SimpleNamespace(free=ample))
     monkeypatch.setattr(decoding.memory_limits, "free_memory_bytes", lambda: ample)
 
 
-def test_the_control_is_a_process_of_its_own(tmp_path, monkeypatch):
+def test_the_control_is_a_separate_process(tmp_path, monkeypatch):
     opened, turns = [], {}
     _planted(monkeypatch, tmp_path, opened, turns)
     limited = decoding.compare(tmp_path, torch.ones(1, 4, dtype=torch.long), 2, 0.5, {"absorbed": False})
@@ -189,8 +189,8 @@ def test_the_control_is_a_process_of_its_own(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("cached", [0, 4 * children.SLACK])
-def test_a_limit_that_does_not_hold_for_the_page_cache_is_none(tmp_path, monkeypatch, cached):
-    """Planted: pages that the system counts in another group, as on disks that cannot drop what was copied."""
+def test_a_limit_that_misses_the_page_cache_does_not_count(tmp_path, monkeypatch, cached):
+    """Planted: pages counted in another group, as on disks that cannot drop copied pages."""
     _planted(monkeypatch, tmp_path, [], {})
     group = SimpleNamespace(cached_bytes=lambda: cached, private_bytes=lambda: 0)
     monkeypatch.setattr(_Process, "group", group)
@@ -200,17 +200,15 @@ def test_a_limit_that_does_not_hold_for_the_page_cache_is_none(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(("cached", "read", "counted"), [(0, 0, False), (0, None, False), (0, 50, True), (50, 0, True)])
-def test_pages_that_come_from_the_disk_at_every_call_are_limited(cached, read, counted):
-    """Also where the process's own memory grew into the allowance, so that its group holds next to no pages."""
+def test_pages_read_from_disk_at_every_call_count_as_limited(cached, read, counted):
+    """Also where the process's own memory grew into the allowance, so that its group holds almost no pages."""
     reason = contextlib.nullcontext() if counted else pytest.raises(UserError, match="counted in no control group")
     with reason:
         decoding.require_counted(cached, read, allowance=60)
 
 
 @pytest.mark.parametrize("short", ["disk", "memory"])
-def test_where_a_third_copy_has_no_room_the_only_process_is_its_own_control_and_that_is_said(
-    tmp_path, monkeypatch, short
-):
+def test_without_room_for_a_third_copy_a_process_is_its_own_control_and_says_so(tmp_path, monkeypatch, short):
     opened, turns = [], {}
     _planted(monkeypatch, tmp_path, opened, turns)
     total, ample = 10 * children.SLACK, 1000 * children.SLACK

@@ -1,5 +1,5 @@
-"""llama.cpp beside the streamed model: the rows, and each reason why there are none. A program that counts stands for
-both of them, except in the last test, for which the package has to be installed.
+"""llama.cpp compared with the streamed model: the rows, and each reason why there are none. A counting program stands
+in for both, except in the last test, which needs the package installed.
 """
 
 import sys
@@ -20,8 +20,8 @@ from tests.models.sources import gguf_files
 NAME = "qwen3-4b-instruct-2507"
 OPTIONS = {"prefill_chunk": 64, "absorbed": True, "page_cache": "keep", "device": "cpu"}
 STEPS = 2
-# Stands for llama.cpp and for the streamed model: opens what it is given, counts for tokens, and says that each call
-# has taken 10 ms.
+# Stands in for llama.cpp and for the streamed model: opens what it is given, counts instead of
+# decoding, and reports 10 ms for each call.
 COUNTING = """
 import sys
 from pathlib import Path
@@ -48,7 +48,7 @@ COMMAND = [sys.executable, "-c", COUNTING]
 
 @pytest.fixture
 def beside(tiny, tmp_path, monkeypatch):
-    """Return a function that puts the two programs beside each other."""
+    """Return a function that puts the two programs side by side."""
     folder = io.save(tiny(NAME), tmp_path / "model")
     monkeypatch.setattr(children, "module", lambda name: COMMAND)
 
@@ -61,12 +61,12 @@ def beside(tiny, tmp_path, monkeypatch):
 
 
 def rows_of(rival) -> dict[str, tuple[str, str]]:
-    """Return verdict and reason of each row of time, by the end of its workload."""
+    """Return verdict and reason of each timing row, keyed by the end of its workload."""
     rows = [m for m in rival.measurements if m.metric == llama_cpp.METRIC]
     return {row.workload.partition("mmap, ")[2]: (row.verdict, row.reason or "") for row in rows}
 
 
-def test_time_and_memory_with_a_warm_cache_are_shown_and_never_judged(beside):
+def test_time_and_memory_with_a_warm_cache_are_shown_but_never_judged(beside):
     rival = beside()
     time, *memory = [m for m in rival.measurements if m.workload.endswith(llama_cpp.WARM)]
     assert time.baseline == time.optimized == pytest.approx(1000 * 0.01 / STEPS) and time.n == 4
@@ -77,7 +77,7 @@ def test_time_and_memory_with_a_warm_cache_are_shown_and_never_judged(beside):
     theirs, ours = [row for row in rival.details["rows"] if row["limit"] == llama_cpp.WARM]
     assert (theirs["arm"], ours["arm"]) == (llama_cpp.NAME, "streamed")
     assert rival.details["same_tokens"]["compared"] == STEPS - 1
-    if memory:  # this system counts what a process holds
+    if memory:  # this system reports the memory of a process
         assert [m.metric for m in memory] == ["peak_memory_bytes"] and memory[0].baseline > 2**20
         for row in (theirs, ours):
             assert row["peak_bytes"] >= row["file_bytes"] + row["anonymous_bytes"] > 0
@@ -92,11 +92,11 @@ def test_a_small_model_is_not_limited_and_each_row_says_so(beside):
 
 @pytest.fixture
 def binding(monkeypatch):
-    """Limits that bind however small a model is."""
+    """Make limits bind however small a model is."""
     monkeypatch.setattr(llama_cpp, "_would_not_bind", lambda total, allowed: None)
 
 
-def test_where_no_limit_is_permitted_the_warm_cache_remains(beside, monkeypatch, binding):
+def test_without_permitted_limits_only_the_warm_cache_remains(beside, monkeypatch, binding):
     monkeypatch.setattr(control_group, "candidates", lambda: [])
     rows = rows_of(beside())
     assert rows[llama_cpp.WARM][0] == "informative"
@@ -120,7 +120,7 @@ def _planted_groups(monkeypatch, tmp_path):
     return limits
 
 
-def test_both_have_the_same_bytes_and_then_the_same_share(beside, tmp_path, monkeypatch, binding):
+def test_both_get_the_same_bytes_and_then_the_same_share(beside, tmp_path, monkeypatch, binding):
     limits = _planted_groups(monkeypatch, tmp_path)
     rival = beside(turns=1)
     assert {verdict for verdict, _ in rows_of(rival).values()} == {"informative"}
@@ -128,7 +128,7 @@ def test_both_have_the_same_bytes_and_then_the_same_share(beside, tmp_path, monk
     same, shared = allowed[llama_cpp.BYTES], allowed[llama_cpp.SHARE]
     assert same["baseline"] == same["optimized"] == round(0.6 * rival.details["weights_bytes"])
     assert shared == {"baseline": round(0.6 * 8), "optimized": same["optimized"]}
-    theirs, ours = [same["baseline"], shared["baseline"]], same["optimized"] - 5  # bytes that it says are private
+    theirs, ours = [same["baseline"], shared["baseline"]], same["optimized"] - 5  # bytes that it reports as private
     assert limits == [
         theirs[0] + children.SLACK,
         ours + children.SLACK,
@@ -138,7 +138,7 @@ def test_both_have_the_same_bytes_and_then_the_same_share(beside, tmp_path, monk
     assert [row["limit"] for row in rival.details["rows"]][::2] == [llama_cpp.WARM, *allowed]
 
 
-def test_a_process_that_ends_under_a_limit_leaves_what_was_measured_before(beside, tmp_path, monkeypatch, binding):
+def test_a_process_that_ends_under_a_limit_keeps_earlier_measurements(beside, tmp_path, monkeypatch, binding):
     _planted_groups(monkeypatch, tmp_path)
     rows = rows_of(beside(b"GGUFdies", turns=1))
     assert rows[llama_cpp.WARM][0] == "informative"
@@ -168,7 +168,7 @@ def test_each_arm_is_first_in_every_other_turn_and_call(beside, monkeypatch):
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """A cache that holds what was converted from a tiny GGUF file, and the file."""
+    """A cache with the conversion of a tiny GGUF file, and the file."""
     pytest.importorskip("gguf")
     place = tmp_path_factory.mktemp("converted")
     tokens = gguf_files.tokenizer()
@@ -181,7 +181,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def converted(cache, monkeypatch):
-    """A model that was loaded from a tiny GGUF file."""
+    """A model loaded from a tiny GGUF file."""
     place, file = cache
     monkeypatch.setenv("WORKBENCH_CACHE", str(place))
     source = reference.parse(str(file))
@@ -191,7 +191,7 @@ def converted(cache, monkeypatch):
     return SimpleNamespace(model=io.load_folder(folder, dtype=torch.float32), **facts), file
 
 
-def test_the_file_of_a_converted_model_is_found_and_no_other(converted, tmp_path, monkeypatch):
+def test_only_the_file_of_a_converted_model_is_found(converted, tmp_path, monkeypatch):
     loaded, file = converted
     assert llama_cpp.original(loaded) == file
     for changed, reason in (
@@ -208,7 +208,7 @@ def test_the_file_of_a_converted_model_is_found_and_no_other(converted, tmp_path
         llama_cpp.original(loaded)
 
 
-def test_the_sources_know_which_of_them_is_a_gguf_file():
+def test_the_sources_know_which_one_is_a_gguf_file():
     file = fetch.gguf(parameters.read("smollm2-135m-instruct").source)
     assert file is not None and file.name == "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert fetch.gguf(reference.parse("/models/folder")) is None
@@ -224,15 +224,15 @@ def test_a_missing_package_is_one_row_that_says_what_to_install(converted, tmp_p
     assert row.reason == "llama.cpp is not installed here: pip install no_such_package"
 
 
-def test_what_was_not_asked_for_is_left_out(converted, tmp_path, monkeypatch):
+def test_unrequested_rows_are_left_out(converted, tmp_path, monkeypatch):
     loaded, _ = converted
     monkeypatch.setattr(settings, "requested_dimensions", lambda: ("accuracy",))
     rival = llama_cpp.compare(loaded, tmp_path, torch.ones(1, 4, dtype=torch.long), 2, 0.5, OPTIONS)
     assert "left out: only accuracy was requested" in rival.measurements[0].reason
 
 
-def test_llama_cpp_itself_decodes_a_tiny_file_in_memory_that_is_mapped(converted, tmp_path, monkeypatch):
-    """The real program, where it is installed: the float file's greedy tokens are the model's own."""
+def test_llama_cpp_itself_decodes_a_tiny_memory_mapped_file(converted, tmp_path, monkeypatch):
+    """The real program, where installed: the float file's greedy tokens are the model's own."""
     pytest.importorskip(llama_cpp.PACKAGE)
     loaded, file = converted
     folder, prompt_1T = io.save(loaded.model, tmp_path / "model"), torch.arange(8, 16)[None]

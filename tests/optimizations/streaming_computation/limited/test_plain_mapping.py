@@ -1,4 +1,4 @@
-"""Plainly mapped weights: the answers of the resident model, nothing in memory of their own, damage reported."""
+"""Plainly mapped weights: the answers of the resident model, no memory of their own, damage reported."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from lib.optimizations.streaming_computation import method
 from lib.optimizations.streaming_computation.limited import plain_mapping
 
 
-def test_answers_are_those_of_the_resident_model(tiny, name, tmp_path, batch):
+def test_answers_equal_those_of_the_resident_model(tiny, name, tmp_path, batch):
     model = tiny(name)
     mapped, private_bytes = plain_mapping.open_mapped(io.save(model, tmp_path / "model"))
     held = sum(place.nbytes for place in places(tmp_path / "model").values())
@@ -21,7 +21,7 @@ def test_answers_are_those_of_the_resident_model(tiny, name, tmp_path, batch):
         torch.testing.assert_close(mapped(**batch).logits, model(**batch).logits, atol=2e-5, rtol=1e-4)
 
 
-def test_weights_are_the_file_s_pages_and_tied_ones_are_one(tiny, tmp_path):
+def test_weights_are_pages_of_the_file_and_tied_ones_are_shared(tiny, tmp_path):
     model = tiny("qwen3-4b-instruct-2507")
     mapped, _ = plain_mapping.open_mapped(io.save(model, tmp_path / "model"))
     path = tmp_path / "model" / io.WEIGHTS

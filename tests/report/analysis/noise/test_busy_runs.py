@@ -1,4 +1,6 @@
-"""Runs on a busy machine are named with the reason; previews are not, for their few rounds scatter on any machine."""
+"""Runs on a busy machine are named with the reason; previews are not, because their few rounds scatter on any
+machine.
+"""
 
 from lib.measure.metrics import paired_samples
 from lib.report.analysis.noise import busy_runs
@@ -15,7 +17,7 @@ def _timed(**unsettling):
     )  # fmt: skip
 
 
-def test_busy_runs_are_named_but_for_previews_and_what_cannot_be_read(tmp_path):
+def test_busy_runs_are_named_except_previews_and_unreadable_ones(tmp_path):
     runs = {
         "quiet": samples.run(measurements=[_timed()]),
         "disturbed": samples.run(measurements=[_timed(disturbed=(SEEN,))]),

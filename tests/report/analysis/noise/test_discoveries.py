@@ -1,4 +1,4 @@
-"""Over a whole set, calls that chance explains are withheld, and those that it does not are kept."""
+"""Over a whole set, verdicts that chance explains are withheld and all others are kept."""
 
 import random
 
@@ -20,7 +20,7 @@ def test_q_values_are_benjamini_and_hochbergs():
     assert discoveries.q_values([]) == []
 
 
-def test_a_clear_effect_stands_and_a_weak_one_among_many_does_not():
+def test_a_clear_effect_survives_and_a_weak_one_among_many_does_not():
     strong = [_run(f"strong_{n}", 1.3) for n in range(2)]
     weak = samples.timed("prefill_tokens_per_second", 1.05, 0.048, "better")
     weak = record.build("weak", samples.MODELS[0], "proxy", "quick", {}, [weak], primaries=samples.PRIMARIES)
@@ -41,12 +41,12 @@ def test_a_clear_effect_stands_and_a_weak_one_among_many_does_not():
     assert "23 primaries" in settled["weak"].verdict.reasons["performance"]
     sentence = settled["weak"].verdict.sentence
     assert sentence.startswith("Prefill undecided.") and sentence.endswith("could be chance among this many tests.")
-    assert settled["strong_0"] is strong[0] and weak.verdict.performance == "better"  # the record keeps its word
+    assert settled["strong_0"] is strong[0] and weak.verdict.performance == "better"  # the record keeps its verdict
     assert discoveries.settled([*settled.values()]) == [*settled.values()]
 
 
 def test_a_score_that_rose_by_chance_is_still_maintained():
-    """Among many scores that did not change it was called inconclusive, and so no optimization was recommended for it,
+    """Previously it was called inconclusive among many unchanged scores, and so no optimization was recommended for it,
     although its interval excludes every loss.
     """
 
@@ -64,8 +64,8 @@ def test_a_score_that_rose_by_chance_is_still_maintained():
     assert discoveries.settled([settled, *sets[1:]]) == [settled, *sets[1:]]
 
 
-def test_effects_that_are_withheld_lend_no_significance_to_others():
-    """Ten weak calls beside ten strong effects of a busy machine, of which none is a call."""
+def test_withheld_effects_lend_no_significance_to_others():
+    """Ten weak verdicts beside ten strong effects of a busy machine, which give no verdict."""
 
     def primary(name: str, gain: float, half: float, verdict: str):
         timed = samples.timed("prefill_tokens_per_second", gain, half, verdict)
@@ -80,8 +80,8 @@ def test_effects_that_are_withheld_lend_no_significance_to_others():
     assert {c.word for c in alone} == {"better"} and all(c.q < 0.05 for c in alone)
 
 
-def test_without_any_effect_hardly_a_set_has_a_call():
-    """Sets of 44 cells without an effect: a call that stands may occur in about one set of twenty."""
+def test_a_set_without_effects_rarely_has_a_verdict():
+    """Sets of 44 cells without an effect: a verdict may survive in about one set of twenty."""
     chance, called = random.Random(5), 0
     for _ in range(40):
         runs = [_run(f"r{n}", 1.0, chance.randrange(10**9), 0.05) for n in range(44)]
@@ -89,12 +89,12 @@ def test_without_any_effect_hardly_a_set_has_a_call():
     assert called <= 5
 
 
-def test_counted_primaries_leave_nothing_to_chance():
+def test_counted_primaries_have_no_p_value():
     [cell] = [c for c in discoveries.cells([samples.whole("a", samples.MODELS[0])]) if c.dimension == "efficiency"]
     assert (cell.metric, cell.p, cell.q, cell.word) == ("prefill_flops_per_token", None, None, "better")
 
 
-def test_the_sets_files_hold_the_cells(tmp_path):
+def test_the_result_files_contain_the_cells(tmp_path):
     results = result_set.read(samples.good(tmp_path, samples.OPTIMIZATIONS[:2]))
     for content in (result_set.master(results), result_set.complete(results)):
         assert len(content["cells"]) == 2 * len(samples.MODELS) * 4
@@ -102,8 +102,8 @@ def test_the_sets_files_hold_the_cells(tmp_path):
     assert results.settled.records == results.records
 
 
-def test_what_the_sets_files_count_holds_for_the_set():
-    """The report counted a withheld gain as inconclusive, the JSON beside it as better."""
+def test_counts_in_the_result_files_use_the_settled_verdicts():
+    """Previously the report counted a withheld gain as inconclusive, but its JSON as better."""
     weak = samples.timed("prefill_tokens_per_second", 1.05, 0.048, "better")
     weak = record.build("weak", samples.MODELS[0], "proxy", "quick", {}, [weak], primaries=samples.PRIMARIES)
     runs = [weak, *(_run(f"nothing_{n}", 1.0, n) for n in range(20))]
@@ -113,14 +113,14 @@ def test_what_the_sets_files_count_holds_for_the_set():
         assert line["verdicts"] == {"inconclusive": 1}
 
 
-def test_the_ranking_says_for_how_many_models_a_number_was_called():
+def test_the_ranking_counts_the_models_with_a_decided_verdict():
     runs = [samples.whole("a", model, 1.3) for model in samples.MODELS[:3]] + [samples.whole("a", samples.MODELS[3], 1)]
     [place] = ranking.places(discoveries.settled(runs), "prefill_tokens_per_second")
     assert (place.models, place.called) == (4, 3)
 
 
-def test_a_rate_that_is_withheld_is_not_called_as_a_latency():
-    """One quantity is judged once: the time to the first token is the prefill's rate, written another way."""
+def test_a_withheld_rate_gives_no_latency_verdict():
+    """One quantity is judged once: the time to the first token is the prefill rate in another form."""
     rate = samples.timed("prefill_tokens_per_second", 1.05, 0.048, "better")
     latency = samples.timed("time_to_first_token_ms", 1 / 1.05, 0.044, "better")
     decode = samples.timed("time_per_output_token_ms", 0.8, 0.02, "better", "decode")

@@ -1,4 +1,4 @@
-"""A word that is another than in the build before is found, of the same effort alone."""
+"""Verdicts that differ from the previous build are found, among runs of the same effort only."""
 
 import pytest
 
@@ -33,7 +33,7 @@ def test_the_newest_earlier_run_counts(folder):
     assert flips.since_last(folder, [before])[now.stem]["performance"] == ("inconclusive", "2026-01-29")
 
 
-def test_nothing_flipped_where_the_word_stands_or_nothing_is_like_it(folder):
+def test_an_unchanged_verdict_or_no_comparable_run_is_not_a_flip(folder):
     assert flips.since_last(folder, [_with_word("better", "2026-01-31T10:00:00+00:00")]) == {}
     assert flips.since_last(folder, [_with_word("worse", "2026-01-31T10:00:00+00:00", "standard")]) == {}
     assert flips.since_last(folder.parent / "nowhere" / "proxy", [_with_word("worse", "2026-01-31T10:00:00")]) == {}
@@ -48,10 +48,10 @@ def test_a_flip_is_marked_on_the_index_and_on_the_page(folder):
     assert [flip["text"] for flip in run_page.view(now, (), folder)["flips"]] == [text]
 
 
-def test_a_word_that_the_whole_set_withholds_has_not_changed_on_the_index(folder):
+def test_the_index_marks_no_flip_for_a_verdict_that_the_set_withholds(folder):
     before = _with_word("inconclusive", "2026-01-30T12:00:00+00:00")
     history.keep(folder.parent / history.NAME, [before], "proxy", "run")
-    rate = samples.timed("prefill_tokens_per_second", 1.05, 0.06)  # better by its record, by chance in the set
+    rate = samples.timed("prefill_tokens_per_second", 1.05, 0.06)  # better, but by chance in the set
     now = _with_word("better", "2026-01-31T10:00:00+00:00")
     now = now.model_copy(update={"measurements": [rate if m.metric == rate.metric else m for m in now.measurements]})
     record.write(now, folder / f"{now.stem}.json")
@@ -61,7 +61,7 @@ def test_a_word_that_the_whole_set_withholds_has_not_changed_on_the_index(folder
     assert "over the 1 primaries of performance" in page and "changed: performance" not in page
 
 
-def test_a_run_with_another_value_of_a_parameter_has_not_flipped(folder):
+def test_a_run_with_another_parameter_value_has_not_flipped(folder):
     now = _with_word("worse", "2026-01-31T10:00:00+00:00")
     other = now.model_copy(update={"parameters": now.parameters | {"seed": 1}})
     assert flips.since_last(folder, [other]) == {}

@@ -1,4 +1,4 @@
-"""The suites leave exactly their eight files; JSON by the published schema, Markdown whose links lead somewhere."""
+"""The suites write exactly their eight files; JSON follows the published schema, Markdown links resolve."""
 
 import json
 import re
@@ -31,7 +31,7 @@ LINK = re.compile(r"\]\(([^)#]+)\)")
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A folder with two optimizations on four models, one of them failed and one not there, and all suites' files."""
+    """A folder with two optimizations on four models, one failed and one missing, and all suites' files."""
     folder = tmp_path_factory.mktemp("executed")
     samples.good(folder, FEW)
     failed = samples.without_result("failed", "cell 3: MemoryError | too much", FEW[1], samples.MODELS[0])
@@ -43,7 +43,7 @@ def written(tmp_path_factory):
     return folder, suite_files.write("complete", folder, FEW, samples.MODELS)
 
 
-def test_the_complete_suite_leaves_the_eight_files(written):
+def test_the_complete_suite_writes_the_eight_files(written):
     folder, paths = written
     assert {path.name for path in paths} == EIGHT == set(file_names.files("complete"))
     assert {path.name for path in folder.iterdir() if "--" not in path.name} - {"index.html"} == EIGHT | {
@@ -57,7 +57,7 @@ def test_the_legend_has_no_long_sentence():
     assert len(sentences) == 5 and all(brief.count(part) <= brief.MOST_WORDS for part in sentences), sentences
 
 
-def test_what_the_complete_suite_left_is_not_made_again(tmp_path):
+def test_files_of_the_complete_suite_are_not_rebuilt(tmp_path):
     samples.good(tmp_path, FEW)
     folder = Folder(tmp_path)
     assert site.finish(folder, "complete") == []
@@ -68,8 +68,8 @@ def test_what_the_complete_suite_left_is_not_made_again(tmp_path):
         assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.is_file()} == first
 
 
-def test_the_files_of_a_suite_that_came_later_are_linked_and_packed(tmp_path):
-    """`all` leaves neither a page nor Markdown, and the index was made again for those alone."""
+def test_files_of_a_later_suite_are_linked_and_packed(tmp_path):
+    """`all` writes neither a page nor Markdown, and the index was rebuilt for those alone."""
     samples.good(tmp_path, FEW)
     folder = Folder(tmp_path)
     assert site.finish(folder, None) == [] and site.finish(folder, "all") == []
@@ -79,7 +79,7 @@ def test_the_files_of_a_suite_that_came_later_are_linked_and_packed(tmp_path):
         assert f'href="{name}"' in text and f"report/{name}" in packed
 
 
-def test_a_margin_that_has_changed_makes_the_files_again(tmp_path, monkeypatch):
+def test_a_changed_margin_rebuilds_the_files(tmp_path, monkeypatch):
     assert (site.MEASURE / "metrics" / "catalogue.py").is_file()
     (tmp_path / "measure" / "metrics").mkdir(parents=True)
     catalogue = tmp_path / "measure" / "metrics" / "catalogue.py"
@@ -92,7 +92,7 @@ def test_a_margin_that_has_changed_makes_the_files_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", sorted(name for name in EIGHT if name.endswith(".json")))
-def test_results_are_by_the_schema(written, name):
+def test_results_follow_the_schema(written, name):
     content = json.loads((written[0] / name).read_text())
     assert schema.faults(content) == [] and content["schema"] == schema.VERSION
     summary = content["summary"]
@@ -101,7 +101,7 @@ def test_results_are_by_the_schema(written, name):
 
 
 @pytest.mark.parametrize("name", sorted(name for name in EIGHT if name.endswith(".json")))
-def test_the_schema_refuses_what_is_damaged(written, name):
+def test_the_schema_rejects_damaged_results(written, name):
     content = json.loads((written[0] / name).read_text())
     assert schema.faults(content | {"schema": 1}) and schema.faults(content | {"more": 1})
     assert schema.faults({key: value for key, value in content.items() if key != "summary"})
@@ -113,14 +113,14 @@ def test_the_published_schema_is_up_to_date():
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_any_record_is_by_the_schema(seed):
+def test_any_record_follows_the_schema(seed):
     content = json.loads(json.dumps(record.to_json(samples.by_chance(seed))))
     assert schema.faults(content) == []
     assert schema.faults(content | {"status": "well"})
 
 
 @pytest.mark.parametrize("name", sorted(name for name in EIGHT if name.endswith(".md")))
-def test_markdown_links_lead_somewhere_and_tables_are_whole(written, name):
+def test_markdown_links_resolve_and_tables_are_complete(written, name):
     folder, _ = written
     text = (folder / name).read_text()
     links = LINK.findall(text)
@@ -132,7 +132,7 @@ def test_markdown_links_lead_somewhere_and_tables_are_whole(written, name):
     assert all(alt for alt in re.findall(r"!\[(.*?)\]", text))
 
 
-def test_the_execution_summary_tells_what_ran_where_how_long_and_what_failed(written):
+def test_the_execution_summary_lists_runs_places_durations_and_failures(written):
     text = (written[0] / "benchmark_execution_report_all_optimizations.txt").read_text()
     counted = ("measured             6", "failed               1", "never run            1")
     failed = "continuous_nas--glm-4.7-flash: cell 3: MemoryError"
@@ -145,7 +145,7 @@ def test_coverage_shows_every_expected_run(written):
     assert "| Continuous NAS | [✗ failed](continuous_nas--glm-4.7-flash.md) | · missing |" in text
 
 
-def test_a_curve_has_three_strengths_or_is_named():
+def test_a_curve_has_three_strengths_or_is_flagged():
     whole = samples.whole("structured_pruning", samples.MODELS[0])
     [curve] = strength_curves.curves([whole])
     assert strength_curves.strengths(curve) == [10, 30, 50] and curve["arms"]["random"][0]["more"] == {
@@ -159,7 +159,7 @@ def test_a_curve_has_three_strengths_or_is_named():
     rows = whole.details["impact"]["value"]
     two = whole.model_copy(update={"details": {"impact": whole.details["impact"] | {"value": rows[:2]}}})
     assert "2 strengths" in strength_curves.short([two])[two.stem]
-    none = whole.model_copy(update={"details": {"impact": {"value": rows}}})  # unlabelled: no curve to trust
+    none = whole.model_copy(update={"details": {"impact": {"value": rows}}})  # unlabeled: not a curve to trust
     assert "no impact curve" in strength_curves.short([none])[none.stem]
     speed_alone = none.model_copy(update={"dimensions": ["performance"]})
     assert strength_curves.short([speed_alone, samples.without_result("failed", "x")]) == {}
@@ -171,8 +171,8 @@ def test_the_aggregate_is_the_geometric_mean():
     assert line["geometric_mean_gain"] == pytest.approx(4 ** (1 / 4)) and (line["least"], line["most"]) == (0.5, 4.0)
 
 
-def test_a_model_that_answers_nothing_right_any_more_is_part_of_the_mean():
-    """It has no logarithm, and was left out: the mean was that of the models which answer still."""
+def test_a_model_without_correct_answers_is_part_of_the_mean():
+    """It has no logarithm and was left out, so the mean covered only the models that still answer."""
     scores = [samples.scored("retrieval_exact_match", 0.9, score, "not_maintained") for score in (0.0, 0.81)]
     pairs = zip(samples.MODELS, scores)
     runs = [samples.run("structured_pruning", model, measurements=[score]) for model, score in pairs]
@@ -181,8 +181,8 @@ def test_a_model_that_answers_nothing_right_any_more_is_part_of_the_mean():
     assert line["verdicts"] == {"not_maintained": 2} and len(line["models"]) == 2
 
 
-def test_a_score_that_was_not_exercised_is_averaged_with_nothing():
-    """Three models on which a sparse attention never acted, and one that lost a fifth: the mean was a loss of 5 %."""
+def test_an_unexercised_score_is_not_averaged():
+    """Three models on which sparse attention never acted and one that lost a fifth gave a mean loss of 5 %."""
     idle = samples.scored("f1_macro", 0.9, 0.9, "not_exercised").model_copy(update={"reason": "it never acted"})
     lost = samples.scored("f1_macro", 0.9, 0.72, "not_maintained")
     scores = zip(samples.MODELS, (idle, idle, idle, lost))
@@ -192,8 +192,8 @@ def test_a_score_that_was_not_exercised_is_averaged_with_nothing():
     assert line["verdicts"] == {"not_maintained": 1}
 
 
-def test_what_is_estimated_is_averaged_with_nothing_that_was_measured():
-    """Goodput of the real model and of a simulation are one metric."""
+def test_estimates_are_not_averaged_with_measurements():
+    """Goodput of the real model and of a simulation share one metric."""
     served = samples.timed("goodput_requests_per_second", 1.2, workload="serve, real model")
     simulated = samples.timed("goodput_requests_per_second", 2.0, workload="serve, simulated")
     simulated = simulated.model_copy(update={"provenance": "estimated"})
@@ -205,7 +205,7 @@ def test_what_is_estimated_is_averaged_with_nothing_that_was_measured():
 
 
 def test_a_picture_of_many_runs_draws_some_and_says_so():
-    """A line for each of some thousand runs was a picture higher than any that can be written."""
+    """Previously a line for each of some thousand runs made a picture too tall to be written."""
     names = tuple(f"optimization_{number}" for number in range(70))
     runs = [samples.run().model_copy(update={"optimization": name}) for name in names]
     results = result_set.Results("proxy", runs, {}, names, (samples.MODELS[1],))
@@ -215,7 +215,7 @@ def test_a_picture_of_many_runs_draws_some_and_says_so():
     assert "Prefill rate of 2 runs with intervals: 2 better.]" in few and "prefill.png" in pictures
 
 
-def test_the_archive_holds_pages_and_files_and_no_log(written, tmp_path):
+def test_the_archive_holds_pages_and_files_but_no_log(written, tmp_path):
     import shutil
     import zipfile
 
@@ -231,7 +231,7 @@ def test_the_archive_holds_pages_and_files_and_no_log(written, tmp_path):
     assert any(name.endswith("_files/structured_pruning.png") for name in names)
 
 
-def test_nothing_at_all_makes_files_too(tmp_path):
+def test_files_are_written_without_any_results(tmp_path):
     for path in suite_files.write("complete", tmp_path, FEW, samples.MODELS):
         assert path.stat().st_size
         if path.suffix == ".json":

@@ -7,13 +7,13 @@ from lib.report.records.checks.lint import lint
 from tests.report import samples
 
 
-def test_a_sound_record_has_no_fault():
+def test_a_valid_record_has_no_fault():
     assert lint(samples.run()) == []
     assert lint(samples.without_result("failed", "killed")) == []
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_records_made_by_chance_have_no_fault(seed):
+def test_random_records_have_no_fault(seed):
     assert [fault for fault in lint(samples.by_chance(seed)) if "without a reason" not in fault] == []
 
 
@@ -41,7 +41,7 @@ def test_each_fault_is_found_and_located(field, value, says):
     assert faults[0].startswith("structured_pruning--qwen3-4b-instruct-2507: ")
 
 
-def test_unlabelled_details_are_found():
+def test_unlabeled_details_are_found():
     content = record.to_json(samples.run())
     content["details"] = {"curve": [1, 2], "notes": ["text"], "kept": {"provenance": "derived", "rows": [3]}}
     assert [fault.split(": ", 1)[1] for fault in lint(content)] == [
@@ -50,7 +50,7 @@ def test_unlabelled_details_are_found():
     ]
 
 
-def test_a_labelled_detail_has_no_fault():
+def test_a_labeled_detail_has_no_fault():
     content = record.to_json(samples.run())
     content["details"] = {"curve": record.labelled([1.5, 2.5], "measured", "perf_counter")}
     assert lint(content) == []

@@ -1,4 +1,4 @@
-"""Every stored verdict follows from its stored fields, and one that does not is found."""
+"""Every stored verdict follows from its stored fields; one that does not is found."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def _counts():
 
 
 @pytest.mark.parametrize("make", [_scores, _speeds, _counts])
-def test_what_is_made_is_what_its_fields_make(make):
+def test_built_verdicts_follow_from_their_fields(make):
     members = make()
     assert recompute.differences(members) == []
     again = [recompute.verdict(m) for m in members]
@@ -48,7 +48,7 @@ def test_what_is_made_is_what_its_fields_make(make):
 
 
 @pytest.mark.parametrize("make", [_scores, _speeds, _counts])
-def test_another_verdict_is_found(make):
+def test_a_changed_verdict_is_found(make):
     scores = ("better", "inconclusive", "maintained", "not_maintained")
     others = ("better", "worse", "equivalent", "inconclusive")
     for m in make():
@@ -61,13 +61,13 @@ def test_another_verdict_is_found(make):
             assert line.endswith(f"its fields give {right.replace('_', ' ')}"), (m, word)
 
 
-def test_no_margin_alone_judges_what_was_timed():
+def test_timed_numbers_are_not_judged_by_a_margin_alone():
     lost_its_interval = samples.paired("prefill_tokens_per_second", 1.3).model_copy(update={"ci": None})
     [line] = recompute.differences([lost_its_interval])
     assert line.endswith("stored as better, but its fields give informative")
 
 
-def test_the_lint_of_a_record_names_it():
+def test_the_lint_of_a_record_names_the_verdict():
     run = samples.run()
     assert lint.verdicts(run) == []
     [f1] = [m for m in run.measurements if m.metric == "f1_macro"]
@@ -76,8 +76,8 @@ def test_the_lint_of_a_record_names_it():
     assert "stored as maintained, but its fields give inconclusive" in line
 
 
-def test_on_a_busy_machine_what_was_timed_is_inconclusive():
-    """One measurement was disturbed beyond repair: the others of the run are withheld, and the lint expects that."""
+def test_timed_numbers_are_inconclusive_on_a_busy_machine():
+    """One measurement was irreparably disturbed: the others of the run are withheld, and the lint expects that."""
     clear = samples.paired("prefill_tokens_per_second", 1.3)
     disturbed = samples.paired("decode_tokens_per_second", 1.3, workload="decode").model_copy(
         update={"disturbed": 4, "reason": "the machine was busy", "verdict": "inconclusive"}
@@ -88,8 +88,8 @@ def test_on_a_busy_machine_what_was_timed_is_inconclusive():
     assert recompute.differences(busy.withhold_if_busy([clear, disturbed])) == []
 
 
-def test_a_control_on_a_busy_machine_judges_nothing_either():
-    """What was disturbed in a control withholds that control's times, and no other's."""
+def test_a_control_on_a_busy_machine_judges_nothing():
+    """A disturbance in a control withholds that control's times and no others."""
     clear = samples.paired("prefill_tokens_per_second", 1.3)
     disturbed = samples.paired("decode_tokens_per_second", 1.3, workload="decode").model_copy(
         update={"disturbed": 4, "reason": "the machine was busy", "verdict": "inconclusive"}
@@ -104,8 +104,8 @@ def test_a_control_on_a_busy_machine_judges_nothing_either():
 
 
 @pytest.mark.parametrize("reason", ["the machine was busy: load", "the noise floor of 12 % is above 10 %; load 3.0"])
-def test_a_run_of_one_dimension_holds_what_a_busy_machine_withheld(monkeypatch, reason):
-    """What showed that the machine was busy is of a dimension that was not asked for, and is not in the record."""
+def test_a_run_of_one_dimension_keeps_what_a_busy_machine_withheld(monkeypatch, reason):
+    """The evidence for the busy machine is in a dimension that was not requested, so it is not in the record."""
     spent = samples.paired("cpu_seconds_per_token", 1.3, workload="decode")
     rate = samples.paired("decode_tokens_per_second", 1.3, workload="decode").model_copy(
         update={"disturbed": 4, "reason": reason, "verdict": "inconclusive"}

@@ -1,4 +1,4 @@
-"""What a result is a result of is said first, with the record's own number of parameters."""
+"""Every result first names the measured model, with the record's own number of parameters."""
 
 from lib.report.analysis import result_set
 from lib.report.pages import index, result_tables, run_page
@@ -10,7 +10,7 @@ from lib.report.text.wording import model_title
 from tests.report import samples
 
 
-def test_names_are_written_as_their_makers_do():
+def test_names_are_spelled_as_by_their_makers():
     names = ("Qwen3-Coder-30B", "GLM-4.7-Flash", "Qwen3-VL-2B", "Qwen3-4B-Instruct-2507")
     assert [model_title(name.lower()) for name in names] == list(names)
 
@@ -30,7 +30,7 @@ def test_one_and_several_say_what_they_are_and_what_transfers():
     assert "random weights" in stand_in.of_model("slice", "qwen3-coder-30b", None)
 
 
-def test_the_number_is_the_records_own(tmp_path):
+def test_the_parameter_count_is_the_records_own(tmp_path):
     run = samples.run()
     assert stand_in.size(run) == stand_in.size(record.to_json(run)) == 3_620_000
     bare = run.model_copy(update={"environment": {}})
@@ -42,7 +42,7 @@ def test_the_number_is_the_records_own(tmp_path):
     assert stand_in.of_folder(tmp_path / "nowhere") == ""
 
 
-def test_what_is_said_of_stand_ins_is_not_said_of_a_real_model_beside_them(tmp_path):
+def test_notes_on_proxy_models_do_not_cover_a_real_model_beside_them(tmp_path):
     small = samples.run()
     real = small.model_copy(update={"scale": "full", "model": "smollm2-135m-instruct"})
     alone = stand_in.of_model("proxy", small.model, 3_620_000)
@@ -58,7 +58,7 @@ def test_what_is_said_of_stand_ins_is_not_said_of_a_real_model_beside_them(tmp_p
     assert alone.replace("'", "&#39;") in index.text(tmp_path, result_set.read(tmp_path))
 
 
-def test_every_page_says_it_before_any_number(tmp_path):
+def test_every_page_names_the_measured_model_before_any_number(tmp_path):
     results = result_set.read(samples.good(tmp_path, samples.OPTIMIZATIONS[:1]))
     pages = [
         index.text(tmp_path, results),
@@ -76,5 +76,5 @@ def test_every_page_says_it_before_any_number(tmp_path):
     assert run_page.view(real)["stand_in"] == "" and run_page.view(real)["title"].endswith("on glm-4.7-flash")
 
 
-def test_a_real_model_of_which_blocks_are_measured_is_written_as_it_is_called():
+def test_a_real_model_with_only_some_blocks_measured_keeps_its_name():
     assert "first blocks of SmolLM2-135M-Instruct" in stand_in.of_model("slice", "smollm2-135m-instruct", None)

@@ -1,4 +1,4 @@
-"""A dimension's word is its primary's; guards lose only what is significant, and never raise a word."""
+"""A dimension's verdict is its primary's; guards lose only what is significant, and never raise a verdict."""
 
 import pytest
 
@@ -18,14 +18,14 @@ def speed(metric: str, ratio: float, verdict: str, workload: str, half: float = 
 
 @pytest.mark.parametrize("verdict", ["better", "worse", "equivalent", "inconclusive"])
 @pytest.mark.parametrize("guard", ["better", "equivalent", "inconclusive"])
-def test_the_word_is_the_primarys_and_no_gain_among_the_guards_raises_it(verdict, guard):
+def test_the_verdict_is_the_primarys_and_gains_of_guards_do_not_raise_it(verdict, guard):
     members = [speed(*DECODE[:1], 1.4, guard, "decode"), speed(SECONDS, 1.2, verdict, "prefill")]
     judged = judge(members, primaries={"performance": PREFILL})
     assert judged.performance == verdict and judged.losses == []
     assert judged.carried_by["performance"].metric == SECONDS and judged.carried_by["performance"].reason is None
 
 
-def test_a_guards_loss_stands_beside_the_word():
+def test_a_guards_loss_is_shown_with_the_verdict():
     members = [speed(SECONDS, 1.2, "better", "prefill"), speed(DECODE[0], 0.8, "worse", "decode")]
     judged = judge(members, primaries={"performance": PREFILL})
     assert judged.performance == "better"
@@ -34,8 +34,8 @@ def test_a_guards_loss_stands_beside_the_word():
     assert judged.sentence.startswith("Prefill 20 % faster. But decode 20 % slower.")
 
 
-def test_a_loss_must_stand_after_holms_correction():
-    """Alone the guard's p is 0.03; among three guards it is not below 0.05 any more."""
+def test_a_loss_must_survive_holms_correction():
+    """Alone the guard's p is 0.03; among three guards it is no longer below 0.05."""
     weak = speed(DECODE[0], 0.9, "worse", "decode", half=0.09)
     others = [speed("attention_ms", 1.0, "inconclusive", f"{n}") for n in range(2)]
     carrier = speed(SECONDS, 1.2, "better", "prefill")
@@ -44,7 +44,7 @@ def test_a_loss_must_stand_after_holms_correction():
     assert judge([carrier, weak, *others], primaries={"performance": PREFILL}).losses == []
 
 
-def test_what_was_counted_needs_no_correction_and_a_single_reading_is_no_loss():
+def test_counts_need_no_correction_and_a_single_reading_is_not_a_loss():
     counted = measurement.counted(BYTES, "load", 100.0, 150.0, "counted")
     once = measurement.counted("peak_memory_bytes", "load", 100.0, 150.0, "read once", "measured")
     peak = samples.timed("peak_memory_bytes", 0.8, 0.01, "better", "generate")
@@ -53,7 +53,7 @@ def test_what_was_counted_needs_no_correction_and_a_single_reading_is_no_loss():
     assert [(loss.metric, loss.workload, loss.p) for loss in judged.losses] == [(BYTES, "load", None)]
 
 
-def test_derived_never_carries_where_measured_is_and_estimated_never():
+def test_derived_carries_only_without_measured_and_estimated_never():
     bytes_ = measurement.counted("decode_bytes_per_token", "decode", 10.0, 5.0, "formula")
     estimated = measurement.judged(
         ENERGY, "decode", baseline=1.0, optimized=0.5, ratio=0.5, ci=(0.4, 0.6), n=12, noise_floor=0.01, margin=0.03,
@@ -77,7 +77,7 @@ def test_derived_never_carries_where_measured_is_and_estimated_never():
     assert judged.resources == "equivalent" and "derived" in judged.carried_by["resources"].reason
 
 
-def test_a_primary_that_is_missing_is_replaced_and_the_reason_kept():
+def test_a_missing_primary_is_replaced_and_the_reason_kept():
     missing = measurement.unavailable(SECONDS, "prefill", "no clock")
     other = speed(SECONDS, 1.3, "better", "prefill, 64 tokens")
     judged = judge([missing, speed(DECODE[0], 0.7, "worse", "decode"), other], primaries={"performance": PREFILL})
@@ -85,8 +85,8 @@ def test_a_primary_that_is_missing_is_replaced_and_the_reason_kept():
     assert judged.carried_by["performance"].reason == "no clock"
 
 
-def test_a_primary_that_is_not_judged_says_why_itself():
-    """Beside it stands an estimate of the same metric: that is not why."""
+def test_an_unjudged_primary_gives_its_own_reason():
+    """An estimate of the same metric is also present: that is not the reason."""
     declared = ("goodput_requests_per_second", "serve, real model")
     few = measurement.informative(*declared, 0.3, 0.3, "two requests", reason="2.0 requests counted, fewer than 15")
     simulated = few.model_copy(update={"workload": "serve, simulated", "provenance": "estimated"})
@@ -95,7 +95,7 @@ def test_a_primary_that_is_not_judged_says_why_itself():
     assert "2.0 requests counted" in judged.sentence and "estimate" not in judged.sentence
 
 
-def test_what_was_not_exercised_carries_nothing():
+def test_an_unexercised_metric_carries_no_verdict():
     idle = samples.scored("f1_macro", 0.9, 0.9, "maintained").model_copy(
         update={"verdict": "not_exercised", "reason": "never acted on these prompts", "ci": None, "bound": None}
     )
@@ -106,7 +106,7 @@ def test_what_was_not_exercised_carries_nothing():
     assert both.accuracy == "not_maintained"
 
 
-def test_a_larger_checkpoint_is_a_loss_and_a_larger_single_reading_is_none():
+def test_a_larger_checkpoint_is_a_loss_but_a_larger_single_reading_is_not():
     smaller = measurement.counted("peak_tensor_bytes", "generate", 100.0, 60.0, "live tensors", "measured")
     larger = measurement.counted("checkpoint_bytes", "load", 100.0, 150.0, "sizes of the saved files", "measured")
     read = measurement.counted("peak_memory_bytes", "load", 100.0, 150.0, "read once", "measured")
@@ -129,8 +129,10 @@ def test_a_primary_of_another_dimension_is_refused():
     assert record.from_json(record.to_json(run), "x").primaries == samples.PRIMARIES
 
 
-def test_what_a_busy_machine_withheld_lends_no_significance_to_a_loss():
-    """Alone the loss has a p of 0.04; two tests beside it are two more, however far off a busy machine drew them."""
+def test_numbers_withheld_by_a_busy_machine_lend_no_significance_to_a_loss():
+    """Alone the loss has a p of 0.04; two tests beside it count as two more, however extreme a busy machine made
+    them.
+    """
     kept = samples.scored("f1_macro", 0.9, 0.9, "maintained")
     weak = samples.scored("accuracy", 0.9, 0.8, "not_maintained", 0.085)
     drawn = [speed("attention_ms", 1.5, "inconclusive", f"{n}") for n in range(2)]

@@ -1,4 +1,4 @@
-"""A run that chose to change nothing measures a copy: what is timed of it claims nothing."""
+"""A run that chose to change nothing measures a copy, so its timings claim nothing."""
 
 import pytest
 
@@ -21,8 +21,8 @@ def _built(details, gain: float = 0.9, **changed) -> record.Record:
 
 
 @pytest.mark.parametrize("name", ["stack", "order"])
-def test_what_is_timed_of_an_empty_stack_is_shown_and_not_judged(name):
-    """Planted: a copy that was timed 10 % slower, as one in twenty is by less."""
+def test_timings_of_an_empty_stack_are_shown_but_not_judged(name):
+    """Planted: a copy that was timed 10 % slower; one in twenty is slower by chance, by less."""
     run = _built({name: record.labelled([], "derived", "chosen by a search")})
     timed = [m for m in run.measurements if m.noise_floor is not None]
     assert timed and {m.verdict for m in timed} == {"informative"} and {m.reason for m in timed} == {NOTHING_CHANGED}
@@ -37,7 +37,7 @@ def test_a_stack_that_changes_something_is_judged(details):
     assert _built(details).verdict.performance == "worse"
 
 
-def test_a_busy_machine_says_so_first():
+def test_a_busy_machine_is_reported_first():
     busy = {"noise_floor": 0.2, "reason": "two copies differ by 20 %"}
     run = _built({"stack": record.labelled([], "derived", "chosen by a search")}, **busy)
     assert {m.verdict for m in run.measurements if m.noise_floor} == {"inconclusive"}

@@ -1,4 +1,4 @@
-"""The verdict and its sentence: a gain never hides a loss, and nothing is claimed that was not found."""
+"""Verdicts and their sentences: a gain never hides a loss, and nothing is claimed beyond the findings."""
 
 import math
 import re
@@ -19,10 +19,10 @@ from tests.report import samples
     ("verdict", "expected"),
     [("better", "better"), ("worse", "worse"), ("equivalent", "equivalent"), ("inconclusive", "inconclusive")],
 )
-def test_a_dimension_has_the_word_of_its_primary(verdict, expected):
+def test_a_dimension_takes_the_verdict_of_its_primary(verdict, expected):
     members = [samples.timed("prefill_tokens_per_second", 1.2, verdict=verdict)]
     assert judge(members).performance == expected
-    assert judge([samples.timed("decode_tokens_per_second", 1.2), *members]).performance == expected  # a gain beside it
+    assert judge([samples.timed("decode_tokens_per_second", 1.2), *members]).performance == expected  # with a gain
 
 
 @pytest.mark.parametrize(
@@ -32,21 +32,21 @@ def test_a_dimension_has_the_word_of_its_primary(verdict, expected):
         ("inconclusive", "inconclusive"), ("not_exercised", "not_exercised"), ("informative", "inconclusive"),
     ],
 )  # fmt: skip
-def test_accuracy_has_the_word_of_its_primary(verdict, expected):
+def test_accuracy_takes_the_verdict_of_its_primary(verdict, expected):
     assert judge([samples.scored("f1_macro", 0.9, 0.9, verdict)]).accuracy == expected
     assert judge([]).accuracy == judge([]).performance == "unavailable"
 
 
-def test_the_sentence_names_what_carries_each_dimension():
+def test_the_sentence_names_the_metrics_behind_each_dimension():
     verdict = samples.run(accuracy="not_maintained").verdict
     assert verdict.accuracy == "not_maintained"
     assert verdict.sentence == (
         "Prefill 31 % faster, decode undecided, F1 4.1 points lower, peak memory 7.0 % smaller, "
         "compute per prefill token 28 % lower."
-    )  # the estimate of energy does not carry
+    )  # the energy estimate does not count
 
 
-def test_bound_and_margin_are_those_that_were_judged_by():
+def test_bound_and_margin_are_those_of_the_verdict():
     chance = np.random.default_rng(0)
     replicates = chance.normal(-0.041, 0.01, 2000)
     options = {"n": 400, "to_wrong": 24, "to_right": 8, "source": "400 items", "margin": 0.03}
@@ -58,11 +58,11 @@ def test_bound_and_margin_are_those_that_were_judged_by():
     assert re.fullmatch(r"upper bound \+5\.\d\d %, margin 4 %", ", ".join(sentence.score(text)[1]))
 
 
-def test_slower_is_said_as_slower_without_a_reciprocal():
+def test_slowdowns_are_stated_without_a_reciprocal():
     assert "Prefill 20 % slower" in samples.run(speed="worse", ratio=0.8).verdict.sentence
 
 
-def test_a_loss_outside_the_headlines_is_said_too():
+def test_losses_outside_the_headlines_are_stated():
     measurements = [*samples.measurements(), samples.timed("latency_p99_ms", 1.5, verdict="worse", workload="serve")]
     assert judge(measurements).sentence.endswith("But latency p99 50 % longer.")
 
@@ -84,7 +84,7 @@ def test_failed_and_not_applicable_claim_nothing():
     assert judge([], "failed", "x\ny" * 400).sentence.count("\n") == 0
 
 
-def test_what_is_missing_is_said_with_its_reason():
+def test_missing_values_are_stated_with_their_reason():
     measurements = [measurement.unavailable("f1_macro", "classify", "random weights have no quality to lose")]
     assert "Accuracy unavailable: random weights have no quality to lose." in judge(measurements).sentence
 
@@ -99,7 +99,7 @@ def test_any_record_gets_a_sentence(seed):
     assert in_words.of_record(run) == text
 
 
-def test_a_busy_machine_is_said():
+def test_a_busy_machine_is_reported():
     floor = samples.timed("prefill_tokens_per_second", 1.2, verdict="better")
     busy = floor.model_copy(update={"noise_floor": 0.2, "reason": "the copies differ by 20 %"})
     run = record.build("x", "m", "proxy", "quick", {}, [busy])
@@ -109,7 +109,7 @@ def test_a_busy_machine_is_said():
     assert in_words.of_record(preview) == preview.verdict.sentence
 
 
-def test_unchanged_answers_hide_none_that_differ_elsewhere():
+def test_unchanged_answers_do_not_hide_differing_ones():
     source = "same answers, 16 items; key-value retrieval"
     same = samples.scored("retrieval_exact_match", 0.75, 0.75, "inconclusive").model_copy(
         update={"source": source, "ci": None, "n": 16}
@@ -123,20 +123,20 @@ def test_unchanged_answers_hide_none_that_differ_elsewhere():
     assert judge([same, *served]).sentence.startswith(text)
 
 
-def test_a_record_without_primaries_is_put_into_words_too():
+def test_a_record_without_primaries_gets_a_sentence():
     run = samples.run()
     old = run.model_copy(update={"verdict": run.verdict.model_copy(update={"carried_by": {}, "losses": []})})
     assert in_words.of_record(old).startswith("Prefill 31 % faster, decode undecided, perplexity maintained")
 
 
-def test_an_open_word_has_its_reason():
+def test_an_undecided_verdict_has_a_reason():
     wide = samples.timed("prefill_tokens_per_second", 1.05, 0.08, "inconclusive")
     verdict = judge([wide.model_copy(update={"margin": 0.02})])
     assert verdict.reasons["performance"].startswith("the interval includes zero difference")
     assert verdict.sentence.startswith("Prefill undecided.")
 
 
-def test_gain_turns_a_time_so_that_more_is_better():
+def test_gain_inverts_times_so_that_higher_is_better():
     low, middle, high = 0.73, 0.76, 0.79
     timed = samples.timed("time_to_first_token_ms", middle, 0.03)
     assert sentence.gain(timed) == pytest.approx((1 / middle, 1 / high, 1 / low))
