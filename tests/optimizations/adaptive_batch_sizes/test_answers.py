@@ -25,7 +25,7 @@ def test_retrieval_prompts_are_not_refused_by_the_bound_of_other_requests(tiny, 
 
 
 def test_items_of_one_document_are_resampled_together(monkeypatch):
-    """Previously the interval treated each item as its own document, and batch size one still sent all items at once."""
+    """Previously the interval treated each item as its own document, and batch size one still sent all at once."""
     label, asked = answers.tasks.class_labels("topic")[0], []
     items = [answers.tasks.Item(str(n), "topic", "", label, source=f"page {n // 3}") for n in range(12)]
     labels = len(answers.tasks.class_labels("topic"))

@@ -196,7 +196,7 @@ def test_other_optimizations_accept_models_with_absent_parts(tiny, name, batch):
 
 
 def _of_other_architecture(name: str):
-    """Return a tiny model of none of the four architectures, ids to read, the saliency of its parts, and its library."""
+    """Return a tiny model of another architecture, ids to read, the saliency of its parts, and its library."""
     model, ids = architectures.build(name), architectures.prompt()
     seen = observe(model, [{"input_ids": ids}])
     scores = [saliency_scores(*pair) for pair in zip(anatomy(model).blocks, seen.blocks)]

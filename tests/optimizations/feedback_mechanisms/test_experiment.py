@@ -428,7 +428,7 @@ def test_the_loop_swings_if_one_scenario_shows_it(disturbances, monkeypatch):
 
 
 def chosen_limit(monkeypatch, missed, shares):
-    """The limit chosen where each limit misses the given seconds, seed by seed, and meets the given requests in time."""
+    """The limit chosen if each limit misses the given seconds, seed by seed, and meets the given requests in time."""
     monkeypatch.setattr(experiment, "SIZES", tuple(missed))
     scripts = [SimpleNamespace(trace=SimpleNamespace(seed=seed)) for seed in range(4)]
 

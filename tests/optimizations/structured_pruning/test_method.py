@@ -296,7 +296,7 @@ def test_blocks_with_more_outliers_keep_more_channels(tiny, batch, tmp_path):
 
 
 def test_frequently_chosen_experts_are_not_outliers(tiny, batch):
-    """Planted: equal activations per token, in one block from all experts alike, in another mostly from a single one."""
+    """Planted: equal activations per token, in one block from all experts alike, in another mostly from one."""
     model = tiny("qwen3-coder-30b")
     block = anatomy(model).blocks[1]
     seen = pruning.observe(model, [batch]).blocks[1]

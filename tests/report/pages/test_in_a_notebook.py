@@ -1,4 +1,4 @@
-"""Tests the report calls of a template in a real kernel: figure, table and record reach the pages. Also the overview."""
+"""The report calls of a template in a real kernel: figure, table and record reach the pages. Also the overview."""
 
 import os
 from pathlib import Path

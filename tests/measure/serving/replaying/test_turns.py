@@ -160,7 +160,7 @@ def test_the_policys_own_computation_takes_time():
 
 
 def test_policy_time_is_scaled_by_the_machines_slowdown(monkeypatch):
-    """Previously the engine's calls were divided by the machine's slowdown, but the policy's own computation was not."""
+    """Previously the engine's calls were divided by the machine's slowdown, but the policy's own time was not."""
     now = iter([0.0, 0.006])
     monkeypatch.setattr(turns, "time", SimpleNamespace(perf_counter=lambda: next(now), thread_time=lambda: 0.0))
     clock = VirtualClock()
