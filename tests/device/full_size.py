@@ -137,7 +137,7 @@ def _paths(target: str) -> list[str]:
 
 
 def _packages(folder: Path | None, target: Path) -> list[str]:
-    """Unpack missing packages and make them importable; return their names. Raises UserError if one is still missing."""
+    """Unpack missing packages and make them importable; return their names. Raises UserError if one is still absent."""
     unpacked = wheels.unpack(folder, target) if folder else []
     sys.path.insert(1, str(target))
     importlib.invalidate_caches()
