@@ -74,6 +74,7 @@ def load(
     tasks: Sequence[str] = (),
     text: str = "",
     seed: int = 0,
+    copies: int = 1,
 ) -> Loaded:
     """Return model `name` at `scale`, loaded for inference.
 
@@ -84,9 +85,9 @@ def load(
     (`checkpoints.fastest_dtype`), but bfloat16 if only that fits into memory. `tasks` replace those of the parameter
     file; perplexity is measured on the file `text`, if given, instead of held-out text.
 
-    A checkpoint that does not fit into the device's memory is streamed from its files, in their own dtype. If a control
-    group limits processor time, torch gets no more threads than the limit allows. Raises UserError for an invalid
-    scale, dtype, device, checkpoint, task or text.
+    A checkpoint of which `copies` do not fit into the device's memory is streamed from its files, in their own dtype.
+    If a control group limits processor time, torch gets no more threads than the limit allows. Raises UserError for an
+    invalid scale, dtype, device, checkpoint, task or text.
     """
     start = time.perf_counter()
     _heed_quota()
@@ -113,7 +114,7 @@ def load(
         )
         if scale == "slice":
             slice_depth.state(model, description.full, description.architecture)
-    elif (allowance := placement.allowance_bytes(folder, DTYPES[dtype], device)) is None:
+    elif (allowance := placement.allowance_bytes(folder, DTYPES[dtype], device, copies=copies)) is None:
         model = io.load_folder(folder, dtype=DTYPES[dtype], device=device)
     else:
         model = streamer.open_streamed(folder, allowance_bytes=allowance, device=device)

@@ -173,6 +173,9 @@ def takes_part(chosen: Iterable[str]) -> dict[str, tuple[str, ...]]:
     return scales
 
 
+_registered_here: set[str] = set()  # names that `register` wrote in this process
+
+
 def registered() -> list[str]:
     """Return the names of the models whose checkpoints were given on the command line, sorted."""
     return sorted(set(names(_registry())) - set(names()))
@@ -199,6 +202,9 @@ def register(text: str) -> str:
             return name
     else:
         raise UserError(f"{text}: a thousand checkpoints have this name; write a parameter file under another name")
+    earlier = next((known for known in registered() if _checkpoint(_registry() / f"{known}.yaml") == source.text), None)
+    if earlier is not None:  # under another name, because another checkpoint had this one then
+        return earlier
     entries = {"name": source.title, "checkpoint": source.text}
     # Quoted, since `content_of` reads more texts as numbers than the writer expects: a folder may be called 1e-5.
     content = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True, default_style='"')
@@ -206,6 +212,7 @@ def register(text: str) -> str:
         write_atomically(_registry() / f"{name}.yaml", content)
     except OSError as error:
         raise store.unwritable(_registry(), error) from None
+    _registered_here.add(name)
     return name
 
 
@@ -215,14 +222,18 @@ def known_as(text: str) -> str | None:
     Raises UserError for an invalid reference.
     """
     source = reference.parse(text)
-    paths = [(name, _path(name)) for name in [*names(), *registered()]]
+    # As in `register`: a model that was run by its checkpoint has its results under its registered name.
+    paths = [(name, _path(name)) for name in [*registered(), *names()]]
     return next((name for name, path in paths if path and _checkpoint(path) == source.text), None)
 
 
 def forget(name: str) -> None:
-    """Remove the parameter file that `register` wrote for a checkpoint that could not be fetched."""
-    with contextlib.suppress(OSError):  # if the cache is not writable, there is no file either
-        (_registry() / f"{name}.yaml").unlink(missing_ok=True)
+    """Remove the parameter file that `register` wrote in this process for a checkpoint that could not be fetched. An
+    earlier file may have results, and its checkpoint may be away only for now.
+    """
+    if name in _registered_here:
+        with contextlib.suppress(OSError):  # if the cache is not writable, there is no file either
+            (_registry() / f"{name}.yaml").unlink(missing_ok=True)
 
 
 def forget_unfetched(chosen: Iterable[str]) -> None:

@@ -65,6 +65,7 @@ def build(
     largest = plan.largest_checkpoint(request)
     shares = cpu_affinity.share_out(jobs or cpu_affinity.default_jobs(request.scale, request.device, largest))
     first_pass = suite == "complete" and request.effort == "standard"
+    again = "with --force the same command runs all of them again" if force else "the same command resumes"
     folder = result_folder.open_folder(out)
     try:
         with _locked(folder), stoppable():
@@ -72,11 +73,11 @@ def build(
             return _build(folder, planned, shares, force, suite, cluster, busy, first_pass)
     except BuildStopped as stopped:
         _show_what_is_there(folder)
-        print("\nbuild.py: stopped; finished runs are kept, and the same command resumes")
+        print(f"\nbuild.py: stopped; finished runs are kept, and {again}")
         return stopped.exit_code
     except ClusterLost as lost:
         _show_what_is_there(folder)
-        print(f"build.py: {lost}; finished runs are kept, and the same command resumes")
+        print(f"build.py: {lost}; finished runs are kept, and {again}")
         return 1
     except OSError as error:
         where = error.filename or folder.path

@@ -173,6 +173,30 @@ def test_a_checkpoint_gets_a_stable_name(tmp_path, checkpoint, monkeypatch):
         parameters.register(str(checkpoint))
 
 
+def test_a_name_is_kept_while_its_checkpoint_is_away(tmp_path, checkpoint, monkeypatch):
+    """Previously `list` deleted it, and the next checkpoint of the same name inherited its records."""
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
+    other = tmp_path / "elsewhere" / checkpoint.name
+    other.mkdir(parents=True)
+    (other / "config.json").write_text("{}")
+    first, second = parameters.register(str(checkpoint)), parameters.register(str(other))
+    monkeypatch.setattr(parameters, "_registered_here", set())  # as in a later command
+    checkpoint.rename(tmp_path / "unmounted")
+    parameters.forget_unfetched([first])
+    parameters.forget(first)
+    assert parameters.registered() == sorted([first, second])
+    (tmp_path / "cache" / "models" / f"{first}.yaml").unlink()
+    assert parameters.register(str(other)) == parameters.known_as(str(other)) == second, "one checkpoint, one name"
+
+
+def test_records_are_looked_up_under_the_name_under_which_a_checkpoint_ran(tmp_path, monkeypatch):
+    """Previously `run` and `advise` gave the hub id of a model in parameters/ two names, and two scales."""
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path / "cache"))
+    hub_id = "Qwen/Qwen3-VL-2B-Instruct"
+    assert parameters.known_as(hub_id) == "qwen3-vl-2b", "never run by its id"
+    assert parameters.register(hub_id) == parameters.known_as(hub_id) == "qwen3-vl-2b-instruct"
+
+
 def test_slice_size_counts_experts_and_heads_under_other_names():
     full = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
     full |= {"intermediate_size": 14336, "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 32000}

@@ -57,7 +57,8 @@ def compare(
 ) -> list[Row]:
     """Return a row per policy and compared quantity: the real value (mean over the traces), the simulated value (mean,
     least and most over the jitters, each a mean over the traces), and the relative error of the simulated mean (1 if
-    only the real value is 0).
+    only the real value is 0). Both serve the same requests, so a value that only one of them lacks is infinite there:
+    an error of 1.
 
     `real[policy]` has a run per trace; `simulated[policy]` has, for each jitter, a run per trace. If least and most are
     far apart, the quantity depends on single requests, and the replays say little about it either.
@@ -73,12 +74,14 @@ def compare(
             if known and len(known) == len(values):
                 row |= {"simulated": float(np.mean(known)), "least": min(known), "most": max(known)}
                 row["error"] = _relative(row["simulated"], truth)
+            elif truth is not None and values:
+                row["error"] = 1.0
             rows.append(row)
     return rows
 
 
 def _relative(simulated: float, truth: float | None) -> float | None:
-    if truth is None or truth == simulated == 0:
+    if truth == simulated == 0:
         return None
     return abs(simulated - truth) / truth if truth else 1.0
 

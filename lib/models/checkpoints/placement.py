@@ -15,6 +15,7 @@ from lib.models.checkpoints import folder as checkpoint
 
 WEIGHTS_SHARE = 0.8  # of the free memory; the rest is for the cache, activations and a prompt's logits
 STREAMED_SHARE = 0.6  # of the free memory, if the weights do not fit
+ROW_STARTS = ".crow"  # ends the name of a tensor of every matrix in CSR
 
 
 def free_bytes(device: str) -> int:
@@ -25,17 +26,28 @@ def free_bytes(device: str) -> int:
 
 
 def weights_bytes(folder: Path | str, dtype: torch.dtype) -> int:
-    """Return the bytes that the weights of a checkpoint folder take in `dtype`."""
-    return dtype.itemsize * sum(math.prod(shape) for shape in checkpoint.tensor_shapes(folder).values())
+    """Return the bytes that the weights of a checkpoint folder take in `dtype`. Matrices stored in CSR keep their
+    32-bit columns and float32 values.
+    """
+    places = checkpoint.tensor_places(folder)
+    in_csr = {name.removesuffix(ROW_STARTS) for name in places if name.endswith(ROW_STARTS)}
+    total = 0
+    for name, (_, _, stored, _, shape) in places.items():
+        converted = dtype.itemsize * math.prod(shape)
+        total += max(stored, converted) if name.rpartition(".")[0] in in_csr else converted
+    return total
 
 
-def allowance_bytes(folder: Path | str, dtype: torch.dtype, device: str, free: int | None = None) -> int | None:
-    """Return None if the weights fit into `free` bytes, else how many bytes of weights may be in memory at a time.
+def allowance_bytes(
+    folder: Path | str, dtype: torch.dtype, device: str, free: int | None = None, copies: int = 1
+) -> int | None:
+    """Return None if `copies` of the weights fit into `free` bytes, else how many bytes of weights may be in memory at
+    a time.
 
     `free` defaults to the free memory of the device.
     """
     free = free_bytes(device) if free is None else free
-    return None if weights_bytes(folder, dtype) <= WEIGHTS_SHARE * free else int(STREAMED_SHARE * free)
+    return None if copies * weights_bytes(folder, dtype) <= WEIGHTS_SHARE * free else int(STREAMED_SHARE * free)
 
 
 def require_room(model: nn.Module, copies: int, what: str) -> None:

@@ -5,6 +5,7 @@ from its shard. Changed blocks are written to shards. Embeddings, head, norms an
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import closing
@@ -148,6 +149,7 @@ class FileBlocks:
             for name, tensor in tensors.items():
                 if not torch.equal(written.read(name), tensor.cpu()):
                     raise UserError(f"{shard}: {name} differs from what was written; check the disk")
+        _flush(shard)  # its description, which is flushed too, must not outlive it in a power loss
         write_atomically(description, json.dumps(entry))
 
     def _restore(self, index: int) -> None:
@@ -179,6 +181,7 @@ class FileBlocks:
             if name not in tied and not self._in_block(name)
         }
         weight_file.write(self.shards / REST, rest)
+        _flush(self.shards / REST)
         files = {name: REST for name in rest}
         for index in range(len(self.prefixes)):
             shard = self._paths(index)[0]
@@ -222,3 +225,9 @@ class _Shard:
 
     def close(self) -> None:
         self._file.__exit__(None, None, None)
+
+
+def _flush(path: Path) -> None:
+    """Write a file's pages to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -48,11 +48,16 @@ class PrefixStudy:
 
     @property
     def caption(self) -> str:
-        """The number of shared tokens, and the saving for one document's prefill, measured and simulated."""
+        """The number of shared tokens, and the saving for one document's prefill, measured and simulated.
+
+        Requests have no kind, so chats that are longer than the prefix are served with it too.
+        """
         real, simulation = self.shares
+        longest_chat = round((1 + SPREAD) * self.kept.setup.chat.prompt_tokens)
+        chats = f" So do chats of more than {self.tokens}." if 0 < self.tokens < longest_chat else ""
         return (
-            f"Changing trace, simulated; documents share {self.tokens} tokens. With these cached, one prefill takes "
-            f"{real:.2f} of the time on the real model, {simulation:.2f} in simulation."
+            f"Changing trace, simulated; documents share {self.tokens} tokens.{chats} With these cached, one prefill "
+            f"takes {real:.2f} of the time on the real model, {simulation:.2f} in simulation."
         )
 
     def control(self, carry: Carry) -> tuple[str, str, list[Measurement]]:
@@ -62,7 +67,7 @@ class PrefixStudy:
         arms = ADAPTIVE, self.kept.adaptive
         workload = f"serve, simulated, prefix kept, fixed {self.size}"
         judged = simulated.goodput(self.kept, TRAFFIC, self.size, *arms, workload)
-        return "prefix caching", "both arms keep the beginning that documents share", [carry(judged)]
+        return "prefix caching", "both arms keep the beginning that long prompts share", [carry(judged)]
 
     def detail(self, source: str) -> dict[str, tuple[Any, str, str]]:
         """Return the record's detail: name → (value, provenance, source)."""

@@ -180,7 +180,7 @@ def simulation_refuted(trial: RealModelTrial) -> tuple[bool | None, str]:
     error, disturbed = trial.strays, trial.rounds.disturbed
     if error.share is None or not rows:
         return None, "nothing was served"
-    outside = sum(not row["least"] <= row["real"] <= row["most"] for row in rows)
+    outside = sum(None in (row["least"], row["real"]) or not row["least"] <= row["real"] <= row["most"] for row in rows)
     evidence = (
         f"relative error {error.share:.3f} ({error.of}), limit {MOST_ERROR}; {outside} of {len(rows)} quantities "
         f"outside the range of {JITTERS} jitters; disturbed by: {disturbed}"

@@ -98,7 +98,8 @@ class TrafficStudy:
         """Return the runs of a policy on the traces of one kind of traffic, simulated once and cached; `again`: with
         other jitter and step times.
         """
-        key = traffic, policy, again, count
+        size = getattr(make(), "size", None)  # the names of some policies do not contain it
+        key = traffic, policy, size, again, count
         if key not in self.kept:
             jitter = NEW_JITTER if again else 0
             self.kept[key] = [self.setup.run(trace, make(), jitter) for trace in self.traces(traffic, count)]

@@ -86,10 +86,12 @@ def fast_profiles(
     effort: str,
     seed: int,
     measure: Measure | None = None,
+    setpoint: float = experiment.SETPOINT,
 ) -> tuple[nn.Module, list[Candidate]]:
     """Return the draft and the candidates considered for the fast profile, the admitted one last.
 
-    `measure` times a candidate against the full profile (None: speed is not requested). The draft is subject to no
+    `measure` times a candidate against the full profile (None: speed is not requested); `setpoint` is that of the loop
+    that has to gain by it. The draft is subject to no
     quality bound, since drafted tokens are checked. Candidates, fastest first: `ratio` of the decoder's parameters
     removed in whole blocks (the draft), then half as many; if no block has experts, half as many and `MILD` of them
     removed in channels; and, if matrices are wide enough for it to pay, int8 weights. Models with experts lose more
@@ -123,7 +125,7 @@ def fast_profiles(
         return net
 
     def worth(model: nn.Module) -> str | None:
-        reason = experiment.not_worth_it(measure(model), effort, seed) if measure else None
+        reason = experiment.not_worth_it(measure(model), effort, seed, setpoint) if measure else None
         if reason:
             too_slow.append(model)
         return reason
@@ -170,7 +172,12 @@ def timer(loaded: Loaded, effort: str, **options: Any) -> Measure:
 
 
 def prepare(
-    loaded: Loaded, candidates: Sequence[Candidate], effort: str, measure: Measure, seed: int = 0
+    loaded: Loaded,
+    candidates: Sequence[Candidate],
+    effort: str,
+    measure: Measure,
+    seed: int = 0,
+    setpoint: float = experiment.SETPOINT,
 ) -> tuple[TwoProfileSetup, list[Candidate]]:
     """Return the setup that all settings share, and the candidates.
 
@@ -185,7 +192,7 @@ def prepare(
         return _without(measure(max(timed, key=lambda pair: pair[0])[1])), list(candidates)
     setup = measure(last.model)
     reason = setup.net.refused if setup.net else None
-    if not setup.alone and (reason := experiment.not_worth_it(setup, effort, seed)):
+    if not setup.alone and (reason := experiment.not_worth_it(setup, effort, seed, setpoint)):
         setup = _without(setup)
     if not setup.alone:
         broken = shadow.broken(last.model, shadow.STRENGTHS[-1], seed)

@@ -1,7 +1,8 @@
 """Optimize a checkpoint that does not fit into memory: block by block, from file to file.
 
-It works for optimizations with a module `out_of_core`, which has `apply_to_file(source, target, calibration, …)` and
-`options(parameters)`, where `parameters` are those of a run.
+It works for optimizations with a module `out_of_core`, which has `apply_to_file(source, target, calibration, …)`,
+`options(parameters)` and, if the result may differ from that in memory, `remark(parameters)`. `parameters` are those of
+a run.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,6 +25,24 @@ OUT_OF_CORE = "out_of_core"
 def is_streamed(loaded: Loaded) -> bool:
     """Return whether the weights of a model did not fit into memory when it was loaded."""
     return streamer.streamer(loaded.model) is not None
+
+
+def is_able(stem: str, parameters: Mapping[str, Any]) -> bool:
+    """Return whether an optimization with the parameters of a run works from file to file."""
+    module = discovery.beside_method(stem, OUT_OF_CORE)
+    if module is None:
+        return False
+    try:
+        module.options(parameters)
+    except UserError:  # needs the whole model in memory
+        return False
+    return True
+
+
+def remark(stem: str, parameters: Mapping[str, Any]) -> str:
+    """Return how the result differs from that of a run in memory; empty if it does not."""
+    differs = getattr(discovery.beside_method(stem, OUT_OF_CORE), "remark", None)
+    return differs(parameters) if differs else ""
 
 
 def writer(loaded: Loaded, stem: str, parameters: Mapping[str, Any]) -> Callable[..., Path]:

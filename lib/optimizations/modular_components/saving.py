@@ -26,7 +26,7 @@ from lib.errors import UserError
 from lib.files import seen_from_here
 from lib.measure.metrics import settings
 from lib.models import loading
-from lib.models.checkpoints import io
+from lib.models.checkpoints import io, placement
 from lib.models.checkpoints.folder import MANIFEST
 from lib.models.loading import Loaded
 from lib.models.structure.architecture import auto_class
@@ -41,6 +41,7 @@ from lib.optimizations.modular_components import method as composing
 WINDOWS, TOKENS = 2, 64  # of the text on which the saved model is compared
 # Relative difference of logits explained by another order of summation, by dtype of the weights.
 NEAR = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+COPIES = 3  # at once: the model, the optimized one, and the saved one loaded again
 HELD = {"shapes", "weights", "storage"}  # the aspects of a model that a checkpoint can hold
 
 
@@ -49,7 +50,7 @@ class SavedModel(NamedTuple):
 
     `tokenizer`: whether it has one. `dtype` and `weights_hash` describe its weights. `by_blocks`: it was never whole in
     memory and has no hash. `latent`: it has latent attention, which is measured with absorbed decoding. `before`: the
-    hash of the weights to which a stack was applied.
+    hash of the weights to which a stack was applied. `remark`: how it differs from the model made in memory, if so.
     """
 
     loads: str | None
@@ -59,6 +60,7 @@ class SavedModel(NamedTuple):
     by_blocks: bool = False
     latent: bool = False
     before: str | None = None
+    remark: str = ""
 
 
 def save(
@@ -73,11 +75,11 @@ def save(
 ) -> SavedModel:
     """Apply `optimization`, or instead the steps of `stack`, to `model` and save the result in the folder `place`.
 
-    `parameters` are those of a run: scale, effort, device and so on. Without a stack the result is the model that such
-    a run measures. `chosen_at`: the effort at which the stack was chosen; its calibration text, on which the stack was
-    judged, is used here too (`calibration_text.of_stack`). `unfinished`: the folder in which a model that does not fit
-    into memory is written block by block. Raises UserError if no weights change, a step is refused, or a checkpoint
-    cannot hold the model.
+    `parameters` are those of a run: scale, effort, device and so on. Without a stack the result is the model that
+    such a run measures. `chosen_at`: the effort at which the stack was chosen; its calibration text, on which the
+    stack was judged, is used here too (`calibration_text.of_stack`). `unfinished`: the folder in which a model that
+    does not fit into memory COPIES times is written block by block. Raises UserError if no weights change, a step is
+    refused, or a checkpoint cannot hold the model.
     """
     stems = [optimization] if stack is None else [step.optimization for step in stack]
     if not stems:
@@ -94,17 +96,20 @@ def save(
         checkpoints=parameters["checkpoints"] or None,
         random_weights=parameters["random_weights"],
         seed=int(parameters.get("seed", 0)),
+        copies=COPIES if stack is None and larger_than_memory.is_able(optimization, parameters) else 1,
     )
     latent = absorbed_baseline.has_latents(loaded.model)
     if larger_than_memory.is_streamed(loaded):
         if stack is not None:
             raise UserError(f"{model}: does not fit into memory; give one optimization that works from file to file")
+        remark = larger_than_memory.remark(optimization, parameters)
         write = larger_than_memory.writer(loaded, optimization, parameters)
         dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
         del loaded
         gc.collect()  # models hold reference cycles
         write(place, shards=unfinished)
-        return SavedModel(None, True, dtype, None, by_blocks=True, latent=latent)
+        return SavedModel(None, True, dtype, None, by_blocks=True, latent=latent, remark=remark)
+    placement.require_room(loaded.model, 1, f"{model}: saving an optimized copy")
     optimized = (
         _alone(loaded, optimization, parameters) if stack is None else _composed(loaded, stack, parameters, chosen_at)
     )

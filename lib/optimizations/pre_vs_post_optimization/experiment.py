@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from lib.errors import UserError
+from lib.errors import NotApplicable, UserError
 from lib.measure.compare import speed
 from lib.measure.compare.speed import Compared
 from lib.measure.metrics import settings
@@ -23,7 +23,7 @@ from lib.measure.metrics.measurement import Measurement
 from lib.measure.metrics.settings import Effort
 from lib.measure.quality import answer_comparison, evaluate
 from lib.measure.roofline import cost_model
-from lib.models.checkpoints import io
+from lib.models.checkpoints import io, placement
 from lib.models.loading import Loaded
 from lib.models.structure.anatomy import anatomy
 from lib.models.tasks import tasks
@@ -133,18 +133,28 @@ class Subsets:
         return pd.DataFrame(rows)
 
 
+def _fit(model: nn.Module, copies: int) -> bool:
+    """Return whether that many further models fit into memory; the baseline and the whole stack exist already."""
+    try:
+        placement.require_room(model, copies, "attribution")
+    except NotApplicable:
+        return False
+    return True
+
+
 def subsets(setup: StackSetup, stack: AppliedStack, attribution_seconds: float) -> Subsets:
     """Build every subset of the stack's parts and return them.
 
     The stack is cut into as many parts as can be built within `attribution_seconds`, estimated from the time to apply
-    the whole, or into one if a part refuses a model that another did not prepare for it. Asserts that the baseline is
-    unchanged.
+    the whole, and held in memory; into one if a part refuses a model that another did not prepare for it. Asserts that
+    the baseline is unchanged.
     """
     baseline, steps = setup.loaded.model, setup.stack.steps
     affordable = (
         count
         for count in range(MOST_PARTS, 1, -1)
         if stack.seconds * 2 ** (min(count, len(steps)) - 1) <= attribution_seconds
+        and _fit(baseline, 2 ** min(count, len(steps)) - 2)
     )
     parts = attribution.groups(steps, next(affordable, 1))
     start, refused = time.perf_counter(), ""

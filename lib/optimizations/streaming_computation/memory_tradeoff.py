@@ -60,19 +60,21 @@ def by_allowance(
     folder: Path | str,
     ratios: Sequence[float],
     *,
+    tested: float | None = None,
     blocks: int = BLOCKS,
     seed: int = 0,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Return a row per allowance and page-cache mode: time per decoded token, bound, bytes read, share of the bound.
 
-    Each streamed model decodes `steps` tokens in turn with the resident one, which decodes latents absorbed. The first
-    of `ratios` is also timed with weights copied from the page cache and, if this system can drop pages, with the page
-    cache dropped after every read. `options` go to `method.open_folder`.
+    Each streamed model decodes `steps` tokens in turn with the resident one, which decodes latents absorbed. `tested`,
+    by default the first of `ratios`, is also timed with weights copied from the page cache and, if this system can drop
+    pages, with the page cache dropped after every read. `options` go to `method.open_folder`.
     """
     rows = []
     other_modes = ("copy", "drop") if hasattr(os, "posix_fadvise") else ("copy",)
-    for ratio, page_cache in [*((ratio, "keep") for ratio in ratios), *((ratios[0], mode) for mode in other_modes)]:
+    tested = ratios[0] if tested is None else tested
+    for ratio, page_cache in [*((ratio, "keep") for ratio in ratios), *((tested, mode) for mode in other_modes)]:
         model = method.open_folder(folder, memory_ratio=ratio, page_cache=page_cache, **options)
         stream = read_bound.stream_of(model)
         if page_cache == "drop":

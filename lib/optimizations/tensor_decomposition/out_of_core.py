@@ -80,6 +80,16 @@ class _Original:
         return next(block for block in self._blocks if block.index == index)
 
 
+def remark(parameters: Mapping[str, Any]) -> str:
+    """Return how the ranks differ from those of a run in memory; empty for uniform ranks, which do not."""
+    if parameters["budget"] == "uniform":
+        return ""
+    return (
+        "Every matrix had the same worth, because measuring it takes the whole model in memory: the ranks differ from "
+        "those of a run in memory with the same budget."
+    )
+
+
 def options(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of `apply_to_file` for the parameters of a run; method "auto" becomes "refitted".
 

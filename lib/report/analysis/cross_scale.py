@@ -4,6 +4,7 @@ A proxy model shows the effect of an optimization on answers, a slice its effect
 records only.
 """
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def beside(folder: Path, scale: str) -> tuple[str, list[Record]]:
     corrected over that whole set; empty where there is none.
     """
     other = SPEED if scale == QUALITY else QUALITY
-    where = Path(folder).resolve().parent / other
+    where = Path(os.path.abspath(folder)).parent / other
     records, _ = record.read_folder(where) if where.is_dir() else ([], {})
     return other, [run for run in discoveries.settled(records) if run.status == "ok" and run.scale == other]
 

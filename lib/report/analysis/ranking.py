@@ -51,7 +51,7 @@ def places(records: Sequence[Record], metric: str) -> list[Rank]:
     groups: dict[str, list[Measurement]] = {}
     for record in records:
         able = (m for m in record.measurements if m.metric == metric and m.verdict != "not_exercised")
-        first = next((m for m in able if sentence.gain(m)[0]), None)
+        first = next((m for m in able if _gain(m) is not None), None)
         if record.status == "ok" and first is not None:
             groups.setdefault(record.optimization, []).append(first)
     if not groups:
@@ -62,7 +62,7 @@ def places(records: Sequence[Record], metric: str) -> list[Rank]:
     standings = []
     for (name, members), ranks_R in zip(groups.items(), ranks_OR):
         low, high = np.quantile(ranks_R, [0.05, 0.95], method="nearest")
-        gain = geometric_mean([gain for m in members if (gain := sentence.gain(m)[0])])
+        gain = geometric_mean([gain for m in members if (gain := _gain(m)) is not None])
         labels = sorted({m.provenance for m in members})
         called = sum(m.verdict in CALLS for m in members)
         standings.append((name, int(low), int(high), gain, len(members), called, ", ".join(labels)))
@@ -75,17 +75,25 @@ def places(records: Sequence[Record], metric: str) -> list[Rank]:
     ]
 
 
+def _gain(measurement: Measurement) -> float | None:
+    """Return the gain of a measurement: 0 for a score without any correct answer left, the largest loss; None if it has
+    no ratio.
+    """
+    lost = measurement.ratio == 0 and measurement.higher_is_better
+    return 0.0 if lost else sentence.gain(measurement)[0]
+
+
 def _draws(members: Sequence[Measurement], chance: np.random.Generator) -> np.ndarray:
     """Return DRAWS draws of the mean logarithm of the gains."""
     total = np.zeros(DRAWS)
     for member in members:
-        middle, _, _ = sentence.gain(member)
+        middle = _gain(member)
         if middle is None:
             continue  # `places` takes only members with a gain
-        low, high = significance.ratio_ends(member) or (1.0, 1.0)
-        half = math.log(high / max(low, significance.LEAST)) / 2  # very wide for a score that may be 0
+        low, high = (max(end, significance.LEAST) for end in significance.ratio_ends(member) or (1.0, 1.0))
+        half = math.log(high / low) / 2  # very wide for a score that may be 0
         error = max(half, member.noise_floor or 0.0) / 1.96
-        total += math.log(middle) + error * chance.standard_normal(DRAWS)
+        total += math.log(max(middle, significance.LEAST)) + error * chance.standard_normal(DRAWS)
     return total / len(members)
 
 

@@ -16,13 +16,17 @@ def text(job: Any, stack: str | None, saved: Mapping[str, Any], folder: str, res
     """Return the card as Markdown.
 
     `job` has model, scale, effort and parameters; `stack` is the path of a recipe, if any; `saved` has `steps`,
-    `loads`, `tokenizer`, `dtype`, `weights_hash`, `by_blocks`, `latent`, `chosen_for`, `effort` (a recipe's, which
-    replaces the job's) and `unfit`; `folder` is the checkpoint's name; `results` is the result folder with the record
-    to quote; `key` is the cache key that a run of `job` would have now.
+    `loads`, `tokenizer`, `dtype`, `weights_hash`, `by_blocks`, `remark`, `latent`, `chosen_for`, `effort` (a
+    recipe's, which replaces the job's) and `unfit`; `folder` is the checkpoint's name; `results` is the result folder
+    with the record to quote; `key` is the cache key that a run of `job` would have now.
     """
     about = _about(job)
     effort = saved.get("effort") or job.effort
-    measured = _by_blocks() if saved.get("by_blocks") else _measured(job, effort, stack, saved, results, key)
+    measured = (
+        _by_blocks(saved.get("remark", ""))
+        if saved.get("by_blocks")
+        else _measured(job, effort, stack, saved, results, key)
+    )
     lines = [
         f"# {_name(job)}: {title(job.optimization)}",
         "",
@@ -93,25 +97,30 @@ def _done(job: Any, stack: str | None, saved: Mapping[str, Any]) -> str:
     return f"the stack {' → '.join(saved['steps'])} of `{Path(stack).name}`{of}"
 
 
-def _by_blocks() -> list[str]:
-    return [
-        "Nothing: the model does not fit into the memory of the machine that optimized it. It was changed block by "
-        "block, from file to file, and each block was read back and compared."
-    ]
+def _by_blocks(remark: str) -> list[str]:
+    text = (
+        "Nothing: the machine that optimized the model had too little memory for several copies of it. It was changed "
+        "block by block, from file to file, and each block was read back and compared."
+    )
+    return [text, *(["", remark] if remark else [])]
 
 
 def _measured(job: Any, effort: str, stack: str | None, saved: Mapping[str, Any], results: Path, key: str) -> list[str]:
     """Return the verdict of the record of the same run, if it measured these weights, or how to measure them."""
     path = results / f"{job.stem}.json"
     options = f"--model {job.model} --scale {job.scale} --effort {effort}"
+    device = job.parameters.get("device", "cpu")
+    options += f" --device {device}" if device != "cpu" else ""
+    options += " --checkpoints DIR" if job.parameters.get("checkpoints") else ""
     options += " --random-weights" if job.parameters.get("random_weights") else ""
     command = f"`{commands.at(f'python build.py run {job.optimization} {options}', results)}`"
+    measures = f"{command} searches for a stack again" if stack else f"{command} with the parameters below measures it"
     if not path.exists():
-        return [f"Nothing was measured yet; {command} measures it."]
+        return [f"Nothing was measured yet; {measures}."]
     try:
         stored = record.read(path)
     except UserError as error:
-        return [f"{error} Until then nothing is claimed about this checkpoint; {command} measures it."]
+        return [f"{error} Until then nothing is claimed about this checkpoint; {measures}."]
     where = f"{facts.machine(stored.environment)}, {facts.day(stored.started)}, effort {stored.effort}"
     quoted = [f"> {stored.verdict.sentence}", "", f"Record: `{path.name}`, {where}."]
     if stored.environment.get("weights_hash") == saved["weights_hash"]:
@@ -132,7 +141,4 @@ def _measured(job: Any, effort: str, stack: str | None, saved: Mapping[str, Any]
         how = "was made with other weights, options or code"
     else:
         return [*quoted, "It measured weights that were made in the same way; their last digits differ."]
-    return [
-        f"The record `{path.name}` ({where}) {how}, so nothing is claimed about this checkpoint; {command} with the "
-        "parameters below measures it."
-    ]
+    return [f"The record `{path.name}` ({where}) {how}, so nothing is claimed about this checkpoint; {measures}."]

@@ -46,7 +46,9 @@ def apply(request: Request, stack: str | None, out: str | None, results: Path) -
         raise UserError(f"--stack {stack}: no such file; expected a recipe written by automl_components")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--out {out}: exists already; give a folder that does not")
-    require_place(target)
+    if target.is_dir() and (os.path.ismount(target) or target == Path.cwd()):
+        raise UserError(f"--out {out}: a mount point or the working folder cannot be replaced; give a folder inside it")
+    require_place(target.parent if target.is_dir() else target)  # an empty folder is replaced
     if stack is None and (reason := declared.why_not_savable(request.optimizations[0])):
         raise UserError(reason)  # before the model is fetched
     (job,) = plan.plan(replace(request, dimensions=()))

@@ -71,11 +71,17 @@ class Hashes:
         return self.known[str(path)][2]
 
     def of_folder(self, folder: Path) -> dict[str, str]:
-        """Return relative path → hash of every file under `folder`; empty where there is none."""
+        """Return relative path → hash of every file under `folder`; empty where there is none. Hidden files are left
+        out: editors and macOS write them.
+        """
 
         def find() -> dict[str, str]:
-            files = (path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts)
-            return {path.relative_to(folder).as_posix(): self.of(path) for path in files}
+            paths = ((path.relative_to(folder), path) for path in sorted(folder.rglob("*")))
+            return {
+                name.as_posix(): self.of(path)
+                for name, path in paths
+                if not any(part.startswith(".") or part == "__pycache__" for part in name.parts) and path.is_file()
+            }
 
         return dict(self._once(folder, find))
 

@@ -15,7 +15,7 @@ from lib.suite.store.result_folder import Folder
 def named(folder: Folder) -> Iterator[None]:
     """Set WORKBENCH_RESULTS for the runs inside the block, so that they find the files that they share."""
     before = os.environ.get(RESULTS)
-    os.environ[RESULTS] = str(folder.path.resolve().parent)
+    os.environ[RESULTS] = os.path.dirname(os.path.abspath(folder.path))  # it may be a link to another disk
     try:
         yield
     finally:

@@ -51,6 +51,19 @@ def test_identical_runs_have_zero_error_and_a_planted_one_is_found():
     assert validation.error_of(error).share == error.optimized
 
 
+@pytest.mark.parametrize("real_finishes", [True, False])
+def test_a_tail_that_only_one_side_finishes_is_a_large_error(real_finishes):
+    """Its percentile is infinite; without it, the mean of the other quantities called the simulation exact."""
+    whole, cut = run(0.5), run(0.5)
+    for outcome in cut.outcomes[-4:]:
+        outcome.finished = None
+    real, simulated = (whole, cut) if real_finishes else (cut, whole)
+    arms = ("fixed", "ours")
+    rows = validation.compare({name: [[simulated]] for name in arms}, {name: [real] for name in arms}, OBJECTIVE)
+    assert {row["error"] for row in rows if row["quantity"] == "latency p95"} == {1.0}
+    assert validation.error_of(validation.simulation_error(rows, "planted"), rows).share > validation.MOST_ERROR
+
+
 def test_goodput_that_the_real_server_lacks_is_a_large_error():
     """All real requests are late, all simulated ones in time: the other quantities agree within a few percent."""
     strict = Objectives(1.0, 0.0455)

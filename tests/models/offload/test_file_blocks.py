@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib.errors import UserError
-from lib.models.checkpoints import io
+from lib.models.checkpoints import io, placement
 from lib.models.offload import file_blocks, rewriting
 from lib.models.offload.file_blocks import FileBlocks
 from lib.models.structure import surgery
@@ -45,6 +45,31 @@ CHANNELS, HEADS = {"granularity": "channels"}, {"granularity": "heads"}
 
 def load(path):
     return io.load_folder(path, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507"])
+def test_a_shard_is_on_the_disk_before_its_description(folder, text, tmp_path, monkeypatch):
+    """After a power loss, a description without its shard stopped every resumed run with a traceback."""
+    flushed, describe = set(), file_blocks.write_atomically
+    monkeypatch.setattr(file_blocks, "_flush", lambda path: flushed.add(path.name))
+
+    def described(path, content):
+        if path.name.startswith("block-"):
+            assert f"{path.stem.replace('block', 'model')}.safetensors" in flushed
+        return describe(path, content)
+
+    monkeypatch.setattr(file_blocks, "write_atomically", described)
+    sparsify(folder, tmp_path / "sparse", text)
+    assert file_blocks.REST in flushed and len(flushed) > 1
+
+
+@pytest.mark.parametrize("name", ["qwen3-4b-instruct-2507"])
+def test_sparse_matrices_are_counted_as_memory_holds_them(folder, text, tmp_path):
+    """Previously their 32-bit columns and float32 values were counted in the dtype of the model."""
+    made = sparse.apply(io.load_folder(folder, torch.bfloat16), text, sparsity=0.5, method="magnitude")
+    io.save(made, tmp_path / "sparse")
+    held = sum(tensor.nbytes for tensor in io.load_folder(tmp_path / "sparse", torch.bfloat16).state_dict().values())
+    assert placement.weights_bytes(tmp_path / "sparse", torch.bfloat16) >= 0.99 * held
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda", "magnitude", "random"])

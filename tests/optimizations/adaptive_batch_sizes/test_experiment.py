@@ -34,6 +34,23 @@ def traffic():
     return study.TrafficStudy(setup, 0.1, 8, (0, 1, 2, 3, 4, 5))
 
 
+def test_goodput_over_the_rate_is_that_of_the_stated_size(traffic, monkeypatch):
+    """Rivals whose names lack the size were taken from an earlier table, served with another size at every rate."""
+    monkeypatch.setattr(study.TrafficStudy, "choose", lambda self, name, **_: (12 if name == "constant 0.9" else 2, {}))
+    used, fresh = (replace(traffic, kept={}) for _ in range(2))
+    every = simulated.every_traffic(used, 8)
+    after, _ = simulated.over_rates(used, every)
+    alone, _ = simulated.over_rates(fresh, every)
+    pd.testing.assert_frame_equal(after, alone)
+
+
+def test_chats_that_are_served_with_the_prefix_of_documents_are_mentioned(traffic):
+    for prompt, mentioned in ((32, False), (256, True)):
+        setup = replace(traffic.setup, chat=policy_comparison.Lengths(prompt, 48), kept=154)
+        prefixes = prefix_caching.PrefixStudy(replace(traffic, setup=setup, kept={}), 154, 4, [], (0.5, 0.5))
+        assert ("So do chats of more than 154." in prefixes.caption) is mentioned
+
+
 def test_sizes_get_two_sentences_and_the_oracle_is_no_worse_than_its_start(traffic):
     best, by_size = traffic.choose("changing")
     oracle = simulated.oracle_goodput(traffic, by_size)

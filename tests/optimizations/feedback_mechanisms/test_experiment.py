@@ -610,3 +610,13 @@ def test_weights_shared_by_two_profiles_are_counted_once(tiny):
     assert weights.optimized - weights.baseline == old[:1].nbytes > 0
     same = {m.metric: m for m in experiment.costs(full, full, 0.0, 1.0)}["weights_bytes"]
     assert same.optimized == same.baseline == weights.baseline
+
+
+def test_a_fast_profile_is_judged_with_the_loop_that_runs(monkeypatch):
+    """Previously its benefit was simulated with the default setpoint, whatever the run used."""
+    asked, net = [], NetSaving(1.1, 1.15, 1.2)
+    setup = TwoProfileSetup((times(), times(1.8)), OBJECTIVES, Limits(32, patience_seconds=0.3), 2.0, 0.25, net)
+    monkeypatch.setattr(experiment, "not_worth_it", lambda *given: asked.append(given[-1]) or "planted")
+    known = [Candidate("channels", object(), 0.0, 1.0, 0.0, None, net=net)]
+    profile_candidates.prepare(SimpleNamespace(model=object()), known, "preview", lambda _: setup, 0, 0.5)
+    assert asked == [0.5]

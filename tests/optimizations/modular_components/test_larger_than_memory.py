@@ -114,6 +114,28 @@ def test_a_refusal_names_the_optimizations_that_work_file_by_file(tmp_path, monk
         saving.save(MODEL, "structured_pruning", steps, COMMON | RUNS["structured_pruning"], tmp_path / "made")
 
 
+def test_a_model_that_fits_once_is_written_by_blocks_or_refused_before_the_work(tmp_path, monkeypatch):
+    """Previously it was optimized and saved in memory, and the process was killed when it loaded the result again."""
+    one = placement.weights_bytes(f"{COMMON['checkpoints']}/{MODEL}", torch.float32)
+    monkeypatch.setattr(placement, "WEIGHTS_SHARE", 0.8)
+    monkeypatch.setattr(placement, "free_bytes", lambda _: 2 * one)
+    options = COMMON | RUNS["sparse_neural_networks"]
+    assert saving.save(MODEL, "sparse_neural_networks", None, options, tmp_path / "made", tmp_path / "part").by_blocks
+    free = iter([2 * one, one // 2])  # before and after the model is loaded
+    monkeypatch.setattr(placement, "free_bytes", lambda _: next(free))
+    monkeypatch.setattr(saving, "_composed", lambda *_: pytest.fail("optimized before memory was checked"))
+    steps = [saving.RecipeStep(optimization="structured_pruning")]
+    with pytest.raises(UserError, match="saving an optimized copy holds about 1 copies of the model at once"):
+        saving.save(MODEL, "structured_pruning", steps, COMMON | RUNS["structured_pruning"], tmp_path / "other")
+
+
+@pytest.mark.parametrize(("budget", "said"), [("global", True), ("uniform", False)])
+def test_ranks_that_differ_from_those_in_memory_are_stated(budget, said, tmp_path):
+    options = COMMON | RUNS["tensor_decomposition"] | {"budget": budget, "method": "whitened"}
+    saved = saving.save(MODEL, "tensor_decomposition", None, options, tmp_path / "made", tmp_path / "made.part")
+    assert ("the same worth" in saved.remark) == said
+
+
 def test_an_interrupted_run_resumes_in_its_folder(tmp_path, monkeypatch):
     options = COMMON | RUNS["sparse_neural_networks"]
     place, unfinished = tmp_path / "temporary" / "checkpoint", tmp_path / "made.part"

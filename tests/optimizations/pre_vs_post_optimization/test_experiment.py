@@ -13,6 +13,7 @@ from lib.measure.compare.speed import Compared
 from lib.measure.metrics import measurement, settings
 from lib.measure.metrics.pairs import Pairs
 from lib.measure.quality import sanity
+from lib.models.checkpoints import io, placement
 from lib.optimizations.common import judgement
 from lib.optimizations.common.compression import calibration_text
 from lib.optimizations.common.evidence import interactions
@@ -216,3 +217,20 @@ def test_a_single_parts_gain_has_the_interval_of_the_processes_that_timed_it(mon
     assert shared.source == f"prefill: {pairs.describe()}; 8 windows" and "6 fresh processes" in shared.source
     loss = shared.shares.set_index(["what", "part"]).loc[("loss", "a")]
     assert loss["high"] - loss["low"] > 2 * (0.02 * np.ptp(lost["a"])), "windows of two documents are two draws"
+
+
+def test_a_stack_has_no_more_parts_than_memory_holds_subsets(tiny, monkeypatch):
+    model, built = tiny("qwen3-4b-instruct-2507"), []
+
+    def every_subset(model, text, parts, **_):
+        built.append(len(parts))
+        return {(): model}
+
+    monkeypatch.setattr(attribution, "every_subset", every_subset)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    setup = replace(_setup("a", "b", "c"), loaded=types.SimpleNamespace(model=model), weights=io.weights_hash(model))
+    stack = types.SimpleNamespace(model=model, seconds=0.0)
+    for copies in (100, 3, 1):  # eight subsets need six further models, four need two, two need none
+        monkeypatch.setattr(placement, "free_bytes", lambda _, copies=copies: copies * size / placement.WEIGHTS_SHARE)
+        experiment.subsets(setup, stack, 60.0)
+    assert built == [3, 2, 1]

@@ -114,3 +114,24 @@ def test_the_other_rows_remain_if_pages_cannot_be_dropped(tiny, folder, monkeypa
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
     rows = memory_tradeoff.by_allowance(tiny(LATENT), PROMPT, 2, folder, [0.7])
     assert [row["page_cache"] for row in rows] == ["keep", "copy"]
+
+
+def test_the_allowance_under_test_is_also_timed_without_page_cache(monkeypatch):
+    """Previously the smallest allowance was, and the sentence on reading from disk was missing for larger ones."""
+    opened = []
+
+    def open_folder(folder, memory_ratio, page_cache, **_):
+        opened.append((memory_ratio, page_cache))
+        return SimpleNamespace()
+
+    stream = SimpleNamespace(file=SimpleNamespace(forget=lambda: None), close=lambda: None)
+    monkeypatch.setattr(memory_tradeoff.method, "open_folder", open_folder)
+    monkeypatch.setattr(memory_tradeoff.read_bound, "stream_of", lambda _: stream)
+    monkeypatch.setattr(memory_tradeoff.absorbed_baseline, "absorbed_baseline", lambda model: model)
+    monkeypatch.setattr(memory_tradeoff, "fresh_copy", lambda model: model)
+    monkeypatch.setattr(memory_tradeoff.workloads, "steps", lambda *_: None)
+    monkeypatch.setattr(memory_tradeoff.interleaved, "paired", lambda *_, **__: None)
+    monkeypatch.setattr(memory_tradeoff, "_row", lambda *_: {})
+    sizes = memory_tradeoff.ratios(0.8, "proxy", "quick")
+    memory_tradeoff.by_allowance(None, None, 1, "", sizes, tested=0.8)
+    assert sizes == [0.65, 0.8, 1.0] and {ratio for ratio, mode in opened if mode != "keep"} == {0.8}

@@ -56,6 +56,19 @@ def test_weights_never_whole_in_memory_make_no_claim(tmp_path):
     text = card(tmp_path, measured(HASH), made=saved)
     assert "from file to file" in text and measured(HASH).verdict.sentence not in text
     assert "io.load_folder" in text
+    remark = "Every matrix had the same worth."
+    assert remark in card(tmp_path, measured(HASH), made=saved | {"remark": remark})
+
+
+def test_the_command_names_the_weights_and_the_parameters(tmp_path):
+    """Previously it measured the hub's checkpoint with the default parameters."""
+    where = {"scale": "full", "checkpoints": "/disk/finetuned", "device": "cuda", "ratio": 0.5}
+    for folder, run in ((tmp_path / "none", None), (tmp_path, measured("cd" * 32))):
+        text = card(folder, run, **where)
+        assert "--effort quick --device cuda --checkpoints DIR" in text
+        assert "with the parameters below measures it" in text and "- `ratio`: `0.5`" in text
+    stack = card(tmp_path / "none", None, "stacks/a.yaml", MADE | {"chosen_for": [MODEL, "proxy"]})
+    assert "searches for a stack again" in stack and "measures it" not in stack
 
 
 @pytest.mark.parametrize(
@@ -122,7 +135,9 @@ def test_an_unreadable_record_is_not_reported_as_missing(tmp_path):
     text = card(folder)
     assert "Nothing was measured yet" not in text and "not a record: not JSON" in text
     assert "nothing is claimed about this checkpoint" in text
-    assert f"--effort quick --out {tmp_path / 'mine'}` measures it" in text  # where the next card looks for it
+    assert (
+        f"--effort quick --out {tmp_path / 'mine'}` with the parameters below measures it" in text
+    )  # where the next card looks for it
 
 
 def test_a_card_first_says_if_it_is_not_the_model_that_it_is_named_after(tmp_path):

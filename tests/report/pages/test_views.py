@@ -56,6 +56,18 @@ def test_ranks_are_uncertain_for_identical_answers_and_possible_zero_scores():
     assert {(place.low, place.high) for place in places} == {(1, 2)}
 
 
+def test_a_score_of_zero_is_the_largest_loss_not_a_missing_one():
+    lost = samples.scored("f1_macro", 0.9, 0.0, "not_maintained").model_copy(update={"ratio": 0.0, "ci": (0.0, 0.02)})
+    kept = samples.scored("f1_macro", 0.9, 0.9, "maintained", 0.002)
+    other = _scored("a", kept).model_copy(update={"model": samples.MODELS[1]})
+    weak = samples.scored("f1_macro", 0.9, 0.88, "maintained", 0.002)
+    places = ranking.places([_scored("a", lost), other, _scored("b", weak)], "f1_macro")
+    assert [(place.optimization, place.models) for place in places] == [("b", 1), ("a", 2)]
+    assert places[1].gain == 0.0
+    [alone] = ranking.places([_scored("a", lost)], "f1_macro")
+    assert alone.called == 1
+
+
 def test_the_front_holds_the_undominated_points():
     points = [TradeOff(str(i), "n", x, y, None, None, None, None, "maintained") for i, (x, y) in
             enumerate([(1.0, 1.0), (2.0, 0.0), (1.5, -1.0), (0.9, 0.5), (3.0, -5.0)])]  # fmt: skip

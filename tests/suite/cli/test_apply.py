@@ -32,6 +32,30 @@ def applied(out: Path, optimization: str, model: str = MODEL, **parameters: str)
     return command.apply(request, None, str(out), out.parent / "results")
 
 
+@pytest.mark.parametrize("kind", ["mount point", "working folder"])
+def test_a_folder_that_cannot_be_replaced_is_refused_before_fetching(kind, tmp_path, monkeypatch):
+    """Previously the checkpoint was made, could not be moved into place, and was deleted."""
+    monkeypatch.setattr(command.plan, "plan", lambda *_, **__: pytest.fail("planned, so fetched"))
+    out = tmp_path / "out"
+    out.mkdir()
+    if kind == "mount point":
+        monkeypatch.setattr(command.os.path, "ismount", lambda path: Path(path) == out)
+    else:
+        monkeypatch.chdir(out)
+    with pytest.raises(UserError, match="a mount point or the working folder cannot be replaced; give a folder inside"):
+        applied(out, "structured_pruning")
+    assert out.is_dir() and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_empty_folder_in_one_that_is_not_writable_is_refused_before_fetching(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(command.plan, "plan", lambda *_, **__: pytest.fail("planned, so fetched"))
+    monkeypatch.setattr(command.os, "access", lambda path, _: Path(path) == out)
+    with pytest.raises(UserError, match="cannot be written to"):
+        applied(out, "structured_pruning")
+
+
 CASES = [*((optimization, MODEL) for optimization in sorted(QUICKLY)), ("structured_pruning", "glm-4.7-flash")]
 
 

@@ -70,6 +70,21 @@ def test_a_copy_for_a_model_has_its_parameters(tmp_path):
     assert "a--beta-2.ipynb.aside-1" in line and "seed: int = 3" in _parameters(copy)
 
 
+def test_a_session_writes_nothing_that_builds_read(tmp_path):
+    """Previously a search in JupyterLab replaced the recipe of the finished build."""
+    folder, copies = tmp_path / "notebooks", tmp_path / ".lab"
+    folder.mkdir()
+    more = '\nstudies: str = ""  # folder of the study\nstacks: str = ""  # folder of the stack'
+    path = workbench.notebook(folder / "a.ipynb", [("Code", "x = 1")], workbench.COMMON + more)
+    before, template = path.read_bytes(), templates.read(path)
+    values = {name: parameter.default for name, parameter in template.parameters.items()}
+    working_copies.refresh(folder, copies, [Job(template, "beta-2", "full", "quick", values)])
+    for name in ("a.ipynb", "a--beta-2.ipynb"):
+        read = templates.read(copies / name).parameters
+        assert (read["studies"].default, read["stacks"].default) == ("studies", "stacks"), name
+    assert path.read_bytes() == before
+
+
 def test_nothing_is_stale_after_a_session(project):
     """Saving outputs and parameters into the copies, and keeping the last run, changes no key of a finished run."""
     assert workbench.build(project, "--model", "alpha-1.5").returncode == 0

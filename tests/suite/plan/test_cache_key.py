@@ -20,6 +20,16 @@ from lib.suite.run import cpu_affinity, kernel_process, progress, sampling, sche
 from lib.suite.store import result_folder
 
 
+def test_leftovers_of_editors_and_macos_change_no_key(tmp_path):
+    """Previously one of them in the evaluation data made every run be measured again."""
+    (tmp_path / "text.xz").write_bytes(b"1")
+    before = cache_key.Hashes().of_folder(tmp_path)
+    for name in (".DS_Store", "._text.xz", ".README.md.swp", ".ipynb_checkpoints/a.ipynb", "__pycache__/a.pyc"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert cache_key.Hashes().of_folder(tmp_path) == before and list(before) == ["text.xz"]
+
+
 def test_imports_are_followed_through_functions_packages_and_relative_names():
     source = "import lib.errors\nfrom lib.suite import bootstrap\n%magic\ndef f():\n    from lib.files import x\n"
     source += "    run('-m', 'lib.suite.run.cpu_affinity')"

@@ -69,12 +69,14 @@ def test_a_killed_build_resumes_where_it_was(slow, how_started):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_build_ends_its_kernels(slow, how, how_started):
     root, marks = slow
-    arguments = ("run", "z_slow", "--model", "alpha-1.5")
+    force = ("--force",) if how == signal.SIGTERM else ()
+    arguments = ("run", "z_slow", "--model", "alpha-1.5", *force)
     process = workbench.begin(root, *arguments, MARKS=str(marks), SLOW="600", **how_started)
     kernel = _kernel(marks)
     workbench.kill(process, how)
     assert process.returncode == 128 + how
-    assert "stopped; finished runs are kept" in process.stdout.read()
+    again = "with --force the same command runs all of them again" if force else "the same command resumes"
+    assert f"stopped; finished runs are kept, and {again}" in process.stdout.read()
     assert not is_alive(kernel)
     workbench.wait_for(lambda: not workbench.running(root), 15)
 

@@ -112,6 +112,9 @@ inputs = {"inputs": {"provenance": "derived", "source": "SHA-256", "value": hash
 
 def test_runs_that_read_a_file_rewritten_by_this_build_run_again_in_it(project):
     folder, arguments = project / "notebooks", ("run", "--model", "alpha-1.5", "--jobs", "1")
+    (project / "disk").mkdir()
+    (project / "executed").mkdir()
+    (project / "executed" / "proxy").symlink_to(project / "disk")  # previously the shared files lay outside it
     reading = workbench.RECORD.replace('reason="tiny")', 'reason="tiny", details=inputs)')
     workbench.notebook(folder / "b_reads.ipynb", [("Read", READ), ("Record", reading)])
     for text in ("left", "left anew"):

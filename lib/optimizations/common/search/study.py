@@ -179,11 +179,13 @@ def _set_aside(path: Path, name: str, space: Mapping[str, object]) -> list[str]:
 
 
 def _unusable(path: Path, name: str, space: Mapping[str, object]) -> str | None:
-    """Return why the file cannot be resumed, or None. Reads with SQLite alone: Optuna would write to it."""
+    """Return why the file cannot be resumed, or None. Reads with SQLite alone, since Optuna would write to it; SQLite
+    first rolls back a commit that was cut off, for which the file has to be writable.
+    """
     query = """select value_json from study_user_attributes join studies using (study_id)
                where study_name = ? and key = 'space'"""
     try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as file:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True)) as file:
             if file.execute("pragma quick_check").fetchone()[0] != "ok":
                 return "the study file is damaged"
             stored = file.execute(query, (name,)).fetchone()

@@ -49,7 +49,13 @@ class Child:
     def ask(self, line: str) -> dict[str, Any]:
         """Send a line and return the answer. Raises UserError if the process fails, ends or takes too long."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        guard = threading.Timer(LONGEST_SECONDS, self.process.kill)
+        too_slow = threading.Event()
+
+        def end() -> None:
+            too_slow.set()
+            self.process.kill()
+
+        guard = threading.Timer(LONGEST_SECONDS, end)
         guard.start()
         try:
             with suppress(BrokenPipeError):
@@ -58,6 +64,9 @@ class Child:
             answer = self.process.stdout.readline()
         finally:
             guard.cancel()
+        if not answer and too_slow.is_set():
+            self.process.wait()
+            raise UserError(f"the decoding process gave no answer within {LONGEST_SECONDS:g} s and was ended")
         if not answer:
             raise UserError(f"the decoding process ended with {self.process.wait()}{self._last_words()}")
         content = json.loads(answer)

@@ -4,6 +4,7 @@ Compares the verdicts in the records of runs with the same optimization, model, 
 verdicts within a set (`lib.report.analysis.noise.discoveries`), which depend on its other runs.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def since_last(folder: Path, records: Sequence[Record]) -> dict[str, dict[str, t
 
     `folder` is the result folder; the history lies next to it. Raises UserError where the history cannot be read.
     """
-    before = history.words_before(Path(folder).resolve().parent / history.NAME, records)
+    before = history.words_before(Path(os.path.abspath(folder)).parent / history.NAME, records)
     flipped = {}
     for record in records:
         started, words = before.get(record.stem, ("", {}))

@@ -1,6 +1,8 @@
 """Studies are resumed; damaged files and those of another space are renamed; killing a run changes no answer."""
 
+import contextlib
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -45,6 +47,24 @@ def test_folder_names_are_taken_literally(tmp_path, name):
     assert [file.name for file in tmp_path.iterdir()] == [name]
     with study.opened(path, "s", SPACE, 2) as stored:
         assert len(stored.trials) == 3
+
+
+def test_a_study_killed_during_a_commit_is_resumed(tmp_path):
+    """Its journal has to be rolled back, which a read-only connection refuses: the file was called damaged."""
+    path, killed = tmp_path / "s.db", tmp_path / "killed.db"
+    _search(path, 3)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as file:
+        file.execute("pragma cache_size = 1")  # pages are written before the commit, so the journal is in use
+        file.execute("begin")
+        file.execute("update trials set number = number + 7")
+        file.execute("create table more (a)")
+        for _ in range(50):
+            file.execute("insert into more values (zeroblob(4000))")
+        shutil.copy(path, killed)
+        shutil.copy(f"{path}-journal", f"{killed}-journal")
+    assert Path(f"{killed}-journal").read_bytes()[:1] == b"\xd9", "a journal that has to be rolled back"
+    with study.opened(killed, "s", SPACE, 2) as stored:
+        assert len(stored.trials) == 3 and "resumed, 3 evaluations" in stored.notes[-1]
 
 
 def test_a_killed_and_restarted_study_gives_the_same_answer(tmp_path):
