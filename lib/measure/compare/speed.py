@@ -93,9 +93,9 @@ class Compared:
         no_copy = self.details.get("control")
         for name, timed in self.timed.items():
             between = process_variance.between_processes(name)
-            # With one process `from_pairs` adds this itself.
             processes = len(set(timed.control.process or ()))
-            floor = paired_stats.NORMAL * between.sigma / math.sqrt(processes) if processes else 0.0
+            replicated = processes >= paired_stats.MINIMUM_PROCESSES  # else `from_pairs` adds this itself
+            floor = paired_stats.NORMAL * between.sigma / math.sqrt(processes) if replicated else 0.0
             for metric in METRICS_OF[name]:
                 quantity = _quantity(metric, timed.baseline)
                 control = paired_samples.from_pairs(metric, name, timed.control, quantity, floor)

@@ -19,6 +19,7 @@ class Classified:
     For a public task, `metric` names the score by which choices are made (`accuracy`, `accuracy_norm`, `exact_match`),
     `others` states for each of the task's other scores which items are right, `chance` is the accuracy of guessing, and
     `about` describes the data. The labels are then the numbers of the choices, whose meaning differs between items.
+    `given_N`: the answers, if `chosen_N` only says whether they are right.
     """
 
     task: str
@@ -33,11 +34,17 @@ class Classified:
     others: dict[str, np.ndarray] = field(default_factory=dict)
     chance: float | None = None
     about: str = ""
+    given_N: np.ndarray | None = None
 
     @property
     def right_N(self) -> np.ndarray:
         """Whether the chosen label is the true one."""
         return self.truth_N == self.chosen_N
+
+    def same_answers(self, other: "Classified") -> bool:
+        """Return whether both arms gave the same answers to all items."""
+        pairs = ((self.chosen_N, other.chosen_N), (self.given_N, other.given_N))
+        return all(bool((mine == theirs).all()) for mine, theirs in pairs if mine is not None and theirs is not None)
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def compare(
         n=n,
         to_wrong=to_wrong,
         to_right=to_right,
-        same=bool((baseline.chosen_N == optimized.chosen_N).all()),  # a wrong choice may become another wrong one
+        same=baseline.same_answers(optimized),  # a wrong choice may become another wrong one
         identical=identical,
         margin=margin,
         source=source,

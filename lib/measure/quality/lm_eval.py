@@ -44,6 +44,7 @@ CHUNK_ELEMENTS = 2**26  # logits held at a time while answers are generated
 TOKENS = 256  # of a typical item
 SCORES = {"acc": "accuracy", "acc_norm": "accuracy_norm", "exact_match": "exact_match"}  # the harness's names and ours
 ROLLING = {"word_perplexity": ("word", 1.0), "byte_perplexity": ("byte", 1.0), "bits_per_byte": ("byte", 1.0)}
+LONGEST_WORD = 30  # bytes of a mean word; a text with longer ones has no spaces, such as Chinese
 CHOICES = "multiple_choice"
 UNCONDITIONAL = "acc_mutual_info"  # a score that also needs every choice's likelihood without the question
 
@@ -84,6 +85,7 @@ def answers(loaded: Loaded, task: str, split: str, limit: int, seed: int = 0) ->
     metric = _judged(task, scores)
     others = {name: right.astype(bool) for name, right in scores.items() if name != metric}
     fields: dict[str, Any] = {"metric": metric, "others": others, "about": about, "answered": day}
+    fields["given_N"] = arrays["given_N"]
     if kinds == {CHOICES}:
         fields["chance"] = float(arrays["chance"])
     right_N = scores[metric].astype(int)
@@ -157,6 +159,12 @@ def _arrays(task: str, samples: dict[str, list[dict[str, Any]]]) -> dict[str, np
     ids_N = np.array([identity for identity, _ in items])
     metrics = items[0][1]["metrics"]
     rolling = next((name for name in ROLLING if name in metrics), None)
+    if (
+        rolling == "word_perplexity"
+        and "byte_perplexity" in metrics
+        and _without_spaces([sample for _, sample in items])
+    ):
+        rolling = "byte_perplexity"
     if rolling:
         pairs_N2 = np.array([sample[rolling] for _, sample in items], dtype=float)
         loss_N = -pairs_N2[:, 0] / pairs_N2[:, 1].mean()
@@ -172,7 +180,23 @@ def _arrays(task: str, samples: dict[str, list[dict[str, Any]]]) -> dict[str, np
     scores_NL = np.array([row + [NO_CHOICE] * (most - len(row)) for row in choices])
     uniform = float(np.mean([1 / max(1, len(row)) for row in choices]))
     chance = max(uniform, _most_frequent([sample for _, sample in items]))
-    return {"ids_N": ids_N, "scores_NL": scores_NL, "chance": np.array(chance)} | right
+    given_N = np.array([_given(sample, row) for (_, sample), row in zip(items, choices)])
+    return {"ids_N": ids_N, "scores_NL": scores_NL, "given_N": given_N, "chance": np.array(chance)} | right
+
+
+def _without_spaces(samples: list[dict[str, Any]]) -> bool:
+    """Return whether the words of the documents are so long that they are no unit. Depends on the text alone, so both
+    arms use the same unit.
+    """
+    words, size = (sum(sample[name][1] for sample in samples) for name in ("word_perplexity", "byte_perplexity"))
+    return size > LONGEST_WORD * words
+
+
+def _given(sample: dict[str, Any], likelihoods: list[float]) -> str:
+    """Return an item's answer: the number of the likeliest choice, or a hash of the generated text."""
+    if any(isinstance(answer, (tuple, list)) for answer in sample["filtered_resps"]):
+        return str(int(np.argmax(likelihoods)))
+    return hashlib.sha256(json.dumps(sample["filtered_resps"], default=str).encode()).hexdigest()[:16]
 
 
 def _most_frequent(samples: list[dict[str, Any]]) -> float:

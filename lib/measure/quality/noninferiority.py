@@ -230,6 +230,8 @@ def judge(gain: float, low: float, wide_low: float, wide_high: float, margin: fl
     """Return better, maintained, not_maintained or inconclusive for a gain (above 0 is better) with its one-sided lower
     bound `low` and its two-sided interval (`wide_low`, `wide_high`).
     """
+    # Differences of shares have rounding errors, and a gain of exactly the margin counts.
+    gain, low, wide_low, wide_high, margin = (round(value, 12) for value in (gain, low, wide_low, wide_high, margin))
     if wide_low > 0 and gain >= margin:
         return "better"
     if low > -margin:
@@ -261,8 +263,7 @@ def judge_again(stored: Measurement) -> str | None:
         gain, wide_low, wide_high = (
             end - stored.baseline for end in (stored.optimized, *(end * scale for end in stored.ci))
         )
-    # Dividing by the baseline and multiplying again leaves rounding errors.
-    return judge(*(round(value, 12) for value in (gain, low, wide_low, wide_high, margin)))
+    return judge(gain, low, wide_low, wide_high, margin)
 
 
 def too_few_at(stored: Measurement, margin: float) -> str:

@@ -21,6 +21,7 @@ import torch
 
 from lib import files
 from lib.measure.metrics import measurement
+from lib.measure.metrics.busy import says_busy
 from lib.measure.metrics.measurement import Measurement
 from lib.measure.roofline.cost_model import Cost
 from lib.measure.timing import disturbance
@@ -185,7 +186,8 @@ def explain(
     low, high = measured.ci or (measured.ratio, measured.ratio)
     low, high = (1 / high, 1 / low) if invert else (low, high)
     reason = None
-    if not (low <= predicted <= high or abs(speedup / predicted - 1) <= CLOSE):
+    # Times of a busy machine explain nothing, and their reason is repeated for other workloads.
+    if not (says_busy(measured.reason) or low <= predicted <= high or abs(speedup / predicted - 1) <= CLOSE):
         if zero_share > CLOSE and costs[1].flops < costs[0].flops:
             reason = ZEROS
         elif fallback:

@@ -59,6 +59,7 @@ def per_token(
     with_cpu_seconds: bool = True,
     disturbance: Watch | None = None,
     control: CountedArm | None = None,
+    process_sigma: float | None = None,
 ) -> list[Measurement]:
     """Return gross joules per token, joules above idle per token, tokens per joule and, with `with_cpu_seconds`, CPU
     seconds per token of two workloads.
@@ -70,7 +71,8 @@ def per_token(
 
     `disturbance` opens a watch, as for `interleaved.rounds`: blocks in which other programs used energy as well are
     repeated (at most `blocks` of them); if disturbed blocks remain, nothing is decided. Joules are not judged if the
-    counter included the work of others on cores that this process does not use (`Counter.beside`).
+    counter included the work of others on cores that this process does not use (`Counter.beside`). `process_sigma`: as
+    in `paired_samples.from_samples`, for parts of models, whose times vary more between processes.
     """
     source = source or counter(device)
     window = seconds or source.window_seconds
@@ -95,10 +97,12 @@ def per_token(
     source = replace(source, idle_watts=None if before is None or after is None else (before + after) / 2)
     how = f"{blocks} windows of {window:g} s per arm in random, balanced order"
     how += f", {repeated} blocks disturbed and repeated" if repeated else ""
-    measurements = _joules(windows, source, workload, f"{source.scope}, {how}", disturbed=disturbed, shared=shared)
+    options: dict[str, Any] = {"disturbed": disturbed, "process_sigma": process_sigma}
+    measurements = _joules(windows, source, workload, f"{source.scope}, {how}", shared=shared, **options)
     if with_cpu_seconds:
         samples = [[taken.cpu_seconds for taken in windows[arm]] for arm in ("baseline", "optimized", "control")]
-        measurements.append(cpu_seconds(*samples, workload=workload, source=how, counted=is_judged(measurements)))
+        options |= {"workload": workload, "source": how, "counted": is_judged(measurements)}
+        measurements.append(cpu_seconds(*samples, **options))
     return measurements
 
 
@@ -145,18 +149,22 @@ def cpu_seconds(
     source: str,
     counted: bool = False,
     process: Sequence[int] | None = None,
+    disturbed: Sequence[str] = (),
+    process_sigma: float | None = None,
 ) -> Measurement:
     """Return CPU seconds per token (user and system time of the measuring process, all threads), from samples of the
     baseline, the optimized arm and the A/A control that were taken in the same rounds.
 
-    `source` states how they were taken; `process[i]` is the process of sample i, if there are several. With `counted`,
-    the result is informative, since the counted energy is judged instead.
+    `source` states how they were taken; `process[i]` is the process of sample i, if there are several; `disturbed` and
+    `process_sigma` are as in `paired_samples.from_samples`. With `counted`, the result is informative, since the
+    counted energy is judged instead.
     """
     how = f"user + system time, {source}"
     if min(*baseline, *optimized, *control) <= 0:
         return measurement.unavailable(CPU, workload, "the processor's clock did not move within a window", how)
     floor = paired_stats.noise_floor(paired_stats.differences(baseline, control), process)
-    judged = paired_samples.from_samples(CPU, workload, baseline, optimized, source=how, floor=floor, process=process)
+    options: dict[str, Any] = {"process": process, "disturbed": disturbed, "process_sigma": process_sigma}
+    judged = paired_samples.from_samples(CPU, workload, baseline, optimized, source=how, floor=floor, **options)
     return measurement.unjudged(judged, COUNTED) if counted else judged
 
 
@@ -210,6 +218,7 @@ def _joules(
     process: Sequence[int] | None = None,
     disturbed: Sequence[str] = (),
     shared: str | None = None,
+    process_sigma: float | None = None,
 ) -> list[Measurement]:
     gross = {arm: [taken.joules for taken in values] for arm, values in windows.items()}
     if min(min(values) for values in gross.values()) <= 0:
@@ -221,6 +230,7 @@ def _joules(
         floor = paired_stats.noise_floor(paired_stats.differences(values["baseline"], values["control"]), process)
         options: dict[str, Any] = {"source": how, "floor": floor, "provenance": source.provenance, "samples": samples}
         options |= {"process": process, "disturbed": disturbed}
+        options |= {"process_sigma": process_sigma if source.provenance == "measured" else None}
         judged = paired_samples.from_samples(metric, workload, values["baseline"], values["optimized"], **options)
         if source.provenance == "estimated":
             return measurement.unjudged(judged, f"{ESTIMATED}; no counter: {source.missing or 'not requested'}")

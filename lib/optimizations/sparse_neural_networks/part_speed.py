@@ -145,6 +145,8 @@ def joules(dense: DenseForm, module: nn.Module, dtype: torch.dtype, seed: int = 
         seconds=seconds,
         seed=seed,
         source=source,
+        disturbance=disturbance.watch,
+        process_sigma=PART_SIGMA,
     )
     return [m for m in measurements if m.metric in ("energy_joules_per_token", "cpu_seconds_per_token")]
 

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 
 from lib.measure.metrics.measurement import Measurement
+from lib.measure.metrics.process_variance import PART_SIGMA
 from lib.measure.metrics.settings import BRIEF, Effort
 from lib.models.loading import Loaded
 from lib.models.structure.anatomy import anatomy
@@ -67,7 +68,7 @@ def dense_table(denses: Sequence[DenseForm]) -> pd.DataFrame:
     """Return the fastest dense form for each token count, with its noise floor in percent."""
     rows = [
         {"tokens": dense.work.tokens, "fastest dense form": str(dense.dtype)}
-        | {"noise floor, %": round(100 * dense.control.floor(), 1)}
+        | {"noise floor, %": round(100 * dense.control.floor(PART_SIGMA), 1)}
         for dense in denses
     ]
     return pd.DataFrame(rows)

@@ -1,8 +1,11 @@
 """One call measures the speed and efficiency of two models, and reports no speed-up of a degenerate model."""
 
+import errno
+import os
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from lib.errors import UserError
 from lib.measure.compare import replication, saved, speed
 from lib.measure.compare.footprint import footprint
 from lib.measure.metrics import measurement, process_variance, settings
+from lib.measure.metrics.pairs import Pairs
 from lib.measure.roofline import ceilings
 from lib.measure.timing import interleaved, workloads
 from lib.measure.trackers import energy, energy_source, memory
@@ -297,3 +301,30 @@ def test_cpu_seconds_are_judged_unless_energy_is(tiny, monkeypatch, moves, with_
     spent, counted = by_metric["cpu_seconds_per_token"], by_metric.get("energy_joules_per_token")
     assert (spent.margin is not None) == carries and (spent.reason == energy.COUNTED) != carries
     assert (counted is not None and counted.margin is not None) != carries
+
+
+def test_a_full_temporary_disk_makes_sizes_unavailable_and_keeps_the_run(tiny, monkeypatch):
+    """Previously the run failed with "OSError: [Errno 28]" once everything else was measured."""
+
+    def failing(number):
+        def save(*_, **__):
+            raise OSError(number, os.strerror(number))
+
+        return save
+
+    base = tiny("qwen3-4b-instruct-2507")
+    monkeypatch.setattr(saved.io, "save", failing(errno.ENOSPC))
+    sizes = {m.metric: m for m in footprint(base, base, QUICK)}
+    assert measurement.lint(sizes.values()) == [] and {m.verdict for m in sizes.values()} == {"unavailable"}
+    assert all("TMPDIR" in m.reason for m in sizes.values())
+    monkeypatch.setattr(saved.io, "save", failing(errno.EACCES))
+    with pytest.raises(PermissionError):
+        footprint(base, base, QUICK)
+
+
+def test_one_process_counts_once_in_the_floor_of_the_control():
+    """Previously the variance between processes was added twice at effort preview."""
+    pairs = Pairs([1.0] * 6, [1.0] * 6, ["AB", "BA"] * 3, [None] * 6, 1, process=[0] * 6)
+    work = SimpleNamespace(tokens=16, new_tokens=1)
+    control = speed.Compared([], {"prefill": speed.Timed(work, work, pairs, pairs, (None, None))}).control()[0]
+    assert control.noise_floor == pytest.approx(1.96 * process_variance.between_processes("prefill").sigma)

@@ -3,6 +3,7 @@
 import pytest
 
 from lib.measure.metrics import busy, measurement, paired_samples
+from lib.measure.roofline import ceilings, cost_model
 
 LOADED = ("other processes took 50% of our cores",)
 
@@ -57,3 +58,13 @@ def test_disturbed_rounds_without_a_verdict_are_the_reason_for_the_others(missin
     quiet = busy.withhold_if_busy([few, timed()])[1]
     assert quiet.verdict == "inconclusive" and quiet.reason == few.reason
     assert busy.says_busy(quiet.reason) and LOADED[0] in quiet.reason
+
+
+def test_other_workloads_get_the_reason_of_the_machine_alone():
+    """Previously decoding was called "dispatch bound" because prefill was."""
+    peaks = ceilings.Ceilings(700e12, 4e12, "cuda", "bfloat16", 8, "2026-01-31", None)
+    costs = cost_model.Cost(7e12, 1e10), cost_model.Cost(3.5e12, 1e10)  # predicts a factor of two
+    loaded, quiet = (ceilings.explain(timed(disturbed=why), costs, (1.0, 0.8), peaks) for why in (LOADED, ()))
+    decode = busy.withhold_if_busy([loaded, timed("decode_tokens_per_second", workload="decode")])[1]
+    assert decode.reason == loaded.reason and decode.reason.endswith("measure again on a quiet machine")
+    assert loaded.predicted and loaded.realised and ceilings.DISPATCH in quiet.reason

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lib.errors import UserError
-from lib.measure.quality import answer_comparison, evaluate, lm_eval
+from lib.measure.quality import answer_comparison, benchmarks, evaluate, lm_eval
 from lib.measure.quality.answers import Classified, Rolled
 from lib.models.loading import Loaded
 from lib.models.parameters import read as read_parameters
@@ -267,3 +267,40 @@ def test_always_giving_the_more_frequent_of_two_answers_counts_as_guessing():
     for sample in samples:
         sample["arguments"] = [["Which?", f" {sample['doc_id']}"], ["Which?", " none"]]
     assert float(lm_eval._arrays("lm_eval:boolq", {"boolq": samples})["chance"]) == pytest.approx(0.5)
+
+
+def test_text_without_spaces_is_measured_per_byte():
+    """Previously a Chinese paragraph was one word of hundreds of nats: both arms were called degenerate."""
+    metrics = ["word_perplexity", "byte_perplexity", "bits_per_byte"]
+
+    def sample(words):
+        return {"metrics": metrics, "word_perplexity": (-750.0, words)} | dict.fromkeys(metrics[1:], (-750.0, 900))
+
+    arrays = lm_eval._arrays("lm_eval:zh", {"zh": [sample(2) | {"doc_id": n} for n in range(8)]})
+    assert str(arrays["unit"]) == "byte" and arrays["loss_N"].mean() == pytest.approx(750 / 900)
+    rolled = Rolled("lm_eval:zh", arrays["ids_N"].tolist(), arrays["loss_N"], str(arrays["unit"]))
+    assert benchmarks.compare_rolled(rolled, rolled).verdict == "maintained"
+    assert str(lm_eval._arrays("lm_eval:en", {"en": [sample(150) | {"doc_id": 0}]})["unit"]) == "word"
+
+
+@pytest.mark.parametrize("generated", [False, True])
+def test_differently_wrong_answers_of_a_harness_task_are_not_the_same_answers(generated):
+    """Previously both arms "gave the same answers" as soon as they were right on the same items."""
+    right, wrong = (-3.0, False), (-1.0, True)
+    first, other = (["six"], ["seven"]) if generated else ([right, wrong, right], [right, right, wrong])
+    name = "exact_match" if generated else "acc"
+
+    def arm(answer):
+        samples = [
+            {"doc_id": n, "metrics": [name], name: float(n % 2), "filtered_resps": first if n % 2 else answer}
+            for n in range(40)
+        ]
+        arrays = lm_eval._arrays("lm_eval:sums", {"sums": samples})
+        right_N = next(values for key, values in arrays.items() if key.startswith("right:")).astype(int)
+        ids, ones = arrays["ids_N"].tolist(), np.ones_like(right_N)
+        fields = {"metric": lm_eval.SCORES[name], "given_N": arrays["given_N"]}
+        return Classified("lm_eval:sums", ["wrong", "right"], ids, ones, right_N, arrays["scores_NL"], **fields)
+
+    for answer, same in ((first, True), (other, False)):
+        score = answer_comparison.compare_classified(arm(first), arm(answer))[0]
+        assert ("same answers" in score.source) == same and (score.ci is None) == same

@@ -281,3 +281,11 @@ def test_one_diverged_window_still_gives_a_finite_interval():
     base_N = np.linspace(3.0, 4.0, 8)
     blown = noninferiority.perplexity(base_N, base_N + np.array([0.0] * 7 + [760.0]), source="8 windows")
     assert blown.verdict == "inconclusive" and blown.ci is not None and math.isfinite(blown.ci[1])
+
+
+@pytest.mark.parametrize("right", [360, 372])
+def test_a_gain_of_exactly_the_margin_counts(right):
+    """Previously 372 → 380 of 400 was maintained and 360 → 368 better, by the last bit, and the lint disagreed."""
+    base, other = (Retrieved(256, np.arange(400) < count) for count in (right, right + 8))
+    score = answer_comparison.compare_retrieved(base, other)
+    assert score.verdict == noninferiority.judge_again(score) == "better"

@@ -7,6 +7,7 @@ import pytest
 
 from lib.measure.metrics import measurement
 from lib.measure.metrics.pairs import Pairs
+from lib.measure.metrics.process_variance import PART_SIGMA
 from lib.measure.trackers import energy, energy_source
 from lib.measure.trackers.energy_source import Counter
 
@@ -317,3 +318,20 @@ def test_idle_power_is_read_before_and_after():
     assert "less 2 W idle" in above.source and next(powers, None) is None
     blind = replace(counter(meter, 7.0), idle=lambda: None)
     assert energy.per_token(Arm(meter, 2.0), Arm(meter, 1.0), **options | {"source": blind})[1].verdict == "unavailable"
+
+
+def test_numbers_of_a_part_include_its_own_variance_between_processes(no_counter):
+    """Previously only its time did: CPU seconds of the same part were called better at half of that floor."""
+    options = {"workload": "feed-forward part, 16 tokens", "blocks": 6, "seconds": 0.005, "process_sigma": PART_SIGMA}
+    *joules, cpu = energy.per_token(Arm([0.0], 0), Arm([0.0], 0), source=energy.counter(), **options)
+    assert cpu.process_sigma == PART_SIGMA and cpu.noise_floor >= 1.96 * PART_SIGMA
+    assert all("between processes" not in m.source for m in joules), "an estimate is not measured"
+
+
+def test_cpu_seconds_over_disturbed_blocks_decide_nothing(no_counter):
+    def watch():
+        return lambda: "other processes took 50 % of our cores"
+
+    arms, options = (Arm([0.0], 0), Slow([0.0], 0)), {"workload": "decode", "blocks": 6, "seconds": 0.002}
+    cpu = energy.per_token(*arms, **options, source=energy.counter(), disturbance=watch)[-1]
+    assert cpu.metric == "cpu_seconds_per_token" and cpu.verdict == "inconclusive" and cpu.disturbed == 6
