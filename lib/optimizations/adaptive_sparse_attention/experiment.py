@@ -100,7 +100,8 @@ def lengths_of(loaded: Loaded, effort: str, longest: int = 0) -> PromptLengths:
     most = 0 if longest else kernels.most_positions(loaded.model)
     if most - behind >= LEAST_CONTEXT:  # else `facts` raises
         timed = min(timed, most - behind)
-        curves = [tokens for tokens in curves if tokens <= most] or [timed]
+        fitting = [tokens for tokens in curves if tokens <= most]
+        curves = fitting if fitting and fitting[0] <= timed else [timed]  # one curve is up to the timed prompt
     return PromptLengths(curves, timed, behind)
 
 
@@ -167,7 +168,8 @@ def exactness(loaded: Loaded, optimized: nn.Module, knobs: Mapping[str, Any], se
     positions are compared, since the head would be most of the work.
     """
     block = knobs["block_size"]
-    tokens = 4 * block + 20
+    most = kernels.most_positions(loaded.model)
+    tokens = min(4 * block + 20, most) if most else 4 * block + 20
     everything = method.apply(loaded.model, **{**knobs, "tau": 1.0, "max_density": 1.0, "pages": 0})
     positions = torch.arange(tokens) if loaded.scale == "proxy" else sanity.spread(tokens)
     earlier = positions < 3 * block
@@ -177,7 +179,7 @@ def exactness(loaded: Loaded, optimized: nn.Module, knobs: Mapping[str, Any], se
     padded = {"input_ids": ids_BT, "attention_mask": real_BT, "logits_to_keep": positions}
     full, same = (model(**padded).logits.float() for model in (loaded.model, everything))
     later_BT = ids_BT.clone()
-    later_BT[:, 3 * block :] = ids_BT[:, : tokens - 3 * block]
+    later_BT[:, 3 * block :] = ids_BT[:, : max(0, tokens - 3 * block)]
     before, after = (
         optimized(input_ids=ids, logits_to_keep=positions).logits[0, earlier].float() for ids in (ids_BT, later_BT)
     )

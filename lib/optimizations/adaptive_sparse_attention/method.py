@@ -151,9 +151,12 @@ def check(
     for name, size in (("block_size", block_size), ("stride", stride), ("page_size", page_size)):
         options.in_range(WHERE, name, size, *SEARCH_SPACE[name]["range"])
     if block_size % stride:
+        least, most = SEARCH_SPACE["block_size"]["range"]
+        multiples = [size for size in range(stride, most + 1, stride) if size >= least]
+        nearest = min(multiples, key=lambda size: abs(size - block_size))
         raise UserError(
             f"{WHERE}: stride {stride} does not divide block_size {block_size}; choose a multiple of the stride, "
-            f"for example {max(1, round(block_size / stride)) * stride}"
+            f"for example {nearest}"
         )
     options.at_least(WHERE, "pages", pages, 0, "all pages")
     options.at_least(WHERE, "full_last", full_last, 0, "none")

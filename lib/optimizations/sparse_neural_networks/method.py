@@ -14,6 +14,7 @@ Shapes: E experts (1 for a single matrix), O outputs, I inputs.
 """
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -202,6 +203,9 @@ def prune(
     shares: dict[int, float] = {}
     if budget == "owl":
         shares = budgets.owl(model, observed or observe(model, calibration, parts=parts, method="wanda"), sparsity)
+        for index, share in shares.items():
+            if empty := emptied(matrices(model, parts, index), share, pattern):
+                raise NotApplicable(empty)
     for index, statistics in statistics_of(pruned.model, calibration, method, parts, observed):
         rule = PruningRule(shares.get(index, sparsity), method, pattern, within)
         prune_block(pruned, matrices(pruned.model, parts, index), statistics, rule, draws(seed, index))
@@ -286,7 +290,7 @@ def check(
     model: nn.Module, *, sparsity: float, method: str, pattern: str, within: str = "row", parts: str = "all"
 ) -> None:
     """Raise UserError for an option out of range, and NotApplicable, naming layer and bound, if this model has no such
-    matrices or the pattern does not fit them.
+    matrices, the pattern does not fit them, or nothing of one would be left.
     """
     checks.in_range(NAME, "sparsity", sparsity, 0, 1, closed="low")
     checks.choices(NAME, {"method": (method, METHODS), "within": (within, WITHIN), "parts": (parts, ("all", *PARTS))})
@@ -295,7 +299,7 @@ def check(
     if not affected:
         reason = "the matrices are stored sparse already" if stored(model) else "this model has none"
         raise NotApplicable(f'sparse_neural_networks: no matrix to prune in parts "{parts}": {reason}')
-    if unfit := misfit(affected, pattern):
+    if unfit := misfit(affected, pattern) or emptied(affected, sparsity, pattern):
         raise NotApplicable(unfit)
 
 
@@ -315,6 +319,19 @@ def misfit(affected: Iterable[Matrix], pattern: str) -> str | None:
             return f"{matrix.name}: pattern {pattern} needs a width divisible by {neighbours}, this one is {inputs}"
         if outputs % rows or inputs % columns or STEP % columns:
             return f"{matrix.name}: blocks of {pattern} do not divide its {outputs} x {inputs} (or columns {STEP})"
+    return None
+
+
+def emptied(affected: Iterable[Matrix], sparsity: float, pattern: str) -> str | None:
+    """Return the first matrix of which this share of zeros leaves nothing, with the bound; None if all keep weights."""
+    for matrix in affected:
+        if not kept_of(matrix.weight.shape, sparsity, pattern):
+            count = matrix.weight.shape[-1] // block_shape(pattern)[1]
+            units = "weights" if pattern == "unstructured" else f"blocks of {pattern}"
+            return (
+                f"{matrix.name}: sparsity {sparsity:.3g} leaves none of its {count} {units} per row; expected at most "
+                f"{math.floor(100 * (1 - 0.5 / count)) / 100}, or another pattern"
+            )
     return None
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from lib.errors import UserError
 from lib.measure.compare import speed
 from lib.measure.metrics import measurement
 from lib.measure.metrics.measurement import Measurement
@@ -99,8 +100,8 @@ def controls(
     if arms is None or model.pruned is None:
         return yardsticks
     name, unstructured = setup.method, {"pattern": "unstructured"}
-    patterns = [pattern for pattern in OTHER_PATTERNS if sparse.misfit(setup.matrices, pattern) is None]
-    by_block = [arms.cut(f"{name}, OWL", "shares by block", budget="owl")] if _has_shares(setup) else []
+    patterns = [pattern for pattern in OTHER_PATTERNS if _is_possible(setup, pattern)]
+    by_block = [_by_outliers(arms)] if _has_shares(setup) else []
     rest = () if setup.loaded.scale == "full" and effort.brief else COMPARED  # published results exist for each
     halves = [(other, pattern) for other in rest if other != name for pattern in patterns if pattern in HALVES]
     at_equal_bytes = []
@@ -121,6 +122,21 @@ def controls(
         *rival_arms.by_gptq(setup.baseline, arms.reference, setup.calibration, setup.options["parts"]),
         *at_equal_bytes,
     ]
+
+
+def _is_possible(setup: SparsitySetup, pattern: str) -> bool:
+    """Return whether a pattern fits all matrices and leaves something of each at the run's share."""
+    fits = sparse.misfit(setup.matrices, pattern) is None
+    return fits and sparse.emptied(setup.matrices, setup.options["sparsity"], pattern) is None
+
+
+def _by_outliers(arms: SparseRivals) -> ThirdArm:
+    """Return the arm whose blocks lose different shares, or why it is left out."""
+    name, purpose = f"{arms.setup.method}, OWL", "shares by block"
+    try:
+        return arms.cut(name, purpose, budget="owl")
+    except UserError as reason:  # a block would lose all weights of a matrix
+        return rival_arms.left_out(name, purpose, str(reason))
 
 
 def _taught(model: SparseModel) -> str:
@@ -205,7 +221,10 @@ def impact(arms: SparseRivals | None, strengths: Sequence[int], judged: Sequence
     for strength in strengths:
         measured = at_share if strength / 100 == arms.setup.options["sparsity"] else {}
         for name in COMPARED:
-            arm = measured.get(name) or arms.cut(name, "impact", method=name, sparsity=strength / 100, **pattern)
+            try:
+                arm = measured.get(name) or arms.cut(name, "impact", method=name, sparsity=strength / 100, **pattern)
+            except UserError:  # such a share leaves nothing of a matrix
+                continue
             if divergence := claims.interval([arm], [name]):
                 rows.append({"arm": name, **divergence._asdict(), "strength": strength})
     return pd.DataFrame(rows)

@@ -18,6 +18,7 @@ Shapes: E experts, I width of one expert, C channels, H hidden, Q heads, G key-v
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -166,8 +167,8 @@ def plan(model: nn.Module, ratio: float, granularity: str = "auto") -> dict[str,
     weight = _removable(view, name)
     share = ratio * total / max(1, weight)
     if share > _most(view, name):
-        reach = weight * _most(view, name) / total
-        raise NotApplicable(f"{NAME}: ratio {ratio:.3g} is out of reach by {granularity}; at most {reach:.2f}")
+        reach = math.floor(100 * weight * _most(view, name) / total) / 100  # rounded up, it would be refused
+        raise NotApplicable(f"{NAME}: ratio {ratio:.3g} is out of reach by {name}; at most {reach:.2f}")
     shares = dict.fromkeys(GRANULARITIES, 0.0) | {name: _whole(view, name, share)}
     if shares["heads"]:
         _require_valid_heads(view, shares["heads"])

@@ -168,7 +168,8 @@ def yardsticks(
 
 
 def impact(arms: RivalCuts | None, judged: Sequence[ThirdArm] = ()) -> pd.DataFrame:
-    """Return the divergence in nats per token by the share removed in percent (`strength`), one `arm` per saliency.
+    """Return the divergence in nats per token by the share of the decoder's bytes removed, in percent (`strength`), one
+    `arm` per saliency. Where only whole blocks or experts can be removed, several ratios give one point.
 
     A curve ends at the largest share within the model's reach. Cuts at the run's share that are among the `judged`
     controls are not repeated. Empty without rivals.
@@ -176,6 +177,7 @@ def impact(arms: RivalCuts | None, judged: Sequence[ThirdArm] = ()) -> pd.DataFr
     rows: list[dict[str, object]] = []
     if arms is None:
         return pd.DataFrame()
+    decoder_bytes = sum(p.nbytes for block in anatomy(arms.setup.baseline).blocks for p in block.module.parameters())
     controls_by_name = {arm.name: arm for arm in judged}
     at_share = {name: controls_by_name[control] for name, control in JUDGED_AS.items() if control in controls_by_name}
     for ratio in PREVIEW_STRENGTHS if arms.setup.effort.preview else STRENGTHS:
@@ -186,5 +188,6 @@ def impact(arms: RivalCuts | None, judged: Sequence[ThirdArm] = ()) -> pd.DataFr
             except UserError:
                 continue
             if divergence := claims.interval([arm], [arm.name]):
-                rows.append({"arm": saliency, **divergence._asdict(), "strength": 100 * ratio})
-    return pd.DataFrame(rows)
+                removed = round(100 * rival_arms.removed_bytes(arm) / decoder_bytes, 1)
+                rows.append({"arm": saliency, **divergence._asdict(), "strength": removed})
+    return pd.DataFrame(rows).drop_duplicates(ignore_index=True)

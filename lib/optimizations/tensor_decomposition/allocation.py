@@ -4,6 +4,7 @@ Each matrix is described by its spectrum and its worth, the cost of losing it. I
 smaller, or if the budget is better spent on keeping it whole. Independent of how spectra are computed.
 """
 
+import math
 from collections.abc import Sequence
 
 from torch import nn
@@ -40,7 +41,7 @@ def room_for(model: nn.Module, matrices: Sequence[FactorableMatrix], compression
     least = sum(matrix.elements(MULTIPLE if matrix.break_even > MULTIPLE else None) for matrix in matrices)
     room = dense - compression * total / size
     if least > room:
-        reach = (dense - least) * size / total
+        reach = math.floor(100 * (dense - least) * size / total) / 100  # rounded up, it would be refused
         raise NotApplicable(
             f"tensor_decomposition: compression {compression} is out of reach: with every rank at {MULTIPLE} "
             f"(or dense, if that is smaller) at most {reach:.2f} can be removed"

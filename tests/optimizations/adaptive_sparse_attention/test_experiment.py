@@ -1,5 +1,6 @@
 """What refutes the claim about mass, on survey rows; the lengths of a run; exactness on tiny models."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -151,3 +152,29 @@ def test_the_memory_child_of_full_attention_decodes_latents_absorbed(tiny, monke
     model, load = tiny(name), {"name": name, "device": "cpu"}
     experiment.costs(model, model, {}, 64, {}, load, [rate], 1.0)
     assert seen == [transform, "lib.optimizations.adaptive_sparse_attention.method:apply"]
+
+
+@pytest.mark.parametrize(("effort", "positions"), [("quick", 2048), ("standard", 4096), ("thorough", 4096)])
+def test_the_shortest_curve_is_at_most_as_long_as_the_timed_prompt(tiny, effort, positions):
+    """OLMoE has 4,096 positions: the only survey was longer than the timed prompt, and `shares` found no row."""
+    model = copy.deepcopy(tiny("qwen3-4b-instruct-2507"))
+    anatomy(model).config.max_position_embeddings = positions
+    fitted = experiment.lengths_of(_loaded(model, "full"), effort)
+    assert fitted.timed + fitted.behind == positions and fitted.curves == [fitted.timed]
+
+
+def test_exactness_stays_within_the_positions_of_the_model(tiny, monkeypatch):
+    """Blocks of 128 take 532 tokens; this model has 512 positions, and the refusal blamed the user's context."""
+    drawn = []
+
+    def windows(loaded, split, count, tokens, seed):
+        drawn.append(tokens)
+        return torch.randint(8, 96, (count, tokens), generator=torch.Generator().manual_seed(seed))
+
+    monkeypatch.setattr(experiment.task_list, "text_windows", windows)
+    model = copy.deepcopy(tiny("qwen3-4b-instruct-2507"))
+    anatomy(model).config.max_position_embeddings = 512
+    knobs = {"tau": 0.5, "block_size": 128, "stride": 16}
+    loaded = SimpleNamespace(model=model, scale="proxy", device="cpu")
+    exact = experiment.exactness(loaded, method.apply(model, **knobs), knobs)
+    assert drawn == [512] and max(exact.values()) < 1e-3

@@ -2,6 +2,8 @@
 input.
 """
 
+import re
+
 import pytest
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -254,3 +256,11 @@ def test_matrices_can_be_stored_sparse_afterwards(tiny, name, prompts):
         for arm in (model, sparse.apply(model, tau=1.0, pages=1000, **SMALL))
     ]
     torch.testing.assert_close(_steps(thinned[1], prompts), _steps(thinned[0], prompts), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("block_size", "stride"), [(512, 48), (512, 3), (16, 64), (17, 9), (100, 16)])
+def test_the_block_size_suggested_for_a_stride_is_accepted(block_size, stride):
+    with pytest.raises(UserError, match="does not divide") as refused:
+        sparse.check(0.9, block_size, stride, 1.0, 64, 64, 16)
+    suggested = int(re.search(r"for example (\d+)", str(refused.value))[1])
+    sparse.check(0.9, suggested, stride, 1.0, 64, 64, 16)

@@ -631,3 +631,14 @@ def test_whether_bytes_are_saved_is_known_in_advance(tiny, name, batch, sparsity
     smaller = cost_model.weights_bytes(sparse.apply(model, [batch], **knobs)) < cost_model.weights_bytes(model)
     assert sparse.saves_bytes(model, **knobs) == smaller
     assert not sparse.saves_bytes(model, **knobs, execute="dense")
+
+
+@pytest.mark.parametrize("pattern", ["1x8", "8x8"])
+def test_a_share_that_leaves_nothing_of_a_matrix_is_refused(tiny, text, pattern):
+    """Experts of 32 channels have four blocks of 8 per row: at 0.9 all four were dropped, and they returned zeros."""
+    model = tiny("qwen3-coder-30b")
+    options = {"pattern": pattern, "method": "magnitude", "parts": "experts"}
+    with pytest.raises(NotApplicable, match=r"sparsity 0\.9 leaves none of its 4 blocks of .x8 per row; .* most 0\.87"):
+        sparse.apply(model, text, sparsity=0.9, **options)
+    pruned = sparse.prune(model, text, sparsity=0.87, **options)
+    assert all(kept.any() for kept in pruned.masks.values())

@@ -196,7 +196,7 @@ def test_rivals_lose_the_same_share_and_every_claim_is_answered(setup):
     assert [arm.name for arm in yardsticks] == list(rivals.YARDSTICKS) and "out of reach" in str(missing)
     curves = rivals.impact(rival_cuts, arms)
     pd.testing.assert_frame_equal(curves, rivals.impact(rival_cuts))
-    assert set(curves.arm) == set(method.SALIENCIES) and curves.strength.min() == 10
+    assert set(curves.arm) == set(method.SALIENCIES) and curves.strength.min() == pytest.approx(12.4, abs=0.1)
     assert tuple(claim for claim, _, _ in outcome.refutations(arms, [])) == outcome.CLAIMS
 
 
@@ -234,3 +234,12 @@ def test_a_surely_closer_choice_is_named_with_its_weights():
     )
     assert rivals.heading([bare], {}) == "KL in nats per token. Left out: nothing."
     assert rivals.heading([], {}) == "KL in nats per token. Left out: nothing."
+
+
+def test_the_curve_is_over_the_share_that_was_removed(setup):
+    """Of four blocks a tenth, a fifth and three tenths are each one block: one model stood at 10, 20 and 30 %."""
+    generator = torch.Generator().manual_seed(0)
+    ids_NT = torch.randint(0, anatomy(setup.baseline).vocabulary, (4, 16), generator=generator)
+    rival_cuts = rivals.set_up(setup, evaluate.read(setup.baseline, ids_NT), 0.25, "depth")
+    curves = rivals.impact(rival_cuts)
+    assert set(curves.strength) == {25.0, 50.0} and not curves.duplicated(["arm", "strength"]).any()

@@ -1,6 +1,7 @@
 """Tests factors against numpy's SVD, the dense matrices that they replace, and the request."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -466,3 +467,11 @@ def test_reread_and_kept_spectra_give_the_same_factors(tiny, name, text):
     kept, again = analysis.Spectra(model, text), analysis.Spectra(model, text, room=0)
     low, same = (td.apply(model, text, method="whitened", spectra=read) for read in (kept, again))
     assert io.weights_hash(low) == io.weights_hash(same)
+
+
+def test_the_reach_named_by_a_refusal_is_within_reach(tiny, name):
+    model = tiny(name)
+    with pytest.raises(NotApplicable) as refused:
+        allocation.room_for(model, analysis.matrices(model), 0.99)
+    reach = float(re.search(r"at most ([\d.]+)", str(refused.value))[1])
+    assert allocation.room_for(model, analysis.matrices(model), reach) > 0
