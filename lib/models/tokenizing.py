@@ -12,6 +12,9 @@ from lib.errors import UserError
 
 # A tag at the end of a prompt that opens a thought (<think>, [THINK], <thought>, <|START_THINKING|>), in three parts.
 OPENED = re.compile(r"([<\[◁]\|?)((?!end|no)[\w:.-]*(?:think|thought|reason)[\w:.-]*)(\|?[>\]▷])\s*$", re.IGNORECASE)
+# Some templates write today's date (Llama 3, SmolLM3), which would give each day other prompts.
+TODAY = "strftime_now"
+ONE_DAY = "{% macro strftime_now(format) %}01 January 2026{% endmacro %}"
 BEGINS = re.compile("start|begin", re.IGNORECASE)
 TURNS = [
     {"role": "user", "content": "How many days has a week?"},
@@ -66,7 +69,11 @@ def _closing(before: str, name: str, after: str) -> str:
 
 def _applied(tokenizer: Any, turns: Sequence[Mapping[str, Any]]) -> str:
     # `enable_thinking` turns off the thinking mode of templates that have one; others ignore it.
-    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+    template = getattr(tokenizer, "chat_template", None)
+    template = template.get("default") if isinstance(template, Mapping) else template
+    if isinstance(template, str) and TODAY in template:
+        options["chat_template"] = ONE_DAY + template
     try:
         return tokenizer.apply_chat_template([*turns], **options)
     except Exception as error:  # a template is a program and may raise anything

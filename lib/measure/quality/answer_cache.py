@@ -30,6 +30,7 @@ from lib.files import cache_folder
 from lib.models.checkpoints import io
 from lib.models.decoding import mla_absorption
 from lib.models.loading import Loaded
+from lib.models.offload import streamer
 from lib.models.structure import architecture
 from lib.models.structure.anatomy import anatomy
 from lib.models.structure.replacements import no_op
@@ -54,10 +55,12 @@ def known_or(loaded: Loaded, question: dict[str, object], ask: Callable[[], Arra
 
 
 def is_as_loaded(loaded: Loaded) -> bool:
-    """Return whether `loaded.model` is still the loaded object: no method replaced (except for absorbed decoding), and
-    no foreign hook.
+    """Return whether `loaded.model` is still the loaded object: no method replaced (except for absorbed decoding), no
+    foreign hook, and no weights streamed from files, which cannot be hashed.
     """
     if loaded.original is None or loaded.original() is not loaded.model:
+        return False
+    if streamer.streamer(loaded.model) is not None:
         return False
     return all(
         _own_forward(module) and not module._forward_hooks and not _foreign(module) for module in loaded.model.modules()

@@ -58,8 +58,10 @@ def answers(loaded: Loaded, task: str, split: str, limit: int, seed: int = 0) ->
     """
     harness_tasks, manager = _tasks(task)
     each = max(1, math.ceil(limit / len(harness_tasks)))
+    # Of a file its name, so that the same items are drawn wherever it lies.
+    drawn = f"{HARNESS}{Path(task.removeprefix(HARNESS)).name}" if task.endswith(harness_names.FILES) else task
     indices = {
-        name: splits.chosen(f"{task}/{name}" if len(harness_tasks) > 1 else task, len(member.eval_docs), split, each)
+        name: splits.chosen(f"{drawn}/{name}" if len(harness_tasks) > 1 else drawn, len(member.eval_docs), split, each)
         for name, member in harness_tasks.items()
     }
     docs = {name: [harness_tasks[name].eval_docs[index] for index in chosen] for name, chosen in indices.items()}
@@ -193,9 +195,13 @@ def _without_spaces(samples: list[dict[str, Any]]) -> bool:
 
 
 def _given(sample: dict[str, Any], likelihoods: list[float]) -> str:
-    """Return an item's answer: the number of the likeliest choice, or a hash of the generated text."""
+    """Return an item's answer: the numbers of the likeliest choice and of the likeliest per character, or a hash of the
+    generated text.
+    """
     if any(isinstance(answer, (tuple, list)) for answer in sample["filtered_resps"]):
-        return str(int(np.argmax(likelihoods)))
+        texts = [str(arguments[-1]).removeprefix(" ") for arguments in sample.get("arguments", ())][: len(likelihoods)]
+        lengths = [max(1, len(text)) for text in texts] if len(texts) == len(likelihoods) else [1] * len(likelihoods)
+        return f"{np.argmax(likelihoods)} {np.argmax(np.divide(likelihoods, lengths))}"
     return hashlib.sha256(json.dumps(sample["filtered_resps"], default=str).encode()).hexdigest()[:16]
 
 

@@ -1,5 +1,6 @@
 """Checkpoints of the hub in its own cache: complete ones are used without a network, broken downloads are resumed."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -96,8 +97,14 @@ def fetch(hub_id: str) -> Path:
         RepositoryNotFoundError,
     )
 
+    begun = local(hub_id) is None
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=PATTERNS, ignore_patterns=UNUSED))
+        try:
+            folder = Path(snapshot_download(hub_id, allow_patterns=PATTERNS, ignore_patterns=UNUSED))
+        except BaseException:  # an interrupt too
+            if begun:
+                _leave_incomplete(hub_id)
+            raise
     except GatedRepoError:
         reason = "it is gated: log in and accept its terms first"
     except RepositoryNotFoundError:
@@ -117,6 +124,15 @@ def fetch(hub_id: str) -> Path:
             raise UserError(f"{hub_id}: {reason}; it was removed, call again")
         return folder
     raise UserError(f"{hub_id}: cannot be fetched from the hub ({reason}); {ADVICE}")
+
+
+def _leave_incomplete(hub_id: str) -> None:
+    """Remove the configuration of a checkpoint whose download failed: optional files, such as the chat template, may be
+    missing although all weights have arrived.
+    """
+    if (snapshot := local(hub_id)) is not None:
+        with contextlib.suppress(OSError):
+            (snapshot / "config.json").unlink()
 
 
 def _named_by_hash(snapshot: Path) -> dict[Path, str]:

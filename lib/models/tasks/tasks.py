@@ -18,7 +18,7 @@ from lib.models import tokenizing
 from lib.models.decoding import continuations
 from lib.models.structure.loaded_model import LoadedModel
 from lib.models.structure.logits import logits_of
-from lib.models.tasks import prompting
+from lib.models.tasks import encoding, prompting
 from lib.models.tasks.items import PICTURE, Item, class_labels, digit, digit_indices, items, prompt_of
 from lib.models.tasks.prompting import PICTURE_TOKENS
 from lib.models.tasks.registry import CLASSIFY, GENERATE
@@ -120,9 +120,19 @@ def _widened(tokens: list[int], image: int, counts: Iterator[int]) -> list[int]:
 
 
 def label_ids(loaded: LoadedModel, task: str) -> list[list[int]]:
-    """Return each label's token ids as the continuation of a prompt: one in a proxy model, otherwise one or more."""
-    answers = [prompting.answer(loaded, name) for name in class_labels(task)]
-    return [loaded.tokenizer(answer, add_special_tokens=False).input_ids for answer in answers]
+    """Return each label's token ids as the continuation of a prompt: one in a proxy model, otherwise one or more.
+
+    They are encoded together with a prompt, since some tokenizers mark the beginning of a text as that of a word.
+    """
+    prompt = prompting.text(loaded, [Item("", task, prompt_of(task, "text"), "")])
+    before = encoding.ids_without(loaded.tokenizer, prompt)
+    ids = []
+    for name in class_labels(task):
+        answer = prompting.answer(loaded, name)
+        both = encoding.ids_without(loaded.tokenizer, prompt + answer)
+        follows = both[: len(before)] == before and len(both) > len(before)  # else it changes the prompt's last token
+        ids.append(both[len(before) :] if follows else encoding.ids_without(loaded.tokenizer, answer))
+    return ids
 
 
 @torch.no_grad()

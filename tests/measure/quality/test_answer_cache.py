@@ -9,7 +9,8 @@ import torch
 
 from lib.measure.metrics import measurement
 from lib.measure.quality import answer_cache, answer_comparison, evaluate
-from lib.models import loading
+from lib.models import loading, parameters
+from lib.models.offload import streamer
 from lib.models.structure.anatomy import anatomy
 from lib.optimizations.adaptive_sparse_attention import method
 from lib.optimizations.common import absorbed_baseline
@@ -116,3 +117,13 @@ def test_cached_answers_equal_the_original_ones_and_are_marked(loaded):
     ]
     assert all(again.answered in measured.source for measured in compared if not measured.metric.startswith("flips"))
     assert measurement.lint(compared) == []
+
+
+def test_a_streamed_model_is_evaluated_even_if_all_its_units_are_in_memory(tmp_path, monkeypatch):
+    """Previously only the hooks of streamed units told it apart; with experts alone streamed, hashing was refused."""
+    monkeypatch.setenv("WORKBENCH_CACHE", str(tmp_path))
+    total = streamer.smallest(parameters.PARAMETERS / "proxies" / "qwen3-coder-30b")[1]
+    monkeypatch.setattr(loading.placement, "allowance_bytes", lambda *_, **__: total)
+    loaded = loading.load("qwen3-coder-30b")
+    assert not streamer.streamer(loaded.model).plan.streamed
+    assert was_asked(loaded) and was_asked(loaded)

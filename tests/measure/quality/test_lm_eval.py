@@ -304,3 +304,25 @@ def test_differently_wrong_answers_of_a_harness_task_are_not_the_same_answers(ge
     for answer, same in ((first, True), (other, False)):
         score = answer_comparison.compare_classified(arm(first), arm(answer))[0]
         assert ("same answers" in score.source) == same and (score.ci is None) == same
+
+
+def test_the_items_of_a_task_file_do_not_depend_on_its_folder(harness, loaded, tmp_path):
+    """Previously a moved file put items by which a configuration had been chosen among those that judge it."""
+    ids = []
+    for place in ("here", "there", "elsewhere"):
+        (tmp_path / place).mkdir()
+        ids.append(evaluate.ask(loaded, choices(tmp_path / place), "final", 5).ids)
+    assert ids[0] == ids[1] == ids[2]
+
+
+def test_another_wrong_choice_per_character_is_another_answer():
+    """Previously the likeliest choice alone decided, also where the likeliest per character is judged."""
+    texts = [["Which?", f" {text}"] for text in ("yes", "a long second answer", "an even longer third answer")]
+
+    def given(*likelihoods):
+        sample = {"doc_id": 0, "metrics": ["acc", "acc_norm"], "acc": 1.0, "acc_norm": 0.0, "arguments": texts}
+        answers = {"filtered_resps": [(value, False) for value in likelihoods]}
+        return lm_eval._arrays("lm_eval:sums", {"sums": [sample | answers]})["given_N"].tolist()
+
+    assert given(-3.0, -4.0, -20.0) != given(-3.0, -20.0, -4.0)
+    assert given(-3.0, -4.0, -20.0) == given(-3.1, -4.1, -20.0)

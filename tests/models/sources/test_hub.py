@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from lib.errors import UserError
@@ -143,7 +144,6 @@ def test_the_hash_is_the_one_git_computes(tmp_path):
 
 
 def test_only_one_copy_of_the_weights_is_downloaded(snapshot, monkeypatch):
-    import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 
     used = ["config.json", "tokenizer.model", "chat_template.jinja", INDEX, "model-00001-of-00002.safetensors"]
@@ -160,7 +160,6 @@ def test_only_one_copy_of_the_weights_is_downloaded(snapshot, monkeypatch):
 
 
 def test_a_download_is_checked_before_it_is_used(snapshot, monkeypatch):
-    import huggingface_hub
 
     for name in ("config.json", "tokenizer.json"):
         (snapshot / name).write_text("{}")
@@ -180,3 +179,17 @@ def test_a_download_is_checked_before_it_is_used(snapshot, monkeypatch):
     assert hub.local(ID) is None and not (snapshot / "model.safetensors").is_symlink()
     brought(b"weights")
     assert hub.fetch(ID) == snapshot == hub.local(ID)
+
+
+def test_a_failed_download_is_incomplete_although_its_weights_arrived(snapshot, monkeypatch):
+    """Previously the next run used it without the chat template that had failed."""
+
+    def download(*_, **__):
+        for name in ("config.json", "tokenizer.json", "model.safetensors"):
+            (snapshot / name).write_text("{}")
+        raise OSError("chat_template.jinja: 500")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(UserError, match="cannot be fetched from the hub"):
+        hub.fetch("organisation/model")
+    assert hub.local("organisation/model") is None

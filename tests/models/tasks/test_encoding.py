@@ -3,10 +3,12 @@ them.
 """
 
 import copy
+from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
 from tokenizers.processors import TemplateProcessing
+from transformers.utils import chat_template_utils
 
 from lib.models import parameters, tokenizing
 from lib.models.proxies import tokenizer as tokenizers
@@ -103,3 +105,19 @@ def test_an_opened_thinking_block_is_closed_under_any_name(opened, closed):
     chat = SimpleNamespace(apply_chat_template=lambda turns, **_: f"{turns[-1]['content']}\n{opened}")
     text = tokenizing.render(chat, tokenizing.TURNS)
     assert text.endswith(f"\n{opened.rstrip()}\n\n{closed}\n\n" if closed else f"\n{opened}")
+
+
+def test_a_date_in_the_chat_template_is_the_same_every_day(plain, monkeypatch):
+    """Previously the cached answers of a baseline were compared with those of an arm that was told another date."""
+    dated = copy.deepcopy(plain)
+    dated.chat_template = (
+        "{% if strftime_now is defined %}Today: {{ strftime_now('%d %b %Y') }}\n{% endif %}"
+        "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    )
+    texts = set()
+    for day in (1, 2):
+        clock = SimpleNamespace(now=lambda day=day: datetime(2031, 5, day))
+        monkeypatch.setattr(chat_template_utils, "datetime", clock)
+        texts.add(tokenizing.render(dated, tokenizing.TURNS))
+    (text,) = texts
+    assert text.startswith("Today: ") and tokenizing.TURNS[-1]["content"] in text

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from lib.errors import UserError
 from lib.models import parameters
@@ -224,3 +226,24 @@ def test_keys_are_other_tokens_where_letters_are_not_single_tokens():
         SimpleNamespace(model=model, tokenizer=Words()), (400,), torch.Generator().manual_seed(0)
     )
     assert ids.shape == (400,) and ids.min() >= 15 and ids.max() < 90 and 60 not in ids
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_labels_are_the_tokens_that_follow_a_prompt(chat):
+    """Previously a tokenizer that marks the beginning of a text gave labels with a space that the prompt lacks."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    texts = [tasks.prompt_of("topic", "text"), *tasks.class_labels("topic"), "<|assistant|>\n"]
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["</s>"], show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    marked = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    if chat:
+        marked.chat_template = (
+            "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>{% endfor %}<|assistant|>\n"
+        )
+    loaded = SimpleNamespace(tokenizer=marked)
+    prompt = prompting.text(loaded, [tasks.Item("", "topic", tasks.prompt_of("topic", "text"), "")])
+    before = marked(prompt, add_special_tokens=False).input_ids
+    for label, ids in zip(tasks.class_labels("topic"), tasks.label_ids(loaded, "topic")):
+        whole = marked(prompt + prompting.answer(loaded, label), add_special_tokens=False).input_ids
+        assert before + ids == whole
