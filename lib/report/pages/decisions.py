@@ -116,7 +116,11 @@ def _row(
 
 
 def _measured(record: Record, metrics: Sequence[str]) -> Measurement | None:
-    """Return the measurement that a column shows: for quality the deciding one if known, else the first available."""
+    """Return the measurement that a column shows: for quality an invalid one if the verdict is invalid, else the
+    deciding one if known, else the first available.
+    """
+    if metrics is QUALITY and record.verdict.accuracy == "invalid":
+        return next((m for m in record.measurements if m.dimension == "accuracy" and m.verdict == "invalid"), None)
     carrier = record.verdict.carried_by.get("accuracy") if metrics is QUALITY else None
     pairs = {(m.metric, m.workload): m for m in record.measurements}
     if carrier and (carrier.metric, carrier.workload) in pairs:

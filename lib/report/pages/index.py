@@ -61,7 +61,7 @@ def text(folder: Path, results: Results) -> str:
     with suppress(UserError):  # a history that cannot be read is reported when the build ends
         changed = flips.since_last(folder, results.measured)
     results = results.settled
-    alike = _comparable(results)
+    alike = comparable(results)
     rows = [
         (title(name), [_cell(folder, name, model, results) for model in results.models])
         for name in results.optimizations
@@ -119,7 +119,7 @@ def _usual_effort(records: Sequence[Record]) -> str:
     return max(counts, key=lambda e: (counts[e], order.index(e) if e in order else -1), default="")
 
 
-def _comparable(results: Results) -> Results:
+def comparable(results: Results) -> Results:
     """Return the runs that charts and ranks may combine: those of the most frequent effort."""
     usual = _usual_effort(results.records)
     return replace(results, records=[r for r in results.records if r.effort == usual])
@@ -155,7 +155,8 @@ def _part(record: Record, dimension: str) -> dict[str, Any]:
     """Return a dimension of a cell: its verdict, the deciding number, the reason, and the other numbers."""
     state = getattr(record.verdict, dimension)
     members, numbers = headlines.members(record, dimension), headlines.of(record, dimension)
-    carried = dimension in record.verdict.carried_by and members
+    # Of an invalid run another score may be sound, which must not stand for it.
+    carried = state != "invalid" and dimension in record.verdict.carried_by and members
     return {
         "name": dimension,
         "state": state,

@@ -16,7 +16,7 @@ from lib.measure.metrics.catalogue import METRICS
 from lib.report.analysis.noise import discoveries
 from lib.report.analysis.result_set import Results
 from lib.report.figures.inline import trade_off_svg
-from lib.report.pages import result_tables, views
+from lib.report.pages import index, result_tables, views
 from lib.report.records.record import Record, read_folder
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -42,14 +42,16 @@ def between(text: str, name: str, page: str = "README.md") -> str:
 
 
 def picture(records: Sequence[Record]) -> tuple[str, str]:
-    """Return the picture of quality against speed as SVG, and its alternative text; both empty without a point."""
+    """Return the picture of quality against speed as SVG, and its alternative text; both empty without a point. It shows
+    the runs of the most frequent effort.
+    """
     optimizations = tuple(sorted({record.optimization for record in records}))
     models = tuple(sorted({record.model for record in records}))
-    results = Results(SHOWN, list(records), {}, optimizations, models)
+    results = index.comparable(Results(SHOWN, list(records), {}, optimizations, models))
     points = views.means(results)
     if not points:
         return "", ""
-    heading = f"Quality against speed, means over {len(models)} proxy models"
+    heading = f"Quality against speed, means over {len({r.model for r in results.measured})} proxy models"
     legend = [(mark, f"{text} ({note})" if note else text) for mark, text, note in views.legend(results)]
     margin = 100 * (METRICS[views.QUALITY].margin or 0)
     return trade_off_svg.picture(points, heading, margin, legend), trade_off_svg.words(points, heading, margin)

@@ -65,7 +65,14 @@ def means(results: Results) -> list[TradeOff]:
 
 def legend(results: Results) -> list[tuple[str, str, str]]:
     """Return (mark, title, speed metric if it is not the prefill rate) of each optimization."""
-    return [(mark, title(name), _other_speed(name, results)) for name, mark in _marks(results).items()]
+    return [(mark, _titled(name, results), _other_speed(name, results)) for name, mark in _marks(results).items()]
+
+
+def _titled(name: str, results: Results) -> str:
+    """Return an optimization's title, with its number of models if others have a point on more of them."""
+    drawn = {(r.optimization, r.model) for r in results.measured if _numbers(r)}
+    own, every = sum(pair[0] == name for pair in drawn), len({model for _, model in drawn})
+    return title(name) if own in (0, every) else f"{title(name)}, {own} of {counted(every, 'model')}"
 
 
 def _marks(results: Results) -> dict[str, str]:
@@ -108,7 +115,7 @@ def point(record: Record, marks: dict[str, str], own: bool = False) -> TradeOff 
 
 def _mean(name: str, results: Results, marks: dict[str, str]) -> TradeOff | None:
     """Return the mean over the models; its spread is their range, its state the worst of theirs. It is judged if the
-    speed of at least one model is.
+    speed of at least one model is, and if it is over all models: a mean over fewer cannot be compared.
     """
     points = [p for r in results.measured if r.optimization == name and (p := point(r, marks))]
     if not points:
@@ -118,9 +125,10 @@ def _mean(name: str, results: Results, marks: dict[str, str]) -> TradeOff | None
     states = {p.state for p in points}
     state = next((s for s in WORST_FIRST if s in states), "maintained")
     xs, ys = [p.x for p in points], [p.y for p in points]
-    judged = any(p.judged for p in points)
+    named = _titled(name, results)
+    judged = any(p.judged for p in points) and named == title(name)
     ends = min(xs), max(xs), min(ys), max(ys)
-    return TradeOff(marks[name], title(name), x, y, *ends, state, judged=judged, of_several=len(points) > 1)
+    return TradeOff(marks[name], named, x, y, *ends, state, judged=judged, of_several=len(points) > 1)
 
 
 def rankings(results: Results) -> list[dict[str, Any]]:

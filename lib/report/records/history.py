@@ -153,32 +153,38 @@ def _unpacked(packed: bytes, path: Path) -> Any:
 
 def words_before(path: Path, records: Sequence[Record]) -> dict[str, tuple[str, dict[str, str]]]:
     """Return stem → (start time, dimension → verdict) of the newest earlier run of the same optimization, model, scale
-    and effort in the history. Runs without one are left out, and so are runs whose earlier run had another value of a
-    parameter: that is a different experiment, so its verdict may differ.
+    and effort in the history, on the same machine. Runs without one are left out, and so are runs whose earlier run had
+    another value of a parameter: that is a different experiment, so its verdict may differ. Only dimensions that both
+    runs measured.
     """
     if not path.is_file():
         return {}
     with _open(path) as connection:
         known = connection.execute(
-            "SELECT DISTINCT optimization, model, scale, effort, started, key FROM runs JOIN kept USING (started, key) "
-            "WHERE status = 'ok' ORDER BY started"
+            "SELECT DISTINCT optimization, model, scale, effort, started, key, machine FROM runs "
+            "JOIN kept USING (started, key) WHERE status = 'ok' ORDER BY started"
         ).fetchall()
         earlier: dict[str, tuple[str, str]] = {}
         by_name = {(r.optimization, r.model, r.scale, r.effort): r for r in records if r.status == "ok"}
-        for optimization, model, scale, effort, started, key in known:
+        for optimization, model, scale, effort, started, key, machine in known:
             record = by_name.get((optimization, model, scale, effort))
-            if record and started < (record.started or "") and key:
+            if record is None or not key or machine != facts.machine(record.environment):
+                continue
+            if started < (record.started or ""):
                 earlier[record.stem] = (started, key)
         query = "SELECT record FROM runs WHERE started = ? AND key = ?"
         packed = {stem: connection.execute(query, identity).fetchone()[0] for stem, identity in earlier.items()}
     stored = {stem: _unpacked(blob, path) for stem, blob in packed.items()}
-    set_to = {record.stem: record.parameters for record in by_name.values()}
-    alike = {stem: run for stem, run in stored.items() if _set_alike(run.get("parameters") or {}, set_to[stem])}
-    verdicts = {stem: run.get("verdict") or {} for stem, run in alike.items()}
-    return {
-        stem: (earlier[stem][0], {name: words[name] for name in DIMENSIONS if name in words})
-        for stem, words in verdicts.items()
-    }
+    now = {record.stem: record for record in by_name.values()}
+    alike = {stem: run for stem, run in stored.items() if _set_alike(run.get("parameters") or {}, now[stem].parameters)}
+    return {stem: (earlier[stem][0], _words(run, now[stem])) for stem, run in alike.items()}
+
+
+def _words(earlier: dict, now: Record) -> dict[str, str]:
+    """Return the verdicts of a stored run, as plain JSON, on the dimensions that both runs measured."""
+    words = earlier.get("verdict") or {}
+    both = {*(earlier.get("dimensions") or DIMENSIONS)} & {*(now.dimensions or DIMENSIONS)}
+    return {name: words[name] for name in DIMENSIONS if name in words and name in both}
 
 
 def _set_alike(earlier: dict, now: dict) -> bool:

@@ -314,7 +314,11 @@ def from_notebooks(folder: Path) -> tuple[list[Record], dict[str, str]]:
         except UserError as error:
             damaged[path.name.removesuffix(".ipynb")] = str(error)
         else:
-            records += [record] if record else []
+            stem = path.name.removesuffix(".ipynb")
+            if record is not None and record.stem != stem:  # such as a copy
+                damaged[stem] = f"{path.name}: holds the record of {record.stem}; expected {stem}. Delete it."
+            elif record is not None:
+                records.append(record)
     return records, damaged
 
 

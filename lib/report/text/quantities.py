@@ -62,6 +62,8 @@ def times(ratio: float | None) -> str:
         return DASH
     if ratio >= 100:
         return f"{figures(ratio)}×"
+    if 0 < ratio < 0.01:
+        return f"{figures(ratio, 2)}×"
     return f"{ratio:.3f}×" if abs(ratio - 1) < 0.02 else f"{ratio:.2f}×"
 
 
@@ -76,6 +78,8 @@ def share(value: float | None) -> str:
         return DASH
     percent = value * 100
     digits = 0 if abs(percent) >= 10 else 1 if abs(percent) >= 0.1 else 2
+    if 99.5 <= abs(percent) < 100:  # something is left
+        digits = 1 if abs(percent) < 99.95 else 2
     return f"{percent:.{digits}f} %".replace("-", MINUS)
 
 

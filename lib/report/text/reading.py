@@ -41,7 +41,8 @@ def _abbreviated(text: str, end: re.Match) -> bool:
 
 def forest(frame: "pd.DataFrame") -> str:
     """Return how to read `style.forest` of a record's tidy frame: how many ratios show an effect, and the largest."""
-    shown = frame[frame["gain"].notna()]
+    fell = frame["ratio"] == 0 if "ratio" in frame else frame["gain"] == 0  # has no place on an axis of ratios
+    shown = frame[frame["gain"].notna() | fell]
     if not len(shown):
         return two("No ratio could be shown.", "The table of sources gives the reasons.")
     judged = shown[shown["verdict"].isin(["better", "worse", "not_maintained"])]
@@ -49,6 +50,9 @@ def forest(frame: "pd.DataFrame") -> str:
     first = f"{len(judged)} of {counted(len(shown), 'ratio')} {differ} from 1 by more than the noise and the margin."
     if not len(judged):
         return two(first, "An interval that crosses the line shows neither an effect nor its absence.")
+    lost = judged[judged["gain"].isna()]
+    if len(lost):
+        return two(first, f"The largest change is {lost.iloc[0].label}: it fell to 0, which the axis cannot show.")
     largest = judged.iloc[int(judged["gain"].astype(float).map(_factor).argmax())]
     known = largest.gain_low == largest.gain_low  # not NaN
     shown, ends = ratio(largest.gain, *((largest.gain_low, largest.gain_high) if known else (None, None)))

@@ -204,3 +204,18 @@ def test_one_run_on_a_busy_machine_is_one_run(tmp_path):
         "tokens_per_second") else m for m in run.measurements]  # fmt: skip
     record.write(run.model_copy(update={"measurements": busy}), tmp_path / f"{run.stem}.json")
     assert "<dd>1 run: nothing timed is judged</dd>" in index.write(tmp_path).read_text()
+
+
+def test_a_sound_score_of_an_invalid_run_is_not_shown_as_kept(tmp_path):
+    """Only the text was degenerate: the index showed "✓ F1 maintained" and "! F1 maintained" for an invalid run."""
+    others = [m for m in samples.measurements() if m.metric != "perplexity"]
+    broken = measurement.invalid("perplexity", "text", "a loss is not finite")
+    run = samples.run(measurements=[*others, broken])
+    assert run.verdict.accuracy == "invalid"
+    record.write(run, tmp_path / f"{run.stem}.json")
+    [row] = _rows(tmp_path)
+    shown = row.select_one('td[data-label="Quality"]').get_text()
+    assert "perplexity invalid" in shown and "maintained" not in shown
+    soup = BeautifulSoup((tmp_path / "index.html").read_text(encoding="utf-8"), "html.parser")
+    part = soup.select_one('#matrix .part[data-dimension="accuracy"]').get_text()
+    assert "invalid" in part and "maintained" not in part

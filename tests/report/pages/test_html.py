@@ -5,6 +5,7 @@ import re
 import nbformat
 import pytest
 
+from lib.measure.metrics import measurement
 from lib.report.pages import html, index, result_tables, run_page
 from lib.report.pages.suites import suite_files
 from lib.report.records import record
@@ -433,3 +434,10 @@ def test_a_fence_in_printed_output_does_not_close_the_block(tmp_path):
     _, text = html.render(tmp_path / "in.ipynb", run, (), tmp_path)
     assert text.read_text().count(f"````text\n{written}\n````") == 3
     assert "```python\nprint(text)\n```" in text.read_text()
+
+
+def test_markdown_shows_informative_numbers_alone(tmp_path):
+    run = samples.run(measurements=[measurement.informative("load_seconds", "load", 1.5, 2.5, "perf_counter, once")])
+    page, text = (path.read_text(encoding="utf-8") for path in html.render(None, run, (), tmp_path))
+    assert "## Numbers" in text and "2.50 s" in text and "perf_counter, once" in text
+    assert 'href="#measurements"' in page

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lib.errors import UserError
+from lib.measure.metrics import measurement
 from lib.report.pages import readme, result_tables
 from lib.suite.cli import command
 from tests.report import samples
@@ -216,3 +217,19 @@ def test_links_resolve(page):
         if anchor:
             headings = re.findall(r"^#+ (.+)$", Path(target).read_text(encoding="utf-8"), re.M)
             assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings], anchor
+
+
+def test_the_quality_table_shows_the_judged_score_of_a_public_task():
+    """HellaSwag is judged by accuracy per character: the table showed only the other, unjudged accuracy."""
+    judged = samples.scored("accuracy_norm", 0.4, 0.3, "not_maintained", workload="hellaswag")
+    other = measurement.informative("accuracy", "hellaswag", 0.35, 0.35, "48 items", n=48)
+    speed = samples.timed("prefill_tokens_per_second", 1.3)
+    text = result_tables.section([samples.run(measurements=[speed, other, judged])])
+    quality = text[text.index("#### Quality") :]
+    assert "✗ −10.0 points (lower bound −11.7, margin 2)" in quality
+
+
+def test_the_picture_mixes_no_efforts():
+    runs = [samples.whole("x", model, 1.2) for model in samples.MODELS]
+    short = samples.whole("x", samples.MODELS[0], 3.0).model_copy(update={"effort": "preview"})
+    assert readme.picture([short, *runs[1:]]) == readme.picture(runs[1:])

@@ -189,3 +189,14 @@ def test_two_numbers_of_a_kind_are_distinguished_by_their_workload():
     run = record.build("adaptive_batch_sizes", samples.MODELS[1], "proxy", "quick", {}, measurements)
     names = [shown.what for shown in headlines.of(run, "performance")]
     assert names == ["goodput, serve", "goodput, serve, within capacity"]
+
+
+def test_a_mean_over_fewer_models_says_so_and_is_no_best_trade_off():
+    """It failed on three of four models: its one point was drawn as the mean of all, and was the best of them."""
+    runs = [samples.whole("x", model, 1.2) for model in samples.MODELS]
+    runs.append(samples.whole("y", samples.MODELS[0], 1.6))
+    results = result_set.Results("proxy", runs, {}, ("x", "y"), samples.MODELS)
+    points = views.means(results)
+    assert [p.name for p in points] == ["X", "Y, 1 of 4 models"]
+    assert [p.mark for p in trade_off_svg.front(points, 2.0)] == ["1"]
+    assert [name for _, name, _ in views.legend(results)] == ["X", "Y, 1 of 4 models"]

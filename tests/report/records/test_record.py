@@ -168,3 +168,13 @@ def test_gather_merges_glued_values_with_those_of_the_runner(tmp_path):
 def test_a_run_without_a_result_needs_a_reason():
     with pytest.raises(ValueError, match="needs a reason"):
         record.build("x", "m", "proxy", "quick", {}, status="failed")
+
+
+def test_a_copied_notebook_does_not_replace_the_run(tmp_path):
+    run, old = samples.run(), samples.run(ratio=1.1)
+    record.write(run, tmp_path / f"{run.stem}.json")
+    nbformat.write(_scrap(run), tmp_path / f"{run.stem}.ipynb")
+    nbformat.write(_scrap(old), tmp_path / f"{run.stem}_old.ipynb")
+    records, damaged = record.gather(tmp_path)
+    assert [r.measurements[0].ratio for r in records] == [run.measurements[0].ratio]
+    assert "holds the record of" in damaged[f"{run.stem}_old"]

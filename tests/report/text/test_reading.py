@@ -150,3 +150,11 @@ def test_controls_name_the_compared_group():
     frame = pd.DataFrame([("ours", 0.5, 0.4, 0.6), ("size", 0.9, 0.8, 1.0)], columns=["arm", "value", "low", "high"])
     text = reading.controls(frame, "ours", "the choices without the text")
     assert text.startswith("ours reaches 0.500, the best of the choices without the text (size) 0.900; lower")
+
+
+def test_a_score_that_fell_to_zero_is_the_largest_change():
+    """Previously it was neither drawn nor counted nor named."""
+    lost = samples.scored("retrieval_exact_match", 0.95, 0.0, "not_maintained", workload="retrieval")
+    text = reading.forest(tables.tidy([samples.timed("prefill_tokens_per_second", 1.3), lost]))
+    assert text.startswith("2 of 2 ratios differ from 1")
+    assert "largest change is key-value retrieval" in text and "it fell to 0" in text

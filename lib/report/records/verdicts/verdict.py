@@ -22,7 +22,7 @@ Accuracy = Literal["better", "maintained", "not_maintained", "inconclusive", "no
 # The metrics shown in tables, in this order; being shown does not make a metric decide a verdict.
 HEADLINES = {
     "performance": primary.PREFERRED["performance"],
-    "accuracy": ("f1_macro", "retrieval_exact_match", "perplexity", "accuracy"),
+    "accuracy": ("f1_macro", "retrieval_exact_match", "perplexity", "accuracy", "accuracy_norm", "exact_match"),
     "resources": ("weights_bytes", "peak_tensor_bytes", "peak_memory_bytes", "kv_cache_bytes_per_token", "parameters"),
     "efficiency": primary.PREFERRED["efficiency"],
 }

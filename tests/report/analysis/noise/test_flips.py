@@ -67,3 +67,20 @@ def test_a_run_with_another_parameter_value_has_not_flipped(folder):
     assert flips.since_last(folder, [other]) == {}
     more = now.model_copy(update={"parameters": now.parameters | {"added": 1, "studies": "/elsewhere"}})
     assert flips.since_last(folder, [more]) == {now.stem: {"performance": ("better", "2026-01-30")}}
+
+
+def test_a_dimension_that_was_not_measured_has_not_flipped(folder):
+    """Previously a run limited to one dimension turned the other verdicts into "now unavailable"."""
+    now = _with_word("better", "2026-01-31T10:00:00+00:00")
+    silent = dict.fromkeys(("accuracy", "resources", "efficiency"), "unavailable")
+    verdict = now.verdict.model_copy(update=silent)
+    part = now.model_copy(update={"dimensions": ["performance"], "verdict": verdict})
+    assert flips.since_last(folder, [part]) == {}
+    history.keep(folder.parent / history.NAME, [part], "proxy", "run")
+    assert flips.since_last(folder, [_with_word("better", "2026-02-01T10:00:00+00:00")]) == {}
+
+
+def test_a_run_on_another_machine_has_not_flipped(folder):
+    now = _with_word("worse", "2026-01-31T10:00:00+00:00")
+    elsewhere = now.model_copy(update={"environment": now.environment | {"cores_given": 1}})
+    assert flips.since_last(folder, [elsewhere]) == {}
