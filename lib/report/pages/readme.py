@@ -42,8 +42,9 @@ def between(text: str, name: str, page: str = "README.md") -> str:
 
 
 def picture(records: Sequence[Record]) -> tuple[str, str]:
-    """Return the picture of quality against speed as SVG, and its alternative text; both empty without a point. It shows
-    the runs of the most frequent effort.
+    """Return the picture of quality against speed as SVG, and its alternative text; both empty without a point.
+
+    It shows the runs of the most frequent effort.
     """
     optimizations = tuple(sorted({record.optimization for record in records}))
     models = tuple(sorted({record.model for record in records}))
