@@ -11,6 +11,9 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from lib.report.analysis import compare
+from lib.suite.plan import template
+
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 TEMPLATES = sorted(path for path in NOTEBOOKS.glob("*.ipynb") if path.stem != "overview")
 COMMON = (
@@ -351,3 +354,30 @@ def test_each_broken_rule_is_named(says):
     notebook = _sound()
     BREAK[says](notebook)
     assert any(says in fault for fault in faults(notebook)), faults(notebook)
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_a_cell_can_be_run_again(path):
+    """A cell that overwrites a parameter, or extends a list of another cell, gives other results the second time."""
+    declared = {*template.read(path).parameters}
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type != "code" or "parameters" in _tags(cell):
+            continue
+        statements = [*ast.walk(ast.parse(cell.source))]
+        targets = [target for node in statements if isinstance(node, ast.Assign) for target in node.targets]
+        assigned = {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+        extended = {
+            node.target.id
+            for node in statements
+            if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add) and isinstance(node.target, ast.Name)
+        }
+        assert not assigned & declared and extended <= assigned, cell.source
+
+
+def test_the_comparison_with_earlier_builds_has_every_setting():
+    """A setting that only one record has is not compared: runs on another text were judged against the last build."""
+    path = NOTEBOOKS / "pre_vs_post_optimization.ipynb"
+    (cell,) = [cell for cell in nbformat.read(path, as_version=4).cells if cell.id == "earlier"]
+    stated = {node.value for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Constant)}
+    compared = {*template.read(path).parameters} - {*compare.NOT_COMPARED, "device"}  # the device is in the environment
+    assert compared <= stated

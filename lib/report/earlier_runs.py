@@ -6,7 +6,7 @@ not judge differences; `build.py compare` does.
 """
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,14 @@ def table(run: Record, earlier: Sequence[tuple[str, Record]]) -> pd.DataFrame:
 def _same(other: Record, m: Measurement) -> str:
     measurement = next((o for o in other.measurements if (o.metric, o.workload) == (m.metric, m.workload)), None)
     return headlines.shown(measurement).text if measurement else "–"
+
+
+def as_requested(run: Record, namespace: Mapping[str, Any], declared: Iterable[str]) -> Record:
+    """Return a record with the values of the `declared` parameters in the notebook's `namespace`, as builds store them;
+    notebooks store the values that follow from them.
+    """
+    requested = {name: namespace[name] for name in declared if name in namespace}
+    return run.model_copy(update={"parameters": requested or run.parameters})
 
 
 def difference(name: str, run: Record, other: Record) -> str:

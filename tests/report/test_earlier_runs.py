@@ -27,3 +27,12 @@ def test_a_run_is_kept_for_the_next_one(tmp_path):
     assert earlier_runs.keep(run, path, {3: 9.0}) == kept
     path.write_text("{")
     assert earlier_runs.stored(path) is None
+
+
+def test_a_default_that_the_notebook_resolved_is_no_difference():
+    built = samples.run().model_copy(update={"parameters": {"seed": 0, "finetune_steps": -1, "text": ""}})
+    glued = built.model_copy(update={"parameters": {"seed": 0, "finetune_steps": 30}})
+    namespace = {"seed": 0, "finetune_steps": -1, "text": "", "size": 3}
+    run = earlier_runs.as_requested(glued, namespace, built.parameters)
+    assert earlier_runs.difference("last build", run, built).endswith("same settings.")
+    assert "finetune_steps -1 (now 30)" in earlier_runs.difference("last build", glued, built)

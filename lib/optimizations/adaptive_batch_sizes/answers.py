@@ -26,7 +26,13 @@ FEWER = 2  # effort preview divides the numbers of items and of retrieved values
 
 
 def retrieved_among_chats(
-    loaded: Loaded, effort: Effort, policy: Policy, limits: Limits, rate: float, seed: int = 0
+    loaded: Loaded,
+    effort: Effort,
+    policy: Policy,
+    limits: Limits,
+    rate: float,
+    seed: int = 0,
+    batching: str = "iteration",
 ) -> tuple[Retrieved, Served]:
     """Return which values of key-value retrieval are right when their prompts are served among chats, and the run.
 
@@ -56,8 +62,9 @@ def retrieved_among_chats(
         limits = replace(limits, cache_bytes=max(limits.cache_bytes, TOGETHER * columns * limits.bytes_per_token))
     engine = ModelEngine(loaded.model, prompt_of, limits.cache_bytes)
     limits = replace(limits, patience_seconds=None)
-    served = serve(trace, policy, engine, VirtualClock(), limits, drain_seconds=float("inf"))
-    outputs = [engine.output.get(2 * index, []) for index in range(len(target_BV))]
+    served = serve(trace, policy, engine, VirtualClock(), limits, batching=batching, drain_seconds=float("inf"))
+    # With batching by request a finished row is decoded on with the others.
+    outputs = [engine.output.get(2 * index, [])[:answer_tokens] for index in range(len(target_BV))]
     right = [output == target.tolist() for output, target in zip(outputs, target_BV)]
     complete = all(len(output) == answer_tokens for output in outputs)
     given_NV = np.array(outputs) if complete else None
@@ -83,7 +90,13 @@ def classified(loaded: Loaded, effort: Effort, batch: int, seed: int = 0) -> lis
 
 
 def alone_and_together(
-    loaded: Loaded, effort: Effort, policy: Policy, limits: Limits, rate: float, seed: int = 0
+    loaded: Loaded,
+    effort: Effort,
+    policy: Policy,
+    limits: Limits,
+    rate: float,
+    seed: int = 0,
+    batching: str = "iteration",
 ) -> list[Measurement]:
     """Return the accuracy of answers computed one at a time (baseline) against answers computed together (optimized).
 
@@ -101,5 +114,5 @@ def alone_and_together(
     for single, batched in zip(classified(loaded, effort, 1, seed), classified(loaded, effort, 32, seed), strict=True):
         compared += answer_comparison.compare_classified(single, batched, **options)
     alone = evaluate.retrieval(loaded, effort.retrieval_distance, effort.retrieval_prompts, seed)
-    together, _ = retrieved_among_chats(loaded, effort, policy, limits, rate, seed)
+    together, _ = retrieved_among_chats(loaded, effort, policy, limits, rate, seed, batching)
     return [*compared, answer_comparison.compare_retrieved(alone, together, **options)]

@@ -92,23 +92,24 @@ def workload(size: int) -> str:
     return f"{replay.WORKLOAD}, fixed {size}"
 
 
-def traces(study: TrafficStudy, effort: str, seconds: float) -> list[Trace]:
-    """Return the changing traces to replay, each about `seconds` long at effort quick.
+def traces(study: TrafficStudy, effort: str, seconds: float, count: int | None = None) -> list[Trace]:
+    """Return the changing traces to replay, each about `seconds` long at effort quick; `count` of them, by default as
+    many as the effort has rounds.
 
     They are longer if that is too short to count goodput: a large model serves few requests per second.
     """
     each = policy_comparison.requests_in(study.setup, "changing", LONGER[effort] * seconds)
     each = max(each, LEAST_REQUESTS[effort])
-    seeds = [study.seeds[0] + SEEDS_FROM + index for index in range(ROUNDS[effort])]
+    seeds = [study.seeds[0] + SEEDS_FROM + index for index in range(ROUNDS[effort] if count is None else count)]
     return policy_comparison.traces(study.setup, "changing", each, seeds)
 
 
 def serve(
     loaded: Loaded, study: TrafficStudy, size: int, effort: str, seconds: float, rival_rounds: int = -1
 ) -> RealModelTrial:
-    """Serve short changing traces with the real model, arms taking turns; then the first `rival_rounds` of them (-1: by
-    effort) under every policy. At effort preview disturbed rounds are not repeated. Raises AssertionError if the cache
-    outgrew its bound.
+    """Serve short changing traces with the real model, arms taking turns; then `rival_rounds` of them (-1: by
+    effort), beginning with the same, under every policy. At effort preview disturbed rounds are not repeated. Raises
+    AssertionError if the cache outgrew its bound.
     """
     setup, seed, preview = study.setup, study.seeds[0], settings.read(effort).preview
     arms: dict[str, PolicyFactory] = {FIXED: lambda: FixedSize(size)}
@@ -139,7 +140,7 @@ def serve(
         *replay.described(rounds, setup.objective, FIXED, ADAPTIVE, workload(size)),
         *replay.costs(rounds, FIXED, AGAIN, ADAPTIVE, workload(size)),
     ]
-    again = replayed[: real_rivals.rounds_of(effort, rival_rounds)]
+    again = traces(study, effort, seconds, real_rivals.rounds_of(effort, rival_rounds))
     place: dict[str, Any] = {"workload": workload(size), "device": loaded.device, "slowness": slowness}
     rivals = real_rivals.replayed(loaded.model, study, size, again, prompt_of, **place)
     longer = longer_than_tabled(study, [run for runs in real.values() for run in runs])

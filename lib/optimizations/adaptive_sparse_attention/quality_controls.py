@@ -110,7 +110,7 @@ def _read(
     """Return the divergence of an arm with this pattern on a few windows, and the density it kept; cached."""
     key = (pattern, *sorted(knobs.items()))
     if key not in judged.patterns:
-        arm = method.apply(loaded.model, **knobs, pattern=pattern)
+        arm = method.apply(loaded.model, **knobs, pattern=pattern, seed=judged.options["seed"])
         judged.patterns[key] = _divergence(arm, judged), method.density(arm)["blocks"]
     return judged.patterns[key]
 
@@ -131,12 +131,14 @@ def over_tau(
     loaded: Loaded, knobs: Mapping[str, Any], judged: Quality, taus: Sequence[float] = (0.5, 0.9)
 ) -> pd.DataFrame:
     """Return the divergence by kept density, for the anti-diagonal pattern and for a window of the same size: a row per
-    τ and arm; empty for random weights.
+    τ and arm; empty for random weights and for prompts that are read whole.
     """
     rows = []
     for tau in () if loaded.random_weights else taus:
         for pattern in ("antidiagonal", "window"):
             measured, density = _read(loaded, {**knobs, "tau": tau}, pattern, judged)
+            if density is None:  # prompts of at most two blocks are read whole
+                continue
             divergence = next(m for m in measured if m.metric == DIVERGENCE)
             low, high = divergence.ci or (None, None)
             row = {"arm": pattern, "value": divergence.optimized, "low": low, "high": high}
@@ -151,7 +153,8 @@ def page_controls(loaded: Loaded, knobs: Mapping[str, Any], judged: Quality) -> 
     """
     if judged.prompts is None or judged.answers is None:
         return {}
-    arms = {f"{name} pages": method.apply(loaded.model, **knobs, page_choice=name) for name in PAGE_PURPOSES}
+    seed = judged.options["seed"]
+    arms = {f"{name} pages": method.apply(loaded.model, **knobs, page_choice=name, seed=seed) for name in PAGE_PURPOSES}
     few = judged.prompts.first(CONTROL_PROMPTS)
     answers = {name: answered.first(CONTROL_PROMPTS) for name, answered in judged.answers.items()}
     reads_all = not knobs["pages"] or knobs["pages"] * knobs["page_size"] >= few.tokens

@@ -25,7 +25,7 @@ from lib.optimizations.modular_components.pair_study import Contrasts, Pair, Pai
 from lib.optimizations.modular_components.parts_setup import PartsSetup
 
 MOST_BLOCKS = 8  # rounds per pair: contrasts get no verdict
-HURRIED_WINDOWS, HURRIED_TOKENS = 4, 64  # windows to read and tokens of the timed prompt if time is short
+HURRIED_WINDOWS = 4  # windows to read if time is short
 PREVIEW_BLOCKS, PREVIEW_TOKENS = 2, 2  # at effort preview: rounds per pair, too few for an interval; decoded tokens
 NOT_TRIED = "effort quick tries only neighbours in the pipeline; effort standard tries every pair"
 NOT_AT_PREVIEW = (
@@ -79,7 +79,6 @@ def run(setup: PartsSetup, prompt_BT: torch.Tensor) -> tuple[PairStudy, Contrast
     singles = {stem: _kept(setup, alone(setup, stem, before)) for stem in setup.fitting}
     count = HURRIED_WINDOWS if setup.hurried else 2 * setup.quick.windows
     length = setup.quick.window_tokens // (2 if setup.effort.preview else 1)
-    prompt_BT = prompt_BT[:, :HURRIED_TOKENS] if setup.hurried else prompt_BT
     size = "search", count, length, seed + 1
     windows_NT = None if loaded.random_weights else tasks.text_windows(loaded, *size)
     source_N = None if loaded.random_weights else tasks.window_sources(loaded, *size)

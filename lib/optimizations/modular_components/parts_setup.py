@@ -16,6 +16,7 @@ from lib.optimizations.common.compression import calibration_text
 from lib.optimizations.modular_components import method, traits
 from lib.optimizations.modular_components.strength import AppliedStep
 
+PAIR_TOKENS, HURRIED_TOKENS = 256, 64  # of the prompt on which pairs are timed; the second if time is short
 PAIR_COPIES = 5  # two parts, both orders, and one forced or built with outdated statistics
 
 
@@ -46,6 +47,11 @@ class PartsSetup:
         to a minute.
         """
         return self.effort.preview or (self.loaded.scale == "full" and self.effort.brief)
+
+    @property
+    def pair_tokens(self) -> int:
+        """The default length of the prompt on which pairs are timed, in tokens."""
+        return HURRIED_TOKENS if self.hurried else PAIR_TOKENS
 
     @property
     def options(self) -> dict[str, Any]:

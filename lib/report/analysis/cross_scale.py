@@ -5,7 +5,7 @@ records only.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -53,6 +53,16 @@ def table(
         line = [title(optimization), model, *map(_text, (scored, timed, _first(times_of, deep)))]
         lines.append(dict(zip((*COLUMNS, *heads), line)))
     return pd.DataFrame(lines, columns=[*COLUMNS, *heads])
+
+
+def why_empty(scale: str, other: str, records: Sequence[Record]) -> str:
+    """Return why `table` has no row for the records of `scale`, and the command that makes those of the `other` scale
+    (`records`), if that helps.
+    """
+    if scale not in (QUALITY, SPEED):
+        return f"Only scales {QUALITY} and {SPEED} are shown together; these records are of scale {scale}."
+    missing = f"No run has both. Records of scale {other}: {len(records)}; "
+    return f"{missing}`python build.py run --scale {other}` makes them."
 
 
 def _first(record: Record | None, metric: str) -> Measurement | None:

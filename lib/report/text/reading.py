@@ -67,7 +67,8 @@ def _factor(gain: float) -> float:
 
 def bound(frame: "pd.DataFrame") -> str:
     """Return how to read `style.bound` (columns `workload`, `arm`, `time`, `bound`): times against physical bounds."""
-    known = frame[frame["time"].notna() & frame["bound"].notna()]
+    columns = frame.reindex(columns=["workload", "arm", "time", "bound"])  # a frame without rows may have none
+    known = columns[columns["time"].notna() & columns["bound"].notna()]
     factors = known["time"].astype(float) / known["bound"].astype(float)
     if not len(factors):
         return two("No bound could be computed.", "So it is unknown how fast this machine could be.")

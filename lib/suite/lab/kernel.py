@@ -15,6 +15,7 @@ from lib.files import RESULTS
 from lib.suite.lab import notebook_cells
 from lib.suite.lab.cell_progress import Place, ProgressLine
 from lib.suite.lab.notebook_cells import LAST, CodeCell
+from lib.suite.plan import template as templates
 
 RUNS = ".runs"  # folder next to the copies, with the last run of each
 OURS = r"(__main__|lib)(\.|$)"
@@ -110,7 +111,9 @@ class CellFollower:
         if run is None:
             return
         here, built = self._stored({"scale": run.scale, "model": run.model})
+        declared = templates.read(self.path).parameters
+        requested = earlier_runs.as_requested(run, self.shell.user_ns, declared)
         if self.shown[0] is not run:
             seconds = {self.cells[place].executed: seconds for place, seconds in self.took.items()}
-            self.shown = (run, earlier_runs.keep(run, here, seconds))
-        earlier_runs.show(run, self.shown[1], earlier_runs.stored(built))
+            self.shown = (run, earlier_runs.keep(requested, here, seconds))
+        earlier_runs.show(requested, self.shown[1], earlier_runs.stored(built))

@@ -41,3 +41,24 @@ def test_items_of_one_document_are_resampled_together(monkeypatch):
         (answered,) = answers.classified(loaded, effort, batch)
         assert answered.source_N.tolist() == [n // 3 for n in range(12)] and answered.scores_NL.shape == (12, labels)
     assert asked == [(1, 1)] * 12 + [(12, 4)]
+
+
+@pytest.mark.parametrize("batching", ["iteration", "request"])
+def test_answers_are_served_with_the_batching_of_the_run(tiny, monkeypatch, batching):
+    asked, serve = [], answers.serve
+
+    def noted(*arguments, **options):
+        asked.append(options["batching"])
+        return serve(*arguments, **options)
+
+    monkeypatch.setattr(answers, "serve", noted)
+    monkeypatch.setattr(answers.tasks, "text_windows", lambda *_: torch.randint(8, 96, (1, 128)))
+    model = tiny("qwen3-4b-instruct-2507")
+    target_BV = torch.randint(8, 96, (4, 4))
+    prompts = torch.randint(8, 96, (4, 40)), target_BV
+    monkeypatch.setattr(answers.tasks, "retrieval_prompts", lambda *_: prompts)
+    loaded = SimpleNamespace(model=model, tokenizer=None, device="cpu", parameters=None)
+    effort = SimpleNamespace(retrieval_distance=40, retrieval_prompts=4)
+    limits = Limits(8, None, 1024.0)
+    retrieved, _ = answers.retrieved_among_chats(loaded, effort, rivals.FixedSize(8), limits, 1000.0, 0, batching)
+    assert asked == [batching] and retrieved.given_NV.shape == target_BV.shape

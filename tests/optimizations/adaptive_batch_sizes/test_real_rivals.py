@@ -13,7 +13,7 @@ from lib.measure.serving.replaying.rounds import ServingRounds
 from lib.measure.serving.slo import Objectives, Single
 from lib.measure.serving.step_times import StepTimes
 from lib.measure.serving.traffic import Lengths
-from lib.optimizations.adaptive_batch_sizes import real_rivals, study
+from lib.optimizations.adaptive_batch_sizes import real_model, real_rivals, study
 from lib.optimizations.adaptive_batch_sizes.study import ADAPTIVE
 from tests.models import architectures
 
@@ -129,3 +129,10 @@ def test_no_rounds_no_replay(traffic):
     assert "rival_rounds" in nothing.caption and len(nothing.table()) == 1
     assert [real_rivals.rounds_of(effort, -1) for effort in ("quick", "standard", "thorough")] == [0, 0, 6]
     assert real_rivals.rounds_of("quick", 3) == 3
+
+
+def test_there_are_as_many_traces_as_rounds_requested(traffic):
+    headline = real_model.traces(traffic, "quick", 0.1)
+    requested = real_model.traces(traffic, "quick", 0.1, real_rivals.rounds_of("quick", 12))
+    assert len(headline) == 6 and len(requested) == 12 and requested[:6] == headline
+    assert real_model.traces(traffic, "quick", 0.1, 0) == []

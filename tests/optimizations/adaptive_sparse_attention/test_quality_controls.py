@@ -9,13 +9,13 @@ from transformers import AutoTokenizer
 
 from lib.errors import UserError
 from lib.measure.metrics import measurement
-from lib.measure.quality import noninferiority
+from lib.measure.quality import evaluate, noninferiority
 from lib.measure.timing import workloads
 from lib.models import parameters
 from lib.models.structure.replacements import no_op
 from lib.optimizations.adaptive_sparse_attention import experiment, long_answers, method, quality_controls
 from lib.optimizations.common import absorbed_baseline
-from lib.report.text import brief
+from lib.report.text import brief, reading
 
 SMALL = {"block_size": 16, "stride": 4, "page_size": 4, "full_last": 8}
 
@@ -213,3 +213,29 @@ def test_long_prompts_come_from_enough_documents_for_a_verdict(name):
         asked = long_answers.prompts(loaded, *size)
         assert asked.ids_NT.shape == size[::-1]
         assert len(np.unique(asked.source_N)) >= noninferiority.MINIMUM_WINDOWS, effort
+
+
+@torch.inference_mode()
+def test_prompts_that_are_read_whole_have_no_curve(tiny):
+    """Of prompts of two blocks no density is counted: the curve had points at None, and reading it failed."""
+    ids_NT = torch.randint(8, 96, (2, 2 * SMALL["block_size"]), generator=torch.Generator().manual_seed(1))
+    model = tiny("qwen3-4b-instruct-2507")
+    full = SimpleNamespace(text=evaluate.read(model, ids_NT))
+    judged = SimpleNamespace(full=full, options={"resamples": 200, "seed": 0}, patterns={})
+    curves = quality_controls.over_tau(SimpleNamespace(model=model, random_weights=False), SMALL, judged)
+    assert curves.empty and reading.curves(curves, "density").startswith("There is no curve")
+
+
+def test_random_blocks_follow_the_seed(tiny, monkeypatch):
+    seeds, apply = [], method.apply
+
+    def noted(*arguments, **options):
+        seeds.append(options.get("seed", 0))
+        return apply(*arguments, **options)
+
+    monkeypatch.setattr(method, "apply", noted)
+    monkeypatch.setattr(quality_controls, "_divergence", lambda *_: [])
+    judged = SimpleNamespace(options={"resamples": 200, "seed": 7}, patterns={})
+    loaded = SimpleNamespace(model=tiny("qwen3-4b-instruct-2507"), random_weights=False)
+    quality_controls.patterns(loaded, SMALL, judged)
+    assert set(seeds) == {7}

@@ -117,3 +117,18 @@ def test_the_omitted_part_is_chosen_on_text_that_judges_nothing(tiny, batch, mon
     setup.loaded.random_weights = False
     _, contrasts = pair_rounds.run(setup, batch["input_ids"][:1])
     assert set(splits) == {"search"} and contrasts.losses_alone == {"copy": 0.0, "other": 0.0}
+
+
+def test_pairs_are_timed_on_the_given_prompt(tiny, batch, monkeypatch):
+    """If time was short the prompt was cut to 64 tokens, whatever `pair_tokens` said."""
+    _copies(monkeypatch)
+    rounds, timed = interactions.time_arms, []
+
+    def noted(arms, ids_BT, *more):
+        timed.append(ids_BT.shape[1])
+        return rounds(arms, ids_BT, *more)
+
+    monkeypatch.setattr(interactions, "time_arms", noted)
+    setup = _setup(tiny("qwen3-4b-instruct-2507"), batch, keeps=True, effort="preview")
+    pair_rounds.run(setup, batch["input_ids"][:1, :1].repeat(1, 96))
+    assert setup.hurried and set(timed) == {96} and setup.pair_tokens == 64

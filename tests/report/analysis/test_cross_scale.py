@@ -61,3 +61,9 @@ def test_the_other_scale_is_read_from_the_sibling_folder(tmp_path):
     scale, records = cross_scale.beside(tmp_path / "slice", "slice")
     assert scale == "proxy" and [run.scale for run in records] == ["proxy"]
     assert cross_scale.beside(tmp_path / "nowhere" / "proxy", "proxy") == ("slice", [])
+
+
+def test_full_runs_are_told_that_they_take_no_part():
+    """Their overview advised making the records of proxy models, which were there already."""
+    assert "build.py" not in cross_scale.why_empty("full", "proxy", both())
+    assert "`python build.py run --scale slice`" in cross_scale.why_empty("proxy", "slice", [])

@@ -3,6 +3,8 @@
 import pandas as pd
 import pytest
 
+from lib.measure.compare.speed import Compared
+from lib.measure.metrics import measurement
 from lib.report import tables
 from lib.report.text import brief, reading
 from tests.report import samples
@@ -158,3 +160,9 @@ def test_a_score_that_fell_to_zero_is_the_largest_change():
     text = reading.forest(tables.tidy([samples.timed("prefill_tokens_per_second", 1.3), lost]))
     assert text.startswith("2 of 2 ratios differ from 1")
     assert "largest change is key-value retrieval" in text and "it fell to 0" in text
+
+
+def test_a_comparison_that_timed_nothing_has_a_reading():
+    """Of a degenerate model, or with `--dimension accuracy`, the frame of no bounds has no columns: the run failed."""
+    untimed = Compared([measurement.invalid("prefill_tokens_per_second", "prefill", "it repeats one token")])
+    assert reading.bound(pd.DataFrame(untimed.bounds())).startswith("No bound could be computed.")
