@@ -14,7 +14,6 @@ Shapes: E experts (1 for a single matrix), O outputs, I inputs.
 """
 
 import copy
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -328,9 +327,11 @@ def emptied(affected: Iterable[Matrix], sparsity: float, pattern: str) -> str | 
         if not kept_of(matrix.weight.shape, sparsity, pattern):
             count = matrix.weight.shape[-1] // block_shape(pattern)[1]
             units = "weights" if pattern == "unstructured" else f"blocks of {pattern}"
+            shares = (percent / 100 for percent in range(99, -1, -1))
+            most = next(share for share in shares if kept_of(matrix.weight.shape, share, pattern))
             return (
                 f"{matrix.name}: sparsity {sparsity:.3g} leaves none of its {count} {units} per row; expected at most "
-                f"{math.floor(100 * (1 - 0.5 / count)) / 100}, or another pattern"
+                f"{most}, or another pattern"
             )
     return None
 

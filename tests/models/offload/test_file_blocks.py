@@ -68,7 +68,8 @@ def test_sparse_matrices_are_counted_as_memory_holds_them(folder, text, tmp_path
     """Previously their 32-bit columns and float32 values were counted in the dtype of the model."""
     made = sparse.apply(io.load_folder(folder, torch.bfloat16), text, sparsity=0.5, method="magnitude")
     io.save(made, tmp_path / "sparse")
-    held = sum(tensor.nbytes for tensor in io.load_folder(tmp_path / "sparse", torch.bfloat16).state_dict().values())
+    state = io.load_folder(tmp_path / "sparse", torch.bfloat16).state_dict()
+    held = sum(tensor.nbytes for name, tensor in state.items() if name != "lm_head.weight")  # tied
     assert placement.weights_bytes(tmp_path / "sparse", torch.bfloat16) >= 0.99 * held
 
 

@@ -156,6 +156,7 @@ def test_the_gain_is_the_whole_stacks_if_a_part_requires_another(monkeypatch):
 
     monkeypatch.setattr(attribution.composing, "compose", compose)
     monkeypatch.setattr(experiment.io, "weights_hash", lambda _: "")
+    monkeypatch.setattr(experiment.placement, "require_room", lambda *_: None)
     monkeypatch.setattr(experiment.tasks, "text_windows", lambda *_: np.zeros((8, 4)))
     monkeypatch.setattr(experiment.tasks, "window_sources", lambda *_: np.arange(8))
     loaded, quick = types.SimpleNamespace(model="baseline", random_weights=True), settings.read("quick")

@@ -23,6 +23,7 @@ def test_each_law_of_a_pair_answers_first_equally_often(count, monkeypatch):
         return torch.zeros(new_tokens), []
 
     monkeypatch.setattr(drafting.speculative, "generate", generate)
+    monkeypatch.setattr(drafting.disturbance, "watch", lambda: lambda: None)  # nothing is repeated
     laws = {name: (name, None) for name in "abcde"}
     prompts = [torch.tensor([number]) for number in range(count)]
     drafted = drafting.compare(None, prompts, laws, 3)
