@@ -149,7 +149,7 @@ def test_pages_that_are_all_read_do_not_count_as_chosen(tiny):
     model, prompts = tiny("qwen3-4b-instruct-2507"), _prompts()
     knobs = SMALL | {"tau": 0.3, "pages": 0}
     full, sparse = (quality_controls._answers(method.apply(model, **each), prompts) for each in (SMALL, knobs))
-    judged = SimpleNamespace(prompts=prompts, answers={"full": full, "sparse": sparse})
+    judged = SimpleNamespace(options={"seed": 0}, prompts=prompts, answers={"full": full, "sparse": sparse})
     arms = quality_controls.page_controls(SimpleNamespace(model=model), knobs, judged)
     assert all(arms[f"{name} pages"].idle for name in quality_controls.PAGE_PURPOSES)
     records = quality_controls.page_records(arms, {"resamples": 200, "seed": 0})
