@@ -1,12 +1,11 @@
 """Comparison of two result sets, metric by metric: what got better or worse, what is unchanged, what is undecided.
 
-Runs are matched by optimization and model; scale, effort, environment, the baseline's weights, parameters, the chosen
-stack and the number of parallel jobs must agree, or the pair is rejected with the reason. The comparison is between the
-gains of both sets (optimized against baseline, from paired blocks or the interval over processes), so that a slower
-machine cancels out; numbers without spread are compared directly. Primary metrics (PRIMARY, those that decide a
-dimension in either set, and the scores of public tasks) are judged with Holm's correction over all of them, and only
-they count as regressions. Other metrics, single readings, and metrics judged in neither set are only shown. Knows no
-files.
+Runs are matched by optimization and model; scale, effort, environment, parameters, the chosen stack and the number of
+parallel jobs must agree, or the pair is rejected with the reason. The comparison is between the gains of both sets
+(optimized against baseline, from paired blocks or the interval over processes), so that a slower machine cancels out;
+numbers without spread are compared directly. Primary metrics (PRIMARY, those that decide a dimension in either set, and
+the scores of public tasks) are judged with Holm's correction over all of them, and only they count as regressions.
+Other metrics, single readings, and metrics judged in neither set are only shown. Knows no files.
 
 `better` and `worse` need significance, and an effect beyond the metric's margin and both noise floors; `equivalent`
 needs the whole interval inside the margin; all else is `inconclusive`, as is every single reading. The uncertainty of
@@ -52,7 +51,6 @@ LEVEL = gains.LEVEL
 # Parameters that identify the run or are paths: they do not affect what is measured.
 NOT_COMPARED = ("model", "scale", "effort", "checkpoints", "history", "studies", "stacks")
 CHOICES = ("stack", "choice")  # entries of a record's details that hold the result of a search
-HASH_DIGITS = 12  # of a hash that are compared and shown
 ORDER = ("worse", "better", "inconclusive", "equivalent", "not comparable")
 
 
@@ -136,9 +134,6 @@ def _unlike(old: Record | None, new: Record | None) -> str:
         before, after = old.environment.get(name), new.environment.get(name)
         if before != after:
             return f"different environment: {name.replace('_', ' ')} {before}, {after}"
-    before, after = (str(record.environment.get("weights_hash") or "")[:HASH_DIGITS] for record in (old, new))
-    if before and after and before != after:
-        return f"different weights of the baseline: SHA-256 {before}…, {after}…"
     return _unlike_settings(old, new)
 
 

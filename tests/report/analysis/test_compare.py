@@ -119,10 +119,6 @@ def test_an_interval_over_processes_keeps_its_degrees_of_freedom_without_samples
         ({"effort": "thorough"}, "different effort: quick, thorough"),
         ({"environment": samples.ENVIRONMENT | {"cpu": "Another"}}, "different environment: cpu"),
         ({"environment": samples.ENVIRONMENT | {"threads": 4}}, "different environment: threads None, 4"),
-        (
-            {"environment": samples.ENVIRONMENT | {"weights_hash": "b" * 64}},
-            "different weights of the baseline: SHA-256",
-        ),
         ({"scale": "slice"}, "different scale"),
         ({"parameters": {"model": "m", "seed": 1}}, "different parameter: seed 0, 1"),
         ({"environment": samples.ENVIRONMENT | {"jobs_beside": 1}}, "different number of other jobs: 0, 1"),
@@ -133,8 +129,7 @@ def test_an_interval_over_processes_keeps_its_degrees_of_freedom_without_samples
 )
 def test_runs_that_cannot_be_compared_say_why(fields, reason):
     stack = {"stack": {"value": ["a"]}}
-    environment = samples.ENVIRONMENT | {"jobs_beside": 0, "weights_hash": "a" * 64}
-    old = _changed(_whole(), details=stack, environment=environment)
+    old = _changed(_whole(), details=stack, environment=samples.ENVIRONMENT | {"jobs_beside": 0})
     changes = compare.compare([old], [_changed(_changed(_whole(1), details=stack), **fields)])
     assert changes and all(change.verdict == "not comparable" and reason in change.reason for change in changes)
 
