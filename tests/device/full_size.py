@@ -29,7 +29,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lib.errors import UserError
+from lib.errors import UserError, suggest
 from tests.device import results, schedule
 from tests.device.carrying import pieces, wheels
 from tests.device.processes import ALL, Processes
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fetching = commands.add_parser("wheels", help="download the wheels that such a machine lacks")
     fetching.add_argument("folder", type=Path)
     fetching.add_argument("--present", type=Path, required=True, help="file with the packages there, one a line")
-    fetching.add_argument("--python", default="3.12", help="version of Python there (default: 3.12)")
+    fetching.add_argument("--python", help="version of Python there (default: the one that the file names)")
     splitting = commands.add_parser("split", help="split a file into pieces that can be carried")
     splitting.add_argument("file", type=Path)
     splitting.add_argument("folder", type=Path)
@@ -65,11 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if chosen.command == "present":
             found = {f"{dist.metadata['Name']}=={dist.version}" for dist in importlib.metadata.distributions()}
-            print(*sorted(found), sep="\n")
+            print(f"Python=={platform.python_version()}", *sorted(found), sep="\n")
             return 0
         if chosen.command == "wheels":
             names = chosen.present.read_text(encoding="utf-8").split()
-            for wheel in wheels.fetch(chosen.folder, names, chosen.python):
+            for wheel in wheels.fetch(chosen.folder, names, chosen.python or wheels.python_of(names)):
                 print(f"{wheel.stat().st_size / 2**20:7.1f} MiB  {wheel.name}")
             return 0
         if chosen.command == "split":
@@ -77,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if chosen.out is None:
             raise UserError("--out: expected a folder for what is brought home")
+        _check_names(chosen)
         if chosen.command == "rehearse":
             from tests.device import rehearsal
 
@@ -85,7 +86,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return session(chosen, "cuda", {}, schedule.OPTIMIZATIONS)
     except UserError as error:
         sys.stderr.write(f"full_size: {error}\n")
-        return 2
+    except ModuleNotFoundError as error:
+        sys.stderr.write(
+            f"full_size: {error.name} is not installed in this Python; call python build.py list once, then: "
+            "source .venv/bin/activate\n"
+        )
+    return 2
+
+
+def _check_names(chosen: argparse.Namespace) -> None:
+    """Raise UserError for a model or an optimization that is not part of a session."""
+    own = [entry.partition("=")[0] for entry in chosen.weights]
+    known = {"model": [*(name for group in schedule.MODELS for name in group), *own]}
+    known["optimization"] = [*schedule.OPTIMIZATIONS]
+    for option, valid in known.items():
+        for name in getattr(chosen, option):
+            if name not in valid:
+                raise UserError(f"--{option} {name}: expected one of {', '.join(valid)}.{suggest(name, valid)}")
 
 
 def session(
@@ -169,15 +186,20 @@ def _about(seconds: float, device: str, unpacked: Sequence[str]) -> dict[str, An
 
 
 def _nvml() -> tuple[Any, Any]:
-    """Return the driver's library and the handle of the first device. Raises UserError if there is none."""
+    """Return the driver's library and the handle of the device that CUDA uses: the first in CUDA_VISIBLE_DEVICES, or
+    the first of all (the driver counts all of them). Raises UserError if there is none.
+    """
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip() or "0"
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        return pynvml, pynvml.nvmlDeviceGetHandleByIndex(0)
+        if first.isdigit():
+            return pynvml, pynvml.nvmlDeviceGetHandleByIndex(int(first))
+        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(first)
     except Exception as error:  # no package, no driver, no device
         raise UserError(
-            f"no NVIDIA device can be used here ({error}); rehearse without one: rehearse --out OUT"
+            f"no NVIDIA device can be used here ({error}); rehearse without one: --out OUT rehearse"
         ) from None
 
 

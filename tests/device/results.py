@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lib.errors import UserError
 from tests.device.schedule import Ended
 
 RECORD_BYTES, RECORDS_BYTES, LOG_BYTES = 400 * 2**10, 10 * 2**20, 2**20
@@ -24,8 +25,11 @@ class Results:
         self.folder, self.about, self.records_bytes = folder, about, records_bytes
         self.entries: list[dict[str, Any]] = []
         self.bytes = 0
+        earlier = folder / RECORDS
+        if earlier.is_file() and earlier.stat().st_size:
+            raise UserError(f"{folder}: holds the records of an earlier session; give another folder with --out")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECORDS).write_bytes(b"")
+        earlier.write_bytes(b"")
         self._write_index()
 
     @property

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from lib.errors import UserError
 from lib.measure.timing import children
-from tests.device import cuda_tests, full_size, processes, results, schedule
+from tests.device import cuda_tests, full_size, processes, rehearsal, results, schedule
 from tests.device.processes import Processes
 from tests.device.schedule import Step
 
@@ -266,3 +268,44 @@ def test_one_optimization_is_rehearsed_in_full(tmp_path, capsys):
     assert len((tmp_path / results.RECORDS).read_text().splitlines()) == 1
     assert {test["outcome"] for test in index["steps"][0]["tests"]} <= {"skipped", "passed"}
     assert "2 finished" in capsys.readouterr().out
+
+
+def test_room_and_name_are_those_of_the_visible_device(monkeypatch):
+    free = {"0": 1.0, "3": 99.0, "GPU-7f": 7.0}
+    driver = {"nvmlInit": lambda: None, "nvmlDeviceGetName": "card {}".format}
+    driver |= {"nvmlDeviceGetHandleByIndex": str, "nvmlDeviceGetHandleByUUID": str}
+    driver |= {"nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(free=free[handle])}
+    monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(**driver))
+    for visible, handle in (("", "0"), ("3,0", "3"), ("GPU-7f", "GPU-7f")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert (full_size.free_bytes("cuda"), full_size.gpu_name()) == (free[handle], f"card {handle}")
+
+
+def test_the_advice_without_a_gpu_is_a_command_that_works(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with pytest.raises(UserError) as refused:
+        full_size.gpu_name()
+    words = str(refused.value).rpartition("rehearse without one: ")[2].split()
+    monkeypatch.setattr(rehearsal, "tiny_models", lambda: contextlib.nullcontext(({}, {})))
+    monkeypatch.setattr(full_size, "session", lambda chosen, *_: 0 if chosen.command == "rehearse" else 1)
+    assert full_size.main([str(tmp_path) if word == "OUT" else word for word in words]) == 0
+
+
+@pytest.mark.parametrize("wrong", [("--model", "qwen3-vl"), ("--optimization", "structured-pruning")])
+def test_a_name_that_selects_nothing_is_refused(wrong, tmp_path, capsys):
+    assert full_size.main(["--out", str(tmp_path / "out"), *wrong, "rehearse"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "Did you mean" in error and not (tmp_path / "out").exists()
+
+
+def test_a_rehearsal_outside_the_environment_gives_one_line(tmp_path):
+    lines = ["import sys", "sys.modules['yaml'] = None", "from tests.device import full_size"]
+    lines.append(f"sys.exit(full_size.main(['--out', {str(tmp_path)!r}, 'rehearse']))")
+    command = [sys.executable, "-c", "\n".join(lines)]
+    ended = subprocess.run(command, cwd=full_size.ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and ".venv/bin/activate" in ended.stderr
+
+
+def test_the_guide_says_where_its_commands_run():
+    page = (full_size.ROOT / ".github" / "GPU-AND-CLUSTER.md").read_text(encoding="utf-8")
+    assert page.index("source .venv/bin/activate") < page.index("python -m tests.device.full_size")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from lib.errors import UserError
 from lib.report.pages import device, readme
 from lib.report.records import record as records
 from tests.device import results
@@ -168,3 +169,11 @@ def test_damage_is_reported_in_one_line_and_the_page_is_kept(home, damage, capsy
 
 def test_the_repository_page_has_the_markers():
     readme.between((readme.ROOT / device.PAGE).read_text(encoding="utf-8"), device.MARKER, device.PAGE)
+
+
+def test_a_later_session_does_not_overwrite_an_earlier_one(tmp_path):
+    Results(tmp_path, dict(ABOUT)).keep(_ended(record=_record()))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="an earlier session"):
+        Results(tmp_path, dict(ABOUT))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -88,6 +88,8 @@ def make_setting(options: argparse.Namespace, out: Path) -> tuple[Path, bool]:
     if setting.is_file() and choices_file.is_file() and choices_file.read_text(encoding="utf-8") == text:
         return setting, True
     setting.unlink(missing_ok=True)
+    for stale in (out / "arms").glob("*.json"):  # of other choices
+        stale.unlink()
     write_atomically(choices_file, text)
     command = [sys.executable, "-m", "tests.peers.setting", str(choices_file), str(setting)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

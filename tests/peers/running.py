@@ -60,7 +60,9 @@ def run_arm(arm: Arm, turn: int, interpreter: Path, places: Places) -> Result:
 
     Raises Impossible if it ends without a result.
     """
-    stem = "-".join([arm.script, *(option.replace("=", "-") for option in arm.options), str(turn)])
+    # A peer's result belongs to its environment: another way to install it may not run at all.
+    where = [interpreter.parent.parent.name] if arm.own else []
+    stem = "-".join([arm.script, *(option.replace("=", "-") for option in arm.options), *where, str(turn)])
     written, log = places.results / f"{stem}.json", places.results / f"{stem}.log"
     if places.resumed and written.is_file():
         return read(arm, turn, written, log)

@@ -125,11 +125,11 @@ def test_an_interrupted_run_resumes(places, tmp_path, monkeypatch):
     monkeypatch.setattr(running, "ARMS", tmp_path / "arms")  # contains no scripts, so nothing could run
     (tmp_path / "arm-0.json").write_text(json.dumps({"values": {"x": 1}, "versions": {}}))
     resumed = replace(places, resumed=True)
-    assert running.run_arm(Arm("arm", "arm"), 0, Path(sys.executable), resumed).values == {"x": 1.0}
+    assert running.run_arm(Arm("arm", "arm", own=False), 0, Path(sys.executable), resumed).values == {"x": 1.0}
     with pytest.raises(Impossible, match="does not run"):
-        running.run_arm(Arm("arm", "arm"), 1, Path(sys.executable), resumed)
+        running.run_arm(Arm("arm", "arm", own=False), 1, Path(sys.executable), resumed)
     with pytest.raises(Impossible, match="does not run"):
-        running.run_arm(Arm("arm", "arm"), 0, Path(sys.executable), places)
+        running.run_arm(Arm("arm", "arm", own=False), 0, Path(sys.executable), places)
 
 
 def test_a_setting_is_kept_only_for_the_same_choices(tmp_path, monkeypatch):
@@ -182,3 +182,35 @@ def test_every_arm_is_a_script_and_an_unknown_peer_gives_one_line():
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2 and ended.stderr.count("\n") == 1
     assert 'unknown peer "llama.ccp". Did you mean "llama.cpp"?' in ended.stderr
+
+
+def test_a_peers_result_is_kept_only_for_its_environment(places, tmp_path, monkeypatch):
+    """Previously a resumed run paired it with another way to install the peer, in which the next turns failed."""
+    (tmp_path / "arms").mkdir()
+    script = 'import json, sys; open(sys.argv[2], "w").write(json.dumps({"values": {"x": 1}, "versions": {}}))'
+    (tmp_path / "arms" / "arm.py").write_text(script)
+    monkeypatch.setattr(running, "ARMS", tmp_path / "arms")
+    arm, resumed = Arm("arm", "arm"), replace(places, resumed=True)
+    running.run_arm(arm, 0, Path(sys.executable), places)
+    (tmp_path / "arms" / "arm.py").unlink()  # nothing could run again
+    assert running.run_arm(arm, 0, Path(sys.executable), resumed).values == {"x": 1.0}
+    with pytest.raises(Impossible):
+        running.run_arm(arm, 0, tmp_path / "another-way" / "bin" / "python", resumed)
+
+
+def test_results_of_other_choices_are_not_resumed(tmp_path, monkeypatch):
+    """Otherwise a call for one peer, then one for all of them, mixes two settings in a table."""
+
+    def make(command, **_):
+        Path(command[-1]).write_text("{}")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(run.subprocess, "run", make)
+    options = run.parser().parse_args(["--out", str(tmp_path)])
+    run.make_setting(options, tmp_path)
+    (tmp_path / "arms").mkdir()
+    kept = tmp_path / "arms" / "workbench_speed-0.json"
+    kept.write_text("{}")
+    assert run.make_setting(options, tmp_path)[1] and kept.is_file()
+    options.windows = 8
+    assert not run.make_setting(options, tmp_path)[1] and not kept.exists()

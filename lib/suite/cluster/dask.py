@@ -113,15 +113,15 @@ class Loop:
             )
         self._meet(workers)
         refusals: list[str] = []
-        deadline = time.monotonic() + patience()
+        waiting, deadline = False, time.monotonic() + patience()
         while True:
-            late = time.monotonic() > deadline
-            if not self.crew.pending or late:
+            if not self.crew.pending or time.monotonic() > deadline:
                 refusals += self.crew.welcome()
                 if self.crew.slots or not self.crew.pending:
                     break
-                self.build.progress.line("all workers are busy with other work; waiting for one of them")
-                deadline = float("inf")
+                if not waiting:
+                    self.build.progress.line("all workers are busy with other work; waiting for one of them")
+                    waiting = True
             time.sleep(POLL_SECONDS)
             self._look()
         if not self.crew.slots:

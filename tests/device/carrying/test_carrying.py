@@ -150,3 +150,19 @@ def test_an_invalid_request_gives_a_one_line_error(arguments, capsys, tmp_path, 
     monkeypatch.chdir(tmp_path)
     assert full_size.main(arguments) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_wheels_are_fetched_for_the_python_of_the_machine(tmp_path, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(wheels, "fetch", lambda folder, names, python: asked.append(python) or [])
+    assert full_size.main(["present"]) == 0
+    (tmp_path / "PRESENT").write_text(capsys.readouterr().out)
+    assert full_size.main(["wheels", str(tmp_path / "w"), "--present", str(tmp_path / "PRESENT")]) == 0
+    assert asked == [f"{sys.version_info[0]}.{sys.version_info[1]}"]
+
+
+def test_a_wheel_for_another_python_is_refused_before_time_runs(tmp_path):
+    other = _wheel(tmp_path / "wheels", "carried-along")
+    other.rename(other.with_name("carried_along-1.0-cp37-cp37m-manylinux2014_x86_64.whl"))
+    with pytest.raises(UserError, match=r"carried_along-1\.0-cp37"):
+        wheels.unpack(tmp_path / "wheels", tmp_path / "target", lacking=())

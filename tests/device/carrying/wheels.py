@@ -103,6 +103,9 @@ def fetch(
     machine (AS_FOUND).
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for wheel in folder.glob("*.whl"):
+        if not fits(wheel, python):  # of an earlier call, for another Python
+            wheel.unlink()
     accepted = bounds()
     have = {name for name, version in map(_entry, present) if not version or satisfies(version, accepted.get(name, ""))}
     waiting = [name + accepted.get(normal(name), "") for name in NEEDED]
@@ -137,6 +140,23 @@ def _entry(present: str) -> tuple[str, str]:
     return normal(name), version
 
 
+def python_of(present: Collection[str]) -> str:
+    """Return the version of Python in a list of packages, such as 3.11. Raises UserError if it names none."""
+    for name, version in map(_entry, present):
+        if name == "python" and version:
+            return ".".join(version.split(".")[:2])
+    raise UserError("the list of packages names no Python: write it there again (present), or give --python 3.12")
+
+
+def fits(wheel: Path, python: str) -> bool:
+    """Return whether Python `python` can import the packages of a wheel, by the tags in its name."""
+    tags, abi = wheel.stem.split("-")[-3:-1]
+    own = "cp" + "".join(python.split(".")[:2])
+    return any(
+        tag == own or tag.startswith("py3") or ("abi3" in abi and tag.startswith("cp3")) for tag in tags.split(".")
+    )
+
+
 def unpack(folder: Path, target: Path, lacking: Collection[str] | None = None) -> list[str]:
     """Unpack into `target` the wheels of `folder` whose package is missing here or named in `lacking`; return their
     names. `target` then belongs at the front of `sys.path`.
@@ -146,6 +166,11 @@ def unpack(folder: Path, target: Path, lacking: Collection[str] | None = None) -
     for wheel in sorted(folder.glob("*.whl")):
         name = name_of(wheel)
         if name in wanted or (name not in map(normal, NEEDED) and _absent(name)):
+            here = f"{sys.version_info[0]}.{sys.version_info[1]}"
+            if not fits(wheel, here):
+                raise UserError(
+                    f"{wheel.name}: not for Python {here}, which runs here; fetch again with --python {here}"
+                )
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(target)
             unpacked.append(name)

@@ -6,6 +6,7 @@ The workers run in a separate copy of the project, so everything has to go over 
 import shutil
 import signal
 import sys
+import time
 from types import SimpleNamespace
 
 import psutil
@@ -310,3 +311,29 @@ def test_differences_are_named():
     theirs = {"versions": {"torch": "2.12.0"}, "code": {"a": "2"}, "template": {"0": "2"}}
     differences = workers.differing(mine, theirs)
     assert differences == "torch is 2.13.0 here, 2.12.0 there; code: a, b differ; the template differs"
+
+
+def test_a_build_begins_when_the_first_busy_worker_is_free(monkeypatch):
+    """Previously it waited for the last one, which other work may keep for hours."""
+    monkeypatch.setattr(clusters, "patience", lambda: 0.05)
+    monkeypatch.setattr(clusters, "POLL_SECONDS", 0.01)
+    began = time.monotonic()
+    free = _answered(None)
+    free.done = lambda: time.monotonic() - began > 0.3
+    first, second = ("tcp://x:1", "a"), ("tcp://x:2", "b")
+    crew = workers.Crew(None, (), {}.__getitem__, {}, {}, tokens={first: 1, second: 1})
+    crew.pending = {first: free, second: SimpleNamespace(done=lambda: False)}
+
+    def look(_):
+        assert time.monotonic() - began < 20, "it waits for the other one too"
+        return []
+
+    crew.look = look
+    about = {"resources": {"device": 1}, "nthreads": 1, "local_directory": "w"}
+    client = SimpleNamespace(status="running", scheduler=SimpleNamespace(identity=None))
+    client.sync = lambda *_, **__: {"workers": {"tcp://x:1": about, "tcp://x:2": about}}
+    lines: list[str] = []
+    build = SimpleNamespace(progress=SimpleNamespace(line=lines.append, side_by_side=1))
+    clusters.Loop(build, "tcp://x:8786", client, crew, []).gather()
+    assert [slot.address for slot in crew.slots] == ["tcp://x:1"] and list(crew.pending) == [second]
+    assert len(lines) == 1 and "waiting for one of them" in lines[0]
