@@ -4,6 +4,7 @@ A different batch size rounds differently; batching may change nothing else. The
 """
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +32,9 @@ def retrieved_among_chats(
     policy: Policy,
     limits: Limits,
     rate: float,
-    seed: int = 0,
     batching: str = "iteration",
+    *,
+    seed: int = 0,
 ) -> tuple[Retrieved, Served]:
     """Return which values of key-value retrieval are right when their prompts are served among chats, and the run.
 
@@ -89,19 +91,12 @@ def classified(loaded: Loaded, effort: Effort, batch: int, seed: int = 0) -> lis
     return answers
 
 
-def alone_and_together(
-    loaded: Loaded,
-    effort: Effort,
-    policy: Policy,
-    limits: Limits,
-    rate: float,
-    seed: int = 0,
-    batching: str = "iteration",
-) -> list[Measurement]:
+def alone_and_together(loaded: Loaded, effort: Effort, *served: Any, seed: int = 0) -> list[Measurement]:
     """Return the accuracy of answers computed one at a time (baseline) against answers computed together (optimized).
 
     Classification: one prompt per pass against 32, on at most ALONE items. Key-value retrieval: alone against served
-    among chats with `policy`. Effort preview divides both numbers of items by FEWER.
+    among chats; `served` (policy, limits, rate, batching) is as in `retrieved_among_chats`. Effort preview
+    divides both numbers of items by FEWER.
     """
     if loaded.random_weights:
         reason = "random weights: answers carry no information"
@@ -114,5 +109,5 @@ def alone_and_together(
     for single, batched in zip(classified(loaded, effort, 1, seed), classified(loaded, effort, 32, seed), strict=True):
         compared += answer_comparison.compare_classified(single, batched, **options)
     alone = evaluate.retrieval(loaded, effort.retrieval_distance, effort.retrieval_prompts, seed)
-    together, _ = retrieved_among_chats(loaded, effort, policy, limits, rate, seed, batching)
+    together, _ = retrieved_among_chats(loaded, effort, *served, seed=seed)
     return [*compared, answer_comparison.compare_retrieved(alone, together, **options)]

@@ -60,5 +60,5 @@ def test_answers_are_served_with_the_batching_of_the_run(tiny, monkeypatch, batc
     loaded = SimpleNamespace(model=model, tokenizer=None, device="cpu", parameters=None)
     effort = SimpleNamespace(retrieval_distance=40, retrieval_prompts=4)
     limits = Limits(8, None, 1024.0)
-    retrieved, _ = answers.retrieved_among_chats(loaded, effort, rivals.FixedSize(8), limits, 1000.0, 0, batching)
+    retrieved, _ = answers.retrieved_among_chats(loaded, effort, rivals.FixedSize(8), limits, 1000.0, batching)
     assert asked == [batching] and retrieved.given_NV.shape == target_BV.shape
